@@ -1,0 +1,33 @@
+"""Local learning for LLM post-training with Hugging Face.
+
+The public names are loaded on first use, so that `import lopt_hf` and `lopt-hf --help` cost no import of torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0.dev0"
+
+_EXPORTS = {
+    "LoPTConfig": "lopt_hf.trainers.lopt_config",
+    "LoPTTrainer": "lopt_hf.trainers.lopt_trainer",
+    "LocalBatch": "lopt_hf.objectives",
+    "LocalObjective": "lopt_hf.objectives",
+    "ReconstructionObjective": "lopt_hf.objectives",
+}
+__all__ = ["LoPTConfig", "LoPTTrainer", "LocalBatch", "LocalObjective", "ReconstructionObjective"]
+
+if TYPE_CHECKING:
+    from lopt_hf.objectives import LocalBatch, LocalObjective, ReconstructionObjective
+    from lopt_hf.trainers.lopt_config import LoPTConfig
+    from lopt_hf.trainers.lopt_trainer import LoPTTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,61 @@
+"""Gradient all-reduce for blocks whose backward the DDP reducer must not see."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+__all__ = ["GradientReducer", "broadcast_parameters"]
+
+
+def broadcast_parameters(parameters: Iterable[nn.Parameter], source: int = 0) -> None:
+    """Copies parameters from one rank to all others: DDP leaves out of its own broadcast what it ignores."""
+    for parameter in parameters:
+        dist.broadcast(parameter.data, src=source)
+
+
+class GradientReducer:
+    """Averages gradients over all ranks in buckets, asynchronously.
+
+    `start` returns at once, so that the communication of an early block overlaps the later blocks' work; `wait` must
+    come before the gradients are read.
+
+    Args:
+        bucket_bytes: Size from which a bucket is sent (DDP's own default: 25 MiB).
+    """
+
+    def __init__(self, bucket_bytes: int = 25 * 2**20) -> None:
+        self.bucket_bytes = bucket_bytes
+        self._pending: list[tuple[dist.Work, torch.Tensor, list[torch.Tensor]]] = []
+
+    def start(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Starts averaging the gradients of those parameters that have one, the same on every rank."""
+        for gradients in self._buckets(parameters):
+            flat = torch.cat([gradient.reshape(-1) for gradient in gradients]).div_(dist.get_world_size())
+            work = dist.all_reduce(flat, async_op=True)
+            self._pending.append((work, flat, gradients))
+
+    def wait(self) -> None:
+        """Waits for what was started and puts the averages into the gradients."""
+        for work, flat, gradients in self._pending:
+            work.wait()
+            for gradient, average in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(average.view_as(gradient))
+        self._pending.clear()
+
+    def _buckets(self, parameters: Iterable[nn.Parameter]) -> Iterator[list[torch.Tensor]]:
+        bucket: list[torch.Tensor] = []
+        size = 0
+        # From the last parameter on: the order in which backward fills them.
+        for parameter in reversed(list(parameters)):
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            if bucket and (gradient.dtype != bucket[0].dtype or size >= self.bucket_bytes):
+                yield bucket
+                bucket, size = [], 0
+            bucket.append(gradient)
+            size += gradient.numel() * gradient.element_size()
+        if bucket:
+            yield bucket

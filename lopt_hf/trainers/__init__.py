@@ -1,0 +1,1 @@
+"""TRL trainers with a gradient boundary."""

@@ -1,0 +1,154 @@
+"""Checkpoints that are whole or absent, and that resume local learning exactly."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+__all__ = ["CheckpointMixin", "read_local_state"]
+
+HEADS_FILE = "local_heads.safetensors"
+STATE_FILE = "local_learning.json"
+STAGING_FOLDER = "incomplete-checkpoint"  # `get_last_checkpoint` does not match it
+
+
+def read_local_state(checkpoint: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads what `CheckpointMixin` saved beside a checkpoint.
+
+    Args:
+        checkpoint: The checkpoint's folder.
+        settings: The block settings of the run that wants to resume.
+
+    Raises:
+        ValueError: If the checkpoint is not one of local learning, or was trained with other block settings.
+    """
+    path = Path(checkpoint) / STATE_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"resume_from_checkpoint={checkpoint!r} has no {STATE_FILE}: it is not a checkpoint of this trainer. "
+            "To start from its weights, pass the folder as `model`."
+        )
+    state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in settings.items():
+        if state["settings"].get(name) != value:
+            raise ValueError(
+                f"resume_from_checkpoint={checkpoint!r} was trained with {name}={state['settings'].get(name)}, but "
+                f"this run has {name}={value}; resume with the same settings, or start a new run in another output_dir."
+            )
+    return state
+
+
+class CheckpointMixin:
+    """Writes checkpoints under another name and renames them when they are complete.
+
+    A kill at any moment leaves the previous checkpoint the last one. Beside the parent's files a checkpoint holds the
+    local heads and what the parent forgets: token count, and losses and metrics since the last log.
+    """
+
+    # Provided by the trainer
+    args: Any
+    accelerator: Any
+    state: TrainerState
+    local_heads: nn.ModuleList
+    _metrics: dict[str, Any]
+    _total_train_tokens: int
+    _tr_loss: torch.Tensor
+    _globalstep_last_logged: int
+
+    _staging: Path | None = None
+    _resumed: dict[str, Any] | None = None
+    _heads_in_model = False
+
+    def _block_settings(self) -> dict[str, Any]:
+        """The settings that a checkpoint must share with the run that resumes it."""
+        raise NotImplementedError
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)  # type: ignore[misc]
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_dir = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staged, final = run_dir / STAGING_FOLDER / name, run_dir / name
+        if self.accelerator.is_local_main_process:
+            shutil.rmtree(staged.parent, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._staging = staged.parent
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        finally:
+            self._staging = None
+        self._save_local_state(staged, final)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_local_main_process:
+            _publish(staged, final)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(run_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # The parent pushes in the background while it saves: wait until the folder has its final name.
+        if self._staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
+
+    def _save_local_state(self, staged: Path, final: Path) -> None:
+        loss_since_log = self.accelerator.gather(self._tr_loss.reshape(1)).tolist()
+        if not self.args.should_save:
+            return
+        if not self._heads_in_model:
+            save_file({k: v.contiguous() for k, v in self.local_heads.state_dict().items()}, staged / HEADS_FILE)
+        state = {
+            "settings": self._block_settings(),
+            "total_train_tokens": self._total_train_tokens,
+            "metrics_since_log": self._metrics["train"],
+            "loss_since_log": loss_since_log,
+            "last_logged_step": self._globalstep_last_logged,
+        }
+        (staged / STATE_FILE).write_text(json.dumps(state, indent=2), encoding="utf-8")
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(final)
+            self.state.save_to_json(str(staged / "trainer_state.json"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        if not self._heads_in_model:
+            self.local_heads.load_state_dict(load_file(os.path.join(resume_from_checkpoint, HEADS_FILE)))
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # The parent starts these at zero when it resumes between two logs.
+        if self._resumed is not None:
+            state, self._resumed = self._resumed, None
+            self._total_train_tokens = state["total_train_tokens"]
+            self._metrics["train"].update(state["metrics_since_log"])
+            self._globalstep_last_logged = state["last_logged_step"]
+            if len(state["loss_since_log"]) == self.args.world_size:
+                self._tr_loss += state["loss_since_log"][self.args.process_index]
+        super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
+
+
+def _publish(staged: Path, final: Path) -> None:
+    """Renames a finished checkpoint, in place of one of the same step that an earlier run left."""
+    if not staged.is_dir():  # another node has renamed it on the shared file system
+        return
+    replaced = staged.parent / f"{final.name}-replaced"
+    if final.exists():
+        os.replace(final, replaced)
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(staged, final)
+    shutil.rmtree(staged.parent, ignore_errors=True)

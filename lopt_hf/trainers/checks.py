@@ -1,0 +1,90 @@
+"""Errors that a user can act on, raised before anything expensive happens."""
+
+import os
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.trainer_utils import get_last_checkpoint
+from trl.data_utils import get_dataset_column_names
+
+from lopt_hf.blocks import find_decoder_stack, split_layers
+from lopt_hf.trainers.lopt_config import LocalLearningArguments
+
+__all__ = ["check_dataset", "check_model", "check_output_dir"]
+
+_LAYOUTS = ({"messages"}, {"conversations"}, {"prompt", "completion"}, {"input_ids"})
+
+
+def check_output_dir(output_dir: str, resume_from_checkpoint: str | bool | None) -> None:
+    """Raises if a new run would mix its checkpoints with another run's.
+
+    Raises:
+        ValueError: If `output_dir` holds checkpoints and the run does not resume.
+    """
+    if resume_from_checkpoint or not os.path.isdir(output_dir):
+        return
+    last = get_last_checkpoint(output_dir)
+    if last is not None:
+        raise ValueError(
+            f"output_dir={output_dir!r} holds another run's checkpoints (the last is {os.path.basename(last)!r}); "
+            "continue that run with resume_from_checkpoint=True, or choose another output_dir."
+        )
+
+
+def check_dataset(dataset: Any, text_field: str, formatting_func: Any = None) -> None:
+    """Raises if a training set is empty or has no column that `SFTTrainer` reads.
+
+    Raises:
+        ValueError: If it has no rows, or none of the column layouts.
+    """
+    if not isinstance(dataset, Dataset | IterableDataset):
+        return  # SFTTrainer says what is wrong with it
+    if next(iter(dataset), None) is None:
+        raise ValueError("train_dataset has no rows; check the file or split it was loaded from.")
+    columns = get_dataset_column_names(dataset)
+    layouts = ({text_field}, *_LAYOUTS)
+    if formatting_func is None and not any(layout <= set(columns) for layout in layouts):
+        known = "; ".join(" + ".join(sorted(layout)) for layout in layouts)
+        raise ValueError(
+            f"train_dataset has the columns {sorted(columns)} but none of the layouts that can be trained on ({known}); "
+            "rename the columns, set dataset_text_field, or pass a formatting_func."
+        )
+
+
+def check_model(
+    model: str | PreTrainedModel | PeftModel, args: LocalLearningArguments, peft_config: Any, quantization_config: Any
+) -> None:
+    """Raises if a model cannot be cut into the blocks that are asked for, for a model id from its config alone.
+
+    Raises:
+        ValueError: If it is no decoder-only language model, has too few layers for the cut, or is quantised without
+            an adapter to train.
+    """
+    if isinstance(model, str):
+        kwargs = args.model_init_kwargs or {}  # type: ignore[attr-defined]
+        config = AutoConfig.from_pretrained(
+            model,
+            revision=kwargs.get("revision"),
+            trust_remote_code=args.trust_remote_code,  # type: ignore[attr-defined]
+        )
+        quantized = quantization_config is not None or "quantization_config" in {**config.to_dict(), **kwargs}
+        _check_config(model, config)
+        num_layers = config.get_text_config(decoder=True).num_hidden_layers
+    else:
+        base_model = model.get_base_model() if isinstance(model, PeftModel) else model
+        quantized = "quantization_config" in base_model.config.to_dict()
+        num_layers = len(find_decoder_stack(base_model).layers)
+    split_layers(num_layers, args.num_blocks, args.split_at)
+    if quantized and peft_config is None and not isinstance(model, PeftModel):
+        name = model if isinstance(model, str) else type(model).__name__
+        raise ValueError(
+            f"model={name} is quantised, and quantised weights cannot be trained; pass a peft_config such as "
+            "`peft.LoraConfig()`, or load the model without quantisation."
+        )
+
+
+def _check_config(name: str, config: PretrainedConfig) -> None:
+    if config.is_encoder_decoder:
+        raise ValueError(f"model={name} is an encoder-decoder; local learning needs a decoder-only language model.")

@@ -1,0 +1,161 @@
+"""Arguments of local learning, alone (`LocalLearningArguments`) and with TRL's SFT arguments (`LoPTConfig`)."""
+
+from dataclasses import dataclass, field
+
+import torch
+from trl import SFTConfig
+
+__all__ = ["LoPTConfig", "LocalLearningArguments"]
+
+
+@dataclass
+class LocalLearningArguments:
+    """Arguments that LoPT adds to a TRL trainer's config; mix it in before the config class.
+
+    Sources: LoPT, arXiv 2605.04913 v3 ("paper"), and its released code, HumyuShi/LoPT commit d4cb99e ("code").
+
+    Parameters:
+        num_blocks: Blocks that the decoder layers are cut into. Paper, Sec. 3: 2; more blocks are the code's.
+        split_at: First layer of every block but the first, instead of an even split.
+        reconstruction_weight: lambda, the weight of the mean local loss over the early blocks. Paper, Sec. 3: 10.
+        reconstruction_bottleneck: Divisor of the reconstruction head's inner width. Paper, Sec. 3: 4.
+        reconstruction_mask: Which positions count in the local loss: `"attention"` leaves padding out (paper, App. L),
+            `"none"` counts it too (code).
+        early_learning_rate: Learning rate of early blocks, embeddings and heads. Default: `learning_rate` (paper);
+            the code has the option as `lr_k1`.
+        local_backward: `"eager"` runs each block's local backward in the forward, as soon as the block is done
+            (paper, App. L), which frees its activations; `"joint"` adds the local losses to the task loss (code).
+            `"auto"` picks eager where it works: one process or DDP.
+        local_update_interval: Update the early blocks at every n-th optimizer step only; at the others they run
+            without gradients, which saves the arithmetic too. Ours; paper and code update at every step.
+        clip_scope: `"block"` clips each block's gradient at `max_grad_norm` (paper, App. L), `"global"` all together
+            (code).
+        tied_embeddings: What to do where the LM head shares the input embedding: `"untie"` gives the head a copy
+            (paper and code), `"freeze"` keeps them tied and frozen, so the checkpoint keeps its size and layout.
+        train_early_blocks: `False` freezes early blocks and embeddings (paper's control experiment).
+        log_drift: Log each block's relative weight drift from the start, `||W - W0|| / ||W0||` over its trainable
+            parameters. Keeps a copy of them in host memory.
+
+    Raises:
+        ValueError: If a value is out of range; the message names field, value and fix.
+    """
+
+    num_blocks: int = field(
+        default=2, metadata={"help": "Number of blocks the decoder layers are cut into (paper, Sec. 3: 2)."}
+    )
+    split_at: list[int] | None = field(
+        default=None,
+        metadata={"help": "Index of the first layer of every block but the first, instead of an even split."},
+    )
+    reconstruction_weight: float = field(
+        default=10.0, metadata={"help": "Weight (lambda) of the mean local loss (paper, Sec. 3: 10)."}
+    )
+    reconstruction_bottleneck: int = field(
+        default=4, metadata={"help": "Divisor of the reconstruction head's inner width (paper, Sec. 3: 4)."}
+    )
+    reconstruction_mask: str = field(
+        default="attention",
+        metadata={
+            "help": "Positions that count in the local loss: 'attention' leaves padding out (paper, App. L), 'none' "
+            "counts it too (released code).",
+            "choices": ["attention", "none"],
+        },
+    )
+    early_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of early blocks, embeddings and heads. Default: `learning_rate` (paper)."},
+    )
+    local_backward: str = field(
+        default="auto",
+        metadata={
+            "help": "'eager' runs a block's local backward as soon as the block is done and frees its activations "
+            "(paper, App. L), 'joint' adds the local losses to the task loss (released code), 'auto' is eager where "
+            "it works: one process or DDP.",
+            "choices": ["auto", "eager", "joint"],
+        },
+    )
+    local_update_interval: int = field(
+        default=1,
+        metadata={
+            "help": "Update the early blocks at every n-th optimizer step only; at the others they run without "
+            "gradients (ours; paper: 1)."
+        },
+    )
+    clip_scope: str = field(
+        default="block",
+        metadata={
+            "help": "Clip the gradient of each block at `max_grad_norm` (paper, App. L), or of all together: 'global' "
+            "(released code).",
+            "choices": ["block", "global"],
+        },
+    )
+    tied_embeddings: str = field(
+        default="untie",
+        metadata={
+            "help": "Where the LM head shares the input embedding: 'untie' gives the head a copy (paper and code), "
+            "'freeze' keeps both tied and frozen.",
+            "choices": ["untie", "freeze"],
+        },
+    )
+    train_early_blocks: bool = field(
+        default=True, metadata={"help": "Set to False to freeze early blocks and embeddings (paper's control)."}
+    )
+    log_drift: bool = field(
+        default=False,
+        metadata={"help": "Log each block's relative weight drift from the start; keeps a copy of the weights."},
+    )
+
+    def __post_init__(self) -> None:
+        # transformers' arguments refuse bf16, the default of TRL's configs, on a machine without an accelerator
+        # unless told that this is meant.
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        super().__post_init__()  # type: ignore[misc]
+        self._check_ranges()
+        self._check_choices()
+        if self.local_backward == "eager" and (self.fsdp or self.deepspeed):  # type: ignore[attr-defined]
+            raise ValueError(eager_is_impossible("FSDP" if self.fsdp else "DeepSpeed"))  # type: ignore[attr-defined]
+
+    def _check_ranges(self) -> None:
+        lowest = {
+            "num_blocks": 2,
+            "reconstruction_weight": 0.0,
+            "reconstruction_bottleneck": 1,
+            "local_update_interval": 1,
+            "early_learning_rate": 0.0,
+        }
+        for name, bound in lowest.items():
+            value = getattr(self, name)
+            if value is not None and not value >= bound:
+                raise ValueError(f"{name}={value} is too low; it must be at least {bound}.")
+        if self.split_at is not None and len(self.split_at) != self.num_blocks - 1:
+            raise ValueError(
+                f"split_at={self.split_at} makes {len(self.split_at) + 1} blocks but num_blocks={self.num_blocks}; "
+                f"set num_blocks to {len(self.split_at) + 1} or give {self.num_blocks - 1} indices."
+            )
+        if self.split_at is not None and any(
+            b <= a for a, b in zip([0, *self.split_at[:-1]], self.split_at, strict=True)
+        ):
+            raise ValueError(f"split_at={self.split_at} must be strictly increasing layer indices, from 1 on.")
+
+    def _check_choices(self) -> None:
+        for name in ("reconstruction_mask", "local_backward", "clip_scope", "tied_embeddings"):
+            choices = type(self).__dataclass_fields__[name].metadata["choices"]
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(choices)}.")
+
+
+def eager_is_impossible(engine: str) -> str:
+    """The error text for an explicit eager local backward under an engine that cannot run it."""
+    return (
+        f"local_backward='eager' does not work under {engine}, which must see one backward per step; "
+        "set local_backward to 'joint' or leave it at 'auto'."
+    )
+
+
+@dataclass
+class LoPTConfig(LocalLearningArguments, SFTConfig):
+    """Configuration of [`LoPTTrainer`]: every argument of [`~trl.SFTConfig`] and those of local learning.
+
+    On a machine without an accelerator `use_cpu` is set, so that the defaults run.
+    """
