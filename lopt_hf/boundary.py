@@ -24,12 +24,13 @@ RunBackward = Callable[[int, torch.Tensor], None]
 
 
 def make_heads(objective: LocalObjective, hidden_size: int, num_heads: int, seed: int) -> nn.ModuleList:
-    """Makes one head for each early block from a generator of its own.
+    """Makes one head for each early block from a seed of their own.
 
-    The global random state is left alone, so that data order and dropout are those of the run without heads.
+    The random state is restored afterwards, so that data order and dropout are those of the run without heads.
     """
-    generator = torch.Generator().manual_seed(seed)
-    return nn.ModuleList(objective.make_head(hidden_size, generator) for _ in range(num_heads))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return nn.ModuleList(objective.make_head(hidden_size) for _ in range(num_heads))
 
 
 class GradientBoundary:

@@ -41,7 +41,7 @@ class LocalObjective(Protocol):
 
 
     class StayClose:
-        def make_head(self, hidden_size: int, generator: torch.Generator) -> torch.nn.Module:
+        def make_head(self, hidden_size: int) -> torch.nn.Module:
             return torch.nn.Identity()
 
         def __call__(self, head, output_BTD, input_BTD, batch: LocalBatch) -> torch.Tensor:
@@ -49,12 +49,13 @@ class LocalObjective(Protocol):
     ```
     """
 
-    def make_head(self, hidden_size: int, generator: torch.Generator) -> nn.Module:
+    def make_head(self, hidden_size: int) -> nn.Module:
         """Makes the trainable module that one block's loss needs; it is dropped from the saved model.
+
+        The random state is seeded before the call, so that runs and ranks agree, and restored after it.
 
         Args:
             hidden_size: Width D of the hidden states.
-            generator: Seeded CPU generator to initialise from, so that runs and ranks agree.
         """
 
     def __call__(
@@ -78,14 +79,13 @@ class ReconstructionHead(nn.Sequential):
     Args:
         hidden_size: Width D of the hidden states.
         bottleneck: `W1` maps D to `D // bottleneck` channels.
-        generator: Generator of the initial weights.
     """
 
-    def __init__(self, hidden_size: int, bottleneck: int, generator: torch.Generator) -> None:
+    def __init__(self, hidden_size: int, bottleneck: int) -> None:
         narrow = max(1, hidden_size // bottleneck)
         down, up = nn.Linear(hidden_size, narrow), nn.Linear(narrow, hidden_size)
         for linear in (down, up):
-            nn.init.xavier_uniform_(linear.weight, gain=0.1, generator=generator)
+            nn.init.xavier_uniform_(linear.weight, gain=0.1)
             nn.init.zeros_(linear.bias)
         super().__init__(nn.LayerNorm(hidden_size), down, nn.GELU(), up)
 
@@ -107,8 +107,8 @@ class ReconstructionObjective:
         self.bottleneck = bottleneck
         self.masked = masked
 
-    def make_head(self, hidden_size: int, generator: torch.Generator) -> nn.Module:
-        return ReconstructionHead(hidden_size, self.bottleneck, generator)
+    def make_head(self, hidden_size: int) -> nn.Module:
+        return ReconstructionHead(hidden_size, self.bottleneck)
 
     def __call__(
         self, head: nn.Module, output_BTD: torch.Tensor, input_BTD: torch.Tensor, batch: LocalBatch

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
@@ -61,7 +61,9 @@ class LoPTMixin(CheckpointMixin):
 
     model: PreTrainedModel | PeftModel
 
-    def __init__(self, *trainer_args: Any, local_objective: LocalObjective | None = None, **trainer_kwargs: Any) -> None:
+    def __init__(
+        self, *trainer_args: Any, local_objective: LocalObjective | None = None, **trainer_kwargs: Any
+    ) -> None:
         super().__init__(*trainer_args, **trainer_kwargs)
         args: LocalLearningArguments = self.args
         base_model = self._base_model()
@@ -92,6 +94,7 @@ class LoPTMixin(CheckpointMixin):
             run_backward=self._run_local_backward,
             router_coefficient=self._router_coefficient(),
         )
+        self.add_callback(_ZeroHeadGradients(self.local_heads))
         self._reducer = GradientReducer()
         self._ignore_early_parameters_in_ddp()
         self._drift = WeightDrift(self._owned()) if args.log_drift else None
@@ -141,9 +144,13 @@ class LoPTMixin(CheckpointMixin):
         if engine is not None and args.local_backward == "eager":
             raise ValueError(eager_is_impossible(engine))
         if engine == "DeepSpeed" and args.clip_scope == "block":
-            raise ValueError("clip_scope='block' does not work under DeepSpeed, which clips; set clip_scope to 'global'.")
+            raise ValueError(
+                "clip_scope='block' does not work under DeepSpeed, which clips; set clip_scope to 'global'."
+            )
         if self._sharding_engine() is not None and args.log_drift:
-            raise ValueError(f"log_drift=True does not work under {engine}, which shards the weights; set it to False.")
+            raise ValueError(
+                f"log_drift=True does not work under {engine}, which shards the weights; set it to False."
+            )
         if args.local_backward != "auto":
             return args.local_backward
         mode = "eager" if engine is None else "joint"
@@ -285,6 +292,16 @@ class LoPTMixin(CheckpointMixin):
         if state_dict is not None:
             state_dict = {k: v for k, v in state_dict.items() if ".local_heads." not in f".{k}"}
         super()._save(output_dir, state_dict)
+
+
+class _ZeroHeadGradients(TrainerCallback):
+    """Does for the heads what the training loop's `model.zero_grad()` does for the model's parameters."""
+
+    def __init__(self, heads: nn.ModuleList) -> None:
+        self.heads = heads
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.heads.zero_grad()
 
 
 @contextlib.contextmanager

@@ -64,7 +64,9 @@ class LoPTTrainer(LoPTMixin, SFTTrainer):
             args = LoPTConfig(f"{model_id.split('/')[-1]}-LoPT")
         elif not isinstance(args, LoPTConfig):
             args = LoPTConfig(**{**args.to_dict(), "hub_token": args.hub_token})  # `to_dict` hides the token
-        given = inspect.signature(SFTTrainer.__init__).bind_partial(self, model, args, *sft_args, **sft_kwargs).arguments
+        given = (
+            inspect.signature(SFTTrainer.__init__).bind_partial(self, model, args, *sft_args, **sft_kwargs).arguments
+        )
         check_model(model, args, given.get("peft_config"), given.get("quantization_config"))
         check_dataset(given.get("train_dataset"), args.dataset_text_field, given.get("formatting_func"))
         super().__init__(model, args, *sft_args, local_objective=local_objective, **sft_kwargs)

@@ -1,0 +1,42 @@
+"""`lopt-hf <command>`: dispatch to the scripts, which do the work."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+COMMANDS = {
+    "demo": "fine-tune a real 135M model on this machine in a few minutes and compare before and after",
+    "sft": "supervised fine-tuning with LoPT (or end-to-end, for comparison) from a YAML or from arguments",
+    "bench": "measure memory and time per step against end-to-end training",
+}
+
+
+def _usage() -> str:
+    rows = "\n".join(f"  {name:<8} {purpose}" for name, purpose in COMMANDS.items())
+    return (
+        "usage: lopt-hf <command> [options]\n\nLocal learning for LLM post-training with Hugging Face.\n\n"
+        f"commands:\n{rows}\n\n`lopt-hf <command> --help` tells a command's options. On several devices: "
+        "`accelerate launch -m lopt_hf.scripts.<command> [options]`.\n"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command named by the first argument.
+
+    Args:
+        argv: Arguments without the program's name; default: those of the process.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(_usage(), end="")
+        return
+    if not arguments or arguments[0] not in COMMANDS:
+        given = f"unknown command {arguments[0]!r}" if arguments else "no command given"
+        sys.exit(f"lopt-hf: {given}; choose one of {', '.join(COMMANDS)}\n\n{_usage()}")
+    importlib.import_module(f"lopt_hf.scripts.{arguments[0]}").main(arguments[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Supervised fine-tuning with LoPT.
+
+```bash
+lopt-hf sft --config recipes/smollm2-135m/sft/lopt_k2.yaml
+lopt-hf sft --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name tatsu-lab/alpaca --output_dir out
+accelerate launch --config_file recipes/accelerate_configs/ddp_2.yaml -m lopt_hf.scripts.sft --config ...
+```
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
+
+from lopt_hf.data.formats import load_sft_dataset, to_trl_format
+from lopt_hf.data.word_problems import make_word_problems
+from lopt_hf.pretrained import resolve_model
+from lopt_hf.scripts.parsing import parse_or_exit
+from lopt_hf.trainers.checks import check_output_dir
+from lopt_hf.trainers.lopt_config import LocalLearningArguments, LoPTConfig
+from lopt_hf.trainers.lopt_trainer import LoPTTrainer
+
+__all__ = ["SFTScriptArguments", "main", "make_parser"]
+
+WORD_PROBLEMS = "word-problems"
+WORD_PROBLEM_SIZES = {"num_train": 512, "num_heldout": 64}
+
+
+@dataclass
+class SFTScriptArguments(ScriptArguments):
+    """Which data to train on, and by which method.
+
+    Parameters:
+        dataset_name: Hub id, local `.json`, `.jsonl` or `.parquet` file, or `word-problems` for the generated
+            arithmetic that the package carries.
+        method: `"lopt"`, or `"e2e"` for `SFTTrainer` itself with the same arguments.
+    """
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id, local .json, .jsonl or .parquet file, or 'word-problems' (generated arithmetic, offline). "
+            "Columns: any layout of SFTTrainer, Alpaca, MetaMath, query/response."
+        },
+    )
+    method: str = field(
+        default="lopt",
+        metadata={"help": "'lopt', or 'e2e' for plain end-to-end SFTTrainer.", "choices": ["lopt", "e2e"]},
+    )
+
+
+def make_parser() -> TrlParser:
+    """The parser of this command: script, training and model arguments, and `--config file.yaml`."""
+    return TrlParser((SFTScriptArguments, LoPTConfig, ModelConfig), prog="lopt-hf sft", description=__doc__)
+
+
+def load_split(script_args: SFTScriptArguments, split: str, seed: int) -> Any:
+    """Loads one split of the data in a layout that `SFTTrainer` takes."""
+    if script_args.dataset_name is None:
+        raise ValueError("dataset_name is missing; give a hub id, a local .json, .jsonl or .parquet file.")
+    if script_args.dataset_name == WORD_PROBLEMS:
+        problems = make_word_problems(**WORD_PROBLEM_SIZES, seed=seed)
+        if split not in problems:
+            raise ValueError(f"dataset split {split!r} is unknown; {WORD_PROBLEMS} has {', '.join(problems)}.")
+        return problems[split].select_columns(["prompt", "completion"])
+    dataset = load_sft_dataset(
+        script_args.dataset_name, script_args.dataset_config, split, script_args.dataset_streaming
+    )
+    return to_trl_format(dataset)
+
+
+def end_to_end_args(args: LoPTConfig) -> SFTConfig:
+    """The same training arguments for `SFTTrainer`: without those of local learning."""
+    local = {f.name for f in fields(LocalLearningArguments)}
+    return SFTConfig(**{f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name not in local})
+
+
+def make_trainer(script_args: SFTScriptArguments, args: LoPTConfig, model_args: ModelConfig) -> SFTTrainer:
+    """Builds the trainer of `method` from parsed arguments."""
+    if model_args.model_name_or_path is None:
+        raise ValueError("model_name_or_path is missing; give a hub id or a local folder.")
+    given = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    }
+    args.model_init_kwargs = {**given, **(args.model_init_kwargs or {})}
+    evaluates = args.eval_strategy != "no"
+    data = {
+        "train_dataset": load_split(script_args, script_args.dataset_train_split, args.seed),
+        "eval_dataset": load_split(script_args, script_args.dataset_test_split, args.seed) if evaluates else None,
+    }
+    extras = {"peft_config": get_peft_config(model_args), "quantization_config": get_quantization_config(model_args)}
+    model = resolve_model(model_args.model_name_or_path)
+    if script_args.method == "e2e":
+        return SFTTrainer(model, end_to_end_args(args), **data, **extras)
+    return LoPTTrainer(model, args, **data, **extras)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains, saves and, if asked to, pushes a model.
+
+    Args:
+        argv: Arguments without the program's name; default: those of the process.
+    """
+    script_args, args, model_args = parse_or_exit(make_parser(), argv)
+    try:
+        check_output_dir(args.output_dir, args.resume_from_checkpoint)
+        trainer = make_trainer(script_args, args, model_args)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"lopt-hf sft: {error}")
+    trainer.train(resume_from_checkpoint=_resume(args.resume_from_checkpoint))
+    trainer.save_model(args.output_dir)
+    trainer.accelerator.print(f"Model saved to {args.output_dir}")
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}")
+
+
+def _resume(value: str | None) -> str | bool | None:
+    """`--resume_from_checkpoint true` means the last checkpoint in output_dir."""
+    return True if value is not None and value.lower() == "true" else value
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""A killed and resumed run ends where the uninterrupted one does, bit for bit."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers.trainer_utils import get_last_checkpoint
+
+from lopt_hf.trainers import checkpoint as checkpoint_module
+from tests.trainers.helpers import make_trainer
+
+CLOCK = ("runtime", "per_second", "train_loss")  # of this process, not of the run
+
+
+def run(output_dir: Path, *options: object) -> int:
+    command = [sys.executable, "-m", "tests.trainers.resume_worker", str(output_dir), *map(str, options)]
+    return subprocess.run(command, check=False, capture_output=True, cwd=Path(__file__).parents[2]).returncode
+
+
+def final_state(output_dir: Path) -> dict:
+    last = output_dir / "checkpoint-8"
+    log_history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    return {
+        "weights": load_file(last / "model.safetensors"),
+        "heads": load_file(last / "local_heads.safetensors"),
+        "optimizer": torch.load(last / "optimizer.pt", weights_only=True),
+        "log": [{k: v for k, v in row.items() if not any(c in k for c in CLOCK)} for row in log_history],
+    }
+
+
+def assert_equal(a, b, path=""):
+    assert type(a) is type(b), path
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_equal(a[key], b[key], f"{path}/{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{path}/{i}")
+    else:
+        assert a == b, path
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("num_blocks", [2, 4])
+def test_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path, num_blocks, accumulation):
+    options = ("--num-blocks", num_blocks, "--accumulation", accumulation)
+    assert run(tmp_path / "whole", *options) == 0
+    assert run(tmp_path / "killed", *options, "--kill-at", 6) == -signal.SIGKILL
+    assert Path(get_last_checkpoint(tmp_path / "killed")).name == "checkpoint-4"
+    assert run(tmp_path / "killed", *options, "--resume") == 0
+    whole, resumed = final_state(tmp_path / "whole"), final_state(tmp_path / "killed")
+    assert len(whole["log"]) >= 2 and "local_loss/block_0" in whole["log"][0]
+    assert_equal(whole, resumed)
+
+
+@pytest.mark.parametrize("fails_in", ["_save_optimizer_and_scheduler", "_save_rng_state", "_save_local_state"])
+def test_an_interrupted_save_leaves_the_previous_checkpoint_the_last(tmp_path, monkeypatch, fails_in):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    trainer = make_trainer(tmp_path, **settings)
+    original = getattr(trainer, fails_in)
+
+    def interrupted(*args):
+        if trainer.state.global_step == 4:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(trainer, fails_in, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert Path(get_last_checkpoint(tmp_path)).name == "checkpoint-2"
+    resumed = make_trainer(tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert Path(get_last_checkpoint(tmp_path)).name == "checkpoint-4"
+    assert not (tmp_path / checkpoint_module.STAGING_FOLDER).exists()
+
+
+def test_old_checkpoints_are_rotated_and_the_best_is_kept(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        max_steps=4,
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        learning_rate=0.0,  # the first evaluation stays the best
+        trainer_kwargs={"eval_dataset": make_trainer(tmp_path / "other").train_dataset},
+    )
+    trainer.train()
+    kept = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert kept == ["checkpoint-1"] and trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
+
+
+def test_a_checkpoint_with_other_block_settings_is_refused(tmp_path):
+    make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    with pytest.raises(ValueError, match="num_blocks=2, but this run has num_blocks=3"):
+        make_trainer(tmp_path, num_blocks=3).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_another_trainer_is_refused(tmp_path):
+    make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    (tmp_path / "checkpoint-1" / checkpoint_module.STATE_FILE).unlink()
+    with pytest.raises(ValueError, match="not a checkpoint of this trainer"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_a_folder_with_another_runs_checkpoints_is_refused(tmp_path):
+    make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    with pytest.raises(ValueError, match="holds another run's checkpoints.*checkpoint-1"):
+        make_trainer(tmp_path).train()
