@@ -1,19 +1,21 @@
-"""One training run in a process of its own, which may kill itself: `python -m tests.trainers.resume_worker ...`."""
+"""A training run that kills its own process in the middle of a step: `python -m tests.trainers.resume_worker ...`."""
 
 import argparse
 import os
 import signal
+from pathlib import Path
 
 from transformers import TrainerCallback
 
 import tests.conftest  # noqa: F401  (offline, one thread)
+from lopt_hf import LoPTTrainer
 from tests.trainers.helpers import make_trainer
 
 
 class KillAt(TrainerCallback):
-    """SIGKILL in the middle of an optimizer step: gradients are there, weights not yet changed."""
+    """SIGKILL when the gradients of a step are there and the weights are not yet changed."""
 
-    def __init__(self, step):
+    def __init__(self, step: int):
         self.step = step
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
@@ -21,27 +23,31 @@ class KillAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("output_dir")
-    parser.add_argument("--num-blocks", type=int, default=2)
-    parser.add_argument("--accumulation", type=int, default=1)
-    parser.add_argument("--kill-at", type=int)
-    parser.add_argument("--resume", action="store_true")
-    options = parser.parse_args()
-    trainer = make_trainer(
-        options.output_dir,
-        num_blocks=options.num_blocks,
-        gradient_accumulation_steps=options.accumulation,
+def make_resumable_trainer(output_dir: Path, num_blocks: int, accumulation: int) -> LoPTTrainer:
+    """A run of 8 steps with a checkpoint at 4, between two logs."""
+    return make_trainer(
+        output_dir,
+        num_blocks=num_blocks,
+        gradient_accumulation_steps=accumulation,
         max_steps=8,
         save_strategy="steps",
         save_steps=4,
-        logging_steps=3,  # the checkpoint falls between two logs
+        logging_steps=3,
         lr_scheduler_type="cosine",
         per_device_train_batch_size=2,
-        trainer_kwargs={"callbacks": [KillAt(options.kill_at)]},
     )
-    trainer.train(resume_from_checkpoint=options.resume or None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("output_dir", type=Path)
+    parser.add_argument("--num-blocks", type=int)
+    parser.add_argument("--accumulation", type=int)
+    parser.add_argument("--kill-at", type=int)
+    options = parser.parse_args()
+    trainer = make_resumable_trainer(options.output_dir, options.num_blocks, options.accumulation)
+    trainer.add_callback(KillAt(options.kill_at))
+    trainer.train()
 
 
 if __name__ == "__main__":

@@ -13,13 +13,16 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from lopt_hf.trainers import checkpoint as checkpoint_module
 from tests.trainers.helpers import make_trainer
+from tests.trainers.resume_worker import make_resumable_trainer
 
 CLOCK = ("runtime", "per_second", "train_loss")  # of this process, not of the run
 
 
-def run(output_dir: Path, *options: object) -> int:
-    command = [sys.executable, "-m", "tests.trainers.resume_worker", str(output_dir), *map(str, options)]
-    return subprocess.run(command, check=False, capture_output=True, cwd=Path(__file__).parents[2]).returncode
+def run_until_killed(output_dir: Path, num_blocks: int, accumulation: int, step: int) -> int:
+    options = ["--num-blocks", num_blocks, "--accumulation", accumulation, "--kill-at", step]
+    command = [sys.executable, "-m", "tests.trainers.resume_worker", output_dir, *options]
+    root = Path(__file__).parents[2]
+    return subprocess.run([str(part) for part in command], check=False, capture_output=True, cwd=root).returncode
 
 
 def final_state(output_dir: Path) -> dict:
@@ -52,11 +55,10 @@ def assert_equal(a, b, path=""):
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("num_blocks", [2, 4])
 def test_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path, num_blocks, accumulation):
-    options = ("--num-blocks", num_blocks, "--accumulation", accumulation)
-    assert run(tmp_path / "whole", *options) == 0
-    assert run(tmp_path / "killed", *options, "--kill-at", 6) == -signal.SIGKILL
+    make_resumable_trainer(tmp_path / "whole", num_blocks, accumulation).train()
+    assert run_until_killed(tmp_path / "killed", num_blocks, accumulation, step=6) == -signal.SIGKILL
     assert Path(get_last_checkpoint(tmp_path / "killed")).name == "checkpoint-4"
-    assert run(tmp_path / "killed", *options, "--resume") == 0
+    make_resumable_trainer(tmp_path / "killed", num_blocks, accumulation).train(resume_from_checkpoint=True)
     whole, resumed = final_state(tmp_path / "whole"), final_state(tmp_path / "killed")
     assert len(whole["log"]) >= 2 and "local_loss/block_0" in whole["log"][0]
     assert_equal(whole, resumed)

@@ -1,0 +1,35 @@
+"""One rank of a two-process run: launched by `test_ddp.py` with `accelerate launch`."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+import tests.conftest  # noqa: F401  (offline, one thread)
+from lopt_hf import LoPTTrainer
+from tests.trainers.helpers import make_trainer, snapshot
+
+
+def run(output_dir: Path, **settings: Any) -> LoPTTrainer:
+    trainer = make_trainer(output_dir, **settings)
+    trainer.train()
+    return trainer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("output_dir", type=Path)
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    parser.add_argument("--per_device_train_batch_size", type=int, default=2)
+    parser.add_argument("--num_blocks", type=int, default=2)
+    parser.add_argument("--local_backward", default="eager")
+    trainer = run(**vars(parser.parse_args()))
+    assert trainer.accelerator.num_processes == 2
+    if trainer.accelerator.is_main_process:
+        save_file(snapshot(trainer), f"{trainer.args.output_dir}/weights.safetensors")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Two gloo processes end where one process with the same global batch does."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lopt_hf.distributed import GradientReducer
+from tests.distributed.ddp_worker import run
+from tests.trainers.helpers import snapshot
+
+ROOT = Path(__file__).parents[2]
+TWO_PROCESSES = ROOT / "recipes/accelerate_configs/ddp_2.yaml"
+
+
+def launch(output_dir: Path, *options: object) -> dict[str, torch.Tensor]:
+    output_dir.mkdir(parents=True)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(TWO_PROCESSES)]
+    command += ["--main_process_port", "0"]
+    command += ["-m", "tests.distributed.ddp_worker", str(output_dir), *map(str, options)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return load_file(output_dir / "weights.safetensors")
+
+
+def assert_same_weights(two: dict[str, torch.Tensor], one: dict[str, torch.Tensor]) -> None:
+    assert two.keys() == one.keys()
+    worst = {name: ((two[name] - weight).norm() / weight.norm()).item() for name, weight in one.items()}
+    assert max(worst.values()) <= 1e-6, max(worst.items(), key=lambda item: item[1])
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_two_processes_equal_one(tmp_path, checkpointing, accumulation):
+    """The same micro-batches, half of them on each rank."""
+    options = ["--gradient_accumulation_steps", accumulation]
+    two = launch(tmp_path / "two", *options, *(["--gradient_checkpointing"] if checkpointing else []))
+    one = run(
+        tmp_path / "one",
+        gradient_checkpointing=checkpointing,
+        gradient_accumulation_steps=2 * accumulation,
+        per_device_train_batch_size=2,
+    )
+    assert_same_weights(two, snapshot(one))
+
+
+@pytest.mark.parametrize("options", [("--num_blocks", 4), ("--local_backward", "joint")])
+def test_two_processes_equal_one_with_other_settings(tmp_path, options):
+    two = launch(tmp_path / "two", *options)
+    name, value = options
+    settings = {name.lstrip("-"): value, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    assert_same_weights(two, snapshot(run(tmp_path / "one", **settings)))
+
+
+def test_buckets_hold_every_gradient_once():
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in (3, 5, 2, 7)]
+    for parameter in parameters[:3]:
+        parameter.grad = torch.ones_like(parameter)
+    buckets = list(GradientReducer(bucket_bytes=4 * 6)._buckets(parameters))
+    assert [[g.numel() for g in bucket] for bucket in buckets] == [[2, 5], [3]]
