@@ -12,7 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
+from datasets import Dataset, IterableDataset
+from trl import (
+    ModelConfig,
+    ScriptArguments,
+    SFTConfig,
+    SFTTrainer,
+    TrlParser,
+    get_peft_config,
+    get_quantization_config,
+)
 
 from lopt_hf.data.formats import load_sft_dataset, to_trl_format
 from lopt_hf.data.word_problems import make_word_problems
@@ -35,6 +44,7 @@ class SFTScriptArguments(ScriptArguments):
     Parameters:
         dataset_name: Hub id, local `.json`, `.jsonl` or `.parquet` file, or `word-problems` for the generated
             arithmetic that the package carries.
+        dataset_max_samples: Train on this many rows, drawn with the run's seed.
         method: `"lopt"`, or `"e2e"` for `SFTTrainer` itself with the same arguments.
     """
 
@@ -44,6 +54,9 @@ class SFTScriptArguments(ScriptArguments):
             "help": "Hub id, local .json, .jsonl or .parquet file, or 'word-problems' (generated arithmetic, offline). "
             "Columns: any layout of SFTTrainer, Alpaca, MetaMath, query/response."
         },
+    )
+    dataset_max_samples: int | None = field(
+        default=None, metadata={"help": "Train on this many rows, drawn with the run's seed. Default: all."}
     )
     method: str = field(
         default="lopt",
@@ -71,6 +84,19 @@ def load_split(script_args: SFTScriptArguments, split: str, seed: int) -> Any:
     return to_trl_format(dataset)
 
 
+def draw(dataset: Dataset | IterableDataset, max_samples: int | None, seed: int) -> Dataset | IterableDataset:
+    """Keeps `max_samples` rows of a shuffled data set.
+
+    Raises:
+        ValueError: If `max_samples` is not positive.
+    """
+    if max_samples is None:
+        return dataset
+    if max_samples < 1:
+        raise ValueError(f"dataset_max_samples={max_samples} leaves nothing to train on; give at least 1.")
+    return dataset.shuffle(seed=seed).take(max_samples)
+
+
 def end_to_end_args(args: LoPTConfig) -> SFTConfig:
     """The same training arguments for `SFTTrainer`: without those of local learning."""
     local = {f.name for f in fields(LocalLearningArguments)}
@@ -88,8 +114,9 @@ def make_trainer(script_args: SFTScriptArguments, args: LoPTConfig, model_args: 
     }
     args.model_init_kwargs = {**given, **(args.model_init_kwargs or {})}
     evaluates = args.eval_strategy != "no"
+    train_dataset = load_split(script_args, script_args.dataset_train_split, args.seed)
     data = {
-        "train_dataset": load_split(script_args, script_args.dataset_train_split, args.seed),
+        "train_dataset": draw(train_dataset, script_args.dataset_max_samples, args.seed),
         "eval_dataset": load_split(script_args, script_args.dataset_test_split, args.seed) if evaluates else None,
     }
     extras = {"peft_config": get_peft_config(model_args), "quantization_config": get_quantization_config(model_args)}

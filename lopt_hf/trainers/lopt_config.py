@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 
 import torch
+from accelerate.utils import parse_flag_from_env
+from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
 __all__ = ["LoPTConfig", "LocalLearningArguments"]
@@ -106,15 +108,50 @@ class LocalLearningArguments:
     )
 
     def __post_init__(self) -> None:
-        # transformers' arguments refuse bf16, the default of TRL's configs, on a machine without an accelerator
-        # unless told that this is meant.
+        # First of all: transformers' own checks need the engine that they are for to be installed.
+        self._check_ranges()
+        self._check_choices()
+        self.pick_local_backward()
+        self._check_engine()
+        # transformers refuses bf16, the default of TRL's configs, on a machine without an accelerator unless told
+        # that this is meant.
         if not torch.accelerator.is_available():
             self.use_cpu = True
         super().__post_init__()  # type: ignore[misc]
-        self._check_ranges()
-        self._check_choices()
-        if self.local_backward == "eager" and (self.fsdp or self.deepspeed):  # type: ignore[attr-defined]
-            raise ValueError(eager_is_impossible("FSDP" if self.fsdp else "DeepSpeed"))  # type: ignore[attr-defined]
+
+    @property
+    def sharding_engine(self) -> str | None:
+        """`"FSDP"` or `"DeepSpeed"` if the run shards the model, as its arguments or `accelerate launch` say."""
+        if self.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):  # type: ignore[attr-defined]
+            return "FSDP"
+        if self.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):  # type: ignore[attr-defined]
+            return "DeepSpeed"
+        return None
+
+    def pick_local_backward(self) -> str:
+        """Resolves `local_backward="auto"` to `"eager"` or `"joint"`.
+
+        Raises:
+            ValueError: If `"eager"` is asked for where the engine or the optimizer must see one backward per step.
+        """
+        engine = self.sharding_engine
+        if engine is None and self.optim in ("lomo", "adalomo"):  # type: ignore[attr-defined]
+            engine = f"optim={OptimizerNames(self.optim).value!r}"  # type: ignore[attr-defined]
+        if self.local_backward == "eager" and engine is not None:
+            raise ValueError(
+                f"local_backward='eager' does not work under {engine}, which must see one backward per step; "
+                "set local_backward to 'joint' or leave it at 'auto'."
+            )
+        return ("eager" if engine is None else "joint") if self.local_backward == "auto" else self.local_backward
+
+    def _check_engine(self) -> None:
+        engine = self.sharding_engine
+        if engine == "DeepSpeed" and self.clip_scope == "block":
+            raise ValueError("clip_scope='block' does not work under DeepSpeed, which clips; set it to 'global'.")
+        if engine is not None and self.log_drift:
+            raise ValueError(
+                f"log_drift=True does not work under {engine}, which shards the weights; set it to False."
+            )
 
     def _check_ranges(self) -> None:
         lowest = {
@@ -143,14 +180,6 @@ class LocalLearningArguments:
             choices = type(self).__dataclass_fields__[name].metadata["choices"]
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(choices)}.")
-
-
-def eager_is_impossible(engine: str) -> str:
-    """The error text for an explicit eager local backward under an engine that cannot run it."""
-    return (
-        f"local_backward='eager' does not work under {engine}, which must see one backward per step; "
-        "set local_backward to 'joint' or leave it at 'auto'."
-    )
 
 
 @dataclass

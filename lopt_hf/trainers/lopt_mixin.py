@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
@@ -22,7 +23,7 @@ from lopt_hf.drift import WeightDrift
 from lopt_hf.objectives import LocalObjective, ReconstructionObjective
 from lopt_hf.trainers.checkpoint import CheckpointMixin, read_local_state
 from lopt_hf.trainers.checks import check_output_dir
-from lopt_hf.trainers.lopt_config import LocalLearningArguments, eager_is_impossible
+from lopt_hf.trainers.lopt_config import LocalLearningArguments
 
 __all__ = ["LOPT_PAPER", "LoPTMixin"]
 
@@ -67,13 +68,13 @@ class LoPTMixin(CheckpointMixin):
         super().__init__(*trainer_args, **trainer_kwargs)
         args: LocalLearningArguments = self.args
         base_model = self._base_model()
+        self._check_fsdp()
         self.stack = find_decoder_stack(base_model)
         self.blocks = split_layers(len(self.stack.layers), args.num_blocks, args.split_at)
         self._separate_embeddings(base_model)
         if not args.train_early_blocks:
             for parameter in self._early_parameters():
                 parameter.requires_grad_(False)
-        engine = self._sharding_engine()
         objective = local_objective or ReconstructionObjective(
             args.reconstruction_bottleneck, masked=args.reconstruction_mask == "attention"
         )
@@ -81,7 +82,7 @@ class LoPTMixin(CheckpointMixin):
         num_heads = len(self.blocks) - 1 if args.train_early_blocks else 0
         self.local_heads = make_heads(objective, self.stack.hidden_size, num_heads, self.args.seed)
         self.local_heads.to(self.args.device)
-        self._heads_in_model = engine is not None
+        self._heads_in_model = args.sharding_engine is not None
         if self._heads_in_model:  # the engine shards, steps and saves what is in the model. Untested on GPU.
             base_model.add_module("local_heads", self.local_heads)
         self.boundary = GradientBoundary(
@@ -90,15 +91,27 @@ class LoPTMixin(CheckpointMixin):
             objective,
             self.local_heads,
             weight=args.reconstruction_weight / (len(self.blocks) - 1),
-            mode=self._pick_local_backward(engine),
+            mode=args.pick_local_backward(),
             run_backward=self._run_local_backward,
             router_coefficient=self._router_coefficient(),
         )
+        if args.local_backward == "auto":
+            logger.info(f"local_backward='auto': the local backward is {self.boundary.mode}")
         self.add_callback(_ZeroHeadGradients(self.local_heads))
         self._reducer = GradientReducer()
         self._ignore_early_parameters_in_ddp()
         self._drift = WeightDrift(self._owned()) if args.log_drift else None
         self._owns_output_dir = False
+
+    def _check_fsdp(self) -> None:
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is not None and plugin.activation_checkpointing:
+            raise ValueError(
+                "fsdp_activation_checkpointing=True runs the decoder layers' hooks a second time in the backward; set "
+                "it to false and use activation_checkpointing=True, which does not."
+            )
+        if plugin is not None and plugin.fsdp_version == 1 and self.args.clip_scope == "block":
+            raise ValueError("clip_scope='block' needs FSDP2; set fsdp_version to 2, or clip_scope to 'global'.")
 
     # ---- What belongs to which block ----
 
@@ -123,10 +136,15 @@ class LoPTMixin(CheckpointMixin):
         embeddings, head = base_model.get_input_embeddings(), base_model.get_output_embeddings()
         if head.weight is not embeddings.weight or not head.weight.requires_grad:
             return
-        if self.args.tied_embeddings == "untie":
-            untie_output_embeddings(base_model)
-        else:
+        if self.args.tied_embeddings == "freeze":
             head.weight.requires_grad_(False)
+        elif is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "tied_embeddings='untie' does not work under DeepSpeed ZeRO-3, which has already sharded the weight to "
+                "copy; set it to 'freeze', or use ZeRO-2."
+            )
+        else:
+            untie_output_embeddings(base_model)
 
     def _router_coefficient(self) -> float:
         config = self._base_model().config.get_text_config(decoder=True).to_dict()
@@ -134,36 +152,13 @@ class LoPTMixin(CheckpointMixin):
 
     # ---- The local backward ----
 
-    def _sharding_engine(self) -> str | None:
-        return "FSDP" if self.is_fsdp_enabled else "DeepSpeed" if self.is_deepspeed_enabled else None
-
-    def _pick_local_backward(self, engine: str | None) -> str:
-        args = self.args
-        if engine is None and args.optim in ("lomo", "adalomo"):
-            engine = f"optim={args.optim.value!r}"
-        if engine is not None and args.local_backward == "eager":
-            raise ValueError(eager_is_impossible(engine))
-        if engine == "DeepSpeed" and args.clip_scope == "block":
-            raise ValueError(
-                "clip_scope='block' does not work under DeepSpeed, which clips; set clip_scope to 'global'."
-            )
-        if self._sharding_engine() is not None and args.log_drift:
-            raise ValueError(
-                f"log_drift=True does not work under {engine}, which shards the weights; set it to False."
-            )
-        if args.local_backward != "auto":
-            return args.local_backward
-        mode = "eager" if engine is None else "joint"
-        logger.info(f"local_backward='auto': the local backward is {mode}" + (f" under {engine}" if engine else ""))
-        return mode
-
     def _run_local_backward(self, index: int, loss: torch.Tensor) -> None:
         self.accelerator.backward(loss)
         if self._reduces_early_gradients() and self.accelerator.sync_gradients:
             self._reducer.start(self._clip_groups()[index])
 
     def _reduces_early_gradients(self) -> bool:
-        return self.accelerator.num_processes > 1 and self._sharding_engine() is None
+        return self.accelerator.num_processes > 1 and not self._heads_in_model
 
     def _ignore_early_parameters_in_ddp(self) -> None:
         # Their gradients are ready inside the forward, or do not follow from the forward's output; DDP's reducer

@@ -1,6 +1,7 @@
 """LoPT on TRL's SFT trainer."""
 
 import inspect
+from dataclasses import fields
 from typing import Any
 
 from transformers import PreTrainedModel, TrainingArguments
@@ -63,7 +64,8 @@ class LoPTTrainer(LoPTMixin, SFTTrainer):
             model_id = model if isinstance(model, str) else get_config_model_id(model.config)
             args = LoPTConfig(f"{model_id.split('/')[-1]}-LoPT")
         elif not isinstance(args, LoPTConfig):
-            args = LoPTConfig(**{**args.to_dict(), "hub_token": args.hub_token})  # `to_dict` hides the token
+            # Not by `to_dict`, which hides every field whose name ends in `_token`.
+            args = LoPTConfig(**{f.name: getattr(args, f.name) for f in fields(args) if f.init})
         given = (
             inspect.signature(SFTTrainer.__init__).bind_partial(self, model, args, *sft_args, **sft_kwargs).arguments
         )

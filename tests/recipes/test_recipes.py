@@ -1,0 +1,195 @@
+"""Every recipe parses with the parser of its command, and holds the values that it claims to hold."""
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
+from datasets.arrow_reader import ReadInstruction
+
+from lopt_hf.scripts import sft
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = ROOT / "recipes"
+ACCELERATE_CONFIGS = sorted((RECIPES / "accelerate_configs").glob("*.yaml"))
+MODEL_RECIPES = sorted(set(RECIPES.rglob("*.yaml")) - set(ACCELERATE_CONFIGS))
+PARSERS = {"sft": sft.make_parser}  # by the recipe's folder
+
+# LoPT, arXiv 2605.04913 v3
+PAPER_MODELS = {
+    "qwen3-4b": "Qwen/Qwen3-4B",
+    "qwen2.5-7b-instruct": "Qwen/Qwen2.5-7B-Instruct",
+    "llama-3.1-8b-instruct": "meta-llama/Llama-3.1-8B-Instruct",
+}
+PAPER_DATA = {
+    "alpaca": {"name": "tatsu-lab/alpaca", "rows": 52_002, "used": 52_002, "max_length": 512, "num_train_epochs": 3},
+    "metamath": {
+        "name": "meta-math/MetaMathQA",
+        "rows": 395_000,
+        "used": 100_000,
+        "max_length": 1024,
+        "num_train_epochs": 1,
+    },
+    "tulu3": {
+        "name": "allenai/tulu-3-sft-mixture",
+        "rows": 939_343,
+        "used": 100_000,
+        "max_length": 2048,
+        "num_train_epochs": 1,
+    },
+}
+PAPER_VALUES = {
+    "learning_rate": 2e-5,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,
+    "weight_decay": 0.0,
+    "bf16": True,
+    "reconstruction_weight": 10.0,
+    "early_learning_rate": None,  # one rate for both blocks
+}
+SMOLLM2_RECIPES = {
+    "e2e": {"method": "e2e"},
+    "lopt_k2": {"method": "lopt", "num_blocks": 2, "train_early_blocks": True},
+    "lopt_k4": {"method": "lopt", "num_blocks": 4, "train_early_blocks": True},
+    "freeze": {"method": "lopt", "num_blocks": 2, "train_early_blocks": False},
+    "lora": {"method": "e2e", "use_peft": True, "lora_r": 16, "learning_rate": 2e-4},
+}
+ENGINES = {
+    "single": DistributedType.NO,
+    "ddp": DistributedType.MULTI_GPU,
+    "fsdp2": DistributedType.FSDP,
+    "zero2": DistributedType.DEEPSPEED,
+    "zero3": DistributedType.DEEPSPEED,
+}
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(RECIPES).with_suffix(""))
+
+
+def parse(path: Path, task: str = "sft") -> dict[str, Any]:
+    """The values of all dataclasses that a recipe is parsed into. Nothing may warn of a deprecated name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        warnings.simplefilter("error", DeprecationWarning)
+        parsed = PARSERS[task]().parse_args_and_config(["--config", str(path)])
+    return {key: value for arguments in parsed for key, value in vars(arguments).items()}
+
+
+def recipe(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text((RECIPES / "smollm2-135m/sft/lopt_k2.yaml").read_text() + text)
+    return path
+
+
+@pytest.mark.parametrize("path", MODEL_RECIPES, ids=name_of)
+def test_recipe_is_parsed_in_full(path: Path) -> None:
+    values = parse(path, path.parent.name)
+    written = yaml.safe_load(path.read_text())
+    assert written.keys() <= values.keys()
+    for key in ("model_name_or_path", "dataset_name", "method", "output_dir"):
+        assert values[key] == written[key]
+    assert values["output_dir"] == f"out/{path.parts[-3]}-{path.stem}"
+    assert values["report_to"] == []
+    for key in ("activation_checkpointing", "gradient_checkpointing"):  # the old name is what TRL reads
+        assert values[key] == written["activation_checkpointing"]
+
+
+@pytest.mark.parametrize("path", MODEL_RECIPES, ids=name_of)
+def test_recipe_is_mentioned_in_the_readme_of_its_model(path: Path) -> None:
+    assert path.stem in (path.parents[1] / "README.md").read_text()
+
+
+@pytest.mark.parametrize("data", PAPER_DATA)
+@pytest.mark.parametrize("model", PAPER_MODELS)
+def test_paper_recipe_has_the_papers_values(model: str, data: str) -> None:
+    values = parse(RECIPES / model / "sft" / f"lopt_{data}.yaml")
+    expected = PAPER_DATA[data]
+    assert values["model_name_or_path"] == PAPER_MODELS[model]
+    assert values["dataset_name"] == expected["name"]
+    assert {key: values[key] for key in PAPER_VALUES} == PAPER_VALUES
+    assert (values["method"], values["num_blocks"], values["per_device_train_batch_size"]) == ("lopt", 2, 4)
+    for key in ("max_length", "num_train_epochs"):
+        assert values[key] == expected[key]
+    split = ReadInstruction.from_spec(values["dataset_train_split"])
+    pieces = split.to_absolute({"train": expected["rows"]})
+    rows = {row for piece in pieces for row in range(piece.from_ or 0, piece.to or expected["rows"])}
+    assert len(rows) == expected["used"]
+
+
+@pytest.mark.parametrize("name", SMOLLM2_RECIPES)
+def test_smollm2_recipe_has_the_papers_values_but_for_its_method(name: str) -> None:
+    values = parse(RECIPES / "smollm2-135m/sft" / f"{name}.yaml")
+    expected = {**PAPER_VALUES, **SMOLLM2_RECIPES[name]}
+    assert {key: values[key] for key in expected} == expected
+    assert values["model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert values["dataset_name"] == sft.WORD_PROBLEMS
+
+
+def test_smollm2_recipes_differ_in_nothing_else() -> None:
+    methods = {key for expected in SMOLLM2_RECIPES.values() for key in expected}
+    methods |= {"reconstruction_weight", "lora_alpha", "lora_target_modules", "output_dir"}
+    recipes = [yaml.safe_load((RECIPES / f"smollm2-135m/sft/{name}.yaml").read_text()) for name in SMOLLM2_RECIPES]
+    shared = [{key: value for key, value in each.items() if key not in methods} for each in recipes]
+    assert all(each == shared[0] for each in shared)
+
+
+def test_all_smollm2_recipes_are_tested() -> None:
+    assert {path.stem for path in (RECIPES / "smollm2-135m/sft").glob("*.yaml")} == set(SMOLLM2_RECIPES)
+
+
+def test_command_line_wins_over_the_recipe(tmp_path: Path) -> None:
+    arguments = ["--config", str(recipe(tmp_path, "")), "--output_dir", str(tmp_path), "--clip_scope", "global"]
+    _, args, _ = sft.make_parser().parse_args_and_config(arguments)
+    assert (args.output_dir, args.clip_scope) == (str(tmp_path), "global")
+
+
+def test_unknown_key_raises(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="num_blokcs"):
+        parse(recipe(tmp_path, "num_blokcs: 2\n"))
+
+
+def test_unknown_key_ends_the_command_with_the_nearest_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        sft.main(["--config", str(recipe(tmp_path, "num_blokcs: 2\n"))])
+    assert "did you mean 'num_blocks'?" in capsys.readouterr().err
+
+
+def test_recipe_cannot_run_code(tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    with pytest.raises(yaml.constructor.ConstructorError):
+        parse(recipe(tmp_path, f"run_name: !!python/object/apply:pathlib.Path.touch [{made}]\n"))
+    assert not made.exists()
+
+
+@pytest.mark.parametrize("path", ACCELERATE_CONFIGS, ids=name_of)
+def test_accelerate_config_is_what_its_name_says(path: Path) -> None:
+    engine, _, num_processes = path.stem.partition("_")
+    config = load_config_from_file(str(path))
+    assert config.num_processes == int(num_processes or 1)
+    assert config.distributed_type == ENGINES[engine]
+    assert config.mixed_precision == "no"  # or the file would turn bf16 on against the recipe
+    assert config.fsdp_config.get("fsdp_version") == (2 if engine == "fsdp2" else None)
+    assert config.deepspeed_config.get("zero_stage") == {"zero2": 2, "zero3": 3}.get(engine)
+
+
+def test_ddp_2_starts_two_processes_without_a_gpu(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from accelerate import PartialState\n"
+        "state = PartialState(cpu=True)  # what Trainer passes on: LoPTConfig sets use_cpu\n"
+        "assert (state.num_processes, state.backend, state.device.type) == (2, 'gloo', 'cpu'), state\n"
+        "state.destroy_process_group()\n"
+    )
+    config = RECIPES / "accelerate_configs/ddp_2.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    command += ["--main_process_port", "0", str(script)]  # 0: any free port
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr

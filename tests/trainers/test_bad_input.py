@@ -1,0 +1,167 @@
+"""One clear error, early, that names the field, its value and the fix."""
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM, BertConfig, BitsAndBytesConfig, T5Config
+
+from lopt_hf import LoPTConfig
+from lopt_hf.scripts import sft
+from tests.tiny import make_dataset, make_model
+from tests.trainers.helpers import make_trainer
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_blocks": 1}, "num_blocks=1 .* at least 2"),
+        ({"num_blocks": 3, "split_at": [3, 2]}, r"split_at=\[3, 2\] must be strictly increasing"),
+        ({"split_at": [1, 2]}, r"split_at=\[1, 2\] .* set num_blocks to 3"),
+        ({"split_at": [0]}, r"split_at=\[0\]"),
+        ({"reconstruction_weight": -1.0}, "reconstruction_weight=-1.0"),
+        ({"reconstruction_weight": float("nan")}, "reconstruction_weight=nan"),
+        ({"reconstruction_bottleneck": 0}, "reconstruction_bottleneck=0"),
+        ({"local_update_interval": 0}, "local_update_interval=0 .* at least 1"),
+        ({"early_learning_rate": -1e-5}, "early_learning_rate=-1e-05"),
+        ({"local_backward": "lazy"}, "local_backward='lazy' .* auto, eager, joint"),
+        ({"clip_scope": "layer"}, "clip_scope='layer' .* block, global"),
+        ({"tied_embeddings": "tie"}, "tied_embeddings='tie' .* untie, freeze"),
+        ({"reconstruction_mask": "labels"}, "reconstruction_mask='labels' .* attention, none"),
+        ({"local_backward": "eager", "fsdp": True}, "local_backward='eager' .* FSDP.*'joint'"),
+        (
+            {"local_backward": "eager", "optim": "lomo"},
+            "local_backward='eager' does not work under optim='lomo'.*'joint'",
+        ),
+    ],
+)
+def test_options_are_checked(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        LoPTConfig(str(tmp_path), **settings)
+
+
+def test_eager_under_deepspeed(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="local_backward='eager' .* DeepSpeed"):
+        LoPTConfig(str(tmp_path), local_backward="eager")
+
+
+def test_more_blocks_than_layers(tmp_path):
+    with pytest.raises(ValueError, match="num_blocks=5 does not fit a model with 4 decoder layers"):
+        make_trainer(tmp_path, num_blocks=5)
+
+
+def test_split_beyond_the_layers(tmp_path):
+    with pytest.raises(ValueError, match=r"split_at=\[4\] .* 1 to 3"):
+        make_trainer(tmp_path, split_at=[4])
+
+
+SMALL = {
+    "vocab_size": 90,
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+
+
+def test_encoder_decoder(tmp_path):
+    model = AutoModelForSeq2SeqLM.from_config(T5Config(vocab_size=90, d_model=32, num_layers=2, d_ff=32, num_heads=2))
+    model.save_pretrained(tmp_path / "t5")
+    for given in (model, str(tmp_path / "t5")):
+        with pytest.raises(ValueError, match="is an encoder-decoder; local learning needs a decoder-only"):
+            make_trainer(tmp_path, given)
+
+
+def test_encoder(tmp_path):
+    with pytest.raises(ValueError, match="BertForMaskedLM has no language-modelling head"):
+        make_trainer(tmp_path, AutoModelForMaskedLM.from_config(BertConfig(**SMALL)))
+
+
+def test_quantised_model_without_an_adapter(tmp_path):
+    model = make_model()
+    model.config.quantization_config = BitsAndBytesConfig(load_in_4bit=True)
+    with pytest.raises(ValueError, match="LlamaForCausalLM is quantised.*peft_config"):
+        make_trainer(tmp_path, model)
+
+
+def test_quantisation_asked_for_without_an_adapter(tmp_path):
+    make_model().save_pretrained(tmp_path / "base")
+    kwargs = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}
+    with pytest.raises(ValueError, match="is quantised.*peft_config"):
+        make_trainer(tmp_path, str(tmp_path / "base"), trainer_kwargs=kwargs)
+
+
+def test_empty_data_set(tmp_path):
+    with pytest.raises(ValueError, match="train_dataset has no rows"):
+        make_trainer(tmp_path, trainer_kwargs={"train_dataset": make_dataset().select([])})
+
+
+def test_missing_column(tmp_path):
+    rows = Dataset.from_dict({"question": ["a"], "reply": ["b"]})
+    with pytest.raises(
+        ValueError, match=r"train_dataset has the columns \['question', 'reply'\].*completion \+ prompt"
+    ):
+        make_trainer(tmp_path, trainer_kwargs={"train_dataset": rows})
+
+
+@pytest.mark.parametrize("where", ["weights", "local"])
+def test_nan_stops_training_and_keeps_the_last_good_checkpoint(tmp_path, where):
+    trainer = make_trainer(tmp_path, max_steps=6, save_strategy="steps", save_steps=2, save_total_limit=1)
+    original = trainer.compute_loss
+
+    def poisoned(model, inputs, *args, **kwargs):
+        if trainer.state.global_step == 3:
+            target = trainer.local_heads if where == "local" else trainer.model.model.layers[3]
+            next(target.parameters()).data.fill_(float("nan"))
+        return original(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = poisoned
+    with pytest.raises(FloatingPointError, match="is nan at step 4.*learning_rate"):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    resumed = make_trainer(tmp_path, max_steps=6, save_strategy="steps", save_steps=2)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6
+
+
+def test_a_gradient_that_turns_nan_does_not_reach_the_weights(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1)
+    weight = trainer.model.model.norm.weight
+    weight.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(FloatingPointError, match="grad_norm is nan at step 1"):
+        trainer.train()
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
+def write_config(tmp_path, **values):
+    lines = {"output_dir": tmp_path / "out", "report_to": "none", "max_steps": 1, **values}
+    path = tmp_path / "recipe.yaml"
+    path.write_text("".join(f"{key}: {value}\n" for key, value in lines.items()))
+    return ["--config", str(path)]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_blcks": 2}, "'num_blcks' (did you mean 'num_blocks'?)"),
+        ({"num_blocks": 1}, "num_blocks=1"),
+    ],
+)
+def test_bad_yaml_is_one_line(tmp_path, capsys, values, message):
+    with pytest.raises(SystemExit) as exit_info:
+        sft.main(write_config(tmp_path, **values))
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"dataset_name": "word-problems"}, "model_name_or_path is missing"),
+        ({"model_name_or_path": "m"}, "dataset_name is missing"),
+        ({"model_name_or_path": "m", "dataset_name": "nowhere.jsonl"}, "nowhere.jsonl"),
+    ],
+)
+def test_bad_arguments_of_the_command_are_one_line(tmp_path, values, message):
+    with pytest.raises(SystemExit, match=message):
+        sft.main(write_config(tmp_path, **values))
