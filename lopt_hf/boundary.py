@@ -204,7 +204,8 @@ class GradientBoundary:
         logits[:] = [layer_logits.detach() for layer_logits in logits]
         config = self.model.config.get_text_config(decoder=True)
         share = self.router_coefficient * len(own) / len(self.stack.layers)
-        return share * load_balancing_loss_func(own, config.num_experts, config.num_experts_per_tok, self._mask_BT)
+        loss = load_balancing_loss_func(own, config.num_experts, config.num_experts_per_tok, self._mask_BT)
+        return share * torch.as_tensor(loss)
 
     def _backward_now(self, index: int, loss: torch.Tensor) -> None:
         # A checkpointed layer runs again in its backward; its outputs must not be collected a second time.

@@ -83,7 +83,7 @@ def generate_answers(
         for batch in _batches(prompts, batch_size):
             texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in batch]
             inputs = _tokenize(tokenizer, texts, "left").to(model.device)
-            output_BT = model.generate(
+            output_BT: torch.Tensor = model.generate(  # type: ignore[operator]
                 **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
             )
             new_BT = output_BT[:, inputs["input_ids"].shape[1] :]
@@ -104,7 +104,7 @@ def _batches(items: Sequence[Any], size: int) -> Iterator[list[Any]]:
         yield [items[i] for i in range(start, min(start + size, len(items)))]
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], padding_side: str) -> Any:
+def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[Any], padding_side: str) -> Any:
     return tokenizer(texts, add_special_tokens=False, padding=True, padding_side=padding_side, return_tensors="pt")
 
 

@@ -89,8 +89,12 @@ class ReconstructionHead(nn.Sequential):
             nn.init.zeros_(linear.bias)
         super().__init__(nn.LayerNorm(hidden_size), down, nn.GELU(), up)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
     def forward(self, h_BTD: torch.Tensor) -> torch.Tensor:
-        return super().forward(h_BTD.to(self[0].weight.dtype))
+        return super().forward(h_BTD.to(self.dtype))
 
 
 class ReconstructionObjective:

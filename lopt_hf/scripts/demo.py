@@ -28,7 +28,6 @@ __all__ = ["main", "make_parser"]
 BATCH_SIZE = 8
 HELD_OUT = 64
 EXACT_MATCH_PROBLEMS = 32
-BENCH = {"batch_size": 4, "seq_length": 256, "steps": 3, "warmup": 1, "num_blocks": (2,), "local_update_interval": (1,)}
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,8 @@ def check_options(options: argparse.Namespace) -> None:
 
 def measure(model_path: str, rows: Sequence[dict[str, Any]], label: str) -> Measurement:
     """Loads a stock checkpoint in bf16 and measures it."""
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16).eval()
+    model.to(torch.accelerator.current_accelerator() or "cpu")
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     asked = rows[:EXACT_MATCH_PROBLEMS]
@@ -157,7 +156,8 @@ def report(
         f"{comparison(before, after)}\n\n"
         "## One training step beside end-to-end, measured now in the same run\n\n"
         f"{to_markdown(costs)}\n\n"
-        f"## One held-out problem\n\n{question}\n\nBefore: {before.example.strip()}\n\nAfter: {after.example.strip()}\n\n"
+        f"## One held-out problem\n\n{question}\n\n"
+        f"Before: {before.example.strip()}\n\nAfter: {after.example.strip()}\n\n"
         f"Model: {folder / 'model'} (stock checkpoint)\nCurves: {folder / 'curves.png'}\n"
         f"Report: {folder / 'report.md'}, figures: {folder / 'report.json'}\n"
     )
@@ -176,8 +176,16 @@ def run(options: argparse.Namespace) -> None:
     del trainer
     after = measure(str(options.output_dir / "model"), rows, "after")
     plot_curves(history, before, after, options.output_dir / "curves.png")
-    settings = {**BENCH, "num_blocks": (options.num_blocks,)}
-    costs = run_step_bench(StepBenchSettings(model=model_path, methods=("e2e", "lopt"), **settings))
+    costs = run_step_bench(
+        StepBenchSettings(
+            model=model_path,
+            methods=("e2e", "lopt"),
+            num_blocks=(options.num_blocks,),
+            local_update_interval=(1,),
+            steps=3,
+            warmup=1,
+        )
+    )
     text = report(options, rows[0]["prompt"][-1]["content"], before, after, costs)
     (options.output_dir / "report.md").write_text(text, encoding="utf-8")
     figures = {"before": asdict(before), "after": asdict(after), "step": [asdict(cost) for cost in costs]}

@@ -51,7 +51,7 @@ class SFTScriptArguments(ScriptArguments):
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Hub id, local .json, .jsonl or .parquet file, or 'word-problems' (generated arithmetic, offline). "
+            "help": "Hub id, local .json, .jsonl or .parquet file, or 'word-problems' (generated, offline). "
             "Columns: any layout of SFTTrainer, Alpaca, MetaMath, query/response."
         },
     )
@@ -66,7 +66,8 @@ class SFTScriptArguments(ScriptArguments):
 
 def make_parser() -> TrlParser:
     """The parser of this command: script, training and model arguments, and `--config file.yaml`."""
-    return TrlParser((SFTScriptArguments, LoPTConfig, ModelConfig), prog="lopt-hf sft", description=__doc__)
+    dataclass_types: Any = (SFTScriptArguments, LoPTConfig, ModelConfig)
+    return TrlParser(dataclass_types, prog="lopt-hf sft", description=__doc__)
 
 
 def load_split(script_args: SFTScriptArguments, split: str, seed: int) -> Any:
@@ -107,23 +108,25 @@ def make_trainer(script_args: SFTScriptArguments, args: LoPTConfig, model_args: 
     """Builds the trainer of `method` from parsed arguments."""
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is missing; give a hub id or a local folder.")
-    given = {
+    overrides: Any = args.model_init_kwargs or {}
+    model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
     }
-    args.model_init_kwargs = {**given, **(args.model_init_kwargs or {})}
+    args.model_init_kwargs = {**model_init_kwargs, **overrides}
     evaluates = args.eval_strategy != "no"
     train_dataset = load_split(script_args, script_args.dataset_train_split, args.seed)
-    data = {
+    given: dict[str, Any] = {
         "train_dataset": draw(train_dataset, script_args.dataset_max_samples, args.seed),
         "eval_dataset": load_split(script_args, script_args.dataset_test_split, args.seed) if evaluates else None,
     }
-    extras = {"peft_config": get_peft_config(model_args), "quantization_config": get_quantization_config(model_args)}
+    given["peft_config"] = get_peft_config(model_args)
+    given["quantization_config"] = get_quantization_config(model_args)
     model = resolve_model(model_args.model_name_or_path)
     if script_args.method == "e2e":
-        return SFTTrainer(model, end_to_end_args(args), **data, **extras)
-    return LoPTTrainer(model, args, **data, **extras)
+        return SFTTrainer(model, end_to_end_args(args), **given)
+    return LoPTTrainer(model, args, **given)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -6,15 +6,19 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 __all__ = ["CheckpointMixin", "read_local_state"]
+
+# The mixins stand before a trainer in the list of base classes; a type checker is told that they are one.
+if TYPE_CHECKING:
+    from transformers import Trainer as TrainerBase
+else:
+    TrainerBase = object
 
 HEADS_FILE = "local_heads.safetensors"
 STATE_FILE = "local_learning.json"
@@ -42,28 +46,23 @@ def read_local_state(checkpoint: str, settings: Mapping[str, Any]) -> dict[str, 
         if state["settings"].get(name) != value:
             raise ValueError(
                 f"resume_from_checkpoint={checkpoint!r} was trained with {name}={state['settings'].get(name)}, but "
-                f"this run has {name}={value}; resume with the same settings, or start a new run in another output_dir."
+                f"this run has {name}={value}; resume with the same settings, or start anew in another output_dir."
             )
     return state
 
 
-class CheckpointMixin:
+class CheckpointMixin(TrainerBase):
     """Writes checkpoints under another name and renames them when they are complete.
 
     A kill at any moment leaves the previous checkpoint the last one. Beside the parent's files a checkpoint holds the
     local heads and what the parent forgets: token count, and losses and metrics since the last log.
     """
 
-    # Provided by the trainer
     args: Any
-    accelerator: Any
-    state: TrainerState
+    model: Any
     local_heads: nn.ModuleList
-    _metrics: dict[str, Any]
-    _total_train_tokens: int
-    _tr_loss: torch.Tensor
-    _globalstep_last_logged: int
-
+    _metrics: dict[str, Any]  # TRL's
+    _total_train_tokens: int  # TRL's
     _staging: Path | None = None
     _resumed: dict[str, Any] | None = None
     _heads_in_model = False
@@ -73,7 +72,7 @@ class CheckpointMixin:
         raise NotImplementedError
 
     def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)  # type: ignore[misc]
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_dir = Path(self._get_output_dir(trial))
@@ -84,7 +83,7 @@ class CheckpointMixin:
         self.accelerator.wait_for_everyone()
         self._staging = staged.parent
         try:
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            super()._save_checkpoint(model, trial)
         finally:
             self._staging = None
         self._save_local_state(staged, final)
@@ -105,7 +104,7 @@ class CheckpointMixin:
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # The parent pushes in the background while it saves: wait until the folder has its final name.
         if self._staging is None:
-            super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_local_state(self, staged: Path, final: Path) -> None:
         loss_since_log = self.accelerator.gather(self._tr_loss.reshape(1)).tolist()
@@ -126,7 +125,7 @@ class CheckpointMixin:
             self.state.save_to_json(str(staged / "trainer_state.json"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
         if not self._heads_in_model:
             self.local_heads.load_state_dict(load_file(os.path.join(resume_from_checkpoint, HEADS_FILE)))
 
@@ -139,7 +138,7 @@ class CheckpointMixin:
             self._globalstep_last_logged = state["last_logged_step"]
             if len(state["loss_since_log"]) == self.args.world_size:
                 self._tr_loss += state["loss_since_log"][self.args.process_index]
-        super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
+        super()._run_epoch(*args, **kwargs)
 
 
 def _publish(staged: Path, final: Path) -> None:

@@ -10,7 +10,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl.data_utils import get_dataset_column_names
 
 from lopt_hf.blocks import find_decoder_stack, split_layers
-from lopt_hf.trainers.lopt_config import LocalLearningArguments
+from lopt_hf.trainers.lopt_config import LoPTConfig
 
 __all__ = ["check_dataset", "check_model", "check_output_dir"]
 
@@ -48,13 +48,13 @@ def check_dataset(dataset: Any, text_field: str, formatting_func: Any = None) ->
     if formatting_func is None and not any(layout <= set(columns) for layout in layouts):
         known = "; ".join(" + ".join(sorted(layout)) for layout in layouts)
         raise ValueError(
-            f"train_dataset has the columns {sorted(columns)} but none of the layouts that can be trained on ({known}); "
+            f"train_dataset has the columns {sorted(columns)} but none of the layouts to train on ({known}); "
             "rename the columns, set dataset_text_field, or pass a formatting_func."
         )
 
 
 def check_model(
-    model: str | PreTrainedModel | PeftModel, args: LocalLearningArguments, peft_config: Any, quantization_config: Any
+    model: str | PreTrainedModel | PeftModel, args: LoPTConfig, peft_config: Any, quantization_config: Any
 ) -> None:
     """Raises if a model cannot be cut into the blocks that are asked for, for a model id from its config alone.
 
@@ -63,17 +63,17 @@ def check_model(
             an adapter to train.
     """
     if isinstance(model, str):
-        kwargs = args.model_init_kwargs or {}  # type: ignore[attr-defined]
+        kwargs = args.model_init_kwargs or {}
         config = AutoConfig.from_pretrained(
             model,
             revision=kwargs.get("revision"),
-            trust_remote_code=args.trust_remote_code,  # type: ignore[attr-defined]
+            trust_remote_code=args.trust_remote_code,
         )
         quantized = quantization_config is not None or "quantization_config" in {**config.to_dict(), **kwargs}
         _check_config(model, config)
         num_layers = config.get_text_config(decoder=True).num_hidden_layers
     else:
-        base_model = model.get_base_model() if isinstance(model, PeftModel) else model
+        base_model: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         quantized = "quantization_config" in base_model.config.to_dict()
         num_layers = len(find_decoder_stack(base_model).layers)
     split_layers(num_layers, args.num_blocks, args.split_at)

@@ -1,6 +1,7 @@
 """Arguments of local learning, alone (`LocalLearningArguments`) and with TRL's SFT arguments (`LoPTConfig`)."""
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from accelerate.utils import parse_flag_from_env
@@ -9,9 +10,15 @@ from trl import SFTConfig
 
 __all__ = ["LoPTConfig", "LocalLearningArguments"]
 
+# The arguments are mixed in before a config class; a type checker is told that they are one.
+if TYPE_CHECKING:
+    from transformers import TrainingArguments as ArgumentsBase
+else:
+    ArgumentsBase = object
+
 
 @dataclass
-class LocalLearningArguments:
+class LocalLearningArguments(ArgumentsBase):
     """Arguments that LoPT adds to a TRL trainer's config; mix it in before the config class.
 
     Sources: LoPT, arXiv 2605.04913 v3 ("paper"), and its released code, HumyuShi/LoPT commit d4cb99e ("code").
@@ -117,32 +124,34 @@ class LocalLearningArguments:
         # that this is meant.
         if not torch.accelerator.is_available():
             self.use_cpu = True
-        super().__post_init__()  # type: ignore[misc]
+        super().__post_init__()
 
     @property
     def sharding_engine(self) -> str | None:
         """`"FSDP"` or `"DeepSpeed"` if the run shards the model, as its arguments or `accelerate launch` say."""
-        if self.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):  # type: ignore[attr-defined]
+        if self.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
             return "FSDP"
-        if self.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):  # type: ignore[attr-defined]
+        if self.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
             return "DeepSpeed"
         return None
 
-    def pick_local_backward(self) -> str:
+    def pick_local_backward(self) -> Literal["eager", "joint"]:
         """Resolves `local_backward="auto"` to `"eager"` or `"joint"`.
 
         Raises:
             ValueError: If `"eager"` is asked for where the engine or the optimizer must see one backward per step.
         """
         engine = self.sharding_engine
-        if engine is None and self.optim in ("lomo", "adalomo"):  # type: ignore[attr-defined]
-            engine = f"optim={OptimizerNames(self.optim).value!r}"  # type: ignore[attr-defined]
+        if engine is None and self.optim in ("lomo", "adalomo"):
+            engine = f"optim={OptimizerNames(self.optim).value!r}"
         if self.local_backward == "eager" and engine is not None:
             raise ValueError(
                 f"local_backward='eager' does not work under {engine}, which must see one backward per step; "
                 "set local_backward to 'joint' or leave it at 'auto'."
             )
-        return ("eager" if engine is None else "joint") if self.local_backward == "auto" else self.local_backward
+        if self.local_backward == "joint" or engine is not None:
+            return "joint"
+        return "eager"
 
     def _check_engine(self) -> None:
         engine = self.sharding_engine

@@ -60,8 +60,6 @@ class LoPTMixin(CheckpointMixin):
             DeepSpeed) that the run is launched with.
     """
 
-    model: PreTrainedModel | PeftModel
-
     def __init__(
         self, *trainer_args: Any, local_objective: LocalObjective | None = None, **trainer_kwargs: Any
     ) -> None:
@@ -116,8 +114,9 @@ class LoPTMixin(CheckpointMixin):
     # ---- What belongs to which block ----
 
     def _base_model(self) -> PreTrainedModel:
-        model = self.accelerator.unwrap_model(self.model)
-        return model.get_base_model() if isinstance(model, PeftModel) else model
+        model: Any = self.accelerator.unwrap_model(self.model)
+        base_model: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+        return base_model
 
     def _owned(self) -> list[dict[str, nn.Parameter]]:
         return parameters_by_block(self.accelerator.unwrap_model(self.model), self.stack, self.blocks)
@@ -140,8 +139,8 @@ class LoPTMixin(CheckpointMixin):
             head.weight.requires_grad_(False)
         elif is_deepspeed_zero3_enabled():
             raise ValueError(
-                "tied_embeddings='untie' does not work under DeepSpeed ZeRO-3, which has already sharded the weight to "
-                "copy; set it to 'freeze', or use ZeRO-2."
+                "tied_embeddings='untie' does not work under DeepSpeed ZeRO-3, which has already sharded the weight "
+                "to copy; set it to 'freeze', or use ZeRO-2."
             )
         else:
             untie_output_embeddings(base_model)
@@ -178,7 +177,7 @@ class LoPTMixin(CheckpointMixin):
         steps = self.current_gradient_accumulation_steps
         update = self.args.train_early_blocks and self.state.global_step % self.args.local_update_interval == 0
         with self.boundary.training_forward(1 / steps, update, inputs):
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._log_local_losses()
         joint_loss = self.boundary.joint_loss()
         if joint_loss is None:
