@@ -1,0 +1,1 @@
+"""Measurements of what training costs: activation memory and time per step."""

@@ -1,0 +1,231 @@
+"""The step benchmark on a tiny model; nothing here depends on how fast the machine is."""
+
+import json
+import os
+import shutil
+import signal
+import statistics
+
+import pytest
+from tokenizers import Tokenizer, models
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lopt_hf.bench.step import (
+    BenchWorkerError,
+    StepBenchSettings,
+    StepResult,
+    _interquartile_range,
+    _over_cycle,
+    _rows,
+    _Worker,
+    run_step_bench,
+    to_json,
+    to_markdown,
+)
+from lopt_hf.scripts.bench import main
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    """A folder with a Llama of 4 layers and a tokenizer of single bytes."""
+    folder = tmp_path_factory.mktemp("tiny")
+    vocabulary = {token: index for index, token in enumerate([*sorted(ByteLevel.alphabet()), "<eos>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>").save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model):
+    settings = StepBenchSettings(
+        model=str(tiny_model),
+        num_blocks=(2,),
+        local_update_interval=(1, 2),
+        batch_size=2,
+        seq_length=32,
+        steps=3,
+        warmup=0,
+        threads=1,
+    )
+    return settings, {result.method: result for result in run_step_bench(settings, progress=False)}
+
+
+def make_result(**values):
+    result = {
+        "method": "e2e",
+        "peak_saved_bytes": 962e6,
+        "saved_bytes_ratio": 1.0,
+        "step_seconds": 4.25,
+        "step_seconds_ratio": 1.0,
+        "step_seconds_iqr": 0.125,
+        "peak_resident_bytes": 3_000_000_000,
+        "peak_cuda_bytes": None,
+        "final_loss": 2.5,
+        "final_loss_step": 12,
+        "timed_seconds": [4.25],
+        "saved_bytes": [962_000_000],
+    }
+    return StepResult(**(result | values))
+
+
+# --- A whole run ---
+
+
+def test_every_method_has_its_row_in_order(run):
+    _, results = run
+    names = ["e2e", "e2e + checkpointing", "LoPT K=2", "LoPT K=2, interval 2", "freeze", "LoRA r=16"]
+    assert list(results) == names
+
+
+def test_saved_bytes_order_the_methods(run):
+    _, results = run
+    ratio = {name: result.saved_bytes_ratio for name, result in results.items()}
+    assert ratio["e2e"] == 1.0
+    assert ratio["e2e + checkpointing"] < 0.6
+    assert ratio["LoPT K=2"] < 0.7
+    assert ratio["freeze"] < 0.7
+
+
+def test_interval_is_averaged_over_whole_cycles(run):
+    _, results = run
+    interval = results["LoPT K=2, interval 2"]
+    assert len(interval.saved_bytes) == 2
+    assert len(interval.timed_seconds) == 4
+    assert interval.peak_saved_bytes == statistics.fmean(interval.saved_bytes)
+    assert len(results["e2e"].timed_seconds) == 3
+
+
+def test_methods_see_the_same_batches(run):
+    """Checkpointing changes no number: same losses, so same batches, same initial weights, same updates."""
+    _, results = run
+    assert results["e2e"].final_loss_step == 4
+    assert results["e2e + checkpointing"].final_loss == pytest.approx(results["e2e"].final_loss, rel=1e-4)
+    for result in results.values():
+        assert result.final_loss == pytest.approx(results["e2e"].final_loss, rel=0.05)
+        assert result.peak_resident_bytes > 0
+
+
+def test_report_of_a_run(run):
+    settings, results = run
+    report = json.loads(to_json(list(results.values()), settings))
+    assert report["settings"]["seq_length"] == 32
+    assert report["results"][0]["method"] == "e2e"
+    assert len(to_markdown(list(results.values())).splitlines()) == 2 + len(results)
+
+
+# --- Failures ---
+
+
+def test_error_in_a_process_is_raised_in_the_parent(tiny_model, tmp_path):
+    """The config is there, so the parent sees nothing wrong; the weights are not."""
+    shutil.copy(tiny_model / "config.json", tmp_path)
+    for tokenizer_file in tiny_model.glob("tokenizer*"):
+        shutil.copy(tokenizer_file, tmp_path)
+    settings = StepBenchSettings(model=str(tmp_path), methods=("e2e",), seq_length=32, threads=1)
+    with pytest.raises(BenchWorkerError, match="^e2e: OSError: .*model.safetensors") as caught:
+        run_step_bench(settings, progress=False)
+    assert "_make_trainer" in str(caught.value.__cause__)
+
+
+def test_killed_process_is_reported(tmp_path):
+    settings = StepBenchSettings(methods=("e2e",))
+    with _Worker(_rows(settings)[0], settings, "unused", str(tmp_path)) as worker:
+        os.kill(worker._process.pid, signal.SIGKILL)
+        with pytest.raises(BenchWorkerError, match="e2e: its process ended with exit code -9; .*memory"):
+            worker.wait_until_ready()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_blocks": (2, 5)}, r"num_blocks=\(2, 5\): the model has 4 layers; use at most 4"),
+        ({"seq_length": 65}, "seq_length=65: the model takes 64 tokens; use at most 64"),
+        ({"model": "no/such-model"}, "model='no/such-model' is neither a local checkpoint"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model(tiny_model, values, message):
+    settings = StepBenchSettings(**({"model": str(tiny_model), "num_blocks": (2,), "seq_length": 32} | values))
+    with pytest.raises(ValueError, match=message):
+        run_step_bench(settings, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"methods": ("e2e", "loptt")}, "methods='loptt' is unknown, nearest is 'lopt'"),
+        ({"methods": ("e2e", "e2e")}, "methods=.* each value once"),
+        ({"methods": ()}, "methods=.* at least one"),
+        ({"dtype": "fp16"}, "dtype='fp16' is unknown, nearest is '.*'; use bf16, fp32"),
+        ({"num_blocks": (1, 2)}, "num_blocks=.*2 blocks or more"),
+        ({"local_update_interval": (0, 1)}, "local_update_interval=.*1 .*or more"),
+        ({"local_update_interval": (4,)}, r"add 1 to measure num_blocks=\(4,\)"),
+        ({"seq_length": 1}, "seq_length=1 is too small; set it to 2 or more"),
+        ({"batch_size": 0}, "batch_size=0 is too small; set it to 1 or more"),
+        ({"steps": 0}, "steps=0 is too small; set it to 1 or more"),
+        ({"warmup": -1}, "warmup=-1 is too small; set it to 0 or more"),
+        ({"threads": 0}, "threads=0 is too small; set it to 1 or more"),
+    ],
+)
+def test_bad_settings(values, message):
+    with pytest.raises(ValueError, match=message):
+        StepBenchSettings(**values)
+
+
+# --- Parts ---
+
+
+def test_rows_of_the_defaults():
+    rows = {row.name: row for row in _rows(StepBenchSettings())}
+    lopt = ["LoPT K=2", "LoPT K=4", "LoPT K=2, interval 4"]
+    assert list(rows) == ["e2e", "e2e + checkpointing", *lopt, "freeze", "LoRA r=16"]
+    assert rows["e2e"].timed_steps == 9
+    assert rows["LoPT K=2, interval 4"].timed_steps == 8
+    assert rows["LoPT K=2, interval 4"].total_steps == 4 + 2 + 8
+
+
+def test_time_over_a_cycle():
+    """Two kinds of step: the median of each kind, then their mean; an outlier in one cycle is left out."""
+    seconds = [3.0, 1.0, 3.0, 1.0, 30.0, 1.0]
+    assert _over_cycle(seconds, 2, statistics.median) == 2.0
+    assert _over_cycle([1.0, 5.0, 2.0], 1, statistics.median) == 2.0
+    assert _over_cycle([1.0, 2.0, 3.0, 4.0, 5.0], 1, _interquartile_range) == 2.0
+    assert _over_cycle([3.0, 1.0], 2, _interquartile_range) == 0.0
+
+
+def test_markdown():
+    results = [make_result(), make_result(method="LoPT K=2", saved_bytes_ratio=0.5, step_seconds_ratio=None)]
+    lines = to_markdown(results).splitlines()
+    assert lines[0].endswith("| peak RSS (MB) | loss at step 12 |")
+    assert lines[2] == "| e2e | 962 | 1.00 | 4.250 | 1.00 | 0.125 | 3,000 | 2.500 |"
+    assert lines[3] == "| LoPT K=2 | 962 | 0.50 | 4.250 | - | 0.125 | 3,000 | 2.500 |"
+    assert "| peak CUDA (MB) |" in to_markdown([make_result(peak_cuda_bytes=10**9)])
+
+
+def test_command_rejects_bad_input_in_one_line(capsys, tmp_path):
+    for arguments, message in (
+        (["--methods", "e2e,loptt"], "methods='loptt'"),
+        (["--num-blocks", "2,x"], "'2,x' is not a comma-separated list of integers"),
+        (["--output", str(tmp_path / "none" / "step.json")], "its folder does not exist"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(["step", *arguments])
+        assert caught.value.code == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_help_has_an_example(capsys):
+    with pytest.raises(SystemExit):
+        main(["step", "--help"])
+    assert "lopt-hf bench step --methods e2e,lopt --num-blocks 2,4" in capsys.readouterr().out
