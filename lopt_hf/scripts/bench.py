@@ -25,8 +25,8 @@ then as JSON.
   freeze             LoPTTrainer that leaves the early blocks frozen
   lora               SFTTrainer with a LoRA of rank 16 on all linear layers
 
-All rows stay in memory together, weights and optimizer states: SmolLM2-135M takes 2 to 3 GB a row. Where that does not
-fit, measure fewer methods at once, e2e always among them.
+Each method takes turns with an end-to-end run of its own: two processes at a time, with their weights and optimizer
+states (SmolLM2-135M: 2 to 3 GB each). Ratios are to the steps taken in turns.
 """
 STEP_EXAMPLE = """\
 example:

@@ -63,7 +63,7 @@ def check_model(
             an adapter to train.
     """
     if isinstance(model, str):
-        kwargs = args.model_init_kwargs or {}
+        kwargs: Any = args.model_init_kwargs or {}
         config = AutoConfig.from_pretrained(
             model,
             revision=kwargs.get("revision"),

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -114,9 +114,8 @@ class LoPTMixin(CheckpointMixin):
     # ---- What belongs to which block ----
 
     def _base_model(self) -> PreTrainedModel:
-        model: Any = self.accelerator.unwrap_model(self.model)
-        base_model: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
-        return base_model
+        model = self.accelerator.unwrap_model(self.model)
+        return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 
     def _owned(self) -> list[dict[str, nn.Parameter]]:
         return parameters_by_block(self.accelerator.unwrap_model(self.model), self.stack, self.blocks)

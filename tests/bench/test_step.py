@@ -17,12 +17,12 @@ from lopt_hf.bench.step import (
     StepResult,
     _interquartile_range,
     _over_cycle,
-    _rows,
     _Worker,
     run_step_bench,
     to_json,
     to_markdown,
 )
+from lopt_hf.bench.step_settings import make_rows
 from lopt_hf.scripts.bench import main
 
 
@@ -70,6 +70,7 @@ def make_result(**values):
         "step_seconds": 4.25,
         "step_seconds_ratio": 1.0,
         "step_seconds_iqr": 0.125,
+        "baseline_step_seconds": 4.25,
         "peak_resident_bytes": 3_000_000_000,
         "peak_cuda_bytes": None,
         "final_loss": 2.5,
@@ -104,7 +105,14 @@ def test_interval_is_averaged_over_whole_cycles(run):
     assert len(interval.saved_bytes) == 2
     assert len(interval.timed_seconds) == 4
     assert interval.peak_saved_bytes == statistics.fmean(interval.saved_bytes)
-    assert len(results["e2e"].timed_seconds) == 3
+
+
+def test_each_ratio_is_to_the_end_to_end_steps_taken_in_turns_with_it(run):
+    _, results = run
+    end_to_end, *others = results.values()
+    assert len(end_to_end.timed_seconds) == sum(len(result.timed_seconds) for result in others)
+    for result in others:
+        assert result.step_seconds_ratio == pytest.approx(result.step_seconds / result.baseline_step_seconds)
 
 
 def test_methods_see_the_same_batches(run):
@@ -141,7 +149,7 @@ def test_error_in_a_process_is_raised_in_the_parent(tiny_model, tmp_path):
 
 def test_killed_process_is_reported(tmp_path):
     settings = StepBenchSettings(methods=("e2e",))
-    with _Worker(_rows(settings)[0], settings, "unused", str(tmp_path)) as worker:
+    with _Worker(make_rows(settings)[0], settings, "unused", str(tmp_path)) as worker:
         os.kill(worker._process.pid, signal.SIGKILL)
         with pytest.raises(BenchWorkerError, match="e2e: its process ended with exit code -9; .*memory"):
             worker.wait_until_ready()
@@ -187,7 +195,7 @@ def test_bad_settings(values, message):
 
 
 def test_rows_of_the_defaults():
-    rows = {row.name: row for row in _rows(StepBenchSettings())}
+    rows = {row.name: row for row in make_rows(StepBenchSettings())}
     lopt = ["LoPT K=2", "LoPT K=4", "LoPT K=2, interval 4"]
     assert list(rows) == ["e2e", "e2e + checkpointing", *lopt, "freeze", "LoRA r=16"]
     assert rows["e2e"].timed_steps == 9

@@ -1,0 +1,99 @@
+"""What `lopt-hf bench step` measures: the settings, and the rows of the table that follow from them."""
+
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+
+__all__ = ["LORA_RANK", "METHODS", "StepBenchSettings", "StepRow", "make_rows"]
+
+METHODS = ("e2e", "e2e_checkpointing", "lopt", "freeze", "lora")
+DTYPES = ("bf16", "fp32")
+LORA_RANK = 16  # peft's documentation uses it throughout; LoRA, arXiv 2106.09685, Sec. 7.2: small ranks suffice
+_SMALLEST = {"batch_size": 1, "seq_length": 2, "steps": 1, "warmup": 0, "seed": 0, "threads": 1}
+
+
+@dataclass(frozen=True)
+class StepBenchSettings:
+    """What `run_step_bench` measures.
+
+    Raises:
+        ValueError: If a value is out of range; the message names field, value and fix.
+    """
+
+    model: str = field(
+        default="HuggingFaceTB/SmolLM2-135M-Instruct", metadata={"help": "Hub id or local folder of a causal LM."}
+    )
+    methods: tuple[str, ...] = field(default=METHODS, metadata={"help": f"Any of {', '.join(METHODS)}."})
+    num_blocks: tuple[int, ...] = field(
+        default=(2, 4), metadata={"help": "Blocks of the lopt rows; freeze takes the first."}
+    )
+    local_update_interval: tuple[int, ...] = field(
+        default=(1, 4), metadata={"help": "Intervals of the lopt rows; above 1 with the first --num-blocks only."}
+    )
+    batch_size: int = field(default=4, metadata={"help": "Sequences per step."})
+    seq_length: int = field(default=256, metadata={"help": "Tokens per sequence; there is no padding."})
+    steps: int = field(
+        default=9, metadata={"help": "Timed steps per method; an interval n runs whole cycles of n, at least two."}
+    )
+    warmup: int = field(default=2, metadata={"help": "Untimed steps after the memory measurement."})
+    dtype: str = field(default="bf16", metadata={"help": "bf16 (autocast over fp32 weights) or fp32."})
+    seed: int = field(default=0, metadata={"help": "Seed of the data order and of new weights."})
+    threads: int | None = field(default=None, metadata={"help": "CPU threads per method; torch's default if unset."})
+
+    def __post_init__(self) -> None:
+        for name, smallest in _SMALLEST.items():
+            value = getattr(self, name)
+            if value is not None and value < smallest:
+                raise ValueError(f"{name}={value} is too small; set it to {smallest} or more.")
+        for name, allowed, chosen in (("methods", METHODS, self.methods), ("dtype", DTYPES, (self.dtype,))):
+            for value in chosen:
+                if value not in allowed:
+                    nearest = get_close_matches(value, allowed, n=1, cutoff=0.0)[0]
+                    raise ValueError(f"{name}={value!r} is unknown, nearest is {nearest!r}; use {', '.join(allowed)}.")
+        for name in ("methods", "num_blocks", "local_update_interval"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name}={values} must name at least one value, and each value once.")
+        if min(self.num_blocks) < 2:
+            raise ValueError(f"num_blocks={self.num_blocks}: a decoder is cut into 2 blocks or more; drop the others.")
+        if min(self.local_update_interval) < 1:
+            raise ValueError(f"local_update_interval={self.local_update_interval}: use 1 (every step) or more.")
+        if 1 not in self.local_update_interval and len(self.num_blocks) > 1:
+            raise ValueError(
+                f"local_update_interval={self.local_update_interval} runs with num_blocks={self.num_blocks[0]} only; "
+                f"add 1 to measure num_blocks={self.num_blocks[1:]} too, or drop them."
+            )
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """One row of the table: a method with its block settings, and how many steps it runs."""
+
+    name: str
+    method: str
+    num_blocks: int
+    interval: int
+    warmup: int
+    timed_steps: int
+
+    @property
+    def total_steps(self) -> int:
+        return self.interval + self.warmup + self.timed_steps
+
+
+def make_rows(settings: StepBenchSettings) -> list[StepRow]:
+    def row(name: str, method: str, num_blocks: int = settings.num_blocks[0], interval: int = 1) -> StepRow:
+        cycles = settings.steps if interval == 1 else max(2, settings.steps // interval)
+        return StepRow(name, method, num_blocks, interval, settings.warmup, cycles * interval)
+
+    names = {"e2e": "e2e", "e2e_checkpointing": "e2e + checkpointing", "freeze": "freeze"}
+    names["lora"] = f"LoRA r={LORA_RANK}"
+    rows: list[StepRow] = []
+    for method in settings.methods:
+        if method != "lopt":
+            rows.append(row(names[method], method))
+            continue
+        if 1 in settings.local_update_interval:
+            rows += [row(f"LoPT K={blocks}", method, blocks) for blocks in settings.num_blocks]
+        longer = [interval for interval in settings.local_update_interval if interval > 1]
+        rows += [row(f"LoPT K={settings.num_blocks[0]}, interval {n}", method, interval=n) for n in longer]
+    return rows

@@ -1,0 +1,191 @@
+"""The process of one method in `lopt-hf bench step`: a real trainer, whose steps wait for the parent's word."""
+
+import os
+import platform
+import signal
+import traceback
+import warnings
+from contextlib import suppress
+from itertools import chain
+from multiprocessing.connection import Connection
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from lopt_hf.bench.step_settings import LORA_RANK, StepBenchSettings, StepRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, TrainerCallback
+    from trl import SFTTrainer
+
+__all__ = ["work"]
+
+
+def work(connection: Connection, row: StepRow, settings: StepBenchSettings, checkpoint: str, folder: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle: it ends its processes
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL would report each trainer made here as a user's run
+    with _FailuresTo(connection):
+        connection.send(("finished", _train(connection, row, settings, checkpoint, f"{folder}/{row.name}")))
+
+
+class _FailuresTo:
+    """Sends the error that ends its block to the parent, which raises it."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if error is not None:
+            reason = "".join(traceback.format_exception_only(kind, error)).strip()
+            with suppress(OSError):  # the parent has gone
+                self.connection.send(("failed", (reason, "".join(traceback.format_exception(kind, error, trace)))))
+        return True
+
+
+def _train(
+    connection: Connection, row: StepRow, settings: StepBenchSettings, checkpoint: str, folder: str
+) -> dict[str, Any]:
+    import torch
+    from transformers import PrinterCallback
+
+    _silence()
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    trainer = _make_trainer(row, settings, checkpoint, folder)
+    trainer.remove_callback(PrinterCallback)
+    losses: list[float] = []
+    trainer.add_callback(_make_pacer(connection, losses))
+    trainer.train()
+    cuda_bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    return {"losses": losses, "peak_resident_bytes": _peak_resident_bytes(), "peak_cuda_bytes": cuda_bytes}
+
+
+def _silence() -> None:
+    """Leaves stderr to the parent's progress bar."""
+    import datasets
+    import transformers
+
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def _make_trainer(row: StepRow, settings: StepBenchSettings, checkpoint: str, folder: str) -> "SFTTrainer":
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    rows = _tokens(tokenizer, settings.batch_size * row.total_steps, settings.seq_length, settings.seed)
+    shared: dict[str, Any] = {
+        "model": AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32),
+        "train_dataset": Dataset.from_dict({"input_ids": rows}),
+        "processing_class": tokenizer,
+    }
+    arguments: dict[str, Any] = {
+        "output_dir": folder,
+        "max_steps": row.total_steps,
+        "per_device_train_batch_size": settings.batch_size,
+        "max_length": None,
+        "train_sampling_strategy": "sequential",
+        "lr_scheduler_type": "constant",  # methods run different numbers of steps; their losses stay comparable
+        "bf16": settings.dtype == "bf16",
+        "use_cpu": not torch.accelerator.is_available(),
+        "gradient_checkpointing": row.method == "e2e_checkpointing",
+        # what the non-reentrant form recomputes would stay unseen, see `SavedBytes`
+        "gradient_checkpointing_kwargs": {"use_reentrant": True} if row.method == "e2e_checkpointing" else None,
+        "seed": settings.seed,
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    if row.method in ("lopt", "freeze"):
+        from lopt_hf import LoPTConfig, LoPTTrainer
+
+        arguments |= {"num_blocks": row.num_blocks, "local_update_interval": row.interval}
+        return LoPTTrainer(args=LoPTConfig(**arguments, train_early_blocks=row.method == "lopt"), **shared)
+    if row.method == "lora":
+        shared["peft_config"] = LoraConfig(r=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    return SFTTrainer(args=SFTConfig(**arguments), **shared)
+
+
+def _tokens(tokenizer: "PreTrainedTokenizerBase", count: int, seq_length: int, seed: int) -> list[list[int]]:
+    """Cuts the documentation that every Python carries into `count` rows of `seq_length` tokens."""
+    from pydoc_data.topics import topics
+    from random import Random
+
+    names = sorted(topics)
+    Random(seed).shuffle(names)
+    text = "\n\n".join(topics[name] for name in names)
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    repeats = -(-count * seq_length // len(tokens))
+    return [(tokens * repeats)[start : start + seq_length] for start in range(0, count * seq_length, seq_length)]
+
+
+def _make_pacer(connection: Connection, losses: list[float]) -> "TrainerCallback":
+    """A callback that makes each step wait for the parent's word, and reports what the step before it cost."""
+    import torch
+    from transformers import TrainerCallback
+
+    from lopt_hf.bench.saved_bytes import SavedBytes
+
+    def now() -> float:
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        return perf_counter()
+
+    class Pacer(TrainerCallback):
+        def __init__(self) -> None:
+            self.saved: SavedBytes | None = None
+            self.cost: float | None = None
+            self.start = 0.0
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            connection.send(("ready", self.cost))
+            if connection.recv() == "memory":
+                model = kwargs["model"]
+                weights = [weight for group in kwargs["optimizer"].param_groups for weight in group["params"]]
+                self.saved = SavedBytes(chain(model.parameters(), model.buffers(), weights))
+                self.saved.__enter__()
+            self.start = now()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            self.cost = now() - self.start
+            if self.saved is not None:
+                self.saved.__exit__(None, None, None)
+                self.cost, self.saved = self.saved.peak, None
+            control.should_log = True  # for the loss of this very step; the log is made outside the timed span
+            return control
+
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if "loss" in kwargs["logs"]:
+                losses.append(kwargs["logs"]["loss"])
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            connection.send(("ready", self.cost))
+            connection.recv()  # tearing down costs time that others are still measuring
+
+    return Pacer()
+
+
+def _peak_resident_bytes() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not `ru_maxrss`: on Linux it starts from the resident memory of the process that spawned this one.
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
