@@ -49,6 +49,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output-dir", type=Path, default=Path("lopt-demo"), help="new folder (default: %(default)s)")
     parser.add_argument("--model", default=SMOLLM2_ID, help="hub id or local folder (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="peak rate (default: %(default)s)")
+    parser.add_argument(
+        "--early-learning-rate",
+        type=float,
+        default=1e-5,
+        help="peak rate of the early blocks: AdamW's step is as long as its rate, however small the gradient "
+        "(default: %(default)s)",
+    )
     parser.add_argument("--num-blocks", type=int, default=2, help="blocks of the decoder (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of data and training (default: %(default)s)")
     return parser
@@ -79,14 +86,15 @@ def measure(model_path: str, rows: Sequence[dict[str, Any]], label: str) -> Meas
     )
 
 
-def train(model_path: str, dataset: Dataset, options: argparse.Namespace) -> LoPTTrainer:
-    """Fine-tunes with LoPT and saves a stock checkpoint in `<output_dir>/model`."""
+def train(model_path: str, dataset: Dataset, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Fine-tunes with LoPT, saves a stock checkpoint in `<output_dir>/model`, and returns the log history."""
     args = LoPTConfig(
         output_dir=str(options.output_dir / "model"),
         num_blocks=options.num_blocks,
         max_steps=options.steps,
         per_device_train_batch_size=BATCH_SIZE,
         learning_rate=options.learning_rate,
+        early_learning_rate=options.early_learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=0.1,
         activation_checkpointing=False,
@@ -98,7 +106,7 @@ def train(model_path: str, dataset: Dataset, options: argparse.Namespace) -> LoP
     trainer = LoPTTrainer(model_path, args, train_dataset=dataset.select_columns(["prompt", "completion"]))
     trainer.train()
     trainer.save_model()
-    return trainer
+    return trainer.state.log_history
 
 
 def comparison(before: Measurement, after: Measurement) -> str:
@@ -152,7 +160,8 @@ def report(
     """The text that the command ends with; also kept as `report.md`."""
     folder = options.output_dir
     return (
-        f"## LoPT, {options.num_blocks} blocks, {options.steps} steps of {BATCH_SIZE} problems\n\n"
+        f"## LoPT, {options.num_blocks} blocks, {options.steps} steps of {BATCH_SIZE} problems, learning rate "
+        f"{options.learning_rate:g} (early block: {options.early_learning_rate:g})\n\n"
         f"{comparison(before, after)}\n\n"
         "## One training step beside end-to-end, measured now in the same run\n\n"
         f"{to_markdown(costs)}\n\n"
@@ -170,22 +179,19 @@ def run(options: argparse.Namespace) -> None:
     model_path = resolve_model(options.model)
     problems = make_word_problems(max(options.steps * BATCH_SIZE, BATCH_SIZE), HELD_OUT, options.seed)
     rows = list(problems["test"])
-    before = measure(model_path, rows, "before")
-    trainer = train(model_path, problems["train"], options)
-    history = trainer.state.log_history
-    del trainer
-    after = measure(str(options.output_dir / "model"), rows, "after")
-    plot_curves(history, before, after, options.output_dir / "curves.png")
     costs = run_step_bench(
         StepBenchSettings(
             model=model_path,
             methods=("e2e", "lopt"),
             num_blocks=(options.num_blocks,),
             local_update_interval=(1,),
-            steps=3,
-            warmup=1,
+            steps=5,
         )
     )
+    before = measure(model_path, rows, "before")
+    log_history = train(model_path, problems["train"], options)
+    after = measure(str(options.output_dir / "model"), rows, "after")
+    plot_curves(log_history, before, after, options.output_dir / "curves.png")
     text = report(options, rows[0]["prompt"][-1]["content"], before, after, costs)
     (options.output_dir / "report.md").write_text(text, encoding="utf-8")
     figures = {"before": asdict(before), "after": asdict(after), "step": [asdict(cost) for cost in costs]}

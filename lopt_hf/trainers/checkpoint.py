@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,13 +63,11 @@ class CheckpointMixin(TrainerBase):
     local_heads: nn.ModuleList
     _metrics: dict[str, Any]  # TRL's
     _total_train_tokens: int  # TRL's
+    _block_settings: Callable[[], dict[str, Any]]  # what a checkpoint must share with the run that resumes it
+
     _staging: Path | None = None
     _resumed: dict[str, Any] | None = None
     _heads_in_model = False
-
-    def _block_settings(self) -> dict[str, Any]:
-        """The settings that a checkpoint must share with the run that resumes it."""
-        raise NotImplementedError
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from transformers.utils import logging
 
 from lopt_hf.blocks import find_decoder_stack, parameters_by_block, split_layers, untie_output_embeddings
@@ -251,6 +251,10 @@ class LoPTMixin(CheckpointMixin):
         if not self._owns_output_dir:
             check_output_dir(self.args.output_dir, resume_from_checkpoint)
         self._owns_output_dir = True
+        output_dir = self.args.output_dir
+        checkpoint = get_last_checkpoint(output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        if checkpoint:
+            self._resumed = read_local_state(checkpoint, self._block_settings())
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, Any]:
@@ -276,10 +280,6 @@ class LoPTMixin(CheckpointMixin):
             "tied_embeddings": self.args.tied_embeddings,
             "train_early_blocks": self.args.train_early_blocks,
         }
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._resumed = read_local_state(resume_from_checkpoint, self._block_settings())
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Any] | None = None) -> None:
         if state_dict is not None:

@@ -1,0 +1,51 @@
+"""One rank of a two-process FSDP2 run on the CPU: launched by `test_fsdp.py` with torchrun."""
+
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+
+import tests.conftest  # noqa: F401  (offline, one thread)
+from lopt_hf.blocks import find_decoder_stack, split_layers
+from lopt_hf.boundary import GradientBoundary, make_heads
+from lopt_hf.objectives import ReconstructionObjective
+from tests.tiny import make_model
+
+
+def joint_gradients(shard: bool, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The gradients of task and local loss in one backward, with the heads in the model as the trainer has them."""
+    model = make_model()
+    stack = find_decoder_stack(model)
+    objective = ReconstructionObjective()
+    heads = make_heads(objective, stack.hidden_size, 1, seed=0)
+    model.add_module("local_heads", heads)
+    blocks = split_layers(4, 2)
+    boundary = GradientBoundary(model, blocks, objective, heads, 10.0, "joint", run_backward=lambda index, loss: None)
+    if shard:
+        for layer in stack.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    model.train()
+    with boundary.training_forward():
+        loss = model(input_ids=rows, labels=rows).loss
+    (loss + boundary.joint_loss()).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {name: g.full_tensor() if shard else g for name, g in gradients.items()}
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    rows = torch.randint(3, 80, (4, 20), generator=torch.Generator().manual_seed(0))
+    rank = dist.get_rank()
+    sharded = joint_gradients(True, rows[2 * rank : 2 * rank + 2])
+    whole = joint_gradients(False, rows)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(sharded[name], gradient, rtol=1e-4, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+    print(f"rank {rank}: {len(whole)} gradients agree")
+    dist.destroy_process_group()
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
