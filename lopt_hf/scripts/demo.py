@@ -45,7 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lopt-hf demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=80, help="optimizer steps of 8 problems (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of 8 problems (default: %(default)s)")
     parser.add_argument("--output-dir", type=Path, default=Path("lopt-demo"), help="new folder (default: %(default)s)")
     parser.add_argument("--model", default=SMOLLM2_ID, help="hub id or local folder (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="peak rate (default: %(default)s)")
