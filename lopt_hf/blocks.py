@@ -20,8 +20,10 @@ __all__ = [
 
 # Modules besides `nn.Embedding` through which tokens reach the first decoder layer: OPT's input projection, BLOOM's
 # layer norm of the embeddings, and what PEFT puts in an embedding's place. A weight that this misses is caught by
-# `GradientBoundary`, which checks on the first step that a local gradient stays in its block.
-_BEFORE_THE_LAYERS = re.compile(r"(^|\.)(embed\w*|wte|wpe|word_embeddings\w*|project_in)(\.|$)")
+# `GradientBoundary`, which checks on the first step that every gradient stays in its block.
+_BEFORE_THE_LAYERS = re.compile(
+    r"(^|\.)(embed_tokens|embed_positions|embed_in|embeddings?|wte|wpe|word_embeddings\w*|project_in)(\.|$)"
+)
 
 
 @dataclass(frozen=True)

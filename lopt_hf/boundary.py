@@ -57,7 +57,6 @@ class GradientBoundary:
         weight: Factor of the sum of the local losses over the early blocks. Their mean is weighted by LoPT's
             lambda: pass `lambda / (num_blocks - 1)`.
         mode: When the local backward runs; see above.
-        run_backward: Called with a block's index and its weighted loss to run the local backward (`"eager"` only).
         router_coefficient: Weight of the load-balancing loss; 0 where the model has no routers.
     """
 
@@ -69,7 +68,6 @@ class GradientBoundary:
         heads: nn.ModuleList,
         weight: float,
         mode: Literal["eager", "joint"],
-        run_backward: RunBackward,
         router_coefficient: float = 0.0,
     ) -> None:
         self.model = model
@@ -79,7 +77,6 @@ class GradientBoundary:
         self.heads = heads
         self.weight = weight
         self.mode = mode
-        self.run_backward = run_backward
         self.router_coefficient = router_coefficient
         self.losses: list[list[torch.Tensor]] = []
         self._joint_losses: list[torch.Tensor] = []
@@ -87,11 +84,12 @@ class GradientBoundary:
         self._update_early = True
         self._scale = 1.0
         self._inputs: Mapping[str, Any] = {}
+        self._run_backward: RunBackward | None = None
         self._in_forward = False
         self._mask_BT: torch.Tensor | None = None
         self._input_BTD: torch.Tensor | None = None
         self._routers_seen = 0
-        self._unchecked = set(range(len(self.blocks) - 1))
+        self._unchecked = set(range(len(self.blocks)))
         self._handles = self._install_hooks()
 
     def _install_hooks(self) -> list[torch.utils.hooks.RemovableHandle]:
@@ -112,11 +110,16 @@ class GradientBoundary:
 
     @contextlib.contextmanager
     def training_forward(
-        self, scale: float = 1.0, update_early_blocks: bool = True, inputs: Mapping[str, Any] | None = None
+        self,
+        run_backward: RunBackward,
+        scale: float = 1.0,
+        update_early_blocks: bool = True,
+        inputs: Mapping[str, Any] | None = None,
     ) -> Iterator[None]:
         """Switches the boundary on for the forwards of one micro-batch.
 
         Args:
+            run_backward: Called with a block's index and its weighted loss to run the local backward (`"eager"` only).
             scale: Factor of the eager local losses, `1 / accumulation steps`.
             update_early_blocks: Without it the early blocks run without gradients: no local loss, no graph.
             inputs: The micro-batch, for the local objective.
@@ -124,16 +127,22 @@ class GradientBoundary:
         self.losses = [[] for _ in self.blocks[:-1]]
         self._joint_losses = []
         self._scale, self._update_early, self._inputs = scale, update_early_blocks, inputs or {}
+        self._run_backward = run_backward
         self._active = True
         try:
             yield
         finally:
             self._active = False
-            self._inputs = {}
+            # The hooks live as long as the model; they must not keep a trainer and its optimizer alive.
+            self._run_backward, self._inputs = None, {}
 
     def joint_loss(self) -> torch.Tensor | None:
         """The weighted sum of the local losses of the last `training_forward`, to add to the task loss (`"joint"`)."""
         return torch.stack(self._joint_losses).sum() if self._joint_losses else None
+
+    def check_task_loss(self, loss: torch.Tensor) -> None:
+        """Raises `RuntimeError` if the first task loss reaches a parameter of an early block."""
+        self._check_reach(len(self.blocks) - 1, loss)
 
     def _enter_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._in_forward = self._active and torch.is_grad_enabled()
@@ -169,6 +178,7 @@ class GradientBoundary:
         """Runs the block's local objective and returns the tensor that the next block starts from."""
         if self._update_early:
             loss = self._local_loss(index, output_BTD)
+            self._check_reach(index, loss)
             if self.mode == "eager":
                 self._backward_now(index, loss * self._scale)
             else:
@@ -212,24 +222,35 @@ class GradientBoundary:
         token = _active_collector.set(None)
         try:
             with torch.autocast(loss.device.type, enabled=False):
-                self.run_backward(index, loss)
+                assert self._run_backward is not None
+                self._run_backward(index, loss)
         finally:
             _active_collector.reset(token)
         # Autocast keeps its low-precision copies of the block's weights until the forward ends.
         if torch.is_autocast_enabled(loss.device.type):
             torch.clear_autocast_cache()
-        if index in self._unchecked:
-            self._unchecked.discard(index)
-            self._check_reach(index)
 
-    def _check_reach(self, index: int) -> None:
-        """Raises if the first local backward of a block reached a parameter of a later block."""
-        later = parameters_by_block(self.model, self.stack, self.blocks)[index + 1 :]
-        reached = [name for owned in later for name, parameter in owned.items() if parameter.grad is not None]
+    def _check_reach(self, index: int, loss: torch.Tensor) -> None:
+        """Raises if the first loss of a block reaches a parameter of another block. Costs nothing where it doesn't."""
+        if index not in self._unchecked or not loss.requires_grad:
+            return
+        self._unchecked.discard(index)
+        owned = parameters_by_block(self.model, self.stack, self.blocks)
+        foreign = {
+            name: parameter
+            for other, parameters in enumerate(owned)
+            for name, parameter in parameters.items()
+            if other != index and parameter.requires_grad and "local_heads." not in name
+        }
+        if not foreign:
+            return
+        gradients = torch.autograd.grad(loss, list(foreign.values()), retain_graph=True, allow_unused=True)
+        reached = [name for name, gradient in zip(foreign, gradients, strict=True) if gradient is not None]
         if reached:
             raise RuntimeError(
-                f"The local loss of block {index} reached {reached[0]!r}, which belongs to a later block. The blocks "
-                "of this model share weights; report the architecture, or cut it elsewhere with `split_at`."
+                f"The loss of block {index} reaches {reached[0]!r}, which belongs to another block. The blocks of "
+                f"{type(self.model).__name__} share weights (inputs for every layer, as in Gemma 3n, for instance), "
+                "and local learning cannot separate them; please report the architecture."
             )
 
 

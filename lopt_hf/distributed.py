@@ -1,12 +1,29 @@
 """Gradient all-reduce for blocks whose backward the DDP reducer must not see."""
 
-from collections.abc import Iterable, Iterator
+import contextlib
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["GradientReducer", "broadcast_parameters"]
+__all__ = ["GradientReducer", "broadcast_parameters", "ignored_by_ddp"]
+
+
+@contextlib.contextmanager
+def ignored_by_ddp(model: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """Lets DDP, when it wraps `model` in this block, leave the parameters with these names alone.
+
+    The marks are taken off again, so that whoever wraps the model next has all of it synchronised.
+    """
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+    try:
+        yield
+    finally:
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ())
+        for name in names:
+            model.get_parameter(name)._ddp_ignored = False  # type: ignore[attr-defined]
 
 
 def broadcast_parameters(parameters: Iterable[nn.Parameter], source: int = 0) -> None:
@@ -19,7 +36,8 @@ class GradientReducer:
     """Averages gradients over all ranks in buckets, asynchronously.
 
     `start` returns at once, so that the communication of an early block overlaps the later blocks' work; `wait` must
-    come before the gradients are read.
+    come before the gradients are read. It has a process group of its own: in the default one the small collectives of
+    the trainer's metrics would wait behind the buckets, and the host with them.
 
     Args:
         bucket_bytes: Size from which a bucket is sent (DDP's own default: 25 MiB).
@@ -27,13 +45,16 @@ class GradientReducer:
 
     def __init__(self, bucket_bytes: int = 25 * 2**20) -> None:
         self.bucket_bytes = bucket_bytes
+        self._group: dist.ProcessGroup | None = None
         self._pending: list[tuple[dist.Work, torch.Tensor, list[torch.Tensor]]] = []
 
     def start(self, parameters: Iterable[nn.Parameter]) -> None:
         """Starts averaging the gradients of those parameters that have one, the same on every rank."""
+        if self._group is None:
+            self._group = dist.new_group()
         for gradients in self._buckets(parameters):
             flat = torch.cat([gradient.reshape(-1) for gradient in gradients]).div_(dist.get_world_size())
-            work = dist.all_reduce(flat, async_op=True)
+            work = dist.all_reduce(flat, group=self._group, async_op=True)
             self._pending.append((work, flat, gradients))
 
     def wait(self) -> None:

@@ -48,8 +48,14 @@ def answer_loss(
 def text_loss(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, chunk: int = 512, num_chunks: int = 16
 ) -> float:
-    """Mean next-token loss on plain text in chunks of `chunk` tokens, in nats per token."""
+    """Mean next-token loss on plain text in chunks of `chunk` tokens, in nats per token.
+
+    Raises:
+        ValueError: If the text is shorter than one chunk.
+    """
     token_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][: chunk * num_chunks]
+    if len(token_ids) < chunk:
+        raise ValueError(f"text has {len(token_ids)} tokens, less than one chunk of {chunk}; pass more text.")
     rows_BT = torch.tensor(token_ids[: len(token_ids) // chunk * chunk], device=model.device).view(-1, chunk)
     total = count = 0.0
     for batch_BT in rows_BT.split(4):

@@ -20,7 +20,7 @@ class LocalBatch:
 
     Attributes:
         mask_BT: 1 for a token, 0 for padding; `None` where nothing is padded (packed, padding-free).
-        inputs: The trainer's batch as it entered `compute_loss` (`input_ids`, `labels`, ...).
+        inputs: The trainer's batch (`input_ids`, `labels`, ...); TRL adds what it passes to the model.
     """
 
     mask_BT: torch.Tensor | None = None
@@ -50,7 +50,7 @@ class LocalObjective(Protocol):
     """
 
     def make_head(self, hidden_size: int) -> nn.Module:
-        """Makes the trainable module that one block's loss needs; it is dropped from the saved model.
+        """Makes the trainable module that one block's loss needs, in fp32; it is dropped from the saved model.
 
         The random state is seeded before the call, so that runs and ranks agree, and restored after it.
 
@@ -65,7 +65,8 @@ class LocalObjective(Protocol):
 
         Args:
             head: What `make_head` made for this block.
-            output_BTD: The block's output, with its graph back to the block's parameters.
+            output_BTD: The block's output, with its graph back to the block's parameters, in the model's dtype: cast
+                it to the head's (`output_BTD.to(head.weight.dtype)`).
             input_BTD: The block's input, detached.
             batch: Mask and inputs of the micro-batch.
         """

@@ -7,12 +7,14 @@ accelerate launch --config_file recipes/accelerate_configs/ddp_2.yaml -m lopt_hf
 ```
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from transformers.trainer_utils import get_last_checkpoint
 from trl import (
     ModelConfig,
     ScriptArguments,
@@ -137,11 +139,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     script_args, args, model_args = parse_or_exit(make_parser(), argv)
     try:
-        check_output_dir(args.output_dir, args.resume_from_checkpoint)
+        checkpoint = resumed_checkpoint(args)
+        check_output_dir(args.output_dir, checkpoint)
         trainer = make_trainer(script_args, args, model_args)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"lopt-hf sft: {error}")
-    trainer.train(resume_from_checkpoint=_resume(args.resume_from_checkpoint))
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(args.output_dir)
     trainer.accelerator.print(f"Model saved to {args.output_dir}")
     if args.push_to_hub:
@@ -149,9 +152,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}")
 
 
-def _resume(value: str | None) -> str | bool | None:
-    """`--resume_from_checkpoint true` means the last checkpoint in output_dir."""
-    return True if value is not None and value.lower() == "true" else value
+def resumed_checkpoint(args: LoPTConfig) -> str | None:
+    """The folder that `resume_from_checkpoint` means; `true` is the last checkpoint in output_dir.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    value = str(args.resume_from_checkpoint or "false")
+    if value.lower() == "false":
+        return None
+    wants_last = value.lower() == "true"
+    folder = str(args.output_dir) if wants_last else value
+    checkpoint = folder if os.path.isdir(folder) else None
+    if checkpoint is not None and wants_last:
+        checkpoint = get_last_checkpoint(folder)
+    if checkpoint is None:
+        raise ValueError(
+            f"resume_from_checkpoint={value}: there is no checkpoint at {folder!r}; name a checkpoint's folder, or "
+            "leave it out to start anew."
+        )
+    return checkpoint
 
 
 if __name__ == "__main__":

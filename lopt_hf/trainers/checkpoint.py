@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 __all__ = ["CheckpointMixin", "read_local_state"]
@@ -65,8 +66,8 @@ class CheckpointMixin(TrainerBase):
     _total_train_tokens: int  # TRL's
     _block_settings: Callable[[], dict[str, Any]]  # what a checkpoint must share with the run that resumes it
 
-    _staging: Path | None = None
-    _resumed: dict[str, Any] | None = None
+    _staging: Path | None = None  # while a checkpoint is being written
+    _resumed: dict[str, Any] | None = None  # from `train(resume_from_checkpoint=...)` to the first epoch
     _heads_in_model = False
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -106,6 +107,8 @@ class CheckpointMixin(TrainerBase):
 
     def _save_local_state(self, staged: Path, final: Path) -> None:
         loss_since_log = self.accelerator.gather(self._tr_loss.reshape(1)).tolist()
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(final)  # on every rank: each loads the best model at the end
         if not self.args.should_save:
             return
         if not self._heads_in_model:
@@ -119,8 +122,7 @@ class CheckpointMixin(TrainerBase):
         }
         (staged / STATE_FILE).write_text(json.dumps(state, indent=2), encoding="utf-8")
         if self.state.best_global_step == self.state.global_step:
-            self.state.best_model_checkpoint = str(final)
-            self.state.save_to_json(str(staged / "trainer_state.json"))
+            self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

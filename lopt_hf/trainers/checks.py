@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from peft import PeftModel
+from peft import PeftModel, PrefixTuningConfig
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 from trl.data_utils import get_dataset_column_names
@@ -33,8 +33,8 @@ def check_output_dir(output_dir: str, resume_from_checkpoint: str | bool | None)
         )
 
 
-def check_dataset(dataset: Any, text_field: str, formatting_func: Any = None) -> None:
-    """Raises if a training set is empty or has no column that `SFTTrainer` reads.
+def check_dataset(dataset: Any, args: LoPTConfig, formatting_func: Any = None) -> None:
+    """Raises if a training set is empty or, unless its preparation is skipped, has no column that `SFTTrainer` reads.
 
     Raises:
         ValueError: If it has no rows, or none of the column layouts.
@@ -43,9 +43,12 @@ def check_dataset(dataset: Any, text_field: str, formatting_func: Any = None) ->
         return  # SFTTrainer says what is wrong with it
     if next(iter(dataset), None) is None:
         raise ValueError("train_dataset has no rows; check the file or split it was loaded from.")
+    dataset_kwargs: Any = args.dataset_kwargs or {}
+    if formatting_func is not None or dataset_kwargs.get("skip_prepare_dataset"):
+        return
     columns = get_dataset_column_names(dataset)
-    layouts = ({text_field}, *_LAYOUTS)
-    if formatting_func is None and not any(layout <= set(columns) for layout in layouts):
+    layouts = ({args.dataset_text_field}, *_LAYOUTS)
+    if not any(layout <= set(columns) for layout in layouts):
         known = "; ".join(" + ".join(sorted(layout)) for layout in layouts)
         raise ValueError(
             f"train_dataset has the columns {sorted(columns)} but none of the layouts to train on ({known}); "
@@ -69,19 +72,34 @@ def check_model(
             revision=kwargs.get("revision"),
             trust_remote_code=args.trust_remote_code,
         )
-        quantized = quantization_config is not None or "quantization_config" in {**config.to_dict(), **kwargs}
+        given = quantization_config or kwargs.get("quantization_config")
+        quantized = given is not None or _is_quantized(config)
         _check_config(model, config)
         num_layers = config.get_text_config(decoder=True).num_hidden_layers
     else:
         base_model: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        quantized = "quantization_config" in base_model.config.to_dict()
+        quantized = _is_quantized(base_model.config)
         num_layers = len(find_decoder_stack(base_model).layers)
+    _check_adapter(model, peft_config)
     split_layers(num_layers, args.num_blocks, args.split_at)
     if quantized and peft_config is None and not isinstance(model, PeftModel):
         name = model if isinstance(model, str) else type(model).__name__
         raise ValueError(
             f"model={name} is quantised, and quantised weights cannot be trained; pass a peft_config such as "
             "`peft.LoraConfig()`, or load the model without quantisation."
+        )
+
+
+def _is_quantized(config: PretrainedConfig) -> bool:
+    return config.to_dict().get("quantization_config") is not None
+
+
+def _check_adapter(model: Any, peft_config: Any) -> None:
+    configs = [peft_config, *(model.peft_config.values() if isinstance(model, PeftModel) else [])]
+    if any(isinstance(config, PrefixTuningConfig) for config in configs):
+        raise ValueError(
+            "peft_config=PrefixTuningConfig cannot be trained locally: one encoder feeds the prefixes of all blocks; "
+            "use LoRA or another adapter inside the layers."
         )
 
 

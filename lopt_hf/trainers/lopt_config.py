@@ -1,5 +1,6 @@
 """Arguments of local learning, alone (`LocalLearningArguments`) and with TRL's SFT arguments (`LoPTConfig`)."""
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -172,8 +173,17 @@ class LocalLearningArguments(ArgumentsBase):
         }
         for name, bound in lowest.items():
             value = getattr(self, name)
-            if value is not None and not value >= bound:
+            if value is None and name == "early_learning_rate":
+                continue
+            kind = int if isinstance(bound, int) else (int, float)
+            if not isinstance(value, kind) or not math.isfinite(value):
+                raise ValueError(f"{name}={value!r} must be a{'n integer' if kind is int else ' finite number'}.")
+            if value < bound:
                 raise ValueError(f"{name}={value} is too low; it must be at least {bound}.")
+        if isinstance(self.split_at, int):  # `split_at: 7` in a YAML
+            self.split_at = [self.split_at]
+        if self.split_at is not None and not all(isinstance(index, int) for index in self.split_at):
+            raise ValueError(f"split_at={self.split_at} must be a list of integers.")
         if self.split_at is not None and len(self.split_at) != self.num_blocks - 1:
             raise ValueError(
                 f"split_at={self.split_at} makes {len(self.split_at) + 1} blocks but num_blocks={self.num_blocks}; "

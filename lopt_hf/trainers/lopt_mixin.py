@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import weakref
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -9,16 +10,15 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from transformers.utils import logging
 
-from lopt_hf.blocks import find_decoder_stack, parameters_by_block, split_layers, untie_output_embeddings
+from lopt_hf.blocks import Block, find_decoder_stack, parameters_by_block, split_layers, untie_output_embeddings
 from lopt_hf.boundary import GradientBoundary, make_heads
-from lopt_hf.distributed import GradientReducer, broadcast_parameters
+from lopt_hf.distributed import GradientReducer, broadcast_parameters, ignored_by_ddp
 from lopt_hf.drift import WeightDrift
 from lopt_hf.objectives import LocalObjective, ReconstructionObjective
 from lopt_hf.trainers.checkpoint import CheckpointMixin, read_local_state
@@ -73,13 +73,15 @@ class LoPTMixin(CheckpointMixin):
         if not args.train_early_blocks:
             for parameter in self._early_parameters():
                 parameter.requires_grad_(False)
+        self._check_trainable()
         objective = local_objective or ReconstructionObjective(
             args.reconstruction_bottleneck, masked=args.reconstruction_mask == "attention"
         )
         self._objective_name = type(objective).__name__
         num_heads = len(self.blocks) - 1 if args.train_early_blocks else 0
         self.local_heads = make_heads(objective, self.stack.hidden_size, num_heads, self.args.seed)
-        self.local_heads.to(self.args.device)
+        for block, head in zip(self.blocks, self.local_heads, strict=False):
+            head.to(self._device_of(block))
         self._heads_in_model = args.sharding_engine is not None
         if self._heads_in_model:  # the engine shards, steps and saves what is in the model. Untested on GPU.
             base_model.add_module("local_heads", self.local_heads)
@@ -90,16 +92,39 @@ class LoPTMixin(CheckpointMixin):
             self.local_heads,
             weight=args.reconstruction_weight / (len(self.blocks) - 1),
             mode=args.pick_local_backward(),
-            run_backward=self._run_local_backward,
             router_coefficient=self._router_coefficient(),
         )
-        if args.local_backward == "auto":
-            logger.info(f"local_backward='auto': the local backward is {self.boundary.mode}")
+        weakref.finalize(self, self.boundary.remove)
+        if args.local_backward == "auto" and self.boundary.mode == "joint":
+            logger.warning(
+                f"local_backward='auto' is 'joint' under {args.sharding_engine or args.optim}: the early blocks' "
+                "activations are kept until the common backward."
+            )
+        elif args.local_backward == "auto":
+            logger.info("local_backward='auto' is 'eager': each block's activations are freed when it is done.")
         self.add_callback(_ZeroHeadGradients(self.local_heads))
         self._reducer = GradientReducer()
-        self._ignore_early_parameters_in_ddp()
         self._drift = WeightDrift(self._owned()) if args.log_drift else None
         self._owns_output_dir = False
+
+    def _device_of(self, block: Block) -> torch.device:
+        """Where a block ends: a model may be spread over devices, or not yet be on its own (FSDP)."""
+        device = next(self.stack.layers[block.stop - 1].parameters()).device
+        return self.args.device if device.type in ("cpu", "meta") else device
+
+    def _check_trainable(self) -> None:
+        for block, owned in zip(self.blocks[:-1], self._owned(), strict=False):
+            if self.args.train_early_blocks and not any(parameter.requires_grad for parameter in owned.values()):
+                raise ValueError(
+                    f"train_early_blocks=True, but no parameter of block {block.index} (layers {block.start} to "
+                    f"{block.stop - 1}) is trainable, as after freezing it or with an adapter on later layers only; "
+                    "set train_early_blocks to False, or make parameters of the block trainable."
+                )
+        if self.optimizer is not None and self.args.early_learning_rate is not None:
+            raise ValueError(
+                f"early_learning_rate={self.args.early_learning_rate} has no effect on an optimizer of your own; give "
+                "the early blocks a parameter group with that rate, and leave early_learning_rate unset."
+            )
 
     def _check_fsdp(self) -> None:
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
@@ -158,12 +183,6 @@ class LoPTMixin(CheckpointMixin):
     def _reduces_early_gradients(self) -> bool:
         return self.accelerator.num_processes > 1 and not self._heads_in_model
 
-    def _ignore_early_parameters_in_ddp(self) -> None:
-        # Their gradients are ready inside the forward, or do not follow from the forward's output; DDP's reducer
-        # would wait for them, or see them twice. `GradientReducer` averages them instead.
-        names = [name for block in self._owned()[:-1] for name in block]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, names)
-
     def compute_loss(
         self,
         model: nn.Module,
@@ -175,9 +194,9 @@ class LoPTMixin(CheckpointMixin):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         steps = self.current_gradient_accumulation_steps
         update = self.args.train_early_blocks and self.state.global_step % self.args.local_update_interval == 0
-        with self.boundary.training_forward(1 / steps, update, inputs):
+        with self.boundary.training_forward(self._run_local_backward, 1 / steps, update, inputs):
             result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        self._log_local_losses()
+        self.boundary.check_task_loss(result[0] if return_outputs else result)
         joint_loss = self.boundary.joint_loss()
         if joint_loss is None:
             return result
@@ -188,7 +207,8 @@ class LoPTMixin(CheckpointMixin):
     def _log_local_losses(self) -> None:
         if not any(self.boundary.losses):
             return
-        losses = torch.stack([torch.stack(block).mean() for block in self.boundary.losses])
+        device = self.args.device
+        losses = torch.stack([torch.stack(block).mean().to(device) for block in self.boundary.losses])
         for index, value in enumerate(self.accelerator.reduce(losses, reduction="mean").tolist()):
             self._check_finite(f"local_loss/block_{index}", value)
             self._metrics["train"][f"local_loss/block_{index}"].append(value)
@@ -196,6 +216,7 @@ class LoPTMixin(CheckpointMixin):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         self._check_finite("loss", loss.item())
+        self._log_local_losses()
         return loss
 
     def _check_finite(self, name: str, value: float) -> None:
@@ -239,7 +260,7 @@ class LoPTMixin(CheckpointMixin):
         present = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         missing = [parameter for parameter in self.local_heads.parameters() if id(parameter) not in present]
         if missing:  # an optimizer of the user's own
-            optimizer.add_param_group({"params": missing})
+            optimizer.param_groups[0]["params"].extend(missing)  # not a new group: a scheduler may know the groups
         if is_new and self.args.early_learning_rate is not None:
             early = {id(parameter) for group in self._clip_groups()[:-1] for parameter in group}
             _set_learning_rate(optimizer, early, self.args.early_learning_rate)
@@ -258,7 +279,10 @@ class LoPTMixin(CheckpointMixin):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, Any]:
-        prepared = super()._prepare_for_training(*args, **kwargs)
+        # The early blocks' gradients are ready inside the forward, or do not follow from the forward's output; DDP's
+        # reducer would wait for them, or see them twice. `GradientReducer` averages them instead.
+        with ignored_by_ddp(self.model, [name for block in self._owned()[:-1] for name in block]):
+            prepared = super()._prepare_for_training(*args, **kwargs)
         if self._reduces_early_gradients():
             broadcast_parameters([*self._early_parameters(), *self.local_heads.parameters()])
         return prepared
@@ -279,6 +303,7 @@ class LoPTMixin(CheckpointMixin):
             "reconstruction_bottleneck": self.args.reconstruction_bottleneck,
             "tied_embeddings": self.args.tied_embeddings,
             "train_early_blocks": self.args.train_early_blocks,
+            "has_early_learning_rate": self.args.early_learning_rate is not None,
         }
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Any] | None = None) -> None:

@@ -65,10 +65,11 @@ class LoPTTrainer(LoPTMixin, SFTTrainer):
             args = LoPTConfig(f"{model_id.split('/')[-1]}-LoPT")
         elif not isinstance(args, LoPTConfig):
             # Not by `to_dict`, which hides every field whose name ends in `_token`.
-            args = LoPTConfig(**{f.name: getattr(args, f.name) for f in fields(args) if f.init})
+            known = {f.name for f in fields(LoPTConfig) if f.init}
+            args = LoPTConfig(**{f.name: getattr(args, f.name) for f in fields(args) if f.name in known})
         given = (
             inspect.signature(SFTTrainer.__init__).bind_partial(self, model, args, *sft_args, **sft_kwargs).arguments
         )
         check_model(model, args, given.get("peft_config"), given.get("quantization_config"))
-        check_dataset(given.get("train_dataset"), args.dataset_text_field, given.get("formatting_func"))
+        check_dataset(given.get("train_dataset"), args, given.get("formatting_func"))
         super().__init__(model, args, *sft_args, local_objective=local_objective, **sft_kwargs)

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 import tests.conftest  # noqa: F401  (offline, one thread)
 from lopt_hf import LoPTTrainer
+from tests.tiny import make_dataset
 from tests.trainers.helpers import make_trainer, snapshot
 
 
@@ -25,10 +26,16 @@ def main() -> None:
     parser.add_argument("--per_device_train_batch_size", type=int, default=2)
     parser.add_argument("--num_blocks", type=int, default=2)
     parser.add_argument("--local_backward", default="eager")
-    trainer = run(**vars(parser.parse_args()))
+    parser.add_argument("--load_best_model_at_end", action="store_true")
+    options = vars(parser.parse_args())
+    if options["load_best_model_at_end"]:
+        # The first of three evaluations is the best: the rate is so high that the loss only rises.
+        every_step = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+        options |= {**every_step, "learning_rate": 10.0, "trainer_kwargs": {"eval_dataset": make_dataset(8)}}
+    trainer = run(**options)
     assert trainer.accelerator.num_processes == 2
-    if trainer.accelerator.is_main_process:
-        save_file(snapshot(trainer), f"{trainer.args.output_dir}/weights.safetensors")
+    rank = trainer.accelerator.process_index
+    save_file(snapshot(trainer), f"{trainer.args.output_dir}/weights-{rank}.safetensors")
 
 
 if __name__ == "__main__":

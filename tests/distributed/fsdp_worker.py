@@ -21,13 +21,13 @@ def joint_gradients(shard: bool, rows: torch.Tensor) -> dict[str, torch.Tensor]:
     heads = make_heads(objective, stack.hidden_size, 1, seed=0)
     model.add_module("local_heads", heads)
     blocks = split_layers(4, 2)
-    boundary = GradientBoundary(model, blocks, objective, heads, 10.0, "joint", run_backward=lambda index, loss: None)
+    boundary = GradientBoundary(model, blocks, objective, heads, 10.0, "joint")
     if shard:
         for layer in stack.layers:
             fully_shard(layer)
         fully_shard(model)
     model.train()
-    with boundary.training_forward():
+    with boundary.training_forward(run_backward=lambda index, loss: None):
         loss = model(input_ids=rows, labels=rows).loss
     (loss + boundary.joint_loss()).backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}

@@ -1,5 +1,6 @@
 """Two gloo processes end where one process with the same global batch does."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lopt_hf.distributed import GradientReducer
+from lopt_hf.distributed import GradientReducer, ignored_by_ddp
 from tests.distributed.ddp_worker import run
 from tests.trainers.helpers import snapshot
 
@@ -17,13 +18,16 @@ TWO_PROCESSES = ROOT / "recipes/accelerate_configs/ddp_2.yaml"
 
 
 def launch(output_dir: Path, *options: object) -> dict[str, torch.Tensor]:
-    output_dir.mkdir(parents=True)
+    """Runs two ranks and returns their weights, which must be the same."""
+    output_dir.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(TWO_PROCESSES)]
     command += ["--main_process_port", "0"]
     command += ["-m", "tests.distributed.ddp_worker", str(output_dir), *map(str, options)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
-    return load_file(output_dir / "weights.safetensors")
+    first, second = (load_file(output_dir / f"weights-{rank}.safetensors") for rank in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    return first
 
 
 def assert_same_weights(two: dict[str, torch.Tensor], one: dict[str, torch.Tensor]) -> None:
@@ -53,6 +57,22 @@ def test_two_processes_equal_one_with_other_settings(tmp_path, options):
     name, value = options
     settings = {name.lstrip("-"): value, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
     assert_same_weights(two, snapshot(run(tmp_path / "one", **settings)))
+
+
+def test_both_ranks_load_the_best_model(tmp_path):
+    weights = launch(tmp_path, "--load_best_model_at_end")
+    best = json.loads((tmp_path / "checkpoint-3/trainer_state.json").read_text())["best_model_checkpoint"]
+    assert Path(best).parent == tmp_path and Path(best).name != "checkpoint-3"
+    saved = load_file(Path(best) / "model.safetensors")
+    assert all(torch.equal(weights[name], saved[name]) for name in saved)
+
+
+def test_the_marks_for_ddp_are_taken_off_again():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    with ignored_by_ddp(model, ["0.weight"]):
+        assert model._ddp_params_and_buffers_to_ignore == ["0.weight"]
+    assert not model._ddp_params_and_buffers_to_ignore
+    assert not any(vars(parameter).get("_ddp_ignored") for parameter in model.parameters())
 
 
 def test_buckets_hold_every_gradient_once():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
+from peft import PrefixTuningConfig
 from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM, BertConfig, BitsAndBytesConfig, T5Config
 
 from lopt_hf import LoPTConfig
@@ -19,10 +20,13 @@ from tests.trainers.helpers import make_trainer
         ({"split_at": [1, 2]}, r"split_at=\[1, 2\] .* set num_blocks to 3"),
         ({"split_at": [0]}, r"split_at=\[0\]"),
         ({"reconstruction_weight": -1.0}, "reconstruction_weight=-1.0"),
-        ({"reconstruction_weight": float("nan")}, "reconstruction_weight=nan"),
+        ({"reconstruction_weight": float("nan")}, "reconstruction_weight=nan must be a finite number"),
         ({"reconstruction_bottleneck": 0}, "reconstruction_bottleneck=0"),
         ({"local_update_interval": 0}, "local_update_interval=0 .* at least 1"),
         ({"early_learning_rate": -1e-5}, "early_learning_rate=-1e-05"),
+        ({"num_blocks": 2.5}, "num_blocks=2.5 must be an integer"),
+        ({"split_at": [1.5]}, r"split_at=\[1.5\] must be a list of integers"),
+        ({"early_learning_rate": "1e-5"}, "early_learning_rate='1e-5' must be a finite number"),
         ({"local_backward": "lazy"}, "local_backward='lazy' .* auto, eager, joint"),
         ({"clip_scope": "layer"}, "clip_scope='layer' .* block, global"),
         ({"tied_embeddings": "tie"}, "tied_embeddings='tie' .* untie, freeze"),
@@ -89,6 +93,34 @@ def test_quantisation_asked_for_without_an_adapter(tmp_path):
     kwargs = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}
     with pytest.raises(ValueError, match="is quantised.*peft_config"):
         make_trainer(tmp_path, str(tmp_path / "base"), trainer_kwargs=kwargs)
+
+
+def test_early_block_without_trainable_parameters(tmp_path):
+    model = make_model()
+    make_trainer(tmp_path, model, train_early_blocks=False)
+    with pytest.raises(ValueError, match=r"no parameter of block 0 \(layers 0 to 1\) is trainable"):
+        make_trainer(tmp_path, model)
+
+
+def test_early_learning_rate_with_an_optimizer_of_the_users_own(tmp_path):
+    model = make_model()
+    kwargs = {"optimizers": (torch.optim.SGD(model.parameters(), lr=0.1), None)}
+    with pytest.raises(ValueError, match="early_learning_rate=0.1 has no effect on an optimizer of your own"):
+        make_trainer(tmp_path, model, early_learning_rate=0.1, trainer_kwargs=kwargs)
+
+
+def test_prefix_tuning(tmp_path):
+    kwargs = {"peft_config": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)}
+    with pytest.raises(ValueError, match="PrefixTuningConfig cannot be trained locally.*LoRA"):
+        make_trainer(tmp_path, trainer_kwargs=kwargs)
+
+
+@pytest.mark.parametrize("mode", ["eager", "joint"])
+def test_weights_shared_across_blocks(tmp_path, mode):
+    model = make_model()
+    model.model.layers[3].mlp = model.model.layers[0].mlp
+    with pytest.raises(RuntimeError, match="loss of block . reaches .* which belongs to another block"):
+        make_trainer(tmp_path, model, local_backward=mode).train()
 
 
 def test_empty_data_set(tmp_path):
@@ -160,6 +192,7 @@ def test_bad_yaml_is_one_line(tmp_path, capsys, values, message):
         ({"dataset_name": "word-problems"}, "model_name_or_path is missing"),
         ({"model_name_or_path": "m"}, "dataset_name is missing"),
         ({"model_name_or_path": "m", "dataset_name": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"resume_from_checkpoint": "true"}, "resume_from_checkpoint=True: there is no checkpoint"),
     ],
 )
 def test_bad_arguments_of_the_command_are_one_line(tmp_path, values, message):

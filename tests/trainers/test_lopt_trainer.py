@@ -1,6 +1,8 @@
 """What SFTTrainer's users expect to work, and what each option of LoPTConfig changes."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -122,6 +124,38 @@ def test_optimizer_of_the_users_own_trains_the_heads_too(tmp_path):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     trainer = make_trainer(tmp_path, model, trainer_kwargs={"optimizers": (optimizer, None)})
     assert {name for name in unmoved(trainer) if name.startswith("head.")} == set()
+
+
+def test_optimizer_and_scheduler_of_the_users_own(tmp_path):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    trainer = make_trainer(tmp_path, model, trainer_kwargs={"optimizers": (optimizer, scheduler)})
+    assert {name for name in unmoved(trainer) if name.startswith("head.")} == set()
+
+
+def test_a_trainer_is_freed_before_its_model(tmp_path):
+    """The hooks on the model must not keep the trainer, and with it the optimizer's state."""
+    model = make_model()
+    trainer = make_trainer(tmp_path, model)
+    trainer.train()
+    freed, layers = weakref.ref(trainer), trainer.stack.layers
+    del trainer
+    gc.collect()
+    assert freed() is None
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+
+
+def test_prepared_data_with_a_collator_of_the_users_own(tmp_path):
+    rows = Dataset.from_dict({"numbers": [[5, 6, 7, 8]] * 8})
+
+    def collate(examples):
+        ids = torch.tensor([example["numbers"] for example in examples])
+        return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+
+    kwargs = {"train_dataset": rows, "data_collator": collate}
+    options = {"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False}
+    assert unmoved(make_trainer(tmp_path, trainer_kwargs=kwargs, **options)) <= {"model.embed_tokens.weight"}
 
 
 def test_model_card_cites_the_paper(tmp_path):
