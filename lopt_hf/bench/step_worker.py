@@ -36,7 +36,7 @@ class _FailuresTo:
         self.connection = connection
 
     def __enter__(self) -> None:
-        pass
+        """Nothing to prepare."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
