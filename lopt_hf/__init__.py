@@ -14,11 +14,20 @@ _EXPORTS = {
     "LocalBatch": "lopt_hf.objectives",
     "LocalObjective": "lopt_hf.objectives",
     "ReconstructionObjective": "lopt_hf.objectives",
+    "RetentionCallback": "lopt_hf.retention.callback",
 }
-__all__ = ["LoPTConfig", "LoPTTrainer", "LocalBatch", "LocalObjective", "ReconstructionObjective"]
+__all__ = [
+    "LoPTConfig",
+    "LoPTTrainer",
+    "LocalBatch",
+    "LocalObjective",
+    "ReconstructionObjective",
+    "RetentionCallback",
+]
 
 if TYPE_CHECKING:
     from lopt_hf.objectives import LocalBatch, LocalObjective, ReconstructionObjective
+    from lopt_hf.retention.callback import RetentionCallback
     from lopt_hf.trainers.lopt_config import LoPTConfig
     from lopt_hf.trainers.lopt_trainer import LoPTTrainer
 

@@ -9,12 +9,14 @@ __all__ = ["main"]
 COMMANDS = {
     "demo": "fine-tune a real 135M model on this machine in a few minutes and compare before and after",
     "sft": "supervised fine-tuning with LoPT (or end-to-end, for comparison) from a YAML or from arguments",
+    "retention": "measure what fine-tuned models kept of what their base knew, with paired intervals",
+    "compare": "fine-tune by several methods, rates and seeds, and report gain against retention",
     "bench": "measure memory and time per step against end-to-end training",
 }
 
 
 def _usage() -> str:
-    rows = "\n".join(f"  {name:<8} {purpose}" for name, purpose in COMMANDS.items())
+    rows = "\n".join(f"  {name:<10} {purpose}" for name, purpose in COMMANDS.items())
     return (
         "usage: lopt-hf <command> [options]\n\nLocal learning for LLM post-training with Hugging Face.\n\n"
         f"commands:\n{rows}\n\n`lopt-hf <command> --help` tells a command's options. On several devices: "

@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from lopt_hf.blocks import Block, find_decoder_stack, parameters_by_block, split_layers, untie_output_embeddings
 from lopt_hf.boundary import GradientBoundary, make_heads
+from lopt_hf.callbacks import bind_callbacks
 from lopt_hf.distributed import GradientReducer, broadcast_parameters, ignored_by_ddp
 from lopt_hf.drift import WeightDrift
 from lopt_hf.objectives import LocalObjective, ReconstructionObjective
@@ -64,6 +65,7 @@ class LoPTMixin(CheckpointMixin):
         self, *trainer_args: Any, local_objective: LocalObjective | None = None, **trainer_kwargs: Any
     ) -> None:
         super().__init__(*trainer_args, **trainer_kwargs)
+        bind_callbacks(self.callback_handler.callbacks, self)
         args: LocalLearningArguments = self.args
         base_model = self._base_model()
         self._check_fsdp()
@@ -106,6 +108,11 @@ class LoPTMixin(CheckpointMixin):
         self._reducer = GradientReducer()
         self._drift = WeightDrift(self._owned()) if args.log_drift else None
         self._owns_output_dir = False
+
+    def add_callback(self, callback: Any) -> None:
+        """As the parent's; a callback that logs through its trainer is told which it is."""
+        super().add_callback(callback)
+        bind_callbacks(self.callback_handler.callbacks, self)
 
     def _device_of(self, block: Block) -> torch.device:
         """Where a block ends: a model may be spread over devices, or not yet be on its own (FSDP)."""

@@ -11,12 +11,14 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
+from lopt_hf.retention.grid import load_grid
 from lopt_hf.scripts import sft
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"
 ACCELERATE_CONFIGS = sorted((RECIPES / "accelerate_configs").glob("*.yaml"))
-MODEL_RECIPES = sorted(set(RECIPES.rglob("*.yaml")) - set(ACCELERATE_CONFIGS))
+GRIDS = sorted(RECIPES.glob("*/retention/*.yaml"))
+MODEL_RECIPES = sorted(set(RECIPES.rglob("*.yaml")) - set(ACCELERATE_CONFIGS) - set(GRIDS))
 PARSERS = {"sft": sft.make_parser}  # by the recipe's folder
 
 # LoPT, arXiv 2605.04913 v3
@@ -102,6 +104,19 @@ def test_recipe_is_parsed_in_full(path: Path) -> None:
 @pytest.mark.parametrize("path", MODEL_RECIPES, ids=name_of)
 def test_recipe_is_mentioned_in_the_readme_of_its_model(path: Path) -> None:
     assert path.stem in (path.parents[1] / "README.md").read_text()
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=name_of)
+def test_every_run_of_a_grid_is_parsed_in_full(path: Path, tmp_path: Path) -> None:
+    """Each run's arguments are those of `lopt-hf sft`, and its README names the file."""
+    assert path.name in (path.parent / "README.md").read_text()
+    for run in load_grid(path).runs():
+        config = tmp_path / f"{run.name}.yaml"
+        config.write_text(yaml.safe_dump({**run.arguments, "output_dir": "out"}))
+        values = parse(config)
+        assert run.arguments.keys() <= values.keys()
+        for key in run.arguments.keys() - {"report_to", "lora_target_modules"}:  # the two that their classes rewrite
+            assert values[key] == run.arguments[key]
 
 
 @pytest.mark.parametrize("data", PAPER_DATA)

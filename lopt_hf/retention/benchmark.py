@@ -1,0 +1,239 @@
+"""The retention benchmark: a baseline and models fine-tuned from it, measured on the same samples."""
+
+import json
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import torch
+import transformers
+from accelerate import PartialState
+from tqdm.auto import tqdm
+
+from lopt_hf.retention.deltas import ModelScores, entry_deltas, gain_delta, mean_delta
+from lopt_hf.retention.heldout import HELDOUT_TASK, heldout_task
+from lopt_hf.retention.layer_drift import layer_drift
+from lopt_hf.retention.measuring import MeasuringSettings, ModelReference, load_tokenizer, measure_model
+from lopt_hf.retention.results import ModelResult, RetentionReport
+from lopt_hf.retention.scores import ScoreCache
+from lopt_hf.retention.suites import TaskEntry
+
+__all__ = ["Candidate", "RetentionBenchmark", "describe_machine", "flips", "write_flips"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is compared with the baseline: one model, or the seeds of one method.
+
+    Parameters:
+        label: Name in the report.
+        group: As in `ModelResult`.
+        models: Hub ids or folders; more than one are seeds.
+    """
+
+    label: str
+    group: str
+    models: tuple[str, ...]
+
+
+class RetentionBenchmark:
+    """Measures models and what changed from their baseline.
+
+    Args:
+        baseline: Hub id or folder of the untouched base.
+        entries: Tasks that measure what was kept (`load_entries`).
+        settings: How to measure.
+        cache: Where scores are kept.
+        heldout: Rows with `prompt` and `completion` of the task trained on; their answers' loss is the gain.
+        confidence: Level of all intervals.
+        revision: Branch, tag or commit of hub ids.
+
+    Raises:
+        ValueError: If there is no such baseline, or held-out data cannot be used.
+    """
+
+    def __init__(
+        self,
+        baseline: str,
+        entries: Sequence[TaskEntry],
+        settings: MeasuringSettings,
+        cache: ScoreCache,
+        heldout: Sequence[Mapping[str, Any]] = (),
+        confidence: float = 0.95,
+        revision: str | None = None,
+    ) -> None:
+        if not 0 < confidence < 1:
+            raise ValueError(f"confidence={confidence} is not between 0 and 1; 0.95 is usual.")
+        self.baseline = ModelReference.find(baseline, revision)
+        self.entries = list(entries)
+        self.settings = settings
+        self.cache = cache
+        self.confidence = confidence
+        self._revision = revision
+        self._tokenizer = load_tokenizer(self.baseline)
+        self._scores: dict[str, ModelScores] = {}
+        self._heldout = [TaskEntry(HELDOUT_TASK, (heldout_task(heldout, self._tokenizer),))] if heldout else []
+
+    def scores(self, model: str) -> ModelScores:
+        """Scores of one model on every task; from the cache where they are known.
+
+        Raises:
+            ValueError: If there is no such model, or its vocabulary is not the baseline's.
+        """
+        if model not in self._scores:
+            reference = self.reference(model)
+            self._scores[model] = measure_model(reference, [*self._heldout, *self.entries], self.settings, self.cache)
+        return self._scores[model]
+
+    def reference(self, model: str) -> ModelReference:
+        """Finds a model and checks that it can be compared.
+
+        Raises:
+            ValueError: If there is no such model, or its vocabulary is not the baseline's.
+        """
+        if model == self.baseline.name:
+            return self.baseline
+        reference = ModelReference.find(model, self._revision)
+        own, base = load_tokenizer(reference).get_vocab(), self._tokenizer.get_vocab()
+        if own != base:
+            differing = sum(base.get(token) != index for token, index in own.items())
+            raise ValueError(
+                f"model {model!r} has a vocabulary of {len(own)} tokens of which {differing} are not the baseline's "
+                f"({len(base)} tokens), so likelihoods cannot be compared; give the baseline that it was fine-tuned "
+                "from."
+            )
+        return reference
+
+    def compare(self, candidates: Sequence[Candidate], with_drift: bool = True) -> RetentionReport | None:
+        """Measures the baseline, then all candidates.
+
+        Args:
+            candidates: Models, or methods with their seeds.
+            with_drift: Also compare the weights layer by layer.
+
+        Returns:
+            The report; `None` on other processes than the first.
+        """
+        labels = [candidate.label for candidate in candidates]
+        if len(set(labels)) < len(labels) or not labels:
+            raise ValueError(f"models {labels} must be at least one, and each named once.")
+        for candidate in candidates:  # before anything takes time
+            for model in candidate.models:
+                self.reference(model)
+        is_main = PartialState().is_main_process
+        before = self.scores(self.baseline.name)
+        results = []
+        for candidate in tqdm(candidates, desc="models", unit="model", disable=not is_main):
+            after = [self.scores(model) for model in candidate.models]
+            if is_main:
+                drift = self._drift(candidate) if with_drift else {}
+                results.append(self.result(candidate, before, after, drift))
+        if not is_main:
+            return None
+        return RetentionReport(self.baseline.name, tuple(results), self.describe(before), self.confidence)
+
+    def result(
+        self, candidate: Candidate, before: ModelScores, after: Sequence[ModelScores], drift: Mapping[str, float]
+    ) -> ModelResult:
+        """Turns scores into findings."""
+        seeds: tuple[ModelResult, ...] = ()
+        if len(after) > 1:
+            seeds = tuple(
+                self.result(Candidate(model, candidate.group, (model,)), before, [scores], {})
+                for model, scores in zip(candidate.models, after, strict=True)
+            )
+        found = [entry_deltas(entry, before, after, self.confidence) for entry in self.entries]
+        by_seed = [seed.mean.delta for seed in seeds if seed.mean is not None]
+        return ModelResult(
+            label=candidate.label,
+            group=candidate.group,
+            deltas=tuple(delta for entry in found for delta, _ in entry),
+            mean=mean_delta([entry[0] for entry in found], self.confidence, by_seed),
+            gain=gain_delta(before, after, self.confidence),
+            drift=drift,
+            seeds=seeds,
+        )
+
+    def describe(self, before: ModelScores) -> dict[str, Any]:
+        """What was measured and how, for the report."""
+        tasks = [
+            f"{task.task} (version {task.version}, {task.num_fewshot}-shot, n = {len(task)})"
+            for task in before.values()
+        ]
+        settings = {name: value for name, value in asdict(self.settings).items() if value not in (None, {})}
+        return {"baseline": self.baseline.name, "tasks": tasks, **settings, **describe_machine()}
+
+    def _drift(self, candidate: Candidate) -> dict[str, float]:
+        """Mean drift over the candidate's models, kept beside the scores."""
+        found = [self._cached_drift(ModelReference.find(model, self._revision)) for model in candidate.models]
+        return {part: sum(drift[part] for drift in found) / len(found) for part in found[0]}
+
+    def _cached_drift(self, reference: ModelReference) -> dict[str, float]:
+        path = self.cache.folder / f"drift-{reference.fingerprint()[-20:]}-{self.baseline.fingerprint()[-20:]}.json"
+        if not path.is_file():
+            drift = layer_drift(self.baseline, reference)
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(drift), encoding="utf-8")
+            partial.replace(path)
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+def flips(label: str, before: ModelScores, after: ModelScores) -> Iterator[dict[str, Any]]:
+    """The samples that a model answers rightly and its baseline does not, or the reverse.
+
+    Yields:
+        Rows with model, task, metric, sample number, direction, document, target, and both models' responses.
+    """
+    for task, baseline in before.items():
+        model = after[task]
+        for metric, values in baseline.metrics.items():
+            pairs = list(zip(values, model.metrics[metric], strict=True))
+            if not all(value in (0, 1) for pair in pairs for value in pair if isinstance(value, int | float)):
+                continue
+            for number, (old, new) in enumerate(pairs):
+                if isinstance(old, int | float) and old != new:
+                    yield _flip(label, task, metric, bool(old), baseline.samples[number], model.samples[number])
+
+
+def _flip(
+    label: str, task: str, metric: str, was_right: bool, old: Mapping[str, Any], new: Mapping[str, Any]
+) -> dict[str, Any]:
+    return {
+        "model": label,
+        "task": task,
+        "metric": metric,
+        "doc_id": old["doc_id"],
+        "direction": "right to wrong" if was_right else "wrong to right",
+        "doc": old.get("doc"),
+        "target": old.get("target"),
+        "baseline_responses": old.get("responses"),
+        "model_responses": new.get("responses"),
+    }
+
+
+def describe_machine() -> dict[str, Any]:
+    """Versions and hardware that a figure was measured with."""
+    accelerator = torch.accelerator.current_accelerator()
+    return {
+        "device": f"{platform.machine()}, {torch.get_num_threads()} threads"
+        if accelerator is None
+        else str(accelerator),
+        "lm_eval": lm_eval.__version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def write_flips(rows: Iterator[Mapping[str, Any]], path: Path) -> int:
+    """Writes rows as JSON lines, and returns how many."""
+    count = 0
+    partial = path.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")
+            count += 1
+    partial.replace(path)
+    return count

@@ -1,0 +1,196 @@
+"""Retention while a model trains: measured before the first step, on the way, and at the end."""
+
+import copy
+import json
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from lm_eval.models.huggingface import HFLM
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from lopt_hf.callbacks import TrainerBound
+from lopt_hf.retention.deltas import ModelScores, entry_deltas, mean_delta
+from lopt_hf.retention.measuring import MeasuringSettings, evaluate_tasks
+from lopt_hf.retention.results import Delta
+from lopt_hf.retention.scores import TaskScores
+from lopt_hf.retention.suites import SUITES, SuiteTask, load_entries
+
+__all__ = ["RetentionCallback"]
+
+BASELINE_FILE = "retention_baseline.json"
+
+
+class RetentionCallback(TrainerBound):
+    """Measures what a model keeps while it is fine-tuned, and logs it through the Trainer.
+
+    The untouched model is measured before the first step; then the same samples every `every_steps` steps and at the
+    end. Logged are `retention/<task>/<metric>`, its change `..._delta` with the interval's ends `..._low` and
+    `..._high`, and `retention/mean_delta` with its ends. Training is not disturbed: with or without this callback it
+    gives the same weights.
+
+    ```python
+    trainer.add_callback(RetentionCallback(tasks=["arc_easy", "piqa"], every_steps=200, limit=100))  # LoPT's trainers
+    trainer.add_callback(RetentionCallback(tasks=["arc_easy"], limit=100, trainer=trainer))          # any Trainer
+    ```
+
+    Args:
+        tasks: lm-eval tasks, groups or tags. Default: the suite `offline`, which needs no network.
+        every_steps: Measure every so many optimizer steps, besides the beginning and the end.
+        limit: First samples of each task.
+        include_path: Folder with further lm-eval tasks.
+        batch_size: Requests per forward on each device.
+        num_fewshot: Examples in each prompt; default: each task's own number.
+        confidence: Level of the intervals.
+        trainer: The trainer to log through, for trainers other than LoPT's.
+
+    Raises:
+        ValueError: If a task is unknown or a number out of range.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[str] | None = None,
+        every_steps: int | None = None,
+        limit: int | None = 100,
+        include_path: str | Path | None = None,
+        batch_size: int = 8,
+        num_fewshot: int | None = None,
+        confidence: float = 0.95,
+        trainer: Trainer | None = None,
+    ) -> None:
+        if every_steps is not None and every_steps < 1:
+            raise ValueError(f"every_steps={every_steps} must be 1 or more; leave it out to measure both ends only.")
+        if isinstance(tasks, str):
+            raise ValueError(f"tasks={tasks!r} is one string; pass a list such as {tasks.split(',')}.")
+        wanted = SUITES["offline"] if tasks is None else [SuiteTask(name) for name in tasks]
+        self.entries = load_entries(wanted, [] if include_path is None else [Path(include_path)])
+        self.settings = MeasuringSettings(limit=limit, batch_size=batch_size, num_fewshot=num_fewshot)
+        self.every_steps = every_steps
+        self.confidence = confidence
+        self._baseline: ModelScores = {}
+        self._measured_at = -1
+        if trainer is not None:
+            self.bind(trainer)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measures the untouched model; a resumed run reads what its beginning measured."""
+        path = Path(str(args.output_dir)) / BASELINE_FILE
+        trainer = self.trainer
+        self._measured_at = state.global_step
+        if state.global_step > 0:
+            self._baseline = self._read_baseline(path)
+            return
+        self._baseline = self._measure(args, trainer, kwargs)
+        if PartialState().is_main_process:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            text = json.dumps({name: asdict(scores) for name, scores in self._baseline.items()})
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+        self._log(trainer, self._baseline)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measures every `every_steps` steps."""
+        if self.every_steps is not None and state.global_step % self.every_steps == 0:
+            self._measure_and_log(args, state, kwargs)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measures the model that training ends with."""
+        if self._measured_at != state.global_step:
+            self._measure_and_log(args, state, kwargs)
+
+    def _measure_and_log(self, args: TrainingArguments, state: TrainerState, given: dict[str, Any]) -> None:
+        trainer = self.trainer
+        scores = self._measure(args, trainer, given)
+        self._measured_at = state.global_step
+        self._log(trainer, scores)
+
+    def _measure(self, args: TrainingArguments, trainer: Trainer, given: dict[str, Any]) -> ModelScores:
+        model, tokenizer = given["model"], given["processing_class"]
+        with _undisturbed(model):
+            language_model = _wrap(model, tokenizer, trainer, self.settings.batch_size)
+            tasks = [task for entry in self.entries for task in entry.tasks]
+            return evaluate_tasks(language_model, tasks, self.settings.num_fewshot, self.settings)
+
+    def _log(self, trainer: Trainer, scores: ModelScores) -> None:
+        logs: dict[str, float] = {}
+        if PartialState().is_main_process:
+            found = [entry_deltas(entry, self._baseline, [scores], self.confidence) for entry in self.entries]
+            for delta in (delta for entry in found for delta, _ in entry):
+                name = f"retention/{delta.task}/{delta.metric}"
+                logs[name] = delta.value
+                if scores is not self._baseline:
+                    logs.update(_change(name, delta))
+            mean = mean_delta([entry[0] for entry in found], self.confidence)
+            if mean is not None and scores is not self._baseline:
+                logs.update(_change("retention/mean", mean))
+        log_is_due = trainer.control.should_log
+        # The base class's: TRL's would put half-averaged training metrics beside them
+        Trainer.log(trainer, logs)
+        trainer.control.should_log = log_is_due  # logging takes it for done
+
+    def _read_baseline(self, path: Path) -> ModelScores:
+        if not PartialState().is_main_process:
+            return {}
+        if not path.is_file():
+            raise ValueError(
+                f"there is no {path}, so what the model could do before training is unknown; add the callback from "
+                "the start of training, or compare afterwards with `lopt-hf retention`."
+            )
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        baseline = {name: TaskScores(**scores) for name, scores in stored.items()}
+        missing = [task.task_name for e in self.entries for task in e.tasks if task.task_name not in baseline]
+        if missing:
+            raise ValueError(f"{path} has no scores of {', '.join(missing)}; resume with the tasks of the beginning.")
+        return baseline
+
+
+def _change(name: str, delta: Delta) -> dict[str, float]:
+    return {f"{name}_delta": delta.delta, f"{name}_low": delta.low, f"{name}_high": delta.high}
+
+
+def _wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trainer: Trainer, batch_size: int) -> HFLM:
+    mixed = {"bf16": "bfloat16", "fp16": "float16"}.get(trainer.accelerator.mixed_precision)
+    language_model = HFLM(
+        pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, mixed_precision_dtype=mixed
+    )
+    state = PartialState()
+    if state.num_processes > 1:  # lm-eval takes a model in memory for the only one
+        language_model.accelerator = trainer.accelerator
+        language_model._rank, language_model._world_size = state.process_index, state.num_processes
+    return language_model
+
+
+@contextmanager
+def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
+    """Leaves random states, and which modules are in training mode, as they were."""
+    training = {module: module.training for module in model.modules()}
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        for module, was_training in training.items():
+            module.training = was_training

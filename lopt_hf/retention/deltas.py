@@ -1,0 +1,171 @@
+"""From scores to findings: paired changes of each task, of groups, of their mean, and differences between methods."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lopt_hf.retention.heldout import HELDOUT_TASK, answer_scores
+from lopt_hf.retention.results import Delta
+from lopt_hf.retention.scores import TaskScores, metric_scores
+from lopt_hf.retention.statistics import (
+    Interval,
+    MeanScores,
+    Scores,
+    combine_intervals,
+    mcnemar,
+    paired_interval,
+    seed_interval,
+)
+from lopt_hf.retention.suites import TaskEntry
+
+__all__ = ["ModelScores", "entry_deltas", "entry_metrics", "entry_scores", "gain_delta", "gain_scores", "mean_delta"]
+
+# One model's scores by task
+ModelScores = Mapping[str, TaskScores]
+
+
+def entry_metrics(entry: TaskEntry, scores: ModelScores) -> list[str]:
+    """The `metric,filter` names of a task or group, the main one first."""
+    names = list(entry.group_metrics or scores[entry.tasks[0].task_name].metrics)
+    if entry.main_metric is None:
+        return names
+    if entry.main_metric not in names:
+        raise ValueError(f"main metric {entry.main_metric!r} of {entry.name!r} is none of {', '.join(names)}.")
+    return [entry.main_metric, *(name for name in names if name != entry.main_metric)]
+
+
+def entry_scores(entry: TaskEntry, name: str, scores: ModelScores) -> list[Scores]:
+    """The resampleable scores of one metric, one for each task of the entry."""
+    metric = name.partition(",")[0]
+    return [metric_scores(scores[task.task_name].metrics[name], task, metric) for task in entry.tasks]
+
+
+def entry_deltas(
+    entry: TaskEntry, before: ModelScores, after: Sequence[ModelScores], confidence: float
+) -> list[tuple[Delta, Interval]]:
+    """The paired change of each metric of a task or group.
+
+    Args:
+        entry: The task or group.
+        before: The baseline's scores.
+        after: The model's; of several seeds the mean counts, and the interval includes what varies between them.
+        confidence: Level of the intervals.
+    """
+    return [_entry_delta(entry, name, before, after, confidence) for name in entry_metrics(entry, before)]
+
+
+def mean_delta(
+    main: Sequence[tuple[Delta, Interval]], confidence: float, by_seed: Sequence[float] = ()
+) -> Delta | None:
+    """The mean change over tasks with an accuracy; `None` with fewer than two.
+
+    Args:
+        main: Each task's main metric. Those that are not on the scale from 0 to 1 with 1 best are left out.
+        confidence: Level of the interval.
+        by_seed: The mean change of each seed, if `main` are means over seeds.
+    """
+    chosen = [
+        (delta, interval)
+        for delta, interval in main
+        if delta.higher_is_better and 0 <= delta.baseline <= 1 and 0 <= delta.value <= 1
+    ]
+    if len(chosen) < 2:
+        return None
+    deltas = [delta for delta, _ in chosen]
+    over_samples = combine_intervals([interval for _, interval in chosen], [1.0] * len(chosen), confidence)
+    combined = seed_interval(over_samples, by_seed, confidence)
+    return Delta(
+        task=f"mean of {len(chosen)} tasks",
+        metric="accuracy",
+        higher_is_better=True,
+        baseline=float(np.mean([delta.baseline for delta in deltas])),
+        value=float(np.mean([delta.value for delta in deltas])),
+        delta=combined.delta,
+        low=combined.low,
+        high=combined.high,
+        n=sum(delta.n for delta in deltas),
+    )
+
+
+def gain_scores(scores: ModelScores) -> Scores:
+    """The resampleable loss of held-out answers."""
+    heldout = scores[HELDOUT_TASK]
+    num_tokens = [int(sample["doc"]["num_tokens"]) for sample in heldout.samples]
+    return answer_scores(heldout.metrics["perplexity,none"], num_tokens)
+
+
+def gain_delta(before: ModelScores, after: Sequence[ModelScores], confidence: float) -> Delta | None:
+    """The change in the loss of held-out answers, if they were measured."""
+    if HELDOUT_TASK not in before:
+        return None
+    baseline, models = gain_scores(before), [gain_scores(scores) for scores in after]
+    interval = _difference([[model] for model in models], [[baseline]], [1.0], confidence)
+    return Delta(
+        task=HELDOUT_TASK,
+        metric="answer_loss",
+        higher_is_better=False,
+        baseline=baseline.total,
+        value=baseline.total + interval.delta,
+        delta=interval.delta,
+        low=interval.low,
+        high=interval.high,
+        n=len(baseline),
+    )
+
+
+def _entry_delta(
+    entry: TaskEntry, name: str, before: ModelScores, after: Sequence[ModelScores], confidence: float
+) -> tuple[Delta, Interval]:
+    baseline = entry_scores(entry, name, before)
+    models = [entry_scores(entry, name, scores) for scores in after]
+    weights = [float(len(part)) if entry.group_metrics.get(name, True) else 1.0 for part in baseline]
+    interval = _difference(models, [baseline], weights, confidence)
+    return (
+        Delta(
+            task=entry.name,
+            metric=name.removesuffix(",none"),
+            higher_is_better=before[entry.tasks[0].task_name].higher_is_better[name],
+            baseline=_mean(baseline, weights),
+            value=_mean(baseline, weights) + interval.delta,
+            delta=interval.delta,
+            low=interval.low,
+            high=interval.high,
+            n=sum(len(part) for part in baseline),
+            **_changes(baseline, models),
+        ),
+        interval,
+    )
+
+
+def _difference(
+    after: Sequence[Sequence[Scores]], before: Sequence[Sequence[Scores]], weights: Sequence[float], confidence: float
+) -> Interval:
+    """The difference between the means of two lists of models, each with its scores by task."""
+    parts = [
+        paired_interval([model[number] for model in after], [model[number] for model in before], confidence)
+        for number in range(len(weights))
+    ]
+    over_samples = parts[0] if len(parts) == 1 else combine_intervals(parts, weights, confidence)
+    baseline = np.mean([_mean(model, weights) for model in before])
+    return seed_interval(over_samples, [_mean(model, weights) - float(baseline) for model in after], confidence)
+
+
+def _mean(parts: Sequence[Scores], weights: Sequence[float]) -> float:
+    return float(np.average([part.total for part in parts], weights=weights))
+
+
+def _changes(baseline: Sequence[Scores], models: Sequence[Sequence[Scores]]) -> dict[str, Any]:
+    """McNemar's test over all samples of one model; none for several, whose answers are not independent."""
+    if len(models) != 1:
+        return {}
+    binary = [
+        (before, after)
+        for before, after in zip(baseline, models[0], strict=True)
+        if isinstance(before, MeanScores) and isinstance(after, MeanScores) and before.is_binary and after.is_binary
+    ]
+    if len(binary) < len(baseline):
+        return {}
+    pooled = [MeanScores(np.concatenate([pair[side].values for pair in binary])) for side in (0, 1)]
+    p_value, right_to_wrong, wrong_to_right = mcnemar(*pooled)
+    return {"p_value": p_value, "right_to_wrong": right_to_wrong, "wrong_to_right": wrong_to_right}

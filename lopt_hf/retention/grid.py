@@ -1,0 +1,159 @@
+"""The settings of `lopt-hf compare`: a grid of methods, learning rates and seeds over one task, read from a YAML."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+__all__ = ["Grid", "GridRun", "load_grid"]
+
+# An option of a method that stands for another one: the early blocks' rate, as a share of the run's learning rate
+EARLY_RATE_RATIO = "early_learning_rate_ratio"
+
+
+@dataclass(frozen=True)
+class GridRun:
+    """One fine-tuning run of the grid.
+
+    Parameters:
+        method: Label of the method.
+        learning_rate: Peak learning rate.
+        seed: Seed of the drawn training rows, of their order and of new weights.
+        arguments: Arguments of `lopt-hf sft`, without data and output folder.
+    """
+
+    method: str
+    learning_rate: float
+    seed: int
+    arguments: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Unique name, good for a folder."""
+        label = re.sub(r"[^a-z0-9]+", "-", self.method.lower()).strip("-")
+        return f"{label}_lr{self.learning_rate:g}_seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What `lopt-hf compare` fine-tunes and measures.
+
+    Raises:
+        ValueError: If a value is missing or out of range; the message names field, value and fix.
+    """
+
+    model: str = field(metadata={"help": "Hub id or local folder of the base."})
+    train_dataset: str = field(
+        metadata={"help": "Data to train on: hub id or local file, in any layout of lopt-hf sft."}
+    )
+    heldout_dataset: str = field(metadata={"help": "Data whose answers' loss is the gain, in the same layouts."})
+    methods: Mapping[str, Mapping[str, Any]] = field(
+        metadata={
+            "help": "Label -> arguments of lopt-hf sft. Also learning_rates, in place of the grid's, and "
+            f"{EARLY_RATE_RATIO}: the early blocks' rate as a share of the run's."
+        }
+    )
+    learning_rates: Sequence[float] = field(metadata={"help": "Peak rates; each method runs with each."})
+    training: Mapping[str, Any] = field(metadata={"help": "Arguments of lopt-hf sft that all runs share."})
+    tasks: Sequence[str] = field(metadata={"help": "lm-eval tasks or groups that measure retention."})
+    output_dir: str = field(metadata={"help": "Folder of runs, results and report; reused to go on."})
+    include_path: str | None = field(default=None, metadata={"help": "Folder with further lm-eval tasks."})
+    samples: Mapping[str, int | Sequence[int]] = field(
+        default_factory=dict, metadata={"help": "Task -> how many of its first samples, or which. Default: all."}
+    )
+    contrasts: Sequence[Sequence[str]] = field(
+        default=(),
+        metadata={
+            "help": "Pairs of methods to subtract, the second from the first: at each learning rate that both have, "
+            "and at the gain of the first's points on the second's line."
+        },
+    )
+    seeds: Sequence[int] = field(default=(0, 1, 2), metadata={"help": "Each run is repeated with each seed."})
+    num_train: int = field(default=128, metadata={"help": "Rows to train on, drawn with the run's seed."})
+    num_heldout: int = field(default=64, metadata={"help": "First rows of the held-out data."})
+    workers: int = field(default=1, metadata={"help": "Runs at a time; on a CPU each takes its share of the cores."})
+    eval_batch_size: int = field(default=16, metadata={"help": "Requests per forward when measuring."})
+    eval_dtype: str = field(default="auto", metadata={"help": "Weights' type when measuring; auto: as saved."})
+
+    def __post_init__(self) -> None:
+        for name in ("methods", "learning_rates", "tasks", "seeds"):
+            value = getattr(self, name)
+            if not value:
+                raise ValueError(f"{name}={value!r} is empty; name at least one.")
+        for name in ("num_train", "num_heldout", "workers", "eval_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is too small; set it to 1 or more.")
+        if "max_length" not in self.training:
+            raise ValueError("training.max_length is missing; set it: longer rows are left out of every run's data.")
+        for setting in ("output_dir", "dataset_name", "model_name_or_path", "seed"):
+            if setting in self.training:
+                raise ValueError(f"training.{setting} is set by the grid itself; remove it.")
+        for pair in self.contrasts:
+            if len(pair) != 2 or any(method not in self.methods for method in pair):
+                raise ValueError(f"contrasts: {list(pair)} must be two of the methods {', '.join(self.methods)}.")
+        names = [run.name for run in self.runs()]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"methods: two labels make the same folder name {name!r}; change one of them.")
+
+    @property
+    def output_path(self) -> Path:
+        """`output_dir` as a path."""
+        return Path(self.output_dir)
+
+    def runs(self) -> list[GridRun]:
+        """All runs, one whole pass over methods and rates for each seed."""
+        return [
+            self._run(method, learning_rate, seed)
+            for seed in self.seeds
+            for method, options in self.methods.items()
+            for learning_rate in options.get("learning_rates", self.learning_rates)
+        ]
+
+    def _run(self, method: str, learning_rate: float, seed: int) -> GridRun:
+        arguments = {**self.training, **self.methods[method], "learning_rate": learning_rate, "seed": seed}
+        arguments.pop("learning_rates", None)
+        ratio = arguments.pop(EARLY_RATE_RATIO, None)
+        if ratio is not None:
+            arguments["early_learning_rate"] = float(f"{ratio * learning_rate:.6g}")
+        return GridRun(method, learning_rate, seed, arguments)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values."""
+        return asdict(self)
+
+
+def load_grid(path: Path, **overrides: Any) -> Grid:
+    """Reads a grid from a YAML file.
+
+    Args:
+        path: The file; relative paths in it are relative to the working folder, as in recipes.
+        overrides: Settings that replace those of the file; `None` leaves the file's.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no YAML mapping, or names an unknown setting or a bad value.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"config={path}: there is no such file.")
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"config={path} is not valid YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"config={path} does not hold `name: value` pairs; see recipes/smollm2-135m/retention.")
+    settings.update({name: value for name, value in overrides.items() if value is not None})
+    known = {setting.name: setting for setting in fields(Grid)}
+    for name in settings.keys() - known.keys():
+        nearest = get_close_matches(name, known, n=1)
+        hint = f" (did you mean {nearest[0]!r}?)" if nearest else f"; known are {', '.join(known)}"
+        raise ValueError(f"config={path}: unknown setting {name!r}{hint}.")
+    required = list(known)[: list(known).index("include_path")]
+    missing = [name for name in required if name not in settings]
+    if missing:
+        raise ValueError(f"config={path}: {', '.join(missing)} missing; {known[missing[0]].metadata['help']}")
+    return Grid(**settings)

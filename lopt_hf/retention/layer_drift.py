@@ -1,0 +1,64 @@
+"""Which layers training moved, and how far."""
+
+from collections.abc import Iterator
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lopt_hf.blocks import find_decoder_stack
+from lopt_hf.retention.measuring import ModelReference
+
+__all__ = ["drift_by_layer", "layer_drift"]
+
+
+def layer_drift(baseline: ModelReference, model: ModelReference) -> dict[str, float]:
+    """Relative weight drift `||W - W0|| / ||W0||` of each layer, from two models on disk or on the hub.
+
+    Both are loaded to host memory in fp32; an adapter is merged first.
+
+    Returns:
+        `embeddings`, `0` to `N-1`, and `head` (final norm and LM head).
+    """
+    return drift_by_layer(_load(baseline), _load(model))
+
+
+def drift_by_layer(before: PreTrainedModel, after: PreTrainedModel) -> dict[str, float]:
+    """As `layer_drift`, for models in memory.
+
+    Raises:
+        ValueError: If the models differ in more than their weights.
+    """
+    drift: dict[str, float] = {}
+    for (name, old), (other, new) in zip(_parts(before), _parts(after), strict=True):
+        if name != other or len(old) != len(new):
+            raise ValueError(
+                f"part {name!r} of the baseline and {other!r} of the model differ; give one architecture."
+            )
+        moved = sum((b.double() - a.double()).square().sum().item() for a, b in zip(old, new, strict=True))
+        total = sum(a.double().square().sum().item() for a in old)
+        drift[name] = (moved / total) ** 0.5 if total else 0.0
+    return drift
+
+
+def _load(reference: ModelReference) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(reference.base, dtype=torch.float32)
+    if reference.adapter is not None:
+        model = PeftModel.from_pretrained(model, reference.adapter).merge_and_unload()
+    return model
+
+
+def _parts(model: PreTrainedModel) -> Iterator[tuple[str, list[torch.Tensor]]]:
+    """Names and weights of embeddings, layers and the rest; a tied LM head counts in both places."""
+    stack = find_decoder_stack(model)
+    embeddings = list(model.get_input_embeddings().parameters())
+    layers = [list(layer.parameters()) for layer in stack.layers]
+    placed = {id(weight) for weights in (embeddings, *layers) for weight in weights}
+    head = model.get_output_embeddings()
+    output = list(head.parameters()) if isinstance(head, nn.Module) else []
+    rest = [weight for weight in model.parameters() if id(weight) not in placed | {id(weight) for weight in output}]
+    yield "embeddings", [weight.detach() for weight in embeddings]
+    for number, layer in enumerate(layers):
+        yield str(number), [weight.detach() for weight in layer]
+    yield "head", [weight.detach() for weight in (*rest, *output)]

@@ -1,0 +1,174 @@
+"""What a retention benchmark finds: plain values, saved as JSON and drawn by the report."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Contrast", "Delta", "ModelResult", "RetentionReport"]
+
+NO_CHANGE = "no detectable change"
+NO_INTERVAL = "too few samples to tell"
+
+
+@dataclass(frozen=True)
+class Delta:
+    """The paired change of one metric from the baseline to a model, on the same samples.
+
+    Parameters:
+        task: lm-eval's task, or `mean of N tasks`, or `held-out answers`.
+        metric: lm-eval's metric; `answer_loss` is nats per answer token.
+        higher_is_better: Direction of the metric.
+        baseline: The baseline's value.
+        value: The model's value; of several seeds the mean.
+        delta: `value - baseline`.
+        low: Lower end of the confidence interval of `delta`; `nan` where there is none.
+        high: Upper end.
+        n: Samples measured.
+        p_value: McNemar's exact test, for metrics that are right or wrong per sample.
+        right_to_wrong: Samples that the baseline had right and the model has wrong, for such metrics.
+        wrong_to_right: The reverse.
+    """
+
+    task: str
+    metric: str
+    higher_is_better: bool
+    baseline: float
+    value: float
+    delta: float
+    low: float
+    high: float
+    n: int
+    p_value: float | None = None
+    right_to_wrong: int | None = None
+    wrong_to_right: int | None = None
+
+    @property
+    def verdict(self) -> str:
+        """`better`, `worse`, or that no change can be told from the samples."""
+        if math.isnan(self.low) or math.isnan(self.high):
+            return NO_INTERVAL
+        if not (self.low > 0 or self.high < 0):
+            return NO_CHANGE
+        return "better" if (self.delta > 0) == self.higher_is_better else "worse"
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """What one model kept and gained, or the mean over the seeds of one method at one rate.
+
+    Parameters:
+        label: Name in tables and plots, unique in a report.
+        group: Models of one group share a colour, and a line where gain is drawn against retention.
+        deltas: One for each task and metric; each task's first is its main one.
+        mean: Mean over the main metrics of the tasks that have an accuracy; `None` with fewer than two.
+        gain: Loss of held-out answers of the task trained on, if such data were given.
+        drift: Relative weight change `||W - W0|| / ||W0||` of the embeddings, each layer, and the rest, by name.
+        seeds: The single runs behind a mean over seeds.
+    """
+
+    label: str
+    group: str
+    deltas: tuple[Delta, ...]
+    mean: Delta | None = None
+    gain: Delta | None = None
+    drift: Mapping[str, float] = field(default_factory=dict)
+    seeds: tuple["ModelResult", ...] = ()
+
+    def main_deltas(self) -> list[Delta]:
+        """The first delta of each task."""
+        return list({delta.task: delta for delta in reversed(self.deltas)}.values())[::-1]
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """The difference between two methods on the same samples and seeds.
+
+    Parameters:
+        first: Label of a model.
+        second: Label of the model that is subtracted.
+        task: lm-eval's task, or as in `Delta`.
+        metric: As in `Delta`.
+        higher_is_better: As in `Delta`.
+        difference: `first - second`, mean over seeds.
+        low: Lower end of its confidence interval.
+        high: Upper end.
+        seeds: Number of seeds.
+    """
+
+    first: str
+    second: str
+    task: str
+    metric: str
+    higher_is_better: bool
+    difference: float
+    low: float
+    high: float
+    seeds: int
+
+    @property
+    def verdict(self) -> str:
+        """Which of the two is better, or that no difference can be told."""
+        if math.isnan(self.low) or math.isnan(self.high):
+            return NO_INTERVAL
+        if not (self.low > 0 or self.high < 0):
+            return "no detectable difference"
+        return self.first if (self.difference > 0) == self.higher_is_better else self.second
+
+
+@dataclass(frozen=True)
+class RetentionReport:
+    """A whole comparison with one baseline.
+
+    Parameters:
+        baseline: The baseline's name.
+        models: Results in the order given.
+        settings: What was measured and how: tasks, limits, versions, machine; plain values.
+        confidence: Level of all intervals.
+        contrasts: Differences between methods, where several were trained with the same seeds.
+    """
+
+    baseline: str
+    models: tuple[ModelResult, ...]
+    settings: Mapping[str, Any]
+    confidence: float = 0.95
+    contrasts: tuple[Contrast, ...] = ()
+
+    def to_json(self) -> str:
+        """The report as JSON, with the verdicts spelled out; what is not a number or infinite is `null`."""
+        return json.dumps(_finite(_with_verdicts(self)), indent=2, allow_nan=False)
+
+    def save(self, path: Path) -> None:
+        """Writes the report as JSON."""
+        path.write_text(self.to_json() + "\n", encoding="utf-8")
+
+
+def _with_verdicts(report: RetentionReport) -> dict[str, Any]:
+    def of_model(result: ModelResult) -> dict[str, Any]:
+        return {
+            **asdict(result),
+            "deltas": [_spelled(delta) for delta in result.deltas],
+            "mean": result.mean and _spelled(result.mean),
+            "gain": result.gain and _spelled(result.gain),
+            "seeds": [of_model(seed) for seed in result.seeds],
+        }
+
+    return {
+        **asdict(report),
+        "models": [of_model(result) for result in report.models],
+        "contrasts": [_spelled(contrast) for contrast in report.contrasts],
+    }
+
+
+def _spelled(entry: Delta | Contrast) -> dict[str, Any]:
+    return {**asdict(entry), "verdict": entry.verdict}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,200 @@
+"""What a model scored on each sample of an lm-eval task, and the cache that keeps it."""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+import numpy as np
+from lm_eval.api import metrics as lm_eval_metrics
+from lm_eval.api.task import Task
+from transformers import AutoConfig
+
+from lopt_hf.retention.statistics import MeanScores, RatioScores, ResampledScores, Scores
+
+__all__ = ["ScoreCache", "TaskScores", "fingerprint", "metric_scores"]
+
+# What decides a model's answers; what training leaves beside it (optimizer, heads, logs) does not
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".model", ".txt", ".jinja")
+CONFIG_FILES = frozenset(
+    {
+        "adapter_config.json",
+        "added_tokens.json",
+        "config.json",
+        "generation_config.json",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.json",
+    }
+)
+NOT_WEIGHTS = frozenset({"local_heads.safetensors", "training_args.bin", "optimizer.bin"})
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """One model's scores on the samples of one task.
+
+    Parameters:
+        task: lm-eval's name.
+        version: The task's version.
+        num_fewshot: Examples in the prompt.
+        metrics: For each `metric,filter`, one entry per sample as lm-eval hands it to the metric's aggregation.
+        values: For each, the value that lm-eval itself computes from them.
+        higher_is_better: For each, its direction.
+        samples: For each sample its number in the task and its hash; but for whole texts, which are long, also the
+            document, the target and the model's responses.
+    """
+
+    task: str
+    version: str
+    num_fewshot: int
+    metrics: Mapping[str, Sequence[Any]]
+    values: Mapping[str, float]
+    higher_is_better: Mapping[str, bool]
+    samples: Sequence[Mapping[str, Any]]
+
+    @classmethod
+    def from_lm_eval(cls, task: Task, results: Mapping[str, Any]) -> "TaskScores":
+        """Takes one task's scores out of what `lm_eval.simple_evaluate` returns with `log_samples`."""
+        name = task.task_name
+        logged = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
+        directions = results["higher_is_better"][name]
+        values = results["results"][name]
+        per_sample: dict[str, list[Any]] = {}
+        for sample in logged:
+            for metric in sample["metrics"]:
+                per_sample.setdefault(f"{metric},{sample['filter']}", []).append(_plain(sample[metric]))
+        per_sample = {key: items for key, items in per_sample.items() if key in values}
+        first_filter = logged[0]["filter"]
+        keeps_document = task.OUTPUT_TYPE != "loglikelihood_rolling"
+        return cls(
+            task=name,
+            version=str(results["versions"].get(name)),
+            num_fewshot=int(results["n-shot"].get(name) or 0),
+            metrics=per_sample,
+            values={key: float(values[key]) for key in per_sample},
+            higher_is_better={key: directions.get(key.partition(",")[0]) is not False for key in per_sample},
+            samples=[_sample(entry, keeps_document) for entry in logged if entry["filter"] == first_filter],
+        )
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+class ScoreCache:
+    """Keeps scores in a folder, one file for each model, task and settings; a file is there whole or not at all.
+
+    Args:
+        folder: Where the files are; made when the first is written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, identity: Mapping[str, Any]) -> Path:
+        """The file that holds the scores of `identity`: what was measured, of which model, and how."""
+        return self.folder / f"{identity['task']}-{_digest(identity)[:20]}.json"
+
+    def unfinished(self, how: Mapping[str, Any]) -> Path:
+        """Beginning of the path where lm-eval may keep single answers until a model's scores are written."""
+        return self.folder / "unfinished" / _digest(how)[:20]
+
+    def forget(self, unfinished: Path) -> None:
+        """Removes the single answers."""
+        for path in unfinished.parent.glob(f"{unfinished.name}_rank*.db"):
+            path.unlink(missing_ok=True)
+
+    def get(self, identity: Mapping[str, Any]) -> TaskScores | None:
+        """The scores, if they are known."""
+        path = self.path(identity)
+        if not path.is_file():
+            return None
+        return TaskScores(**json.loads(path.read_text(encoding="utf-8"))["scores"])
+
+    def put(self, identity: Mapping[str, Any], scores: TaskScores) -> None:
+        """Writes the scores.
+
+        Raises:
+            OSError: If there is no room; nothing written earlier is harmed.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"identity": identity, "scores": asdict(scores)}, default=str)
+        with NamedTemporaryFile("w", dir=self.folder, suffix=".partial", delete=False, encoding="utf-8") as file:
+            try:
+                file.write(text)
+                file.close()
+                os.replace(file.name, self.path(identity))
+            except OSError:
+                file.close()
+                os.unlink(file.name)
+                raise
+
+
+def metric_scores(items: Sequence[Any], task: Task, metric: str) -> Scores:
+    """Makes per-sample entries of a metric resampleable, by the metric's own aggregation.
+
+    Args:
+        items: From `TaskScores.metrics`.
+        task: The task, which knows how its metrics are aggregated.
+        metric: The metric, without filter.
+    """
+    aggregate = task.aggregation()[metric]
+    if aggregate in (lm_eval_metrics.mean, lm_eval_metrics.nanmean) and not _has_nan(items):
+        return MeanScores(items)
+    if aggregate is lm_eval_metrics.perplexity:
+        return RatioScores([(item, 1.0) for item in items], lambda ratio: np.exp(-ratio))
+    if aggregate is lm_eval_metrics.weighted_perplexity:
+        return RatioScores(items, lambda ratio: np.exp(-ratio))
+    if aggregate is lm_eval_metrics.bits_per_byte:
+        return RatioScores(items, lambda ratio: -ratio / math.log(2))
+    return ResampledScores(items, aggregate)
+
+
+def fingerprint(name_or_path: str, revision: str | None = None) -> str:
+    """What tells a model from every other: a hash of a local folder's files, or a hub id with its commit.
+
+    Args:
+        name_or_path: A hub id, or the folder of a model or of a PEFT adapter.
+        revision: Branch, tag or commit of a hub id.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        config = AutoConfig.from_pretrained(name_or_path, revision=revision)
+        return f"{name_or_path}@{config._commit_hash}"
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        is_part = path.name in CONFIG_FILES or path.suffix in WEIGHT_SUFFIXES
+        if path.is_file() and is_part and path.name not in NOT_WEIGHTS:
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _sample(entry: Mapping[str, Any], keeps_document: bool) -> dict[str, Any]:
+    sample = {"doc_id": entry["doc_id"], "doc_hash": entry["doc_hash"]}
+    if keeps_document:
+        sample.update(doc=entry["doc"], target=entry["target"], responses=_plain(entry["filtered_resps"]))
+    return json.loads(json.dumps(sample, default=str))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return float(value) if isinstance(value, bool) else value
+
+
+def _has_nan(items: Sequence[Any]) -> bool:
+    return any(isinstance(item, float) and math.isnan(item) for item in items)

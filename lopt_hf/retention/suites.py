@@ -1,0 +1,131 @@
+"""Which tasks measure retention: named suites, and any of lm-eval's own or of the user's."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+
+from lm_eval.api.group import Group
+from lm_eval.api.task import Task
+from lm_eval.tasks import TaskManager
+
+__all__ = ["SUITES", "SuiteTask", "TaskEntry", "load_entries"]
+
+OFFLINE_TASKS = Path(__file__).parent / "tasks"
+
+
+@dataclass(frozen=True)
+class SuiteTask:
+    """A task as a suite runs it.
+
+    Parameters:
+        name: lm-eval's task or group.
+        num_fewshot: Examples in the prompt; `None` for the task's own number.
+        main_metric: `metric,filter` that stands for the task in means and plots; `None` for the task's first.
+    """
+
+    name: str
+    num_fewshot: int | None = None
+    main_metric: str | None = None
+
+
+SUITES: Mapping[str, tuple[SuiteTask, ...]] = {
+    # LoPT, arXiv 2605.04913 v3: the seven tasks of its SFT tables with their shots and metrics
+    "paper": (
+        SuiteTask("mmlu", 5, "acc,none"),
+        SuiteTask("ifeval", 0, "prompt_level_strict_acc,none"),
+        SuiteTask("arc_challenge", 25, "acc_norm,none"),
+        SuiteTask("gsm8k", 4, "exact_match,strict-match"),
+        SuiteTask("hellaswag", 5, "acc_norm,none"),
+        SuiteTask("truthfulqa_mc2", 0, "acc,none"),
+        SuiteTask("winogrande", 5, "acc,none"),
+    ),
+    # In the package: no hub, no file from elsewhere
+    "offline": (SuiteTask("offline_knowledge"), SuiteTask("offline_language"), SuiteTask("offline_prose")),
+}
+
+
+@dataclass(frozen=True)
+class TaskEntry:
+    """One entry of the benchmark: a task, or a group that is aggregated into one figure.
+
+    Parameters:
+        name: lm-eval's name.
+        tasks: The task itself, or all tasks of the group.
+        num_fewshot: As in `SuiteTask`.
+        main_metric: As in `SuiteTask`.
+        group_metrics: For a group, its aggregated metrics, and whether its tasks are weighted by their size.
+    """
+
+    name: str
+    tasks: tuple[Task, ...]
+    num_fewshot: int | None = None
+    main_metric: str | None = None
+    group_metrics: Mapping[str, bool] = field(default_factory=dict)
+
+
+def load_entries(wanted: Sequence[SuiteTask], include_path: Sequence[Path] = ()) -> list[TaskEntry]:
+    """Loads tasks by name; groups without an aggregation of their own, and tags, become their tasks.
+
+    Args:
+        wanted: Tasks, groups or tags.
+        include_path: Folders with further tasks; their names win over lm-eval's.
+
+    Raises:
+        ValueError: If a name is unknown, a folder does not exist, or a task's data cannot be loaded.
+    """
+    if not wanted:
+        raise ValueError("tasks is empty; name at least one, or a suite.")
+    for folder in include_path:
+        if not folder.is_dir():
+            raise ValueError(f"include_path={folder} is not a folder; name one that holds lm-eval task files.")
+    folders: list[str | Path] = [OFFLINE_TASKS, *include_path]
+    manager = TaskManager(include_path=folders, include_defaults=False)
+    names = [task.name for task in wanted]
+    if any(name not in manager.task_index for name in names):  # indexing lm-eval's own takes some ten seconds
+        manager = TaskManager(include_path=folders)
+    entries: list[TaskEntry] = []
+    for task in wanted:
+        if task.name not in manager.task_index:
+            nearest = get_close_matches(task.name, manager.all_tasks, n=3)
+            hint = f"; nearest are {', '.join(nearest)}" if nearest else ""
+            raise ValueError(f"task {task.name!r} is unknown{hint}. `lm-eval ls tasks` lists lm-eval's own.")
+        entries += _entries_of(task, manager)
+    seen: set[str] = set()
+    for name in (member.task_name for entry in entries for member in entry.tasks):
+        if name in seen:
+            raise ValueError(f"task {name!r} is asked for twice, alone or in a group; name it once.")
+        seen.add(name)
+    return entries
+
+
+def _entries_of(wanted: SuiteTask, manager: TaskManager) -> list[TaskEntry]:
+    try:
+        loaded = manager.load([wanted.name])
+    except (OSError, ConnectionError, ImportError, KeyError) as error:
+        raise ValueError(
+            f"task {wanted.name!r} cannot be loaded: {type(error).__name__}: {error}. Check the network, or the files "
+            "and packages that the task needs; the suite `offline` needs neither."
+        ) from error
+    group = loaded.get("groups", {}).get(wanted.name)
+    if group is not None and group.has_aggregation:
+        return [
+            TaskEntry(
+                wanted.name,
+                tuple(group.get_all_tasks()),
+                wanted.num_fewshot,
+                wanted.main_metric,
+                _group_metrics(group),
+            )
+        ]
+    return [
+        TaskEntry(task.task_name, (task,), wanted.num_fewshot, wanted.main_metric) for task in loaded["tasks"].values()
+    ]
+
+
+def _group_metrics(group: Group) -> dict[str, bool]:
+    return {
+        f"{metric.metric},{name}": metric.weight_by_size
+        for metric in group.aggregate_metric_list or ()
+        for name in metric.filter_list or ("none",)
+    }

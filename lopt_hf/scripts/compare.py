@@ -1,0 +1,82 @@
+"""Fine-tune by several methods, rates and seeds, and see what each learned and what it forgot.
+
+One YAML names the data, the methods (arguments of `lopt-hf sft`), the learning rates, the seeds and the lm-eval tasks. The
+command trains every combination, measures each model and the untouched base on the same samples, and writes a report:
+task gain against retention, with intervals over samples and seeds. Stopped at any moment and run again, it goes on
+where it was.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from lopt_hf.retention.experiment import GridMeasurement
+from lopt_hf.retention.grid import load_grid
+from lopt_hf.retention.grid_training import GridTrainingError, prepare_data, train_grid
+from lopt_hf.retention.report import write_report
+from lopt_hf.retention.tables import to_markdown
+from lopt_hf.scripts.retention import exit_on_error
+
+__all__ = ["main", "make_parser"]
+
+EXAMPLE = """\
+example:
+  lopt-hf compare --config recipes/smollm2-135m/retention/gsm8k.yaml
+
+Each run keeps its model in <output_dir>/runs, so that it can be looked at and measured again: 57 fp32 models of 135M
+parameters take some 30 GB.
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of this command."""
+    parser = argparse.ArgumentParser(
+        prog="lopt-hf compare",
+        description=__doc__,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config", type=Path, required=True, help="YAML with the settings of lopt_hf.retention.grid.Grid"
+    )
+    parser.add_argument("--output-dir", help="in place of the file's")
+    parser.add_argument("--workers", type=int, help="fine-tuning runs at a time, in place of the file's")
+    return parser
+
+
+def run(options: argparse.Namespace) -> None:
+    """Trains, measures and reports."""
+    grid = load_grid(options.config, output_dir=options.output_dir, workers=options.workers)
+    prepare_data(grid)
+    measurement = GridMeasurement(grid)  # before training: tasks that cannot be loaded are found at once
+    runs = list(train_grid(grid))
+    for finished in tqdm(runs, desc="measuring", unit="model"):
+        measurement.measure(finished)
+    report = measurement.report()
+    written = write_report(report, grid.output_path)
+    print(f"\n{to_markdown(report)}\n")
+    print("\n".join(map(str, written)))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the comparison.
+
+    Args:
+        argv: Arguments without the program's name; default: those of the process.
+    """
+    options = make_parser().parse_args(argv)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    try:
+        run(options)
+    except GridTrainingError as error:
+        sys.exit(f"lopt-hf compare: {error}\nThe other runs are kept; correct the cause and run it again.")
+    except (ValueError, OSError, ImportError) as error:
+        exit_on_error("lopt-hf compare", error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Measure what fine-tuned models kept of what their base knew, and what they gained.
+
+The untouched base and every model answer the same samples of lm-eval's tasks; what is printed is the paired change
+with its confidence interval. Results are kept: a stopped run goes on where it was, and nothing is measured twice.
+"""
+
+import argparse
+import errno
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from huggingface_hub import constants
+
+from lopt_hf.data.formats import load_sft_dataset, to_trl_format
+from lopt_hf.pretrained import SMOLLM2_ID
+from lopt_hf.retention.benchmark import Candidate, RetentionBenchmark, flips, write_flips
+from lopt_hf.retention.measuring import MeasuringSettings
+from lopt_hf.retention.report import write_report
+from lopt_hf.retention.scores import ScoreCache
+from lopt_hf.retention.suites import SUITES, SuiteTask, load_entries
+from lopt_hf.retention.tables import to_markdown
+
+__all__ = ["default_cache", "exit_on_error", "main", "make_parser", "read_heldout"]
+
+EXAMPLES = f"""\
+examples:
+  lopt-hf retention --baseline {SMOLLM2_ID} --model out --suite offline
+  lopt-hf retention --baseline BASE --model e2e=out_e2e --model lopt=out_lopt --tasks arc_easy,piqa --limit 200
+  lopt-hf retention --baseline BASE --model out --suite paper --heldout-data my_test.jsonl
+  accelerate launch -m lopt_hf.scripts.retention --baseline BASE --model out --suite paper
+
+suites:
+  offline  general knowledge, language and prose that come with the package; needs no network
+  paper    the seven tasks of LoPT (arXiv 2605.04913 v3) with its shots and metrics:
+           {", ".join(task.name for task in SUITES["paper"])}
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of this command."""
+    parser = argparse.ArgumentParser(
+        prog="lopt-hf retention",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--baseline", required=True, metavar="MODEL", help="the untouched base: hub id or local folder"
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        action="append",
+        metavar="[LABEL=]MODEL",
+        help="a model fine-tuned from it, or a PEFT adapter; give it once for each",
+    )
+    what = parser.add_argument_group("what to measure")
+    what.add_argument("--suite", choices=sorted(SUITES), help="a named set of tasks (default: offline)")
+    what.add_argument("--tasks", metavar="NAME,NAME", help="lm-eval tasks, groups or tags; with --suite in addition")
+    what.add_argument(
+        "--include-path", type=Path, action="append", default=[], help="folder with further lm-eval tasks"
+    )
+    what.add_argument(
+        "--heldout-data",
+        metavar="DATA",
+        help="held-out data of the task trained on, in any layout of lopt-hf sft: their answers' loss is the gain",
+    )
+    what.add_argument("--num-heldout", type=int, default=64, help="first rows of it (default: %(default)s)")
+    how = parser.add_argument_group("how")
+    readers: dict[str, Any] = {"dtype": str}
+    for setting in fields(MeasuringSettings):
+        flag = f"--{setting.name.replace('_', '-')}"
+        if setting.name == "apply_chat_template":
+            how.add_argument(flag, action="store_true", help=setting.metadata["help"])
+        elif setting.name != "samples":
+            reader = readers.get(setting.name, int)
+            how.add_argument(flag, type=reader, default=setting.default, help=setting.metadata["help"])
+    how.add_argument("--revision", help="branch, tag or commit of hub ids")
+    how.add_argument("--confidence", type=float, default=0.95, help="level of the intervals (default: %(default)s)")
+    how.add_argument("--no-drift", action="store_true", help="do not compare the weights layer by layer")
+    out = parser.add_argument_group("where results go")
+    out.add_argument(
+        "--output-dir", type=Path, default=Path("retention-report"), help="folder of the report (default: %(default)s)"
+    )
+    out.add_argument(
+        "--cache-dir", type=Path, help="folder of finished scores (default: lopt_hf/retention in HF_HOME)"
+    )
+    return parser
+
+
+def default_cache() -> Path:
+    """Where scores are kept unless told otherwise."""
+    return Path(constants.HF_HOME) / "lopt_hf" / "retention"
+
+
+def read_heldout(source: str | None, count: int) -> list[Mapping[str, Any]]:
+    """The first rows of held-out data; none without a source.
+
+    Raises:
+        ValueError: If there are no prompts and completions in it.
+    """
+    if source is None:
+        return []
+    if count < 1:
+        raise ValueError(f"num_heldout={count} leaves nothing to measure; set it to 1 or more.")
+    rows = list(to_trl_format(load_sft_dataset(source)).take(count))
+    if not rows[0].keys() >= {"prompt", "completion"} or isinstance(rows[0]["prompt"], str):
+        raise ValueError(
+            f"heldout_data={source} has the columns {sorted(rows[0])}; the loss of answers needs prompts and "
+            "completions as messages, or one of the question-and-answer layouts of lopt-hf sft."
+        )
+    return rows
+
+
+def exit_on_error(command: str, error: Exception) -> None:
+    """Ends the process with one clear line; what was finished stays in the cache."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        sys.exit(f"{command}: the disk is full: {error}. What was finished is kept; free some room and run it again.")
+    sys.exit(f"{command}: {error}")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measures, prints and writes the report."""
+    check_report_folder(options.output_dir)
+    settings = MeasuringSettings(
+        **{field.name: getattr(options, field.name) for field in fields(MeasuringSettings) if field.name != "samples"}
+    )
+    benchmark = RetentionBenchmark(
+        options.baseline,
+        load_entries(_wanted(options.suite, options.tasks), options.include_path),
+        settings,
+        ScoreCache(options.cache_dir or default_cache()),
+        read_heldout(options.heldout_data, options.num_heldout),
+        options.confidence,
+        options.revision,
+    )
+    candidates = [_candidate(text) for text in options.model]
+    report = benchmark.compare(candidates, with_drift=not options.no_drift)
+    if report is None:  # not the first process
+        return
+    written = write_report(report, options.output_dir)
+    before = benchmark.scores(benchmark.baseline.name)
+    rows = (row for c in candidates for row in flips(c.label, before, benchmark.scores(c.models[0])))
+    write_flips(rows, options.output_dir / "flips.jsonl")
+    print(f"\n{to_markdown(report)}\n")
+    print("\n".join(str(path) for path in (*written, options.output_dir / "flips.jsonl")))
+
+
+def check_report_folder(folder: Path) -> None:
+    """Raises `ValueError` for a folder that holds somebody's files and no report."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir={folder} is a file; name a folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "report.json").is_file():
+        raise ValueError(f"output_dir={folder} is not empty and holds no earlier report; name another folder.")
+
+
+def _wanted(suite: str | None, tasks: str | None) -> list[SuiteTask]:
+    named = [SuiteTask(name.strip()) for name in (tasks or "").split(",") if name.strip()]
+    if tasks is not None and not named:
+        raise ValueError(f"tasks={tasks!r} names nothing; give names with commas between, such as arc_easy,piqa.")
+    return [*SUITES[suite or "offline"], *named] if suite or not named else named
+
+
+def _candidate(text: str) -> Candidate:
+    label, separator, model = text.partition("=")
+    if not separator:
+        label = model = text
+    return Candidate(label, label, (model,))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the benchmark.
+
+    Args:
+        argv: Arguments without the program's name; default: those of the process.
+    """
+    options = make_parser().parse_args(argv)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about tasks' defaults, at every task
+    try:
+        run(options)
+    except (ValueError, OSError, ImportError) as error:
+        exit_on_error("lopt-hf retention", error)
+    finally:
+        PartialState().destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""The callback measures the untouched model first, logs through the Trainer, and does not disturb training."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from lopt_hf import RetentionCallback
+from lopt_hf.retention.measuring import MeasuringSettings, ModelReference, measure_model
+from lopt_hf.retention.scores import ScoreCache
+from lopt_hf.retention.suites import SuiteTask, load_entries
+from tests.retention.small_tasks import write_tasks
+from tests.tiny import make_model, make_tokenizer
+from tests.trainers.helpers import make_sft_trainer, make_trainer, snapshot
+
+ACCURACY = "retention/tiny_sums/acc"
+TASKS = ["tiny_sums", "tiny_text"]
+
+
+class Recorder(TrainerCallback):
+    """Stands for a reporting integration: keeps what `on_log` is handed."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, Any]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.logs.append({"step": state.global_step, **logs})
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    return write_tasks(tmp_path / "tasks")
+
+
+def make_callback(folder: Path, **options: Any) -> RetentionCallback:
+    return RetentionCallback(**{"tasks": TASKS, "include_path": folder, "every_steps": 2, "limit": 8, **options})
+
+
+def test_logs_before_during_and_after_training(tmp_path: Path, tasks: Path) -> None:
+    """At steps 0, 2, 4 and at the end; the change from step 1 on; through the log history and the integrations."""
+    trainer = make_trainer(tmp_path / "out", max_steps=5)
+    recorder = Recorder()
+    trainer.add_callback(recorder)
+    trainer.add_callback(make_callback(tasks))
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if ACCURACY in row]
+    assert [row["step"] for row in rows] == [0, 2, 4, 5]
+    assert f"{ACCURACY}_delta" not in rows[0]
+    for row in rows[1:]:
+        assert row[f"{ACCURACY}_delta"] == pytest.approx(row[ACCURACY] - rows[0][ACCURACY])
+        assert row[f"{ACCURACY}_low"] <= row[f"{ACCURACY}_delta"] <= row[f"{ACCURACY}_high"]
+        assert row["retention/tiny_text/word_perplexity"] > 0
+    assert [row["step"] for row in recorder.logs if ACCURACY in row] == [0, 2, 4, 5]
+
+
+def test_last_step_is_measured_once(tmp_path: Path, tasks: Path) -> None:
+    trainer = make_trainer(tmp_path / "out", max_steps=4)
+    trainer.add_callback(make_callback(tasks))
+    trainer.train()
+    assert [row["step"] for row in trainer.state.log_history if ACCURACY in row] == [0, 2, 4]
+
+
+@pytest.mark.parametrize("num_blocks", [2, 4])
+def test_training_is_not_disturbed(tmp_path: Path, tasks: Path, num_blocks: int) -> None:
+    """The same weights bit for bit, the same losses, with dropout drawing random numbers all the while."""
+    runs = []
+    for with_callback in (False, True):
+        model = make_model("gpt2", resid_pdrop=0.2)
+        trainer = make_trainer(tmp_path / f"out{with_callback}", model, max_steps=5, num_blocks=num_blocks)
+        if with_callback:
+            trainer.add_callback(make_callback(tasks))
+        trainer.train()
+        logs = [row for row in trainer.state.log_history if "grad_norm" in row]
+        clock = ("runtime", "per_second")
+        runs.append((snapshot(trainer), [{k: v for k, v in r.items() if not k.endswith(clock)} for r in logs]))
+    (plain, plain_logs), (measured, measured_logs) = runs
+    assert all(torch.equal(plain[name], measured[name]) for name in plain)
+    assert plain_logs == measured_logs
+
+
+def test_figures_are_those_of_the_stock_model(tmp_path: Path, tasks: Path) -> None:
+    """The first is the untouched base's and the last the saved checkpoint's, as the benchmark measures them."""
+    model = make_model()
+    entries = load_entries([SuiteTask(name) for name in TASKS], [tasks])
+    copy.deepcopy(model).save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    trainer = make_trainer(tmp_path / "out", model, max_steps=4)
+    trainer.add_callback(make_callback(tasks))
+    trainer.train()
+    trainer.save_model()
+    rows = [row for row in trainer.state.log_history if ACCURACY in row]
+    for folder, row in ((tmp_path / "base", rows[0]), (tmp_path / "out", rows[-1])):
+        settings = MeasuringSettings(limit=8, batch_size=8)
+        scores = measure_model(ModelReference.find(str(folder)), entries, settings, ScoreCache(tmp_path / "cache"))
+        assert row[ACCURACY] == scores["tiny_sums"].values["acc,none"]
+        expected = scores["tiny_text"].values["word_perplexity,none"]
+        assert row["retention/tiny_text/word_perplexity"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_resumed_run_compares_with_the_first_beginning(tmp_path: Path, tasks: Path) -> None:
+    whole = make_trainer(tmp_path / "whole", max_steps=6)
+    whole.add_callback(make_callback(tasks))
+    whole.train()
+    first = make_trainer(tmp_path / "out", max_steps=6, save_strategy="steps", save_steps=3)
+    first.add_callback(make_callback(tasks))
+    first.train()
+    for left in ("checkpoint-6",):
+        for path in sorted((tmp_path / "out" / left).iterdir(), reverse=True):
+            path.unlink()
+        (tmp_path / "out" / left).rmdir()
+    resumed = make_trainer(tmp_path / "out", max_steps=6, save_strategy="steps", save_steps=3)
+    resumed.add_callback(make_callback(tasks))
+    resumed.train(resume_from_checkpoint=get_last_checkpoint(str(tmp_path / "out")))
+    last = [
+        [row for row in trainer.state.log_history if f"{ACCURACY}_delta" in row][-1] for trainer in (whole, resumed)
+    ]
+    retained = [{key: value for key, value in row.items() if key.startswith("retention/")} for row in last]
+    assert retained[0] == retained[1]
+
+
+def test_resuming_without_a_beginning_is_an_error(tmp_path: Path, tasks: Path) -> None:
+    make_trainer(tmp_path / "out", max_steps=2, save_strategy="steps", save_steps=2).train()
+    trainer = make_trainer(tmp_path / "out", max_steps=4)
+    trainer.add_callback(make_callback(tasks))
+    with pytest.raises(ValueError, match="before training is unknown"):
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(tmp_path / "out")))
+
+
+def test_any_trainer(tmp_path: Path, tasks: Path) -> None:
+    """TRL's own trainer is passed; without it the error says so."""
+    trainer = make_sft_trainer(tmp_path / "bound", max_steps=2)
+    trainer.add_callback(make_callback(tasks, trainer=trainer))
+    trainer.train()
+    assert [row["step"] for row in trainer.state.log_history if ACCURACY in row] == [0, 2]
+    unbound = make_sft_trainer(tmp_path / "unbound", max_steps=2)
+    unbound.add_callback(make_callback(tasks))
+    with pytest.raises(ValueError, match=r"RetentionCallback\(..., trainer=trainer\)"):
+        unbound.train()
+
+
+def test_callback_given_to_the_constructor(tmp_path: Path, tasks: Path) -> None:
+    trainer = make_trainer(
+        tmp_path / "out", trainer_kwargs={"callbacks": [make_callback(tasks, every_steps=None)]}, max_steps=3
+    )
+    trainer.train()
+    assert [row["step"] for row in trainer.state.log_history if ACCURACY in row] == [0, 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every_steps": 0}, "every_steps=0"),
+        ({"limit": 0}, "limit=0"),
+        ({"tasks": "tiny_sums,tiny_text"}, "one string"),
+    ],
+)
+def test_bad_values(tasks: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_callback(tasks, **options)
+
+
+def test_unknown_task_offers_the_nearest(tasks: Path) -> None:
+    with pytest.raises(ValueError, match="'tiny_sum' is unknown; nearest are tiny_sums"):
+        make_callback(tasks, tasks=["tiny_sum"])

@@ -1,0 +1,174 @@
+"""`lopt-hf compare` on a tiny model: trains, measures, reports, and goes on where it was stopped."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from lopt_hf.retention import grid_training, measuring
+from lopt_hf.scripts import compare, sft
+from tests.retention.small_tasks import write_tasks
+from tests.tiny import make_model, make_tokenizer
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """Two methods, two seeds, of a tiny model on sums; one rate."""
+    make_model().save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    rows = [
+        {"question": f"What is {i} + {5 * i % 9}?", "answer": f"{i + 5 * i % 9}." + " ok" * (i % 20)}
+        for i in range(40)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    settings = {
+        "model": str(tmp_path / "base"),
+        "train_dataset": str(tmp_path / "rows.jsonl"),
+        "heldout_dataset": str(tmp_path / "rows.jsonl"),
+        "methods": {"end-to-end": {"method": "e2e"}, "LoPT": {"num_blocks": 2}},
+        "learning_rates": [0.01],
+        "seeds": [0, 1],
+        "num_train": 8,
+        "num_heldout": 6,
+        "training": {
+            "max_length": 50,
+            "per_device_train_batch_size": 4,
+            "bf16": False,
+            "use_cpu": True,
+            "activation_checkpointing": False,
+            "save_strategy": "no",
+            "report_to": "none",
+            "dtype": "float32",
+        },
+        "tasks": ["tiny_sums", "tiny_text"],
+        "include_path": str(write_tasks(tmp_path / "tasks")),
+        "contrasts": [["LoPT", "end-to-end"]],
+        "output_dir": str(tmp_path / "out"),
+    }
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def trained_here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Runs `lopt-hf sft` in this process, which saves the start of a new one; returns what was trained."""
+    trained: list[str] = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess:
+        assert command[1:3] == ["-m", "lopt_hf.scripts.sft"]
+        trained.append(Path(command[-1]).parent.name)
+        try:
+            sft.main(command[3:])
+        except SystemExit as error:
+            print(error)
+            return subprocess.CompletedProcess(command, 1)
+        return subprocess.CompletedProcess(command, 0)
+
+    in_process = SimpleNamespace(run=run, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT)
+    monkeypatch.setattr(grid_training, "subprocess", in_process)
+    return trained
+
+
+def test_trains_measures_and_reports(
+    config: Path, tmp_path: Path, trained_here: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four runs and the base; gain and retention over two seeds; a second call does nothing but report."""
+    compare.main(["--config", str(config)])
+    assert len(trained_here) == 4
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert [model["label"] for model in report["models"]] == ["end-to-end, 0.01", "LoPT, 0.01"]
+    for model in report["models"]:
+        assert len(model["seeds"]) == 2
+        by_seed = [seed["gain"]["delta"] for seed in model["seeds"]]
+        assert by_seed[0] != by_seed[1]
+        assert model["gain"]["delta"] == pytest.approx(sum(by_seed) / 2)
+        assert model["gain"]["n"] == 6
+        assert set(model["drift"]) == {"embeddings", "0", "1", "2", "3", "head"}
+    same_rate = [row for row in report["contrasts"] if row["second"] == "end-to-end, 0.01"]
+    assert [row["task"] for row in same_rate] == ["held-out answers", "tiny_sums", "tiny_text"]
+    first, second = report["models"][1], report["models"][0]
+    assert same_rate[0]["difference"] == pytest.approx(first["gain"]["value"] - second["gain"]["value"])
+    assert (tmp_path / "out" / "report.html").is_file()
+
+    def never(*_: Any) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(measuring, "load_language_model", never)
+    compare.main(["--config", str(config)])
+    assert len(trained_here) == 4
+    again = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert again["models"] == report["models"]
+
+
+def test_rows_that_do_not_fit_are_left_out(config: Path, tmp_path: Path, trained_here: list[str]) -> None:
+    grid_training.prepare_data(compare.load_grid(config))
+    rows = [json.loads(line) for line in (tmp_path / "out" / "data" / "train.jsonl").read_text().splitlines()]
+    tokenizer = make_tokenizer()
+    lengths = [len(tokenizer.apply_chat_template(row["prompt"] + row["completion"])["input_ids"]) for row in rows]
+    assert 8 <= len(rows) < 40
+    assert max(lengths) <= 50
+
+
+def test_interrupted_training_starts_that_run_anew(config: Path, tmp_path: Path, trained_here: list[str]) -> None:
+    """What a kill leaves half done is done again; what is complete is not."""
+    grid = compare.load_grid(config)
+    grid_training.prepare_data(grid)
+    list(grid_training.train_grid(grid))
+    run = grid.runs()[1]
+    model = grid_training.model_folder(grid, run)
+    left = model.with_name("model.partial-1")
+    shutil.move(model, left)
+    (left / "model.safetensors").unlink()
+    trained_here.clear()
+    list(grid_training.train_grid(grid))
+    assert trained_here == [run.name]
+    assert (model / "model.safetensors").is_file()
+
+
+def test_failed_run_is_named_and_the_others_are_kept(
+    config: Path, tmp_path: Path, trained_here: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    settings["methods"]["LoPT"]["num_blocks"] = 99
+    config.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    with pytest.raises(SystemExit, match="2 of 4 runs failed. lopt_lr0.01_seed0 ended with status 1"):
+        compare.main(["--config", str(config)])
+    kept = [path.parent.name for path in (tmp_path / "out" / "runs").glob("*/model")]
+    assert sorted(kept) == ["end-to-end_lr0.01_seed0", "end-to-end_lr0.01_seed1"]
+
+
+def test_training_runs_in_a_process_of_its_own(config: Path) -> None:
+    """The real command, once."""
+    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    settings.update(methods={"LoPT": {"num_blocks": 2}}, seeds=[0], contrasts=[])
+    config.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    grid = compare.load_grid(config)
+    grid_training.prepare_data(grid)
+    (run,) = grid_training.train_grid(grid)
+    folder = grid_training.run_folder(grid, run)
+    assert (folder / "model" / "model.safetensors").is_file()
+    assert "Model saved to" in (folder / "train.log").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tasks": ["tiny_sum"]}, "'tiny_sum' is unknown; nearest are tiny_sums"),
+        ({"num_train": 100}, "num_train=100, but only"),
+        ({"train_dataset": "/nowhere.jsonl"}, "There is no file or folder '/nowhere.jsonl'"),
+    ],
+)
+def test_bad_settings_end_before_training(
+    config: Path, trained_here: list[str], change: dict[str, Any], message: str
+) -> None:
+    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    config.write_text(yaml.safe_dump({**settings, **change}, sort_keys=False), encoding="utf-8")
+    with pytest.raises(SystemExit, match=message):
+        compare.main(["--config", str(config)])
+    assert trained_here == []

@@ -1,0 +1,405 @@
+"""Reports are made from values that the test knows; what tables, page and plots say is compared with them."""
+
+import base64
+import json
+import math
+import re
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from itertools import product
+
+import pytest
+
+from lopt_hf.retention import report as report_module
+from lopt_hf.retention.findings import findings
+from lopt_hf.retention.frontier import frontier_labels, pareto_frontier, plot_frontier, retention_measures
+from lopt_hf.retention.measures import main_measures
+from lopt_hf.retention.plots import plot_deltas, plot_drift
+from lopt_hf.retention.report import to_html, to_markdown, write_report
+from lopt_hf.retention.results import Contrast, Delta, ModelResult, RetentionReport
+from lopt_hf.retention.tables import make_tables
+
+NAN = float("nan")
+PNG = b"\x89PNG"
+ALL_FILES = ["report.json", "report.md", "report.html", "deltas.png", "frontier.png", "drift.png"]
+
+
+def accuracy(change=-0.05, half_width=0.02, task="arc_easy", metric="acc", **settings):
+    settings = {"p_value": 0.0312, "right_to_wrong": 31, "wrong_to_right": 21, **settings}
+    return Delta(
+        task, metric, True, 0.6, 0.6 + change, change, change - half_width, change + half_width, 200, **settings
+    )
+
+
+def perplexity(change=2.0, half_width=0.5):
+    return Delta(
+        "wikitext", "word_perplexity", False, 30.0, 30.0 + change, change, change - half_width, change + half_width, 62
+    )
+
+
+def loss(change=-0.7, half_width=0.1):
+    return Delta(
+        "held-out answers",
+        "answer_loss",
+        False,
+        1.7,
+        1.7 + change,
+        change,
+        change - half_width,
+        change + half_width,
+        64,
+    )
+
+
+@pytest.fixture
+def single():
+    """One model, two tasks, no gain, no drift."""
+    deltas = (
+        accuracy(),
+        accuracy(-0.01, metric="acc_norm", p_value=0.0001),
+        accuracy(0.04, task="piqa", p_value=None, right_to_wrong=None, wrong_to_right=None),
+    )
+    model = ModelResult("lopt", "lopt", deltas, mean=accuracy(-0.005, task="mean of 2 tasks", metric="accuracy"))
+    return RetentionReport("the base", (model,), {"limit": 200, "tasks": ["arc_easy", "piqa"], "chat": False})
+
+
+@pytest.fixture(scope="module")
+def grid():
+    """Nine methods at two rates with three seeds each; the first method's high rate ruins the model."""
+    models = [_averaged(number, rate) for number, rate in product(range(9), (2e-5, 1e-4))]
+    labels = [model.label for model in models]
+    contrasts = (
+        Contrast(labels[0], labels[2], "held-out answers", "answer_loss", False, -0.2, -0.3, -0.1, 3),
+        Contrast(labels[0], labels[2], "piqa", "acc", True, 0.01, -0.01, 0.03, 3),
+    )
+    return RetentionReport("the base", tuple(models), {"seeds": [0, 1, 2]}, contrasts=contrasts)
+
+
+@pytest.fixture(scope="module")
+def pair(grid):
+    """One method of the grid."""
+    return replace(grid, models=grid.models[:2], contrasts=())
+
+
+@pytest.fixture(scope="module")
+def grid_html(grid):
+    return to_html(grid)
+
+
+def _averaged(number, rate):
+    single_runs = tuple(_run(number, rate, seed) for seed in range(3))
+    return replace(_run(number, rate, 1), label=f"method {number}, lr {rate:g}", seeds=single_runs)
+
+
+def _run(number, rate, seed):
+    step = 5 if rate > 5e-5 else 1
+    forgotten = 0.002 * number * step + 0.001 * seed
+    ruined = 40.0 if (number, step) == (0, 5) else 0.0
+    return ModelResult(
+        f"run {number} {rate:g} {seed}",
+        f"method {number}",
+        (accuracy(-forgotten), accuracy(-forgotten, task="piqa"), perplexity(0.1 * number * step + 10 * ruined)),
+        mean=accuracy(-forgotten, task="mean of 2 tasks", metric="accuracy"),
+        gain=loss(-0.2 - 0.05 * number * step + 0.01 * seed + ruined / 40),
+        drift={"head": 1e-4, **{str(layer): 1e-3 * layer * step for layer in range(12)}, "embeddings": 1e-7},
+    )
+
+
+class Page(HTMLParser):
+    """What a browser sees: visible text, and the tags with their attributes."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.texts, self._inside = [], [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "br"):
+            self._inside.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self._inside.pop() == tag
+
+    def handle_data(self, data):
+        if not {"style", "title"} & set(self._inside):
+            self.texts.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.texts).split())
+
+
+def markdown_rows(text, title):
+    """The cells of the table under a title, its headers first."""
+    lines = text.partition(f"## {title}\n")[2].strip().partition("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if not line.startswith("|--")]
+
+
+def test_table_of_one_model(single):
+    headers, *rows = markdown_rows(to_markdown(single), "lopt")
+    assert headers == ["Tasks", "Metric", "", "Baseline", "", "Value", "Delta", "95 % interval", "n"] + [
+        "right to wrong / wrong to right",
+        "McNemar p",
+        "Reading",
+    ]
+    mean, first, second, third = rows
+    assert mean[0] == "mean of 2 tasks" and mean[-1] == "no detectable change"
+    assert first == ["arc_easy", "acc", "↑", "0.6000", "→", "0.5500", "-0.0500", "[-0.0700, -0.0300]", "200"] + [
+        "31 / 21",
+        "0.031",
+        "worse",
+    ]
+    assert second[:3] == ["", "acc_norm", "↑"] and second[-2:] == ["<0.001", "no detectable change"]
+    assert third[0] == "piqa" and third[-3:] == ["-", "-", "better"]
+    assert "Overview" not in to_markdown(single)
+
+
+def test_gain_comes_first_and_is_named(single):
+    model = replace(single.models[0], gain=loss())
+    rows = markdown_rows(to_markdown(replace(single, models=(model,))), "lopt")[1:]
+    assert rows[0][:7] == [
+        "held-out answers (task trained on)",
+        "answer_loss",
+        "↓",
+        "1.7000",
+        "→",
+        "1.0000",
+        "-0.7000",
+    ]
+    assert rows[0][-1] == "better"
+
+
+def test_intervals_of_another_level(single):
+    assert "90 % interval" in markdown_rows(to_markdown(replace(single, confidence=0.9)), "lopt")[0]
+
+
+def test_overview_of_many_models(grid):
+    text = to_markdown(grid)
+    headers, *rows = markdown_rows(text, "Overview: change from the base, 95 % interval")
+    assert headers == [
+        "Model",
+        "held-out answers answer_loss ↓",
+        "mean of 2 tasks accuracy ↑",
+        "wikitext word_perplexity ↓",
+        "arc_easy acc ↑",
+        "piqa acc ↑",
+        "Seeds",
+    ]
+    assert [row[0] for row in rows] == [model.label for model in grid.models]
+    low_rate = grid.models[2]
+    assert rows[2][1] == f"{low_rate.gain.value:.4f} ({low_rate.gain.delta:+.4f})"
+    assert rows[2][2] == "-0.0030 [-0.0230, +0.0170]"
+    assert rows[2][3] == "+0.1000 [-0.4000, +0.6000]"
+    assert rows[2][-1] == "3"
+    assert markdown_rows(text, low_rate.label)[0][9] == "Seeds"
+    assert markdown_rows(text, low_rate.label)[1][9] == "3"
+
+
+def test_overview_without_seeds_from_five_models_on(single):
+    models = [replace(single.models[0], label=f"model {number}") for number in range(5)]
+    assert make_tables(replace(single, models=tuple(models[:4])))[0].title == "model 0"
+    overview = make_tables(replace(single, models=tuple(models)))[0]
+    assert overview.title.startswith("Overview") and "Seeds" not in overview.headers
+
+
+def test_contrasts(grid):
+    headers, loss_row, accuracy_row = markdown_rows(
+        to_markdown(grid), "Differences between methods: first minus second"
+    )
+    assert headers == ["First", "Second", "Task", "Metric", "", "Difference", "95 % interval", "Seeds", "Better"]
+    assert loss_row[2:] == ["held-out answers", "answer_loss", "↓", "-0.2000", "[-0.3000, -0.1000]", "3"] + [
+        "method 0, lr 2e-05"
+    ]
+    assert accuracy_row[-1] == "no detectable difference"
+
+
+def test_findings_say_what_can_be_told(single):
+    model = replace(single.models[0], gain=loss())
+    unchanged = replace(model, label="still", gain=loss(0.01), deltas=(accuracy(0.01), perplexity(0.1)), mean=None)
+    first, second = findings(replace(single, models=(model, unchanged)))
+    said = {statement.start: statement.text.replace("\u00a0", " ") for statement in first.statements}
+    assert said["Task trained on:"] == (
+        "better; held-out answers answer_loss 1.7000 → 1.0000, -0.7000 [-0.8000, -0.6000]."
+    )
+    assert said["Worse:"] == "arc_easy acc -0.0500 [-0.0700, -0.0300]."
+    assert said["Better:"] == "piqa acc +0.0400 [+0.0200, +0.0600]."
+    assert said["No detectable change:"] == "mean of 2 tasks accuracy; arc_easy acc_norm."
+    said = {statement.start: statement.text.replace("\u00a0", " ") for statement in second.statements}
+    assert said["Task trained on:"].startswith("no detectable change;")
+    assert said["No detectable change"] == "in any retention task (n = 200 arc_easy, 62 wikitext)."
+
+
+def test_page_shows_tables_findings_and_settings(grid, grid_html):
+    page = Page(grid_html)
+    model = grid.models[3]
+    for shown in (
+        model.label,
+        f"{model.gain.value:.4f} ({model.gain.delta:+.4f})",
+        "no detectable change",
+        "flips.jsonl",
+        "seeds 0, 1, 2",
+        f"This page has {18 * 4} of retention",
+        "no detectable difference",
+    ):
+        assert shown in page.text
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert len(images) == 3
+    for image in images:
+        assert image["alt"]
+        assert base64.b64decode(image["src"].removeprefix("data:image/png;base64,")).startswith(PNG)
+
+
+def test_page_loads_nothing(grid_html):
+    for tag, attributes in Page(grid_html).tags:
+        assert tag not in ("script", "link", "iframe")
+        for name in {"src", "href", "srcset"} & attributes.keys():
+            assert attributes[name].startswith("data:")
+    assert not re.search(r"https?://|@import|url\(", grid_html)
+
+
+@pytest.mark.parametrize("label", ["<b>bold</b>", 'quote " and & sign', "a | b", "price $5 and $6"])
+def test_labels_are_escaped(single, label):
+    model = replace(single.models[0], label=label, group=label, gain=loss(), drift={"0": 0.1})
+    hostile = replace(single, models=(model,), settings={label: {label: [label]}}, baseline=label)
+    page = Page(to_html(hostile))
+    assert page.text.count(label) >= 6  # heading, introduction, setting and its two values, finding, table
+    if "<" in label:
+        assert label not in to_html(hostile)
+        assert label not in to_markdown(hostile).replace("\\<b>", "")
+
+
+def test_missing_intervals(single):
+    """An interval of one sample is nan: no bar, no verdict in words, `-` in tables. Infinities are no trouble."""
+    model = single.models[0]
+    unknown = replace(accuracy(task="boolq", p_value=NAN), low=NAN, high=NAN)
+    endless = replace(perplexity(), value=math.inf, delta=math.inf, low=math.inf, high=math.inf)
+    gone = replace(accuracy(task="copa"), value=NAN, delta=NAN, low=NAN, high=NAN)
+    gain = replace(loss(), low=NAN, high=NAN)
+    models = (
+        replace(model, deltas=(unknown, endless, gone), mean=None, gain=gain),
+        replace(model, label="other", deltas=(accuracy(task="boolq"), perplexity()), gain=gain),
+    )
+    report = replace(single, models=models)
+    rows = markdown_rows(to_markdown(report), "lopt")
+    row = next(row for row in rows if row[0] == "boolq")
+    assert row[6:8] == ["-0.0500", "-"] and row[-2] == "-"
+    assert next(row for row in rows if row[0] == "copa")[5:8] == ["-", "-", "-"]
+    said = {statement.start: statement.text for statement in findings(report)[0].statements}
+    assert said["No interval, so nothing can be told:"] == "boolq acc; copa acc."
+    assert PNG in base64.b64decode(re.search('base64,([^"]+)', to_html(report)).group(1))
+
+
+@pytest.mark.parametrize(
+    "points, frontier",
+    [
+        ([(0, 0)], [(0, 0)]),
+        ([(0, 0), (1, -1), (2, -3), (1.5, -4), (0.5, -2)], [(0, 0), (1, -1), (2, -3)]),
+        ([(0, 0), (1, 0.5), (2, 0.5)], [(2, 0.5)]),  # as much kept, more gained
+        ([(0, 0), (1, -1), (1, -2), (1, -1)], [(0, 0), (1, -1)]),
+        ([(0, 0), (-1, -1), (-0.5, 0.1)], [(-0.5, 0.1), (0, 0)]),
+    ],
+)
+def test_pareto_frontier(points, frontier):
+    assert pareto_frontier(points) == frontier
+
+
+def test_frontier_of_a_report(grid):
+    by_mean, by_perplexity = retention_measures(grid)
+    assert (by_mean.kind, by_perplexity.task) == ("mean", "wikitext")
+    labels = frontier_labels(grid, by_mean)
+    assert labels[0] == "baseline"
+    assert labels[-1] == "method 8, lr 0.0001"  # has gained most
+    assert "method 0, lr 0.0001" not in labels  # has lost both
+
+
+def test_plot_of_deltas(grid):
+    figure = plot_deltas(grid)
+    panels = figure.axes
+    assert [axes.get_title() for axes in panels] == [
+        "held-out answers (task trained on)",
+        *(measure.task for measure in main_measures(grid)[1:]),
+    ]
+    directions = [re.search(r"\((\w+) is better", axes.get_xlabel()).group(1) for axes in panels]
+    assert directions == ["lower", "higher", "lower", "higher", "higher"]
+    assert [text.get_text() for text in panels[0].get_yticklabels()] == [model.label for model in grid.models]
+    assert "logarithmic" in panels[2].get_xlabel()  # one ruined model leaves room for the others
+    assert panels[3].get_xscale() == "linear"
+
+
+def test_plot_of_the_frontier(grid):
+    figure = plot_frontier(grid)
+    assert [axes.get_title() for axes in figure.axes] == ["Gain against mean of 2 tasks", "Gain against wikitext"]
+    assert all("up is better" in axes.get_ylabel() for axes in figure.axes)
+    for axes in figure.axes:  # points of a group are told apart by their rate
+        assert sorted({text.get_text() for text in axes.texts}) == ["0.0001", "2e-05"]
+    entries = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert entries == [f"method {number}" for number in range(9)] + ["baseline", "Pareto frontier", "single seeds"]
+
+
+def test_plot_of_drift(grid):
+    ticks = plot_drift(grid).axes[0].get_xticklabels()
+    assert [text.get_text() for text in ticks] == ["embeddings", *(f"layer {layer}" for layer in range(12)), "head"]
+
+
+def test_nothing_to_plot(single):
+    assert plot_frontier(single) is None
+    assert plot_drift(single) is None
+
+
+def test_unmoved_weights_are_drawn(single):
+    frozen = replace(single.models[0], drift={"embeddings": 0.0, "0": 0.0})
+    axes = plot_drift(replace(single, models=(frozen,))).axes[0]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["unchanged"]
+
+
+def test_files(pair, single, tmp_path):
+    written = write_report(pair, tmp_path / "new" / "report")
+    assert [path.name for path in written] == ALL_FILES
+    assert sorted(path.name for path in written[0].parent.iterdir()) == sorted(ALL_FILES)
+    assert json.loads(written[0].read_text())["models"][0]["gain"]["verdict"] == "better"
+    assert written[1].read_text() == to_markdown(pair)
+    assert all(path.read_bytes().startswith(PNG) for path in written[3:])
+
+    rewritten = write_report(single, written[0].parent)
+    assert [path.name for path in rewritten] == ALL_FILES[:4]
+    assert not (written[0].parent / "frontier.png").exists()  # it was of the other report
+
+
+def test_failing_plot_leaves_the_earlier_report(pair, single, tmp_path, monkeypatch):
+    write_report(pair, tmp_path)
+    earlier = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(report):
+        raise RuntimeError("no room to draw")
+
+    monkeypatch.setitem(report_module.PLOTS, "drift.png", fail)
+    with pytest.raises(RuntimeError, match="no room"):
+        write_report(single, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(ALL_FILES)
+    for name in ("report.html", "deltas.png", "frontier.png", "drift.png"):
+        assert (tmp_path / name).read_bytes() == earlier[name]
+    assert (tmp_path / "report.md").read_text() == to_markdown(single)  # what was measured is kept
+
+
+def test_failing_write_leaves_the_earlier_file(pair, single, tmp_path, monkeypatch):
+    write_report(pair, tmp_path)
+    earlier = (tmp_path / "report.json").read_bytes()
+
+    def fail(self, path):
+        path.write_text("{")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(RetentionReport, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_report(single, tmp_path)
+    assert (tmp_path / "report.json").read_bytes() == earlier
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(ALL_FILES)
+
+
+def test_without_matplotlib(single, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r'pip install "lopt_hf\[demo\]"'):
+        write_report(single, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]
