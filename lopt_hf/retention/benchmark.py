@@ -1,5 +1,6 @@
 """The retention benchmark: a baseline and models fine-tuned from it, measured on the same samples."""
 
+import hashlib
 import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from lopt_hf.retention.deltas import ModelScores, entry_deltas, gain_delta, mean_delta
+from lopt_hf.retention.files import whole_file
 from lopt_hf.retention.heldout import HELDOUT_TASK, heldout_task
 from lopt_hf.retention.layer_drift import layer_drift
 from lopt_hf.retention.measuring import MeasuringSettings, ModelReference, load_tokenizer, measure_model
@@ -52,7 +54,8 @@ class RetentionBenchmark:
         revision: Branch, tag or commit of hub ids.
 
     Raises:
-        ValueError: If there is no such baseline, or held-out data cannot be used.
+        ValueError: If there is no such baseline, held-out data cannot be used, or samples are asked for of a task that
+            is not measured.
     """
 
     def __init__(
@@ -67,6 +70,12 @@ class RetentionBenchmark:
     ) -> None:
         if not 0 < confidence < 1:
             raise ValueError(f"confidence={confidence} is not between 0 and 1; 0.95 is usual.")
+        known = [task.task_name for entry in entries for task in entry.tasks]
+        for name in settings.samples:
+            if name not in known:
+                raise ValueError(
+                    f"samples are given for {name!r}, which is not measured; tasks are {', '.join(known)}."
+                )
         self.baseline = ModelReference.find(baseline, revision)
         self.entries = list(entries)
         self.settings = settings
@@ -74,6 +83,7 @@ class RetentionBenchmark:
         self.confidence = confidence
         self._revision = revision
         self._tokenizer = load_tokenizer(self.baseline)
+        self._references = {baseline: self.baseline}
         self._scores: dict[str, ModelScores] = {}
         self._heldout = [TaskEntry(HELDOUT_TASK, (heldout_task(heldout, self._tokenizer),))] if heldout else []
 
@@ -94,8 +104,8 @@ class RetentionBenchmark:
         Raises:
             ValueError: If there is no such model, or its vocabulary is not the baseline's.
         """
-        if model == self.baseline.name:
-            return self.baseline
+        if model in self._references:
+            return self._references[model]
         reference = ModelReference.find(model, self._revision)
         own, base = load_tokenizer(reference).get_vocab(), self._tokenizer.get_vocab()
         if own != base:
@@ -105,6 +115,7 @@ class RetentionBenchmark:
                 f"({len(base)} tokens), so likelihoods cannot be compared; give the baseline that it was fine-tuned "
                 "from."
             )
+        self._references[model] = reference
         return reference
 
     def compare(self, candidates: Sequence[Candidate], with_drift: bool = True) -> RetentionReport | None:
@@ -125,15 +136,17 @@ class RetentionBenchmark:
                 self.reference(model)
         is_main = PartialState().is_main_process
         before = self.scores(self.baseline.name)
-        results = []
-        for candidate in tqdm(candidates, desc="models", unit="model", disable=not is_main):
-            after = [self.scores(model) for model in candidate.models]
-            if is_main:
-                drift = self._drift(candidate) if with_drift else {}
-                results.append(self.result(candidate, before, after, drift))
-        if not is_main:
+        measured = [
+            [self.scores(model) for model in candidate.models]
+            for candidate in tqdm(candidates, desc="models", unit="model", disable=not is_main)
+        ]
+        if not is_main:  # what follows is for one process, and none has to wait for it
             return None
-        return RetentionReport(self.baseline.name, tuple(results), self.describe(before), self.confidence)
+        results = tuple(
+            self.result(candidate, before, after, self._drift(candidate) if with_drift else {})
+            for candidate, after in zip(candidates, measured, strict=True)
+        )
+        return RetentionReport(self.baseline.name, results, self.describe(before), self.confidence)
 
     def result(
         self, candidate: Candidate, before: ModelScores, after: Sequence[ModelScores], drift: Mapping[str, float]
@@ -168,16 +181,16 @@ class RetentionBenchmark:
 
     def _drift(self, candidate: Candidate) -> dict[str, float]:
         """Mean drift over the candidate's models, kept beside the scores."""
-        found = [self._cached_drift(ModelReference.find(model, self._revision)) for model in candidate.models]
+        found = [self._cached_drift(self.reference(model)) for model in candidate.models]
         return {part: sum(drift[part] for drift in found) / len(found) for part in found[0]}
 
     def _cached_drift(self, reference: ModelReference) -> dict[str, float]:
-        path = self.cache.folder / f"drift-{reference.fingerprint()[-20:]}-{self.baseline.fingerprint()[-20:]}.json"
+        pair = f"{reference.fingerprint()} {self.baseline.fingerprint()}"
+        path = self.cache.folder / f"drift-{hashlib.sha256(pair.encode()).hexdigest()[:20]}.json"
         if not path.is_file():
-            drift = layer_drift(self.baseline, reference)
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(drift), encoding="utf-8")
-            partial.replace(path)
+            text = json.dumps(layer_drift(self.baseline, reference))
+            with whole_file(path) as partial:
+                partial.write_text(text, encoding="utf-8")
         return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -185,7 +198,8 @@ def flips(label: str, before: ModelScores, after: ModelScores) -> Iterator[dict[
     """The samples that a model answers rightly and its baseline does not, or the reverse.
 
     Yields:
-        Rows with model, task, metric, sample number, direction, document, target, and both models' responses.
+        Rows with model, task, metric, sample number, direction, document, target, and both models' responses, as the
+        metric's filter left them.
     """
     for task, baseline in before.items():
         model = after[task]
@@ -201,6 +215,7 @@ def flips(label: str, before: ModelScores, after: ModelScores) -> Iterator[dict[
 def _flip(
     label: str, task: str, metric: str, was_right: bool, old: Mapping[str, Any], new: Mapping[str, Any]
 ) -> dict[str, Any]:
+    of_filter = metric.partition(",")[2]
     return {
         "model": label,
         "task": task,
@@ -209,8 +224,8 @@ def _flip(
         "direction": "right to wrong" if was_right else "wrong to right",
         "doc": old.get("doc"),
         "target": old.get("target"),
-        "baseline_responses": old.get("responses"),
-        "model_responses": new.get("responses"),
+        "baseline_responses": old.get("responses", {}).get(of_filter),
+        "model_responses": new.get("responses", {}).get(of_filter),
     }
 
 
@@ -230,10 +245,8 @@ def describe_machine() -> dict[str, Any]:
 def write_flips(rows: Iterator[Mapping[str, Any]], path: Path) -> int:
     """Writes rows as JSON lines, and returns how many."""
     count = 0
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with whole_file(path) as partial, partial.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row) + "\n")
             count += 1
-    partial.replace(path)
     return count

@@ -24,6 +24,7 @@ from transformers import (
 
 from lopt_hf.callbacks import TrainerBound
 from lopt_hf.retention.deltas import ModelScores, entry_deltas, mean_delta
+from lopt_hf.retention.files import whole_file
 from lopt_hf.retention.measuring import MeasuringSettings, evaluate_tasks
 from lopt_hf.retention.results import Delta
 from lopt_hf.retention.scores import TaskScores
@@ -98,11 +99,9 @@ class RetentionCallback(TrainerBound):
             return
         self._baseline = self._measure(args, trainer, kwargs)
         if PartialState().is_main_process:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
             text = json.dumps({name: asdict(scores) for name, scores in self._baseline.items()})
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(path)
+            with whole_file(path) as partial:
+                partial.write_text(text, encoding="utf-8")
         self._log(trainer, self._baseline)
 
     def on_step_end(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lopt_hf.retention.deltas import ModelScores, entry_metrics, entry_scores, gain_scores
+from lopt_hf.retention.deltas import ModelScores, entry_metrics, entry_scores, gain_scores, is_higher_better
 from lopt_hf.retention.heldout import HELDOUT_TASK
 from lopt_hf.retention.results import Contrast
 from lopt_hf.retention.statistics import Scores, combine_intervals, paired_interval, seed_interval
@@ -104,7 +104,7 @@ def _contrasts(
         firsts = [entry_scores(entry, name, scores) for scores in point.seeds]
         sizes = [float(len(part)) if entry.group_metrics.get(name, True) else 1.0 for part in firsts[0]]
         parts = (firsts, [entry_scores(entry, name, scores) for scores in models])
-        higher = point.seeds[0][entry.tasks[0].task_name].higher_is_better[name]
+        higher = is_higher_better(entry, name, point.seeds[0])
         yield _contrast(
             point, label, entry.name, name.removesuffix(",none"), higher, parts, sizes, weights, confidence
         )

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from lm_eval.api.task import Task
 
-from lopt_hf.retention.heldout import HELDOUT_TASK, answer_scores
+from lopt_hf.retention.heldout import ANSWER_METRIC, HELDOUT_TASK, answer_scores
 from lopt_hf.retention.results import Delta
 from lopt_hf.retention.scores import TaskScores, metric_scores
 from lopt_hf.retention.statistics import (
@@ -19,15 +20,27 @@ from lopt_hf.retention.statistics import (
 )
 from lopt_hf.retention.suites import TaskEntry
 
-__all__ = ["ModelScores", "entry_deltas", "entry_metrics", "entry_scores", "gain_delta", "gain_scores", "mean_delta"]
+__all__ = [
+    "ModelScores",
+    "entry_deltas",
+    "entry_metrics",
+    "entry_scores",
+    "gain_delta",
+    "gain_scores",
+    "is_higher_better",
+    "mean_delta",
+]
 
 # One model's scores by task
 ModelScores = Mapping[str, TaskScores]
 
 
 def entry_metrics(entry: TaskEntry, scores: ModelScores) -> list[str]:
-    """The `metric,filter` names of a task or group, the main one first."""
+    """The `metric,filter` names of a task or group, the main one first; of a group, those that any task has."""
     names = list(entry.group_metrics or scores[entry.tasks[0].task_name].metrics)
+    names = [name for name in names if _tasks_with(entry, name, scores)]
+    if not names:
+        raise ValueError(f"no task of the group {entry.name!r} has its metrics {', '.join(entry.group_metrics)}.")
     if entry.main_metric is None:
         return names
     if entry.main_metric not in names:
@@ -36,9 +49,15 @@ def entry_metrics(entry: TaskEntry, scores: ModelScores) -> list[str]:
 
 
 def entry_scores(entry: TaskEntry, name: str, scores: ModelScores) -> list[Scores]:
-    """The resampleable scores of one metric, one for each task of the entry."""
+    """The resampleable scores of one metric, one for each task of the entry that has it."""
     metric = name.partition(",")[0]
-    return [metric_scores(scores[task.task_name].metrics[name], task, metric) for task in entry.tasks]
+    tasks = _tasks_with(entry, name, scores)
+    return [metric_scores(scores[task.task_name].metrics[name], task, metric) for task in tasks]
+
+
+def is_higher_better(entry: TaskEntry, name: str, scores: ModelScores) -> bool:
+    """The direction of a metric."""
+    return scores[_tasks_with(entry, name, scores)[0].task_name].higher_is_better[name]
 
 
 def entry_deltas(
@@ -92,7 +111,7 @@ def gain_scores(scores: ModelScores) -> Scores:
     """The resampleable loss of held-out answers."""
     heldout = scores[HELDOUT_TASK]
     num_tokens = [int(sample["doc"]["num_tokens"]) for sample in heldout.samples]
-    return answer_scores(heldout.metrics["perplexity,none"], num_tokens)
+    return answer_scores(heldout.metrics[ANSWER_METRIC], num_tokens)
 
 
 def gain_delta(before: ModelScores, after: Sequence[ModelScores], confidence: float) -> Delta | None:
@@ -114,6 +133,11 @@ def gain_delta(before: ModelScores, after: Sequence[ModelScores], confidence: fl
     )
 
 
+def _tasks_with(entry: TaskEntry, name: str, scores: ModelScores) -> list[Task]:
+    """The tasks of an entry that have a metric; lm-eval aggregates a group over these too."""
+    return [task for task in entry.tasks if name in scores[task.task_name].metrics]
+
+
 def _entry_delta(
     entry: TaskEntry, name: str, before: ModelScores, after: Sequence[ModelScores], confidence: float
 ) -> tuple[Delta, Interval]:
@@ -125,7 +149,7 @@ def _entry_delta(
         Delta(
             task=entry.name,
             metric=name.removesuffix(",none"),
-            higher_is_better=before[entry.tasks[0].task_name].higher_is_better[name],
+            higher_is_better=is_higher_better(entry, name, before),
             baseline=_mean(baseline, weights),
             value=_mean(baseline, weights) + interval.delta,
             delta=interval.delta,

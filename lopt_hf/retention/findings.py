@@ -38,7 +38,7 @@ def _statements(result: ModelResult) -> list[Statement]:
     statements = []
     if result.gain:
         verdict = result.gain.verdict
-        known = verdict if verdict != NO_CHANGE else ""
+        known = verdict if verdict in ("better", "worse") else ""
         statements.append(Statement("Task trained on:", f"{verdict}; {_gain(result.gain)}.", known))
     deltas = [*([result.mean] if result.mean else []), *result.deltas]
     judged = [delta for delta in deltas if _has_interval(delta)]

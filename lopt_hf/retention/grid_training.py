@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lopt_hf.data.formats import load_sft_dataset, to_trl_format
 from lopt_hf.pretrained import resolve_model
+from lopt_hf.retention.files import whole_file
 from lopt_hf.retention.grid import Grid, GridRun
 
 __all__ = ["GridTrainingError", "heldout_rows", "model_folder", "prepare_data", "run_folder", "train_grid"]
@@ -69,10 +70,8 @@ def prepare_data(grid: Grid) -> None:
                 f"num_{name}={count}, but only {len(fitting)} rows of {source} fit in max_length={max_length}; lower "
                 "the one or raise the other."
             )
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(".partial")
-        fitting.to_json(partial)
-        partial.replace(target)
+        with whole_file(target) as partial:
+            fitting.to_json(partial)
 
 
 def heldout_rows(grid: Grid) -> list[dict[str, Any]]:

@@ -5,14 +5,16 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask, Task
 from transformers import PreTrainedTokenizerBase
 
 from lopt_hf.retention.statistics import RatioScores
 
-__all__ = ["HELDOUT_TASK", "answer_scores", "heldout_task"]
+__all__ = ["ANSWER_METRIC", "HELDOUT_TASK", "answer_scores", "heldout_task"]
 
 HELDOUT_TASK = "held-out answers"
+ANSWER_METRIC = "log_likelihood,none"
 
 
 def heldout_task(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Task:
@@ -32,16 +34,17 @@ def heldout_task(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokeniz
             "heldout data need a chat template, and the baseline's tokenizer has none; leave them out, or add one."
         )
     documents = Dataset.from_list([_document(row, tokenizer) for row in rows])
-    return ConfigurableTask(
+    return _AnswerTask(
         config={
             "task": HELDOUT_TASK,
             "custom_dataset": lambda **_: {"test": documents},
             "output_type": "loglikelihood",
             "test_split": "test",
-            "doc_to_text": "{{text}}",
-            "doc_to_target": "{{answer}}",
-            "target_delimiter": "",
-            "metric_list": [{"metric": "perplexity"}],
+            "num_fewshot": 0,
+            "doc_to_text": "text",
+            "doc_to_target": "answer",
+            "process_results": _log_likelihood,
+            "metric_list": [{"metric": "log_likelihood", "aggregation": "mean", "higher_is_better": True}],
             "metadata": {"version": 1},
         }
     )
@@ -57,6 +60,27 @@ def answer_scores(log_likelihoods: Sequence[float], num_tokens: Sequence[int]) -
     return RatioScores(list(zip(log_likelihoods, num_tokens, strict=True)), np.negative)
 
 
+class _AnswerTask(ConfigurableTask):
+    """Asks for answers after prompts that are in the chat template already."""
+
+    def construct_requests(self, doc: dict[str, Any], ctx: str | list[str], **kwargs: Any) -> list[Instance]:
+        """The answer, and apart from it the white space that ends the prompt: lm-eval counts it to the answer.
+
+        The prompt is the document's own, not `ctx`, which has what the settings add to other tasks' prompts.
+        """
+        continuations = [doc["space"] + doc["answer"], *([doc["space"]] if doc["space"] else [])]
+        return [
+            Instance("loglikelihood", doc, (doc["text"], continuation), index, metadata=kwargs["metadata"])
+            for index, continuation in enumerate(continuations)
+        ]
+
+
+def _log_likelihood(doc: dict[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
+    """The log-likelihood of an answer in nats, without that of the white space before it."""
+    with_space, *space = (log_likelihood for log_likelihood, _ in results)
+    return {"log_likelihood": with_space - sum(space)}
+
+
 def _document(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     whole = tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
     text = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
@@ -66,7 +90,16 @@ def _document(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dic
             "the chat template does not render a prompt as the beginning of the prompt with its answer, so the answer "
             "cannot be told from it; leave held-out data out."
         )
-    num_tokens = len(tokenizer(whole, add_special_tokens=False)["input_ids"]) - len(
-        tokenizer(text, add_special_tokens=False)["input_ids"]
+    stripped = text.rstrip()
+    space = text[len(stripped) :]
+    whole_ids, text_ids, stripped_ids = (
+        tokenizer(part, add_special_tokens=False)["input_ids"] for part in (whole, text, stripped)
     )
-    return {"text": text, "answer": whole[len(text) :], "num_tokens": num_tokens}
+    if len(text_ids) == len(stripped_ids) or whole_ids[: len(text_ids)] != text_ids:  # the space is no token by itself
+        text_ids, space = stripped_ids, ""
+    return {
+        "text": stripped,
+        "space": space,
+        "answer": whole[len(stripped) + len(space) :],
+        "num_tokens": len(whole_ids) - len(text_ids),
+    }

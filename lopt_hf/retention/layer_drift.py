@@ -1,6 +1,7 @@
 """Which layers training moved, and how far."""
 
 from collections.abc import Iterator
+from itertools import zip_longest
 
 import torch
 from peft import PeftModel
@@ -31,10 +32,11 @@ def drift_by_layer(before: PreTrainedModel, after: PreTrainedModel) -> dict[str,
         ValueError: If the models differ in more than their weights.
     """
     drift: dict[str, float] = {}
-    for (name, old), (other, new) in zip(_parts(before), _parts(after), strict=True):
-        if name != other or len(old) != len(new):
+    for (name, old), (other, new) in zip_longest(_parts(before), _parts(after), fillvalue=("nothing", [])):
+        if name != other or [weight.shape for weight in old] != [weight.shape for weight in new]:
             raise ValueError(
-                f"part {name!r} of the baseline and {other!r} of the model differ; give one architecture."
+                f"weights of the baseline's {name} and the model's {other} differ in number or shape, so there is no "
+                "drift to tell; give models of one architecture, or leave drift out (--no-drift)."
             )
         moved = sum((b.double() - a.double()).square().sum().item() for a, b in zip(old, new, strict=True))
         total = sum(a.double().square().sum().item() for a in old)
@@ -43,9 +45,10 @@ def drift_by_layer(before: PreTrainedModel, after: PreTrainedModel) -> dict[str,
 
 
 def _load(reference: ModelReference) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(reference.base, dtype=torch.float32)
+    revision = reference.revision
+    model = AutoModelForCausalLM.from_pretrained(reference.base, revision=revision, dtype=torch.float32)
     if reference.adapter is not None:
-        model = PeftModel.from_pretrained(model, reference.adapter).merge_and_unload()
+        model = PeftModel.from_pretrained(model, reference.adapter, revision=revision).merge_and_unload()
     return model
 
 

@@ -1,10 +1,14 @@
 """Scoring a model on tasks with lm-eval, each model, task and setting once."""
 
+import errno
 import hashlib
 import json
 import logging
+import re
+import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +16,12 @@ import lm_eval
 import torch
 import transformers
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lopt_hf.pretrained import resolve_model
@@ -112,25 +119,37 @@ class ModelReference:
         return cls(name, resolve_model(str(config["base_model_name_or_path"])), source, revision)
 
     def fingerprint(self) -> str:
-        """What tells it from every other model."""
-        own = fingerprint(self.base, None if self.adapter else self.revision)
+        """What tells it from every other model, as it was when first asked for."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        own = fingerprint(self.base, self.revision)
         return own if self.adapter is None else f"{own}+{fingerprint(self.adapter, self.revision)}"
 
 
 def load_tokenizer(reference: ModelReference) -> PreTrainedTokenizerBase:
-    """The tokenizer that goes with a model; an adapter's own where it has one."""
+    """The tokenizer that goes with a model; an adapter's own where it has one.
+
+    Raises:
+        ValueError: If there is none.
+    """
     folder = reference.adapter
     has_own = folder is not None and (Path(folder) / "tokenizer_config.json").is_file()
     source = folder if has_own and folder else reference.base
-    return AutoTokenizer.from_pretrained(source, revision=reference.revision)
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=reference.revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model {reference.name!r} has no tokenizer that can be loaded; save its base's beside it. ({error})"
+        ) from error
 
 
 def load_language_model(reference: ModelReference, settings: MeasuringSettings) -> HFLM:
     """Loads a model for lm-eval, on one device or on those of `accelerate launch`."""
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    model = HFLM(
+    model = _LanguageModel(
         pretrained=reference.base,
-        peft=reference.adapter,
         revision=reference.revision or "main",
         dtype=settings.dtype,
         device=str(device),
@@ -138,6 +157,8 @@ def load_language_model(reference: ModelReference, settings: MeasuringSettings) 
         max_length=settings.max_length,
         tokenizer=load_tokenizer(reference),
     )
+    if reference.adapter is not None:  # not by lm-eval, which cuts off embeddings beyond the tokenizer's size
+        model._model = PeftModel.from_pretrained(model._model, reference.adapter, revision=reference.revision).eval()
     state = PartialState()
     if state.num_processes > 1 and model.world_size == 1:  # lm-eval shares samples out among accelerators only
         model._rank, model._world_size = state.process_index, state.num_processes
@@ -153,26 +174,32 @@ def measure_model(
         reference: The model.
         entries: The tasks.
         settings: How to measure.
-        cache: Where finished scores are; each task is written as soon as it is done.
+        cache: Where scores are kept; single answers too, from when they are given until the scores are written.
 
     Returns:
         Scores by task; on other processes than the first only what was in the cache.
+
+    Raises:
+        ValueError: If a sample is asked for that a task does not have.
+        OSError: If there is no room for a task's scores; those of earlier tasks are kept.
     """
+    state = PartialState()
     how = {"model": reference.fingerprint(), **_identity_of_settings(settings)}
     by_fewshot: dict[int | None, list[Task]] = {}
     for entry in entries:
         num_fewshot = settings.num_fewshot if settings.num_fewshot is not None else entry.num_fewshot
         by_fewshot.setdefault(num_fewshot, []).extend(entry.tasks)
     identities = {
-        task.task_name: {**how, **_identity_of_task(task, settings), "num_fewshot": num_fewshot}
+        task.task_name: {**how, **_identity_of_task(task, num_fewshot, settings)}
         for num_fewshot, tasks in by_fewshot.items()
         for task in tasks
     }
-    known = {name: cache.get(identity) for name, identity in identities.items()}
-    PartialState().wait_for_everyone()  # nobody writes before all have looked
+    known = {name: scores for name, identity in identities.items() if (scores := cache.get(identity)) is not None}
+    # The first process decides what is missing: a file may come, from another run, while they look
+    (finished,) = broadcast_object_list([list(known)])
     language_model: HFLM | None = None
     for num_fewshot, tasks in by_fewshot.items():
-        missing = [task for task in tasks if known[task.task_name] is None]
+        missing = [task for task in tasks if task.task_name not in finished]
         if not missing:
             continue
         language_model = language_model or load_language_model(reference, settings)
@@ -180,8 +207,9 @@ def measure_model(
         for name, scores in evaluate_tasks(language_model, missing, num_fewshot, settings, unfinished).items():
             cache.put(identities[name], scores)
             known[name] = scores
-        cache.forget(unfinished)
-    return {name: scores for name, scores in known.items() if scores is not None}
+        if state.is_main_process:  # which has written the scores
+            cache.forget(unfinished)
+    return {name: known[name] for name in identities if name in known}
 
 
 def evaluate_tasks(
@@ -203,36 +231,68 @@ def evaluate_tasks(
 
     Returns:
         The scores by task; none on other processes than the first.
+
+    Raises:
+        OSError: If there is no room for single answers; those that are kept stay.
     """
     indices = {task.task_name: settings.indices(task) for task in tasks}
-    results = lm_eval.simple_evaluate(
-        model=language_model,
-        tasks=list(tasks),
-        num_fewshot=num_fewshot,
-        samples={name: chosen for name, chosen in indices.items() if chosen is not None} or None,
-        bootstrap_iters=0,
-        apply_chat_template=settings.apply_chat_template,
-        task_manager=TaskManager(include_defaults=False),
-        use_cache=None if unfinished is None else str(unfinished),
-    )
+    own_fewshot = [task.get_config("num_fewshot") for task in tasks]
+    try:
+        results = lm_eval.simple_evaluate(
+            model=language_model,
+            tasks=list(tasks),
+            num_fewshot=num_fewshot,
+            samples={name: chosen for name, chosen in indices.items() if chosen is not None} or None,
+            bootstrap_iters=0,
+            apply_chat_template=settings.apply_chat_template,
+            task_manager=TaskManager(include_defaults=False),
+            use_cache=None if unfinished is None else str(unfinished),
+        )
+    except sqlite3.OperationalError as error:
+        reason = errno.ENOSPC if "full" in str(error) else errno.EIO
+        raise OSError(reason, f"single answers cannot be kept: {error}", str(unfinished)) from error
+    finally:
+        for task, number in zip(tasks, own_fewshot, strict=True):  # lm-eval leaves its number in the task
+            task.set_config("num_fewshot", number)
     if results is None:
         return {}
     return {task.task_name: TaskScores.from_lm_eval(task, results) for task in tasks}
 
 
+class _LanguageModel(HFLM):
+    """lm-eval's model; no process waits for the others' texts, of which a run that goes on may have none left."""
+
+    _world_size: int
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Scores this process's own texts; lm-eval evens their number out for sharded models, which ours are not."""
+        world_size, self._world_size = self._world_size, 1
+        try:
+            return super().loglikelihood_rolling(requests, disable_tqdm)
+        finally:
+            self._world_size = world_size
+
+
 def _adapter_config(source: str, revision: str | None) -> Mapping[str, Any] | None:
     """The adapter's configuration, or `None` for a full model."""
-    files = {
-        name: transformers.utils.cached_file(
-            source, name, revision=revision, _raise_exceptions_for_missing_entries=False
-        )
-        for name in ("config.json", "adapter_config.json")
-    }
+    try:
+        files = {
+            name: transformers.utils.cached_file(
+                source, name, revision=revision, _raise_exceptions_for_missing_entries=False
+            )
+            for name in ("config.json", "adapter_config.json")
+        }
+    except OSError as error:
+        raise ValueError(
+            f"model {source!r} is no folder here, and not to be had from the hub either; give a checkpoint's folder "
+            f"or a hub id. ({error})"
+        ) from error
     if files["config.json"] is None and files["adapter_config.json"] is not None:
         return json.loads(Path(files["adapter_config.json"]).read_text(encoding="utf-8"))
     if files["config.json"] is None:
         raise ValueError(
-            f"model {source!r} has no config.json and no adapter_config.json; give a checkpoint's folder."
+            f"model {source!r} has no config.json and no adapter_config.json, here or on the hub; give a checkpoint's "
+            "folder or a hub id."
         )
     return None
 
@@ -248,25 +308,41 @@ def _identity_of_settings(settings: MeasuringSettings) -> dict[str, Any]:
     }
 
 
-def _identity_of_task(task: Task, settings: MeasuringSettings) -> dict[str, Any]:
-    """What is asked: the task's configuration and the very samples."""
+def _identity_of_task(task: Task, num_fewshot: int | None, settings: MeasuringSettings) -> dict[str, Any]:
+    """What is asked: the task's configuration, the very samples, and what examples are drawn from."""
     indices = settings.indices(task)
     documents = task.eval_docs
     chosen = range(len(documents)) if indices is None else indices
-    digest = hashlib.sha256()
-    for index in chosen:
-        digest.update(json.dumps(documents[index], sort_keys=True, default=str).encode())
-    return {
+    identity = {
         "task": task.task_name,
         "task_config": _config_text(task),
         "indices": list(chosen),
-        "documents": digest.hexdigest(),
+        "documents": _digest_of(documents[index] for index in chosen),
+        "num_fewshot": _effective_fewshot(task, num_fewshot),
     }
+    if identity["num_fewshot"] > 0:  # each process draws its own examples, one sample after the other
+        identity["examples"] = _digest_of(task.fewshot_docs())
+        identity["processes"] = PartialState().num_processes
+    return identity
+
+
+def _effective_fewshot(task: Task, num_fewshot: int | None) -> int:
+    """The number of examples that lm-eval will put into the prompt: a task's own 0 cannot be changed."""
+    own = task.get_config("num_fewshot")
+    return (own or 0) if num_fewshot is None or own == 0 else num_fewshot
+
+
+def _digest_of(documents: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(json.dumps(document, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
 
 
 def _config_text(task: Task) -> str:
-    """The task's configuration as text; functions by their name, since their address differs between runs."""
+    """The task's configuration as text; without addresses of functions, which differ between runs."""
     config = {name: value for name, value in task.dump_config().items() if name != "num_fewshot"}
-    return json.dumps(
+    text = json.dumps(
         config, sort_keys=True, default=lambda value: getattr(value, "__qualname__", type(value).__name__)
     )
+    return re.sub(r" at 0x[0-9a-f]+", "", text)

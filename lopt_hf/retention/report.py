@@ -1,11 +1,9 @@
 """Writes what a retention benchmark found: as JSON, as the tables that lm-eval prints, as plots and as one page."""
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
+from lopt_hf.retention.files import whole_file
 from lopt_hf.retention.frontier import plot_frontier
 from lopt_hf.retention.page import render_page
 from lopt_hf.retention.plots import plot_deltas, plot_drift
@@ -47,32 +45,21 @@ def write_report(report: RetentionReport, folder: Path) -> list[Path]:
         ImportError: If matplotlib is missing; `report.json` and `report.md` are written all the same.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with _whole_file(folder / "report.json") as path:
+    with whole_file(folder / "report.json") as path:
         report.save(path)
-    with _whole_file(folder / "report.md") as path:
+    with whole_file(folder / "report.md") as path:
         path.write_text(to_markdown(report), encoding="utf-8")
     plots = _draw(report)
     page = render_page(report, plots)
     for name in PLOTS:
         if name in plots:
-            with _whole_file(folder / name) as path:
+            with whole_file(folder / name) as path:
                 path.write_bytes(plots[name])
         else:
             (folder / name).unlink(missing_ok=True)  # of an earlier report
-    with _whole_file(folder / "report.html") as path:
+    with whole_file(folder / "report.html") as path:
         path.write_text(page, encoding="utf-8")
     return [folder / name for name in ("report.json", "report.md", "report.html", *plots)]
-
-
-@contextmanager
-def _whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to; what was written replaces `path` once it is complete."""
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _draw(report: RetentionReport) -> dict[str, bytes]:

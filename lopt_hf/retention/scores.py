@@ -3,18 +3,18 @@
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 import numpy as np
 from lm_eval.api import metrics as lm_eval_metrics
 from lm_eval.api.task import Task
-from transformers import AutoConfig
+from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
+from lopt_hf.retention.files import whole_file
 from lopt_hf.retention.statistics import MeanScores, RatioScores, ResampledScores, Scores
 
 __all__ = ["ScoreCache", "TaskScores", "fingerprint", "metric_scores"]
@@ -48,7 +48,7 @@ class TaskScores:
         values: For each, the value that lm-eval itself computes from them.
         higher_is_better: For each, its direction.
         samples: For each sample its number in the task and its hash; but for whole texts, which are long, also the
-            document, the target and the model's responses.
+            document, the target and, by filter, the model's responses.
     """
 
     task: str
@@ -71,8 +71,10 @@ class TaskScores:
             for metric in sample["metrics"]:
                 per_sample.setdefault(f"{metric},{sample['filter']}", []).append(_plain(sample[metric]))
         per_sample = {key: items for key, items in per_sample.items() if key in values}
-        first_filter = logged[0]["filter"]
         keeps_document = task.OUTPUT_TYPE != "loglikelihood_rolling"
+        by_sample: dict[int, list[Mapping[str, Any]]] = {}
+        for entry in logged:
+            by_sample.setdefault(entry["doc_id"], []).append(entry)
         return cls(
             task=name,
             version=str(results["versions"].get(name)),
@@ -80,7 +82,7 @@ class TaskScores:
             metrics=per_sample,
             values={key: float(values[key]) for key in per_sample},
             higher_is_better={key: directions.get(key.partition(",")[0]) is not False for key in per_sample},
-            samples=[_sample(entry, keeps_document) for entry in logged if entry["filter"] == first_filter],
+            samples=[_sample(entries, keeps_document) for entries in by_sample.values()],
         )
 
     def __len__(self) -> int:
@@ -123,17 +125,9 @@ class ScoreCache:
         Raises:
             OSError: If there is no room; nothing written earlier is harmed.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"identity": identity, "scores": asdict(scores)}, default=str)
-        with NamedTemporaryFile("w", dir=self.folder, suffix=".partial", delete=False, encoding="utf-8") as file:
-            try:
-                file.write(text)
-                file.close()
-                os.replace(file.name, self.path(identity))
-            except OSError:
-                file.close()
-                os.unlink(file.name)
-                raise
+        with whole_file(self.path(identity)) as path:
+            path.write_text(text, encoding="utf-8")
 
 
 def metric_scores(items: Sequence[Any], task: Task, metric: str) -> Scores:
@@ -144,7 +138,7 @@ def metric_scores(items: Sequence[Any], task: Task, metric: str) -> Scores:
         task: The task, which knows how its metrics are aggregated.
         metric: The metric, without filter.
     """
-    aggregate = task.aggregation()[metric]
+    aggregate = task.aggregation().get(metric, lm_eval_metrics.mean)  # lm-eval's own rule
     if aggregate in (lm_eval_metrics.mean, lm_eval_metrics.nanmean) and not _has_nan(items):
         return MeanScores(items)
     if aggregate is lm_eval_metrics.perplexity:
@@ -165,8 +159,7 @@ def fingerprint(name_or_path: str, revision: str | None = None) -> str:
     """
     folder = Path(name_or_path)
     if not folder.is_dir():
-        config = AutoConfig.from_pretrained(name_or_path, revision=revision)
-        return f"{name_or_path}@{config._commit_hash}"
+        return f"{name_or_path}@{_commit(name_or_path, revision)}"
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         is_part = path.name in CONFIG_FILES or path.suffix in WEIGHT_SUFFIXES
@@ -177,20 +170,34 @@ def fingerprint(name_or_path: str, revision: str | None = None) -> str:
     return digest.hexdigest()
 
 
+def _commit(hub_id: str, revision: str | None) -> str | None:
+    """The commit of a model or adapter on the hub, as far as it can be told."""
+    for name in ("config.json", "adapter_config.json"):
+        file = cached_file(hub_id, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        if file is not None:
+            return extract_commit_hash(file, None)
+    return None
+
+
 def _digest(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _sample(entry: Mapping[str, Any], keeps_document: bool) -> dict[str, Any]:
-    sample = {"doc_id": entry["doc_id"], "doc_hash": entry["doc_hash"]}
+def _sample(entries: Sequence[Mapping[str, Any]], keeps_document: bool) -> dict[str, Any]:
+    """One sample from what is logged of it for each filter."""
+    first = entries[0]
+    sample = {"doc_id": first["doc_id"], "doc_hash": first["doc_hash"]}
     if keeps_document:
-        sample.update(doc=entry["doc"], target=entry["target"], responses=_plain(entry["filtered_resps"]))
+        responses = {entry["filter"]: _plain(entry["filtered_resps"]) for entry in entries}
+        sample.update(doc=first["doc"], target=first["target"], responses=responses)
     return json.loads(json.dumps(sample, default=str))
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return float(value) if isinstance(value, bool) else value

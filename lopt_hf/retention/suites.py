@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 
+from datasets.exceptions import DatasetsError
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
@@ -12,6 +13,8 @@ from lm_eval.tasks import TaskManager
 __all__ = ["SUITES", "SuiteTask", "TaskEntry", "load_entries"]
 
 OFFLINE_TASKS = Path(__file__).parent / "tasks"
+# Of the network and the data, and of mistakes in a user's own task files
+LOADING_ERRORS = (OSError, ImportError, DatasetsError, AttributeError, KeyError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def load_entries(wanted: Sequence[SuiteTask], include_path: Sequence[Path] = ())
 def _entries_of(wanted: SuiteTask, manager: TaskManager) -> list[TaskEntry]:
     try:
         loaded = manager.load([wanted.name])
-    except (OSError, ConnectionError, ImportError, KeyError) as error:
+    except LOADING_ERRORS as error:
         raise ValueError(
             f"task {wanted.name!r} cannot be loaded: {type(error).__name__}: {error}. Check the network, or the files "
             "and packages that the task needs; the suite `offline` needs neither."
@@ -124,8 +127,9 @@ def _entries_of(wanted: SuiteTask, manager: TaskManager) -> list[TaskEntry]:
 
 
 def _group_metrics(group: Group) -> dict[str, bool]:
+    filters = dict.fromkeys(ensemble.name for task in group.get_all_tasks() for ensemble in task._filters)
     return {
         f"{metric.metric},{name}": metric.weight_by_size
         for metric in group.aggregate_metric_list or ()
-        for name in metric.filter_list or ("none",)
+        for name in metric.filter_list or filters
     }

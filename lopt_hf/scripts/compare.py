@@ -1,21 +1,23 @@
 """Fine-tune by several methods, rates and seeds, and see what each learned and what it forgot.
 
-One YAML names the data, the methods (arguments of `lopt-hf sft`), the learning rates, the seeds and the lm-eval tasks. The
-command trains every combination, measures each model and the untouched base on the same samples, and writes a report:
-task gain against retention, with intervals over samples and seeds. Stopped at any moment and run again, it goes on
-where it was.
+One YAML names the data, the methods (arguments of `lopt-hf sft`), the learning rates, the seeds and the lm-eval tasks.
+The command trains every combination, measures each model and the untouched base on the same samples, and writes a
+report: task gain against retention, with intervals over samples and seeds. Stopped at any moment and run again, it
+goes on where it was.
 """
 
 import argparse
 import logging
 import sys
+import textwrap
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
 from lopt_hf.retention.experiment import GridMeasurement
-from lopt_hf.retention.grid import load_grid
+from lopt_hf.retention.grid import Grid, load_grid
 from lopt_hf.retention.grid_training import GridTrainingError, prepare_data, train_grid
 from lopt_hf.retention.report import write_report
 from lopt_hf.retention.tables import to_markdown
@@ -23,7 +25,10 @@ from lopt_hf.scripts.retention import exit_on_error
 
 __all__ = ["main", "make_parser"]
 
-EXAMPLE = """\
+EPILOG = """\
+settings of the YAML:
+{settings}
+
 example:
   lopt-hf compare --config recipes/smollm2-135m/retention/gsm8k.yaml
 
@@ -34,15 +39,15 @@ parameters take some 30 GB.
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of this command."""
+    lines = (f"  {setting.name:<16} {setting.metadata['help']}" for setting in fields(Grid))
+    settings = "\n".join(textwrap.fill(line, 110, subsequent_indent=" " * 19) for line in lines)
     parser = argparse.ArgumentParser(
         prog="lopt-hf compare",
         description=__doc__,
-        epilog=EXAMPLE,
+        epilog=EPILOG.format(settings=settings),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--config", type=Path, required=True, help="YAML with the settings of lopt_hf.retention.grid.Grid"
-    )
+    parser.add_argument("--config", type=Path, required=True, help="the YAML with the settings below")
     parser.add_argument("--output-dir", help="in place of the file's")
     parser.add_argument("--workers", type=int, help="fine-tuning runs at a time, in place of the file's")
     return parser

@@ -169,6 +169,7 @@ def report(
         f"Before: {before.example.strip()}\n\nAfter: {after.example.strip()}\n\n"
         f"Model: {folder / 'model'} (stock checkpoint)\nCurves: {folder / 'curves.png'}\n"
         f"Report: {folder / 'report.md'}, figures: {folder / 'report.json'}\n"
+        f"What it kept: lopt-hf retention --baseline {options.model} --model {folder / 'model'}\n"
     )
 
 

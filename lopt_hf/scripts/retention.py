@@ -10,9 +10,11 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from huggingface_hub import constants
 
@@ -26,6 +28,9 @@ from lopt_hf.retention.suites import SUITES, SuiteTask, load_entries
 from lopt_hf.retention.tables import to_markdown
 
 __all__ = ["default_cache", "exit_on_error", "main", "make_parser", "read_heldout"]
+
+# A rank may wait for another's long answers; lm-eval sets the same, but `run` has brought them together before
+DISTRIBUTED_TIMEOUT = timedelta(weeks=52)
 
 EXAMPLES = f"""\
 examples:
@@ -79,7 +84,8 @@ def make_parser() -> argparse.ArgumentParser:
             how.add_argument(flag, action="store_true", help=setting.metadata["help"])
         elif setting.name != "samples":
             reader = readers.get(setting.name, int)
-            how.add_argument(flag, type=reader, default=setting.default, help=setting.metadata["help"])
+            default = "" if setting.default is None else " (default: %(default)s)"
+            how.add_argument(flag, type=reader, default=setting.default, help=setting.metadata["help"] + default)
     how.add_argument("--revision", help="branch, tag or commit of hub ids")
     how.add_argument("--confidence", type=float, default=0.95, help="level of the intervals (default: %(default)s)")
     how.add_argument("--no-drift", action="store_true", help="do not compare the weights layer by layer")
@@ -126,7 +132,10 @@ def exit_on_error(command: str, error: Exception) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Measures, prints and writes the report."""
+    # Without an accelerator, accelerate has to be told that launched processes belong together
+    PartialState(cpu=not torch.accelerator.is_available(), timeout=DISTRIBUTED_TIMEOUT)
     check_report_folder(options.output_dir)
+    candidates = [_candidate(text) for text in options.model]
     settings = MeasuringSettings(
         **{field.name: getattr(options, field.name) for field in fields(MeasuringSettings) if field.name != "samples"}
     )
@@ -139,7 +148,6 @@ def run(options: argparse.Namespace) -> None:
         options.confidence,
         options.revision,
     )
-    candidates = [_candidate(text) for text in options.model]
     report = benchmark.compare(candidates, with_drift=not options.no_drift)
     if report is None:  # not the first process
         return
@@ -168,8 +176,10 @@ def _wanted(suite: str | None, tasks: str | None) -> list[SuiteTask]:
 
 def _candidate(text: str) -> Candidate:
     label, separator, model = text.partition("=")
-    if not separator:
+    if not separator or Path(text).exists():  # the sign may be part of a path
         label = model = text
+    if not label or not model:
+        raise ValueError(f"model={text!r} names no label or no model; give LABEL=MODEL, or MODEL alone.")
     return Candidate(label, label, (model,))
 
 

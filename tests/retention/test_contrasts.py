@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lopt_hf.retention.contrasts import MethodPoint, matched_contrasts, rate_contrasts
-from lopt_hf.retention.heldout import HELDOUT_TASK
+from lopt_hf.retention.heldout import ANSWER_METRIC, HELDOUT_TASK
 from lopt_hf.retention.scores import TaskScores
 from lopt_hf.retention.suites import TaskEntry
 
@@ -39,7 +39,7 @@ def scores(kept: float, loss: float) -> dict[str, TaskScores]:
     return {
         "kept": TaskScores("kept", "1", 0, {"score,none": values}, {}, {"score,none": True}, samples),
         HELDOUT_TASK: TaskScores(
-            HELDOUT_TASK, "1", 0, {"perplexity,none": log_likelihoods}, {}, {"perplexity,none": False}, samples
+            HELDOUT_TASK, "1", 0, {ANSWER_METRIC: log_likelihoods}, {}, {ANSWER_METRIC: False}, samples
         ),
     }
 

@@ -1,0 +1,192 @@
+"""The base comes first, everybody answers the same samples, and what was found is written whole."""
+
+import errno
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lopt_hf.retention import benchmark as benchmark_module
+from lopt_hf.retention.benchmark import Candidate, RetentionBenchmark, write_flips
+from lopt_hf.retention.heldout import HELDOUT_TASK
+from lopt_hf.retention.layer_drift import layer_drift
+from lopt_hf.retention.measuring import MeasuringSettings, ModelReference, measure_model
+from lopt_hf.retention.results import RetentionReport
+from lopt_hf.retention.scores import ScoreCache, TaskScores
+from lopt_hf.retention.suites import SuiteTask, TaskEntry, load_entries
+from tests.retention.conftest import SavedModels, save
+from tests.tiny import make_model, make_tokenizer
+
+HELDOUT = [
+    {
+        "prompt": [{"role": "user", "content": f"What is {i}?"}],
+        "completion": [{"role": "assistant", "content": f"{i}."}],
+    }
+    for i in range(5)
+]
+
+
+@pytest.fixture
+def entries(task_folder: Path) -> list[TaskEntry]:
+    return load_entries([SuiteTask("sums"), SuiteTask("texts"), SuiteTask("generated")], [task_folder])
+
+
+def make_benchmark(models: SavedModels, entries: list[TaskEntry], cache: Path, **options: Any) -> RetentionBenchmark:
+    settings = options.pop("settings", MeasuringSettings(limit=4, samples={"sums": [1, 5, 7]}))
+    return RetentionBenchmark(models.base, entries, settings, ScoreCache(cache), **options)
+
+
+def candidates_of(models: SavedModels) -> list[Candidate]:
+    return [Candidate("tuned", "full", (models.tuned,)), Candidate("adapter", "LoRA", (models.adapter,))]
+
+
+def compare(benchmark: RetentionBenchmark, candidates: list[Candidate]) -> RetentionReport:
+    report = benchmark.compare(candidates)
+    assert report is not None
+    return report
+
+
+def test_the_base_is_measured_first_and_all_on_the_same_samples(
+    models: SavedModels, entries: list[TaskEntry], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Base and models are asked the same questions of every task, held-out answers included; each model once."""
+    measured: list[tuple[str, dict[str, Any]]] = []
+
+    def recording(reference: ModelReference, *arguments: Any) -> dict[str, TaskScores]:
+        scores = measure_model(reference, *arguments)
+        measured.append(
+            (
+                reference.name,
+                {name: [(s["doc_id"], s["doc_hash"]) for s in task.samples] for name, task in scores.items()},
+            )
+        )
+        return scores
+
+    monkeypatch.setattr(benchmark_module, "measure_model", recording)
+    benchmark = make_benchmark(models, entries, tmp_path, heldout=HELDOUT)
+    report = compare(benchmark, candidates_of(models))
+    benchmark.scores(models.tuned)
+    assert [name for name, _ in measured] == [models.base, models.tuned, models.adapter]
+    of_base = measured[0][1]
+    assert {name: [number for number, _ in samples] for name, samples in of_base.items()} == {
+        HELDOUT_TASK: [0, 1, 2, 3, 4],
+        "sums": [1, 5, 7],
+        "texts": [0, 1, 2, 3],
+        "generated": [0, 1, 2, 3],
+    }
+    assert all(samples == of_base for _, samples in measured)
+    assert [result.label for result in report.models] == ["tuned", "adapter"]
+    assert [result.group for result in report.models] == ["full", "LoRA"]
+    assert report.baseline == models.base
+
+
+def test_the_base_against_itself(models: SavedModels, entries: list[TaskEntry], tmp_path: Path) -> None:
+    """Nothing changed, nothing moved, and nothing is claimed."""
+    benchmark = make_benchmark(models, entries, tmp_path, heldout=HELDOUT)
+    (result,) = compare(benchmark, [Candidate("itself", "itself", (models.base,))]).models
+    assert result.gain is not None
+    for delta in (*result.deltas, result.gain):
+        assert delta.delta == 0
+        assert delta.value == delta.baseline
+        assert delta.verdict == "no detectable change"
+    assert set(result.drift.values()) == {0.0}
+
+
+def test_several_seeds_are_their_mean(models: SavedModels, entries: list[TaskEntry], tmp_path: Path) -> None:
+    benchmark = make_benchmark(models, entries, tmp_path)
+    both = Candidate("both", "both", (models.tuned, models.merged))
+    (result,) = compare(benchmark, [both]).models
+    assert [seed.label for seed in result.seeds] == list(both.models)
+    for number, delta in enumerate(result.deltas):
+        seeds = [seed.deltas[number] for seed in result.seeds]
+        assert delta.delta == pytest.approx(sum(seed.delta for seed in seeds) / 2)
+    single = [compare(benchmark, [Candidate(model, model, (model,))]).models[0] for model in both.models]
+    assert [seed.deltas for seed in result.seeds] == [of_one.deltas for of_one in single]
+    for part, value in result.drift.items():
+        assert value == pytest.approx(sum(of_one.drift[part] for of_one in single) / 2)
+
+
+def test_drift_is_computed_once(
+    models: SavedModels, entries: list[TaskEntry], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is kept beside the scores; an adapter and the merged model each have their own."""
+    first = compare(make_benchmark(models, entries, tmp_path), candidates_of(models))
+    base, tuned = ModelReference.find(models.base), ModelReference.find(models.tuned)
+    assert first.models[0].drift == layer_drift(base, tuned)
+    assert first.models[0].drift != first.models[1].drift
+    monkeypatch.setattr(benchmark_module, "layer_drift", None)
+    assert compare(make_benchmark(models, entries, tmp_path), candidates_of(models)) == first
+    monkeypatch.undo()
+    without = make_benchmark(models, entries, tmp_path).compare(candidates_of(models), with_drift=False)
+    assert without is not None and not without.models[0].drift
+
+
+def test_a_full_disk_leaves_no_half_written_drift(
+    models: SavedModels, entries: list[TaskEntry], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark = make_benchmark(models, entries, tmp_path)
+    original = os.replace
+
+    def replace(source: Any, target: Any) -> None:
+        if Path(target).name.startswith("drift"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(os, "replace", replace)
+        benchmark.compare(candidates_of(models))
+    assert {path.suffix for path in tmp_path.iterdir() if path.is_file()} == {".json"}
+    assert compare(benchmark, candidates_of(models)).models[0].drift
+
+
+def test_flips_are_written_whole(tmp_path: Path) -> None:
+    """As JSON lines; a row that cannot be made leaves the earlier file as it was."""
+    path = tmp_path / "flips.jsonl"
+    assert write_flips(iter([{"doc_id": 1}, {"doc_id": 2}]), path) == 2
+
+    def failing() -> Iterable[dict[str, int]]:
+        yield {"doc_id": 3}
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        write_flips(iter(failing()), path)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"doc_id": 1}, {"doc_id": 2}]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_another_vocabulary(models: SavedModels, entries: list[TaskEntry], tmp_path: Path) -> None:
+    """Is found before anything is measured."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["new"])
+    folder = save(make_model(vocab_size=len(tokenizer)), tmp_path / "other")
+    tokenizer.save_pretrained(folder)
+    benchmark = make_benchmark(models, entries, tmp_path / "cache")
+    message = f"model '{folder}' has a vocabulary of {len(tokenizer)} tokens of which 1 are not the baseline's"
+    with pytest.raises(ValueError, match=message):
+        benchmark.compare([*candidates_of(models), Candidate("other", "other", (folder,))])
+    assert not (tmp_path / "cache").exists()
+
+
+def test_samples_of_a_task_that_is_not_measured(models: SavedModels, entries: list[TaskEntry], tmp_path: Path) -> None:
+    """A misspelt name would otherwise measure everything."""
+    with pytest.raises(ValueError, match="samples are given for 'smus', which is not measured; tasks are sums, texts"):
+        make_benchmark(models, entries, tmp_path, settings=MeasuringSettings(samples={"smus": 5}))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"), [([], "at least one"), (["a", "a"], r"models \['a', 'a'\] .* each named once")]
+)
+def test_labels(
+    models: SavedModels, entries: list[TaskEntry], tmp_path: Path, labels: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_benchmark(models, entries, tmp_path).compare([Candidate(name, name, (models.tuned,)) for name in labels])
+
+
+@pytest.mark.parametrize("confidence", [0, 1, 95])
+def test_confidence(models: SavedModels, entries: list[TaskEntry], tmp_path: Path, confidence: float) -> None:
+    with pytest.raises(ValueError, match=f"confidence={confidence} is not between 0 and 1; 0.95 is usual"):
+        make_benchmark(models, entries, tmp_path, confidence=confidence)

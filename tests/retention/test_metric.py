@@ -1,0 +1,36 @@
+"""The retention metric loads through 🤗 Evaluate, without a hub."""
+
+import evaluate
+import numpy as np
+import pytest
+
+from lopt_hf.retention import METRIC_PATH
+from lopt_hf.retention.statistics import MeanScores, mcnemar, paired_interval
+
+
+def test_right_and_wrong_answers() -> None:
+    """The same figures as the benchmark's own statistics."""
+    rng = np.random.default_rng(0)
+    before = rng.integers(0, 2, 60).astype(float)
+    after = np.where(rng.random(60) < 0.2, 1 - before, before)
+    result = evaluate.load(METRIC_PATH).compute(predictions=after, references=before)
+    interval = paired_interval([MeanScores(after)], [MeanScores(before)])
+    p_value, right_to_wrong, wrong_to_right = mcnemar(MeanScores(before), MeanScores(after))
+    assert result == {
+        "baseline": before.mean(),
+        "value": after.mean(),
+        "delta": interval.delta,
+        "low": interval.low,
+        "high": interval.high,
+        "n": 60,
+        "p_value": p_value,
+        "right_to_wrong": right_to_wrong,
+        "wrong_to_right": wrong_to_right,
+    }
+
+
+def test_scores_in_between_have_no_mcnemar() -> None:
+    metric = evaluate.load(METRIC_PATH)
+    result = metric.compute(predictions=[0.5, 0.25, 1.0], references=[0.25, 0.25, 0.5], confidence=0.9)
+    assert result["delta"] == pytest.approx(0.25)
+    assert "p_value" not in result

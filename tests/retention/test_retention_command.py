@@ -1,0 +1,247 @@
+"""`lopt-hf retention`: from tiny models to a report, and one clear line where something is wrong."""
+
+import errno
+import json
+import os
+import shutil
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import pytest
+from lm_eval.api.model import CacheHook
+from lm_eval.tasks import TaskManager
+
+from lopt_hf.retention import measuring, suites
+from lopt_hf.scripts import retention
+from tests.retention.benchmark_tasks import write_benchmark_tasks
+from tests.retention.conftest import SavedModels, save
+from tests.tiny import make_model, make_tokenizer
+
+Arguments = dict[str, str | list[str]]
+
+
+@pytest.fixture(autouse=True)
+def own_tasks_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves lm-eval's tasks out, whose index takes some seconds."""
+    monkeypatch.setattr(
+        suites,
+        "TaskManager",
+        lambda include_path, include_defaults=True: TaskManager(include_path=include_path, include_defaults=False),
+    )
+
+
+@pytest.fixture
+def arguments(models: SavedModels, task_folder: Path, tmp_path: Path) -> Arguments:
+    """A run over two tasks and two models."""
+    return {
+        "--baseline": models.base,
+        "--model": [f"tuned={models.tuned}", models.adapter],
+        "--tasks": "sums,texts",
+        "--include-path": str(task_folder),
+        "--output-dir": str(tmp_path / "out"),
+        "--cache-dir": str(tmp_path / "cache"),
+    }
+
+
+@pytest.fixture
+def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(measuring, "load_language_model", forbidden)
+
+
+def run(arguments: Arguments, *flags: str) -> None:
+    given: list[str] = list(flags)
+    for name, value in arguments.items():
+        for one in [value] if isinstance(value, str) else value:
+            given += [name, one]
+    retention.main(given)
+
+
+def error_of(arguments: Arguments, *flags: str) -> str:
+    """The one line that the command ends with."""
+    with pytest.raises(SystemExit) as exit_info:
+        run(arguments, *flags)
+    message = exit_info.value.code
+    assert isinstance(message, str) and message.startswith("lopt-hf retention: ")
+    return message
+
+
+def test_from_models_to_a_report(
+    arguments: Arguments,
+    models: SavedModels,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Report, page and changed answers are there and the table is printed; a second run evaluates nothing."""
+    (tmp_path / "heldout.jsonl").write_text(
+        "".join(json.dumps({"question": f"What is {i} + 1?", "answer": f"{i + 1}."}) + "\n" for i in range(6))
+    )
+    arguments |= {"--heldout-data": str(tmp_path / "heldout.jsonl"), "--num-heldout": "4"}
+    run(arguments)
+    out = tmp_path / "out"
+    assert {"report.json", "report.md", "report.html", "flips.jsonl"} <= {path.name for path in out.iterdir()}
+    report = json.loads((out / "report.json").read_text())
+    assert report["baseline"] == models.base
+    assert [result["label"] for result in report["models"]] == ["tuned", models.adapter]
+    for result in report["models"]:
+        assert {delta["task"] for delta in result["deltas"]} == {"sums", "texts"}
+        assert result["gain"]["n"] == 4
+        assert set(result["drift"]) == {"embeddings", "0", "1", "2", "3", "head"}
+    rows = [json.loads(line) for line in (out / "flips.jsonl").read_text().splitlines()]
+    of_tuned = report["models"][0]["deltas"][0]
+    changed = [row for row in rows if (row["model"], row["metric"]) == ("tuned", f"{of_tuned['metric']},none")]
+    assert len(changed) == of_tuned["right_to_wrong"] + of_tuned["wrong_to_right"] > 0
+    printed = capsys.readouterr().out
+    assert (out / "report.md").read_text().strip() in printed
+    assert all(str(out / name) in printed for name in ("report.json", "report.html", "flips.jsonl"))
+
+    written = {path.name: path.read_bytes() for path in out.iterdir() if path.suffix != ".png"}
+    monkeypatch.setattr(measuring, "load_language_model", None)
+    monkeypatch.setattr(lm_eval, "simple_evaluate", None)
+    run(arguments)
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.suffix != ".png"} == written
+
+
+def test_no_drift(arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lopt_hf.retention.benchmark.layer_drift", None)
+    run(arguments, "--no-drift", "--limit", "3")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [delta["n"] for delta in report["models"][0]["deltas"]][:1] == [3]
+    assert report["models"][0]["drift"] == {}
+
+
+def test_a_path_may_hold_the_sign_of_labels(arguments: Arguments, models: SavedModels, tmp_path: Path) -> None:
+    folder = shutil.copytree(models.tuned, tmp_path / "lr=1e-4")
+    arguments |= {"--model": [str(folder), f"fast={folder}"], "--tasks": "words"}
+    run(arguments, "--no-drift")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [result["label"] for result in report["models"]] == [str(folder), "fast"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--tasks": "sums,txets"}, "task 'txets' is unknown; nearest are texts"),
+        ({"--tasks": "sums,words,sums"}, "task 'sums' is asked for twice, alone or in a group; name it once."),
+        ({"--tasks": "sums,even"}, "task 'sums' is asked for twice, alone or in a group; name it once."),
+        ({"--tasks": ""}, "tasks='' names nothing; give names with commas between"),
+        ({"--tasks": " , "}, "tasks=' , ' names nothing; give names with commas between"),
+        ({"--include-path": "nowhere"}, "include_path=nowhere is not a folder; name one that holds lm-eval task"),
+        ({"--confidence": "95"}, "confidence=95.0 is not between 0 and 1; 0.95 is usual."),
+        ({"--limit": "0"}, "limit=0 leaves nothing to measure; set it to 1 or more"),
+        ({"--dtype": "fp8"}, "dtype='fp8' is unknown; use auto, float32, bfloat16 or float16."),
+        ({"--baseline": "/nowhere/model"}, "model '/nowhere/model' is no folder here, and not to be had from the hub"),
+        ({"--baseline": "nowhere"}, "model 'nowhere' has no config.json and no adapter_config.json, here or on the"),
+        ({"--model": "/nowhere/model"}, "model '/nowhere/model' is no folder here, and not to be had from the hub"),
+        ({"--model": "label="}, "model='label=' names no label or no model; give LABEL=MODEL, or MODEL alone."),
+        ({"--model": "=model"}, "model='=model' names no label or no model; give LABEL=MODEL, or MODEL alone."),
+        ({"--heldout-data": "nowhere.jsonl"}, "There is no file or folder 'nowhere.jsonl'"),
+        ({"--num-heldout": "0", "--heldout-data": "rows.jsonl"}, "num_heldout=0 leaves nothing to measure; set it to"),
+    ],
+)
+def test_wrong_arguments(
+    arguments: Arguments,
+    nothing_is_loaded: None,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    change: Arguments,
+    message: str,
+) -> None:
+    """One line that names the field, its value and what to do, before a model is loaded and anything is written."""
+    assert message in error_of({**arguments, **change})
+    assert "Traceback" not in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_same_label_twice(arguments: Arguments, models: SavedModels, nothing_is_loaded: None) -> None:
+    arguments["--model"] = [f"one={models.tuned}", f"one={models.merged}"]
+    assert "models ['one', 'one'] must be at least one, and each named once." in error_of(arguments)
+
+
+def test_another_vocabulary(arguments: Arguments, nothing_is_loaded: None, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["new"])
+    folder = save(make_model(vocab_size=len(tokenizer)), tmp_path / "other")
+    tokenizer.save_pretrained(folder)
+    message = error_of({**arguments, "--model": folder})
+    assert f"model '{folder}' has a vocabulary of {len(tokenizer)} tokens of which 1 are not the baseline's" in message
+    assert "give the baseline that it was fine-tuned from" in message
+
+
+def test_a_model_without_a_tokenizer(arguments: Arguments, nothing_is_loaded: None, tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path / "bare")
+    message = error_of({**arguments, "--model": str(tmp_path / "bare")})
+    assert f"model '{tmp_path / 'bare'}' has no tokenizer" in message
+
+
+def test_missing_data_of_a_task(arguments: Arguments, nothing_is_loaded: None, tmp_path: Path) -> None:
+    tasks = write_benchmark_tasks(tmp_path / "tasks")
+    (tasks / "texts.jsonl").unlink()
+    message = error_of({**arguments, "--include-path": str(tasks)})
+    assert "task 'texts' cannot be loaded: FileNotFoundError" in message
+    assert "texts.jsonl" in message and "the suite `offline` needs neither" in message
+
+
+def file_in_its_place(folder: Path) -> None:
+    folder.write_text("a file")
+
+
+def somebodys_files(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("mine")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (file_in_its_place, "is a file; name a folder."),
+        (somebodys_files, "is not empty and holds no earlier report; name another folder."),
+    ],
+)
+def test_output_folder(
+    arguments: Arguments, nothing_is_loaded: None, tmp_path: Path, make: Callable[[Path], None], message: str
+) -> None:
+    make(tmp_path / "out")
+    assert error_of(arguments) == f"lopt-hf retention: output_dir={tmp_path / 'out'} {message}"
+
+
+@pytest.mark.parametrize("full_at", ["texts", "drift", "report.md", "flips"])
+def test_full_disk(arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_at: str) -> None:
+    """One line; nothing half written is left; when there is room, the same command ends as if nothing had been."""
+    original = os.replace
+
+    def replace(source: Any, target: Any) -> None:
+        if Path(target).name.startswith(full_at):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        message = error_of(arguments)
+    assert message.startswith("lopt-hf retention: the disk is full: ")
+    assert message.endswith("What was finished is kept; free some room and run it again.")
+    assert not [path for path in tmp_path.rglob("*") if "partial" in path.name]
+    assert [path for path in (tmp_path / "cache").iterdir() if path.name.startswith("sums")]
+    run(arguments)
+    assert (tmp_path / "out" / "flips.jsonl").is_file()
+
+
+def test_full_disk_while_answering(arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file of single answers is SQLite's, which has an error of its own."""
+
+    def full(*_: Any) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CacheHook, "add_partial", full)
+        message = error_of(arguments)
+    assert message.startswith("lopt-hf retention: the disk is full: ")
+    assert "single answers cannot be kept: database or disk is full" in message
+    run(arguments)
+    assert (tmp_path / "out" / "report.json").is_file()
