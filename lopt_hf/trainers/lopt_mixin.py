@@ -104,6 +104,7 @@ class LoPTMixin(CheckpointMixin):
             )
         elif args.local_backward == "auto":
             logger.info("local_backward='auto' is 'eager': each block's activations are freed when it is done.")
+        self._warn_of_the_early_rate()
         self.add_callback(_ZeroHeadGradients(self.local_heads))
         self._reducer = GradientReducer()
         self._drift = WeightDrift(self._owned()) if args.log_drift else None
@@ -132,6 +133,19 @@ class LoPTMixin(CheckpointMixin):
                 f"early_learning_rate={self.args.early_learning_rate} has no effect on an optimizer of your own; give "
                 "the early blocks a parameter group with that rate, and leave early_learning_rate unset."
             )
+
+    def _warn_of_the_early_rate(self) -> None:
+        """The paper's one rate for all blocks undoes what the early ones knew if none of its steps is rounded away."""
+        args: LocalLearningArguments = self.args
+        is_adapter = isinstance(self.model, PeftModel)
+        if args.early_learning_rate is None and self.optimizer is None and args.train_early_blocks and not is_adapter:
+            if any(p.dtype == torch.float32 and p.requires_grad for p in self._early_parameters()):
+                logger.warning(
+                    f"early_learning_rate is unset, so the early blocks learn at learning_rate={args.learning_rate:g}, "
+                    "as in the paper. In fp32 weights that can undo what they knew, since AdamW's step does not "
+                    f"shrink with their small gradient. Consider early_learning_rate={args.learning_rate / 10:g}; "
+                    "measured in recipes/smollm2-135m/retention."
+                )
 
     def _check_fsdp(self) -> None:
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None

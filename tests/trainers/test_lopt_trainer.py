@@ -325,3 +325,23 @@ def test_boundary_is_inert_outside_the_trainer(tmp_path):
     assert trainer.model.model.layers[0].mlp.up_proj.weight.grad.any()
     trainer.boundary.remove()
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in trainer.stack.layers)
+
+
+@pytest.mark.parametrize(
+    ("settings", "trainer_kwargs", "warns"),
+    [
+        ({}, {}, True),
+        ({"early_learning_rate": 1e-4}, {}, False),
+        ({"train_early_blocks": False}, {}, False),
+        ({}, {"peft_config": LoraConfig(target_modules="all-linear")}, False),
+    ],
+    ids=["one rate", "own rate", "frozen", "adapter"],
+)
+def test_warns_of_the_papers_single_rate(tmp_path, caplog, settings, trainer_kwargs, warns):
+    make_trainer(tmp_path, trainer_kwargs=trainer_kwargs, **settings)
+    assert ("Consider early_learning_rate=0.0001" in caplog.text) == warns
+
+
+def test_bf16_weights_need_no_warning_of_the_rate(tmp_path, caplog):
+    make_trainer(tmp_path, make_model().to(torch.bfloat16))
+    assert "early_learning_rate" not in caplog.text
