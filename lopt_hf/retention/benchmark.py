@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import logging
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from tqdm.auto import tqdm
+from transformers import AutoConfig
 
 from lopt_hf.retention.deltas import ModelScores, entry_deltas, gain_delta, mean_delta
 from lopt_hf.retention.files import whole_file
@@ -20,10 +22,12 @@ from lopt_hf.retention.heldout import HELDOUT_TASK, heldout_task
 from lopt_hf.retention.layer_drift import layer_drift
 from lopt_hf.retention.measuring import MeasuringSettings, ModelReference, load_tokenizer, measure_model
 from lopt_hf.retention.results import ModelResult, RetentionReport
-from lopt_hf.retention.scores import ScoreCache
+from lopt_hf.retention.scores import ScoreCache, fingerprint
 from lopt_hf.retention.suites import TaskEntry
 
 __all__ = ["Candidate", "RetentionBenchmark", "describe_machine", "flips", "write_flips"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class RetentionBenchmark:
                 )
         self.baseline = ModelReference.find(baseline, revision)
         self.entries = list(entries)
-        self.settings = settings
+        self.settings = replace(settings, dtype=_saved_dtype(self.baseline)) if settings.dtype == "auto" else settings
         self.cache = cache
         self.confidence = confidence
         self._revision = revision
@@ -115,8 +119,20 @@ class RetentionBenchmark:
                 f"({len(base)} tokens), so likelihoods cannot be compared; give the baseline that it was fine-tuned "
                 "from."
             )
+        if reference.adapter is not None and not self._is_base(reference.base):
+            logger.warning(
+                "model %r is an adapter of %s, which is not the baseline %s: not all that changed is its own doing",
+                model,
+                reference.base,
+                self.baseline.name,
+            )
         self._references[model] = reference
         return reference
+
+    def _is_base(self, base: str) -> bool:
+        if Path(base).resolve() == Path(self.baseline.base).resolve():  # or the same id
+            return True
+        return fingerprint(base, self._revision) == fingerprint(self.baseline.base, self._revision)
 
     def compare(self, candidates: Sequence[Candidate], with_drift: bool = True) -> RetentionReport | None:
         """Measures the baseline, then all candidates.
@@ -159,12 +175,11 @@ class RetentionBenchmark:
                 for model, scores in zip(candidate.models, after, strict=True)
             )
         found = [entry_deltas(entry, before, after, self.confidence) for entry in self.entries]
-        by_seed = [seed.mean.delta for seed in seeds if seed.mean is not None]
         return ModelResult(
             label=candidate.label,
             group=candidate.group,
             deltas=tuple(delta for entry in found for delta, _ in entry),
-            mean=mean_delta([entry[0] for entry in found], self.confidence, by_seed),
+            mean=mean_delta([entry[0] for entry in found], self.confidence),
             gain=gain_delta(before, after, self.confidence),
             drift=drift,
             seeds=seeds,
@@ -180,18 +195,28 @@ class RetentionBenchmark:
         return {"baseline": self.baseline.name, "tasks": tasks, **settings, **describe_machine()}
 
     def _drift(self, candidate: Candidate) -> dict[str, float]:
-        """Mean drift over the candidate's models, kept beside the scores."""
-        found = [self._cached_drift(self.reference(model)) for model in candidate.models]
+        """Mean drift over the candidate's models, kept beside the scores; none if there is none to tell."""
+        try:
+            found = [self._cached_drift(self.reference(model)) for model in candidate.models]
+        except ValueError as error:
+            logger.warning("%s: its drift is left out: %s", candidate.label, error)
+            return {}
         return {part: sum(drift[part] for drift in found) / len(found) for part in found[0]}
 
     def _cached_drift(self, reference: ModelReference) -> dict[str, float]:
-        pair = f"{reference.fingerprint()} {self.baseline.fingerprint()}"
+        pair = f"{reference.fingerprint()} {self.baseline.fingerprint()} in the model's dtype"
         path = self.cache.folder / f"drift-{hashlib.sha256(pair.encode()).hexdigest()[:20]}.json"
         if not path.is_file():
             text = json.dumps(layer_drift(self.baseline, reference))
             with whole_file(path) as partial:
                 partial.write_text(text, encoding="utf-8")
         return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _saved_dtype(reference: ModelReference) -> str:
+    """The type that a model's configuration names; fp32, as transformers has it, if it names none."""
+    config = AutoConfig.from_pretrained(reference.base, revision=reference.revision)
+    return str(config.dtype or torch.float32).removeprefix("torch.")
 
 
 def flips(label: str, before: ModelScores, after: ModelScores) -> Iterator[dict[str, Any]]:
@@ -231,15 +256,22 @@ def _flip(
 
 def describe_machine() -> dict[str, Any]:
     """Versions and hardware that a figure was measured with."""
-    accelerator = torch.accelerator.current_accelerator()
     return {
-        "device": f"{platform.machine()}, {torch.get_num_threads()} threads"
-        if accelerator is None
-        else str(accelerator),
+        "device": _device_name(),
         "lm_eval": lm_eval.__version__,
         "transformers": transformers.__version__,
         "torch": torch.__version__,
     }
+
+
+def _device_name() -> str:
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
+        instructions = torch.backends.cpu.get_cpu_capability()
+        return f"CPU, {platform.machine()} with {instructions}, {torch.get_num_threads()} threads"
+    if accelerator.type in ("cuda", "xpu"):  # others have no names
+        return torch.get_device_module(accelerator).get_device_name()
+    return str(accelerator)
 
 
 def write_flips(rows: Iterator[Mapping[str, Any]], path: Path) -> int:

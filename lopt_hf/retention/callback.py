@@ -21,11 +21,12 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lopt_hf.callbacks import TrainerBound
 from lopt_hf.retention.deltas import ModelScores, entry_deltas, mean_delta
 from lopt_hf.retention.files import whole_file
-from lopt_hf.retention.measuring import MeasuringSettings, evaluate_tasks
+from lopt_hf.retention.measuring import MeasuringSettings, evaluate_tasks, identity_of_task
 from lopt_hf.retention.results import Delta
 from lopt_hf.retention.scores import TaskScores
 from lopt_hf.retention.suites import SUITES, SuiteTask, load_entries
@@ -90,7 +91,11 @@ class RetentionCallback(TrainerBound):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measures the untouched model; a resumed run reads what its beginning measured."""
+        """Measures the untouched model; a resumed run reads what its beginning measured.
+
+        Raises:
+            ValueError: If a resumed run's beginning was not measured, or with other settings, tasks or documents.
+        """
         path = Path(str(args.output_dir)) / BASELINE_FILE
         trainer = self.trainer
         self._measured_at = state.global_step
@@ -99,7 +104,8 @@ class RetentionCallback(TrainerBound):
             return
         self._baseline = self._measure(args, trainer, kwargs)
         if PartialState().is_main_process:
-            text = json.dumps({name: asdict(scores) for name, scores in self._baseline.items()})
+            scores = {name: asdict(scores) for name, scores in self._baseline.items()}
+            text = json.dumps({"settings": self._comparable_settings(), "asked": self._asked(), "scores": scores})
             with whole_file(path) as partial:
                 partial.write_text(text, encoding="utf-8")
         self._log(trainer, self._baseline)
@@ -114,8 +120,10 @@ class RetentionCallback(TrainerBound):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measures the model that training ends with."""
-        if self._measured_at != state.global_step:
+        """Measures the model that training ends with, which may be the best of an earlier step."""
+        last = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        best = state.best_model_checkpoint if args.load_best_model_at_end else None
+        if self._measured_at != state.global_step or (best is not None and Path(best).name != last):
             self._measure_and_log(args, state, kwargs)
 
     def _measure_and_log(self, args: TrainingArguments, state: TrainerState, given: dict[str, Any]) -> None:
@@ -126,7 +134,7 @@ class RetentionCallback(TrainerBound):
 
     def _measure(self, args: TrainingArguments, trainer: Trainer, given: dict[str, Any]) -> ModelScores:
         model, tokenizer = given["model"], given["processing_class"]
-        with _undisturbed(model):
+        with _undisturbed(model, trainer.accelerator.device):
             language_model = _wrap(model, tokenizer, trainer, self.settings.batch_size)
             tasks = [task for entry in self.entries for task in entry.tasks]
             return evaluate_tasks(language_model, tasks, self.settings.num_fewshot, self.settings)
@@ -148,20 +156,41 @@ class RetentionCallback(TrainerBound):
         Trainer.log(trainer, logs)
         trainer.control.should_log = log_is_due  # logging takes it for done
 
+    def _comparable_settings(self) -> dict[str, int | None]:
+        """What must be the same before and after; not the batch size, which a resumed run may have to lower."""
+        return {"limit": self.settings.limit, "num_fewshot": self.settings.num_fewshot}
+
+    def _asked(self) -> dict[str, dict[str, Any]]:
+        """What is asked by task, documents as a hash; as JSON gives it back."""
+        number = self.settings.num_fewshot
+        tasks = [task for entry in self.entries for task in entry.tasks]
+        return json.loads(json.dumps({t.task_name: identity_of_task(t, number, self.settings) for t in tasks}))
+
     def _read_baseline(self, path: Path) -> ModelScores:
-        if not PartialState().is_main_process:
-            return {}
         if not path.is_file():
             raise ValueError(
                 f"there is no {path}, so what the model could do before training is unknown; add the callback from "
                 "the start of training, or compare afterwards with `lopt-hf retention`."
             )
         stored = json.loads(path.read_text(encoding="utf-8"))
-        baseline = {name: TaskScores(**scores) for name, scores in stored.items()}
-        missing = [task.task_name for e in self.entries for task in e.tasks if task.task_name not in baseline]
+        for name, value in self._comparable_settings().items():
+            if value != stored["settings"][name]:
+                raise ValueError(
+                    f"{name}={value}, but {path} was measured with {name}={stored['settings'][name]}; resume with the "
+                    "settings of the beginning."
+                )
+        asked = self._asked()
+        missing = [name for name in asked if name not in stored["asked"]]
         if missing:
             raise ValueError(f"{path} has no scores of {', '.join(missing)}; resume with the tasks of the beginning.")
-        return baseline
+        for name, now in asked.items():
+            changed = [part for part, value in now.items() if value != stored["asked"][name].get(part)]
+            if changed:
+                raise ValueError(
+                    f"task {name!r} is not the one that {path} was measured with: {', '.join(changed)} changed; "
+                    "resume with the tasks and data of the beginning."
+                )
+        return {name: TaskScores(**scores) for name, scores in stored["scores"].items()}
 
 
 def _change(name: str, delta: Delta) -> dict[str, float]:
@@ -181,12 +210,13 @@ def _wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trainer: T
 
 
 @contextmanager
-def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
+def _undisturbed(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
     """Leaves random states, and which modules are in training mode, as they were."""
     training = {module: module.training for module in model.modules()}
     python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = [] if device.type == "cpu" else [device.index or 0]  # the CPU's state is always kept
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices, device_type=device.type):
             yield
     finally:
         random.setstate(python_state)

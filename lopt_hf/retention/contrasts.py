@@ -1,8 +1,10 @@
 """Differences between methods: at the same learning rate, and at the same gain.
 
 At the same rate one method may learn less than another and forget less for that reason alone. So methods are also
-compared at matched gain: each point of the first method with the value that the second method's line, from the
-baseline through its own rates in order of gain, has at that gain. The line is drawn for each seed apart.
+compared at matched gain: each point of the first method with the value that the second method's line has at that gain.
+The line goes straight from the baseline through the second method's rates, from low to high, as far as they gain
+more; it is drawn for each seed apart. If forgetting grows faster than gain, a straight line lies below the true curve
+between two points, and favours the first method. The gains, measured on held-out answers, are taken as they are.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,10 +12,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lopt_hf.retention.deltas import ModelScores, entry_metrics, entry_scores, gain_scores, is_higher_better
+from lopt_hf.retention.deltas import (
+    ModelScores,
+    entry_metrics,
+    entry_scores,
+    gain_scores,
+    is_higher_better,
+    task_weights,
+)
 from lopt_hf.retention.heldout import HELDOUT_TASK
 from lopt_hf.retention.results import Contrast
-from lopt_hf.retention.statistics import Scores, combine_intervals, paired_interval, seed_interval
+from lopt_hf.retention.statistics import Scores, difference_interval
 from lopt_hf.retention.suites import TaskEntry
 
 __all__ = ["MethodPoint", "matched_contrasts", "rate_contrasts"]
@@ -52,23 +61,38 @@ def matched_contrasts(
     entries: Sequence[TaskEntry],
     confidence: float,
 ) -> Iterator[Contrast]:
-    """The first method's points minus the second method's line at the same gain, where the line reaches that far."""
+    """The first method's points minus the second method's line at the same gain; `nan` beyond the line's ends."""
     if HELDOUT_TASK not in baseline:
         return
+    models = [baseline, *(scores for other in second for scores in other.seeds)]
+    gains = [_gain(baseline, scores) for scores in models]
     for point in first:
-        models = [baseline, *(scores for other in second for scores in other.seeds)]
         weights = []
         for seed, scores in enumerate(point.seeds):
-            line = {0: 0.0}
-            for number, other in enumerate(second):
-                position = 1 + sum(len(earlier.seeds) for earlier in second[:number]) + seed
-                line[position] = gain_scores(baseline).total - gain_scores(other.seeds[seed]).total
-            found = _interpolation(line, gain_scores(baseline).total - gain_scores(scores).total)
-            if found is not None:
-                weights.append(found)
-        if len(weights) == len(point.seeds):
-            label = f"{_method(second)} at the same gain"
-            yield from _contrasts(point, label, models, weights, entries, confidence, with_gain=False)
+            line = _rising([0, *_positions(second, seed)], gains)
+            weights.append(_interpolation(line, gains, _gain(baseline, scores)))
+        yield from _contrasts(point, f"{_method(second)} at the same gain", models, weights, entries, confidence)
+
+
+def _gain(baseline: ModelScores, scores: ModelScores) -> float:
+    return gain_scores(baseline).total - gain_scores(scores).total
+
+
+def _positions(points: Sequence[MethodPoint], seed: int) -> list[int]:
+    """Where a seed's models are in the list that has the baseline first and then all seeds of each point."""
+    starts = np.cumsum([1, *(len(point.seeds) for point in points)])
+    order = sorted(range(len(points)), key=lambda number: points[number].learning_rate)
+    return [int(starts[number]) + seed for number in order]
+
+
+def _rising(positions: Sequence[int], gains: Sequence[float]) -> list[int]:
+    """The beginning of a line, up to where its gain no longer rises."""
+    line = [positions[0]]
+    for position in positions[1:]:
+        if gains[position] <= gains[line[-1]]:
+            break
+        line.append(position)
+    return line
 
 
 def _method(points: Sequence[MethodPoint]) -> str:
@@ -76,12 +100,11 @@ def _method(points: Sequence[MethodPoint]) -> str:
     return points[0].label.rpartition(", ")[0]
 
 
-def _interpolation(line: Mapping[int, float], gain: float) -> dict[int, float] | None:
-    """Weights of the two neighbours on a line of gains; `None` beyond its ends."""
-    ordered = sorted(line, key=lambda position: line[position])
-    for low, high in zip(ordered, ordered[1:], strict=False):
-        if line[low] <= gain <= line[high] and line[high] > line[low]:
-            share = (gain - line[low]) / (line[high] - line[low])
+def _interpolation(line: Sequence[int], gains: Sequence[float], gain: float) -> dict[int, float] | None:
+    """Weights of the two neighbours on a line; `None` beyond its ends."""
+    for low, high in zip(line, line[1:], strict=False):
+        if gains[low] <= gain <= gains[high]:
+            share = (gain - gains[low]) / (gains[high] - gains[low])
             return {low: 1 - share, high: share}
     return None
 
@@ -90,70 +113,35 @@ def _contrasts(
     point: MethodPoint,
     label: str,
     models: Sequence[ModelScores],
-    weights: Sequence[Mapping[int, float]],
+    weights: Sequence[Mapping[int, float] | None],
     entries: Sequence[TaskEntry],
     confidence: float,
-    with_gain: bool,
+    with_gain: bool = False,
 ) -> Iterator[Contrast]:
-    """The point minus a weighted mean of models, whose weights differ from seed to seed."""
-    if with_gain and HELDOUT_TASK in point.seeds[0]:
-        parts = ([[gain_scores(scores)] for scores in point.seeds], [[gain_scores(scores)] for scores in models])
-        yield _contrast(point, label, HELDOUT_TASK, "answer_loss", False, parts, [1.0], weights, confidence)
-    for entry in entries:
-        name = entry_metrics(entry, point.seeds[0])[0]
-        firsts = [entry_scores(entry, name, scores) for scores in point.seeds]
-        sizes = [float(len(part)) if entry.group_metrics.get(name, True) else 1.0 for part in firsts[0]]
-        parts = (firsts, [entry_scores(entry, name, scores) for scores in models])
-        higher = is_higher_better(entry, name, point.seeds[0])
-        yield _contrast(
-            point, label, entry.name, name.removesuffix(",none"), higher, parts, sizes, weights, confidence
-        )
+    """The point minus a weighted mean of models, whose weights differ from seed to seed.
 
-
-def _contrast(
-    point: MethodPoint,
-    label: str,
-    task: str,
-    metric: str,
-    higher_is_better: bool,
-    parts: tuple[list[list[Scores]], list[list[Scores]]],
-    sizes: Sequence[float],
-    weights: Sequence[Mapping[int, float]],
-    confidence: float,
-) -> Contrast:
-    firsts, models = parts
-    pooled = np.zeros(len(models))
-    for of_seed in weights:
+    Without weights for some seed there is no difference to tell, and the contrast says so with `nan`.
+    """
+    known = [of_seed for of_seed in weights if of_seed is not None]
+    num_seeds = len(point.seeds)
+    coefficients = np.hstack([np.eye(num_seeds), np.zeros((num_seeds, len(models)))])
+    for seed, of_seed in enumerate(known):
         for position, weight in of_seed.items():
-            pooled[position] += weight / len(weights)
-    used = np.flatnonzero(pooled)
-    intervals = [
-        paired_interval(
-            [first[part] for first in firsts],
-            [models[position][part] for position in used],
-            confidence,
-            before_weights=pooled[used].tolist(),
-        )
-        for part in range(len(sizes))
-    ]
-    over_samples = intervals[0] if len(intervals) == 1 else combine_intervals(intervals, sizes, confidence)
-    by_seed = [
-        _value(first, sizes) - sum(weight * _value(models[position], sizes) for position, weight in of_seed.items())
-        for first, of_seed in zip(firsts, weights, strict=True)
-    ]
-    interval = seed_interval(over_samples, by_seed, confidence)
-    return Contrast(
-        first=point.label,
-        second=label,
-        task=task,
-        metric=metric,
-        higher_is_better=higher_is_better,
-        difference=interval.delta,
-        low=interval.low,
-        high=interval.high,
-        seeds=len(by_seed),
-    )
+            coefficients[seed, num_seeds + position] -= weight
 
+    def contrast(task: str, metric: str, higher: bool, parts: list[list[Scores]], sizes: Sequence[float]) -> Contrast:
+        difference = low = high = float("nan")
+        if len(known) == num_seeds:
+            interval = difference_interval(parts, coefficients, sizes, confidence)
+            difference, low, high = interval.delta, interval.low, interval.high
+        return Contrast(point.label, label, task, metric, higher, difference, low, high, num_seeds)
 
-def _value(parts: Sequence[Scores], sizes: Sequence[float]) -> float:
-    return float(np.average([part.total for part in parts], weights=sizes))
+    everyone = [*point.seeds, *models]
+    if with_gain and HELDOUT_TASK in everyone[0]:
+        parts = [[gain_scores(scores)] for scores in everyone]
+        yield contrast(HELDOUT_TASK, "answer_loss", False, parts, [1.0])
+    for entry in entries:
+        name = entry_metrics(entry, everyone[0])[0]
+        parts = [entry_scores(entry, name, scores) for scores in everyone]
+        higher = is_higher_better(entry, name, everyone[0])
+        yield contrast(entry.name, name.removesuffix(",none"), higher, parts, task_weights(entry, name, parts[0]))

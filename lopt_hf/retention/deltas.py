@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from lm_eval.api.task import Task
+from numpy.typing import NDArray
 
 from lopt_hf.retention.heldout import ANSWER_METRIC, HELDOUT_TASK, answer_scores
 from lopt_hf.retention.results import Delta
@@ -13,15 +14,15 @@ from lopt_hf.retention.statistics import (
     Interval,
     MeanScores,
     Scores,
-    combine_intervals,
+    difference_interval,
     mcnemar,
-    paired_interval,
-    seed_interval,
+    mean_interval,
 )
 from lopt_hf.retention.suites import TaskEntry
 
 __all__ = [
     "ModelScores",
+    "against_one",
     "entry_deltas",
     "entry_metrics",
     "entry_scores",
@@ -29,6 +30,7 @@ __all__ = [
     "gain_scores",
     "is_higher_better",
     "mean_delta",
+    "task_weights",
 ]
 
 # One model's scores by task
@@ -74,35 +76,27 @@ def entry_deltas(
     return [_entry_delta(entry, name, before, after, confidence) for name in entry_metrics(entry, before)]
 
 
-def mean_delta(
-    main: Sequence[tuple[Delta, Interval]], confidence: float, by_seed: Sequence[float] = ()
-) -> Delta | None:
-    """The mean change over tasks with an accuracy; `None` with fewer than two.
+def mean_delta(main: Sequence[tuple[Delta, Interval]], confidence: float) -> Delta | None:
+    """The mean change over tasks with a score from 0 to 1, 1 being best; `None` with fewer than two.
 
     Args:
-        main: Each task's main metric. Those that are not on the scale from 0 to 1 with 1 best are left out.
+        main: Each task's main metric. Which of them count is decided by the baseline alone.
         confidence: Level of the interval.
-        by_seed: The mean change of each seed, if `main` are means over seeds.
     """
-    chosen = [
-        (delta, interval)
-        for delta, interval in main
-        if delta.higher_is_better and 0 <= delta.baseline <= 1 and 0 <= delta.value <= 1
-    ]
+    chosen = [(delta, interval) for delta, interval in main if delta.higher_is_better and 0 <= delta.baseline <= 1]
     if len(chosen) < 2:
         return None
     deltas = [delta for delta, _ in chosen]
-    over_samples = combine_intervals([interval for _, interval in chosen], [1.0] * len(chosen), confidence)
-    combined = seed_interval(over_samples, by_seed, confidence)
+    interval = mean_interval([interval for _, interval in chosen], confidence)
     return Delta(
         task=f"mean of {len(chosen)} tasks",
-        metric="accuracy",
+        metric="score",
         higher_is_better=True,
         baseline=float(np.mean([delta.baseline for delta in deltas])),
         value=float(np.mean([delta.value for delta in deltas])),
-        delta=combined.delta,
-        low=combined.low,
-        high=combined.high,
+        delta=interval.delta,
+        low=interval.low,
+        high=interval.high,
         n=sum(delta.n for delta in deltas),
     )
 
@@ -118,8 +112,9 @@ def gain_delta(before: ModelScores, after: Sequence[ModelScores], confidence: fl
     """The change in the loss of held-out answers, if they were measured."""
     if HELDOUT_TASK not in before:
         return None
-    baseline, models = gain_scores(before), [gain_scores(scores) for scores in after]
-    interval = _difference([[model] for model in models], [[baseline]], [1.0], confidence)
+    baseline = gain_scores(before)
+    models = [[gain_scores(scores)] for scores in after]
+    interval = difference_interval([*models, [baseline]], against_one(len(models)), confidence=confidence)
     return Delta(
         task=HELDOUT_TASK,
         metric="answer_loss",
@@ -143,52 +138,49 @@ def _entry_delta(
 ) -> tuple[Delta, Interval]:
     baseline = entry_scores(entry, name, before)
     models = [entry_scores(entry, name, scores) for scores in after]
-    weights = [float(len(part)) if entry.group_metrics.get(name, True) else 1.0 for part in baseline]
-    interval = _difference(models, [baseline], weights, confidence)
+    weights = task_weights(entry, name, baseline)
+    interval = difference_interval([*models, baseline], against_one(len(models)), weights, confidence)
+    value = float(np.average([part.total for part in baseline], weights=weights))
     return (
         Delta(
             task=entry.name,
             metric=name.removesuffix(",none"),
             higher_is_better=is_higher_better(entry, name, before),
-            baseline=_mean(baseline, weights),
-            value=_mean(baseline, weights) + interval.delta,
+            baseline=value,
+            value=value + interval.delta,
             delta=interval.delta,
             low=interval.low,
             high=interval.high,
             n=sum(len(part) for part in baseline),
-            **_changes(baseline, models),
+            **(_changes(baseline, models[0]) if len(models) == 1 and _is_pooled(weights, baseline) else {}),
         ),
         interval,
     )
 
 
-def _difference(
-    after: Sequence[Sequence[Scores]], before: Sequence[Sequence[Scores]], weights: Sequence[float], confidence: float
-) -> Interval:
-    """The difference between the means of two lists of models, each with its scores by task."""
-    parts = [
-        paired_interval([model[number] for model in after], [model[number] for model in before], confidence)
-        for number in range(len(weights))
-    ]
-    over_samples = parts[0] if len(parts) == 1 else combine_intervals(parts, weights, confidence)
-    baseline = np.mean([_mean(model, weights) for model in before])
-    return seed_interval(over_samples, [_mean(model, weights) - float(baseline) for model in after], confidence)
+def task_weights(entry: TaskEntry, name: str, parts: Sequence[Scores]) -> list[float]:
+    """What each task counts in an entry: its size, or the same for all, as the group says."""
+    return [float(len(part)) if entry.group_metrics.get(name, True) else 1.0 for part in parts]
 
 
-def _mean(parts: Sequence[Scores], weights: Sequence[float]) -> float:
-    return float(np.average([part.total for part in parts], weights=weights))
+def against_one(num_seeds: int) -> NDArray[Any]:
+    """Coefficients of each seed's model minus one baseline, which comes last."""
+    return np.hstack([np.eye(num_seeds), -np.ones((num_seeds, 1))])
 
 
-def _changes(baseline: Sequence[Scores], models: Sequence[Sequence[Scores]]) -> dict[str, Any]:
-    """McNemar's test over all samples of one model; none for several, whose answers are not independent."""
-    if len(models) != 1:
-        return {}
+def _is_pooled(weights: Sequence[float], parts: Sequence[Scores]) -> bool:
+    """Whether every sample counts the same, so that a test on all of them is about the same quantity."""
+    return len({weight / len(part) for weight, part in zip(weights, parts, strict=True)}) == 1
+
+
+def _changes(before: Sequence[Scores], after: Sequence[Scores]) -> dict[str, Any]:
+    """McNemar's test over all samples, where each is right or wrong."""
     binary = [
-        (before, after)
-        for before, after in zip(baseline, models[0], strict=True)
-        if isinstance(before, MeanScores) and isinstance(after, MeanScores) and before.is_binary and after.is_binary
+        (old, new)
+        for old, new in zip(before, after, strict=True)
+        if isinstance(old, MeanScores) and isinstance(new, MeanScores) and old.is_binary and new.is_binary
     ]
-    if len(binary) < len(baseline):
+    if len(binary) < len(before):
         return {}
     pooled = [MeanScores(np.concatenate([pair[side].values for pair in binary])) for side in (0, 1)]
     p_value, right_to_wrong, wrong_to_right = mcnemar(*pooled)

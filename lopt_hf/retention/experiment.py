@@ -1,10 +1,10 @@
 """Measures every run of a grid, and reports methods over their seeds."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lopt_hf.retention.benchmark import Candidate, RetentionBenchmark
+from lopt_hf.retention.benchmark import Candidate, RetentionBenchmark, flips
 from lopt_hf.retention.contrasts import MethodPoint, matched_contrasts, rate_contrasts
 from lopt_hf.retention.grid import Grid, GridRun
 from lopt_hf.retention.grid_training import heldout_rows, model_folder
@@ -22,7 +22,7 @@ def point_label(method: str, learning_rate: float) -> str:
 
 
 class GridMeasurement:
-    """Scores the models of a grid as they are trained, then compares methods.
+    """Scores the models of a grid and compares methods.
 
     Args:
         grid: The settings; data must have been prepared (`prepare_data`).
@@ -39,10 +39,6 @@ class GridMeasurement:
             heldout_rows(grid),
         )
 
-    def measure(self, run: GridRun) -> None:
-        """Scores one run's model."""
-        self.benchmark.scores(str(model_folder(self.grid, run)))
-
     def report(self) -> RetentionReport:
         """Compares all methods and rates, each over its seeds."""
         runs = self.grid.runs()
@@ -57,6 +53,13 @@ class GridMeasurement:
             confidence=report.confidence,
             contrasts=tuple(self._contrasts(runs)),
         )
+
+    def flips(self) -> Iterator[dict[str, Any]]:
+        """The samples that each run's model answers otherwise than the baseline, as `benchmark.flips`."""
+        before = self.benchmark.scores(self.benchmark.baseline.name)
+        for run in self.grid.runs():
+            label = f"{point_label(run.method, run.learning_rate)}, seed {run.seed}"
+            yield from flips(label, before, self.benchmark.scores(str(model_folder(self.grid, run))))
 
     def _models(self, runs: Sequence[GridRun], method: str, learning_rate: float) -> list[str]:
         chosen = [run for run in runs if (run.method, run.learning_rate) == (method, learning_rate)]

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,9 @@ class Grid:
     num_heldout: int = field(default=64, metadata={"help": "First rows of the held-out data."})
     workers: int = field(default=1, metadata={"help": "Runs at a time; on a CPU each takes its share of the cores."})
     eval_batch_size: int = field(default=16, metadata={"help": "Requests per forward when measuring."})
-    eval_dtype: str = field(default="auto", metadata={"help": "Weights' type when measuring; auto: as saved."})
+    eval_dtype: str = field(
+        default="auto", metadata={"help": "All models' weights when measuring; auto: as the base was saved."}
+    )
 
     def __post_init__(self) -> None:
         for name in ("methods", "learning_rates", "tasks", "seeds"):
@@ -121,10 +123,6 @@ class Grid:
         if ratio is not None:
             arguments["early_learning_rate"] = float(f"{ratio * learning_rate:.6g}")
         return GridRun(method, learning_rate, seed, arguments)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The settings as plain values."""
-        return asdict(self)
 
 
 def load_grid(path: Path, **overrides: Any) -> Grid:

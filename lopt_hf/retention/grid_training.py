@@ -1,16 +1,20 @@
 """Fine-tunes every run of a grid by `lopt-hf sft`, each in a process of its own, and goes on where it was stopped."""
 
+import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from datasets import Dataset
+from filelock import FileLock
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -19,9 +23,21 @@ from lopt_hf.pretrained import resolve_model
 from lopt_hf.retention.files import whole_file
 from lopt_hf.retention.grid import Grid, GridRun
 
-__all__ = ["GridTrainingError", "heldout_rows", "model_folder", "prepare_data", "run_folder", "train_grid"]
+__all__ = [
+    "GridTrainingError",
+    "check_trained_runs",
+    "heldout_rows",
+    "model_folder",
+    "prepare_data",
+    "run_folder",
+    "train_grid",
+]
+
+logger = logging.getLogger(__name__)
 
 LOG_TAIL_LINES = 15
+# Arguments of a run that say where the grid's folder is, not what was trained
+PLACES = ("output_dir", "dataset_name")
 
 
 class GridTrainingError(RuntimeError):
@@ -40,38 +56,44 @@ def model_folder(grid: Grid, run: GridRun) -> Path:
 
 def prepare_data(grid: Grid) -> None:
     """Writes `data/train.jsonl` and `data/heldout.jsonl`: the rows that fit in `max_length` tokens, as `prompt` and
-    `completion`.
+    `completion`. Those that are there are used again if they were made with the same settings.
 
     Raises:
         FileNotFoundError: If a data set is not there.
-        ValueError: If its layout has no prompt and completion, or too few rows fit.
+        ValueError: If its layout has no prompt and completion, too few rows fit, or runs were trained on data made
+            with other settings.
     """
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model(grid.model))
-    max_length = int(grid.training["max_length"])
-    needed = {"train": (grid.train_dataset, grid.num_train), "heldout": (grid.heldout_dataset, grid.num_heldout)}
-    for name, (source, count) in needed.items():
+    record = grid.output_path / "data" / "settings.json"
+    settings = {
+        "train_dataset": grid.train_dataset,
+        "heldout_dataset": grid.heldout_dataset,
+        "training.max_length": grid.training["max_length"],
+        "model": grid.model,
+    }
+    is_trained = any((grid.output_path / "runs").glob("*/model"))
+    stored = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+    if is_trained and stored is not None:
+        _check_same(settings, stored, f"the data of the runs in {grid.output_path}", "delete that folder")
+    elif is_trained:
+        logger.warning("%s is not there: whether the data were made with these settings is unknown.", record)
+    is_stale = stored != settings and not is_trained
+    if is_stale:
+        record.unlink(missing_ok=True)  # first: what a kill leaves half prepared is prepared again
+    counts = {"train": grid.num_train, "heldout": grid.num_heldout}
+    for name, count in counts.items():
         target = grid.output_path / "data" / f"{name}.jsonl"
-        if target.is_file():
-            continue
-        dataset = to_trl_format(load_sft_dataset(source))
-        if not {"prompt", "completion"} <= set(dataset.column_names or ()):
+        if is_stale or not target.is_file():
+            _prepare(grid, name, target)
+        with target.open(encoding="utf-8") as rows:
+            fitting = sum(1 for _ in rows)
+        if fitting < count:
             raise ValueError(
-                f"{name}_dataset={source} has the columns {dataset.column_names}; a comparison needs prompts and "
-                "completions, so that the loss of an answer can be told."
+                f"num_{name}={count}, but only {fitting} rows of {settings[f'{name}_dataset']} fit in "
+                f"max_length={grid.training['max_length']}; lower the one or raise the other."
             )
-        fitting = dataset.select_columns(["prompt", "completion"]).filter(
-            _fits,
-            fn_kwargs={"tokenizer": tokenizer, "max_length": max_length},
-            desc=f"{name}: rows within {max_length} tokens",
-        )
-        assert isinstance(fitting, Dataset)
-        if len(fitting) < count:
-            raise ValueError(
-                f"num_{name}={count}, but only {len(fitting)} rows of {source} fit in max_length={max_length}; lower "
-                "the one or raise the other."
-            )
-        with whole_file(target) as partial:
-            fitting.to_json(partial)
+    if is_stale:
+        with whole_file(record) as partial:
+            partial.write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
 def heldout_rows(grid: Grid) -> list[dict[str, Any]]:
@@ -81,31 +103,60 @@ def heldout_rows(grid: Grid) -> list[dict[str, Any]]:
     return list(dataset.select(range(grid.num_heldout)))
 
 
-def train_grid(grid: Grid) -> Iterator[GridRun]:
-    """Trains what is not trained yet, `workers` runs at a time, and yields each run once its model is there.
+def check_trained_runs(grid: Grid) -> None:
+    """Compares what the runs that are there were trained with and what the settings say now.
 
     Raises:
+        ValueError: At the first difference; names the run, the argument and both values.
+    """
+    for run in grid.runs():
+        if model_folder(grid, run).is_dir():
+            _check_trained(grid, run)
+
+
+def train_grid(grid: Grid) -> None:
+    """Trains what is not trained yet, `workers` runs at a time.
+
+    Raises:
+        ValueError: Before anything is trained, if a run was trained with other settings.
         GridTrainingError: After all other runs, if some failed; names the first with the end of its log.
     """
-    failures: list[str] = []
+    check_trained_runs(grid)
     runs = grid.runs()
     with (
         ThreadPoolExecutor(grid.workers) as pool,
         tqdm(total=len(runs), desc="fine-tuning", unit="run") as progress,
     ):
-        pending = {pool.submit(_train, grid, run): run for run in runs}
+        pending = [pool.submit(_train, grid, run) for run in runs]
+        failures: list[str] = []
         try:
             for done in as_completed(pending):
-                error = done.result()
+                failures += done.result()
                 progress.update()
-                if error is None:
-                    yield pending[done]
-                else:
-                    failures.append(error)
         finally:
             pool.shutdown(cancel_futures=True)
     if failures:
         raise GridTrainingError(f"{len(failures)} of {len(runs)} runs failed. {failures[0]}")
+
+
+def _prepare(grid: Grid, name: str, target: Path) -> None:
+    """Writes the rows of one data set that fit."""
+    source = grid.train_dataset if name == "train" else grid.heldout_dataset
+    max_length = int(grid.training["max_length"])
+    dataset = to_trl_format(load_sft_dataset(source))
+    if not {"prompt", "completion"} <= set(dataset.column_names or ()):
+        raise ValueError(
+            f"{name}_dataset={source} has the columns {dataset.column_names}; a comparison needs prompts and "
+            "completions, so that the loss of an answer can be told."
+        )
+    fitting = dataset.select_columns(["prompt", "completion"]).filter(
+        _fits,
+        fn_kwargs={"tokenizer": AutoTokenizer.from_pretrained(resolve_model(grid.model)), "max_length": max_length},
+        desc=f"{name}: rows within {max_length} tokens",
+    )
+    assert isinstance(fitting, Dataset)
+    with whole_file(target) as partial:
+        fitting.to_json(partial)
 
 
 def _fits(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> bool:
@@ -113,24 +164,58 @@ def _fits(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: i
     return len(tokenizer(text, add_special_tokens=False)["input_ids"]) <= max_length
 
 
-def _train(grid: Grid, run: GridRun) -> str | None:
-    """Trains one run; returns what went wrong, if anything did."""
-    model = model_folder(grid, run)
-    if model.is_dir():
-        return None
-    folder = run_folder(grid, run)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"model.partial-{os.getpid()}"  # another process may still be at the run that a kill left
-    arguments = {
+def _arguments(grid: Grid, run: GridRun, output_dir: Path) -> dict[str, Any]:
+    """What `lopt-hf sft` is told."""
+    return {
         **run.arguments,
         "model_name_or_path": resolve_model(grid.model),
         "dataset_name": str(grid.output_path / "data" / "train.jsonl"),
         "dataset_max_samples": grid.num_train,
-        "output_dir": str(partial),
+        "output_dir": str(output_dir),
     }
+
+
+def _check_trained(grid: Grid, run: GridRun) -> None:
+    model = model_folder(grid, run)
+    config = model.with_name("sft.yaml")
+    stored = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    now = yaml.safe_load(yaml.safe_dump(_arguments(grid, run, model)))
+    settings, trained = ({k: v for k, v in each.items() if k not in PLACES} for each in (now, stored))
+    _check_same(settings, trained, f"run {run.name}", f"delete {model.parent}")
+
+
+def _check_same(now: Mapping[str, Any], stored: Mapping[str, Any], what: str, remedy: str) -> None:
+    for name in (*now, *stored):
+        before, after = (values.get(name, "not set") for values in (stored, now))
+        if before != after:
+            raise ValueError(
+                f"{what}: made with {name}={before!r}, and now {name} is {after!r}; set another output_dir, or "
+                f"{remedy} to train anew."
+            )
+
+
+def _train(grid: Grid, run: GridRun) -> list[str]:
+    """Trains one run; returns what went wrong, if anything did."""
+    model = model_folder(grid, run)
+    if model.is_dir():
+        return []
+    model.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(model.with_name("train.lock")):
+        if model.is_dir():  # by another command, which was waited for
+            _check_trained(grid, run)
+            return []
+        for stale in model.parent.glob("model.partial-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        return _train_alone(grid, run)
+
+
+def _train_alone(grid: Grid, run: GridRun) -> list[str]:
+    """As `_train`, with the run's lock held."""
+    folder = run_folder(grid, run)
+    partial = folder / f"model.partial-{os.getpid()}"  # a killed command's process may still write to its own
     config = folder / "sft.yaml"
-    config.write_text(yaml.safe_dump(arguments, sort_keys=False), encoding="utf-8")
-    threads = max(1, (os.cpu_count() or 1) // grid.workers)
+    config.write_text(yaml.safe_dump(_arguments(grid, run, partial), sort_keys=False), encoding="utf-8")
+    threads = max(1, torch.get_num_threads() // grid.workers)
     with (folder / "train.log").open("w", encoding="utf-8") as log:
         result = subprocess.run(
             [sys.executable, "-m", "lopt_hf.scripts.sft", "--config", str(config)],
@@ -139,14 +224,10 @@ def _train(grid: Grid, run: GridRun) -> str | None:
             stdout=log,
             stderr=subprocess.STDOUT,
         )
-    if result.returncode != 0 or not partial.is_dir():
-        shutil.rmtree(partial, ignore_errors=True)
-        tail = (folder / "train.log").read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL_LINES:]
-        return f"{run.name} ended with status {result.returncode}; the end of {folder / 'train.log'}:\n" + "\n".join(
-            tail
-        )
-    if model.is_dir():
-        shutil.rmtree(partial)
-    else:
-        partial.replace(model)
-    return None
+    if result.returncode == 0 and partial.is_dir():
+        partial.replace(model_folder(grid, run))
+        return []
+    shutil.rmtree(partial, ignore_errors=True)
+    lines = (folder / "train.log").read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL_LINES:]
+    tail = "\n".join(lines)
+    return [f"{run.name} ended with status {result.returncode}; the end of {folder / 'train.log'}:\n{tail}"]

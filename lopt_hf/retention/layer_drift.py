@@ -17,12 +17,18 @@ __all__ = ["drift_by_layer", "layer_drift"]
 def layer_drift(baseline: ModelReference, model: ModelReference) -> dict[str, float]:
     """Relative weight drift `||W - W0|| / ||W0||` of each layer, from two models on disk or on the hub.
 
-    Both are loaded to host memory in fp32; an adapter is merged first.
+    Both are loaded to host memory in the type that the model was saved in, an adapter's base for an adapter: the
+    rounding of an fp32 baseline is no drift of a bf16 model.
 
     Returns:
-        `embeddings`, `0` to `N-1`, and `head` (final norm and LM head).
+        `embeddings`, `0` to `N-1`, and `rest` (final norm, LM head, learned positions).
+
+    Raises:
+        ValueError: If the models differ in more than their weights.
     """
-    return drift_by_layer(_load(baseline), _load(model))
+    after = _load(model, "auto")
+    before = _load(baseline, after.dtype)
+    return drift_by_layer(_merged(before, baseline), _merged(after, model))
 
 
 def drift_by_layer(before: PreTrainedModel, after: PreTrainedModel) -> dict[str, float]:
@@ -44,12 +50,17 @@ def drift_by_layer(before: PreTrainedModel, after: PreTrainedModel) -> dict[str,
     return drift
 
 
-def _load(reference: ModelReference) -> PreTrainedModel:
-    revision = reference.revision
-    model = AutoModelForCausalLM.from_pretrained(reference.base, revision=revision, dtype=torch.float32)
-    if reference.adapter is not None:
-        model = PeftModel.from_pretrained(model, reference.adapter, revision=revision).merge_and_unload()
-    return model
+def _load(reference: ModelReference, dtype: torch.dtype | str) -> PreTrainedModel:
+    """The model, or an adapter's base."""
+    return AutoModelForCausalLM.from_pretrained(reference.base, revision=reference.revision, dtype=dtype)
+
+
+def _merged(model: PreTrainedModel, reference: ModelReference) -> PreTrainedModel:
+    """Puts an adapter's part into its base, in fp32, which does not round it away."""
+    if reference.adapter is None:
+        return model
+    adapted = PeftModel.from_pretrained(model.float(), reference.adapter, revision=reference.revision)
+    return adapted.merge_and_unload()
 
 
 def _parts(model: PreTrainedModel) -> Iterator[tuple[str, list[torch.Tensor]]]:
@@ -64,4 +75,4 @@ def _parts(model: PreTrainedModel) -> Iterator[tuple[str, list[torch.Tensor]]]:
     yield "embeddings", [weight.detach() for weight in embeddings]
     for number, layer in enumerate(layers):
         yield str(number), [weight.detach() for weight in layer]
-    yield "head", [weight.detach() for weight in (*rest, *output)]
+    yield "rest", [weight.detach() for weight in (*rest, *output)]

@@ -7,6 +7,7 @@ import logging
 import re
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,14 +23,21 @@ from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from peft import PeftModel
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from lopt_hf.pretrained import resolve_model
 from lopt_hf.retention.heldout import HELDOUT_TASK
 from lopt_hf.retention.scores import ScoreCache, TaskScores, fingerprint
 from lopt_hf.retention.suites import TaskEntry
 
-__all__ = ["MeasuringSettings", "ModelReference", "evaluate_tasks", "load_tokenizer", "measure_model"]
+__all__ = [
+    "MeasuringSettings",
+    "ModelReference",
+    "evaluate_tasks",
+    "identity_of_task",
+    "load_tokenizer",
+    "measure_model",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +59,9 @@ class MeasuringSettings:
         default=None, metadata={"help": "Examples in each prompt. Default: the suite's or the task's own number."}
     )
     batch_size: int = field(default=8, metadata={"help": "Requests per forward on each device."})
-    dtype: str = field(default="auto", metadata={"help": "Weights' type when measuring; auto: as saved."})
+    dtype: str = field(
+        default="auto", metadata={"help": "All models' weights when measuring; auto: as the baseline was saved."}
+    )
     apply_chat_template: bool = field(default=False, metadata={"help": "Put prompts into the model's chat template."})
     max_length: int | None = field(default=None, metadata={"help": "Longest input in tokens. Default: the model's."})
 
@@ -134,11 +144,12 @@ def load_tokenizer(reference: ModelReference) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: If there is none.
     """
-    folder = reference.adapter
-    has_own = folder is not None and (Path(folder) / "tokenizer_config.json").is_file()
-    source = folder if has_own and folder else reference.base
+    source = reference.base
+    if reference.adapter is not None and _has_file(reference.adapter, "tokenizer_config.json", reference.revision):
+        source = reference.adapter
     try:
-        return AutoTokenizer.from_pretrained(source, revision=reference.revision)
+        config = AutoConfig.from_pretrained(reference.base, revision=reference.revision)  # an adapter has none
+        return AutoTokenizer.from_pretrained(source, revision=reference.revision, config=config)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model {reference.name!r} has no tokenizer that can be loaded; save its base's beside it. ({error})"
@@ -190,25 +201,34 @@ def measure_model(
         num_fewshot = settings.num_fewshot if settings.num_fewshot is not None else entry.num_fewshot
         by_fewshot.setdefault(num_fewshot, []).extend(entry.tasks)
     identities = {
-        task.task_name: {**how, **_identity_of_task(task, num_fewshot, settings)}
+        task.task_name: {**how, **identity_of_task(task, num_fewshot, settings)}
         for num_fewshot, tasks in by_fewshot.items()
         for task in tasks
     }
-    known = {name: scores for name, identity in identities.items() if (scores := cache.get(identity)) is not None}
-    # The first process decides what is missing: a file may come, from another run, while they look
-    (finished,) = broadcast_object_list([list(known)])
+    known: dict[str, TaskScores] = {}
+
+    def look(tasks: Iterable[Task]) -> list[Task]:
+        """Takes what is in the cache, and returns what is not."""
+        for name in (task.task_name for task in tasks):
+            if name not in known and (scores := cache.get(identities[name])) is not None:
+                known[name] = scores
+        return [task for task in tasks if task.task_name not in known]
+
     language_model: HFLM | None = None
     for num_fewshot, tasks in by_fewshot.items():
-        missing = [task for task in tasks if task.task_name not in finished]
-        if not missing:
-            continue
-        language_model = language_model or load_language_model(reference, settings)
         unfinished = cache.unfinished({**how, "num_fewshot": num_fewshot})
-        for name, scores in evaluate_tasks(language_model, missing, num_fewshot, settings, unfinished).items():
-            cache.put(identities[name], scores)
-            known[name] = scores
-        if state.is_main_process:  # which has written the scores
-            cache.forget(unfinished)
+        with cache.alone(unfinished) if look(tasks) and state.is_main_process else nullcontext():
+            # The first process decides what is missing: a file may come, from another run, while they look
+            (missing,) = broadcast_object_list([[task.task_name for task in look(tasks)]])
+            if not missing:
+                continue
+            language_model = language_model or load_language_model(reference, settings)
+            asked = [task for task in tasks if task.task_name in missing]
+            for name, scores in evaluate_tasks(language_model, asked, num_fewshot, settings, unfinished).items():
+                cache.put(identities[name], scores)
+                known[name] = scores
+            if state.is_main_process:  # which has written the scores
+                cache.forget(unfinished)
     return {name: known[name] for name in identities if name in known}
 
 
@@ -233,7 +253,7 @@ def evaluate_tasks(
         The scores by task; none on other processes than the first.
 
     Raises:
-        OSError: If there is no room for single answers; those that are kept stay.
+        OSError: If there is no room for single answers, those that are kept stay; or if their file is damaged.
     """
     indices = {task.task_name: settings.indices(task) for task in tasks}
     own_fewshot = [task.get_config("num_fewshot") for task in tasks]
@@ -248,9 +268,12 @@ def evaluate_tasks(
             task_manager=TaskManager(include_defaults=False),
             use_cache=None if unfinished is None else str(unfinished),
         )
-    except sqlite3.OperationalError as error:
-        reason = errno.ENOSPC if "full" in str(error) else errno.EIO
-        raise OSError(reason, f"single answers cannot be kept: {error}", str(unfinished)) from error
+    except sqlite3.DatabaseError as error:
+        if "full" in str(error):
+            raise OSError(errno.ENOSPC, f"single answers cannot be kept: {error}", str(unfinished)) from error
+        remedy = "if the file is damaged, delete it; its answers will be asked again"
+        file = f"{unfinished}_rank{PartialState().process_index}.db"
+        raise OSError(errno.EIO, f"single answers cannot be kept: {error}; {remedy}", file) from error
     finally:
         for task, number in zip(tasks, own_fewshot, strict=True):  # lm-eval leaves its number in the task
             task.set_config("num_fewshot", number)
@@ -271,6 +294,11 @@ class _LanguageModel(HFLM):
             return super().loglikelihood_rolling(requests, disable_tqdm)
         finally:
             self._world_size = world_size
+
+
+def _has_file(source: str, name: str, revision: str | None) -> bool:
+    file = transformers.utils.cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return file is not None
 
 
 def _adapter_config(source: str, revision: str | None) -> Mapping[str, Any] | None:
@@ -308,7 +336,7 @@ def _identity_of_settings(settings: MeasuringSettings) -> dict[str, Any]:
     }
 
 
-def _identity_of_task(task: Task, num_fewshot: int | None, settings: MeasuringSettings) -> dict[str, Any]:
+def identity_of_task(task: Task, num_fewshot: int | None, settings: MeasuringSettings) -> dict[str, Any]:
     """What is asked: the task's configuration, the very samples, and what examples are drawn from."""
     indices = settings.indices(task)
     documents = task.eval_docs

@@ -79,19 +79,28 @@ def _value_html(value: Any) -> str:
     return "-" if value is None else escape(f"{value:g}" if isinstance(value, float) else str(value))
 
 
+CONTRASTS = (
+    "<b>At the same gain.</b> A method that learned less may have forgotten less for that reason alone. So a method's "
+    "points are also compared with the straight line from the baseline through the other's learning rates, at the "
+    "point's gain. Where forgetting grows faster than gain, the line lies below the true curve, which favours the "
+    "first method. The gains are taken as measured; beyond the line's end nothing is compared."
+)
+
+
 def _reading_guide(report: RetentionReport) -> str:
     level = level_text(report.confidence)
-    number = sum(len(result.deltas) + bool(result.mean) for result in report.models)
+    number = sum(len(result.deltas) + bool(result.mean) for result in report.models) + len(report.contrasts)
     one_in = round(1 / (1 - report.confidence))
     points = [
         "<b>Paired.</b> Every model answered the same samples as the baseline, and a delta is model minus baseline. "
         "How hard a sample is cancels, so small changes can be told that two separate scores would hide.",
         f"<b>{level} interval.</b> The range of changes that the samples are in line with, from resampling them; with "
         "several seeds it also holds what varies between seeds.",
+        *([CONTRASTS] if report.contrasts else []),
         "<b>No detectable change</b> means that the interval includes zero. It does not mean that nothing changed: "
         "the interval's ends tell how large a change these samples could have missed.",
-        f"<b>Many intervals.</b> This page has {number} of retention. Where nothing has changed, about 1 in {one_in} "
-        "excludes zero all the same; a single one is weaker evidence than several that agree.",
+        f"<b>Many intervals.</b> This page has {number} of retention and between methods. Where nothing has changed, "
+        f"about 1 in {one_in} excludes zero all the same; a single one is weaker evidence than several that agree.",
         "<b>Right to wrong / wrong to right</b> counts the samples whose answer changed; McNemar's exact test asks "
         "whether one direction is more frequent than chance would have it. The samples themselves are in "
         "<code>flips.jsonl</code> beside this page.",

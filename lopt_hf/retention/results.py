@@ -11,6 +11,8 @@ __all__ = ["Contrast", "Delta", "ModelResult", "RetentionReport"]
 
 NO_CHANGE = "no detectable change"
 NO_INTERVAL = "too few samples to tell"
+NOT_A_NUMBER = "not a number"
+BEYOND = "beyond its line"
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Delta:
     @property
     def verdict(self) -> str:
         """`better`, `worse`, or that no change can be told from the samples."""
+        if not math.isfinite(self.delta):
+            return NOT_A_NUMBER
         if math.isnan(self.low) or math.isnan(self.high):
             return NO_INTERVAL
         if not (self.low > 0 or self.high < 0):
@@ -63,7 +67,7 @@ class ModelResult:
         label: Name in tables and plots, unique in a report.
         group: Models of one group share a colour, and a line where gain is drawn against retention.
         deltas: One for each task and metric; each task's first is its main one.
-        mean: Mean over the main metrics of the tasks that have an accuracy; `None` with fewer than two.
+        mean: Mean over the main metrics that are scores from 0 to 1; `None` with fewer than two.
         gain: Loss of held-out answers of the task trained on, if such data were given.
         drift: Relative weight change `||W - W0|| / ||W0||` of the embeddings, each layer, and the rest, by name.
         seeds: The single runs behind a mean over seeds.
@@ -92,7 +96,7 @@ class Contrast:
         task: lm-eval's task, or as in `Delta`.
         metric: As in `Delta`.
         higher_is_better: As in `Delta`.
-        difference: `first - second`, mean over seeds.
+        difference: `first - second`, mean over seeds; `nan` where the second's line does not reach the first's gain.
         low: Lower end of its confidence interval.
         high: Upper end.
         seeds: Number of seeds.
@@ -111,6 +115,8 @@ class Contrast:
     @property
     def verdict(self) -> str:
         """Which of the two is better, or that no difference can be told."""
+        if math.isnan(self.difference):
+            return BEYOND
         if math.isnan(self.low) or math.isnan(self.high):
             return NO_INTERVAL
         if not (self.low > 0 or self.high < 0):

@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from lm_eval.api import metrics as lm_eval_metrics
 from lm_eval.api.task import Task
 from transformers.utils import cached_file
@@ -18,6 +21,8 @@ from lopt_hf.retention.files import whole_file
 from lopt_hf.retention.statistics import MeanScores, RatioScores, ResampledScores, Scores
 
 __all__ = ["ScoreCache", "TaskScores", "fingerprint", "metric_scores"]
+
+logger = logging.getLogger(__name__)
 
 # What decides a model's answers; what training leaves beside it (optimizer, heads, logs) does not
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".model", ".txt", ".jinja")
@@ -107,6 +112,21 @@ class ScoreCache:
         """Beginning of the path where lm-eval may keep single answers until a model's scores are written."""
         return self.folder / "unfinished" / _digest(how)[:20]
 
+    @contextmanager
+    def alone(self, unfinished: Path) -> Iterator[None]:
+        """Waits until no other command gives the same single answers, and keeps others waiting."""
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{unfinished}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            logger.warning("another command measures this model in the same way: waiting for its scores")
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
     def forget(self, unfinished: Path) -> None:
         """Removes the single answers."""
         for path in unfinished.parent.glob(f"{unfinished.name}_rank*.db"):
@@ -165,9 +185,16 @@ def fingerprint(name_or_path: str, revision: str | None = None) -> str:
         is_part = path.name in CONFIG_FILES or path.suffix in WEIGHT_SUFFIXES
         if path.is_file() and is_part and path.name not in NOT_WEIGHTS:
             digest.update(path.name.encode())
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(_sha256(path))
     return digest.hexdigest()
+
+
+def _sha256(path: Path) -> bytes:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.digest()
 
 
 def _commit(hub_id: str, revision: str | None) -> str | None:

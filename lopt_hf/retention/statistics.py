@@ -4,9 +4,11 @@ Every statement is a difference between models that answered the same samples, s
 cancels. Samples are resampled together for all models and seeds.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,10 +21,10 @@ __all__ = [
     "RatioScores",
     "ResampledScores",
     "Scores",
-    "combine_intervals",
+    "difference_interval",
     "mcnemar",
+    "mean_interval",
     "paired_interval",
-    "seed_interval",
 ]
 
 RESAMPLES = 4_000
@@ -32,12 +34,14 @@ MAX_BCA_SAMPLES = 2_000
 BATCH_ELEMENTS = 4_000_000
 
 
-class Scores:
+class Scores(ABC):
     """What one model scored on each sample, and how the metric follows from them."""
 
+    @abstractmethod
     def __len__(self) -> int:
-        raise AssertionError("subclasses have a length")
+        """The number of samples."""
 
+    @abstractmethod
     def value(self, index: NDArray[Any]) -> NDArray[Any]:
         """The metric over chosen samples.
 
@@ -47,7 +51,6 @@ class Scores:
         Returns:
             Shape (...).
         """
-        raise AssertionError("subclasses compute it")
 
     @cached_property
     def total(self) -> float:
@@ -110,131 +113,101 @@ class ResampledScores(Scores):
 
 @dataclass(frozen=True)
 class Interval:
-    """A difference, its confidence interval, and the bootstrap distribution behind it."""
+    """A difference with its confidence interval, and what is needed to average it with others.
+
+    Parameters:
+        delta: The difference; of several seeds the mean.
+        low: Lower end of the interval; `nan` where there is none.
+        high: Upper end.
+        by_seed: The difference of each seed, shape (seeds,).
+        draws: The same over resamples of the samples, shape (seeds, resamples).
+        num_samples: Samples in all.
+        is_binary: Whether each sample is right or wrong.
+    """
 
     delta: float
     low: float
     high: float
-    distribution: NDArray[Any]
+    by_seed: NDArray[Any]
+    draws: NDArray[Any]
+    num_samples: int
+    is_binary: bool
 
 
-def paired_interval(
-    after: Sequence[Scores],
-    before: Sequence[Scores],
+def difference_interval(
+    models: Sequence[Sequence[Scores]],
+    coefficients: Sequence[Sequence[float]] | NDArray[Any],
+    weights: Sequence[float] = (1.0,),
     confidence: float = 0.95,
     seed: int = 0,
-    before_weights: Sequence[float] | None = None,
 ) -> Interval:
-    """The difference of a metric between models on the same samples, by the bootstrap over samples.
+    """A difference between models that answered the same samples, with an interval over samples and training seeds.
 
-    The interval is bias-corrected and accelerated (Efron 1987), as `scipy.stats.bootstrap` computes it, and stretched
-    by what Student's quantile is wider than the normal one, since a bootstrap of few samples is too narrow (Hesterberg
-    2015). Of metrics that are right or wrong per sample it is the percentile interval with one pseudo-sample of either
-    kind of change, the adjustment of Bonett and Price (2012): without it, few changes make an interval that is too
-    short, and none at all an interval of no width.
+    Samples are resampled, for all models together and for each task apart. The interval is that of the bootstrap:
+    bias-corrected and accelerated (Efron 1987, by `scipy.stats.bootstrap`) for a single task, of percentiles for
+    several and for metrics that are right or wrong per sample. Three things are added.
+
+    - It is stretched by `sqrt(n / (n - 1))` and by what Student's quantile is wider than the normal one, since a
+      bootstrap of few samples is too narrow (Hesterberg 2015).
+    - Right and wrong answers get one pseudo-change of either kind, as in the interval of Bonett and Price (2012): few
+      changes would make it too short, and none at all would leave it no width.
+    - With several seeds the half-width for the variance between them is added, as the root of the sum of squares: by
+      Student's quantile, less what the samples make of that variance, which the bootstrap holds already.
 
     Args:
-        after: Scores of the model; of several, such as seeds, the mean of their metrics counts.
-        before: Scores of the baseline, likewise.
+        models: For each model its scores by task; the tasks are the same for all.
+        coefficients: For each seed what each model counts in its difference, shape (seeds, models).
+        weights: Weights of the tasks; they need not add up to one.
         confidence: Level of the interval.
         seed: Seed of the resampling.
-        before_weights: Weights of `before`, in place of equal ones.
 
     Returns:
-        `mean(after) - mean(before)` with its interval; both ends `nan` for a single sample.
+        The mean over seeds; both ends `nan` if a task has a single sample.
 
     Raises:
-        ValueError: If the numbers of samples differ.
+        ValueError: If the numbers of samples differ between models.
     """
-    sizes = {len(scores) for scores in (*after, *before)}
-    if len(sizes) != 1:
-        raise ValueError(f"paired scores have {sorted(sizes)} samples; they must be those of the same samples.")
-    weights = np.full(len(before), 1 / len(before)) if before_weights is None else np.asarray(before_weights)
-    everything = np.arange(min(sizes))
-    delta = float(_mean_value(after, everything) - _weighted_value(before, weights, everything))
-    number = sizes.pop()
-    if number < 2:
-        return Interval(delta, float("nan"), float("nan"), np.full(RESAMPLES, delta))
-    is_binary = all(isinstance(scores, MeanScores) and scores.is_binary for scores in (*after, *before))
-    if is_binary:
-        after, before = _with_pseudo_changes(after, 0.0, 1.0), _with_pseudo_changes(before, 1.0, 0.0)
-        number += 2
-
-    def difference(index: NDArray[Any], axis: int = -1) -> NDArray[Any]:
-        rows = np.moveaxis(index, axis, -1)
-        return _mean_value(after, rows) - _weighted_value(before, weights, rows)
-
-    is_slow = any(isinstance(scores, ResampledScores) for scores in (*after, *before))
-    everything = np.arange(number)
-    result = stats.bootstrap(
-        (everything,),
-        difference,
-        n_resamples=SLOW_RESAMPLES if is_slow else RESAMPLES,
-        batch=max(1, BATCH_ELEMENTS // number),
-        vectorized=True,
-        confidence_level=confidence,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
-    interval = result.confidence_interval
-    if not (is_binary or is_slow or number > MAX_BCA_SAMPLES) and _varies(result.bootstrap_distribution):
-        interval = stats.bootstrap(
-            (everything,),
-            difference,
-            n_resamples=0,
-            batch=max(1, BATCH_ELEMENTS // number),
-            vectorized=True,
-            confidence_level=confidence,
-            method="BCa",
-            bootstrap_result=result,
-        ).confidence_interval
-    stretch = 1.0 if is_binary else _stretch(number, confidence)
-    low, high = (delta + stretch * (end - delta) for end in (interval.low, interval.high))
-    return Interval(delta, float(low), float(high), result.bootstrap_distribution)
+    of_seed = np.asarray(coefficients, dtype=np.float64)
+    used = [int(number) for number in np.flatnonzero(of_seed.any(axis=0))]
+    tasks = list(zip(*(models[number] for number in used), strict=True))
+    of_seed = of_seed[:, used]
+    shares = np.asarray(weights, dtype=np.float64) / np.sum(weights)
+    rng = np.random.default_rng(seed)
+    by_seed = np.zeros(len(of_seed))
+    deviations: NDArray[Any] = np.zeros((len(of_seed), 1))
+    for share, task in zip(shares, tasks, strict=True):
+        by_task = of_seed @ [scores.total for scores in task]
+        by_seed = by_seed + share * by_task
+        deviations = deviations + share * _deviations(task, of_seed, by_task, rng)
+    num_samples = sum(len(task[0]) for task in tasks)
+    is_binary = all(isinstance(scores, MeanScores) and scores.is_binary for task in tasks for scores in task)
+    draws = by_seed[:, None] + deviations
+    ends = None
+    if len(tasks) == 1 and not is_binary and 2 <= num_samples <= MAX_BCA_SAMPLES:
+        ends = _accelerated_ends(tasks[0], of_seed.mean(axis=0), draws.mean(axis=0), confidence)
+    return _interval(by_seed, draws, num_samples, is_binary, confidence, rng, ends)
 
 
-def combine_intervals(
-    intervals: Sequence[Interval], weights: Sequence[float], confidence: float = 0.95, seed: int = 0
-) -> Interval:
-    """The weighted mean of differences on independent samples, such as those of several tasks.
+def paired_interval(after: Scores, before: Scores, confidence: float = 0.95, seed: int = 0) -> Interval:
+    """`difference_interval` of one model and its baseline on one task."""
+    return difference_interval([[after], [before]], [[1.0, -1.0]], confidence=confidence, seed=seed)
+
+
+def mean_interval(intervals: Sequence[Interval], confidence: float = 0.95, seed: int = 0) -> Interval:
+    """The mean of differences on independent samples, such as those of several tasks, for the same seeds.
 
     Args:
-        intervals: What `paired_interval` gave for each.
-        weights: Their weights; they need not add up to one.
+        intervals: What `difference_interval` gave for each.
         confidence: Level of the interval.
         seed: Seed of the order in which the resamples are put together.
     """
-    shares = np.asarray(weights, dtype=np.float64) / np.sum(weights)
     rng = np.random.default_rng(seed)
-    size = max(len(interval.distribution) for interval in intervals)
-    draws = np.stack([rng.choice(interval.distribution, size, replace=True) for interval in intervals])
-    distribution = shares @ draws
-    delta = float(shares @ [interval.delta for interval in intervals])
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(distribution, (tail, 1 - tail))
-    return Interval(delta, float(low), float(high), distribution)
-
-
-def seed_interval(over_samples: Interval, by_seed: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Widens an interval over samples by what varies between training seeds.
-
-    The half-width is the root of the sum of squares of two: that of the bootstrap over samples, and Student's for the
-    mean over the seeds. The two are independent: the first asks for other questions, the second for other training
-    data, order and initial values.
-
-    Args:
-        over_samples: The difference averaged over seeds, from `paired_interval`.
-        by_seed: The difference of each seed.
-        confidence: Level of both intervals.
-    """
-    if len(by_seed) < 2:
-        return over_samples
-    quantile = stats.t.ppf((1 + confidence) / 2, len(by_seed) - 1)
-    of_seeds = quantile * np.std(by_seed, ddof=1) / np.sqrt(len(by_seed))
-    below = np.hypot(over_samples.delta - over_samples.low, of_seeds)
-    above = np.hypot(over_samples.high - over_samples.delta, of_seeds)
-    delta = over_samples.delta
-    return Interval(delta, float(delta - below), float(delta + above), over_samples.distribution)
+    size = min(interval.draws.shape[1] for interval in intervals)
+    draws = np.mean([rng.permutation(interval.draws, axis=1)[:, :size] for interval in intervals], axis=0)
+    by_seed = np.mean([interval.by_seed for interval in intervals], axis=0)
+    num_samples = sum(interval.num_samples for interval in intervals)
+    is_binary = all(interval.is_binary for interval in intervals)
+    return _interval(by_seed, draws, num_samples, is_binary, confidence, rng)
 
 
 def mcnemar(before: MeanScores, after: MeanScores) -> tuple[float, int, int]:
@@ -254,24 +227,97 @@ def mcnemar(before: MeanScores, after: MeanScores) -> tuple[float, int, int]:
     return float(p_value), right_to_wrong, wrong_to_right
 
 
-def _with_pseudo_changes(several: Sequence[Scores], first: float, second: float) -> list[Scores]:
-    return [MeanScores([*scores.values, first, second]) for scores in several if isinstance(scores, MeanScores)]
+def _deviations(
+    task: Sequence[Scores], of_seed: NDArray[Any], by_task: NDArray[Any], rng: np.random.Generator
+) -> NDArray[Any]:
+    """How far resampling moves each seed's difference on one task, shape (seeds, resamples)."""
+    sizes = {len(scores) for scores in task}
+    if len(sizes) != 1:
+        raise ValueError(f"paired scores have {sorted(sizes)} samples; they must be those of the same samples.")
+    number = sizes.pop()
+    is_slow = any(isinstance(scores, ResampledScores) for scores in task)
+    resamples = SLOW_RESAMPLES if is_slow else RESAMPLES
+    if number < 2:
+        return np.full((len(of_seed), resamples), np.nan)
+    batches = []
+    for start in range(0, resamples, max(1, BATCH_ELEMENTS // number)):
+        size = min(resamples - start, max(1, BATCH_ELEMENTS // number))
+        index = rng.integers(number, size=(size, number))
+        batches.append(of_seed @ np.stack([scores.value(index) for scores in task]))
+    stretched: NDArray[Any] = (np.concatenate(batches, axis=1) - by_task[:, None]) * _small_sample_factor(number)
+    if is_slow:  # to the length of the others
+        stretched = rng.choice(stretched, RESAMPLES, axis=1)
+    return stretched
 
 
-def _varies(values: NDArray[Any]) -> bool:
-    """Whether values differ by more than rounding; BCa has no answer for those that don't."""
-    return bool(np.ptp(values) > 1e-9 * np.abs(values).max())
+def _accelerated_ends(
+    task: Sequence[Scores], coefficients: NDArray[Any], draws: NDArray[Any], confidence: float
+) -> tuple[float, float] | None:
+    """The ends of the bias-corrected and accelerated interval; `None` where nothing varies or it has no answer."""
+    number = len(task[0])
+    delta = float(coefficients @ [scores.total for scores in task])
+    if np.ptp(draws) <= 1e-9 * np.abs(draws).max() or any(isinstance(scores, ResampledScores) for scores in task):
+        return None
+
+    def difference(index: NDArray[Any], axis: int = -1) -> NDArray[Any]:
+        rows = np.moveaxis(index, axis, -1)
+        return np.tensordot(coefficients, [scores.value(rows) for scores in task], axes=1)
+
+    factor = _small_sample_factor(number)
+    interval = stats.bootstrap(
+        (np.arange(number),),
+        difference,
+        n_resamples=0,
+        batch=max(1, BATCH_ELEMENTS // number),
+        vectorized=True,
+        confidence_level=confidence,
+        method="BCa",
+        bootstrap_result=SimpleNamespace(bootstrap_distribution=delta + (draws - delta) / factor),
+    ).confidence_interval
+    low, high = (float(delta + factor * (end - delta)) for end in interval)
+    return (low, high) if np.isfinite([low, high]).all() else None
 
 
-def _stretch(number: int, confidence: float) -> float:
+def _interval(
+    by_seed: NDArray[Any],
+    draws: NDArray[Any],
+    num_samples: int,
+    is_binary: bool,
+    confidence: float,
+    rng: np.random.Generator,
+    ends: tuple[float, float] | None = None,
+) -> Interval:
+    """Adds what the bootstrap over samples lacks: pseudo-changes, the variance between seeds, Student's quantile."""
+    delta, num_seeds = float(by_seed.mean()), len(by_seed)
+    means = draws.mean(axis=0)
+    if is_binary:
+        either = rng.poisson(1, (2, len(means)))
+        means = means + (either[0] - either[1]) / (num_samples * np.sqrt(num_seeds))
     level = (1 + confidence) / 2
-    student, normal = stats.t.ppf(level, number - 1), stats.norm.ppf(level)
-    return float(student / normal * np.sqrt(number / (number - 1)))
+    low, high = ends or np.quantile(means, (1 - level, level))
+    of_samples, of_seeds = float(np.var(means)), _variance_of_seeds(by_seed, draws)
+    if num_samples > 1 and of_samples + of_seeds > 0:
+        widths = stats.t.ppf(level, num_samples - 1) * np.sqrt(of_samples), 0.0
+        if of_seeds > 0:
+            widths = widths[0], stats.t.ppf(level, num_seeds - 1) * np.sqrt(of_seeds)
+        total = np.hypot(*widths)
+        if widths[0] > 1e-3 * total:
+            factor = total / (stats.norm.ppf(level) * np.sqrt(of_samples))
+            low, high = (delta + factor * (end - delta) for end in (low, high))
+        else:
+            low, high = delta - total, delta + total
+    return Interval(delta, float(low), float(high), by_seed, draws, num_samples, is_binary)
 
 
-def _mean_value(several: Sequence[Scores], index: NDArray[Any]) -> NDArray[Any]:
-    return np.mean([scores.value(index) for scores in several], axis=0)
+def _variance_of_seeds(by_seed: NDArray[Any], draws: NDArray[Any]) -> float:
+    """The variance that seeds give to their mean, besides what resampling the samples shows of it."""
+    num_seeds = len(by_seed)
+    if num_seeds < 2:
+        return 0.0
+    apart = draws - draws.mean(axis=0) - (by_seed - by_seed.mean())[:, None]
+    by_samples = np.square(apart).mean(axis=1).sum() / (num_seeds - 1)
+    return max(0.0, float(np.var(by_seed, ddof=1) - by_samples)) / num_seeds
 
 
-def _weighted_value(several: Sequence[Scores], weights: NDArray[Any], index: NDArray[Any]) -> NDArray[Any]:
-    return np.tensordot(weights / weights.sum(), [scores.value(index) for scores in several], axes=1)
+def _small_sample_factor(number: int) -> float:
+    return float(np.sqrt(number / (number - 1)))

@@ -8,14 +8,14 @@ goes on where it was.
 
 import argparse
 import logging
+import shlex
 import sys
 import textwrap
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
+from lopt_hf.retention.benchmark import write_flips
 from lopt_hf.retention.experiment import GridMeasurement
 from lopt_hf.retention.grid import Grid, load_grid
 from lopt_hf.retention.grid_training import GridTrainingError, prepare_data, train_grid
@@ -32,8 +32,8 @@ settings of the YAML:
 example:
   lopt-hf compare --config recipes/smollm2-135m/retention/gsm8k.yaml
 
-Each run keeps its model in <output_dir>/runs, so that it can be looked at and measured again: 57 fp32 models of 135M
-parameters take some 30 GB.
+Each run keeps its model in <output_dir>/runs, so that it can be looked at and measured again: the disk needs room for
+methods x learning rates x seeds of them.
 """
 
 
@@ -53,18 +53,18 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(options: argparse.Namespace) -> None:
-    """Trains, measures and reports."""
+def run(options: argparse.Namespace, command: str) -> None:
+    """Trains, measures and reports; `command` is what was called, for the report."""
     grid = load_grid(options.config, output_dir=options.output_dir, workers=options.workers)
     prepare_data(grid)
     measurement = GridMeasurement(grid)  # before training: tasks that cannot be loaded are found at once
-    runs = list(train_grid(grid))
-    for finished in tqdm(runs, desc="measuring", unit="model"):
-        measurement.measure(finished)
+    train_grid(grid)
     report = measurement.report()
+    report = replace(report, settings={"command": command, **report.settings})
     written = write_report(report, grid.output_path)
+    write_flips(measurement.flips(), grid.output_path / "flips.jsonl")
     print(f"\n{to_markdown(report)}\n")
-    print("\n".join(map(str, written)))
+    print("\n".join(map(str, (*written, grid.output_path / "flips.jsonl"))))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -73,10 +73,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: Arguments without the program's name; default: those of the process.
     """
-    options = make_parser().parse_args(argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    options = make_parser().parse_args(arguments)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
-        run(options)
+        run(options, shlex.join(["lopt-hf", "compare", *arguments]))
     except GridTrainingError as error:
         sys.exit(f"lopt-hf compare: {error}\nThe other runs are kept; correct the cause and run it again.")
     except (ValueError, OSError, ImportError) as error:

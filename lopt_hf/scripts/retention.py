@@ -7,9 +7,10 @@ with its confidence interval. Results are kept: a stopped run goes on where it w
 import argparse
 import errno
 import logging
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ examples:
 suites:
   offline  general knowledge, language and prose that come with the package; needs no network
   paper    the seven tasks of LoPT (arXiv 2605.04913 v3) with its shots and metrics:
-           {", ".join(task.name for task in SUITES["paper"])}
+           {", ".join(task.name for task in SUITES["paper"])};
+           ifeval needs the packages of pip install "lopt_hf[ifeval]"
 """
 
 
@@ -130,8 +132,8 @@ def exit_on_error(command: str, error: Exception) -> None:
     sys.exit(f"{command}: {error}")
 
 
-def run(options: argparse.Namespace) -> None:
-    """Measures, prints and writes the report."""
+def run(options: argparse.Namespace, command: str) -> None:
+    """Measures, prints and writes the report; `command` is what was called, for the report."""
     # Without an accelerator, accelerate has to be told that launched processes belong together
     PartialState(cpu=not torch.accelerator.is_available(), timeout=DISTRIBUTED_TIMEOUT)
     check_report_folder(options.output_dir)
@@ -151,6 +153,7 @@ def run(options: argparse.Namespace) -> None:
     report = benchmark.compare(candidates, with_drift=not options.no_drift)
     if report is None:  # not the first process
         return
+    report = replace(report, settings={"command": command, **report.settings})
     written = write_report(report, options.output_dir)
     before = benchmark.scores(benchmark.baseline.name)
     rows = (row for c in candidates for row in flips(c.label, before, benchmark.scores(c.models[0])))
@@ -189,10 +192,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: Arguments without the program's name; default: those of the process.
     """
-    options = make_parser().parse_args(argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    options = make_parser().parse_args(arguments)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about tasks' defaults, at every task
     try:
-        run(options)
+        run(options, shlex.join(["lopt-hf", "retention", *arguments]))
     except (ValueError, OSError, ImportError) as error:
         exit_on_error("lopt-hf retention", error)
     finally:

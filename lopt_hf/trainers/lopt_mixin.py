@@ -141,7 +141,7 @@ class LoPTMixin(CheckpointMixin):
         if args.early_learning_rate is None and self.optimizer is None and args.train_early_blocks and not is_adapter:
             if any(p.dtype == torch.float32 and p.requires_grad for p in self._early_parameters()):
                 logger.warning(
-                    f"early_learning_rate is unset, so the early blocks learn at learning_rate={args.learning_rate:g}, "
+                    f"early_learning_rate is unset, so the early blocks learn at learning_rate={args.learning_rate:g} "
                     "as in the paper. In fp32 weights that can undo what they knew, since AdamW's step does not "
                     f"shrink with their small gradient. Consider early_learning_rate={args.learning_rate / 10:g}; "
                     "measured in recipes/smollm2-135m/retention."

@@ -1,13 +1,14 @@
 """One rank of a two-process run: launched by `test_ddp.py` with `accelerate launch`."""
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 
 import tests.conftest  # noqa: F401  (offline, one thread)
-from lopt_hf import LoPTTrainer
+from lopt_hf import LoPTTrainer, RetentionCallback
 from tests.tiny import make_dataset
 from tests.trainers.helpers import make_trainer, snapshot
 
@@ -27,7 +28,12 @@ def main() -> None:
     parser.add_argument("--num_blocks", type=int, default=2)
     parser.add_argument("--local_backward", default="eager")
     parser.add_argument("--load_best_model_at_end", action="store_true")
+    parser.add_argument("--retention_tasks", type=Path, help="folder of tasks that a RetentionCallback measures")
     options = vars(parser.parse_args())
+    tasks = options.pop("retention_tasks")
+    if tasks is not None:
+        callback = RetentionCallback(tasks=["tiny_sums", "tiny_text"], include_path=tasks, every_steps=2)
+        options["trainer_kwargs"] = {"callbacks": [callback]}
     if options["load_best_model_at_end"]:
         # The first of three evaluations is the best: the rate is so high that the loss only rises.
         every_step = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
@@ -36,6 +42,8 @@ def main() -> None:
     assert trainer.accelerator.num_processes == 2
     rank = trainer.accelerator.process_index
     save_file(snapshot(trainer), f"{trainer.args.output_dir}/weights-{rank}.safetensors")
+    if rank == 0:
+        Path(trainer.args.output_dir, "log_history.json").write_text(json.dumps(trainer.state.log_history))
 
 
 if __name__ == "__main__":

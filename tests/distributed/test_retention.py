@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lopt_hf.retention.measuring import MeasuringSettings, ModelReference, measure_model
 from lopt_hf.retention.scores import ScoreCache, TaskScores
 from lopt_hf.retention.suites import SuiteTask, load_entries
 from tests.distributed.test_ddp import ROOT, TWO_PROCESSES
+from tests.distributed.test_ddp import launch as launch_training
 from tests.retention.benchmark_tasks import NUM_ROWS, write_benchmark_tasks
 from tests.retention.conftest import moved, save
+from tests.retention.small_tasks import write_tasks
 from tests.tiny import make_model
 
 TASKS = ("sums", "texts", "generated")
@@ -52,7 +55,7 @@ def test_two_processes_score_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     base = make_model()
     folders = {"base": save(base, tmp_path / "base"), "tuned": save(moved(base), tmp_path / "tuned")}
     entries = load_entries([SuiteTask(name) for name in TASKS], [tasks])
-    settings, one, two = MeasuringSettings(), ScoreCache(tmp_path / "one"), ScoreCache(tmp_path / "two")
+    settings, one, two = MeasuringSettings(dtype="float32"), ScoreCache(tmp_path / "one"), ScoreCache(tmp_path / "two")
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(two, "put", interrupted)
@@ -81,6 +84,23 @@ def test_two_processes_score_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert texts == [[0, NUM_ROWS["texts"] // 2], [NUM_ROWS["texts"] // 2] * 2]
     assert [len(rank["write_report"]) for rank in ranks] == [1, 0]
     assert json.loads((tmp_path / "out" / "report.json").read_text())["models"][0]["label"] == "tuned"
+
+
+def test_a_callback_in_two_processes(tmp_path: Path) -> None:
+    """Training ends with the same weights as without it, and the figures are those of one process."""
+    tasks = write_tasks(tmp_path / "tasks")
+    plain = launch_training(tmp_path / "plain")
+    measured = launch_training(tmp_path / "measured", "--retention_tasks", tasks)
+    assert all(torch.equal(plain[name], measured[name]) for name in plain)
+    logs = json.loads((tmp_path / "measured" / "log_history.json").read_text())
+    rows = [row for row in logs if "retention/tiny_sums/acc" in row]
+    assert [row["step"] for row in rows] == [0, 2, 3]
+    base = ModelReference.find(save(make_model(), tmp_path / "base"))
+    entries = load_entries([SuiteTask("tiny_sums"), SuiteTask("tiny_text")], [tasks])
+    scores = measure_model(base, entries, MeasuringSettings(), ScoreCache(tmp_path / "cache"))
+    assert rows[0]["retention/tiny_sums/acc"] == scores["tiny_sums"].values["acc,none"]
+    expected = scores["tiny_text"].values["word_perplexity,none"]
+    assert rows[0]["retention/tiny_text/word_perplexity"] == pytest.approx(expected, rel=1e-5)
 
 
 def interrupted(*_: Any) -> None:

@@ -3,17 +3,23 @@
 import errno
 import json
 import os
+import platform
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForCausalLM
 
 from lopt_hf.retention import benchmark as benchmark_module
-from lopt_hf.retention.benchmark import Candidate, RetentionBenchmark, write_flips
+from lopt_hf.retention import measuring
+from lopt_hf.retention.benchmark import Candidate, RetentionBenchmark, describe_machine, write_flips
 from lopt_hf.retention.heldout import HELDOUT_TASK
 from lopt_hf.retention.layer_drift import layer_drift
-from lopt_hf.retention.measuring import MeasuringSettings, ModelReference, measure_model
+from lopt_hf.retention.measuring import MeasuringSettings, ModelReference, load_language_model, measure_model
 from lopt_hf.retention.results import RetentionReport
 from lopt_hf.retention.scores import ScoreCache, TaskScores
 from lopt_hf.retention.suites import SuiteTask, TaskEntry, load_entries
@@ -142,6 +148,62 @@ def test_a_full_disk_leaves_no_half_written_drift(
     assert compare(benchmark, candidates_of(models)).models[0].drift
 
 
+def test_an_adapter_of_another_base_is_warned_of_once(
+    models: SavedModels, entries: list[TaskEntry], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not one whose base is a copy of the baseline, or the baseline under another path."""
+    shutil.copytree(models.base, tmp_path / "copy")
+    for baseline in (models.base, f"{models.base}/../base", str(tmp_path / "copy")):
+        RetentionBenchmark(baseline, entries, MeasuringSettings(), ScoreCache(tmp_path)).reference(models.adapter)
+    assert not caplog.records
+    benchmark = RetentionBenchmark(models.tuned, entries, MeasuringSettings(), ScoreCache(tmp_path))
+    for _ in range(2):
+        benchmark.reference(models.adapter)
+    (record,) = caplog.records
+    assert f"an adapter of {models.base}, which is not the baseline {models.tuned}" in record.getMessage()
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("auto", "float32"), ("bfloat16", "bfloat16")])
+def test_all_are_measured_in_the_baselines_dtype(
+    models: SavedModels,
+    entries: list[TaskEntry],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+    expected: str,
+) -> None:
+    """A checkpoint saved in bf16 against a baseline saved in fp32."""
+    rounded = AutoModelForCausalLM.from_pretrained(models.tuned, dtype=torch.bfloat16)
+    folder = save(rounded, tmp_path / "rounded")
+    types: list[torch.dtype] = []
+
+    def recording(*arguments: Any) -> HFLM:
+        language_model = load_language_model(*arguments)
+        types.append(language_model.model.dtype)
+        return language_model
+
+    monkeypatch.setattr(measuring, "load_language_model", recording)
+    benchmark = make_benchmark(models, entries, tmp_path / "cache", settings=MeasuringSettings(limit=2, dtype=dtype))
+    report = compare(benchmark, [Candidate("rounded", "rounded", (folder,))])
+    assert types == [getattr(torch, expected)] * 2
+    assert report.settings["dtype"] == expected
+
+
+def test_padded_embeddings_leave_the_drift_out(
+    models: SavedModels, entries: list[TaskEntry], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of that model alone; what was measured is reported."""
+    padded = AutoModelForCausalLM.from_pretrained(models.tuned)
+    padded.resize_token_embeddings(padded.config.vocab_size + 8)
+    folder = save(padded, tmp_path / "padded")
+    benchmark = make_benchmark(models, entries, tmp_path / "cache")
+    report = compare(benchmark, [Candidate("padded", "padded", (folder,)), *candidates_of(models)])
+    assert [bool(result.drift) for result in report.models] == [False, True, True]
+    assert len(report.models[0].deltas) == len(report.models[1].deltas)
+    (message,) = [record.getMessage() for record in caplog.records if "drift" in record.getMessage()]
+    assert message.startswith("padded: its drift is left out: weights of the baseline's embeddings")
+
+
 def test_flips_are_written_whole(tmp_path: Path) -> None:
     """As JSON lines; a row that cannot be made leaves the earlier file as it was."""
     path = tmp_path / "flips.jsonl"
@@ -190,3 +252,15 @@ def test_labels(
 def test_confidence(models: SavedModels, entries: list[TaskEntry], tmp_path: Path, confidence: float) -> None:
     with pytest.raises(ValueError, match=f"confidence={confidence} is not between 0 and 1; 0.95 is usual"):
         make_benchmark(models, entries, tmp_path, confidence=confidence)
+
+
+def test_the_machine_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fully enough to tell why bf16 is fast on one CPU and slow on another."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.accelerator, "current_accelerator", lambda: None)
+        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+        patch.setattr(torch, "get_num_threads", lambda: 6)
+        assert describe_machine()["device"] == f"CPU, {platform.machine()} with AVX512, 6 threads"
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    assert describe_machine()["device"] == "NVIDIA H100"

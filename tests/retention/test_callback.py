@@ -1,20 +1,24 @@
 """The callback measures the untouched model first, logs through the Trainer, and does not disturb training."""
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from lopt_hf import RetentionCallback
+from lopt_hf.retention.callback import _undisturbed
 from lopt_hf.retention.measuring import MeasuringSettings, ModelReference, measure_model
 from lopt_hf.retention.scores import ScoreCache
 from lopt_hf.retention.suites import SuiteTask, load_entries
+from tests.retention.conftest import save
 from tests.retention.small_tasks import write_tasks
-from tests.tiny import make_model, make_tokenizer
+from tests.tiny import make_dataset, make_model, make_tokenizer
 from tests.trainers.helpers import make_sft_trainer, make_trainer, snapshot
 
 ACCURACY = "retention/tiny_sums/acc"
@@ -62,6 +66,72 @@ def test_last_step_is_measured_once(tmp_path: Path, tasks: Path) -> None:
     trainer.add_callback(make_callback(tasks))
     trainer.train()
     assert [row["step"] for row in trainer.state.log_history if ACCURACY in row] == [0, 2, 4]
+
+
+@pytest.mark.parametrize("best", [1, 4])
+def test_the_best_model_is_measured_again(
+    tmp_path: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch, best: int
+) -> None:
+    """It is not the last step's, which was measured, unless the last step is the best."""
+    trainer = make_trainer(
+        tmp_path / "out",
+        max_steps=4,
+        learning_rate=0.5 if best == 1 else 1e-3,  # the loss only rises, or only falls
+        trainer_kwargs={"eval_dataset": make_dataset(8)},
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+    )
+    trainer.add_callback(make_callback(tasks))
+    trainer.train()
+    assert trainer.state.best_global_step == best
+    rows = [row for row in trainer.state.log_history if ACCURACY in row]
+    assert [row["step"] for row in rows] == ([0, 2, 4, 4] if best == 1 else [0, 2, 4])
+    loss = "retention/tiny_text/word_perplexity"
+    assert best == 4 or rows[-1][loss] != rows[-2][loss]
+
+
+def test_an_adapter_is_measured(tmp_path: Path, tasks: Path) -> None:
+    """As its merged model; and training is not disturbed."""
+    weights = []
+    for with_callback in (False, True):
+        torch.manual_seed(0)
+        peft = {"peft_config": LoraConfig(target_modules="all-linear", lora_dropout=0.1)}
+        trainer = make_trainer(tmp_path / f"out{with_callback}", max_steps=4, learning_rate=0.05, trainer_kwargs=peft)
+        if with_callback:
+            trainer.add_callback(make_callback(tasks))
+        trainer.train()
+        weights.append(snapshot(trainer))
+    assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
+    rows = [row for row in trainer.state.log_history if ACCURACY in row]
+    save(trainer.model.merge_and_unload(), tmp_path / "merged")
+    settings, entries = MeasuringSettings(limit=8), load_entries([SuiteTask(name) for name in TASKS], [tasks])
+    merged = ModelReference.find(str(tmp_path / "merged"))
+    scores = measure_model(merged, entries, settings, ScoreCache(tmp_path / "cache"))
+    perplexities = [row["retention/tiny_text/word_perplexity"] for row in rows]
+    assert perplexities[-1] == pytest.approx(scores["tiny_text"].values["word_perplexity,none"], rel=1e-4)
+    assert perplexities[0] != pytest.approx(perplexities[-1], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("device", "forked"),
+    [("cpu", ([], "cpu")), ("cuda:1", ([1], "cuda")), ("xpu:0", ([0], "xpu")), ("mps", ([0], "mps"))],
+)
+def test_random_states_of_the_device_are_kept(
+    monkeypatch: pytest.MonkeyPatch, device: str, forked: tuple[list[int], str]
+) -> None:
+    seen: list[tuple[list[int], str]] = []
+
+    def recording(devices: list[int], device_type: str) -> nullcontext:
+        seen.append((devices, device_type))
+        return nullcontext()
+
+    monkeypatch.setattr(torch.random, "fork_rng", recording)
+    with _undisturbed(torch.nn.Linear(1, 1), torch.device(device)):
+        pass
+    assert seen == [forked]
 
 
 @pytest.mark.parametrize("num_blocks", [2, 4])
@@ -128,6 +198,32 @@ def test_resuming_without_a_beginning_is_an_error(tmp_path: Path, tasks: Path) -
     trainer.add_callback(make_callback(tasks))
     with pytest.raises(ValueError, match="before training is unknown"):
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(tmp_path / "out")))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"limit": 6}, "limit=6, but .*retention_baseline.json was measured with limit=8"),
+        ({"num_fewshot": 1}, "num_fewshot=1, but .* with num_fewshot=None"),
+        ({"tasks": [*TASKS, "offline_prose"]}, "has no scores of offline_prose"),
+        ({}, "task 'tiny_sums' is not the one that .*: documents changed"),
+    ],
+)
+def test_resuming_with_other_questions_is_an_error(
+    tmp_path: Path, tasks: Path, options: dict[str, Any], message: str
+) -> None:
+    """Other settings, tasks or documents, found before a step is made."""
+    first = make_trainer(tmp_path / "out", max_steps=2, save_strategy="steps", save_steps=2)
+    first.add_callback(make_callback(tasks))
+    first.train()
+    if not options:
+        path = tasks / "sums.jsonl"
+        path.write_text(path.read_text(encoding="utf-8").replace("What is 3", "What was 3"), encoding="utf-8")
+    trainer = make_trainer(tmp_path / "out", max_steps=4)
+    trainer.add_callback(make_callback(tasks, **options))
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(tmp_path / "out")))
+    assert trainer.state.global_step == 2
 
 
 def test_any_trainer(tmp_path: Path, tasks: Path) -> None:

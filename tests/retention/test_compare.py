@@ -3,12 +3,14 @@
 import json
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from lopt_hf.retention import grid_training, measuring
 from lopt_hf.scripts import compare, sft
@@ -89,12 +91,21 @@ def test_trains_measures_and_reports(
         assert by_seed[0] != by_seed[1]
         assert model["gain"]["delta"] == pytest.approx(sum(by_seed) / 2)
         assert model["gain"]["n"] == 6
-        assert set(model["drift"]) == {"embeddings", "0", "1", "2", "3", "head"}
+        assert set(model["drift"]) == {"embeddings", "0", "1", "2", "3", "rest"}
     same_rate = [row for row in report["contrasts"] if row["second"] == "end-to-end, 0.01"]
     assert [row["task"] for row in same_rate] == ["held-out answers", "tiny_sums", "tiny_text"]
     first, second = report["models"][1], report["models"][0]
     assert same_rate[0]["difference"] == pytest.approx(first["gain"]["value"] - second["gain"]["value"])
     assert (tmp_path / "out" / "report.html").is_file()
+    assert report["settings"]["command"] == f"lopt-hf compare --config {config}"
+    rows = [json.loads(line) for line in (tmp_path / "out" / "flips.jsonl").read_text(encoding="utf-8").splitlines()]
+    for model in report["models"]:
+        for seed, of_seed in enumerate(model["seeds"]):
+            label = f"{model['label']}, seed {seed}"
+            accuracy = next(delta for delta in of_seed["deltas"] if delta["metric"] == "acc")
+            changed = [row for row in rows if (row["model"], row["metric"]) == (label, "acc,none")]
+            assert len(changed) == accuracy["right_to_wrong"] + accuracy["wrong_to_right"]
+    assert rows
 
     def never(*_: Any) -> None:
         raise AssertionError("measured again")
@@ -119,16 +130,112 @@ def test_interrupted_training_starts_that_run_anew(config: Path, tmp_path: Path,
     """What a kill leaves half done is done again; what is complete is not."""
     grid = compare.load_grid(config)
     grid_training.prepare_data(grid)
-    list(grid_training.train_grid(grid))
+    grid_training.train_grid(grid)
     run = grid.runs()[1]
     model = grid_training.model_folder(grid, run)
-    left = model.with_name("model.partial-1")
+    left = model.with_name("model.partial-1")  # no process of ours has this number
     shutil.move(model, left)
     (left / "model.safetensors").unlink()
     trained_here.clear()
-    list(grid_training.train_grid(grid))
+    grid_training.train_grid(grid)
     assert trained_here == [run.name]
     assert (model / "model.safetensors").is_file()
+    assert not left.exists()
+
+
+def change(config: Path, **settings: Any) -> None:
+    stored = yaml.safe_load(config.read_text(encoding="utf-8"))
+    config.write_text(yaml.safe_dump({**stored, **settings}, sort_keys=False), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"methods": {"end-to-end": {"method": "e2e"}, "LoPT": {"num_blocks": 4}}}, "num_blocks=2, and now .* is 4"),
+        ({"num_train": 7}, "run end-to-end_lr0.01_seed0: made with dataset_max_samples=8, and now .* is 7"),
+        ({"methods": {"end-to-end": {}, "LoPT": {"num_blocks": 2}}}, "method='e2e', and now method is 'not set'"),
+        ({"model": "elsewhere"}, "data of the runs .* made with model=.*/base', and now model is 'elsewhere'"),
+        ({"heldout_dataset": "new.jsonl"}, "heldout_dataset=.*rows.jsonl', and now heldout_dataset is 'new.jsonl'"),
+        ({"num_heldout": 39}, "num_heldout=39, but only .* rows of .*rows.jsonl fit in max_length=50"),
+    ],
+)
+def test_trained_runs_are_not_taken_for_those_of_other_settings(
+    config: Path, trained_here: list[str], settings: dict[str, Any], message: str
+) -> None:
+    """Found before anything is trained; the last run is missing, and the order of the YAML says nothing."""
+    grid = compare.load_grid(config)
+    grid_training.prepare_data(grid)
+    grid_training.train_grid(grid)
+    shutil.rmtree(grid_training.run_folder(grid, grid.runs()[-1]))
+    trained_here.clear()
+    change(config, **settings)
+    with pytest.raises(SystemExit, match=message):
+        compare.main(["--config", str(config)])
+    assert not trained_here
+
+
+def test_a_moved_folder_is_used_again(config: Path, tmp_path: Path, trained_here: list[str]) -> None:
+    grid = compare.load_grid(config)
+    grid_training.prepare_data(grid)
+    grid_training.train_grid(grid)
+    shutil.move(tmp_path / "out", tmp_path / "moved")
+    moved = compare.load_grid(config, output_dir=str(tmp_path / "moved"))
+    grid_training.prepare_data(moved)
+    grid_training.train_grid(moved)
+    assert len(trained_here) == 4
+
+
+def test_data_are_prepared_again_while_nothing_is_trained(config: Path, tmp_path: Path) -> None:
+    """With other settings, and where it is unknown with which; not with the same."""
+    train = tmp_path / "out" / "data" / "train.jsonl"
+    grid_training.prepare_data(compare.load_grid(config))
+    of_first = train.read_text()
+    training = yaml.safe_load(config.read_text())["training"]
+    change(config, training={**training, "max_length": 45})
+    grid_training.prepare_data(compare.load_grid(config))
+    of_second = train.read_text()
+    assert 0 < len(of_second) < len(of_first)
+    train.write_text(of_first)
+    grid_training.prepare_data(compare.load_grid(config))
+    assert train.read_text() == of_first
+    (train.parent / "settings.json").unlink()
+    grid_training.prepare_data(compare.load_grid(config))
+    assert train.read_text() == of_second
+
+
+def test_another_command_at_the_same_run_is_waited_for(config: Path, trained_here: list[str]) -> None:
+    """Its model is taken, and not trained twice."""
+    grid = compare.load_grid(config)
+    grid_training.prepare_data(grid)
+    run = grid.runs()[0]
+    model = grid_training.model_folder(grid, run)
+    model.parent.mkdir(parents=True)
+    with ThreadPoolExecutor(1) as pool, FileLock(model.with_name("train.lock")) as lock:
+        waiting = pool.submit(grid_training._train, grid, run)
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.3)
+        arguments = grid_training._arguments(grid, run, model)
+        model.with_name("sft.yaml").write_text(yaml.safe_dump(arguments))
+        model.mkdir()
+        lock.release()
+        assert waiting.result(timeout=30) == []
+    assert not trained_here
+
+
+def test_threads_are_shared_out(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that PyTorch may use, which know of affinity."""
+    given: list[str] = []
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess:
+        given.append(options["env"]["OMP_NUM_THREADS"])
+        return subprocess.CompletedProcess(command, 1)
+
+    in_process = SimpleNamespace(run=run, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT)
+    monkeypatch.setattr(grid_training, "subprocess", in_process)
+    monkeypatch.setattr(grid_training.torch, "get_num_threads", lambda: 6)
+    with pytest.raises(grid_training.GridTrainingError):
+        grid_training.train_grid(compare.load_grid(config, workers=2))
+    assert given == ["3"] * 4
 
 
 def test_failed_run_is_named_and_the_others_are_kept(
@@ -150,7 +257,8 @@ def test_training_runs_in_a_process_of_its_own(config: Path) -> None:
     config.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     grid = compare.load_grid(config)
     grid_training.prepare_data(grid)
-    (run,) = grid_training.train_grid(grid)
+    grid_training.train_grid(grid)
+    (run,) = grid.runs()
     folder = grid_training.run_folder(grid, run)
     assert (folder / "model" / "model.safetensors").is_file()
     assert "Model saved to" in (folder / "train.log").read_text(encoding="utf-8")

@@ -81,6 +81,17 @@ def test_difference_at_the_same_gain(gain: float, on_the_line: list[float]) -> N
 
 
 def test_gains_beyond_the_line_are_not_compared() -> None:
-    """One seed outside is enough: there is nothing to compare it with."""
+    """One seed outside is enough: there is nothing to compare it with, and the contrast says so."""
     first = [point("A, 1", 1.0, [(-0.2, 1.2), (-0.2, 1.2), (-0.2, 0.9)])]
-    assert list(matched_contrasts(first, SECOND, BASE, [ENTRY], 0.95)) == []
+    (kept,) = matched_contrasts(first, SECOND, BASE, [ENTRY], 0.95)
+    assert np.isnan(kept.difference)
+    assert kept.verdict == "beyond its line"
+
+
+def test_a_rate_that_gains_less_ends_the_line() -> None:
+    """A ruined model is no point on the way to a gain that lower rates reach better."""
+    ruined = [*SECOND, point("B, 3", 3.0, [(-5.0, 1.4)] * 3)]
+    first = [point("A, 1", 1.0, [(-0.2, 1.45)] * 3)]
+    (expected,) = matched_contrasts(first, SECOND, BASE, [ENTRY], 0.95)
+    (kept,) = matched_contrasts(first, ruined, BASE, [ENTRY], 0.95)
+    assert kept == expected

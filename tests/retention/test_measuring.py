@@ -5,7 +5,9 @@ import gc
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import lm_eval
 import pytest
 import torch
+from filelock import FileLock
 from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -401,7 +404,59 @@ def test_a_killed_run_goes_on_in_the_middle_of_a_task(
     assert 0 < before < all_requests
     assert_same_answers(by_us(models.base, task_folder, tmp_path / "cache", names, settings), expected)
     assert len(kept) == all_requests
-    assert not list((tmp_path / "cache" / "unfinished").iterdir())
+    assert not list((tmp_path / "cache" / "unfinished").glob("*.db"))
+
+
+def test_two_commands_at_one_model_take_turns(
+    models: SavedModels, task_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluated: list[str]
+) -> None:
+    """The second waits for the first's scores, takes those it needs, and finds its own file of answers as it was."""
+    first_is_at_it, first_may_end = threading.Event(), threading.Event()
+    put = ScoreCache.put
+
+    def held(cache: ScoreCache, identity: Any, scores: TaskScores) -> None:
+        first_is_at_it.set()
+        assert first_may_end.wait(60)
+        put(cache, identity, scores)
+
+    monkeypatch.setattr(ScoreCache, "put", held)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(by_us, models.base, task_folder, tmp_path, ["sums"])
+        assert first_is_at_it.wait(60)
+        second = pool.submit(by_us, models.base, task_folder, tmp_path, ["sums", "words"])
+        with pytest.raises(TimeoutError):
+            second.result(timeout=1)
+        assert evaluated == ["sums"]
+        first_may_end.set()
+        assert second.result(60)["sums"] == first.result(60)["sums"]
+    assert evaluated == ["sums", "words"]
+
+
+def test_what_is_known_is_not_waited_for(models: SavedModels, task_folder: Path, tmp_path: Path) -> None:
+    scores = by_us(models.base, task_folder, tmp_path, ["sums"])
+    (lock,) = (tmp_path / "unfinished").glob("*.lock")
+    with ThreadPoolExecutor(1) as pool, FileLock(lock):
+        assert pool.submit(by_us, models.base, task_folder, tmp_path, ["sums"]).result(60) == scores
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of sqlitedict's own thread
+def test_a_damaged_file_of_answers_is_named(
+    models: SavedModels, task_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(ScoreCache, "put", lambda *_: raise_full())
+        by_us(models.base, task_folder, tmp_path, ["sums"])
+    gc.collect()
+    (answers_file,) = (tmp_path / "unfinished").glob("*.db")
+    answers_file.write_bytes(b"no database " * 200)
+    with pytest.raises(OSError, match=f"not a database; if the file is damaged, delete it.*{answers_file}"):
+        by_us(models.base, task_folder, tmp_path, ["sums"])
+    answers_file.unlink()
+    assert len(by_us(models.base, task_folder, tmp_path, ["sums"])["sums"]) == NUM_ROWS["sums"]
+
+
+def raise_full() -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize("place", ["replace", "write"])
@@ -453,17 +508,38 @@ def test_an_adapter_scores_as_the_merged_model(models: SavedModels, task_folder:
     assert answers(adapter)["texts"] != answers(base)["texts"]
 
 
+def put_into_hub_cache(cache: Path, name: str, folder: str, commit: str) -> Path:
+    """As the hub's own client leaves `org/name` there; returns the folder of its files."""
+    snapshot = cache / f"models--org--{name}" / "snapshots" / commit
+    shutil.copytree(folder, snapshot)
+    refs = snapshot.parents[1] / "refs"
+    refs.mkdir()
+    (refs / "main").write_text(commit)
+    return snapshot
+
+
+@pytest.mark.parametrize("has_own", [False, True])
+def test_the_tokenizer_of_an_adapter_on_the_hub(
+    models: SavedModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_own: bool
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    snapshot = put_into_hub_cache(tmp_path, "adapter", models.adapter, "b" * 40)
+    tokenizer = make_tokenizer()
+    of_base = tokenizer.chat_template
+    if has_own:
+        tokenizer.chat_template = "own"
+        tokenizer.save_pretrained(snapshot)
+    loaded = measuring.load_tokenizer(ModelReference.find("org/adapter"))
+    assert loaded.chat_template == ("own" if has_own else of_base)
+
+
 def test_models_on_the_hub_are_told_apart_by_their_commit(
     models: SavedModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A full model and an adapter, which has no config.json; taken from a hub cache made here."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for name, folder, commit in (("base", models.base, "a" * 40), ("adapter", models.adapter, "b" * 40)):
-        snapshot = tmp_path / f"models--org--{name}" / "snapshots" / commit
-        shutil.copytree(folder, snapshot)
-        refs = snapshot.parents[1] / "refs"
-        refs.mkdir()
-        (refs / "main").write_text(commit)
+        put_into_hub_cache(tmp_path, name, folder, commit)
     config = json.loads((Path(models.adapter) / "adapter_config.json").read_text())
     path = tmp_path / "models--org--adapter" / "snapshots" / ("b" * 40) / "adapter_config.json"
     path.write_text(json.dumps({**config, "base_model_name_or_path": "org/base"}))

@@ -14,7 +14,7 @@ def test_right_and_wrong_answers() -> None:
     before = rng.integers(0, 2, 60).astype(float)
     after = np.where(rng.random(60) < 0.2, 1 - before, before)
     result = evaluate.load(METRIC_PATH).compute(predictions=after, references=before)
-    interval = paired_interval([MeanScores(after)], [MeanScores(before)])
+    interval = paired_interval(MeanScores(after), MeanScores(before))
     p_value, right_to_wrong, wrong_to_right = mcnemar(MeanScores(before), MeanScores(after))
     assert result == {
         "baseline": before.mean(),

@@ -240,7 +240,7 @@ def test_page_shows_tables_findings_and_settings(grid, grid_html):
         "no detectable change",
         "flips.jsonl",
         "seeds 0, 1, 2",
-        f"This page has {18 * 4} of retention",
+        f"This page has {18 * 4 + 2} of retention and between methods",
         "no detectable difference",
     ):
         assert shown in page.text

@@ -88,11 +88,12 @@ def test_from_models_to_a_report(
     assert {"report.json", "report.md", "report.html", "flips.jsonl"} <= {path.name for path in out.iterdir()}
     report = json.loads((out / "report.json").read_text())
     assert report["baseline"] == models.base
+    assert report["settings"]["command"].startswith(f"lopt-hf retention --baseline {models.base} --model tuned=")
     assert [result["label"] for result in report["models"]] == ["tuned", models.adapter]
     for result in report["models"]:
         assert {delta["task"] for delta in result["deltas"]} == {"sums", "texts"}
         assert result["gain"]["n"] == 4
-        assert set(result["drift"]) == {"embeddings", "0", "1", "2", "3", "head"}
+        assert set(result["drift"]) == {"embeddings", "0", "1", "2", "3", "rest"}
     rows = [json.loads(line) for line in (out / "flips.jsonl").read_text().splitlines()]
     of_tuned = report["models"][0]["deltas"][0]
     changed = [row for row in rows if (row["model"], row["metric"]) == ("tuned", f"{of_tuned['metric']},none")]
@@ -106,6 +107,13 @@ def test_from_models_to_a_report(
     monkeypatch.setattr(lm_eval, "simple_evaluate", None)
     run(arguments)
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.suffix != ".png"} == written
+
+
+def test_the_help_names_the_packages_of_ifeval(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        retention.main(["--help"])
+    assert 'pip install "lopt_hf[ifeval]"' in capsys.readouterr().out
+    assert '\nifeval = ["lm-eval[ifeval]>=' in (Path(__file__).parents[2] / "pyproject.toml").read_text()
 
 
 def test_no_drift(arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

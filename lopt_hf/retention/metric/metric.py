@@ -47,7 +47,7 @@ class PairedRetention(evaluate.Metric):
         self, predictions: Sequence[float], references: Sequence[float], confidence: float = 0.95, seed: int = 0
     ) -> dict[str, Any]:
         after, before = MeanScores(predictions), MeanScores(references)
-        interval = paired_interval([after], [before], confidence, seed)
+        interval = paired_interval(after, before, confidence, seed)
         result: dict[str, Any] = {
             "baseline": before.total,
             "value": after.total,
