@@ -26,7 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from lopt_hf.callbacks import TrainerBound
 from lopt_hf.retention.deltas import ModelScores, entry_deltas, mean_delta
 from lopt_hf.retention.files import whole_file
-from lopt_hf.retention.measuring import MeasuringSettings, evaluate_tasks, identity_of_task
+from lopt_hf.retention.measuring import SOFTMAX_DTYPE, MeasuringSettings, evaluate_tasks, identity_of_task
 from lopt_hf.retention.results import Delta
 from lopt_hf.retention.scores import TaskScores
 from lopt_hf.retention.suites import SUITES, SuiteTask, load_entries
@@ -200,7 +200,11 @@ def _change(name: str, delta: Delta) -> dict[str, float]:
 def _wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trainer: Trainer, batch_size: int) -> HFLM:
     mixed = {"bf16": "bfloat16", "fp16": "float16"}.get(trainer.accelerator.mixed_precision)
     language_model = HFLM(
-        pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, mixed_precision_dtype=mixed
+        pretrained=model,
+        tokenizer=copy.deepcopy(tokenizer),
+        batch_size=batch_size,
+        softmax_dtype=SOFTMAX_DTYPE,
+        mixed_precision_dtype=mixed,
     )
     state = PartialState()
     if state.num_processes > 1:  # lm-eval takes a model in memory for the only one

@@ -31,6 +31,7 @@ from lopt_hf.retention.scores import ScoreCache, TaskScores, fingerprint
 from lopt_hf.retention.suites import TaskEntry
 
 __all__ = [
+    "SOFTMAX_DTYPE",
     "MeasuringSettings",
     "ModelReference",
     "evaluate_tasks",
@@ -40,6 +41,9 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+# lm-eval adds log-likelihoods up in the logits' type, and bf16 rounds a text's sum of 2,000 nats to a multiple of 8
+SOFTMAX_DTYPE = "float32"
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,7 @@ def load_language_model(reference: ModelReference, settings: MeasuringSettings) 
         pretrained=reference.base,
         revision=reference.revision or "main",
         dtype=settings.dtype,
+        softmax_dtype=SOFTMAX_DTYPE,
         device=str(device),
         batch_size=settings.batch_size,
         max_length=settings.max_length,
@@ -330,6 +335,7 @@ def _identity_of_settings(settings: MeasuringSettings) -> dict[str, Any]:
     used = {"batch_size", "dtype", "apply_chat_template", "max_length"}
     return {
         **{name: value for name, value in asdict(settings).items() if name in used},
+        "softmax_dtype": SOFTMAX_DTYPE,
         "lm_eval": lm_eval.__version__,
         "transformers": transformers.__version__,
         "torch": torch.__version__,

@@ -141,6 +141,15 @@ def test_values_are_lm_evals(models: SavedModels, task_folder: Path, tmp_path: P
     assert len({value for name in TASKS for value in measured[name].values.values()}) > 6  # no row of zeros
 
 
+def test_sums_of_a_bf16_model_are_not_rounded_to_bf16(models: SavedModels, task_folder: Path, tmp_path: Path) -> None:
+    """What lm-eval's own default does, which hides small changes of perplexity."""
+    entries = load_entries([SuiteTask("texts")], [task_folder])
+    settings = MeasuringSettings(dtype="bfloat16")
+    scores = measure_model(ModelReference.find(models.base), entries, settings, ScoreCache(tmp_path))
+    sums = torch.tensor([item[0] for item in scores["texts"].metrics["word_perplexity,none"]])
+    assert (sums.bfloat16().float() != sums).any()
+
+
 def test_two_filters_keep_their_own_responses(models: SavedModels, task_folder: Path, tmp_path: Path) -> None:
     scores = by_us(models.base, task_folder, tmp_path, ["generated"])["generated"]
     strict, flexible = (scores.metrics[f"exact_match,{name}"] for name in ("strict-match", "flexible-extract"))
