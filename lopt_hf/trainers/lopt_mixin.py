@@ -144,7 +144,7 @@ class LoPTMixin(CheckpointMixin):
                     f"early_learning_rate is unset, so the early blocks learn at learning_rate={args.learning_rate:g} "
                     "as in the paper. In fp32 weights that can undo what they knew, since AdamW's step does not "
                     f"shrink with their small gradient. Consider early_learning_rate={args.learning_rate / 10:g}; "
-                    "measured in recipes/smollm2-135m/retention."
+                    "measured in recipes/smollm2-135m."
                 )
 
     def _check_fsdp(self) -> None:
