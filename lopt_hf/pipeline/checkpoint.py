@@ -132,7 +132,7 @@ def publish_when_complete(store: dist.Store, staged: Path, final: Path, plans: S
     Returns:
         Whether this call made the checkpoint complete.
     """
-    if store.add(f"lopt_hf/saved/{final.name}", 1) < len(plans):
+    if store.add(f"saved/{final.name}", 1) < len(plans):
         return False
     Manifest.write(staged, plans, details)
     replaced = staged.parent / f"{final.name}-replaced"

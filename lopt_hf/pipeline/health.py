@@ -13,7 +13,7 @@ __all__ = ["PeerMonitor", "PipelineError"]
 
 BEAT_SECONDS = 1.0
 GRACE_SECONDS = 5.0  # after a failure is known, for the main thread to end by itself
-FAILURE = "lopt_hf/failure"
+FAILURE = "failure"
 DONE = "done"
 
 
@@ -43,7 +43,7 @@ class PeerMonitor:
         self.peers = dict(peers)
         self.timeout = timeout
         self.failure: str | None = None
-        self._store = store
+        self._store = store.clone()  # a connection of its own: the main thread may wait for an answer on the other
         self._failed_at = 0.0
         self._lock = threading.Lock()
         self._stopped = threading.Event()
@@ -83,7 +83,7 @@ class PeerMonitor:
 
     @staticmethod
     def _key(rank: int) -> str:
-        return f"lopt_hf/beat/{rank}"
+        return f"beat/{rank}"
 
     def _note(self, reason: str) -> None:
         with self._lock:

@@ -26,6 +26,9 @@ _WORLD_VARIABLES = (
     "ROLE_RANK",
     "ROLE_WORLD_SIZE",
 )
+# Waiting for another process has no end of its own: a stage may take long. `PeerMonitor` notices who is gone.
+WAIT = timedelta(days=1)
+
 _REFUSED_ENGINES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 
 
@@ -60,7 +63,10 @@ class Rendezvous:
                 )
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             raise ValueError("RANK and WORLD_SIZE are not set; start the pipeline with `accelerate launch`.")
-        store, rank, world_size = next(dist.rendezvous("env://"))
+        shared, rank, world_size = next(dist.rendezvous("env://"))
+        # The launcher's store outlives a restart; what an earlier attempt left in it must not count.
+        store = dist.PrefixStore(f"lopt_hf/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", shared)
+        store.set_timeout(WAIT)
         local_rank = int(os.environ.get("LOCAL_RANK", rank))
         for name in _WORLD_VARIABLES:
             os.environ.pop(name, None)
@@ -147,21 +153,21 @@ def join(
         backend = f"cpu:gloo,{device_type}:{dist.get_default_backend_for_device(device_type)}"
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore("lopt_hf/world", rendezvous.store),
+        store=dist.PrefixStore("world", rendezvous.store),
         rank=rendezvous.rank,
         world_size=rendezvous.world_size,
-        timeout=timedelta(days=1),  # a stage may wait long for its turn; `PeerMonitor` notices who is gone
+        timeout=WAIT,
     )
     mesh = init_device_mesh(device_type, (num_stages, data_parallel), mesh_dim_names=("stage", "data"))
-    # Upstream first, all along the pipeline, or two neighbours would wait for each other.
-    ends = [(stage - 1, stage), (stage, stage + 1)]
-    links = [
-        dist.new_group([int(mesh.mesh[i, replica]) for i in pair], use_local_synchronization=True)
-        if 0 <= pair[0] and pair[1] < num_stages
-        else None
-        for pair in ends
-    ]
-    return PipelineWorld(rendezvous.store, rendezvous.rank, mesh, stage, replica, links[0], links[1], monitor)
+    # Every process takes part in making every group, also those that it is not in, in the same order.
+    links: dict[int, dist.ProcessGroup] = {}
+    for first in range(num_stages - 1):
+        for other in range(data_parallel):
+            pair = [int(mesh.mesh[first, other]), int(mesh.mesh[first + 1, other])]
+            group = dist.new_group(pair)
+            if rendezvous.rank in pair:
+                links[first] = group
+    return PipelineWorld(rendezvous.store, rendezvous.rank, mesh, stage, replica, links.get(stage - 1), links.get(stage), monitor)
 
 
 def launch_command(num_processes: int, arguments: Sequence[str], launcher_arguments: Sequence[str] = ()) -> list[str]:

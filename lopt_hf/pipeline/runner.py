@@ -12,7 +12,6 @@ import shutil
 import time
 import zlib
 from collections.abc import Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from accelerate.data_loader import prepare_data_loader
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -50,7 +49,6 @@ __all__ = ["PipelineTrainer"]
 
 SCHEDULER_FILE = "scheduler.pt"
 TRAINER_STATE_FILE = "trainer_state.json"
-WAIT = timedelta(days=1)  # for another stage that is still alive; `PeerMonitor` ends the wait for one that is not
 
 
 class PipelineTrainer(LoPTTrainer):
@@ -82,6 +80,8 @@ class PipelineTrainer(LoPTTrainer):
         if not self._reports:
             args.disable_tqdm, args.report_to = True, []
         super().__init__(model, args, **kwargs)
+        if not self._reports:
+            self.remove_callback(PrinterCallback)
         self.timeline = Timeline(args.timeline_steps)
         self._input = None if self.plan.is_first else HiddenStateInput(self.stack.layers[self.plan.start])
         self._reducer = GradientReducer(group=world.data_group)
@@ -227,7 +227,7 @@ class PipelineTrainer(LoPTTrainer):
 
     def _agree_on(self, name: str, value: Any) -> None:
         """Raises if another process has another value: the stages would train on different data."""
-        key = f"lopt_hf/agree/{name}"
+        key = f"agree/{name}"
         if self.world.rank == 0:
             self.world.store.set(key, json.dumps(value))
         first = json.loads(self.world.store.get(key))
@@ -267,12 +267,12 @@ class PipelineTrainer(LoPTTrainer):
     def _add_other_stages(self, logs: dict[str, float]) -> None:
         for stage in range(self.plan.index):
             key = self._log_key(stage)
-            self.world.store.wait([key], WAIT)
+            self.world.store.wait([key])
             logs.update(json.loads(self.world.store.get(key)))
             self.world.store.delete_key(key)
 
     def _log_key(self, stage: int) -> str:
-        return f"lopt_hf/log/{self.state.global_step}/{stage}"
+        return f"log/{self.state.global_step}/{stage}"
 
     def _average_over_replicas(self, logs: dict[str, float]) -> None:
         metrics = self._metrics["train"]
@@ -288,11 +288,11 @@ class PipelineTrainer(LoPTTrainer):
     def _collect_timelines(self) -> None:
         if self.args.timeline_steps == 0 or self.world.replica != 0:
             return
-        self.world.store.set(f"lopt_hf/timeline/{self.plan.index}", json.dumps([vars(s) for s in self.timeline.spans]))
+        self.world.store.set(f"timeline/{self.plan.index}", json.dumps([vars(s) for s in self.timeline.spans]))
         if not self._reports:
             return
-        keys = [f"lopt_hf/timeline/{plan.index}" for plan in self.plans]
-        self.world.store.wait(keys, WAIT)
+        keys = [f"timeline/{plan.index}" for plan in self.plans]
+        self.world.store.wait(keys)
         texts = [self.world.store.get(key) for key in keys]
         timelines = [(f"stage {i}", [Span(**span) for span in json.loads(text)]) for i, text in enumerate(texts)]
         output_dir = Path(self.args.output_dir)
@@ -368,7 +368,7 @@ class PipelineTrainer(LoPTTrainer):
         """
         target = Path(output_dir or self.args.output_dir)
         staged = target / "incomplete-model"
-        written = f"lopt_hf/model/{target}"
+        written = f"model/{target}"
         if self.world.replica == 0:
             folder = staged / self.plan.name
             shutil.rmtree(folder, ignore_errors=True)
@@ -379,7 +379,7 @@ class PipelineTrainer(LoPTTrainer):
                     self.processing_class.save_pretrained(target)
                 shutil.rmtree(staged)
                 self.world.store.set(f"{written}/complete", "")
-        self.world.store.wait([f"{written}/complete"], WAIT)
+        self.world.store.wait([f"{written}/complete"])
         if self._reports:
             self.create_model_card(model_name=target.name)
 

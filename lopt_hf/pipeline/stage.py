@@ -99,7 +99,7 @@ class HiddenStateInput:
 
     def __init__(self, layer: nn.Module) -> None:
         self.hidden_BTD: torch.Tensor | None = None
-        layer.register_forward_pre_hook(self._replace, with_kwargs=True)
+        layer.register_forward_pre_hook(self._replace, with_kwargs=True, prepend=True)  # before the boundary
 
     def _replace(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if self.hidden_BTD is None:
@@ -156,6 +156,8 @@ def load_stage(
     )
     model: PreTrainedModel = partial_class.from_pretrained(name_or_path, config=config, **from_pretrained_kwargs)
     model.__class__ = stock_class
+    # `save_pretrained` would write on global rank 0 only, but every stage has its own part to write.
+    model.should_save_on_this_rank = bool  # type: ignore[method-assign, assignment]
     if tied and keeps_head and not plan.is_first:
         embeddings: Any = model.get_input_embeddings()
         model.set_input_embeddings(_AbsentEmbedding(embeddings, find_decoder_stack(model).hidden_size))
