@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, N tokens that count in the loss, D hidden channels, V
 import copy as copying
 import functools
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from lopt_hf.blocks import find_decoder_stack
 from lopt_hf.objectives import LocalBatch
 
-__all__ = ["ReadoutObjective"]
+__all__ = ["ReadoutObjective", "model_after_the_layers"]
 
 IGNORED_LABEL = -100  # transformers, TRL
 
@@ -85,7 +86,8 @@ class ReadoutObjective:
             ValueError: If a weight is not there (on the `meta` device), or if `copy=False` and one is trainable.
         """
         vocabulary_size = model.config.get_text_config(decoder=True).vocab_size
-        return cls(_frozen_readout(model, copy), max(1, max_logits // vocabulary_size))
+        readout = _Readout(model_after_the_layers(model, functools.partial(_frozen, copy=copy)))
+        return cls(readout, max(1, max_logits // vocabulary_size))
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -178,19 +180,27 @@ class _Readout(nn.Module):
         return self.model(inputs_embeds=h_BTD, use_cache=False).logits
 
 
-def _frozen_readout(model: PreTrainedModel, copy: bool) -> nn.Module:
-    # A second model of the same class, without memory: it is traced, then its modules take the frozen weights.
-    with FakeTensorMode():
+def model_after_the_layers(
+    model: PreTrainedModel, take: Callable[[nn.Module, nn.Module], nn.Module]
+) -> PreTrainedModel:
+    """Makes a model of the same class whose decoder only runs what comes after the layers, on `inputs_embeds`.
+
+    Args:
+        model: A causal language model, or the part of one that has its final norm and LM head.
+        take: Gives the module to use for each that runs after the layers. Called with the model's own and with one of
+            the same kind that has no weights.
+    """
+    with FakeTensorMode():  # without memory: it is traced, then its modules are replaced
         shell = _empty_model(model).eval()
         fake_decoder = find_decoder_stack(shell).decoder
         names = _run_after_the_layers(shell)
     decoder, fake_head = model.get_decoder(), shell.get_output_embeddings()
-    tail = {name: _frozen(decoder.get_submodule(name), fake_decoder.get_submodule(name), copy) for name in names}
-    head = _frozen(model.get_output_embeddings(), fake_head, copy)
+    tail = {name: take(decoder.get_submodule(name), fake_decoder.get_submodule(name)) for name in names}
+    head = take(model.get_output_embeddings(), fake_head)
     path = {id(module): name for name, module in shell.named_modules()}
     shell.set_submodule(path[id(fake_decoder)], _AfterTheLayers(tail))
     shell.set_submodule(path[id(fake_head)], head)
-    return _Readout(shell)
+    return shell
 
 
 def _empty_model(model: PreTrainedModel) -> PreTrainedModel:
@@ -228,13 +238,13 @@ def _frozen(module: nn.Module, empty: nn.Module, copy: bool) -> nn.Module:
     Not a deep copy: that would take hooks along, and forwards that are bound to the module they were made for.
     """
     module = _unadapted(module)
-    if any(tensor.is_meta for tensor in module.state_dict().values()):
+    weights = module.state_dict()
+    if any(tensor.is_meta for tensor in weights.values()) or not empty.state_dict().keys() <= weights.keys():
         raise ValueError(
-            f"model: the weights of {type(module).__name__} after the decoder layers are not loaded (device 'meta'); "
-            "load them before making the readout."
+            f"model: the weights of {type(empty).__name__}, after the decoder layers, are not loaded; load them "
+            "before making the readout."
         )
     if not copy or not any(parameter.requires_grad for parameter in module.parameters()):
         return module
-    weights = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
-    empty.load_state_dict(weights, assign=True)
+    empty.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, assign=True)
     return empty.requires_grad_(False)

@@ -126,7 +126,10 @@ def test_only_the_weights_after_the_layers_are_needed():
     model.model.layers.to("meta")
     assert ReadoutObjective.from_model(model).fingerprint == expected
     model.lm_head.to("meta")
-    with pytest.raises(ValueError, match="Linear after the decoder layers are not loaded"):
+    with pytest.raises(ValueError, match="Linear, after the decoder layers, are not loaded"):
+        ReadoutObjective.from_model(model)
+    model.lm_head = torch.nn.Identity()  # stands for a head that another stage has
+    with pytest.raises(ValueError, match="Linear, after the decoder layers, are not loaded"):
         ReadoutObjective.from_model(model)
 
 
