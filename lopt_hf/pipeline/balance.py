@@ -1,4 +1,11 @@
-"""Where to cut a model into stages, so that the slowest is as fast as can be."""
+"""Where to cut a model into stages, so that the slowest is as fast as can be.
+
+```python
+costs = measure_costs("HuggingFaceTB/SmolLM2-135M-Instruct", batch_size=2, seq_length=128)
+split_at = balanced_split(costs, num_stages=2)
+print(format_split(costs, split_at))
+```
+"""
 
 import math
 import operator

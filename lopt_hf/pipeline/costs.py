@@ -16,6 +16,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from peft import PeftConfig, get_peft_model
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -121,6 +122,7 @@ def measure_costs(
     accumulation_steps: int = 1,
     activation_checkpointing: bool = False,
     tied_embeddings: str = "untie",
+    peft_config: PeftConfig | None = None,
     make_optimizer: Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer] | None = None,
     repeats: int = 5,
     least_seconds: float = LEAST_SECONDS,
@@ -144,6 +146,7 @@ def measure_costs(
         accumulation_steps: Micro-batches of an optimizer step.
         activation_checkpointing: Whether the layers run a second time in the backward.
         tied_embeddings: `"untie"` or `"freeze"`, see `LocalLearningArguments`; without effect on untied models.
+        peft_config: The adapter that is trained, if one is.
         make_optimizer: Makes the optimizer of given parameters. Default: fused AdamW, as transformers.
         repeats: Timed runs of each part, at least, of which the median counts. Ours: 5.
         least_seconds: Time to spend on each part, at least.
@@ -158,7 +161,7 @@ def measure_costs(
         raise ValueError(f"objective={objective!r} is unknown; choose 'reconstruction' or 'readout'.")
     if tied_embeddings not in ("untie", "freeze"):
         raise ValueError(f"tied_embeddings={tied_embeddings!r} is unknown; choose 'untie' or 'freeze'.")
-    skeleton = _skeleton(model, dtype, tied_embeddings)
+    skeleton = _skeleton(model, dtype, tied_embeddings, peft_config)
     if activation_checkpointing:
         skeleton.gradient_checkpointing_enable()
     stopwatch = _Stopwatch(torch.device(device), autocast, repeats, least_seconds)
@@ -176,14 +179,20 @@ def _fused_adamw(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def _skeleton(
-    model: str | PretrainedConfig | PreTrainedModel, dtype: torch.dtype, tied_embeddings: str
+    model: str | PretrainedConfig | PreTrainedModel,
+    dtype: torch.dtype,
+    tied_embeddings: str,
+    peft_config: PeftConfig | None,
 ) -> PreTrainedModel:
     """The whole model without memory, on the meta device."""
     config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model
     config = copy.deepcopy(config.config if isinstance(config, PreTrainedModel) else config)
     with torch.device("meta"):
         skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    if tied_embeddings == "untie":
+    if peft_config is not None:
+        with torch.device("meta"):
+            get_peft_model(skeleton, peft_config)  # puts the adapters into the skeleton, and freezes the rest
+    elif tied_embeddings == "untie":
         untie_output_embeddings(skeleton)
     elif skeleton.get_output_embeddings().weight is skeleton.get_input_embeddings().weight:
         skeleton.get_output_embeddings().weight.requires_grad_(False)

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from lopt_hf.pipeline import costs as costs_module
 from lopt_hf.pipeline.balance import balanced_split, format_split, stage_costs
@@ -100,6 +101,16 @@ def test_a_tied_head_trains_a_copy_or_not_at_all():
     assert (untied.embeddings.num_trainable, untied.head.num_trainable) == (weight, weight + norm)
     assert (frozen.embeddings.num_trainable, frozen.head.num_trainable) == (0, norm)
     assert model.config.tie_word_embeddings and model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("objective", ["reconstruction", "readout"])
+def test_of_an_adapter_only_its_own_parameters_train(objective):
+    config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    costs = quick(make_model(tie_word_embeddings=True), objective=objective, peft_config=config)
+    trained = get_peft_model(make_model(), config).get_nb_trainable_parameters()[0]
+    assert sum(layer.num_trainable for layer in costs.layers) == trained
+    assert costs.embeddings.num_trainable == costs.head.num_trainable == 0
+    assert costs.step_seconds > 0 and all(layer.backward > 0 for layer in costs.layers)
 
 
 @pytest.mark.parametrize(
