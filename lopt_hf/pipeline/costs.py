@@ -29,9 +29,7 @@ from lopt_hf.readout import ReadoutObjective, model_after_the_layers
 __all__ = ["ModelCosts", "PartCost", "StageCost", "measure_costs"]
 
 WARMUP_RUNS = 2  # ours: the first run allocates, the second fills the caches
-LEAST_SECONDS = (
-    1.0  # ours: a layer's error is multiplied by the number of layers, so it is timed for at least this long
-)
+LEAST_SECONDS = 1.0  # ours: the error of a layer's time is multiplied by the number of layers
 SFT_OUTPUTS = ("log_probs", "entropy", "is_top1")  # TRL 1.16, SFTTrainer: what its fused LM head computes
 
 
@@ -257,8 +255,8 @@ class _Stopwatch:
 def _return_freed_memory() -> None:
     """Gives freed memory back to the system, as glibc does by itself in the course of a whole stage's step.
 
-    A part that is run again and again would find its pages there, while in a training step it gets new ones: half of
-    the time of SmolLM2's LM head. With `MALLOC_TRIM_THRESHOLD_` set, glibc keeps them in training too.
+    A part that is run again and again would find its pages there, while in a training step it gets new ones: up to half
+    of the time of SmolLM2's LM head. With `MALLOC_TRIM_THRESHOLD_` set, glibc keeps them in training too.
     """
     if platform.libc_ver()[0] == "glibc" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
         ctypes.CDLL(None).malloc_trim(0)

@@ -2,15 +2,20 @@
 
 import itertools
 import random
+import statistics
+from time import perf_counter
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
 from lopt_hf.pipeline import costs as costs_module
 from lopt_hf.pipeline.balance import balanced_split, format_split, stage_costs
 from lopt_hf.pipeline.costs import ModelCosts, PartCost, measure_costs
+from lopt_hf.pretrained import SMOLLM2_ID, resolve_model
 from tests.tiny import FAMILIES, make_model
+from tests.trainers.helpers import make_trainer
 
 NOTHING = PartCost(0.0, 0.0, 0)
 
@@ -169,3 +174,34 @@ def test_one_part_is_in_memory_at_a_time(monkeypatch):
 def test_bad_input(settings, message):
     with pytest.raises(ValueError, match=message):
         measure_costs(make_model().config, **{"batch_size": 1, "seq_length": 4, **settings})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["reconstruction", "readout"])
+def test_the_predicted_shares_of_smollm2s_stages_are_the_real_ones(objective, tmp_path):
+    """One process, both stages in turns: each block's part of a step against what its stage is charged."""
+    checkpoint = resolve_model(SMOLLM2_ID)
+    costs = measure_costs(checkpoint, batch_size=2, seq_length=128, objective=objective)
+    tokens = torch.randint(1000, 40_000, (12, 128)).tolist()
+    trainer = make_trainer(
+        tmp_path,
+        checkpoint,
+        {"train_dataset": Dataset.from_dict({"input_ids": tokens}), "processing_class": None},
+        split_at=[18],
+        local_objective=objective,
+        per_device_train_batch_size=2,
+        max_length=None,
+    )
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    marks, shares = [], []
+    trainer.stack.decoder.register_forward_pre_hook(lambda *args: marks.append(perf_counter()))
+    trainer.stack.layers[17].register_forward_hook(lambda *args: marks.append(perf_counter()))  # after the boundary's
+    for batch in trainer.get_train_dataloader():
+        marks.clear()
+        trainer.model.zero_grad()
+        trainer.training_step(trainer.model, trainer._prepare_inputs(batch), 2 * 127)
+        start, boundary, end = *marks, perf_counter()
+        shares.append((boundary - start) / (end - start))
+    first, last = (stage.total - stage.optimizer for stage in stage_costs(costs, [18]))
+    assert first / (first + last) == pytest.approx(statistics.median(shares[1:]), abs=0.05)
