@@ -255,8 +255,8 @@ class _Stopwatch:
 def _return_freed_memory() -> None:
     """Gives freed memory back to the system, as glibc does by itself in the course of a whole stage's step.
 
-    A part that is run again and again would find its pages there, while in a training step it gets new ones: up to half
-    of the time of SmolLM2's LM head. With `MALLOC_TRIM_THRESHOLD_` set, glibc keeps them in training too.
+    A part that is run again and again would find its pages there, while in a training step it gets new ones: up to
+    half of the time of SmolLM2's LM head. With `MALLOC_TRIM_THRESHOLD_` set, glibc keeps them in training too.
     """
     if platform.libc_ver()[0] == "glibc" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
         ctypes.CDLL(None).malloc_trim(0)
