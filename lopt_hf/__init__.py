@@ -13,6 +13,7 @@ _EXPORTS = {
     "LoPTTrainer": "lopt_hf.trainers.lopt_trainer",
     "LocalBatch": "lopt_hf.objectives",
     "LocalObjective": "lopt_hf.objectives",
+    "ReadoutObjective": "lopt_hf.readout",
     "ReconstructionObjective": "lopt_hf.objectives",
     "RetentionCallback": "lopt_hf.retention.callback",
 }
@@ -21,12 +22,14 @@ __all__ = [
     "LoPTTrainer",
     "LocalBatch",
     "LocalObjective",
+    "ReadoutObjective",
     "ReconstructionObjective",
     "RetentionCallback",
 ]
 
 if TYPE_CHECKING:
     from lopt_hf.objectives import LocalBatch, LocalObjective, ReconstructionObjective
+    from lopt_hf.readout import ReadoutObjective
     from lopt_hf.retention.callback import RetentionCallback
     from lopt_hf.trainers.lopt_config import LoPTConfig
     from lopt_hf.trainers.lopt_trainer import LoPTTrainer

@@ -34,7 +34,8 @@ def read_local_state(checkpoint: str, settings: Mapping[str, Any]) -> dict[str, 
         settings: The block settings of the run that wants to resume.
 
     Raises:
-        ValueError: If the checkpoint is not one of local learning, or was trained with other block settings.
+        ValueError: If the checkpoint is not one of local learning, or was trained with other block settings or
+            through another readout.
     """
     path = Path(checkpoint) / STATE_FILE
     if not path.is_file():
@@ -44,6 +45,11 @@ def read_local_state(checkpoint: str, settings: Mapping[str, Any]) -> dict[str, 
         )
     state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     for name, value in settings.items():
+        if state["settings"].get(name) != value and name == "readout":
+            raise ValueError(
+                f"resume_from_checkpoint={checkpoint!r} learned through a final norm and LM head that are not those "
+                "of this run's model; pass the model that the run started from, not one that was trained since."
+            )
         if state["settings"].get(name) != value:
             raise ValueError(
                 f"resume_from_checkpoint={checkpoint!r} was trained with {name}={state['settings'].get(name)}, but "

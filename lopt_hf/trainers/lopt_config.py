@@ -27,6 +27,10 @@ class LocalLearningArguments(ArgumentsBase):
     Parameters:
         num_blocks: Blocks that the decoder layers are cut into. Paper, Sec. 3: 2; more blocks are the code's.
         split_at: First layer of every block but the first, instead of an even split.
+        local_objective: What the early blocks learn from. `"reconstruction"`: to keep their input recoverable (paper,
+            Sec. 3). `"readout"`: the next token, read through the model's final norm and LM head as they were at the
+            start, at weight 1 for every block (ZeroLock's form, arXiv 2608.07974); the `reconstruction_*` arguments
+            do not apply. An objective that is passed to the trainer takes the place of both.
         reconstruction_weight: lambda, the weight of the mean local loss over the early blocks. Paper, Sec. 3: 10.
         reconstruction_bottleneck: Divisor of the reconstruction head's inner width. Paper, Sec. 3: 4.
         reconstruction_mask: Which positions count in the local loss: `"attention"` leaves padding out (paper, App. L),
@@ -56,6 +60,14 @@ class LocalLearningArguments(ArgumentsBase):
     split_at: list[int] | None = field(
         default=None,
         metadata={"help": "Index of the first layer of every block but the first, instead of an even split."},
+    )
+    local_objective: str = field(
+        default="reconstruction",
+        metadata={
+            "help": "What the early blocks learn from: 'reconstruction' of their input (paper, Sec. 3), or 'readout', "
+            "the next token through the model's own norm and head, frozen as at the start (ZeroLock).",
+            "choices": ["reconstruction", "readout"],
+        },
     )
     reconstruction_weight: float = field(
         default=10.0, metadata={"help": "Weight (lambda) of the mean local loss (paper, Sec. 3: 10)."}
@@ -119,6 +131,7 @@ class LocalLearningArguments(ArgumentsBase):
         # First of all: transformers' own checks need the engine that they are for to be installed.
         self._check_ranges()
         self._check_choices()
+        self._check_objective()
         self.pick_local_backward()
         self._check_engine()
         # transformers refuses bf16, the default of TRL's configs, on a machine without an accelerator unless told
@@ -153,6 +166,22 @@ class LocalLearningArguments(ArgumentsBase):
         if self.local_backward == "joint" or engine is not None:
             return "joint"
         return "eager"
+
+    def _check_objective(self) -> None:
+        if self.local_objective != "readout":
+            return
+        for name in ("reconstruction_weight", "reconstruction_bottleneck", "reconstruction_mask"):
+            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if value != default:
+                raise ValueError(
+                    f"{name}={value!r} does nothing with local_objective='readout', whose weight is 1 and which "
+                    "counts the tokens that have a label; leave it out, or set local_objective to 'reconstruction'."
+                )
+        if self.sharding_engine is not None:
+            raise ValueError(
+                f"local_objective='readout' does not work under {self.sharding_engine}, which shards the norm and "
+                "head that it reads through; set it to 'reconstruction'."
+            )
 
     def _check_engine(self) -> None:
         engine = self.sharding_engine
@@ -195,7 +224,7 @@ class LocalLearningArguments(ArgumentsBase):
             raise ValueError(f"split_at={self.split_at} must be strictly increasing layer indices, from 1 on.")
 
     def _check_choices(self) -> None:
-        for name in ("reconstruction_mask", "local_backward", "clip_scope", "tied_embeddings"):
+        for name in ("local_objective", "reconstruction_mask", "local_backward", "clip_scope", "tied_embeddings"):
             choices = type(self).__dataclass_fields__[name].metadata["choices"]
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(choices)}.")

@@ -22,6 +22,7 @@ from lopt_hf.callbacks import bind_callbacks
 from lopt_hf.distributed import GradientReducer, broadcast_parameters, ignored_by_ddp
 from lopt_hf.drift import WeightDrift
 from lopt_hf.objectives import LocalObjective, ReconstructionObjective
+from lopt_hf.readout import ReadoutObjective
 from lopt_hf.trainers.checkpoint import CheckpointMixin, read_local_state
 from lopt_hf.trainers.checks import check_output_dir
 from lopt_hf.trainers.lopt_config import LocalLearningArguments
@@ -52,7 +53,7 @@ class LoPTMixin(CheckpointMixin):
     `local_loss/block_i` and `drift/block_i` in the logs, and exact resuming.
 
     Args:
-        local_objective: The early blocks' objective. Default: LoPT's reconstruction.
+        local_objective: The early blocks' objective. Default: the one that `args.local_objective` names.
         *trainer_args: Positional arguments of the TRL trainer.
         **trainer_kwargs: Keyword arguments of the TRL trainer.
 
@@ -77,10 +78,7 @@ class LoPTMixin(CheckpointMixin):
             for parameter in self._early_parameters():
                 parameter.requires_grad_(False)
         self._check_trainable()
-        objective = local_objective or ReconstructionObjective(
-            args.reconstruction_bottleneck, masked=args.reconstruction_mask == "attention"
-        )
-        self._objective_name = type(objective).__name__
+        objective = self._objective = local_objective or self._make_objective(base_model)
         learning = self.early_blocks if args.train_early_blocks else []
         self.local_heads = make_heads(objective, self.stack.hidden_size, self.blocks, self.args.seed, only=learning)
         for block in learning:
@@ -93,7 +91,7 @@ class LoPTMixin(CheckpointMixin):
             self.blocks,
             objective,
             self.local_heads,
-            weight=args.reconstruction_weight / (len(self.blocks) - 1),
+            weight=self._local_weight(),
             mode=args.pick_local_backward(),
             router_coefficient=self._router_coefficient(),
             early_blocks=self.early_blocks,
@@ -116,6 +114,18 @@ class LoPTMixin(CheckpointMixin):
         """As the parent's; a callback that logs through its trainer is told which it is."""
         super().add_callback(callback)
         bind_callbacks(self.callback_handler.callbacks, self)
+
+    def _make_objective(self, base_model: PreTrainedModel) -> LocalObjective:
+        args: LocalLearningArguments = self.args
+        if args.local_objective == "readout":
+            return ReadoutObjective.from_model(base_model)
+        return ReconstructionObjective(args.reconstruction_bottleneck, masked=args.reconstruction_mask == "attention")
+
+    def _local_weight(self) -> float:
+        """The factor of each early block's loss."""
+        if isinstance(self._objective, ReadoutObjective):
+            return 1.0  # ZeroLock: a block learns the next token as the last one does
+        return self.args.reconstruction_weight / (len(self.blocks) - 1)
 
     def _device_of(self, block: Block) -> torch.device:
         """Where a block ends: a model may be spread over devices, or not yet be on its own (FSDP)."""
@@ -329,7 +339,8 @@ class LoPTMixin(CheckpointMixin):
         return {
             "num_blocks": len(self.blocks),
             "split_at": [block.start for block in self.blocks[1:]],
-            "local_objective": self._objective_name,
+            "local_objective": type(self._objective).__name__,
+            "readout": self._objective.fingerprint if isinstance(self._objective, ReadoutObjective) else None,
             "reconstruction_bottleneck": self.args.reconstruction_bottleneck,
             "tied_embeddings": self.args.tied_embeddings,
             "train_early_blocks": self.args.train_early_blocks,

@@ -28,7 +28,7 @@ class LoPTTrainer(LoPTMixin, SFTTrainer):
     Args:
         model: Model id, local folder, or a `transformers` causal language model, PEFT-wrapped or not.
         args: Training arguments. Default: `LoPTConfig` with the output folder `<model>-LoPT`.
-        local_objective: The early blocks' objective. Default: LoPT's reconstruction.
+        local_objective: The early blocks' objective. Default: the one that `args.local_objective` names.
         *sft_args: The remaining positional arguments of `SFTTrainer`.
         **sft_kwargs: The keyword arguments of `SFTTrainer`.
 

@@ -51,7 +51,9 @@ def test_two_processes_equal_one(tmp_path, checkpointing, accumulation):
     assert_same_weights(two, snapshot(one))
 
 
-@pytest.mark.parametrize("options", [("--num_blocks", 4), ("--local_backward", "joint")])
+@pytest.mark.parametrize(
+    "options", [("--num_blocks", 4), ("--local_backward", "joint"), ("--local_objective", "readout")]
+)
 def test_two_processes_equal_one_with_other_settings(tmp_path, options):
     two = launch(tmp_path / "two", *options)
     name, value = options

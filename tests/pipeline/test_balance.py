@@ -1,0 +1,207 @@
+"""Balanced cuts against brute force, and the costs they rest on for every family."""
+
+import itertools
+import random
+import statistics
+from time import perf_counter
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+
+from lopt_hf.pipeline import costs as costs_module
+from lopt_hf.pipeline.balance import balanced_split, format_split, stage_costs
+from lopt_hf.pipeline.costs import ModelCosts, PartCost, measure_costs
+from lopt_hf.pretrained import SMOLLM2_ID, resolve_model
+from tests.tiny import FAMILIES, make_model
+from tests.trainers.helpers import make_trainer
+
+NOTHING = PartCost(0.0, 0.0, 0)
+
+
+def random_costs(seed, num_layers):
+    rng = random.Random(seed)
+
+    def part(scale=1.0):
+        return PartCost(scale * rng.random(), scale * rng.random(), rng.randrange(10**6))
+
+    layers = tuple(part() for _ in range(num_layers))
+    return ModelCosts(part(), layers, part(3), part(5), step_seconds=rng.choice([0.0, 1e-6]), accumulation_steps=2)
+
+
+def slowest(costs, split_at):
+    return max(stage.total for stage in stage_costs(costs, split_at))
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("seed", range(8))
+def test_no_cut_has_a_faster_slowest_stage(seed, num_stages):
+    costs = random_costs(seed, num_layers=7 + seed % 3)
+    cuts = itertools.combinations(range(1, len(costs.layers)), num_stages - 1)
+    best = min(slowest(costs, cut) for cut in cuts)
+    split_at = balanced_split(costs, num_stages)
+    assert len(split_at) == num_stages - 1
+    assert slowest(costs, split_at) == best
+
+
+def test_more_stages_than_layers():
+    with pytest.raises(ValueError, match="num_stages=5 does not fit a model with 4 decoder layers"):
+        balanced_split(random_costs(0, 4), 5)
+
+
+def test_what_a_stage_is_charged():
+    layer, part = PartCost(1.0, 2.0, 10), PartCost(100.0, 200.0, 1000)
+    costs = ModelCosts(part, (layer,) * 4, PartCost(5.0, 6.0, 7), PartCost(30.0, 60.0, 500), 0.5, accumulation_steps=2)
+    first, middle, last = stage_costs(costs, [1, 3])
+    assert (first.forward, first.backward, first.local) == (101.0, 202.0, 11.0)
+    assert (middle.forward, middle.backward, middle.local) == (2.0, 4.0, 11.0)
+    assert (last.forward, last.backward, last.local) == (31.0, 62.0, 0.0)
+    assert [stage.optimizer for stage in (first, middle, last)] == [1017 * 0.25, 27 * 0.25, 510 * 0.25]
+    assert first.total == 101 + 202 + 11 + 1017 * 0.25
+
+
+def test_a_head_that_costs_four_layers_moves_the_cut():
+    layer = PartCost(1.0, 2.0, 0)
+    costs = ModelCosts(NOTHING, (layer,) * 12, NOTHING, PartCost(4.0, 8.0, 0), 0.0)
+    assert balanced_split(costs, 2) == [8]
+    stages = stage_costs(costs, balanced_split(costs, 4))
+    assert stages[-1].total == 15.0  # the slowest, and the others are as even as that allows
+    assert sorted(stage.total for stage in stages[:-1]) == [9.0, 12.0, 12.0]
+
+
+def test_the_table_names_every_stage():
+    costs = ModelCosts(NOTHING, (PartCost(0.01, 0.02, 0),) * 6, PartCost(0.004, 0.0, 0), PartCost(0.03, 0.0, 0), 0.0)
+    header, _, first, second = format_split(costs, [4]).splitlines()
+    assert "layers" in header and "backward (ms)" in header
+    assert first == "| 0 | 0-3 | 40.0 | 80.0 | 4.0 | 0.0 | 124.0 | 100% |"
+    assert second == "| 1 | 4-5 | 50.0 | 40.0 | 0.0 | 0.0 | 90.0 | 73% |"
+
+
+# ---- Measured costs ----
+
+
+def quick(model, **settings):
+    return measure_costs(model, batch_size=2, seq_length=8, repeats=1, least_seconds=0.0, **settings)
+
+
+@pytest.mark.parametrize("objective", ["reconstruction", "readout"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_measured(family, objective):
+    model = make_model(family)
+    costs = quick(model, objective=objective, activation_checkpointing=objective == "readout")
+    parts = [costs.embeddings, *costs.layers, costs.head]
+    assert len(costs.layers) == 4 and all(part.forward > 0 and part.backward > 0 for part in parts)
+    assert costs.objective.forward > 0 and costs.step_seconds > 0
+    head = model.get_output_embeddings().weight
+    copied = head.numel() if head is model.get_input_embeddings().weight else 0  # by untying
+    assert sum(part.num_trainable for part in parts) == model.num_parameters() + copied
+    assert len(balanced_split(costs, 2)) == 1
+
+
+def test_a_tied_head_trains_a_copy_or_not_at_all():
+    model = make_model(tie_word_embeddings=True)
+    weight, norm = model.lm_head.weight.numel(), model.model.norm.weight.numel()
+    untied, frozen = quick(model), quick(model, tied_embeddings="freeze")
+    assert (untied.embeddings.num_trainable, untied.head.num_trainable) == (weight, weight + norm)
+    assert (frozen.embeddings.num_trainable, frozen.head.num_trainable) == (0, norm)
+    assert model.config.tie_word_embeddings and model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("objective", ["reconstruction", "readout"])
+def test_of_an_adapter_only_its_own_parameters_train(objective):
+    config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    costs = quick(make_model(tie_word_embeddings=True), objective=objective, peft_config=config)
+    trained = get_peft_model(make_model(), config).get_nb_trainable_parameters()[0]
+    assert sum(layer.num_trainable for layer in costs.layers) == trained
+    assert costs.embeddings.num_trainable == costs.head.num_trainable == 0
+    assert costs.step_seconds > 0 and all(layer.backward > 0 for layer in costs.layers)
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "kinds"),
+    [
+        ("llama", {}, 1),
+        ("gemma2", {}, 2),  # sliding and full attention
+        ("qwen3_moe", {"decoder_sparse_step": 2}, 2),  # dense and sparse
+        ("smollm3", {"no_rope_layers": [1, 1, 1, 0]}, 2),
+    ],
+)
+def test_layers_of_one_kind_are_measured_once(family, overrides, kinds, monkeypatch):
+    measured = []
+    run_layer = costs_module._run_layer
+    monkeypatch.setattr(
+        costs_module, "_run_layer", lambda layer, call: measured.append(id(layer)) or run_layer(layer, call)
+    )
+    quick(make_model(family, **overrides))
+    assert len(set(measured)) == kinds
+
+
+def test_one_part_is_in_memory_at_a_time(monkeypatch):
+    """And nothing of it stays: neither weights, nor what drawing them did to the random state."""
+    skeletons, present = [], []
+    make_skeleton, measure = costs_module._skeleton, costs_module._Stopwatch.measure
+
+    def note_skeleton(*args):
+        skeletons.append(make_skeleton(*args))
+        return skeletons[0]
+
+    def note_present(self, forward, parameters):
+        here = [name for name, parameter in skeletons[0].named_parameters() if not parameter.is_meta]
+        present.append({name.removeprefix("transformer.").rsplit(".", 1)[0].split(".attn")[0] for name in here})
+        return measure(self, forward, parameters)
+
+    monkeypatch.setattr(costs_module, "_skeleton", note_skeleton)
+    monkeypatch.setattr(costs_module._Stopwatch, "measure", note_present)
+    config = make_model("gpt2").config
+    before = torch.get_rng_state()
+    quick(config, objective="readout")
+    layer = {"h.0", "h.0.ln_1", "h.0.ln_2", "h.0.mlp.c_fc", "h.0.mlp.c_proj"}
+    assert present == [{"wte", "wpe", "ln_f"}, layer, {"ln_f", "lm_head"}, {"ln_f", "lm_head"}]
+    assert all(parameter.is_meta for parameter in skeletons[0].parameters())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0 is too low"),
+        ({"repeats": 0}, "repeats=0 is too low"),
+        ({"objective": "contrastive"}, "objective='contrastive' is unknown; choose 'reconstruction' or 'readout'"),
+        ({"tied_embeddings": "tie"}, "tied_embeddings='tie' is unknown"),
+    ],
+)
+def test_bad_input(settings, message):
+    with pytest.raises(ValueError, match=message):
+        measure_costs(make_model().config, **{"batch_size": 1, "seq_length": 4, **settings})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["reconstruction", "readout"])
+def test_the_predicted_shares_of_smollm2s_stages_are_the_real_ones(objective, tmp_path):
+    """One process, both stages in turns: each block's part of a step against what its stage is charged."""
+    checkpoint = resolve_model(SMOLLM2_ID)
+    costs = measure_costs(checkpoint, batch_size=2, seq_length=128, objective=objective)
+    tokens = torch.randint(1000, 40_000, (12, 128)).tolist()
+    trainer = make_trainer(
+        tmp_path,
+        checkpoint,
+        {"train_dataset": Dataset.from_dict({"input_ids": tokens}), "processing_class": None},
+        split_at=[18],
+        local_objective=objective,
+        per_device_train_batch_size=2,
+        max_length=None,
+    )
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    marks, shares = [], []
+    trainer.stack.decoder.register_forward_pre_hook(lambda *args: marks.append(perf_counter()))
+    trainer.stack.layers[17].register_forward_hook(lambda *args: marks.append(perf_counter()))  # after the boundary's
+    for batch in trainer.get_train_dataloader():
+        marks.clear()
+        trainer.model.zero_grad()
+        trainer.training_step(trainer.model, trainer._prepare_inputs(batch), 2 * 127)
+        start, boundary, end = *marks, perf_counter()
+        shares.append((boundary - start) / (end - start))
+    first, last = (stage.total - stage.optimizer for stage in stage_costs(costs, [18]))
+    assert first / (first + last) == pytest.approx(statistics.median(shares[1:]), abs=0.05)
