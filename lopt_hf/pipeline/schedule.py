@@ -17,9 +17,21 @@ import numpy as np
 
 from lopt_hf.pipeline.schedule_engine import Floats, Timing, run_shared, run_unshared
 from lopt_hf.pipeline.schedule_orders import SCHEDULES, Kind, Orders, link_program, make_orders, rounds_of
-from lopt_hf.pipeline.timeline import Event
+from lopt_hf.pipeline.schedule_timeline import Event
 
-__all__ = ["SCHEDULES", "ScheduleResult", "StageTimes", "Workload", "closed_form_bubble", "simulate"]
+__all__ = [
+    "SCHEDULES",
+    "ScheduleResult",
+    "StageTimes",
+    "UnfitWorkloadError",
+    "Workload",
+    "closed_form_bubble",
+    "simulate",
+]
+
+
+class UnfitWorkloadError(ValueError):
+    """A schedule cannot run with so many micro-batches."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +55,8 @@ class StageTimes:
             values = getattr(self, name)
             if len(values) != len(self.forward):
                 raise ValueError(
-                    f"{name}={list(values)} has {len(values)} values but forward has {len(self.forward)}; give one for "
-                    "each stage."
+                    f"{name}={list(values)} has {len(values)} values but forward has {len(self.forward)}; "
+                    "give one for each stage."
                 )
             if not all(0 <= value < math.inf for value in values):
                 raise ValueError(f"{name}={list(values)}: times are finite and not negative.")
@@ -77,7 +89,7 @@ class Workload:
         message_bytes: Size of a micro-batch's hidden states, and of their gradients.
         bandwidth: Of each link between neighbours, each direction on its own, in bytes per second.
         latency: Of each message, in seconds.
-        channel_depth: Of a PPLL channel: receives posted ahead, and sends left unfinished.
+        channel_depth: Hidden states that wait at each end of a PPLL channel, beside the one that is under way.
         virtual_stages: Stages on each rank in `interleaved`.
         cores: Cores that all stages share; default: a device for each stage.
         weight_share: Part of the backward that computes gradients of weights, which `zero-bubble` puts off.
@@ -88,7 +100,7 @@ class Workload:
     message_bytes: float = 0.0
     bandwidth: float = math.inf
     latency: float = 0.0
-    channel_depth: int = 2  # ours: the smallest that lets a transfer overlap with computing
+    channel_depth: int = 2  # ours, as in `PipelineConfig`
     virtual_stages: int = 2  # ours: the smallest that interleaves
     cores: float | None = None
     weight_share: float = 0.5  # matrix products of inputs and of weights cost the same (arXiv 2401.10241, Sec. 2)
@@ -149,15 +161,21 @@ class ScheduleResult:
         each = sum(times.forward) + sum(times.backward)
         return (self.workload.microbatches * each + sum(times.optimizer)) / self.step_seconds
 
-    def events(self) -> Iterator[Event]:
-        """Everything that the stages computed in the simulated run, stage by stage."""
+    def events(self, steps: int) -> Iterator[Event]:
+        """What the stages compute in the first steps, stage by stage.
+
+        Args:
+            steps: How many optimizer steps; end-to-end schedules have simulated two, ppll three or more.
+        """
         orders, timing = self._orders, self._timing
-        ranks = len(orders.kind_KA)
+        ranks, actions = orders.kind_KA.shape
+        last = actions * steps * self.workload.microbatches // orders.num_microbatches
         columns = (orders.kind_KA, orders.stage_KA, orders.microbatch_KA, timing.start, timing.end)
-        rows = zip(*(column.reshape(-1).tolist() for column in columns), strict=True)
+        rows = zip(*(column.reshape(ranks, actions)[:, :last].flat for column in columns), strict=True)
         for kind, stage, microbatch, start, end in rows:
             if end > start:
-                yield Event(stage % ranks, Kind(kind).name.lower(), microbatch, start, end, chunk=stage // ranks)
+                rank, chunk = int(stage % ranks), int(stage // ranks)
+                yield Event(rank, Kind(kind).name.lower(), int(microbatch), float(start), float(end), chunk)
 
 
 def simulate(schedule: str, workload: Workload) -> ScheduleResult:
@@ -168,7 +186,8 @@ def simulate(schedule: str, workload: Workload) -> ScheduleResult:
         workload: What is trained, and on what.
 
     Raises:
-        ValueError: If there is no such schedule, or if the micro-batches do not fit it.
+        ValueError: If there is no such schedule.
+        UnfitWorkloadError: If the micro-batches do not fit it.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule={schedule!r}: choose among {', '.join(SCHEDULES)}.")
@@ -178,8 +197,10 @@ def simulate(schedule: str, workload: Workload) -> ScheduleResult:
     steps = _steps(chosen.is_local, workload)
     orders = make_orders(chosen, ranks, chunks, workload.microbatches, steps.total)
     seconds_KA = _seconds(workload, chunks, orders, puts_weights_off=schedule == "zero-bubble")
-    transfer = workload.message_bytes / workload.bandwidth
-    program = link_program(chosen, orders, seconds_KA, transfer, workload.latency, workload.channel_depth)
+    transfer, latency = workload.message_bytes / workload.bandwidth, workload.latency
+    if chosen.is_local:  # its channel has one message under way at a time
+        transfer, latency = transfer + latency, 0.0
+    program = link_program(chosen, orders, seconds_KA, transfer, latency, workload.channel_depth)
     timing = run_unshared(program) if workload.cores is None else run_shared(program, workload.cores)
     return _result(schedule, workload, steps, orders, timing)
 
@@ -204,7 +225,7 @@ def _steps(is_local: bool, workload: Workload) -> _Steps:
     depth = workload.channel_depth
     microbatches = 4 * depth
     if workload.cores is not None:  # early and late stages must be measured while all others are at work, too
-        microbatches = max(microbatches, (depth + 2) * workload.times.num_stages)
+        microbatches = max(microbatches, 2 * (depth + 2) * workload.times.num_stages)
     each = math.ceil(microbatches / workload.microbatches)
     return _Steps(each, each, each)
 
@@ -212,9 +233,9 @@ def _steps(is_local: bool, workload: Workload) -> _Steps:
 def _check_rounds(schedule: str, ranks: int, chunks: int, microbatches: int) -> None:
     rounds = rounds_of(ranks, microbatches)
     if chunks > 1 and microbatches % rounds:
-        raise ValueError(
-            f"microbatches={microbatches}: {schedule} deals them out in {rounds} equal rounds of at least "
-            f"stages={ranks}; use a multiple of {ranks}."
+        raise UnfitWorkloadError(
+            f"microbatches={microbatches} with stages={ranks}: {schedule} deals micro-batches out in {rounds} equal "
+            f"rounds; use a multiple of {ranks}."
         )
 
 
@@ -241,7 +262,9 @@ def _result(schedule: str, workload: Workload, steps: _Steps, orders: Orders, ti
     # A step ends when its last stage has ended it: stage 0 end-to-end, the last one with local learning.
     step_seconds = float(end_KA[:, last - 1].max() - end_KA[:, first - 1].max()) / steps.measured
     busy_K = (end_KA - start_KA)[:, first:last].sum(axis=1) / steps.measured
-    is_first = (orders.stage_KA == orders.num_stages - 1) & (orders.microbatch_KA == 0) & (orders.kind_KA == Kind.FORWARD)
+    is_first = (
+        (orders.stage_KA == orders.num_stages - 1) & (orders.microbatch_KA == 0) & (orders.kind_KA == Kind.FORWARD)
+    )
     return ScheduleResult(
         schedule=schedule,
         workload=workload,
@@ -266,8 +289,9 @@ def _peak_in_flight(orders: Orders, chunks: int) -> tuple[float, ...]:
 def closed_form_bubble(schedule: str, workload: Workload) -> float | None:
     """The share of the time in which stages idle if all are equal and messages and optimizer steps cost nothing.
 
-    Sources: GPipe (arXiv 1811.06965, Sec. 2.3); 1F1B and interleaved (arXiv 2104.04473, Sec. 2.2), given there relative
-    to the computing time; zero bubble (arXiv 2401.10241, Tab. 1, ZB-H1). Local learning has none after the fill.
+    Sources: GPipe (arXiv 1811.06965, Sec. 2.3); 1F1B and interleaved (arXiv 2104.04473, Sec. 2.2), given there
+    relative to the computing time; zero bubble (arXiv 2401.10241, Tab. 1, ZB-H1). Local learning has none after the
+    fill.
 
     Args:
         schedule: A name of `SCHEDULES`.

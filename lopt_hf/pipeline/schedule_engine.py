@@ -28,9 +28,9 @@ class Program:
     """What each rank does, in order, and the messages between them.
 
     A rank does its actions one after the other. An action starts when the one before has ended and the messages it
-    waits for are complete. A message is a rendezvous, as with NCCL and gloo: its transfer begins when it has been sent,
-    its receive has been posted and the link has done the messages before it; it completes for both sides when it is
-    through.
+    waits for are complete. A message is a rendezvous, as with NCCL and gloo: its transfer begins when it has been
+    sent, its receive has been posted and the link has done the messages before it; it completes for both sides when
+    it is through.
 
     "Stamps" number the moments of a run: 0 is its start, `2 a + 1` and `2 a + 2` are the start and the end of action
     `a`. Actions are numbered rank by rank.
@@ -178,7 +178,11 @@ class _Events:
         self.next_message = program.link_messages[:-1].tolist()
         self.link_is_busy = [False] * len(self.next_message)
         # Lists, because reading single values of an array takes several times as long.
-        self.seconds, self.arrival, self.sent = program.seconds.tolist(), program.arrival.tolist(), program.sent.tolist()
+        self.seconds, self.arrival, self.sent = (
+            program.seconds.tolist(),
+            program.arrival.tolist(),
+            program.sent.tolist(),
+        )
         self.last_action, self.last_message = program.rank_actions[1:].tolist(), program.link_messages[1:].tolist()
         self.queue, self.link_of = program.queue.tolist(), _link_of_each_message(program)
         self.send_stamp, self.receive_stamp = program.send_stamp.tolist(), program.receive_stamp.tolist()
@@ -271,6 +275,6 @@ def _check_finished(next_action: Integers, program: Program) -> None:
         rank = int(waiting[0])
         done = int(next_action[rank] - program.rank_actions[rank])
         raise ScheduleDeadlockError(
-            f"the schedule never ends: {len(waiting)} ranks wait for each other; rank {rank} waits after {done} of its "
-            f"{int(program.rank_actions[rank + 1] - program.rank_actions[rank])} actions."
+            f"the schedule never ends: {len(waiting)} ranks wait for each other; rank {rank} waits after {done} of "
+            f"its {int(program.rank_actions[rank + 1] - program.rank_actions[rank])} actions."
         )

@@ -50,11 +50,11 @@ class Schedule:
 
     Attributes:
         order: Makes (kind, local stage, micro-batch) of one rank for one optimizer step, without the step itself, from
-            rank, ranks, virtual stages and micro-batches.
-        receives: When a receive is posted: `on_use`, right before the rank waits for it; `ahead`, early enough never to
-            hold a message up; `bounded`, by the depth of the channel.
-        sends: When a rank waits for messages of its own: `at_turns`, between forwards and backwards; `one_ahead`, before
-            the next one may be sent; `at_step`, at the end of the step; `bounded`, by the depth of the channel.
+            rank, ranks, virtual stages and micro-batches; (3, actions).
+        receives: When a receive is posted: `on_use`, right before the rank waits for it; `ahead`, early enough never
+            to hold a message up; `bounded`, by the depth of the channel.
+        sends: When a rank waits for messages of its own: `at_turns`, between forwards and backwards; `one_ahead`,
+            before the next may be sent; `at_step`, at the end of the step; `bounded`, by the depth of the channel.
         summary: What it is, in a line.
         is_local: Whether stages learn locally: no gradient messages and no flush.
         has_virtual_stages: Whether a rank may hold more than one stage.
@@ -185,7 +185,8 @@ def link_program(
         seconds_KA: Time of each action.
         transfer_seconds: Time for which a message occupies its link.
         latency_seconds: Time that a message takes beyond that.
-        channel_depth: Receives posted ahead, and sends left unfinished, where `schedule` bounds them.
+        channel_depth: Messages that wait at each end of a link, beside the one that is under way, where `schedule`
+            bounds them.
     """
     ranks, actions = orders.kind_KA.shape
     arrival_KA, own_KA = _messages(schedule, orders)
@@ -241,7 +242,8 @@ def _receive_stamps(schedule: Schedule, orders: Orders, number_KA: Integers, cha
         return end_of_previous_KA
     stamps_KA = np.zeros_like(number_KA)
     forwards = np.flatnonzero(orders.kind_KA[0] == Kind.FORWARD)  # in the same columns on all ranks
-    stamps_KA[:, forwards[channel_depth:]] = 2 * number_KA[:, forwards[:-channel_depth]] + 1
+    ahead = channel_depth + 1
+    stamps_KA[:, forwards[ahead:]] = 2 * number_KA[:, forwards[:-ahead]] + 1
     return stamps_KA
 
 
@@ -255,8 +257,9 @@ def _awaited_sends(schedule: Schedule, orders: Orders, own_KA: Integers, channel
         return np.where(turns, one_before, two_before)
     if schedule.sends == "at_step":
         return _last_sends_of_steps(orders, own_KA)
-    is_sent = (one_before >= 0) & (_shifted(orders.microbatch_KA, 1) >= channel_depth)
-    return np.where(is_sent, one_before - channel_depth, NO_MESSAGE)
+    unfinished = channel_depth + 1
+    is_sent = (one_before >= 0) & (_shifted(orders.microbatch_KA, 1) >= unfinished)
+    return np.where(is_sent, one_before - unfinished, NO_MESSAGE)
 
 
 def _last_sends_of_steps(orders: Orders, own_KA: Integers) -> Integers:

@@ -26,16 +26,20 @@ __all__ = ["measure_schedules"]
 
 MEASURED_STEPS = 3
 BYTES_PER_VALUE = 4
+TORCH_SCHEDULES: dict[str, Callable[..., Any]] = {
+    "gpipe": ScheduleGPipe,
+    "1f1b": Schedule1F1B,
+    "interleaved": ScheduleInterleaved1F1B,
+    "zero-bubble": ScheduleInterleavedZeroBubble,
+}
+SEVERAL_STAGES = ("interleaved", "zero-bubble")  # these take a list
 
 
-def measure_schedules(
-    results: Sequence[ScheduleResult], progress: Callable[[int], object] = lambda count: None
-) -> list[float]:
+def measure_schedules(results: Sequence[ScheduleResult]) -> list[float]:
     """Runs schedules with sleeping stages, one process for each stage.
 
     Args:
         results: What was simulated; each is run with its own workload.
-        progress: Called with the number of schedules that were just run.
 
     Returns:
         The time of an optimizer step of each, in seconds.
@@ -49,8 +53,9 @@ def measure_schedules(
     seconds: dict[int, float] = {}
     for ranks in sorted({result.workload.times.num_stages for result in results}):
         chosen = [index for index, result in enumerate(results) if result.workload.times.num_stages == ranks]
-        seconds |= zip(chosen, _launch(ranks, [(results[i].schedule, results[i].workload) for i in chosen]), strict=True)
-        progress(len(chosen))
+        seconds |= zip(
+            chosen, _launch(ranks, [(results[i].schedule, results[i].workload) for i in chosen]), strict=True
+        )
     return [seconds[index] for index in range(len(results))]
 
 
@@ -130,23 +135,29 @@ class _SleepingStage(nn.Module):
 
 def _end_to_end_step(schedule: str, workload: Workload, rank: int) -> Callable[[], Any]:
     """A step of one of torch's schedules, without the optimizer's."""
-    times, ranks = workload.times, workload.times.num_stages
-    chunks = workload.virtual_stages if schedule == "interleaved" else 1
-    weight = times.backward[rank] * workload.weight_share if schedule == "zero-bubble" else 0.0
-    puts_off = {"dw_builder": lambda: lambda: time.sleep(weight)} if schedule == "zero-bubble" else {}
-    module = _SleepingStage(times.forward[rank] / chunks, (times.backward[rank] - weight) / chunks)
-    stages = [
-        PipelineStage(module, chunk * ranks + rank, chunks * ranks, torch.device("cpu"), **puts_off)
-        for chunk in range(chunks)
-    ]
-    several = {"interleaved": ScheduleInterleaved1F1B, "zero-bubble": ScheduleInterleavedZeroBubble}.get(schedule)
-    single = Schedule1F1B if schedule == "1f1b" else ScheduleGPipe
-    options = {"n_microbatches": workload.microbatches, "loss_fn": lambda output, target: output.mean()}
-    runner = several(stages, **options) if several else single(stages[0], **options)
+    ranks = workload.times.num_stages
+    stages = _stages(schedule, workload, rank)
+    runner = TORCH_SCHEDULES[schedule](
+        stages if schedule in SEVERAL_STAGES else stages[0],
+        n_microbatches=workload.microbatches,
+        loss_fn=lambda output, target: output.mean(),
+    )
     inputs_MN = torch.zeros(workload.microbatches, _values(workload))
     arguments = (inputs_MN,) if rank == 0 else ()
     targets = {"target": torch.zeros(workload.microbatches)} if rank == ranks - 1 else {}
     return lambda: runner.step(*arguments, **targets, return_outputs=False)
+
+
+def _stages(schedule: str, workload: Workload, rank: int) -> list[PipelineStage]:
+    times, ranks = workload.times, workload.times.num_stages
+    chunks = workload.virtual_stages if schedule == "interleaved" else 1
+    weight = times.backward[rank] * workload.weight_share if schedule == "zero-bubble" else 0.0
+    module = _SleepingStage(times.forward[rank] / chunks, (times.backward[rank] - weight) / chunks)
+    puts_off = (lambda: lambda: time.sleep(weight)) if schedule == "zero-bubble" else None
+    return [
+        PipelineStage(module, chunk * ranks + rank, chunks * ranks, torch.device("cpu"), dw_builder=puts_off)
+        for chunk in range(chunks)
+    ]
 
 
 class _LocalStage:
@@ -157,7 +168,7 @@ class _LocalStage:
         self.to_receive = (1 + MEASURED_STEPS) * workload.microbatches if rank > 0 else 0
         self.receives: deque[tuple[dist.Work, torch.Tensor]] = deque()
         self.sends: deque[tuple[dist.Work, torch.Tensor]] = deque()
-        for _ in range(workload.channel_depth):
+        for _ in range(workload.channel_depth + 1):
             self._post_receive()
 
     def step(self) -> None:
@@ -175,7 +186,9 @@ class _LocalStage:
         if self.to_receive:
             self.to_receive -= 1
             hidden_1N = torch.empty(1, _values(self.workload))
-            self.receives.append((dist.irecv(hidden_1N, self.rank - 1), hidden_1N))
+            work = dist.irecv(hidden_1N, self.rank - 1)
+            assert work is not None  # the types of torch: `None` on ranks outside the group
+            self.receives.append((work, hidden_1N))
 
     def _receive(self) -> torch.Tensor:
         if self.rank == 0:
@@ -188,8 +201,10 @@ class _LocalStage:
     def _send(self, hidden_1N: torch.Tensor) -> None:
         if self.rank == self.workload.times.num_stages - 1:
             return
-        self._finish_sends(self.workload.channel_depth - 1)
-        self.sends.append((dist.isend(hidden_1N, self.rank + 1), hidden_1N))
+        self._finish_sends(self.workload.channel_depth)
+        work = dist.isend(hidden_1N, self.rank + 1)
+        assert work is not None
+        self.sends.append((work, hidden_1N))
 
     def _finish_sends(self, left: int) -> None:
         while len(self.sends) > left:

@@ -1,12 +1,12 @@
-"""What each stage of a pipeline did when: as Chrome-trace JSON and as a plot.
+"""What each stage of simulated pipelines does when: as Chrome-trace JSON and as a plot.
 
-The events may be simulated or measured. The JSON is the Trace Event Format that https://ui.perfetto.dev opens.
+The JSON is the Trace Event Format that https://ui.perfetto.dev opens.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,19 +22,18 @@ COLORS = {
     "local": "#009E73",
     "optimizer": "#333333",
 }
-OTHER_COLOR = "#CC79A7"
 MICROSECONDS = 1e6
-MAX_WIDTH = 16.0  # inches
-INCHES_PER_NUMBER = 0.012  # width that a digit of a micro-batch's number needs, relative to that of the plot
+WIDTH = 12.0  # inches
+DIGIT_WIDTH = 0.0055  # of a micro-batch's number, relative to the width of the plot
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something that a stage did.
+    """Something that a stage computes.
 
     Attributes:
         stage: The stage; where a rank holds several, the rank.
-        kind: What it did: `forward`, `backward`, `weight`, `local`, `optimizer`, or a word of your own.
+        kind: `forward`, `backward`, `weight` (the backward that zero bubble puts off), `local` or `optimizer`.
         microbatch: Its micro-batch; of an optimizer step, the step's number.
         start, end: In seconds from the start of the run.
         chunk: Which of the rank's stages, where it holds several.
@@ -48,7 +47,7 @@ class Event:
     chunk: int = 0
 
 
-def chrome_trace(pipelines: dict[str, Sequence[Event]]) -> str:
+def chrome_trace(pipelines: Mapping[str, Sequence[Event]]) -> str:
     """The events as JSON text in the Trace Event Format.
 
     Args:
@@ -78,7 +77,7 @@ def _complete_event(event: Event, process: int) -> dict[str, object]:
     }
 
 
-def plot_timeline(pipelines: dict[str, Sequence[Event]]) -> "Figure":
+def plot_timeline(pipelines: Mapping[str, Sequence[Event]]) -> "Figure":
     """One panel for each pipeline, one row for each stage, time to the right; the panels share their time axis.
 
     Args:
@@ -92,7 +91,7 @@ def plot_timeline(pipelines: dict[str, Sequence[Event]]) -> "Figure":
         if not events:
             raise ValueError(f"{title}: there are no events to draw.")
     stages = [1 + max(event.stage for event in events) for events in pipelines.values()]
-    figure = new_figure(MAX_WIDTH * 0.75, 0.8 + sum(0.6 + min(0.3 * count, 5.0) for count in stages))
+    figure = new_figure(WIDTH, 0.8 + sum(0.6 + min(0.3 * count, 5.0) for count in stages))
     panels = figure.subplots(len(pipelines), 1, sharex=True, squeeze=False, height_ratios=stages)[:, 0]
     end = max(event.end for events in pipelines.values() for event in events)
     unit, factor = ("ms", 1e3) if end < 10 else ("s", 1.0)
@@ -112,8 +111,8 @@ def _draw_stages(axes: "Axes", events: Iterable[Event], factor: float, total: fl
         by_row.setdefault((event.stage, event.kind), []).append(event)
     for (stage, kind), row in by_row.items():
         spans = [(event.start * factor, (event.end - event.start) * factor) for event in row]
-        edge = {"edgecolor": "white", "linewidth": 0.4} if len(row) <= 64 else {}
-        axes.broken_barh(spans, (stage - 0.42, 0.84), facecolor=COLORS.get(kind, OTHER_COLOR), **edge)
+        edge: dict[str, Any] = {"edgecolor": "white", "linewidth": 0.4} if len(row) <= 64 else {}
+        axes.broken_barh(spans, (stage - 0.42, 0.84), facecolor=COLORS[kind], **edge)
         for event in row:
             _write_number(axes, event, factor, total)
     axes.spines[["top", "right"]].set_visible(False)
@@ -121,7 +120,7 @@ def _draw_stages(axes: "Axes", events: Iterable[Event], factor: float, total: fl
 
 def _write_number(axes: "Axes", event: Event, factor: float, total: float) -> None:
     text = str(event.microbatch)
-    if event.kind != "optimizer" and event.end - event.start >= INCHES_PER_NUMBER * len(text) * total:
+    if event.kind != "optimizer" and event.end - event.start >= DIGIT_WIDTH * (len(text) + 0.5) * total:
         middle = (event.start + event.end) / 2 * factor
         axes.text(middle, event.stage, text, ha="center", va="center", fontsize=7, clip_on=True)
 
@@ -129,8 +128,7 @@ def _write_number(axes: "Axes", event: Event, factor: float, total: float) -> No
 def _add_legend(figure: "Figure", kinds: set[str]) -> None:
     from matplotlib.patches import Patch
 
-    order = [*COLORS, *sorted(kinds - COLORS.keys())]
-    handles = [Patch(color=COLORS.get(kind, OTHER_COLOR), label=kind) for kind in order if kind in kinds]
+    handles = [Patch(color=color, label=kind) for kind, color in COLORS.items() if kind in kinds]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
 
 
