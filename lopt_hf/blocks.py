@@ -13,6 +13,7 @@ __all__ = [
     "Block",
     "DecoderStack",
     "find_decoder_stack",
+    "is_before_the_layers",
     "parameters_by_block",
     "split_layers",
     "untie_output_embeddings",
@@ -128,6 +129,11 @@ def _even_cuts(num_layers: int, num_blocks: int) -> list[int]:
         return [num_layers // 2]
     size, remainder = divmod(num_layers, num_blocks)
     return [i * size + min(i, remainder) for i in range(1, num_blocks)]
+
+
+def is_before_the_layers(name: str, module: nn.Module) -> bool:
+    """Whether a module of a decoder (by its dotted name) is one through which tokens reach the first layer."""
+    return isinstance(module, nn.Embedding) or _BEFORE_THE_LAYERS.search(name) is not None
 
 
 def parameters_by_block(

@@ -23,14 +23,32 @@ __all__ = ["GradientBoundary", "make_heads"]
 RunBackward = Callable[[int, torch.Tensor], None]
 
 
-def make_heads(objective: LocalObjective, hidden_size: int, num_heads: int, seed: int) -> nn.ModuleList:
+def make_heads(
+    objective: LocalObjective,
+    hidden_size: int,
+    blocks: Sequence[Block],
+    seed: int,
+    only: Sequence[Block] | None = None,
+) -> nn.ModuleDict:
     """Makes one head for each early block from a seed of their own.
 
     The random state is restored afterwards, so that data order and dropout are those of the run without heads.
+
+    Args:
+        objective: What makes a head.
+        hidden_size: Width D of the hidden states.
+        blocks: All blocks of the decoder; all but the last get a head.
+        seed: Where the heads' random state starts.
+        only: The early blocks that learn in this process; their heads are the same as if all were made.
+
+    Returns:
+        The heads by block index, as text.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return nn.ModuleList(objective.make_head(hidden_size) for _ in range(num_heads))
+        heads = {block.index: objective.make_head(hidden_size) for block in blocks[:-1]}
+    kept = blocks[:-1] if only is None else only
+    return nn.ModuleDict({str(block.index): heads[block.index] for block in kept})
 
 
 class GradientBoundary:
@@ -53,11 +71,12 @@ class GradientBoundary:
         model: A `transformers` causal language model (of a `PeftModel`, its base model).
         blocks: The cut of its decoder layers, from `split_layers`.
         objective: The local objective of the early blocks.
-        heads: One head for each early block, from `make_heads`.
+        heads: The heads of the early blocks that run in this process, from `make_heads`.
         weight: Factor of the sum of the local losses over the early blocks. Their mean is weighted by LoPT's
             lambda: pass `lambda / (num_blocks - 1)`.
         mode: When the local backward runs; see above.
         router_coefficient: Weight of the load-balancing loss; 0 where the model has no routers.
+        early_blocks: The early blocks that run in this process. Default: all but the last.
     """
 
     def __init__(
@@ -65,20 +84,22 @@ class GradientBoundary:
         model: PreTrainedModel,
         blocks: Sequence[Block],
         objective: LocalObjective,
-        heads: nn.ModuleList,
+        heads: nn.ModuleDict,
         weight: float,
         mode: Literal["eager", "joint"],
         router_coefficient: float = 0.0,
+        early_blocks: Sequence[Block] | None = None,
     ) -> None:
         self.model = model
         self.stack = find_decoder_stack(model)
         self.blocks = list(blocks)
+        self.early_blocks = list(blocks[:-1]) if early_blocks is None else list(early_blocks)
         self.objective = objective
         self.heads = heads
         self.weight = weight
         self.mode = mode
         self.router_coefficient = router_coefficient
-        self.losses: list[list[torch.Tensor]] = []
+        self.losses: dict[int, list[torch.Tensor]] = {}
         self._joint_losses: list[torch.Tensor] = []
         self._active = False
         self._update_early = True
@@ -98,7 +119,7 @@ class GradientBoundary:
             decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True),
             decoder.register_forward_hook(self._leave_decoder, always_call=True),
         ]
-        for block in self.blocks[:-1]:
+        for block in self.early_blocks:
             handles.append(layers[block.start].register_forward_pre_hook(self._enter_block, with_kwargs=True))
             handles.append(layers[block.stop - 1].register_forward_hook(_LeaveBlock(self, block.index)))
         return handles
@@ -124,7 +145,7 @@ class GradientBoundary:
             update_early_blocks: Without it the early blocks run without gradients: no local loss, no graph.
             inputs: The micro-batch, for the local objective.
         """
-        self.losses = [[] for _ in self.blocks[:-1]]
+        self.losses = {block.index: [] for block in self.early_blocks}
         self._joint_losses = []
         self._scale, self._update_early, self._inputs = scale, update_early_blocks, inputs or {}
         self._run_backward = run_backward
@@ -151,7 +172,7 @@ class GradientBoundary:
         mask = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments.get("attention_mask")
         self._mask_BT = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
         self._routers_seen = 0
-        if not self._update_early:
+        if self.early_blocks and not self._update_early:
             # Ends at the last boundary; `_leave_decoder` also restores it should a layer raise before.
             torch.set_grad_enabled(False)
 
@@ -193,7 +214,7 @@ class GradientBoundary:
     def _local_loss(self, index: int, output_BTD: torch.Tensor) -> torch.Tensor:
         assert self._input_BTD is not None
         batch = LocalBatch(mask_BT=self._local_mask(output_BTD), inputs=self._inputs)
-        loss = self.objective(self.heads[index], output_BTD, self._input_BTD, batch)
+        loss = self.objective(self.heads[str(index)], output_BTD, self._input_BTD, batch)
         self.losses[index].append(loss.detach())
         balance = self._load_balancing_loss()
         return loss * self.weight if balance is None else loss * self.weight + balance

@@ -26,10 +26,12 @@ def ignored_by_ddp(model: nn.Module, names: Collection[str]) -> Iterator[None]:
             model.get_parameter(name)._ddp_ignored = False  # type: ignore[attr-defined]
 
 
-def broadcast_parameters(parameters: Iterable[nn.Parameter], source: int = 0) -> None:
+def broadcast_parameters(
+    parameters: Iterable[nn.Parameter], source: int = 0, group: dist.ProcessGroup | None = None
+) -> None:
     """Copies parameters from one rank to all others: DDP leaves out of its own broadcast what it ignores."""
     for parameter in parameters:
-        dist.broadcast(parameter.data, src=source)
+        dist.broadcast(parameter.data, src=source, group=group)
 
 
 class GradientReducer:
@@ -41,11 +43,12 @@ class GradientReducer:
 
     Args:
         bucket_bytes: Size from which a bucket is sent (DDP's own default: 25 MiB).
+        group: Average over these ranks, in this very group. Default: all ranks, in a group of its own.
     """
 
-    def __init__(self, bucket_bytes: int = 25 * 2**20) -> None:
+    def __init__(self, bucket_bytes: int = 25 * 2**20, group: dist.ProcessGroup | None = None) -> None:
         self.bucket_bytes = bucket_bytes
-        self._group: dist.ProcessGroup | None = None
+        self._group = group
         self._pending: list[tuple[dist.Work, torch.Tensor, list[torch.Tensor]]] = []
 
     def start(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -53,7 +56,7 @@ class GradientReducer:
         if self._group is None:
             self._group = dist.new_group()
         for gradients in self._buckets(parameters):
-            flat = torch.cat([gradient.reshape(-1) for gradient in gradients]).div_(dist.get_world_size())
+            flat = torch.cat([gradient.reshape(-1) for gradient in gradients]).div_(dist.get_world_size(self._group))
             work = dist.all_reduce(flat, group=self._group, async_op=True)
             self._pending.append((work, flat, gradients))
 

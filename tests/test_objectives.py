@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from lopt_hf.blocks import split_layers
 from lopt_hf.boundary import make_heads
 from lopt_hf.objectives import LocalBatch, ReconstructionHead, ReconstructionObjective
 
@@ -32,10 +33,18 @@ def test_heads_leave_the_global_random_state_alone():
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    make_heads(ReconstructionObjective(), 8, 2, seed=1)
+    blocks = split_layers(6, 3)
+    heads = make_heads(ReconstructionObjective(), 8, blocks, seed=1)
     assert torch.equal(torch.rand(1), expected)
-    first, second = make_heads(ReconstructionObjective(), 8, 2, seed=1)
-    assert not torch.equal(first[1].weight, second[1].weight)
+    assert not torch.equal(heads["0"][1].weight, heads["1"][1].weight)
+
+
+def test_a_head_does_not_depend_on_which_others_are_kept():
+    blocks = split_layers(6, 3)
+    heads = make_heads(ReconstructionObjective(), 8, blocks, seed=1)
+    alone = make_heads(ReconstructionObjective(), 8, blocks, seed=1, only=[blocks[1]])
+    assert list(alone) == ["1"]
+    assert torch.equal(alone["1"][1].weight, heads["1"][1].weight)
 
 
 def test_the_protocols_example_runs():

@@ -33,21 +33,20 @@ from lopt_hf.trainers.checks import check_output_dir
 from lopt_hf.trainers.lopt_config import LocalLearningArguments, LoPTConfig
 from lopt_hf.trainers.lopt_trainer import LoPTTrainer
 
-__all__ = ["SFTScriptArguments", "main", "make_parser"]
+__all__ = ["SFTDataArguments", "SFTScriptArguments", "main", "make_parser"]
 
 WORD_PROBLEMS = "word-problems"
 WORD_PROBLEM_SIZES = {"num_train": 512, "num_heldout": 64}
 
 
 @dataclass
-class SFTScriptArguments(ScriptArguments):
-    """Which data to train on, and by which method.
+class SFTDataArguments(ScriptArguments):
+    """Which data to train on.
 
     Parameters:
         dataset_name: Hub id, local `.json`, `.jsonl` or `.parquet` file, or `word-problems` for the generated
             arithmetic that the package carries.
         dataset_max_samples: Train on this many rows, drawn with the run's seed.
-        method: `"lopt"`, or `"e2e"` for `SFTTrainer` itself with the same arguments.
     """
 
     dataset_name: str | None = field(
@@ -60,6 +59,16 @@ class SFTScriptArguments(ScriptArguments):
     dataset_max_samples: int | None = field(
         default=None, metadata={"help": "Train on this many rows, drawn with the run's seed. Default: all."}
     )
+
+
+@dataclass
+class SFTScriptArguments(SFTDataArguments):
+    """Which data to train on, and by which method.
+
+    Parameters:
+        method: `"lopt"`, or `"e2e"` for `SFTTrainer` itself with the same arguments.
+    """
+
     method: str = field(
         default="lopt",
         metadata={"help": "'lopt', or 'e2e' for plain end-to-end SFTTrainer.", "choices": ["lopt", "e2e"]},
@@ -72,7 +81,7 @@ def make_parser() -> TrlParser:
     return TrlParser(dataclass_types, prog="lopt-hf sft", description=__doc__)
 
 
-def load_split(script_args: SFTScriptArguments, split: str, seed: int) -> Any:
+def load_split(script_args: SFTDataArguments, split: str, seed: int) -> Any:
     """Loads one split of the data in a layout that `SFTTrainer` takes."""
     if script_args.dataset_name is None:
         raise ValueError("dataset_name is missing; give a hub id, a local .json, .jsonl or .parquet file.")

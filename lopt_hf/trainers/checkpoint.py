@@ -61,7 +61,7 @@ class CheckpointMixin(TrainerBase):
 
     args: Any
     model: Any
-    local_heads: nn.ModuleList
+    local_heads: nn.ModuleDict
     _metrics: dict[str, Any]  # TRL's
     _total_train_tokens: int  # TRL's
     _block_settings: Callable[[], dict[str, Any]]  # what a checkpoint must share with the run that resumes it

@@ -71,6 +71,7 @@ class LoPTMixin(CheckpointMixin):
         self._check_fsdp()
         self.stack = find_decoder_stack(base_model)
         self.blocks = split_layers(len(self.stack.layers), args.num_blocks, args.split_at)
+        self.early_blocks = self._early_blocks_here()
         self._separate_embeddings(base_model)
         if not args.train_early_blocks:
             for parameter in self._early_parameters():
@@ -80,10 +81,10 @@ class LoPTMixin(CheckpointMixin):
             args.reconstruction_bottleneck, masked=args.reconstruction_mask == "attention"
         )
         self._objective_name = type(objective).__name__
-        num_heads = len(self.blocks) - 1 if args.train_early_blocks else 0
-        self.local_heads = make_heads(objective, self.stack.hidden_size, num_heads, self.args.seed)
-        for block, head in zip(self.blocks, self.local_heads, strict=False):
-            head.to(self._device_of(block))
+        learning = self.early_blocks if args.train_early_blocks else []
+        self.local_heads = make_heads(objective, self.stack.hidden_size, self.blocks, self.args.seed, only=learning)
+        for block in learning:
+            self.local_heads[str(block.index)].to(self._device_of(block))
         self._heads_in_model = args.sharding_engine is not None
         if self._heads_in_model:  # the engine shards, steps and saves what is in the model. Untested on GPU.
             base_model.add_module("local_heads", self.local_heads)
@@ -95,6 +96,7 @@ class LoPTMixin(CheckpointMixin):
             weight=args.reconstruction_weight / (len(self.blocks) - 1),
             mode=args.pick_local_backward(),
             router_coefficient=self._router_coefficient(),
+            early_blocks=self.early_blocks,
         )
         weakref.finalize(self, self.boundary.remove)
         if args.local_backward == "auto" and self.boundary.mode == "joint":
@@ -121,8 +123,10 @@ class LoPTMixin(CheckpointMixin):
         return self.args.device if device.type in ("cpu", "meta") else device
 
     def _check_trainable(self) -> None:
-        for block, owned in zip(self.blocks[:-1], self._owned(), strict=False):
-            if self.args.train_early_blocks and not any(parameter.requires_grad for parameter in owned.values()):
+        owned = self._owned()
+        for block in self.early_blocks:
+            trainable = any(parameter.requires_grad for parameter in owned[block.index].values())
+            if self.args.train_early_blocks and not trainable:
                 raise ValueError(
                     f"train_early_blocks=True, but no parameter of block {block.index} (layers {block.start} to "
                     f"{block.stop - 1}) is trainable, as after freezing it or with an adapter on later layers only; "
@@ -163,6 +167,10 @@ class LoPTMixin(CheckpointMixin):
         model = self.accelerator.unwrap_model(self.model)
         return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 
+    def _early_blocks_here(self) -> list[Block]:
+        """The early blocks that run in this process: all of them, unless a trainer runs a part of the model."""
+        return self.blocks[:-1]
+
     def _owned(self) -> list[dict[str, nn.Parameter]]:
         return parameters_by_block(self.accelerator.unwrap_model(self.model), self.stack, self.blocks)
 
@@ -172,8 +180,8 @@ class LoPTMixin(CheckpointMixin):
     def _clip_groups(self) -> list[list[nn.Parameter]]:
         """For each block the parameters whose gradients are clipped together: its own and its head's."""
         groups = [[p for n, p in block.items() if ".local_heads." not in f".{n}"] for block in self._owned()]
-        for group, head in zip(groups, self.local_heads, strict=False):
-            group.extend(head.parameters())
+        for index, head in self.local_heads.items():
+            groups[int(index)].extend(head.parameters())
         return groups
 
     def _separate_embeddings(self, base_model: PreTrainedModel) -> None:
@@ -226,11 +234,12 @@ class LoPTMixin(CheckpointMixin):
         return (result[0] + joint_loss, result[1]) if return_outputs else result + joint_loss
 
     def _log_local_losses(self) -> None:
-        if not any(self.boundary.losses):
+        if not any(self.boundary.losses.values()):
             return
         device = self.args.device
-        losses = torch.stack([torch.stack(block).mean().to(device) for block in self.boundary.losses])
-        for index, value in enumerate(self.accelerator.reduce(losses, reduction="mean").tolist()):
+        losses = torch.stack([torch.stack(block).mean().to(device) for block in self.boundary.losses.values()])
+        values = self.accelerator.reduce(losses, reduction="mean").tolist()
+        for index, value in zip(self.boundary.losses, values, strict=True):
             self._check_finite(f"local_loss/block_{index}", value)
             self._metrics["train"][f"local_loss/block_{index}"].append(value)
 
@@ -336,7 +345,7 @@ class LoPTMixin(CheckpointMixin):
 class _ZeroHeadGradients(TrainerCallback):
     """Does for the heads what the training loop's `model.zero_grad()` does for the model's parameters."""
 
-    def __init__(self, heads: nn.ModuleList) -> None:
+    def __init__(self, heads: nn.ModuleDict) -> None:
         self.heads = heads
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -344,7 +353,7 @@ class _ZeroHeadGradients(TrainerCallback):
 
 
 @contextlib.contextmanager
-def _registered(model: nn.Module, heads: nn.ModuleList) -> Any:
+def _registered(model: nn.Module, heads: nn.ModuleDict) -> Any:
     """Lets the parent find the heads among the model's parameters while it makes the optimizer."""
     model.add_module("local_heads", heads)
     try:

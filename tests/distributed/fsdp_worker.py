@@ -18,9 +18,9 @@ def joint_gradients(shard: bool, rows: torch.Tensor) -> dict[str, torch.Tensor]:
     model = make_model()
     stack = find_decoder_stack(model)
     objective = ReconstructionObjective()
-    heads = make_heads(objective, stack.hidden_size, 1, seed=0)
-    model.add_module("local_heads", heads)
     blocks = split_layers(4, 2)
+    heads = make_heads(objective, stack.hidden_size, blocks, seed=0)
+    model.add_module("local_heads", heads)
     boundary = GradientBoundary(model, blocks, objective, heads, 10.0, "joint")
     if shard:
         for layer in stack.layers:

@@ -15,8 +15,8 @@ INPUT_IDS = torch.arange(3, 27).reshape(2, 12)
 def owner_names(trainer):
     """For each block the names of the gradients that belong to it."""
     owned = [set(block) for block in trainer._owned()]
-    for index, head in enumerate(trainer.local_heads):
-        owned[index] |= {f"head.{index}.{name}" for name, _ in head.named_parameters()}
+    for index, head in trainer.local_heads.items():
+        owned[int(index)] |= {f"head.{index}.{name}" for name, _ in head.named_parameters()}
     return owned
 
 

@@ -38,7 +38,7 @@ def train_by_the_equations(model, head, batches, split):
 def test_weights_after_training(tmp_path, local_backward):
     settings = {"max_steps": STEPS, "learning_rate": LEARNING_RATE, "max_grad_norm": CLIP, "optim": "adamw_torch"}
     trainer = make_trainer(tmp_path, make_model(), local_backward=local_backward, **settings)
-    reference, head = make_model(), trainer.local_heads[0]
+    reference, head = make_model(), trainer.local_heads["0"]
     reference_head = type(head)(32, 4)
     reference_head.load_state_dict(head.state_dict())
     batches = []

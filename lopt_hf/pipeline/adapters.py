@@ -1,0 +1,50 @@
+"""Adapters on a part of a model, with the same start as on the whole model."""
+
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, set_seed
+
+__all__ = ["add_adapter"]
+
+# What LoRA can start from without reading the weights of the layer that it adapts.
+_WITHOUT_BASE_WEIGHTS = (True, False, "gaussian")
+
+
+def add_adapter(model: PreTrainedModel, peft_config: PeftConfig, seed: int) -> PeftModel:
+    """Wraps one stage's part of a model, its adapters being those that the whole model would start with.
+
+    The random state runs through the layers in order, so a part alone would draw other numbers. A copy of the whole
+    model without weights draws them all, which takes the memory of the whole model's adapters for a moment.
+
+    Args:
+        model: The stage's part of the model.
+        peft_config: The adapter's config.
+        seed: What `set_seed` gets before the adapters are made.
+
+    Raises:
+        ValueError: If the adapter starts from the weights of the layers that it adapts.
+    """
+    start: Any = peft_config.to_dict().get("init_lora_weights", True)
+    if start not in _WITHOUT_BASE_WEIGHTS:
+        raise ValueError(
+            f"init_lora_weights={start!r} reads the weights of layers that a stage does not hold; set it to True or "
+            "'gaussian'."
+        )
+    whole_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]
+    with torch.device("meta"):
+        whole = whole_class._from_config(model.config)
+    for module in whole.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            weightless = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+            setattr(module, name, nn.Parameter(weightless, requires_grad=False))
+    adapted = get_peft_model(model, peft_config)
+    set_seed(seed)
+    drawn = dict(get_peft_model(whole, peft_config).named_parameters())
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(drawn[name])
+    return adapted

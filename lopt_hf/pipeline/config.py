@@ -1,0 +1,96 @@
+"""Arguments of the pipeline."""
+
+from dataclasses import dataclass, field
+
+from lopt_hf.trainers.lopt_config import LoPTConfig
+
+__all__ = ["PipelineConfig"]
+
+# Arguments of the parents that would need more than the stage has, or that reach into another stage's modules.
+_UNSUPPORTED: dict[str, tuple[object, str]] = {
+    "auto_find_batch_size": (False, "every stage must have the same batches"),
+    "neftune_noise_alpha": (None, "the embeddings are on the first stage only"),
+    "use_liger_kernel": (False, "it replaces modules that other stages hold"),
+    "torch_compile": (False, "it is untested on a part of a model"),
+    "load_best_model_at_end": (False, "the stages do not share an evaluation"),
+}
+
+
+@dataclass
+class PipelineConfig(LoPTConfig):
+    """Configuration of [`PipelineTrainer`]: every argument of [`LoPTConfig`] and those of the pipeline.
+
+    Source: PPLL, arXiv 2411.12780 ("paper"); its code and ZeroLock (arXiv 2608.07974) are named where they differ.
+
+    Parameters:
+        num_stages: Processes that the blocks are spread over. Default: one per block (paper).
+        data_parallel: Replicas of the whole pipeline, each with its share of the data. Ours; paper: 1.
+        split: `"even"` cuts the layers as LoPT does, `"auto"` so that the slowest block is as fast as can be, measured
+            when the run starts (paper's code: cut by hand).
+        channel_depth: Hidden states that wait at each end of a link. Ours: 2, so that one is computed on while the next
+            arrives; more smooths uneven stages and costs memory (paper's code: unbounded).
+        peer_timeout: Seconds without a sign of life after which a process counts as lost. Ours: 20.
+        timeline_steps: Record what each stage does in this many first steps, as picture and Chrome trace.
+
+    Raises:
+        ValueError: If a value is out of range, or an argument does not work in a pipeline.
+    """
+
+    num_stages: int | None = field(
+        default=None, metadata={"help": "Processes that the blocks are spread over. Default: one per block (paper)."}
+    )
+    data_parallel: int = field(
+        default=1, metadata={"help": "Replicas of the whole pipeline, each with its share of the data (ours)."}
+    )
+    split: str = field(
+        default="even",
+        metadata={
+            "help": "'even' cuts the layers evenly, 'auto' by measured time per layer, embeddings, head and local "
+            "objective included. `split_at` wins over both.",
+            "choices": ["even", "auto"],
+        },
+    )
+    channel_depth: int = field(
+        default=2, metadata={"help": "Hidden states that may wait at each end of a link between two stages (ours)."}
+    )
+    peer_timeout: float = field(
+        default=20.0,
+        metadata={"help": "Seconds without a sign of life after which a process counts as lost (ours)."},
+    )
+    timeline_steps: int = field(
+        default=0,
+        metadata={"help": "Record this many first steps of every stage, as timeline.png and timeline.json."},
+    )
+
+    def __post_init__(self) -> None:
+        self._check_pipeline()
+        super().__post_init__()
+
+    def _check_pipeline(self) -> None:
+        for name, lowest in {"data_parallel": 1, "channel_depth": 1, "timeline_steps": 0}.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < lowest:
+                raise ValueError(f"{name}={value!r} must be an integer of at least {lowest}.")
+        if self.num_stages is None:
+            self.num_stages = self.num_blocks
+        if not 2 <= self.num_stages <= self.num_blocks:
+            raise ValueError(
+                f"num_stages={self.num_stages} does not fit num_blocks={self.num_blocks}: a stage runs one block or "
+                f"several; choose from 2 to {self.num_blocks} stages, or raise num_blocks."
+            )
+        if self.peer_timeout < 5:
+            raise ValueError(f"peer_timeout={self.peer_timeout} is too short for a busy machine; give at least 5 s.")
+        if self.split not in ("even", "auto"):
+            raise ValueError(f"split={self.split!r} is unknown; choose 'even' or 'auto', or give split_at.")
+        if self.clip_scope != "block":
+            raise ValueError(f"clip_scope={self.clip_scope!r} would need every stage to wait; set it to 'block'.")
+        if self.local_backward == "joint":
+            raise ValueError("local_backward='joint' needs all blocks in one process; set it to 'auto' or 'eager'.")
+        if str(self.eval_strategy) not in ("no", "IntervalStrategy.NO"):
+            raise ValueError(
+                f"eval_strategy={self.eval_strategy!r} is not supported in a pipeline; set it to 'no' and evaluate the "
+                "saved model with `lopt-hf retention`."
+            )
+        for name, (allowed, reason) in _UNSUPPORTED.items():
+            if getattr(self, name) not in (allowed, None):
+                raise ValueError(f"{name}={getattr(self, name)!r} does not work in a pipeline: {reason}; leave it out.")

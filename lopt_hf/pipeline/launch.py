@@ -1,0 +1,178 @@
+"""How the processes of a pipeline find each other: the world that `accelerate launch` set up, as stages and replicas."""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from lopt_hf.pipeline.health import PeerMonitor
+
+__all__ = ["PipelineWorld", "Rendezvous", "describe", "join", "launch_command"]
+
+# What tells accelerate and transformers that they are one of several processes. Each stage is a training run of its own,
+# which shares no batch and no gradient with the others, so they must not see the world.
+_WORLD_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "GROUP_WORLD_SIZE",
+    "ROLE_RANK",
+    "ROLE_WORLD_SIZE",
+)
+_REFUSED_ENGINES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """This process's place in the world that the launcher set up.
+
+    Attributes:
+        store: Key-value store that all processes share; the launcher's agent hosts it.
+        rank: Global rank.
+        world_size: Number of processes.
+        local_rank: Rank on this host; its device.
+    """
+
+    store: dist.Store
+    rank: int
+    world_size: int
+    local_rank: int
+
+    @classmethod
+    def from_environment(cls) -> "Rendezvous":
+        """Connects to the store, and takes the world out of the environment, so that the stage trains as one process.
+
+        Raises:
+            ValueError: If the process was not launched as one of several, or for an engine that shards the model.
+        """
+        for name in _REFUSED_ENGINES:
+            if os.environ.get(name, "false").lower() in ("1", "true"):
+                raise ValueError(
+                    f"{name}={os.environ[name]}: the pipeline cuts the model itself and does not combine with FSDP, "
+                    "DeepSpeed or Megatron; launch with an accelerate config without it."
+                )
+        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+            raise ValueError("RANK and WORLD_SIZE are not set; start the pipeline with `accelerate launch`.")
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        local_rank = int(os.environ.get("LOCAL_RANK", rank))
+        for name in _WORLD_VARIABLES:
+            os.environ.pop(name, None)
+        return cls(store, rank, world_size, local_rank)
+
+
+@dataclass(frozen=True)
+class PipelineWorld:
+    """The processes of a run as a mesh of stages and replicas.
+
+    Attributes:
+        store: The store of the run.
+        rank: Global rank of this process.
+        mesh: Device mesh of the dimensions `stage` and `data`.
+        stage: Stage of this process.
+        replica: Which of the stage's data-parallel replicas it is.
+        previous: Group of this process and the one that sends to it, if there is one.
+        next: Group of this process and the one that it sends to, if there is one.
+        monitor: Watches the neighbours and the store.
+    """
+
+    store: dist.Store
+    rank: int
+    mesh: DeviceMesh
+    stage: int
+    replica: int
+    previous: dist.ProcessGroup | None
+    next: dist.ProcessGroup | None
+    monitor: PeerMonitor
+
+    @property
+    def num_stages(self) -> int:
+        return self.mesh.size(0)
+
+    @property
+    def num_replicas(self) -> int:
+        return self.mesh.size(1)
+
+    @property
+    def data_group(self) -> dist.ProcessGroup:
+        """The replicas of this stage, over which its gradients are averaged."""
+        return self.mesh.get_group("data")
+
+    def rank_of(self, stage: int, replica: int | None = None) -> int:
+        """Global rank of a stage's process, by default of the same replica."""
+        return int(self.mesh.mesh[stage, self.replica if replica is None else replica])
+
+
+def describe(rank: int, data_parallel: int) -> str:
+    """What to call a process in a message."""
+    stage, replica = divmod(rank, data_parallel)
+    return f"rank {rank} (stage {stage}{f', replica {replica}' if data_parallel > 1 else ''})"
+
+
+def join(
+    rendezvous: Rendezvous, num_stages: int, data_parallel: int, device_type: str, peer_timeout: float
+) -> PipelineWorld:
+    """Sets up process groups: the world, each stage's replicas, and each pair of neighbours.
+
+    Args:
+        rendezvous: This process's place.
+        num_stages: Stages of the pipeline.
+        data_parallel: Replicas of each stage.
+        device_type: `"cpu"` (gloo) or `"cuda"` and the like (their own backend, untested; gloo for headers).
+        peer_timeout: Seconds of silence after which a process counts as lost.
+
+    Raises:
+        ValueError: If the launcher started another number of processes.
+    """
+    needed = num_stages * data_parallel
+    if rendezvous.world_size != needed:
+        raise ValueError(
+            f"num_processes={rendezvous.world_size}, but num_stages={num_stages} x data_parallel={data_parallel} needs "
+            f"{needed}; launch {needed} processes, or change the stages."
+        )
+    stage, replica = divmod(rendezvous.rank, data_parallel)
+    neighbours = [other * data_parallel + replica for other in (stage - 1, stage + 1) if 0 <= other < num_stages]
+    replicas = [stage * data_parallel + other for other in range(data_parallel) if other != replica]
+    peers = {rank: describe(rank, data_parallel) for rank in (*neighbours, *replicas)}
+    monitor = PeerMonitor(rendezvous.store, rendezvous.rank, peers, peer_timeout)
+    backend = "gloo"
+    if device_type != "cpu":
+        torch.accelerator.set_device_index(rendezvous.local_rank)
+        backend = f"cpu:gloo,{device_type}:{dist.get_default_backend_for_device(device_type)}"
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("lopt_hf/world", rendezvous.store),
+        rank=rendezvous.rank,
+        world_size=rendezvous.world_size,
+        timeout=timedelta(days=1),  # a stage may wait long for its turn; `PeerMonitor` notices who is gone
+    )
+    mesh = init_device_mesh(device_type, (num_stages, data_parallel), mesh_dim_names=("stage", "data"))
+    # Upstream first, all along the pipeline, or two neighbours would wait for each other.
+    ends = [(stage - 1, stage), (stage, stage + 1)]
+    links = [
+        dist.new_group([int(mesh.mesh[i, replica]) for i in pair], use_local_synchronization=True)
+        if 0 <= pair[0] and pair[1] < num_stages
+        else None
+        for pair in ends
+    ]
+    return PipelineWorld(rendezvous.store, rendezvous.rank, mesh, stage, replica, links[0], links[1], monitor)
+
+
+def launch_command(num_processes: int, arguments: Sequence[str], launcher_arguments: Sequence[str] = ()) -> list[str]:
+    """The `accelerate launch` command line that starts a pipeline on this host.
+
+    Args:
+        num_processes: Stages times replicas.
+        arguments: Arguments of the pipeline.
+        launcher_arguments: Further arguments of `accelerate launch`.
+    """
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    command += ["--num_processes", str(num_processes), "--num_machines", "1", "--mixed_precision", "no"]
+    command += ["--dynamo_backend", "no", "--main_process_port", "0", *launcher_arguments]
+    return [*command, "-m", "lopt_hf.scripts.pipeline", *arguments]

@@ -1,0 +1,134 @@
+"""Supervised fine-tuning in a pipeline of local learners (PPLL): one process per stage, no bubble.
+
+```bash
+lopt-hf pipeline --config recipes/smollm2-135m/pipeline/ppll_2.yaml          # all stages on this host
+accelerate launch --multi_gpu --num_processes 2 -m lopt_hf.scripts.pipeline --config ...
+lopt-hf pipeline simulate --help                                              # schedules compared, without a model
+```
+
+Launched by `accelerate launch`, a process is one stage; otherwise the command starts all stages on this host.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.distributed as dist
+from transformers import AutoConfig
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from lopt_hf.blocks import split_layers
+from lopt_hf.pipeline.adapters import add_adapter
+from lopt_hf.pipeline.config import PipelineConfig
+from lopt_hf.pipeline.health import PipelineError
+from lopt_hf.pipeline.launch import PipelineWorld, Rendezvous, describe, join, launch_command
+from lopt_hf.pipeline.runner import PipelineTrainer
+from lopt_hf.pipeline.stage import load_stage, plan_stages
+from lopt_hf.pretrained import resolve_model
+from lopt_hf.scripts.parsing import parse_or_exit
+from lopt_hf.scripts.sft import SFTDataArguments, draw, load_split, resumed_checkpoint
+
+__all__ = ["main", "make_parser", "run_stage"]
+
+
+@dataclass
+class LaunchArguments:
+    """How `lopt-hf pipeline` starts the stages on this host.
+
+    Parameters:
+        devices: Ids of the accelerators to use.
+    """
+
+    devices: str | None = field(
+        default=None, metadata={"help": "Ids of the accelerators of this host to use, such as 0,1. Default: all."}
+    )
+
+
+def make_parser() -> TrlParser:
+    """The parser of this command: data, training, model and launch arguments, and `--config file.yaml`."""
+    dataclass_types: Any = (SFTDataArguments, PipelineConfig, ModelConfig, LaunchArguments)
+    return TrlParser(dataclass_types, prog="lopt-hf pipeline", description=__doc__)
+
+
+def make_trainer(
+    data_args: SFTDataArguments, args: PipelineConfig, model_args: ModelConfig, world: PipelineWorld
+) -> PipelineTrainer:
+    """Loads this stage's part of the model and builds its trainer."""
+    if model_args.model_name_or_path is None:
+        raise ValueError("model_name_or_path is missing; give a hub id or a local folder.")
+    if get_quantization_config(model_args) is not None:
+        raise ValueError("load_in_4bit and load_in_8bit do not work in a pipeline yet; leave them out.")
+    checkpoint = resolve_model(model_args.model_name_or_path)
+    overrides: Any = args.model_init_kwargs or {}
+    kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **overrides,
+    }
+    config = AutoConfig.from_pretrained(checkpoint, revision=model_args.model_revision)
+    num_layers = config.get_text_config(decoder=True).num_hidden_layers
+    plans = plan_stages(split_layers(num_layers, args.num_blocks, args.split_at), world.num_stages)
+    plan = plans[world.stage]
+    if world.rank == 0:
+        print("\n".join(str(plan) for plan in plans))
+    model: Any = load_stage(checkpoint, plan, **kwargs)
+    peft_config = get_peft_config(model_args)
+    if peft_config is not None:
+        model = add_adapter(model, peft_config, args.seed)
+    train_dataset = draw(load_split(data_args, data_args.dataset_train_split, args.seed), data_args.dataset_max_samples, args.seed)
+    return PipelineTrainer(model, args, world=world, train_dataset=train_dataset)
+
+
+def run_stage(data_args: SFTDataArguments, args: PipelineConfig, model_args: ModelConfig, rendezvous: Rendezvous) -> None:
+    """Trains one stage to the end and saves the model with the others."""
+    device_type = args.device.type
+    assert args.num_stages is not None
+    world = join(rendezvous, args.num_stages, args.data_parallel, device_type, args.peer_timeout)
+    try:
+        trainer = make_trainer(data_args, args, model_args, world)
+        trainer.train(resume_from_checkpoint=resumed_checkpoint(args))
+        trainer.save_model(args.output_dir)
+        dist.barrier()  # the store's host leaves last
+    except PipelineError:
+        raise
+    except Exception as error:
+        raise world.monitor.fail(f"{describe(world.rank, world.num_replicas)} failed: {error}") from error
+    world.monitor.finish()
+    dist.destroy_process_group()
+    if world.rank == world.rank_of(world.num_stages - 1, 0):
+        print(f"Model saved to {args.output_dir}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one stage, or starts all of them on this host.
+
+    Args:
+        argv: Arguments without the program's name; default: those of the process.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "RANK" not in os.environ:
+        _, args, _, launch_args = parse_or_exit(make_parser(), arguments)
+        sys.exit(_launch(args, launch_args, arguments))
+    try:
+        rendezvous = Rendezvous.from_environment()
+        data_args, args, model_args, _ = parse_or_exit(make_parser(), arguments)
+        run_stage(data_args, args, model_args, rendezvous)
+    except ValueError as error:
+        sys.exit(f"lopt-hf pipeline: {error}")
+    except PipelineError:
+        sys.exit(1)  # the monitor has said why
+
+
+def _launch(args: PipelineConfig, launch_args: LaunchArguments, arguments: Sequence[str]) -> int:
+    assert args.num_stages is not None
+    options = [] if launch_args.devices is None else ["--gpu_ids", launch_args.devices]
+    command = launch_command(args.num_stages * args.data_parallel, arguments, options)
+    return subprocess.run(command).returncode
+
+
+if __name__ == "__main__":
+    main()
