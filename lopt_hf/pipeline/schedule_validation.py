@@ -2,13 +2,12 @@
 
 A stage's forward and backward sleep for the given times instead of computing, so that any number of stages truly runs
 in parallel on a few cores. The end-to-end schedules are those of `torch.distributed.pipelining`; local learning runs
-over `torch.distributed` point to point, with its receives posted ahead.
+over the channels of the pipeline.
 """
 
 import json
 import tempfile
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,16 @@ from torch import nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.distributed.pipelining.schedules import ScheduleInterleavedZeroBubble
 
-from lopt_hf.pipeline.schedule import ScheduleResult, Workload
+from lopt_hf.pipeline.channel import BatchId, ReceivingChannel, SendingChannel
+from lopt_hf.pipeline.launch import PipelineWorld, Rendezvous, join
+from lopt_hf.pipeline.schedule import Workload
 
-__all__ = ["measure_schedules"]
+__all__ = ["check_measurable", "measure_schedules"]
 
+HOST = "127.0.0.1"
+PEER_TIMEOUT_SECONDS = 60.0  # importing torch in several processes on a busy machine takes a while
+
+MAX_PROCESSES = 16  # ours: 16 processes with torch take 5 GB
 MEASURED_STEPS = 3
 BYTES_PER_VALUE = 4
 TORCH_SCHEDULES: dict[str, Callable[..., Any]] = {
@@ -35,36 +40,39 @@ TORCH_SCHEDULES: dict[str, Callable[..., Any]] = {
 SEVERAL_STAGES = ("interleaved", "zero-bubble")  # these take a list
 
 
-def measure_schedules(results: Sequence[ScheduleResult]) -> list[float]:
+def measure_schedules(cases: Sequence[tuple[str, Workload]]) -> list[float]:
     """Runs schedules with sleeping stages, one process for each stage.
 
     Args:
-        results: What was simulated; each is run with its own workload.
+        cases: Name of the schedule and what it runs.
 
     Returns:
         The time of an optimizer step of each, in seconds.
 
     Raises:
-        ValueError: If a workload cannot be run: its stages share cores, or torch does not run the schedule with it.
+        ValueError: If a case cannot be run, see `check_measurable`.
         torch.multiprocessing.ProcessRaisedException: If a process fails; its traceback is in the message.
     """
-    for result in results:
-        _check(result.schedule, result.workload)
+    for case in cases:
+        check_measurable(*case)
     seconds: dict[int, float] = {}
-    for ranks in sorted({result.workload.times.num_stages for result in results}):
-        chosen = [index for index, result in enumerate(results) if result.workload.times.num_stages == ranks]
-        seconds |= zip(
-            chosen, _launch(ranks, [(results[i].schedule, results[i].workload) for i in chosen]), strict=True
-        )
-    return [seconds[index] for index in range(len(results))]
+    for ranks in sorted({workload.times.num_stages for _, workload in cases}):
+        chosen = [index for index, (_, workload) in enumerate(cases) if workload.times.num_stages == ranks]
+        seconds |= zip(chosen, _launch(ranks, [cases[index] for index in chosen]), strict=True)
+    return [seconds[index] for index in range(len(cases))]
 
 
-def _check(schedule: str, workload: Workload) -> None:
+def check_measurable(schedule: str, workload: Workload) -> None:
+    """Checks that a schedule can be run on this machine.
+
+    Raises:
+        ValueError: If its stages share cores, if there is one alone, or if torch does not run it.
+    """
     stages = workload.times.num_stages
     if workload.cores is not None:
         raise ValueError(f"cores={workload.cores}: sleeping stages take no core; leave it out to validate.")
-    if stages < 2:
-        raise ValueError(f"stages={stages}: a pipeline that can be run has at least 2.")
+    if not 2 <= stages <= MAX_PROCESSES:
+        raise ValueError(f"stages={stages}: each is a process here; validate with 2 to {MAX_PROCESSES}.")
     if schedule == "1f1b" and workload.microbatches < stages:
         raise ValueError(
             f"microbatches={workload.microbatches}: torch's Schedule1F1B needs at least as many as stages={stages}."
@@ -73,32 +81,44 @@ def _check(schedule: str, workload: Workload) -> None:
 
 def _launch(ranks: int, cases: list[tuple[str, Workload]]) -> list[float]:
     """Runs the cases one after the other in one set of processes."""
+    store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory(prefix="lopt_schedules_") as folder:
-        mp.spawn(_work, args=(ranks, Path(folder), cases), nprocs=ranks)
-        return json.loads((Path(folder) / "seconds.json").read_text())
+        output = Path(folder) / "seconds.json"
+        mp.spawn(_work, args=(ranks, store.port, output, cases), nprocs=ranks)
+        return json.loads(output.read_text())
 
 
-def _work(rank: int, ranks: int, folder: Path, cases: list[tuple[str, Workload]]) -> None:
+def _work(rank: int, ranks: int, port: int, output: Path, cases: list[tuple[str, Workload]]) -> None:
     """One process: runs every case; the first writes their step times."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=(folder / "store").as_uri(), rank=rank, world_size=ranks)
-    seconds = [_measure(schedule, workload, rank) for schedule, workload in cases]
+    store = dist.TCPStore(HOST, port, is_master=False)
+    world = join(Rendezvous(store, rank, ranks, rank), ranks, 1, "cpu", PEER_TIMEOUT_SECONDS)
+    seconds = [_measure(schedule, workload, world) for schedule, workload in cases]
     if rank == 0:
-        (folder / "seconds.json").write_text(json.dumps(seconds))
+        output.write_text(json.dumps(seconds))
+    world.monitor.finish()
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _measure(schedule: str, workload: Workload, rank: int) -> float:
+def _measure(schedule: str, workload: Workload, world: PipelineWorld) -> float:
     """Step time of one case: from the end of the first step to the end of the last, over all ranks."""
-    run_step = _LocalStage(workload, rank).step if schedule == "ppll" else _end_to_end_step(schedule, workload, rank)
+    if schedule != "ppll":
+        return _time_steps(_end_to_end_step(schedule, workload, world.stage), workload, world)
+    stage = _LocalStage(workload, world)
+    seconds = _time_steps(stage.step, workload, world)
+    stage.close()
+    return seconds
+
+
+def _time_steps(run_step: Callable[[], object], workload: Workload, world: PipelineWorld) -> float:
     dist.barrier()
     ends = []
     for _ in range(1 + MEASURED_STEPS):
         run_step()
-        time.sleep(workload.times.optimizer[rank])
+        time.sleep(workload.times.optimizer[world.stage])
         ends.append(time.perf_counter())  # one clock for all processes of a machine
-    all_ends: list[list[float]] = [[]] * dist.get_world_size()
+    all_ends: list[list[float]] = [[]] * world.num_stages
     dist.all_gather_object(all_ends, ends)
     return (max(each[-1] for each in all_ends) - max(each[0] for each in all_ends)) / MEASURED_STEPS
 
@@ -163,49 +183,30 @@ def _stages(schedule: str, workload: Workload, rank: int) -> list[PipelineStage]
 class _LocalStage:
     """A stage of local learning: it receives, computes forward, sends, and learns."""
 
-    def __init__(self, workload: Workload, rank: int) -> None:
-        self.workload, self.rank = workload, rank
-        self.to_receive = (1 + MEASURED_STEPS) * workload.microbatches if rank > 0 else 0
-        self.receives: deque[tuple[dist.Work, torch.Tensor]] = deque()
-        self.sends: deque[tuple[dist.Work, torch.Tensor]] = deque()
-        for _ in range(workload.channel_depth + 1):
-            self._post_receive()
+    def __init__(self, workload: Workload, world: PipelineWorld) -> None:
+        self.workload, self.rank = workload, world.stage
+        self.hidden_BTD = torch.zeros(1, 1, _values(workload))
+        self.finished_steps = 0
+        self.receiver: ReceivingChannel | None = None
+        self.sender: SendingChannel | None = None
+        options: Any = {"depth": workload.channel_depth, "device": torch.device("cpu"), "monitor": world.monitor}
+        if world.previous is not None:
+            self.receiver = ReceivingChannel(self.rank - 1, world.previous, **options)
+        if world.next is not None:
+            self.sender = SendingChannel(self.rank + 1, world.next, **options)
 
     def step(self) -> None:
-        times, rank = self.workload.times, self.rank
-        for _ in range(self.workload.microbatches):
-            hidden_1N = self._receive()
-            time.sleep(times.forward[rank])
-            self._send(hidden_1N)
-            time.sleep(times.local[rank])
-            time.sleep(times.backward[rank])
-        if not self.to_receive and not self.receives:
-            self._finish_sends(0)
+        times = self.workload.times
+        for micro_batch in range(self.workload.microbatches):
+            batch = BatchId(self.finished_steps, micro_batch, checksum=0)
+            hidden_BTD = self.receiver.get(batch) if self.receiver is not None else self.hidden_BTD
+            time.sleep(times.forward[self.rank])
+            if self.sender is not None:
+                self.sender.put(batch, hidden_BTD)
+            time.sleep(times.local[self.rank])
+            time.sleep(times.backward[self.rank])
+        self.finished_steps += 1
 
-    def _post_receive(self) -> None:
-        if self.to_receive:
-            self.to_receive -= 1
-            hidden_1N = torch.empty(1, _values(self.workload))
-            work = dist.irecv(hidden_1N, self.rank - 1)
-            assert work is not None  # the types of torch: `None` on ranks outside the group
-            self.receives.append((work, hidden_1N))
-
-    def _receive(self) -> torch.Tensor:
-        if self.rank == 0:
-            return torch.zeros(1, _values(self.workload))
-        work, hidden_1N = self.receives.popleft()
-        work.wait()
-        self._post_receive()
-        return hidden_1N
-
-    def _send(self, hidden_1N: torch.Tensor) -> None:
-        if self.rank == self.workload.times.num_stages - 1:
-            return
-        self._finish_sends(self.workload.channel_depth)
-        work = dist.isend(hidden_1N, self.rank + 1)
-        assert work is not None
-        self.sends.append((work, hidden_1N))
-
-    def _finish_sends(self, left: int) -> None:
-        while len(self.sends) > left:
-            self.sends.popleft()[0].wait()
+    def close(self) -> None:
+        if self.sender is not None:
+            self.sender.close()

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -261,15 +262,25 @@ def _run(arguments: argparse.Namespace) -> None:
     workloads, tokens = _workloads(arguments), _source(arguments).tokens_per_microbatch
     _check_drawing(arguments, workloads)
     results, left_out = _simulate_all(arguments.schedule, workloads)
+    measured = _measure(results) if arguments.validate else None
     print(to_markdown(results, tokens))
     for reason in left_out:
         print(f"left out: {reason}")
-    measured = None
-    if arguments.validate:
-        from lopt_hf.pipeline.schedule_validation import measure_schedules
-
-        measured = measure_schedules(results)
+    if measured is not None:
         print(f"\n{to_validation_markdown(results, measured)}")
+    _write_files(arguments, results, measured)
+
+
+def _measure(results: Sequence[ScheduleResult]) -> list[float]:
+    from lopt_hf.pipeline.schedule_validation import measure_schedules  # torch is not needed without
+
+    print(f"running {len(results)} schedules, a process for each stage ...", file=sys.stderr)
+    return measure_schedules([(result.schedule, result.workload) for result in results])
+
+
+def _write_files(
+    arguments: argparse.Namespace, results: Sequence[ScheduleResult], measured: Sequence[float] | None
+) -> None:
     if arguments.plot is not None:
         with whole_file(arguments.plot) as partial:
             plot_scaling(results).savefig(partial, format="png", dpi=DOTS_PER_INCH)
