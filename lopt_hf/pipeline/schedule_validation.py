@@ -20,7 +20,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from torch.distributed.pipelining.schedules import ScheduleInterleavedZeroBubble
 
 from lopt_hf.pipeline.channel import BatchId, ReceivingChannel, SendingChannel
-from lopt_hf.pipeline.launch import PipelineWorld, Rendezvous, join
+from lopt_hf.pipeline.health import PeerMonitor
 from lopt_hf.pipeline.schedule import Workload
 
 __all__ = ["check_measurable", "measure_schedules"]
@@ -44,17 +44,14 @@ def measure_schedules(cases: Sequence[tuple[str, Workload]]) -> list[float]:
     """Runs schedules with sleeping stages, one process for each stage.
 
     Args:
-        cases: Name of the schedule and what it runs.
+        cases: Name of the schedule and what it runs; they pass `check_measurable`.
 
     Returns:
         The time of an optimizer step of each, in seconds.
 
     Raises:
-        ValueError: If a case cannot be run, see `check_measurable`.
         torch.multiprocessing.ProcessRaisedException: If a process fails; its traceback is in the message.
     """
-    for case in cases:
-        check_measurable(*case)
     seconds: dict[int, float] = {}
     for ranks in sorted({workload.times.num_stages for _, workload in cases}):
         chosen = [index for index, (_, workload) in enumerate(cases) if workload.times.num_stages == ranks]
@@ -91,34 +88,36 @@ def _launch(ranks: int, cases: list[tuple[str, Workload]]) -> list[float]:
 def _work(rank: int, ranks: int, port: int, output: Path, cases: list[tuple[str, Workload]]) -> None:
     """One process: runs every case; the first writes their step times."""
     torch.set_num_threads(1)
-    store = dist.TCPStore(HOST, port, is_master=False)
-    world = join(Rendezvous(store, rank, ranks, rank), ranks, 1, "cpu", PEER_TIMEOUT_SECONDS)
-    seconds = [_measure(schedule, workload, world) for schedule, workload in cases]
+    store, monitored_store = (dist.TCPStore(HOST, port, is_master=False) for _ in range(2))  # one waits, one beats
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    links = [dist.new_group([sender, sender + 1]) for sender in range(ranks - 1)]
+    monitor = PeerMonitor(monitored_store, rank, {}, PEER_TIMEOUT_SECONDS)
+    seconds = [_measure(schedule, workload, links, monitor) for schedule, workload in cases]
     if rank == 0:
         output.write_text(json.dumps(seconds))
-    world.monitor.finish()
+    monitor.finish()
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _measure(schedule: str, workload: Workload, world: PipelineWorld) -> float:
+def _measure(schedule: str, workload: Workload, links: Sequence[dist.ProcessGroup], monitor: PeerMonitor) -> float:
     """Step time of one case: from the end of the first step to the end of the last, over all ranks."""
     if schedule != "ppll":
-        return _time_steps(_end_to_end_step(schedule, workload, world.stage), workload, world)
-    stage = _LocalStage(workload, world)
-    seconds = _time_steps(stage.step, workload, world)
+        return _time_steps(_end_to_end_step(schedule, workload), workload)
+    stage = _LocalStage(workload, links, monitor)
+    seconds = _time_steps(stage.step, workload)
     stage.close()
     return seconds
 
 
-def _time_steps(run_step: Callable[[], object], workload: Workload, world: PipelineWorld) -> float:
+def _time_steps(run_step: Callable[[], object], workload: Workload) -> float:
     dist.barrier()
     ends = []
     for _ in range(1 + MEASURED_STEPS):
         run_step()
-        time.sleep(workload.times.optimizer[world.stage])
+        time.sleep(workload.times.optimizer[dist.get_rank()])
         ends.append(time.perf_counter())  # one clock for all processes of a machine
-    all_ends: list[list[float]] = [[]] * world.num_stages
+    all_ends: list[list[float]] = [[]] * dist.get_world_size()
     dist.all_gather_object(all_ends, ends)
     return (max(each[-1] for each in all_ends) - max(each[0] for each in all_ends)) / MEASURED_STEPS
 
@@ -153,9 +152,9 @@ class _SleepingStage(nn.Module):
         return _SleepingFunction.apply(hidden + self.weight, *self.seconds)
 
 
-def _end_to_end_step(schedule: str, workload: Workload, rank: int) -> Callable[[], Any]:
+def _end_to_end_step(schedule: str, workload: Workload) -> Callable[[], Any]:
     """A step of one of torch's schedules, without the optimizer's."""
-    ranks = workload.times.num_stages
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     stages = _stages(schedule, workload, rank)
     runner = TORCH_SCHEDULES[schedule](
         stages if schedule in SEVERAL_STAGES else stages[0],
@@ -183,17 +182,17 @@ def _stages(schedule: str, workload: Workload, rank: int) -> list[PipelineStage]
 class _LocalStage:
     """A stage of local learning: it receives, computes forward, sends, and learns."""
 
-    def __init__(self, workload: Workload, world: PipelineWorld) -> None:
-        self.workload, self.rank = workload, world.stage
+    def __init__(self, workload: Workload, links: Sequence[dist.ProcessGroup], monitor: PeerMonitor) -> None:
+        self.workload, self.rank = workload, dist.get_rank()
         self.hidden_BTD = torch.zeros(1, 1, _values(workload))
         self.finished_steps = 0
         self.receiver: ReceivingChannel | None = None
         self.sender: SendingChannel | None = None
-        options: Any = {"depth": workload.channel_depth, "device": torch.device("cpu"), "monitor": world.monitor}
-        if world.previous is not None:
-            self.receiver = ReceivingChannel(self.rank - 1, world.previous, **options)
-        if world.next is not None:
-            self.sender = SendingChannel(self.rank + 1, world.next, **options)
+        options: Any = {"depth": workload.channel_depth, "device": torch.device("cpu"), "monitor": monitor}
+        if self.rank > 0:
+            self.receiver = ReceivingChannel(self.rank - 1, links[self.rank - 1], **options)
+        if self.rank < len(links):
+            self.sender = SendingChannel(self.rank + 1, links[self.rank], **options)
 
     def step(self) -> None:
         times = self.workload.times

@@ -272,10 +272,14 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _measure(results: Sequence[ScheduleResult]) -> list[float]:
-    from lopt_hf.pipeline.schedule_validation import measure_schedules  # torch is not needed without
+    # Only here, because of torch, which takes seconds to import.
+    from lopt_hf.pipeline.schedule_validation import check_measurable, measure_schedules
 
-    print(f"running {len(results)} schedules, a process for each stage ...", file=sys.stderr)
-    return measure_schedules([(result.schedule, result.workload) for result in results])
+    cases = [(result.schedule, result.workload) for result in results]
+    for case in cases:
+        check_measurable(*case)
+    print(f"running {len(cases)} schedules, a process for each stage ...", file=sys.stderr)
+    return measure_schedules(cases)
 
 
 def _write_files(
