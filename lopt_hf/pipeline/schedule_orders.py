@@ -53,8 +53,8 @@ class Schedule:
             rank, ranks, virtual stages and micro-batches; (3, actions).
         receives: When a receive is posted: `on_use`, right before the rank waits for it; `ahead`, early enough never
             to hold a message up; `bounded`, by the depth of the channel.
-        sends: When a rank waits for messages of its own: `at_turns`, between forwards and backwards; `one_ahead`,
-            before the next may be sent; `at_step`, at the end of the step; `bounded`, by the depth of the channel.
+        sends: When a rank waits for messages of its own: `one_ahead`, before the next may be sent; `at_step`, at the
+            end of the step; `bounded`, by the depth of the channel.
         summary: What it is, in a line.
         is_local: Whether stages learn locally: no gradient messages and no flush.
         has_virtual_stages: Whether a rank may hold more than one stage.
@@ -62,7 +62,7 @@ class Schedule:
 
     order: Callable[[int, int, int, int], Integers]
     receives: Literal["on_use", "ahead", "bounded"]
-    sends: Literal["at_turns", "one_ahead", "at_step", "bounded"]
+    sends: Literal["one_ahead", "at_step", "bounded"]
     summary: str
     is_local: bool = False
     has_virtual_stages: bool = False
@@ -128,7 +128,7 @@ SCHEDULES = {
     "ppll": Schedule(
         _local_order, "bounded", "bounded", "local learning: only forward messages, no flush", is_local=True
     ),
-    "gpipe": Schedule(_gpipe_order, "on_use", "at_turns", "all forwards, then all backwards"),
+    "gpipe": Schedule(_gpipe_order, "on_use", "at_step", "all forwards, then all backwards"),
     "1f1b": Schedule(_one_forward_one_backward_order, "on_use", "one_ahead", "forwards and backwards in turns"),
     "interleaved": Schedule(
         _interleaved_order, "ahead", "at_step", "1F1B, several smaller stages on a rank", has_virtual_stages=True
@@ -250,10 +250,8 @@ def _receive_stamps(schedule: Schedule, orders: Orders, number_KA: Integers, cha
 def _awaited_sends(schedule: Schedule, orders: Orders, own_KA: Integers, channel_depth: int) -> Integers:
     """The message of its own that a rank waits for before each action, as torch's runtimes do."""
     one_before, two_before = _shifted(own_KA, 1), _shifted(own_KA, 2)
-    turns = orders.kind_KA != _shifted(orders.kind_KA, 1)
-    if schedule.sends == "at_turns":
-        return np.where(turns, one_before, NO_MESSAGE)
     if schedule.sends == "one_ahead":
+        turns = orders.kind_KA != _shifted(orders.kind_KA, 1)
         return np.where(turns, one_before, two_before)
     if schedule.sends == "at_step":
         return _last_sends_of_steps(orders, own_KA)

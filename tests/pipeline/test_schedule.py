@@ -57,6 +57,14 @@ def test_zero_bubble_idles_by_the_formula(stages, microbatches):
     assert result.bubble == pytest.approx([idle / (microbatches * 3 * FORWARD + idle)] * stages)
 
 
+def test_zero_bubble_with_nothing_put_off_is_1f1b():
+    zero_bubble, one_f_one_b = (
+        simulate(name, equal_workload(4, 8, weight_share=0.0)) for name in ("zero-bubble", "1f1b")
+    )
+    assert zero_bubble.step_seconds == pytest.approx(one_f_one_b.step_seconds)
+    assert zero_bubble.closed_form_bubble == pytest.approx(one_f_one_b.closed_form_bubble)
+
+
 @pytest.mark.parametrize("stages, microbatches", [*SIZES, (16, 1), (16, 3)])
 def test_ppll_never_idles_after_the_fill(stages, microbatches):
     result = simulate("ppll", equal_workload(stages, microbatches))
@@ -162,6 +170,31 @@ def test_a_single_micro_batch_pays_for_every_message(schedule, stages_on_path):
     workload = equal_workload(2, 1, message_bytes=1e6, bandwidth=1e7, latency=0.01)
     seconds = 2 * (FORWARD + BACKWARD) + 2 * (stages_on_path - 1) * (0.1 + 0.01)
     assert simulate(schedule, workload).step_seconds == pytest.approx(seconds)
+
+
+def test_gpipe_receives_when_it_needs_and_pays_for_each_message():
+    """torch's `ScheduleGPipe` posts a receive when it waits for it, so that no transfer overlaps with computing."""
+    count, message = 5, 0.03
+    workload = equal_workload(2, count, message_bytes=1e6, bandwidth=1e6 / message)
+    seconds = FORWARD + count * (message + FORWARD) + BACKWARD + count * (message + BACKWARD)
+    assert simulate("gpipe", workload).step_seconds == pytest.approx(seconds)
+
+
+def test_1f1b_sends_only_when_the_message_before_is_through():
+    """torch's `Schedule1F1B` waits for its second forward message before its fourth forward."""
+    times = StageTimes((1.0, 10.0, 1.0, 1.0), (1.0,) * 4, (0.0,) * 4, (0.0,) * 4)
+    events = simulate("1f1b", Workload(times, 4)).events(1)
+    starts = [event.start for event in events if event.stage == 0 and event.kind == "forward"]
+    assert starts == pytest.approx([0, 1, 2, 1 + 10])  # stage 1 asks for the second when it is done with the first
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+def test_the_optimizer_waits_until_the_last_gradient_is_sent(schedule):
+    times = StageTimes((0.1, 0.1), (0.2, 0.2), (0.0, 0.0), (0.1, 0.1))
+    events = list(simulate(schedule, Workload(times, 4, message_bytes=1e6, bandwidth=1e7)).events(1))
+    arrival = max(event.start for event in events if event.stage == 0 and event.kind == "backward")
+    optimizer = next(event for event in events if event.stage == 1 and event.kind == "optimizer")
+    assert optimizer.start == pytest.approx(arrival)
 
 
 def test_messages_of_ppll_overlap_with_computing_until_they_take_longer():
