@@ -37,8 +37,8 @@ JSON_FIELDS = (
 LEGEND = """\
 step: from the end of an optimizer step to the end of the next, once the pipeline is full
 x one device: micro-batches per second relative to one device that trains all stages end-to-end
-idle: share of the step in which a stage computes nothing ("bubble"); by formula: the same if all stages are equal and
-  messages, optimizer and local objective cost nothing, (K-1)/(M+K-1) for gpipe and 1f1b with K stages, M micro-batches
+bubble: share of the step in which a stage computes nothing; by formula: the same if all stages are equal and messages,
+  optimizer and local objective cost nothing, (K-1)/(M+K-1) for gpipe and 1f1b with K stages, M micro-batches
 in flight: micro-batches whose activations the fullest stage holds; a stage of ppll holds those of one, and beside them
   the hidden states in its channels, at most their depth and one more at each end
 fill: until the last stage begins its first micro-batch; end-to-end schedules fill anew in every step, ppll once"""
@@ -53,7 +53,7 @@ def to_markdown(results: Sequence[ScheduleResult], tokens_per_microbatch: int | 
     """
     unit = "micro-batches/s" if tokens_per_microbatch is None else "tokens/s"
     header = ["schedule", "stages", "micro-batches", "step (ms)", unit, "x one device"]
-    header += ["idle, mean", "worst stage", "by formula", "in flight", "fill (ms)"]
+    header += ["bubble, mean", "worst stage", "by formula", "in flight", "fill (ms)"]
     rows = []
     for result in results:
         workload = result.workload
@@ -147,7 +147,7 @@ def plot_scaling(results: Sequence[ScheduleResult]) -> "Figure":
         _draw_scaling(axes, [result for result in results if result.workload.microbatches == count], stages)
         axes.set_title(f"{count} micro-batches per step", fontsize="medium")
         axes.set_xlabel("stages (devices)")
-    panels[0].set_ylabel("throughput relative to one device")
+    panels[0].set_ylabel("simulated throughput, relative to one device")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     return figure

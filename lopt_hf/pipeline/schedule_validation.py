@@ -18,17 +18,18 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.distributed.pipelining.schedules import ScheduleInterleavedZeroBubble
+from torch.multiprocessing.spawn import ProcessException
 
 from lopt_hf.pipeline.channel import BatchId, ReceivingChannel, SendingChannel
 from lopt_hf.pipeline.health import PeerMonitor
 from lopt_hf.pipeline.schedule import Workload
 
-__all__ = ["check_measurable", "measure_schedules"]
+__all__ = ["ScheduleRunError", "check_measurable", "measure_schedules"]
 
 HOST = "127.0.0.1"
 PEER_TIMEOUT_SECONDS = 60.0  # importing torch in several processes on a busy machine takes a while
 
-MAX_PROCESSES = 16  # ours: 16 processes with torch take 5 GB
+MAX_PROCESSES = 16  # ours: each takes about 300 MB for torch alone
 MEASURED_STEPS = 3
 BYTES_PER_VALUE = 4
 TORCH_SCHEDULES: dict[str, Callable[..., Any]] = {
@@ -38,6 +39,10 @@ TORCH_SCHEDULES: dict[str, Callable[..., Any]] = {
     "zero-bubble": ScheduleInterleavedZeroBubble,
 }
 SEVERAL_STAGES = ("interleaved", "zero-bubble")  # these take a list
+
+
+class ScheduleRunError(RuntimeError):
+    """A process of a real run failed; the message is the last line of its traceback, `__cause__` has all of it."""
 
 
 def measure_schedules(cases: Sequence[tuple[str, Workload]]) -> list[float]:
@@ -50,7 +55,7 @@ def measure_schedules(cases: Sequence[tuple[str, Workload]]) -> list[float]:
         The time of an optimizer step of each, in seconds.
 
     Raises:
-        torch.multiprocessing.ProcessRaisedException: If a process fails; its traceback is in the message.
+        ScheduleRunError: If a process fails; the others are ended.
     """
     seconds: dict[int, float] = {}
     for ranks in sorted({workload.times.num_stages for _, workload in cases}):
@@ -81,7 +86,10 @@ def _launch(ranks: int, cases: list[tuple[str, Workload]]) -> list[float]:
     store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory(prefix="lopt_schedules_") as folder:
         output = Path(folder) / "seconds.json"
-        mp.spawn(_work, args=(ranks, store.port, output, cases), nprocs=ranks)
+        try:
+            mp.spawn(_work, args=(ranks, store.port, output, cases), nprocs=ranks)
+        except ProcessException as error:
+            raise ScheduleRunError(f"a stage's process failed: {str(error).strip().splitlines()[-1]}") from error
         return json.loads(output.read_text())
 
 

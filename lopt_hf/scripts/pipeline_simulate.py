@@ -18,7 +18,7 @@ __all__ = ["main", "make_parser"]
 
 DESCRIPTION = """\
 Simulate a pipeline's schedules on stage times that you measured or give, and print what each makes of them: the time
-of an optimizer step, the throughput, how long stages idle ("bubble"), and how many micro-batches' activations they
+of an optimizer step, the throughput, how long stages idle (the bubble), and how many micro-batches' activations they
 hold.
 
 schedules:
@@ -273,13 +273,16 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _measure(results: Sequence[ScheduleResult]) -> list[float]:
     # Only here, because of torch, which takes seconds to import.
-    from lopt_hf.pipeline.schedule_validation import check_measurable, measure_schedules
+    from lopt_hf.pipeline.schedule_validation import ScheduleRunError, check_measurable, measure_schedules
 
     cases = [(result.schedule, result.workload) for result in results]
     for case in cases:
         check_measurable(*case)
     print(f"running {len(cases)} schedules, a process for each stage ...", file=sys.stderr)
-    return measure_schedules(cases)
+    try:
+        return measure_schedules(cases)
+    except ScheduleRunError as error:
+        sys.exit(f"lopt-hf pipeline simulate: error: {error}")
 
 
 def _write_files(
@@ -302,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: The arguments after the command's name. Default: those of the process.
 
     Raises:
-        SystemExit: On bad input (status 2), after one line on stderr.
+        SystemExit: On bad input (status 2) or if a real run fails (status 1), after one line on stderr.
     """
     parser = make_parser()
     arguments = parser.parse_args(argv)

@@ -3,7 +3,7 @@
 import pytest
 
 from lopt_hf.pipeline.schedule import SCHEDULES, StageTimes, Workload, simulate
-from lopt_hf.pipeline.schedule_validation import measure_schedules
+from lopt_hf.pipeline.schedule_validation import ScheduleRunError, measure_schedules
 
 TOLERANCE = 0.15
 
@@ -23,3 +23,9 @@ def test_real_runs_take_as_long_as_simulated(stages):
     for (schedule, workload), seconds in zip(cases, measure_schedules(cases), strict=True):
         simulated = simulate(schedule, workload).step_seconds
         assert seconds == pytest.approx(simulated, rel=TOLERANCE), (schedule, workload)
+
+
+def test_a_process_that_fails_ends_the_run_with_its_reason():
+    """torch refuses fewer micro-batches than stages, which `check_measurable` would have found."""
+    with pytest.raises(ScheduleRunError, match="a stage's process failed: ValueError: Number of microbatches"):
+        measure_schedules([("1f1b", Workload(StageTimes.equal(2, 0.01, 0.01), 1))])
