@@ -87,7 +87,7 @@ class Workload:
         times: Times of each stage. Where a rank holds several virtual stages, each has its even share.
         microbatches: Micro-batches of an optimizer step.
         message_bytes: Size of a micro-batch's hidden states, and of their gradients.
-        bandwidth: Of each link between neighbours, each direction on its own, in bytes per second.
+        bandwidth: Of each rank's link to the next one, and of its link back, in bytes per second.
         latency: Of each message, in seconds.
         channel_depth: Hidden states that wait at each end of a PPLL channel, beside the one that is under way.
         virtual_stages: Stages on each rank in `interleaved`.

@@ -177,7 +177,7 @@ def link_program(
 ) -> Program:
     """Adds the messages: who waits for which, and when sends and receives are posted.
 
-    Each neighbouring pair of ranks has a link of its own in either direction.
+    Each rank has a link to the next rank for hidden states, and one to the rank before it for their gradients.
 
     Args:
         schedule: The schedule of `orders`.

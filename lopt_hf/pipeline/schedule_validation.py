@@ -23,12 +23,12 @@ from torch.multiprocessing.spawn import ProcessException
 from lopt_hf.pipeline.channel import BatchId, ReceivingChannel, SendingChannel
 from lopt_hf.pipeline.health import PeerMonitor
 from lopt_hf.pipeline.schedule import Workload
+from lopt_hf.pipeline.schedule_orders import rounds_of
 
 __all__ = ["ScheduleRunError", "check_measurable", "measure_schedules"]
 
 HOST = "127.0.0.1"
 PEER_TIMEOUT_SECONDS = 60.0  # importing torch in several processes on a busy machine takes a while
-
 MAX_PROCESSES = 16  # ours: each takes about 300 MB for torch alone
 MEASURED_STEPS = 3
 BYTES_PER_VALUE = 4
@@ -78,6 +78,10 @@ def check_measurable(schedule: str, workload: Workload) -> None:
     if schedule == "1f1b" and workload.microbatches < stages:
         raise ValueError(
             f"microbatches={workload.microbatches}: torch's Schedule1F1B needs at least as many as stages={stages}."
+        )
+    if schedule in SEVERAL_STAGES and workload.microbatches % rounds_of(stages, workload.microbatches):
+        raise ValueError(
+            f"microbatches={workload.microbatches}: torch's {schedule} schedule needs a multiple of stages={stages}."
         )
 
 

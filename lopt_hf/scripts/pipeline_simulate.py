@@ -158,7 +158,8 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         "--validate",
         action="store_true",
         help="Also run each schedule in real processes whose stages sleep for their times, those of "
-        "torch.distributed.pipelining and ppll, and print the difference.",
+        "torch.distributed.pipelining and ppll, and print the difference. Messages then go through this machine's "
+        "loopback and take its cores: leave --message-mb out to test the schedules alone.",
     )
 
 

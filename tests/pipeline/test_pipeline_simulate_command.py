@@ -153,6 +153,10 @@ def test_sleeping_stages_run(capsys):
             ["--validate", "--stages", "1", "--schedule", "ppll"],
             "stages=1: each is a process here; validate with 2 to 16.",
         ),
+        (
+            ["--validate", "--stages", "2", "--microbatches", "3,5", "--schedule", "zero-bubble"],
+            "microbatches=5: torch's zero-bubble schedule needs a multiple of stages=2.",
+        ),
         (["--validate", "--cores", "2"], "cores=2.0: sleeping stages take no core; leave it out to validate."),
         (["--validate", "--microbatches", "2", "--schedule", "1f1b"], "microbatches=2: torch's Schedule1F1B needs"),
     ],
