@@ -1,0 +1,320 @@
+"""`lopt-hf pipeline simulate`: what a pipeline schedule costs, before anything is trained."""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lopt_hf.pipeline.schedule import SCHEDULES, ScheduleResult, UnfitWorkloadError, Workload, simulate
+from lopt_hf.pipeline.schedule_report import plot_scaling, to_json, to_markdown, to_validation_markdown
+from lopt_hf.pipeline.schedule_timeline import chrome_trace, plot_timeline
+from lopt_hf.pipeline.schedule_times import TimesSource, read_times
+from lopt_hf.retention.files import whole_file
+
+__all__ = ["main", "make_parser"]
+
+DESCRIPTION = """\
+Simulate a pipeline's schedules on stage times that you measured or give, and print what each makes of them: the time
+of an optimizer step, the throughput, how long stages idle (the bubble), and how many micro-batches' activations they
+hold.
+
+schedules:
+"""
+EPILOG = """\
+file of times (--times): JSON with one number for each stage in every list, in seconds for one micro-batch
+  {"forward": [0.11, 0.13], "backward": [0.22, 0.31], "local": [0.01, 0], "optimizer": [0.04, 0.05],
+   "message_bytes": 589824, "tokens_per_microbatch": 256}
+  forward       forward; of the last stage with the task loss
+  backward      backward, with respect to inputs and weights
+  local         local objective, forward and backward; only ppll computes it (default: 0)
+  optimizer     optimizer step, once for all micro-batches of a step (default: 0)
+  message_bytes, tokens_per_microbatch  as --message-mb (times 10^6) and --tokens
+
+examples:
+  lopt-hf pipeline simulate --stages 16 --schedule ppll,gpipe,1f1b,interleaved --microbatches 8,32
+  lopt-hf pipeline simulate --times measured.json --microbatches 4 --cores 2 --timeline timeline.png
+  lopt-hf pipeline simulate --stages 2,4,8,16,32,64 --microbatches 32 --forward-ms 20 --backward-ms 40 \\
+      --message-mb 8 --link-gbps 100 --latency-us 10 --plot scaling.png
+  lopt-hf pipeline simulate --stages 2,3,4 --microbatches 8 --forward-ms 50 --validate
+"""
+MAX_DRAWN_STAGES = 64
+MAX_DRAWN_PIPELINES = 8
+TIMELINE_STEPS = 2
+DOTS_PER_INCH = 150
+MEGA, GIGA, MILLI, MICRO, BITS_PER_BYTE = 1e6, 1e9, 1e-3, 1e-6, 8
+DEFAULT_FORWARD_SECONDS = 0.01  # ours: without messages only ratios of times matter
+BACKWARD_PER_FORWARD = 2.0  # a matrix product's backward is two (arXiv 2401.10241, Sec. 2)
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _list_of(kind: Callable[[str], object], example: str) -> Callable[[str], tuple]:
+    def read(text: str) -> tuple:
+        try:
+            return tuple(kind(part.strip()) for part in text.split(","))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a number or several with commas, as {example}"
+            ) from error
+
+    return read
+
+
+_integers = _list_of(int, "8,32")
+_times = _list_of(float, "20 or 20,22.5")
+_names = _list_of(str, "ppll,1f1b")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Makes the parser of `lopt-hf pipeline simulate`."""
+    schedules = "".join(f"  {name:<12} {schedule.summary}\n" for name, schedule in SCHEDULES.items())
+    parser = _OneLineParser(
+        prog="lopt-hf pipeline simulate",
+        description=DESCRIPTION + schedules,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_what(parser.add_argument_group("what to simulate"))
+    _add_times(parser.add_argument_group("times of a stage, for one micro-batch"))
+    _add_hardware(parser.add_argument_group("what it runs on"))
+    _add_output(parser.add_argument_group("what to make of it"))
+    return parser
+
+
+def _add_what(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--stages",
+        type=_integers,
+        metavar="N,N",
+        help="Devices in the pipeline. Default: 4, or as many as --times has.",
+    )
+    add("--schedule", type=_names, default=tuple(SCHEDULES), metavar="NAME,NAME", help="Default: all.")
+    add(
+        "--microbatches",
+        type=_integers,
+        default=(8, 32),
+        metavar="N,N",
+        help="Micro-batches of an optimizer step. Default: 8,32",
+    )
+    add(
+        "--virtual-stages",
+        type=int,
+        default=2,
+        metavar="N",
+        help="Stages on each device in `interleaved`, each with its share of the device's time. Default: 2",
+    )
+    add(
+        "--channel-depth",
+        type=int,
+        default=2,
+        metavar="N",
+        help="Hidden states that may wait at each end of a link between two stages of ppll. Default: 2",
+    )
+
+
+def _add_times(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    one_or_each = "; one number for all stages or one for each."
+    add("--times", type=Path, metavar="FILE", help="Measured times as JSON (see below), instead of the next four.")
+    add("--forward-ms", type=_times, metavar="MS", help=f"Forward{one_or_each} Default: 10")
+    add("--backward-ms", type=_times, metavar="MS", help=f"Backward{one_or_each} Default: twice the forward")
+    add("--local-ms", type=_times, metavar="MS", help="Local objective of ppll's stages but the last. Default: 0")
+    add("--optimizer-ms", type=_times, metavar="MS", help="Optimizer step. Default: 0")
+    add(
+        "--whole-model",
+        action="store_true",
+        help="The times are those of the whole model (of several stages: their sum), divided evenly among the stages. "
+        "Without it, a model with more stages has more layers.",
+    )
+    add("--tokens", type=int, metavar="N", help="Tokens of a micro-batch, for the throughput in tokens.")
+
+
+def _add_hardware(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--message-mb", type=float, metavar="MB", help="Hidden states of a micro-batch: 10^6 bytes. Default: 0")
+    add("--link-gbps", type=float, metavar="GBPS", help="Gigabits per second of each link. Default: no limit")
+    add("--latency-us", type=float, default=0.0, metavar="US", help="Time for any message to arrive. Default: 0")
+    add("--cores", type=float, metavar="N", help="Cores that all stages share. Default: a device for each stage")
+
+
+def _add_output(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--plot", type=Path, metavar="PNG", help="Draw how the schedules scale with several --stages.")
+    add(
+        "--timeline",
+        type=Path,
+        metavar="FILE",
+        help="What each stage does when in two steps: a drawing (.png), or a trace for ui.perfetto.dev (.json).",
+    )
+    add("--output", type=Path, metavar="FILE", help="Write everything as JSON.")
+    add(
+        "--validate",
+        action="store_true",
+        help="Also run each schedule in real processes whose stages sleep for their times, those of "
+        "torch.distributed.pipelining and ppll, and print the difference. Messages then go through this machine's "
+        "loopback and take its cores: leave --message-mb out to test the schedules alone.",
+    )
+
+
+def _workloads(arguments: argparse.Namespace) -> list[Workload]:
+    source = _source(arguments)
+    bandwidth = math.inf if arguments.link_gbps is None else arguments.link_gbps * GIGA / BITS_PER_BYTE
+    return [
+        Workload(
+            source.of(stages),
+            microbatches,
+            message_bytes=source.message_bytes,
+            latency=arguments.latency_us * MICRO,
+            channel_depth=arguments.channel_depth,
+            virtual_stages=arguments.virtual_stages,
+            cores=arguments.cores,
+            bandwidth=bandwidth,
+        )
+        for stages in arguments.stages or (source.default_stages,)
+        for microbatches in arguments.microbatches
+    ]
+
+
+def _source(arguments: argparse.Namespace) -> TimesSource:
+    by_hand = ("forward_ms", "backward_ms", "local_ms", "optimizer_ms")
+    given = {name: getattr(arguments, name) for name in by_hand if getattr(arguments, name) is not None}
+    if arguments.times is not None:
+        if given:
+            raise ValueError(f"times and {', '.join(given)}: times come from the file or by hand; leave one out.")
+        source = read_times(arguments.times, arguments.whole_model)
+    else:
+        seconds: dict[str, Any] = {
+            name.removesuffix("_ms"): tuple(MILLI * ms for ms in values) for name, values in given.items()
+        }
+        forward = seconds.setdefault("forward", (DEFAULT_FORWARD_SECONDS,))
+        seconds.setdefault("backward", tuple(BACKWARD_PER_FORWARD * value for value in forward))
+        source = TimesSource(**seconds, whole_model=arguments.whole_model)
+    if arguments.message_mb is not None:
+        source = replace(source, message_bytes=arguments.message_mb * MEGA)
+    return source if arguments.tokens is None else replace(source, tokens_per_microbatch=arguments.tokens)
+
+
+def _check_drawing(arguments: argparse.Namespace, workloads: Sequence[Workload]) -> None:
+    """What would fail only after the simulation."""
+    if arguments.plot is not None and len({workload.times.num_stages for workload in workloads}) < 2:
+        raise ValueError("plot: a plot of scaling needs several numbers of stages, such as --stages 2,4,8,16.")
+    if arguments.plot is not None and arguments.plot.suffix != ".png":
+        raise ValueError(f"plot={arguments.plot}: name a .png file.")
+    if arguments.timeline is None:
+        return
+    if arguments.timeline.suffix not in (".png", ".json"):
+        raise ValueError(f"timeline={arguments.timeline}: name a .png file for a drawing or .json for a Chrome trace.")
+    panels = len(workloads) * len(arguments.schedule)
+    stages = max(workload.times.num_stages for workload in workloads)
+    if panels > MAX_DRAWN_PIPELINES or stages > MAX_DRAWN_STAGES:
+        raise ValueError(
+            f"timeline: {panels} pipelines of up to {stages} stages; name schedules, stages and micro-batches so that "
+            f"there are at most {MAX_DRAWN_PIPELINES} with at most {MAX_DRAWN_STAGES} stages."
+        )
+
+
+def _check_output(arguments: argparse.Namespace) -> None:
+    for name in ("plot", "timeline", "output"):
+        path = getattr(arguments, name)
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ValueError(f"{name}={path}: its folder does not exist; create it or name another file.")
+
+
+def _draw_timeline(path: Path, results: Sequence[ScheduleResult]) -> None:
+    several = len({(r.workload.times.num_stages, r.workload.microbatches) for r in results}) > 1
+    pipelines = {}
+    for result in results:
+        size = f", {result.workload.times.num_stages} stages, {result.workload.microbatches} micro-batches" * several
+        pipelines[result.schedule + size] = list(result.events(TIMELINE_STEPS))
+    with whole_file(path) as partial:
+        if path.suffix == ".json":
+            partial.write_text(chrome_trace(pipelines))
+        else:
+            plot_timeline(pipelines).savefig(partial, format="png", dpi=DOTS_PER_INCH)
+
+
+def _simulate_all(schedules: Sequence[str], workloads: Sequence[Workload]) -> tuple[list[ScheduleResult], list[str]]:
+    """All results, and why some are missing: of many sizes, some may not fit a schedule.
+
+    Raises:
+        ValueError: If there is no result at all.
+    """
+    results, reasons = [], []
+    for workload in workloads:
+        for schedule in schedules:
+            try:
+                results.append(simulate(schedule, workload))
+            except UnfitWorkloadError as error:
+                reasons.append(error)
+    if not results:
+        raise reasons[0]
+    return results, [str(reason) for reason in reasons]
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    _check_output(arguments)
+    workloads, tokens = _workloads(arguments), _source(arguments).tokens_per_microbatch
+    _check_drawing(arguments, workloads)
+    results, left_out = _simulate_all(arguments.schedule, workloads)
+    measured = _measure(results) if arguments.validate else None
+    print(to_markdown(results, tokens))
+    for reason in left_out:
+        print(f"left out: {reason}")
+    if measured is not None:
+        print(f"\n{to_validation_markdown(results, measured)}")
+    _write_files(arguments, results, measured)
+
+
+def _measure(results: Sequence[ScheduleResult]) -> list[float]:
+    # Only here, because of torch, which takes seconds to import.
+    from lopt_hf.pipeline.schedule_validation import ScheduleRunError, check_measurable, measure_schedules
+
+    cases = [(result.schedule, result.workload) for result in results]
+    for case in cases:
+        check_measurable(*case)
+    print(f"running {len(cases)} schedules, a process for each stage ...", file=sys.stderr)
+    try:
+        return measure_schedules(cases)
+    except ScheduleRunError as error:
+        sys.exit(f"lopt-hf pipeline simulate: error: {error}")
+
+
+def _write_files(
+    arguments: argparse.Namespace, results: Sequence[ScheduleResult], measured: Sequence[float] | None
+) -> None:
+    if arguments.plot is not None:
+        with whole_file(arguments.plot) as partial:
+            plot_scaling(results).savefig(partial, format="png", dpi=DOTS_PER_INCH)
+    if arguments.timeline is not None:
+        _draw_timeline(arguments.timeline, results)
+    if arguments.output is not None:
+        with whole_file(arguments.output) as partial:
+            partial.write_text(to_json(results, measured) + "\n")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs `lopt-hf pipeline simulate`.
+
+    Args:
+        argv: The arguments after the command's name. Default: those of the process.
+
+    Raises:
+        SystemExit: On bad input (status 2) or if a real run fails (status 1), after one line on stderr.
+    """
+    parser = make_parser()
+    arguments = parser.parse_args(argv)
+    try:
+        _run(arguments)
+    except (ValueError, ImportError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
