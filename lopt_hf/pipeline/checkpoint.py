@@ -91,7 +91,9 @@ def find_checkpoint(output_dir: str, resume_from_checkpoint: str | bool | None) 
         return resume_from_checkpoint
     last = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
     if last is None:
-        raise ValueError(f"resume_from_checkpoint=True, but output_dir={output_dir!r} has no checkpoint; leave it out.")
+        raise ValueError(
+            f"resume_from_checkpoint=True, but output_dir={output_dir!r} has no checkpoint; leave it out."
+        )
     return last
 
 
@@ -119,7 +121,9 @@ def load_weights(tensors: Mapping[str, torch.Tensor], folders: Iterable[Path], f
         raise ValueError(f"The checkpoint has no weights of {sorted(missing)[0]!r}; it is from another run.")
 
 
-def publish_when_complete(store: dist.Store, staged: Path, final: Path, plans: Sequence[StagePlan], details: Any) -> bool:
+def publish_when_complete(
+    store: dist.Store, staged: Path, final: Path, plans: Sequence[StagePlan], details: Any
+) -> bool:
     """Notes that one more stage is written; the last one adds the manifest and renames the folder.
 
     Args:

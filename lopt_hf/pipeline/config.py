@@ -93,4 +93,6 @@ class PipelineConfig(LoPTConfig):
             )
         for name, (allowed, reason) in _UNSUPPORTED.items():
             if getattr(self, name) not in (allowed, None):
-                raise ValueError(f"{name}={getattr(self, name)!r} does not work in a pipeline: {reason}; leave it out.")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} does not work in a pipeline: {reason}; leave it out."
+                )

@@ -167,7 +167,9 @@ def join(
             group = dist.new_group(pair)
             if rendezvous.rank in pair:
                 links[first] = group
-    return PipelineWorld(rendezvous.store, rendezvous.rank, mesh, stage, replica, links.get(stage - 1), links.get(stage), monitor)
+    return PipelineWorld(
+        rendezvous.store, rendezvous.rank, mesh, stage, replica, links.get(stage - 1), links.get(stage), monitor
+    )
 
 
 def launch_command(num_processes: int, arguments: Sequence[str], launcher_arguments: Sequence[str] = ()) -> list[str]:

@@ -28,6 +28,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from lopt_hf.blocks import Block, split_layers
 from lopt_hf.distributed import GradientReducer, broadcast_parameters
+from lopt_hf.objectives import LocalObjective, ReconstructionObjective
 from lopt_hf.pipeline.channel import BatchId, ReceivingChannel, SendingChannel
 from lopt_hf.pipeline.checkpoint import (
     Manifest,
@@ -42,6 +43,7 @@ from lopt_hf.pipeline.launch import PipelineWorld
 from lopt_hf.pipeline.optimizer_state import load_optimizer_state, save_optimizer_state
 from lopt_hf.pipeline.stage import HiddenStateInput, plan_stages
 from lopt_hf.pipeline.timeline import Span, Timeline, draw_timeline, write_chrome_trace
+from lopt_hf.readout import ReadoutObjective
 from lopt_hf.trainers.checkpoint import HEADS_FILE, STATE_FILE
 from lopt_hf.trainers.lopt_trainer import LoPTTrainer
 
@@ -116,6 +118,21 @@ class PipelineTrainer(LoPTTrainer):
         for module in (base_model.get_input_embeddings(), base_model.get_output_embeddings()):
             module.requires_grad_(False)
 
+    def _make_objective(self, base_model: PreTrainedModel) -> LocalObjective:
+        if self.args.local_objective != "readout":
+            return super()._make_objective(base_model)
+        # Only the last stage trains norm and head; the others hold them frozen, and need no copy.
+        objective = ReadoutObjective.from_model(base_model, copy=self.plan.is_last)
+        self._readout_fingerprint = objective.fingerprint
+        # Without an early block here nothing learns from it, and a copy of the head is large.
+        return objective if self.early_blocks else ReconstructionObjective()
+
+    def _block_settings(self) -> dict[str, Any]:
+        settings = super()._block_settings()
+        if self.args.local_objective == "readout":
+            settings |= {"local_objective": ReadoutObjective.__name__, "readout": self._readout_fingerprint}
+        return settings
+
     # ---- One micro-batch ----
 
     def compute_loss(
@@ -182,9 +199,8 @@ class PipelineTrainer(LoPTTrainer):
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self.world.num_replicas > 1:
             trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-            broadcast_parameters(
-                [*trainable, *self.local_heads.parameters()], self.world.rank_of(self.world.stage, 0), self.world.data_group
-            )
+            source = self.world.rank_of(self.world.stage, 0)
+            broadcast_parameters([*trainable, *self.local_heads.parameters()], source, self.world.data_group)
         return prepared
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
@@ -387,8 +403,9 @@ class PipelineTrainer(LoPTTrainer):
         """What goes into the model: a head that is tied to the embeddings is saved with them, on another stage."""
         if isinstance(self.model, PeftModel):
             return None
-        state = self.model.state_dict()
-        if self._base_model().config.get_text_config(decoder=True).tie_word_embeddings:
+        others = {} if self.plan.is_last else self._owned()[-1]  # the frozen readout
+        state = {name: tensor for name, tensor in self.model.state_dict().items() if name not in others}
+        if self.plan.is_last and self._base_model().config.get_text_config(decoder=True).tie_word_embeddings:
             head = self._base_model().get_output_embeddings()
             own = {id(parameter) for parameter in head.parameters()}
             state = {n: t for n, t in self.model.state_dict(keep_vars=True).items() if id(t) not in own}
@@ -414,7 +431,9 @@ class _StageCallback(TrainerCallback):
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.timeline.add("step", self.started, time.perf_counter())
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         if logs is not None and "loss" in logs and not self.trainer.plan.is_last and self.trainer.world.replica == 0:
             self.trainer.share_logs(logs)
 
@@ -424,5 +443,7 @@ def _checksum(inputs: Mapping[str, Any]) -> int:
     checksum = 0
     for name in sorted(inputs):
         if isinstance(inputs[name], torch.Tensor):
-            checksum = zlib.crc32(inputs[name].cpu().contiguous().numpy().tobytes(), zlib.crc32(name.encode(), checksum))
+            checksum = zlib.crc32(
+                inputs[name].cpu().contiguous().numpy().tobytes(), zlib.crc32(name.encode(), checksum)
+            )
     return checksum

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lopt_hf.blocks import Block, DecoderStack, find_decoder_stack, is_before_the_layers
+from lopt_hf.blocks import Block, DecoderStack, find_decoder_stack, is_before_the_layers, parameters_by_block
 
 __all__ = ["HiddenStateInput", "StagePlan", "load_stage", "plan_stages"]
 
@@ -120,7 +120,7 @@ def load_stage(
     Args:
         name_or_path: Hub id or local folder of the whole model's checkpoint.
         plan: The stage.
-        keeps_readout: Also load the final norm and the LM head where the stage is not the last.
+        keeps_readout: Also load the final norm and the LM head where the stage is not the last, frozen.
         **from_pretrained_kwargs: For `from_pretrained`: `dtype`, `revision`, `attn_implementation` ...
 
     Returns:
@@ -162,6 +162,11 @@ def load_stage(
         embeddings: Any = model.get_input_embeddings()
         model.set_input_embeddings(_AbsentEmbedding(embeddings, find_decoder_stack(model).hidden_size))
         model.all_tied_weights_keys = {}
+    if keeps_readout and not plan.is_last:
+        stack = find_decoder_stack(model)
+        after = Block(index=-1, start=plan.num_layers, stop=plan.num_layers)
+        for parameter in parameters_by_block(model, stack, [*plan.blocks, after])[-1].values():
+            parameter.requires_grad_(False)
     _match_layer_outputs(model, plan)
     return model
 
@@ -224,7 +229,11 @@ def _drop_other_stages(model: PreTrainedModel, plan: StagePlan, keeps_embeddings
         if module is stack.layers or not any(True for _ in module.parameters()):
             continue
         is_before = is_before_the_layers(name, module)
-        keeps = (plan.is_first or (keeps_embeddings and module is model.get_input_embeddings())) if is_before else keeps_head
+        keeps = (
+            (plan.is_first or (keeps_embeddings and module is model.get_input_embeddings()))
+            if is_before
+            else keeps_head
+        )
         if not keeps:
             setattr(stack.decoder, name, _stand_in(module, stack.hidden_size))
     if not keeps_head:

@@ -9,6 +9,7 @@ lopt-hf pipeline simulate --help                                              # 
 Launched by `accelerate launch`, a process is one stage; otherwise the command starts all stages on this host.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -16,18 +17,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from transformers import AutoConfig
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from lopt_hf.blocks import split_layers
 from lopt_hf.pipeline.adapters import add_adapter
+from lopt_hf.pipeline.balance import balanced_split, format_split
 from lopt_hf.pipeline.config import PipelineConfig
+from lopt_hf.pipeline.costs import measure_costs
 from lopt_hf.pipeline.health import PipelineError
 from lopt_hf.pipeline.launch import PipelineWorld, Rendezvous, describe, join, launch_command
 from lopt_hf.pipeline.runner import PipelineTrainer
 from lopt_hf.pipeline.stage import load_stage, plan_stages
 from lopt_hf.pretrained import resolve_model
+from lopt_hf.scripts import pipeline_simulate
 from lopt_hf.scripts.parsing import parse_or_exit
 from lopt_hf.scripts.sft import SFTDataArguments, draw, load_split, resumed_checkpoint
 
@@ -71,19 +76,46 @@ def make_trainer(
     }
     config = AutoConfig.from_pretrained(checkpoint, revision=model_args.model_revision)
     num_layers = config.get_text_config(decoder=True).num_hidden_layers
+    if args.split == "auto" and args.split_at is None:
+        args.split_at = measured_split(checkpoint, args, model_args, world)
     plans = plan_stages(split_layers(num_layers, args.num_blocks, args.split_at), world.num_stages)
     plan = plans[world.stage]
     if world.rank == 0:
         print("\n".join(str(plan) for plan in plans))
-    model: Any = load_stage(checkpoint, plan, **kwargs)
+    keeps_readout = args.local_objective == "readout"
+    model: Any = load_stage(checkpoint, plan, keeps_readout, **kwargs)
     peft_config = get_peft_config(model_args)
     if peft_config is not None:
         model = add_adapter(model, peft_config, args.seed)
-    train_dataset = draw(load_split(data_args, data_args.dataset_train_split, args.seed), data_args.dataset_max_samples, args.seed)
+    train_dataset = load_split(data_args, data_args.dataset_train_split, args.seed)
+    train_dataset = draw(train_dataset, data_args.dataset_max_samples, args.seed)
     return PipelineTrainer(model, args, world=world, train_dataset=train_dataset)
 
 
-def run_stage(data_args: SFTDataArguments, args: PipelineConfig, model_args: ModelConfig, rendezvous: Rendezvous) -> None:
+def measured_split(checkpoint: str, args: PipelineConfig, model_args: ModelConfig, world: PipelineWorld) -> list[int]:
+    """Where to cut so that the slowest block is as fast as can be; one process measures, and all take its cut."""
+    if world.rank == 0:
+        costs = measure_costs(
+            checkpoint,
+            args.per_device_train_batch_size,
+            args.max_length or 1024,  # TRL's default length
+            objective=args.local_objective,
+            autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+            device=args.device,
+            accumulation_steps=args.gradient_accumulation_steps,
+            activation_checkpointing=bool(args.activation_checkpointing),
+            tied_embeddings=args.tied_embeddings,
+            peft_config=get_peft_config(model_args),
+        )
+        split = balanced_split(costs, args.num_blocks)
+        print(format_split(costs, split), flush=True)
+        world.store.set("split_at", json.dumps(split))
+    return list(json.loads(world.store.get("split_at")))
+
+
+def run_stage(
+    data_args: SFTDataArguments, args: PipelineConfig, model_args: ModelConfig, rendezvous: Rendezvous
+) -> None:
     """Trains one stage to the end and saves the model with the others."""
     device_type = args.device.type
     assert args.num_stages is not None
@@ -110,6 +142,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: Arguments without the program's name; default: those of the process.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] == "simulate":
+        return pipeline_simulate.main(arguments[1:])
     if "RANK" not in os.environ:
         _, args, _, launch_args = parse_or_exit(make_parser(), arguments)
         sys.exit(_launch(args, launch_args, arguments))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import (
     ModelConfig,
@@ -135,6 +136,7 @@ def make_trainer(script_args: SFTScriptArguments, args: LoPTConfig, model_args: 
     given["peft_config"] = get_peft_config(model_args)
     given["quantization_config"] = get_quantization_config(model_args)
     model = resolve_model(model_args.model_name_or_path)
+    set_seed(args.seed)  # adapters are drawn before the trainer sets its seed
     if script_args.method == "e2e":
         return SFTTrainer(model, end_to_end_args(args), **given)
     return LoPTTrainer(model, args, **given)
