@@ -100,10 +100,10 @@ def _launch(ranks: int, cases: list[tuple[str, Workload]]) -> list[float]:
 def _work(rank: int, ranks: int, port: int, output: Path, cases: list[tuple[str, Workload]]) -> None:
     """One process: runs every case; the first writes their step times."""
     torch.set_num_threads(1)
-    store, monitored_store = (dist.TCPStore(HOST, port, is_master=False) for _ in range(2))  # one waits, one beats
+    store = dist.TCPStore(HOST, port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     links = [dist.new_group([sender, sender + 1]) for sender in range(ranks - 1)]
-    monitor = PeerMonitor(monitored_store, rank, {}, PEER_TIMEOUT_SECONDS)
+    monitor = PeerMonitor(store, rank, {}, PEER_TIMEOUT_SECONDS)
     seconds = [_measure(schedule, workload, links, monitor) for schedule, workload in cases]
     if rank == 0:
         output.write_text(json.dumps(seconds))
