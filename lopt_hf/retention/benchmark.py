@@ -20,7 +20,8 @@ from lopt_hf.retention.deltas import ModelScores, entry_deltas, gain_delta, mean
 from lopt_hf.retention.files import whole_file
 from lopt_hf.retention.heldout import HELDOUT_TASK, heldout_task
 from lopt_hf.retention.layer_drift import layer_drift
-from lopt_hf.retention.measuring import MeasuringSettings, ModelReference, load_tokenizer, measure_model
+from lopt_hf.retention.measuring import MeasuringSettings, measure_model
+from lopt_hf.retention.references import ModelReference, load_tokenizer
 from lopt_hf.retention.results import ModelResult, RetentionReport
 from lopt_hf.retention.scores import ScoreCache, fingerprint
 from lopt_hf.retention.suites import TaskEntry

@@ -13,7 +13,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from lopt_hf import RetentionCallback
 from lopt_hf.retention.callback import _undisturbed
-from lopt_hf.retention.measuring import MeasuringSettings, ModelReference, measure_model
+from lopt_hf.retention.measuring import MeasuringSettings, measure_model
+from lopt_hf.retention.references import ModelReference
 from lopt_hf.retention.scores import ScoreCache
 from lopt_hf.retention.suites import SuiteTask, load_entries
 from tests.retention.conftest import save
