@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import inspect
 import json
 import logging
 import re
@@ -25,7 +26,7 @@ from peft import PeftModel
 
 from lopt_hf.retention.heldout import HELDOUT_TASK
 from lopt_hf.retention.references import ModelReference, load_tokenizer
-from lopt_hf.retention.scores import ScoreCache, TaskScores
+from lopt_hf.retention.scores import ScoreCache, TaskScores, infinite_perplexities
 from lopt_hf.retention.suites import TaskEntry
 
 __all__ = [
@@ -203,16 +204,17 @@ def evaluate_tasks(
     indices = {task.task_name: settings.indices(task) for task in tasks}
     own_fewshot = [task.get_config("num_fewshot") for task in tasks]
     try:
-        results = lm_eval.simple_evaluate(
-            model=language_model,
-            tasks=list(tasks),
-            num_fewshot=num_fewshot,
-            samples={name: chosen for name, chosen in indices.items() if chosen is not None} or None,
-            bootstrap_iters=0,
-            apply_chat_template=settings.apply_chat_template,
-            task_manager=TaskManager(include_defaults=False),
-            use_cache=None if unfinished is None else str(unfinished),
-        )
+        with infinite_perplexities(tasks):
+            results = lm_eval.simple_evaluate(
+                model=language_model,
+                tasks=list(tasks),
+                num_fewshot=num_fewshot,
+                samples={name: chosen for name, chosen in indices.items() if chosen is not None} or None,
+                bootstrap_iters=0,
+                apply_chat_template=settings.apply_chat_template,
+                task_manager=TaskManager(include_defaults=False),
+                use_cache=None if unfinished is None else str(unfinished),
+            )
     except sqlite3.DatabaseError as error:
         if "full" in str(error):
             raise OSError(errno.ENOSPC, f"single answers cannot be kept: {error}", str(unfinished)) from error
@@ -287,7 +289,10 @@ def _digest_of(documents: Iterable[Any]) -> str:
 def _config_text(task: Task) -> str:
     """The task's configuration as text; without addresses of functions, which differ between runs."""
     config = {name: value for name, value in task.dump_config().items() if name != "num_fewshot"}
-    text = json.dumps(
-        config, sort_keys=True, default=lambda value: getattr(value, "__qualname__", type(value).__name__)
-    )
+    text = json.dumps(config, sort_keys=True, default=_name)
     return re.sub(r" at 0x[0-9a-f]+", "", text)
+
+
+def _name(value: Any) -> str:
+    """The name of a function or class; of anything else, such as a partial, its type's."""
+    return value.__qualname__ if inspect.isroutine(value) or inspect.isclass(value) else type(value).__name__

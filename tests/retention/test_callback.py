@@ -1,6 +1,7 @@
 """The callback measures the untouched model first, logs through the Trainer, and does not disturb training."""
 
 import copy
+import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,27 @@ def test_figures_are_those_of_the_stock_model(tmp_path: Path, tasks: Path) -> No
         assert row[ACCURACY] == scores["tiny_sums"].values["acc,none"]
         expected = scores["tiny_text"].values["word_perplexity,none"]
         assert row["retention/tiny_text/word_perplexity"] == pytest.approx(expected, rel=1e-6)
+
+
+class Ruin(TrainerCallback):
+    """Makes the model so sure of the wrong characters that no float holds its perplexity."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        with torch.no_grad():
+            model.get_output_embeddings().weight.mul_(1e5)
+
+
+def test_training_goes_on_when_the_model_diverges(tmp_path: Path, tasks: Path) -> None:
+    trainer = make_trainer(tmp_path / "out", max_steps=4)
+    trainer.add_callback(Ruin())
+    trainer.add_callback(make_callback(tasks))
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if ACCURACY in row]
+    assert [row["step"] for row in rows] == [0, 2, 4]
+    name = "retention/tiny_text/word_perplexity"
+    assert [row[name] for row in rows[1:]] == [math.inf] * 2
+    assert [row[f"{name}_delta"] for row in rows[1:]] == [math.inf] * 2
+    assert all(math.isfinite(row[f"{ACCURACY}_delta"]) for row in rows[1:])
 
 
 def test_resumed_run_compares_with_the_first_beginning(tmp_path: Path, tasks: Path) -> None:

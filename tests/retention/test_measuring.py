@@ -3,6 +3,7 @@
 import errno
 import gc
 import json
+import math
 import os
 import shutil
 import threading
@@ -148,6 +149,23 @@ def test_sums_of_a_bf16_model_are_not_rounded_to_bf16(models: SavedModels, task_
     scores = measure_model(ModelReference.find(models.base), entries, settings, ScoreCache(tmp_path))
     sums = torch.tensor([item[0] for item in scores["texts"].metrics["word_perplexity,none"]])
     assert (sums.bfloat16().float() != sums).any()
+
+
+def test_a_perplexity_that_no_float_holds_is_infinite(diverged: str, task_folder: Path, tmp_path: Path) -> None:
+    """It ends lm-eval's own evaluation; all other metrics are what lm-eval finds."""
+    for name in ("texts", "endings"):
+        with pytest.raises(OverflowError):
+            by_lm_eval(diverged, task_folder, [name])
+    entries = load_entries([SuiteTask(name) for name in TASKS], [task_folder])
+    reference, cache = ModelReference.find(diverged), ScoreCache(tmp_path)
+    scores = measure_model(reference, entries, SETTINGS, cache)
+    assert not any("aggregation" in vars(task) for entry in entries for task in entry.tasks)
+    assert scores["texts"].values["word_perplexity,none"] == math.inf
+    assert scores["endings"].values["perplexity,none"] == math.inf
+    assert math.isfinite(scores["texts"].values["bits_per_byte,none"])
+    expected = by_lm_eval(diverged, task_folder, ["sums"])["sums"]
+    assert scores["sums"].values == pytest.approx(only_metrics(expected), rel=1e-6)
+    assert measure_model(reference, entries, SETTINGS, cache) == scores  # also from a file
 
 
 def test_two_filters_keep_their_own_responses(models: SavedModels, task_folder: Path, tmp_path: Path) -> None:
