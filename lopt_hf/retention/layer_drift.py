@@ -59,7 +59,7 @@ def _merged(model: PreTrainedModel, reference: ModelReference) -> PreTrainedMode
     """Puts an adapter's part into its base, in fp32, which does not round it away."""
     if reference.adapter is None:
         return model
-    adapted = PeftModel.from_pretrained(model.float(), reference.adapter, revision=reference.revision)
+    adapted = PeftModel.from_pretrained(model.float(), reference.adapter, revision=reference.adapter_revision)
     return adapted.merge_and_unload()
 
 

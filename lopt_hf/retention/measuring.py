@@ -115,7 +115,9 @@ def load_language_model(reference: ModelReference, settings: MeasuringSettings) 
         tokenizer=load_tokenizer(reference),
     )
     if reference.adapter is not None:  # not by lm-eval, which cuts off embeddings beyond the tokenizer's size
-        model._model = PeftModel.from_pretrained(model._model, reference.adapter, revision=reference.revision).eval()
+        model._model = PeftModel.from_pretrained(
+            model._model, reference.adapter, revision=reference.adapter_revision
+        ).eval()
     state = PartialState()
     if state.num_processes > 1 and model.world_size == 1:  # lm-eval shares samples out among accelerators only
         model._rank, model._world_size = state.process_index, state.num_processes

@@ -1,6 +1,7 @@
 """Where a model is: a full checkpoint or a PEFT adapter, here or on the hub, and the tokenizer that goes with it."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,8 @@ from lopt_hf.retention.scores import fingerprint
 
 __all__ = ["ModelReference", "load_tokenizer"]
 
+HUB_ID_AT_REVISION = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)@(?P<revision>.+)")
+
 
 @dataclass(frozen=True)
 class ModelReference:
@@ -23,27 +26,35 @@ class ModelReference:
     Parameters:
         name: As the user gave it.
         base: Hub id or folder of the full model.
+        revision: Branch, tag or commit of the full model on the hub.
         adapter: Folder or hub id of the adapter, if it is one.
-        revision: Branch, tag or commit of a hub id.
+        adapter_revision: Branch, tag or commit of the adapter on the hub.
     """
 
     name: str
     base: str
-    adapter: str | None = None
     revision: str | None = None
+    adapter: str | None = None
+    adapter_revision: str | None = None
 
     @classmethod
-    def find(cls, name: str, revision: str | None = None) -> "ModelReference":
+    def find(cls, name: str) -> "ModelReference":
         """Tells a full model from an adapter.
+
+        Args:
+            name: A folder, or a hub id, whose revision may follow an `@`. An adapter's base is the one that its
+                configuration names, at the revision that it names.
 
         Raises:
             ValueError: If there is no such model.
         """
-        source = resolve_model(name)
+        source, revision = _split_revision(name)
+        source = resolve_model(source)
         config = _adapter_config(source, revision)
         if config is None:
-            return cls(name, source, None, revision)
-        return cls(name, resolve_model(str(config["base_model_name_or_path"])), source, revision)
+            return cls(name, source, revision)
+        base = resolve_model(str(config["base_model_name_or_path"]))
+        return cls(name, base, config.get("revision"), source, revision)
 
     def fingerprint(self) -> str:
         """What tells it from every other model, as it was when first asked for."""
@@ -52,7 +63,7 @@ class ModelReference:
     @cached_property
     def _fingerprint(self) -> str:
         own = fingerprint(self.base, self.revision)
-        return own if self.adapter is None else f"{own}+{fingerprint(self.adapter, self.revision)}"
+        return own if self.adapter is None else f"{own}+{fingerprint(self.adapter, self.adapter_revision)}"
 
 
 def load_tokenizer(reference: ModelReference) -> PreTrainedTokenizerBase:
@@ -61,16 +72,23 @@ def load_tokenizer(reference: ModelReference) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: If there is none.
     """
-    source = reference.base
-    if reference.adapter is not None and _has_file(reference.adapter, "tokenizer_config.json", reference.revision):
-        source = reference.adapter
+    source, revision = reference.base, reference.revision
+    adapter, adapter_revision = reference.adapter, reference.adapter_revision
+    if adapter is not None and _has_file(adapter, "tokenizer_config.json", adapter_revision):
+        source, revision = adapter, adapter_revision
     try:
         config = AutoConfig.from_pretrained(reference.base, revision=reference.revision)  # an adapter has none
-        return AutoTokenizer.from_pretrained(source, revision=reference.revision, config=config)
+        return AutoTokenizer.from_pretrained(source, revision=revision, config=config)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model {reference.name!r} has no tokenizer that can be loaded; save its base's beside it. ({error})"
         ) from error
+
+
+def _split_revision(name: str) -> tuple[str, str | None]:
+    """`org/name@revision` as its two parts; a path that holds the sign is left whole."""
+    match = HUB_ID_AT_REVISION.fullmatch(name)
+    return (name, None) if match is None or Path(name).exists() else (match["id"], match["revision"])
 
 
 def _has_file(source: str, name: str, revision: str | None) -> bool:

@@ -1,6 +1,7 @@
 """The callback measures the untouched model first, logs through the Trainer, and does not disturb training."""
 
 import copy
+import json
 import math
 from contextlib import nullcontext
 from pathlib import Path
@@ -220,6 +221,16 @@ def test_resuming_without_a_beginning_is_an_error(tmp_path: Path, tasks: Path) -
     trainer = make_trainer(tmp_path / "out", max_steps=4)
     trainer.add_callback(make_callback(tasks))
     with pytest.raises(ValueError, match="before training is unknown"):
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(tmp_path / "out")))
+
+
+@pytest.mark.parametrize("content", [{"settings": {}, "scores": {}}, {"format": 0}, {}])
+def test_resuming_from_another_versions_file_is_an_error(tmp_path: Path, tasks: Path, content: dict[str, Any]) -> None:
+    make_trainer(tmp_path / "out", max_steps=2, save_strategy="steps", save_steps=2).train()
+    (tmp_path / "out" / "retention_baseline.json").write_text(json.dumps(content))
+    trainer = make_trainer(tmp_path / "out", max_steps=4)
+    trainer.add_callback(make_callback(tasks))
+    with pytest.raises(ValueError, match="retention_baseline.json was written by another version of lopt_hf"):
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(tmp_path / "out")))
 
 

@@ -51,6 +51,41 @@ def test_models_on_the_hub_are_told_apart_by_their_commit(
     assert reference.fingerprint() == f"org/base@{'a' * 40}+org/adapter@{'b' * 40}"
 
 
+def test_each_model_has_its_own_revision(models: SavedModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base, an adapter, and the base that the adapter names, all from a hub cache with two revisions of each."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for name, folder in (("base", models.base), ("adapter", models.adapter)):
+        snapshot = put_into_hub_cache(tmp_path, name, folder, "a" * 40)
+        shutil.copytree(folder, snapshot.with_name("b" * 40))
+        (snapshot.parents[1] / "refs" / "v2").write_text("b" * 40)
+    config = json.loads((Path(models.adapter) / "adapter_config.json").read_text())
+    names = {"base_model_name_or_path": "org/base", "revision": "v2"}
+    path = tmp_path / "models--org--adapter" / "snapshots" / ("a" * 40) / "adapter_config.json"
+    path.write_text(json.dumps({**config, **names}))
+    path = path.parents[1] / ("b" * 40) / "adapter_config.json"
+    path.write_text(json.dumps({**config, **names, "revision": None}))
+    found = {
+        name: ModelReference.find(name).fingerprint()
+        for name in ("org/base", "org/base@v2", "org/adapter", "org/adapter@v2")
+    }
+    a, b = "a" * 40, "b" * 40
+    assert found == {
+        "org/base": f"org/base@{a}",
+        "org/base@v2": f"org/base@{b}",
+        "org/adapter": f"org/base@{b}+org/adapter@{a}",
+        "org/adapter@v2": f"org/base@{a}+org/adapter@{b}",
+    }
+    assert load_tokenizer(ModelReference.find("org/adapter@v2")).get_vocab() == make_tokenizer().get_vocab()
+    with pytest.raises(ValueError, match="'org/base' .* not to be had from the hub|no config.json"):
+        ModelReference.find("org/base@v3")
+
+
+def test_a_path_may_hold_the_sign_of_revisions(models: SavedModels, tmp_path: Path) -> None:
+    folder = shutil.copytree(models.base, tmp_path / "run@2")
+    reference = ModelReference.find(str(folder))
+    assert (reference.base, reference.revision) == (str(folder), None)
+
+
 def test_an_adapters_tokenizer_is_its_own_where_it_has_one(models: SavedModels, tmp_path: Path) -> None:
     folder = shutil.copytree(models.adapter, tmp_path / "adapter")
     assert load_tokenizer(ModelReference.find(str(folder))).chat_template == make_tokenizer().chat_template
