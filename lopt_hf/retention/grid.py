@@ -94,6 +94,11 @@ class Grid:
         for setting in ("output_dir", "dataset_name", "model_name_or_path", "seed"):
             if setting in self.training:
                 raise ValueError(f"training.{setting} is set by the grid itself; remove it.")
+        if any("model_revision" in arguments for arguments in (self.training, *self.methods.values())):
+            raise ValueError(
+                "model_revision would train from one revision and measure another as the base; download the one that "
+                "is meant and name its folder as `model`."
+            )
         for pair in self.contrasts:
             if len(pair) != 2 or any(method not in self.methods for method in pair):
                 raise ValueError(f"contrasts: {list(pair)} must be two of the methods {', '.join(self.methods)}.")
