@@ -101,7 +101,7 @@ def _draw_deltas(axes: "Axes", report: RetentionReport, measure: Measure) -> Non
         color = styles[result.group].color
         axes.plot(of_seeds, [row + 0.28] * len(of_seeds), ".", color=color, alpha=0.4, markersize=4)
     axes.axvline(0, color="0.35", linewidth=0.9, zorder=0)
-    axes.locator_params(axis="x", nbins=6)
+    axes.locator_params(axis="x", nbins=5)
     direction = "higher is better" if measure.higher_is_better else "lower is better"
     axes.set_xlabel(f"change in {plot_text(measure.metric)} ({direction})")
     axes.set_title(plot_text(measure.task) + " (task trained on)" * (measure.kind == "gain"), fontsize="medium")
@@ -134,7 +134,7 @@ def _draw_delta(axes: "Axes", row: int, delta: Delta, window: Window, style: Gro
         ha="left" if is_low else "right",
         va="center",
         fontsize=7,
-        color=style.color,
+        color="0.25",
         in_layout=False,
     )
 
