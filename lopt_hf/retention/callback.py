@@ -34,6 +34,7 @@ from lopt_hf.retention.suites import SUITES, SuiteTask, load_entries
 __all__ = ["RetentionCallback"]
 
 BASELINE_FILE = "retention_baseline.json"
+BASELINE_FORMAT = 1  # to be raised whenever an older file can no longer be read
 
 
 class RetentionCallback(TrainerBound):
@@ -105,9 +106,9 @@ class RetentionCallback(TrainerBound):
         self._baseline = self._measure(args, trainer, kwargs)
         if PartialState().is_main_process:
             scores = {name: asdict(scores) for name, scores in self._baseline.items()}
-            text = json.dumps({"settings": self._comparable_settings(), "asked": self._asked(), "scores": scores})
+            measured = {"settings": self._comparable_settings(), "asked": self._asked(), "scores": scores}
             with whole_file(path) as partial:
-                partial.write_text(text, encoding="utf-8")
+                partial.write_text(json.dumps({"format": BASELINE_FORMAT, **measured}), encoding="utf-8")
         self._log(trainer, self._baseline)
 
     def on_step_end(
@@ -173,6 +174,11 @@ class RetentionCallback(TrainerBound):
                 "the start of training, or compare afterwards with `lopt-hf retention`."
             )
         stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored.get("format") != BASELINE_FORMAT:
+            raise ValueError(
+                f"{path} was written by another version of lopt_hf, and cannot be read by this one; resume with that "
+                "version, or without the callback, and compare afterwards with `lopt-hf retention`."
+            )
         for name, value in self._comparable_settings().items():
             if value != stored["settings"][name]:
                 raise ValueError(

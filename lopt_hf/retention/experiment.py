@@ -89,8 +89,8 @@ class GridMeasurement:
     def _settings(self) -> dict[str, Any]:
         grid = self.grid
         return {
-            "train_dataset": f"{grid.train_dataset}, {grid.num_train} rows for each run",
-            "heldout_dataset": f"{grid.heldout_dataset}, {grid.num_heldout} rows",
+            "train_dataset": f"{grid.train_dataset}, split {grid.train_split}: {grid.num_train} rows for each run",
+            "heldout_dataset": f"{grid.heldout_dataset}, split {grid.heldout_split}: {grid.num_heldout} rows",
             "seeds": list(grid.seeds),
             "training": dict(grid.training),
         }

@@ -7,8 +7,9 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from lopt_hf.retention.measures import Measure, main_measures
-from lopt_hf.retention.plots import GroupStyle, group_styles, new_figure, plot_text, widen_scale
+from lopt_hf.retention.plots import HOLLOW, GroupStyle, group_styles, new_figure, plot_text
 from lopt_hf.retention.results import ModelResult, RetentionReport
+from lopt_hf.retention.window import Window, fit_window
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["frontier_labels", "pareto_frontier", "plot_frontier", "retention_measures"]
 
 BASELINE = "baseline"
+BEYOND_EDGE = "beyond the edge: (gain, kept)"
 LEGEND_COLUMNS = 4
 # Where a note may stand beside its point, best first: direction, times distance in points
 NOTE_DIRECTIONS = ((1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1.4), (0, -1.4), (1.4, 0), (-1.4, 0))
@@ -35,6 +37,28 @@ class _Point:
     x_ends: tuple[float, float]
     y_ends: tuple[float, float]
     seeds: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """What one panel shows along both axes."""
+
+    x: Window
+    y: Window
+
+    @classmethod
+    def around(cls, points: Sequence[_Point]) -> "_Panel":
+        return cls(
+            fit_window([(point.x, *point.x_ends) for point in points]),
+            fit_window([(point.y, *point.y_ends) for point in points]),
+        )
+
+    def holds(self, point: _Point) -> bool:
+        return self.x.holds(point.x) and self.y.holds(point.y)
+
+    def place(self, point: _Point) -> tuple[float, float]:
+        """Where a point is drawn: where it is, or at the edge."""
+        return self.x.clamp(point.x), self.y.clamp(point.y)
 
 
 def retention_measures(report: RetentionReport) -> list[Measure]:
@@ -77,7 +101,7 @@ def plot_frontier(report: RetentionReport) -> "Figure | None":
     """Gain on the task trained on against retention: one panel for each measure of it, one point for each model.
 
     Along both axes more is better, and the baseline is the origin. The Pareto frontier is that of the points; it knows
-    nothing of their intervals.
+    nothing of their intervals. A model far from all others is drawn at the edge, hollow, with its values beside it.
 
     Args:
         report: What to draw. Single seeds are faint.
@@ -96,7 +120,10 @@ def plot_frontier(report: RetentionReport) -> "Figure | None":
     panels = figure.subplots(len(measures), 1, squeeze=False)[:, 0]
     for axes, measure in zip(panels, measures, strict=True):
         _draw_panel(axes, report, measure)
-    _draw_legend(figure, styles, with_seeds=any(result.seeds for result in report.models))
+    is_cut = any(
+        not _Panel.around(points).holds(point) for points in (_points(report, m) for m in measures) for point in points
+    )
+    _draw_legend(figure, styles, any(result.seeds for result in report.models), is_cut)
     figure.draw_without_rendering()  # settles where the points are, and with them where a note has room
     for axes, measure in zip(panels, measures, strict=True):
         _write_notes(axes, _points(report, measure), styles)
@@ -118,7 +145,7 @@ def _points(report: RetentionReport, measure: Measure) -> list[_Point]:
 def _oriented(result: ModelResult, measure: Measure) -> tuple[float, float, float] | None:
     """Delta and the ends of its interval, with more as better; `None` without a delta that can be drawn."""
     delta = measure.of(result)
-    if delta is None or not math.isfinite(delta.delta):
+    if delta is None or math.isnan(delta.delta):
         return None
     return measure.sign * delta.delta, measure.sign * delta.low, measure.sign * delta.high
 
@@ -129,27 +156,29 @@ def _frontier(points: Sequence[_Point]) -> list[tuple[float, float]]:
 
 def _draw_panel(axes: "Axes", report: RetentionReport, measure: Measure) -> None:
     points = _points(report, measure)
+    panel = _Panel.around(points)
+    axes.set(xlim=(panel.x.low, panel.x.high), ylim=(panel.y.low, panel.y.high))
     for group, style in group_styles(report).items():
         of_group = sorted((point for point in points if point.result.group == group), key=lambda point: point.x)
-        _draw_group(axes, of_group, style)
+        _draw_group(axes, of_group, panel, style)
     axes.plot(0, 0, "*", color="0.25", markersize=13, zorder=3)
-    scales = (
-        widen_scale(axes, "x", [value for point in points for value in (point.x, *point.x_ends)]),
-        widen_scale(axes, "y", [value for point in points for value in (point.y, *point.y_ends)]),
-    )
     _draw_frontier(axes, _frontier(points))
     axes.set_title(f"Gain against {plot_text(measure.task)}", fontsize="medium")
     kept = f"change in {measure.metric}" if measure.higher_is_better else f"{measure.metric}, baseline minus model"
-    notes = [", " * bool(scale) + scale for scale in scales]
-    axes.set_xlabel(f"gain: held-out loss, baseline minus model\n(nats per token; right is better{notes[0]})")
-    axes.set_ylabel(plot_text(kept) + f"\n(up is better{notes[1]})")
+    axes.set_xlabel("gain: held-out loss, baseline minus model\n(nats per token; right is better)")
+    axes.set_ylabel(plot_text(kept) + "\n(up is better)")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_group(axes: "Axes", points: Sequence[_Point], style: GroupStyle) -> None:
-    axes.plot([point.x for point in points], [point.y for point in points], color=style.color, linewidth=1)
+def _draw_group(axes: "Axes", points: Sequence[_Point], panel: _Panel, style: GroupStyle) -> None:
+    for one, other in zip(points, points[1:], strict=False):
+        dots = "-" if panel.holds(one) and panel.holds(other) else ":"
+        axes.plot(*zip(panel.place(one), panel.place(other), strict=True), dots, color=style.color, linewidth=1)
     for point in points:
+        if not panel.holds(point):
+            axes.plot(*panel.place(point), style.marker, color=style.color, clip_on=False, **HOLLOW)
+            continue
         axes.hlines(point.y, *point.x_ends, color=style.color, linewidth=0.8, alpha=0.5)
         axes.vlines(point.x, *point.y_ends, color=style.color, linewidth=0.8, alpha=0.5)
         axes.plot(point.x, point.y, style.marker, color=style.color, zorder=4, **POINT)
@@ -163,10 +192,9 @@ def _draw_frontier(axes: "Axes", frontier: Sequence[tuple[float, float]]) -> Non
     x = [left, *(point[0] for point in frontier), frontier[-1][0]]
     y = [frontier[0][1], *(point[1] for point in frontier), bottom]
     axes.plot(x, y, color="0.7", linewidth=4, alpha=0.6, drawstyle="steps-pre", zorder=0, solid_capstyle="butt")
-    axes.set(xlim=(left, None), ylim=(bottom, None))
 
 
-def _draw_legend(figure: "Figure", styles: dict[str, GroupStyle], with_seeds: bool) -> None:
+def _draw_legend(figure: "Figure", styles: dict[str, GroupStyle], with_seeds: bool, is_cut: bool) -> None:
     from matplotlib.lines import Line2D
 
     handles = [
@@ -177,6 +205,8 @@ def _draw_legend(figure: "Figure", styles: dict[str, GroupStyle], with_seeds: bo
     handles.append(Line2D([], [], color="0.7", linewidth=4, alpha=0.6, label="Pareto frontier"))
     if with_seeds:
         handles.append(Line2D([], [], color="0.6", marker="o", markersize=3, linestyle="none", label="single seeds"))
+    if is_cut:
+        handles.append(Line2D([], [], color="0.4", marker="o", linestyle=":", **HOLLOW, label=BEYOND_EDGE))
     figure.legend(handles=handles, loc="outside lower center", ncols=LEGEND_COLUMNS, frameon=False, fontsize="small")
 
 
@@ -201,20 +231,25 @@ def _write_notes(axes: "Axes", points: Sequence[_Point], styles: dict[str, Group
     """Tells the points of a group apart, each note where it covers least."""
     from matplotlib.transforms import Bbox
 
-    where = axes.transData.transform([(point.x, point.y) for point in points])
+    panel = _Panel.around(points)
+    where = axes.transData.transform([panel.place(point) for point in points])
     taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in (*where, axes.transData.transform((0, 0)))]
     for group, style in styles.items():
         of_group = [point for point in points if point.result.group == group]
         for point, note in zip(of_group, _notes([point.result for point in of_group]), strict=True):
+            if not panel.holds(point):
+                note = f"{note} ({point.x:.3g}, {point.y:.3g})".strip()
             if note:
-                taken.append(_write_note(axes, point, plot_text(note), style, taken))
+                taken.append(_write_note(axes, panel.place(point), plot_text(note), style, taken))
 
 
-def _write_note(axes: "Axes", point: _Point, note: str, style: GroupStyle, taken: Sequence["Bbox"]) -> "Bbox":
+def _write_note(
+    axes: "Axes", at: tuple[float, float], note: str, style: GroupStyle, taken: Sequence["Bbox"]
+) -> "Bbox":
     """Writes one note at the first place that covers the fewest of `taken`, and returns the place."""
     from matplotlib.patheffects import withStroke
 
-    text = axes.annotate(note, (point.x, point.y), xytext=(0, 0), textcoords="offset points", color=style.color)
+    text = axes.annotate(note, at, xytext=(0, 0), textcoords="offset points", color=style.color)
     text.set(fontsize=7, in_layout=False, path_effects=[withStroke(linewidth=3, foreground="white")], zorder=5)
 
     def place(distance: float, direction: tuple[float, float]) -> "Bbox":

@@ -62,6 +62,11 @@ class Grid:
     tasks: Sequence[str] = field(metadata={"help": "lm-eval tasks or groups that measure retention."})
     output_dir: str = field(metadata={"help": "Folder of runs, results and report; reused to go on."})
     include_path: str | None = field(default=None, metadata={"help": "Folder with further lm-eval tasks."})
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of both data sets, for hub ids that have several."}
+    )
+    train_split: str = field(default="train", metadata={"help": "Split of train_dataset. A file has train only."})
+    heldout_split: str = field(default="train", metadata={"help": "Split of heldout_dataset; test of most hub ids."})
     samples: Mapping[str, int | Sequence[int]] = field(
         default_factory=dict, metadata={"help": "Task -> how many of its first samples, or which. Default: all."}
     )
@@ -94,6 +99,11 @@ class Grid:
         for setting in ("output_dir", "dataset_name", "model_name_or_path", "seed"):
             if setting in self.training:
                 raise ValueError(f"training.{setting} is set by the grid itself; remove it.")
+        if any("model_revision" in arguments for arguments in (self.training, *self.methods.values())):
+            raise ValueError(
+                "model_revision would train from one revision and measure another as the base; download the one that "
+                "is meant and name its folder as `model`."
+            )
         for pair in self.contrasts:
             if len(pair) != 2 or any(method not in self.methods for method in pair):
                 raise ValueError(f"contrasts: {list(pair)} must be two of the methods {', '.join(self.methods)}.")

@@ -70,6 +70,19 @@ def prepare_data(grid: Grid) -> None:
         "training.max_length": grid.training["max_length"],
         "model": grid.model,
     }
+    parts = {
+        "dataset_config": grid.dataset_config,
+        "train_split": grid.train_split,
+        "heldout_split": grid.heldout_split,
+    }
+    settings |= {name: value for name, value in parts.items() if value not in (None, "train")}
+    if (grid.train_dataset, grid.train_split) == (grid.heldout_dataset, grid.heldout_split):
+        logger.warning(
+            "held-out rows are of the split that is trained on (%s, %s): the gain may be of rows seen in training; "
+            "set heldout_split or heldout_dataset.",
+            grid.heldout_dataset,
+            grid.heldout_split,
+        )
     is_trained = any((grid.output_path / "runs").glob("*/model"))
     stored = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
     if is_trained and stored is not None:
@@ -141,9 +154,10 @@ def train_grid(grid: Grid) -> None:
 
 def _prepare(grid: Grid, name: str, target: Path) -> None:
     """Writes the rows of one data set that fit."""
-    source = grid.train_dataset if name == "train" else grid.heldout_dataset
+    of_train, of_heldout = (grid.train_dataset, grid.train_split), (grid.heldout_dataset, grid.heldout_split)
+    source, split = of_train if name == "train" else of_heldout
     max_length = int(grid.training["max_length"])
-    dataset = to_trl_format(load_sft_dataset(source))
+    dataset = to_trl_format(load_sft_dataset(source, grid.dataset_config, split))
     if not {"prompt", "completion"} <= set(dataset.column_names or ()):
         raise ValueError(
             f"{name}_dataset={source} has the columns {dataset.column_names}; a comparison needs prompts and "

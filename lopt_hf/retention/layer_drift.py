@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lopt_hf.blocks import find_decoder_stack
-from lopt_hf.retention.measuring import ModelReference
+from lopt_hf.retention.references import ModelReference
 
 __all__ = ["drift_by_layer", "layer_drift"]
 
@@ -59,7 +59,7 @@ def _merged(model: PreTrainedModel, reference: ModelReference) -> PreTrainedMode
     """Puts an adapter's part into its base, in fp32, which does not round it away."""
     if reference.adapter is None:
         return model
-    adapted = PeftModel.from_pretrained(model.float(), reference.adapter, revision=reference.revision)
+    adapted = PeftModel.from_pretrained(model.float(), reference.adapter, revision=reference.adapter_revision)
     return adapted.merge_and_unload()
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import inspect
 import json
 import logging
 import re
@@ -9,7 +10,6 @@ import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +23,18 @@ from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from peft import PeftModel
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from lopt_hf.pretrained import resolve_model
 from lopt_hf.retention.heldout import HELDOUT_TASK
-from lopt_hf.retention.scores import ScoreCache, TaskScores, fingerprint
+from lopt_hf.retention.references import ModelReference, load_tokenizer
+from lopt_hf.retention.scores import ScoreCache, TaskScores, infinite_perplexities
 from lopt_hf.retention.suites import TaskEntry
 
 __all__ = [
     "SOFTMAX_DTYPE",
     "MeasuringSettings",
-    "ModelReference",
     "evaluate_tasks",
     "identity_of_task",
-    "load_tokenizer",
+    "load_language_model",
     "measure_model",
 ]
 
@@ -103,63 +101,6 @@ class MeasuringSettings:
         return sorted(set(chosen))  # in lm-eval's order, whose sample numbers are right for sorted lists only
 
 
-@dataclass(frozen=True)
-class ModelReference:
-    """A model on disk or on the hub: a full checkpoint or a PEFT adapter.
-
-    Parameters:
-        name: As the user gave it.
-        base: Hub id or folder of the full model.
-        adapter: Folder or hub id of the adapter, if it is one.
-        revision: Branch, tag or commit of a hub id.
-    """
-
-    name: str
-    base: str
-    adapter: str | None = None
-    revision: str | None = None
-
-    @classmethod
-    def find(cls, name: str, revision: str | None = None) -> "ModelReference":
-        """Tells a full model from an adapter.
-
-        Raises:
-            ValueError: If there is no such model.
-        """
-        source = resolve_model(name)
-        config = _adapter_config(source, revision)
-        if config is None:
-            return cls(name, source, None, revision)
-        return cls(name, resolve_model(str(config["base_model_name_or_path"])), source, revision)
-
-    def fingerprint(self) -> str:
-        """What tells it from every other model, as it was when first asked for."""
-        return self._fingerprint
-
-    @cached_property
-    def _fingerprint(self) -> str:
-        own = fingerprint(self.base, self.revision)
-        return own if self.adapter is None else f"{own}+{fingerprint(self.adapter, self.revision)}"
-
-
-def load_tokenizer(reference: ModelReference) -> PreTrainedTokenizerBase:
-    """The tokenizer that goes with a model; an adapter's own where it has one.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    source = reference.base
-    if reference.adapter is not None and _has_file(reference.adapter, "tokenizer_config.json", reference.revision):
-        source = reference.adapter
-    try:
-        config = AutoConfig.from_pretrained(reference.base, revision=reference.revision)  # an adapter has none
-        return AutoTokenizer.from_pretrained(source, revision=reference.revision, config=config)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model {reference.name!r} has no tokenizer that can be loaded; save its base's beside it. ({error})"
-        ) from error
-
-
 def load_language_model(reference: ModelReference, settings: MeasuringSettings) -> HFLM:
     """Loads a model for lm-eval, on one device or on those of `accelerate launch`."""
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
@@ -174,7 +115,9 @@ def load_language_model(reference: ModelReference, settings: MeasuringSettings) 
         tokenizer=load_tokenizer(reference),
     )
     if reference.adapter is not None:  # not by lm-eval, which cuts off embeddings beyond the tokenizer's size
-        model._model = PeftModel.from_pretrained(model._model, reference.adapter, revision=reference.revision).eval()
+        model._model = PeftModel.from_pretrained(
+            model._model, reference.adapter, revision=reference.adapter_revision
+        ).eval()
     state = PartialState()
     if state.num_processes > 1 and model.world_size == 1:  # lm-eval shares samples out among accelerators only
         model._rank, model._world_size = state.process_index, state.num_processes
@@ -263,16 +206,17 @@ def evaluate_tasks(
     indices = {task.task_name: settings.indices(task) for task in tasks}
     own_fewshot = [task.get_config("num_fewshot") for task in tasks]
     try:
-        results = lm_eval.simple_evaluate(
-            model=language_model,
-            tasks=list(tasks),
-            num_fewshot=num_fewshot,
-            samples={name: chosen for name, chosen in indices.items() if chosen is not None} or None,
-            bootstrap_iters=0,
-            apply_chat_template=settings.apply_chat_template,
-            task_manager=TaskManager(include_defaults=False),
-            use_cache=None if unfinished is None else str(unfinished),
-        )
+        with infinite_perplexities(tasks):
+            results = lm_eval.simple_evaluate(
+                model=language_model,
+                tasks=list(tasks),
+                num_fewshot=num_fewshot,
+                samples={name: chosen for name, chosen in indices.items() if chosen is not None} or None,
+                bootstrap_iters=0,
+                apply_chat_template=settings.apply_chat_template,
+                task_manager=TaskManager(include_defaults=False),
+                use_cache=None if unfinished is None else str(unfinished),
+            )
     except sqlite3.DatabaseError as error:
         if "full" in str(error):
             raise OSError(errno.ENOSPC, f"single answers cannot be kept: {error}", str(unfinished)) from error
@@ -299,35 +243,6 @@ class _LanguageModel(HFLM):
             return super().loglikelihood_rolling(requests, disable_tqdm)
         finally:
             self._world_size = world_size
-
-
-def _has_file(source: str, name: str, revision: str | None) -> bool:
-    file = transformers.utils.cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-    return file is not None
-
-
-def _adapter_config(source: str, revision: str | None) -> Mapping[str, Any] | None:
-    """The adapter's configuration, or `None` for a full model."""
-    try:
-        files = {
-            name: transformers.utils.cached_file(
-                source, name, revision=revision, _raise_exceptions_for_missing_entries=False
-            )
-            for name in ("config.json", "adapter_config.json")
-        }
-    except OSError as error:
-        raise ValueError(
-            f"model {source!r} is no folder here, and not to be had from the hub either; give a checkpoint's folder "
-            f"or a hub id. ({error})"
-        ) from error
-    if files["config.json"] is None and files["adapter_config.json"] is not None:
-        return json.loads(Path(files["adapter_config.json"]).read_text(encoding="utf-8"))
-    if files["config.json"] is None:
-        raise ValueError(
-            f"model {source!r} has no config.json and no adapter_config.json, here or on the hub; give a checkpoint's "
-            "folder or a hub id."
-        )
-    return None
 
 
 def _identity_of_settings(settings: MeasuringSettings) -> dict[str, Any]:
@@ -376,7 +291,10 @@ def _digest_of(documents: Iterable[Any]) -> str:
 def _config_text(task: Task) -> str:
     """The task's configuration as text; without addresses of functions, which differ between runs."""
     config = {name: value for name, value in task.dump_config().items() if name != "num_fewshot"}
-    text = json.dumps(
-        config, sort_keys=True, default=lambda value: getattr(value, "__qualname__", type(value).__name__)
-    )
+    text = json.dumps(config, sort_keys=True, default=_name)
     return re.sub(r" at 0x[0-9a-f]+", "", text)
+
+
+def _name(value: Any) -> str:
+    """The name of a function or class; of anything else, such as a partial, its type's."""
+    return value.__qualname__ if inspect.isroutine(value) or inspect.isclass(value) else type(value).__name__

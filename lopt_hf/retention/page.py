@@ -19,6 +19,7 @@ MAX_VALUES = 20  # of a list among the settings
 MAX_OPEN_TABLES = 4  # more tables of single models are folded
 TEXT_COLUMNS = ("", "Model", "Tasks", "Task", "Metric", "First", "Second", "Better", "Reading")
 WRAPPED_COLUMNS = ("Model", "First", "Second", "Better")
+BEYOND_EDGE = "What lies far from all others stands at the panel's edge, hollow, with its values."
 
 
 def render_page(report: RetentionReport, plots: Mapping[str, bytes]) -> str:
@@ -141,14 +142,14 @@ def _descriptions(report: RetentionReport) -> dict[str, tuple[str, str]]:
     return {
         "deltas.png": (
             f"Change from the baseline, with its {level} interval. Where the bar crosses the line at zero, no change "
-            f"can be told.{dots}",
+            f"can be told.{dots} {BEYOND_EDGE}",
             f"Forest plot: change of {names} from {report.baseline} in each model, with {level} intervals; "
             "the figures are in the tables below.",
         ),
         "frontier.png": (
             "Gain on the task trained on against what was kept: right and up is better. The grey line is the Pareto "
             "frontier: no model lies both further right and further up than those on it. It goes by the points alone; "
-            "look at the bars before reading much into a small step.",
+            f"look at the bars before reading much into a small step. {BEYOND_EDGE}",
             "Scatter plot: gain on the task trained on against what was kept, one point for each model; the figures "
             "are in the tables below.",
         ),

@@ -5,18 +5,19 @@ Needs the optional extra `demo`, which brings matplotlib; it is imported on use.
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 from lopt_hf.retention.measures import Measure, main_measures
-from lopt_hf.retention.results import ModelResult, RetentionReport
+from lopt_hf.retention.results import Delta, ModelResult, RetentionReport
+from lopt_hf.retention.window import Window, fit_window
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["GroupStyle", "group_styles", "new_figure", "plot_deltas", "plot_drift", "plot_text", "widen_scale"]
+__all__ = ["GroupStyle", "group_styles", "new_figure", "plot_deltas", "plot_drift", "plot_text"]
 
 # Okabe and Ito's palette without its yellow, which is faint on white, and three dark hues of Tol's "muted"
 COLORS = ("black", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933", "#332288")
@@ -24,9 +25,9 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")  # one fewer than colour
 PANELS_PER_ROW = 3
 MAX_CHARACTERS = 44
 INCHES_PER_CHARACTER = 0.075
-OUTLIER_RATIO = 15  # largest change by the median one, above which an axis turns logarithmic
 MAX_WIDTH = 14  # inches
 UNCHANGED = "#d9d9d9"
+HOLLOW: dict[str, Any] = {"markersize": 6, "markerfacecolor": "white", "markeredgewidth": 1.2, "zorder": 4}
 
 
 @dataclass(frozen=True)
@@ -66,43 +67,6 @@ def plot_text(text: str) -> str:
     return short.replace("$", r"\$")
 
 
-def widen_scale(axes: "Axes", axis: Literal["x", "y"], values: Iterable[float]) -> str:
-    """Bends an axis to a logarithmic one away from zero if a few values would squeeze all others.
-
-    Args:
-        axes: The panel.
-        axis: Which of its axes.
-        values: The changes drawn along it.
-
-    Returns:
-        What the axis label should say of it; empty if it was not needed.
-    """
-    from matplotlib.ticker import FixedLocator, NullLocator
-
-    sizes = sorted(abs(value) for value in values if math.isfinite(value) and value)
-    if not sizes or sizes[-1] < OUTLIER_RATIO * sizes[len(sizes) // 2]:
-        return ""
-    linear = float(f"{sizes[len(sizes) // 2]:.0e}")
-    set_scale = axes.set_xscale if axis == "x" else axes.set_yscale
-    set_scale("asinh", linear_width=linear)
-    (axes.xaxis if axis == "x" else axes.yaxis).set(
-        major_locator=FixedLocator(_wide_ticks(linear, sizes[-1])),
-        major_formatter="{x:g}",
-        minor_locator=NullLocator(),
-    )
-    axes.autoscale(axis=axis)
-    return f"logarithmic beyond ±{linear:g}"
-
-
-def _wide_ticks(linear: float, largest: float) -> list[float]:
-    """Zero, the end of the linear part, and round values beyond it, on either side."""
-    factors = (1, 2, 5) if largest < 50 * linear else (1,)
-    decades = range(math.floor(math.log10(linear)), math.ceil(math.log10(largest)) + 1)
-    rounds = [factor * 10.0**decade for decade in decades for factor in factors]
-    positive = [linear, *(value for value in rounds if value >= 2 * linear)]
-    return [*(-value for value in reversed(positive)), 0.0, *positive]
-
-
 def plot_deltas(report: RetentionReport) -> "Figure":
     """Every change with its interval: one panel for each measure, gain and mean first, one row for each model.
 
@@ -127,22 +91,19 @@ def plot_deltas(report: RetentionReport) -> "Figure":
 
 def _draw_deltas(axes: "Axes", report: RetentionReport, measure: Measure) -> None:
     styles = group_styles(report)
-    drawn = []
-    for row, result in enumerate(report.models):
-        delta = measure.of(result)
-        if delta is None:
-            continue
-        style = styles[result.group]
-        axes.hlines(row, delta.low, delta.high, color=style.color, linewidth=1.6)
-        axes.plot(delta.delta, row, style.marker, color=style.color, markersize=5)
-        of_seeds = [found.delta for seed in result.seeds if (found := measure.of(seed))]
-        axes.plot(of_seeds, [row + 0.28] * len(of_seeds), ".", color=style.color, alpha=0.4, markersize=4)
-        drawn += [delta.delta, delta.low, delta.high, *of_seeds]
+    found = {row: delta for row, result in enumerate(report.models) if (delta := measure.of(result))}
+    window = fit_window([(delta.delta, delta.low, delta.high) for delta in found.values()])
+    axes.set_xlim(window.low, window.high)
+    for row, delta in found.items():
+        result = report.models[row]
+        _draw_delta(axes, row, delta, window, styles[result.group])
+        of_seeds = [of_seed.delta for seed in result.seeds if (of_seed := measure.of(seed))]
+        color = styles[result.group].color
+        axes.plot(of_seeds, [row + 0.28] * len(of_seeds), ".", color=color, alpha=0.4, markersize=4)
     axes.axvline(0, color="0.35", linewidth=0.9, zorder=0)
-    axes.locator_params(axis="x", nbins=6)
-    scale = "" if measure.higher_is_better else widen_scale(axes, "x", drawn)  # accuracies are bounded
+    axes.locator_params(axis="x", nbins=5)
     direction = "higher is better" if measure.higher_is_better else "lower is better"
-    axes.set_xlabel(f"change in {plot_text(measure.metric)} ({direction})" + "\n" * bool(scale) + scale)
+    axes.set_xlabel(f"change in {plot_text(measure.metric)} ({direction})")
     axes.set_title(plot_text(measure.task) + " (task trained on)" * (measure.kind == "gain"), fontsize="medium")
     axes.set_yticks(range(len(report.models)), [plot_text(result.label) for result in report.models])
     axes.set_ylim(len(report.models) - 0.4, -0.6)
@@ -150,6 +111,32 @@ def _draw_deltas(axes: "Axes", report: RetentionReport, measure: Measure) -> Non
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "left", "right"]].set_visible(False)
     _shade_groups(axes, report.models)
+
+
+def _draw_delta(axes: "Axes", row: int, delta: Delta, window: Window, style: GroupStyle) -> None:
+    """One change with its interval; beyond the panel it stands at the edge, hollow, with its value."""
+    axes.hlines(row, delta.low, delta.high, color=style.color, linewidth=1.6)
+    for end, arrow in ((delta.low, "<"), (delta.high, ">")):
+        if not (window.holds(end) or math.isnan(end)) and window.holds(delta.delta):
+            axes.plot(window.clamp(end), row, arrow, color=style.color, markersize=4, clip_on=False)
+    if window.holds(delta.delta) or math.isnan(delta.delta):
+        axes.plot(delta.delta, row, style.marker, color=style.color, markersize=5)
+        return
+    is_low = delta.delta < window.low
+    inner_end = delta.high if is_low else delta.low
+    interval = "" if math.isnan(inner_end) else f" [{delta.low:+.3g}, {delta.high:+.3g}]"
+    axes.plot(window.clamp(delta.delta), row, style.marker, color=style.color, clip_on=False, **HOLLOW)
+    axes.annotate(
+        f"{delta.delta:+.3g}{interval}",
+        (window.clamp(delta.delta if math.isnan(inner_end) else inner_end), row),
+        xytext=(8 if is_low else -8, 0),
+        textcoords="offset points",
+        ha="left" if is_low else "right",
+        va="center",
+        fontsize=7,
+        color="0.25",
+        in_layout=False,
+    )
 
 
 def _shade_groups(axes: "Axes", models: Sequence[ModelResult]) -> None:

@@ -4,9 +4,10 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ import numpy as np
 from filelock import FileLock, Timeout
 from lm_eval.api import metrics as lm_eval_metrics
 from lm_eval.api.task import Task
+from numpy.typing import NDArray
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from lopt_hf.retention.files import whole_file
 from lopt_hf.retention.statistics import MeanScores, RatioScores, ResampledScores, Scores
 
-__all__ = ["ScoreCache", "TaskScores", "fingerprint", "metric_scores"]
+__all__ = ["ScoreCache", "TaskScores", "fingerprint", "infinite_perplexities", "metric_scores"]
 
 logger = logging.getLogger(__name__)
 
@@ -162,12 +164,48 @@ def metric_scores(items: Sequence[Any], task: Task, metric: str) -> Scores:
     if aggregate in (lm_eval_metrics.mean, lm_eval_metrics.nanmean) and not _has_nan(items):
         return MeanScores(items)
     if aggregate is lm_eval_metrics.perplexity:
-        return RatioScores([(item, 1.0) for item in items], lambda ratio: np.exp(-ratio))
+        return RatioScores([(item, 1.0) for item in items], _perplexity)
     if aggregate is lm_eval_metrics.weighted_perplexity:
-        return RatioScores(items, lambda ratio: np.exp(-ratio))
+        return RatioScores(items, _perplexity)
     if aggregate is lm_eval_metrics.bits_per_byte:
         return RatioScores(items, lambda ratio: -ratio / math.log(2))
     return ResampledScores(items, aggregate)
+
+
+@contextmanager
+def infinite_perplexities(tasks: Sequence[Task]) -> Iterator[None]:
+    """Within it, a perplexity that no float can hold is infinite, where lm-eval's own ends with an `OverflowError`.
+
+    Args:
+        tasks: The tasks whose metrics are aggregated; they are left as they were.
+    """
+    for task in tasks:
+        task.aggregation = partial(_without_overflow, task.aggregation)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            del task.aggregation
+
+
+def _without_overflow(aggregation: Callable[[], Mapping[str, Callable[..., float]]]) -> dict[str, Any]:
+    exponential = (lm_eval_metrics.perplexity, lm_eval_metrics.weighted_perplexity)
+    return {
+        name: partial(_or_infinite, aggregate) if aggregate in exponential else aggregate
+        for name, aggregate in aggregation().items()
+    }
+
+
+def _or_infinite(aggregate: Callable[..., float], items: Sequence[Any]) -> float:
+    try:
+        return aggregate(items)
+    except OverflowError:
+        return math.inf
+
+
+def _perplexity(log_likelihood: NDArray[Any]) -> NDArray[Any]:
+    with np.errstate(over="ignore"):  # infinite is what it is
+        return np.exp(-log_likelihood)
 
 
 def fingerprint(name_or_path: str, revision: str | None = None) -> str:

@@ -162,7 +162,7 @@ def difference_interval(
         seed: Seed of the resampling.
 
     Returns:
-        The mean over seeds; both ends `nan` if a task has a single sample.
+        The mean over seeds; both ends `nan` if a task has a single sample, or some model's score is not finite.
 
     Raises:
         ValueError: If the numbers of samples differ between models.
@@ -172,15 +172,17 @@ def difference_interval(
     tasks = list(zip(*(models[number] for number in used), strict=True))
     of_seed = of_seed[:, used]
     shares = np.asarray(weights, dtype=np.float64) / np.sum(weights)
-    rng = np.random.default_rng(seed)
-    by_seed = np.zeros(len(of_seed))
-    deviations: NDArray[Any] = np.zeros((len(of_seed), 1))
-    for share, task in zip(shares, tasks, strict=True):
-        by_task = of_seed @ [scores.total for scores in task]
-        by_seed = by_seed + share * by_task
-        deviations = deviations + share * _deviations(task, of_seed, by_task, rng)
     num_samples = sum(len(task[0]) for task in tasks)
     is_binary = all(isinstance(scores, MeanScores) and scores.is_binary for task in tasks for scores in task)
+    by_task = [_combined(of_seed, [scores.total for scores in task]) for task in tasks]
+    by_seed: NDArray[Any] = np.tensordot(shares, by_task, axes=1)
+    if not np.isfinite(by_seed).all():  # as of the perplexity of a diverged model
+        nothing = np.full((len(of_seed), RESAMPLES), np.nan)
+        return Interval(float(by_seed.mean()), np.nan, np.nan, by_seed, nothing, num_samples, is_binary)
+    rng = np.random.default_rng(seed)
+    deviations: NDArray[Any] = np.zeros((len(of_seed), 1))
+    for share, task, difference in zip(shares, tasks, by_task, strict=True):
+        deviations = deviations + share * _deviations(task, of_seed, difference, rng)
     draws = by_seed[:, None] + deviations
     ends = None
     if len(tasks) == 1 and not is_binary and 2 <= num_samples <= MAX_BCA_SAMPLES:
@@ -225,6 +227,11 @@ def mcnemar(before: MeanScores, after: MeanScores) -> tuple[float, int, int]:
     changes = right_to_wrong + wrong_to_right
     p_value = stats.binomtest(wrong_to_right, changes).pvalue if changes else 1.0
     return float(p_value), right_to_wrong, wrong_to_right
+
+
+def _combined(of_seed: NDArray[Any], totals: Sequence[float]) -> NDArray[Any]:
+    """Each seed's difference; an infinite score of a model that does not count in it leaves it alone."""
+    return np.multiply(of_seed, totals, where=of_seed != 0, out=np.zeros_like(of_seed)).sum(axis=1)
 
 
 def _deviations(

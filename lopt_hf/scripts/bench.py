@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = make_parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except ValueError as error:
+    except (ValueError, OSError, ImportError) as error:
         arguments.parser.error(str(error))
     except BenchWorkerError as error:
         sys.exit(f"{arguments.parser.prog}: error: {error}")

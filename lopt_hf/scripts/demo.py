@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = make_parser().parse_args(argv)
     try:
         run(options)
-    except ValueError as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"lopt-hf demo: {error}")
 
 

@@ -57,7 +57,10 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--baseline", required=True, metavar="MODEL", help="the untouched base: hub id or local folder"
+        "--baseline",
+        required=True,
+        metavar="MODEL",
+        help="the untouched base: local folder or hub id; a branch, tag or commit may follow an id, as in org/name@v1",
     )
     parser.add_argument(
         "--model",
@@ -88,7 +91,6 @@ def make_parser() -> argparse.ArgumentParser:
             reader = readers.get(setting.name, int)
             default = "" if setting.default is None else " (default: %(default)s)"
             how.add_argument(flag, type=reader, default=setting.default, help=setting.metadata["help"] + default)
-    how.add_argument("--revision", help="branch, tag or commit of hub ids")
     how.add_argument("--confidence", type=float, default=0.95, help="level of the intervals (default: %(default)s)")
     how.add_argument("--no-drift", action="store_true", help="do not compare the weights layer by layer")
     out = parser.add_argument_group("where results go")
@@ -148,7 +150,6 @@ def run(options: argparse.Namespace, command: str) -> None:
         ScoreCache(options.cache_dir or default_cache()),
         read_heldout(options.heldout_data, options.num_heldout),
         options.confidence,
-        options.revision,
     )
     report = benchmark.compare(candidates, with_drift=not options.no_drift)
     if report is None:  # not the first process

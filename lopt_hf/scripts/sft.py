@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         checkpoint = resumed_checkpoint(args)
         check_output_dir(args.output_dir, checkpoint)
         trainer = make_trainer(script_args, args, model_args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"lopt-hf sft: {error}")
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(args.output_dir)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from lopt_hf.retention.measuring import MeasuringSettings, ModelReference, measure_model
+from lopt_hf.retention.measuring import MeasuringSettings, measure_model
+from lopt_hf.retention.references import ModelReference
 from lopt_hf.retention.scores import ScoreCache, TaskScores
 from lopt_hf.retention.suites import SuiteTask, load_entries
 from tests.distributed.test_ddp import ROOT, TWO_PROCESSES

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import warnings
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,17 @@ def test_every_run_of_a_grid_is_parsed_in_full(path: Path, tmp_path: Path) -> No
         assert run.arguments.keys() <= values.keys()
         for key in run.arguments.keys() - {"report_to", "lora_target_modules"}:  # the two that their classes rewrite
             assert values[key] == run.arguments[key]
+
+
+def test_a_grids_settings_for_a_hub_are_settings() -> None:
+    """What its comment offers in their place; each task that is measured in part is one of its tasks."""
+    path = RECIPES / "smollm2-135m" / "retention" / "gsm8k.yaml"
+    lines = path.read_text().partition("# With a hub")[2].splitlines()[1:]
+    comment = takewhile(lambda line: line.startswith("#   "), lines)
+    offered = yaml.safe_load("\n".join(line.removeprefix("#   ") for line in comment))
+    grid = load_grid(path, **offered)
+    assert (grid.train_dataset, grid.train_split) != (grid.heldout_dataset, grid.heldout_split)
+    assert set(grid.samples) == set(grid.tasks) and len(offered) == 6
 
 
 @pytest.mark.parametrize("data", PAPER_DATA)

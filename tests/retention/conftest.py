@@ -61,6 +61,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> SavedModels:
 
 
 @pytest.fixture(scope="session")
+def diverged(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a model so sure of the wrong characters that no float holds its perplexity."""
+    model = make_model(vocab_size=len(VOCABULARY) + 8)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1e5)
+    return save(model, tmp_path_factory.mktemp("diverged"))
+
+
+@pytest.fixture(scope="session")
 def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tasks; of `generated` the base has two thirds right by one filter, and the others by the other."""
     folder = write_benchmark_tasks(tmp_path_factory.mktemp("tasks"))

@@ -19,7 +19,8 @@ from lopt_hf.retention import measuring
 from lopt_hf.retention.benchmark import Candidate, RetentionBenchmark, describe_machine, write_flips
 from lopt_hf.retention.heldout import HELDOUT_TASK
 from lopt_hf.retention.layer_drift import layer_drift
-from lopt_hf.retention.measuring import MeasuringSettings, ModelReference, load_language_model, measure_model
+from lopt_hf.retention.measuring import MeasuringSettings, load_language_model, measure_model
+from lopt_hf.retention.references import ModelReference
 from lopt_hf.retention.results import RetentionReport
 from lopt_hf.retention.scores import ScoreCache, TaskScores
 from lopt_hf.retention.suites import SuiteTask, TaskEntry, load_entries

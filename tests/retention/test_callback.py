@@ -1,6 +1,8 @@
 """The callback measures the untouched model first, logs through the Trainer, and does not disturb training."""
 
 import copy
+import json
+import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from lopt_hf import RetentionCallback
 from lopt_hf.retention.callback import _undisturbed
-from lopt_hf.retention.measuring import MeasuringSettings, ModelReference, measure_model
+from lopt_hf.retention.measuring import MeasuringSettings, measure_model
+from lopt_hf.retention.references import ModelReference
 from lopt_hf.retention.scores import ScoreCache
 from lopt_hf.retention.suites import SuiteTask, load_entries
 from tests.retention.conftest import save
@@ -171,6 +174,27 @@ def test_figures_are_those_of_the_stock_model(tmp_path: Path, tasks: Path) -> No
         assert row["retention/tiny_text/word_perplexity"] == pytest.approx(expected, rel=1e-6)
 
 
+class Ruin(TrainerCallback):
+    """Makes the model so sure of the wrong characters that no float holds its perplexity."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        with torch.no_grad():
+            model.get_output_embeddings().weight.mul_(1e5)
+
+
+def test_training_goes_on_when_the_model_diverges(tmp_path: Path, tasks: Path) -> None:
+    trainer = make_trainer(tmp_path / "out", max_steps=4)
+    trainer.add_callback(Ruin())
+    trainer.add_callback(make_callback(tasks))
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if ACCURACY in row]
+    assert [row["step"] for row in rows] == [0, 2, 4]
+    name = "retention/tiny_text/word_perplexity"
+    assert [row[name] for row in rows[1:]] == [math.inf] * 2
+    assert [row[f"{name}_delta"] for row in rows[1:]] == [math.inf] * 2
+    assert all(math.isfinite(row[f"{ACCURACY}_delta"]) for row in rows[1:])
+
+
 def test_resumed_run_compares_with_the_first_beginning(tmp_path: Path, tasks: Path) -> None:
     whole = make_trainer(tmp_path / "whole", max_steps=6)
     whole.add_callback(make_callback(tasks))
@@ -197,6 +221,16 @@ def test_resuming_without_a_beginning_is_an_error(tmp_path: Path, tasks: Path) -
     trainer = make_trainer(tmp_path / "out", max_steps=4)
     trainer.add_callback(make_callback(tasks))
     with pytest.raises(ValueError, match="before training is unknown"):
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(tmp_path / "out")))
+
+
+@pytest.mark.parametrize("content", [{"settings": {}, "scores": {}}, {"format": 0}, {}])
+def test_resuming_from_another_versions_file_is_an_error(tmp_path: Path, tasks: Path, content: dict[str, Any]) -> None:
+    make_trainer(tmp_path / "out", max_steps=2, save_strategy="steps", save_steps=2).train()
+    (tmp_path / "out" / "retention_baseline.json").write_text(json.dumps(content))
+    trainer = make_trainer(tmp_path / "out", max_steps=4)
+    trainer.add_callback(make_callback(tasks))
+    with pytest.raises(ValueError, match="retention_baseline.json was written by another version of lopt_hf"):
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(tmp_path / "out")))
 
 

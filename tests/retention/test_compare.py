@@ -203,6 +203,31 @@ def test_data_are_prepared_again_while_nothing_is_trained(config: Path, tmp_path
     assert train.read_text() == of_second
 
 
+def test_splits_of_one_data_set(config: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As hub ids have them; other splits are other data."""
+    folder = tmp_path / "sums"
+    folder.mkdir()
+    rows = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
+    (folder / "train.jsonl").write_text("".join(rows[:20]))
+    (folder / "test.jsonl").write_text("".join(rows[20:]))
+    change(config, train_dataset=str(folder), heldout_dataset=str(folder), heldout_split="test")
+    grid = compare.load_grid(config)
+    caplog.clear()
+    grid_training.prepare_data(grid)
+    assert not caplog.records
+    train, heldout = (
+        {json.loads(row)["prompt"][0]["content"] for row in (tmp_path / "out" / "data" / name).open()}
+        for name in ("train.jsonl", "heldout.jsonl")
+    )
+    questions = [json.loads(row)["question"] for row in rows]
+    assert train <= set(questions[:20]) and heldout <= set(questions[20:]) and train and heldout
+    (grid_training.run_folder(grid, grid.runs()[0]) / "model").mkdir(parents=True)
+    change(config, heldout_split="train")
+    with pytest.raises(ValueError, match="heldout_split='test', and now heldout_split is 'not set'"):
+        grid_training.prepare_data(compare.load_grid(config))
+    assert "the gain may be of rows seen in training" in caplog.text
+
+
 def test_another_command_at_the_same_run_is_waited_for(config: Path, trained_here: list[str]) -> None:
     """Its model is taken, and not trained twice."""
     grid = compare.load_grid(config)

@@ -9,7 +9,8 @@ from lm_eval.tasks import TaskManager
 
 from lopt_hf.retention.benchmark import flips
 from lopt_hf.retention.deltas import entry_deltas, entry_metrics
-from lopt_hf.retention.measuring import MeasuringSettings, ModelReference, measure_model
+from lopt_hf.retention.measuring import MeasuringSettings, measure_model
+from lopt_hf.retention.references import ModelReference
 from lopt_hf.retention.results import Delta
 from lopt_hf.retention.scores import ScoreCache, TaskScores
 from lopt_hf.retention.suites import SuiteTask, TaskEntry, load_entries

@@ -64,6 +64,8 @@ def test_overrides_replace_the_files_settings(tmp_path: Path) -> None:
         ({"num_heldout": 0}, "num_heldout=0"),
         ({"training": {"bf16": False}}, "training.max_length is missing"),
         ({"training": {"max_length": 8, "output_dir": "x"}}, "training.output_dir is set by the grid"),
+        ({"training": {"max_length": 8, "model_revision": "v2"}}, "model_revision would train from one revision"),
+        ({"methods": {"a": {"model_revision": "v2"}}}, "model_revision would train from one revision"),
         ({"methods": {"a b": {}, "a-b": {}}}, "same folder name 'a-b_lr0.0001_seed0'"),
         ({"contrasts": [["end-to-end", "LoRA"]]}, "must be two of the methods"),
     ],

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from lopt_hf.evaluation import answer_loss
 from lopt_hf.retention.deltas import gain_delta, gain_scores
 from lopt_hf.retention.heldout import HELDOUT_TASK, heldout_task
-from lopt_hf.retention.measuring import MeasuringSettings, ModelReference, measure_model
+from lopt_hf.retention.measuring import MeasuringSettings, measure_model
+from lopt_hf.retention.references import ModelReference
 from lopt_hf.retention.scores import ScoreCache, TaskScores
 from lopt_hf.retention.suites import TaskEntry
 from tests.retention.conftest import SavedModels, save

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from lopt_hf.retention.layer_drift import drift_by_layer, layer_drift
-from lopt_hf.retention.measuring import ModelReference
+from lopt_hf.retention.references import ModelReference
 from tests.retention.conftest import SavedModels, moved, save
 from tests.tiny import make_model
 

@@ -3,6 +3,7 @@
 import errno
 import gc
 import json
+import math
 import os
 import shutil
 import threading
@@ -22,13 +23,13 @@ from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file, save_file
 
 from lopt_hf.retention import measuring
-from lopt_hf.retention.measuring import MeasuringSettings, ModelReference, measure_model
+from lopt_hf.retention.measuring import MeasuringSettings, measure_model
+from lopt_hf.retention.references import ModelReference
 from lopt_hf.retention.scores import ScoreCache, TaskScores, metric_scores
 from lopt_hf.retention.statistics import MeanScores, RatioScores, ResampledScores
 from lopt_hf.retention.suites import SuiteTask, load_entries
 from tests.retention.benchmark_tasks import NUM_ROWS, TASKS, rows_of, write_benchmark_tasks, write_rows
 from tests.retention.conftest import SavedModels
-from tests.tiny import make_tokenizer
 
 SETTINGS = MeasuringSettings()
 SCORES = {
@@ -148,6 +149,23 @@ def test_sums_of_a_bf16_model_are_not_rounded_to_bf16(models: SavedModels, task_
     scores = measure_model(ModelReference.find(models.base), entries, settings, ScoreCache(tmp_path))
     sums = torch.tensor([item[0] for item in scores["texts"].metrics["word_perplexity,none"]])
     assert (sums.bfloat16().float() != sums).any()
+
+
+def test_a_perplexity_that_no_float_holds_is_infinite(diverged: str, task_folder: Path, tmp_path: Path) -> None:
+    """It ends lm-eval's own evaluation; all other metrics are what lm-eval finds."""
+    for name in ("texts", "endings"):
+        with pytest.raises(OverflowError):
+            by_lm_eval(diverged, task_folder, [name])
+    entries = load_entries([SuiteTask(name) for name in TASKS], [task_folder])
+    reference, cache = ModelReference.find(diverged), ScoreCache(tmp_path)
+    scores = measure_model(reference, entries, SETTINGS, cache)
+    assert not any("aggregation" in vars(task) for entry in entries for task in entry.tasks)
+    assert scores["texts"].values["word_perplexity,none"] == math.inf
+    assert scores["endings"].values["perplexity,none"] == math.inf
+    assert math.isfinite(scores["texts"].values["bits_per_byte,none"])
+    expected = by_lm_eval(diverged, task_folder, ["sums"])["sums"]
+    assert scores["sums"].values == pytest.approx(only_metrics(expected), rel=1e-6)
+    assert measure_model(reference, entries, SETTINGS, cache) == scores  # also from a file
 
 
 def test_two_filters_keep_their_own_responses(models: SavedModels, task_folder: Path, tmp_path: Path) -> None:
@@ -515,52 +533,3 @@ def test_an_adapter_scores_as_the_merged_model(models: SavedModels, task_folder:
     )
     assert_same_answers(adapter, merged, tolerance=1e-4)
     assert answers(adapter)["texts"] != answers(base)["texts"]
-
-
-def put_into_hub_cache(cache: Path, name: str, folder: str, commit: str) -> Path:
-    """As the hub's own client leaves `org/name` there; returns the folder of its files."""
-    snapshot = cache / f"models--org--{name}" / "snapshots" / commit
-    shutil.copytree(folder, snapshot)
-    refs = snapshot.parents[1] / "refs"
-    refs.mkdir()
-    (refs / "main").write_text(commit)
-    return snapshot
-
-
-@pytest.mark.parametrize("has_own", [False, True])
-def test_the_tokenizer_of_an_adapter_on_the_hub(
-    models: SavedModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_own: bool
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    snapshot = put_into_hub_cache(tmp_path, "adapter", models.adapter, "b" * 40)
-    tokenizer = make_tokenizer()
-    of_base = tokenizer.chat_template
-    if has_own:
-        tokenizer.chat_template = "own"
-        tokenizer.save_pretrained(snapshot)
-    loaded = measuring.load_tokenizer(ModelReference.find("org/adapter"))
-    assert loaded.chat_template == ("own" if has_own else of_base)
-
-
-def test_models_on_the_hub_are_told_apart_by_their_commit(
-    models: SavedModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A full model and an adapter, which has no config.json; taken from a hub cache made here."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    for name, folder, commit in (("base", models.base, "a" * 40), ("adapter", models.adapter, "b" * 40)):
-        put_into_hub_cache(tmp_path, name, folder, commit)
-    config = json.loads((Path(models.adapter) / "adapter_config.json").read_text())
-    path = tmp_path / "models--org--adapter" / "snapshots" / ("b" * 40) / "adapter_config.json"
-    path.write_text(json.dumps({**config, "base_model_name_or_path": "org/base"}))
-    reference = ModelReference.find("org/adapter")
-    assert (reference.base, reference.adapter) == ("org/base", "org/adapter")
-    assert reference.fingerprint() == f"org/base@{'a' * 40}+org/adapter@{'b' * 40}"
-
-
-def test_an_adapters_tokenizer_is_its_own_where_it_has_one(models: SavedModels, tmp_path: Path) -> None:
-    folder = shutil.copytree(models.adapter, tmp_path / "adapter")
-    assert measuring.load_tokenizer(ModelReference.find(str(folder))).chat_template == make_tokenizer().chat_template
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = "own"
-    tokenizer.save_pretrained(folder)
-    assert measuring.load_tokenizer(ModelReference.find(str(folder))).chat_template == "own"

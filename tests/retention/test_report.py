@@ -324,8 +324,46 @@ def test_plot_of_deltas(grid):
     directions = [re.search(r"\((\w+) is better", axes.get_xlabel()).group(1) for axes in panels]
     assert directions == ["lower", "higher", "lower", "higher", "higher"]
     assert [text.get_text() for text in panels[0].get_yticklabels()] == [model.label for model in grid.models]
-    assert "logarithmic" in panels[2].get_xlabel()  # one ruined model leaves room for the others
-    assert panels[3].get_xscale() == "linear"
+    assert panels[2].get_xlim()[1] < 10  # one ruined model leaves room for the others, whose changes are up to 4
+
+
+def test_a_ruined_model_stands_at_the_edge_with_its_values(grid):
+    """In each plot of it; all others are where they are."""
+    measure = main_measures(grid)[2]
+    axes = plot_deltas(grid).axes[2]
+    ruined = measure.of(grid.models[1])
+    assert [text.get_text() for text in axes.texts] == [f"{ruined.delta:+.3g} [{ruined.low:+.3g}, {ruined.high:+.3g}]"]
+    hollow = [line for line in axes.lines if line.get_markerfacecolor() == "white"]
+    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in hollow] == [(axes.get_xlim()[1], 1)]
+    filled = {line.get_ydata()[0]: line.get_xdata()[0] for line in axes.lines if line.get_markersize() == 5}
+    assert filled == {row: measure.of(model).delta for row, model in enumerate(grid.models) if row != 1}
+
+    axes = plot_frontier(grid).axes[1]
+    assert f"0.0001 ({-grid.models[1].gain.delta:.3g}, {-ruined.delta:.3g})" in {
+        text.get_text() for text in axes.texts
+    }
+    assert axes.get_ylim()[0] > -10
+    hollow = [line for line in axes.lines if line.get_markerfacecolor() == "white"]
+    assert [line.get_ydata()[0] for line in hollow] == [axes.get_ylim()[0]]
+    inside = [line for line in axes.lines if line.get_markersize() == 7.5]
+    assert len(inside) == len(grid.models) - 1
+
+
+def test_an_infinite_perplexity_is_drawn(grid):
+    """At the edge, as `inf`; what is no number is left out."""
+    measure = main_measures(grid)[2]
+    first, second, third = grid.models[:3]
+    endless = replace(measure.of(first), value=math.inf, delta=math.inf, low=NAN, high=NAN)
+    models = (
+        replace(first, deltas=(*first.deltas[:2], endless)),
+        replace(second, deltas=(*second.deltas[:2], replace(endless, delta=NAN))),
+        third,
+    )
+    report = replace(grid, models=models)
+    (text,) = plot_deltas(report).axes[2].texts
+    assert text.get_text() == "+inf"
+    notes = [text.get_text() for text in plot_frontier(report).axes[1].texts]
+    assert len(notes) == 1 and notes[0].endswith("-inf)")
 
 
 def test_plot_of_the_frontier(grid):
@@ -333,9 +371,14 @@ def test_plot_of_the_frontier(grid):
     assert [axes.get_title() for axes in figure.axes] == ["Gain against mean of 2 tasks", "Gain against wikitext"]
     assert all("up is better" in axes.get_ylabel() for axes in figure.axes)
     for axes in figure.axes:  # points of a group are told apart by their rate
-        assert sorted({text.get_text() for text in axes.texts}) == ["0.0001", "2e-05"]
+        assert {text.get_text().partition(" ")[0] for text in axes.texts} == {"0.0001", "2e-05"}
     entries = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert entries == [f"method {number}" for number in range(9)] + ["baseline", "Pareto frontier", "single seeds"]
+    assert entries == [f"method {number}" for number in range(9)] + [
+        "baseline",
+        "Pareto frontier",
+        "single seeds",
+        "beyond the edge: (gain, kept)",
+    ]
 
 
 def test_plot_of_drift(grid):

@@ -109,6 +109,21 @@ def test_from_models_to_a_report(
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.suffix != ".png"} == written
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_a_diverged_model_is_reported(arguments: Arguments, diverged: str, tmp_path: Path) -> None:
+    """Its perplexity as infinite, which JSON calls `null`; the other models' as ever."""
+    run({**arguments, "--model": [f"diverged={diverged}", *arguments["--model"]]})
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    values = {
+        result["label"]: delta["value"]
+        for result in report["models"]
+        for delta in result["deltas"]
+        if delta["metric"] == "word_perplexity"
+    }
+    assert values["diverged"] is None and values["tuned"] > 1
+    assert "|word_perplexity|↓" in (tmp_path / "out" / "report.md").read_text().replace(" ", "")
+
+
 def test_the_help_names_the_packages_of_ifeval(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         retention.main(["--help"])

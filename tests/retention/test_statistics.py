@@ -196,6 +196,19 @@ def test_any_metric_can_be_resampled() -> None:
     assert slow.high == pytest.approx(fast.high, abs=0.08)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("ruined", [float("inf"), float("nan")])
+def test_a_score_that_is_not_finite_has_no_interval(ruined: float) -> None:
+    """The other seeds keep their differences, and other tasks theirs."""
+    sound, base, broken = MeanScores([1.0, 2.0]), MeanScores([1.0, 1.0]), MeanScores([ruined, 2.0])
+    interval = difference_interval([[sound], [broken], [base]], [[1, 0, -1], [0, 1, -1]])
+    assert interval.by_seed.tolist() == pytest.approx([0.5, ruined], nan_ok=True)
+    assert interval.delta == pytest.approx(ruined, nan_ok=True)
+    assert np.isnan([interval.low, interval.high]).all()
+    unused = difference_interval([[sound], [broken], [base]], [[1, 0, -1]])
+    assert np.isfinite([unused.delta, unused.low, unused.high]).all()
+
+
 def test_coefficients_weigh_models() -> None:
     """A weighted mean of two models as what is subtracted."""
     model, low, high = ([MeanScores(np.arange(20.0) + shift)] for shift in (2.5, 0, 4))

@@ -1,0 +1,118 @@
+"""Where a model is: a full checkpoint or a PEFT adapter, here or on the hub, and the tokenizer that goes with it."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from lopt_hf.pretrained import resolve_model
+from lopt_hf.retention.scores import fingerprint
+
+__all__ = ["ModelReference", "load_tokenizer"]
+
+HUB_ID_AT_REVISION = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)@(?P<revision>.+)")
+
+
+@dataclass(frozen=True)
+class ModelReference:
+    """A model on disk or on the hub: a full checkpoint or a PEFT adapter.
+
+    Parameters:
+        name: As the user gave it.
+        base: Hub id or folder of the full model.
+        revision: Branch, tag or commit of the full model on the hub.
+        adapter: Folder or hub id of the adapter, if it is one.
+        adapter_revision: Branch, tag or commit of the adapter on the hub.
+    """
+
+    name: str
+    base: str
+    revision: str | None = None
+    adapter: str | None = None
+    adapter_revision: str | None = None
+
+    @classmethod
+    def find(cls, name: str) -> "ModelReference":
+        """Tells a full model from an adapter.
+
+        Args:
+            name: A folder, or a hub id, whose revision may follow an `@`. An adapter's base is the one that its
+                configuration names, at the revision that it names.
+
+        Raises:
+            ValueError: If there is no such model.
+        """
+        source, revision = _split_revision(name)
+        source = resolve_model(source)
+        config = _adapter_config(source, revision)
+        if config is None:
+            return cls(name, source, revision)
+        base = resolve_model(str(config["base_model_name_or_path"]))
+        return cls(name, base, config.get("revision"), source, revision)
+
+    def fingerprint(self) -> str:
+        """What tells it from every other model, as it was when first asked for."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        own = fingerprint(self.base, self.revision)
+        return own if self.adapter is None else f"{own}+{fingerprint(self.adapter, self.adapter_revision)}"
+
+
+def load_tokenizer(reference: ModelReference) -> PreTrainedTokenizerBase:
+    """The tokenizer that goes with a model; an adapter's own where it has one.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    source, revision = reference.base, reference.revision
+    adapter, adapter_revision = reference.adapter, reference.adapter_revision
+    if adapter is not None and _has_file(adapter, "tokenizer_config.json", adapter_revision):
+        source, revision = adapter, adapter_revision
+    try:
+        config = AutoConfig.from_pretrained(reference.base, revision=reference.revision)  # an adapter has none
+        return AutoTokenizer.from_pretrained(source, revision=revision, config=config)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model {reference.name!r} has no tokenizer that can be loaded; save its base's beside it. ({error})"
+        ) from error
+
+
+def _split_revision(name: str) -> tuple[str, str | None]:
+    """`org/name@revision` as its two parts; a path that holds the sign is left whole."""
+    match = HUB_ID_AT_REVISION.fullmatch(name)
+    return (name, None) if match is None or Path(name).exists() else (match["id"], match["revision"])
+
+
+def _has_file(source: str, name: str, revision: str | None) -> bool:
+    file = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return file is not None
+
+
+def _adapter_config(source: str, revision: str | None) -> Mapping[str, Any] | None:
+    """The adapter's configuration, or `None` for a full model."""
+    try:
+        files = {
+            name: cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+            for name in ("config.json", "adapter_config.json")
+        }
+    except OSError as error:
+        raise ValueError(
+            f"model {source!r} is no folder here, and not to be had from the hub either; give a checkpoint's folder "
+            f"or a hub id. ({error})"
+        ) from error
+    if files["config.json"] is None and files["adapter_config.json"] is not None:
+        return json.loads(Path(files["adapter_config.json"]).read_text(encoding="utf-8"))
+    if files["config.json"] is None:
+        raise ValueError(
+            f"model {source!r} has no config.json and no adapter_config.json, here or on the hub; give a checkpoint's "
+            "folder or a hub id."
+        )
+    return None
