@@ -1,7 +1,7 @@
 """Checkpoints of a pipeline, and the stock model that its stages make together.
 
-A checkpoint is a folder with one sub-folder per stage. Each stage writes its own into a folder of another name; the one
-that is done last adds the manifest and gives the folder its name. So there is no moment at which all wait for each
+A checkpoint is a folder with one sub-folder per stage. Each stage writes its own into a folder of another name; the
+one that is done last adds the manifest and gives the folder its name. So there is no moment at which all wait for each
 other, and a kill at any moment leaves the previous checkpoint the last one. All stages must see the same file system.
 """
 

@@ -1,8 +1,8 @@
 """One stage of the pipeline: a stock model of which this process holds a part.
 
-The model's own forward runs on every stage, so that masks, rotary embeddings, learned positions and sliding windows are
-the model's. Layers of other stages let their input through, and the first layer of the stage starts from the hidden
-states that were received. Weights that are not the stage's are never read.
+The model's own forward runs on every stage, so that masks, rotary embeddings, learned positions and sliding windows
+are the model's. Layers of other stages let their input through, and the first layer of the stage starts from the
+hidden states that were received. Weights that are not the stage's are never read.
 
 Shapes: B batch, T tokens, D hidden channels.
 """

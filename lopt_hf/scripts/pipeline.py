@@ -131,7 +131,7 @@ def run_stage(
         raise world.monitor.fail(f"{describe(world.rank, world.num_replicas)} failed: {error}") from error
     world.monitor.finish()
     dist.destroy_process_group()
-    if world.rank == world.rank_of(world.num_stages - 1, 0):
+    if world.reports:
         print(f"Model saved to {args.output_dir}")
 
 
