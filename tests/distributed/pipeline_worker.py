@@ -1,11 +1,11 @@
-"""One stage of the runs of `test_pipeline.py`, one after the other in the same world: launched with `accelerate launch`."""
+"""One stage of the runs of `test_pipeline.py`, one after the other in a world that `accelerate launch` starts."""
 
 import json
 import sys
 from pathlib import Path
 
 import torch.distributed as dist
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from transformers import AutoConfig
 
 import tests.conftest  # noqa: F401  (offline, one thread)
@@ -18,7 +18,9 @@ from lopt_hf.pipeline.stage import load_stage, plan_stages
 from tests.tiny import make_dataset, make_tokenizer
 from tests.trainers.helpers import training_args
 
-LORA = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+
+def make_lora() -> PeftConfig:
+    return LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
 
 
 def run(
@@ -28,7 +30,7 @@ def run(
     num_layers = AutoConfig.from_pretrained(model).get_text_config(decoder=True).num_hidden_layers
     plan = plan_stages(split_layers(num_layers, args.num_blocks, args.split_at), world.num_stages)[world.stage]
     stage = load_stage(model, plan, keeps_readout=args.local_objective == "readout", dtype="float32")
-    part = add_adapter(stage, LORA, args.seed) if lora else stage
+    part = add_adapter(stage, make_lora(), args.seed) if lora else stage
     trainer = PipelineTrainer(part, args, world=world, train_dataset=make_dataset(), processing_class=make_tokenizer())
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()

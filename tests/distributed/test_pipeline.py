@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from lopt_hf import LoPTConfig, LoPTTrainer
 from lopt_hf.pipeline.launch import launch_command
-from tests.distributed.pipeline_worker import LORA
+from tests.distributed.pipeline_worker import make_lora
 from tests.tiny import make_dataset, make_model, make_tokenizer
 from tests.trainers.helpers import training_args
 
@@ -27,6 +27,13 @@ RUNS: dict[int, dict[str, dict[str, Any]]] = {
         "two blocks on each stage": {"num_blocks": 4, "num_stages": 2},
         "readout": {"num_blocks": 2, "local_objective": "readout"},
         "readout, two blocks on each stage": {"num_blocks": 4, "num_stages": 2, "local_objective": "readout"},
+        "readout, tied": {"num_blocks": 2, "local_objective": "readout", "tied": True},
+        "readout, tied and frozen": {
+            "num_blocks": 2,
+            "local_objective": "readout",
+            "tied": True,
+            "tied_embeddings": "freeze",
+        },
         "checkpointing": {"num_blocks": 2, "activation_checkpointing": True},
         "interval": {"num_blocks": 2, "local_update_interval": 2, "early_learning_rate": 1e-4},
         "frozen": {"num_blocks": 2, "train_early_blocks": False},
@@ -79,7 +86,7 @@ def run_pipeline(folder: Path, num_stages: int, runs: dict[str, dict[str, Any]],
 def run_one_process(folder: Path, output_dir: Path, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
     settings = {"max_grad_norm": 0.5, **settings}
     start = save_start(folder, settings.pop("family", "llama"), settings.pop("tied", False))
-    peft_config = LORA if settings.pop("lora", False) else None
+    peft_config = make_lora() if settings.pop("lora", False) else None
     settings = {name: value for name, value in settings.items() if name not in ONLY_IN_A_PIPELINE}
     model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
     args = LoPTConfig(**training_args(output_dir, **settings))
