@@ -68,7 +68,7 @@ class PipelineTrainer(StageCheckpointMixin, StageLogMixin, LoPTTrainer):
         self.plans = plan_stages(split_layers(num_layers, args.num_blocks, args.split_at), world.num_stages)
         self.plan = self.plans[world.stage]
         if not world.reports:
-            args.disable_tqdm, args.report_to = True, []
+            args.disable_tqdm, args.report_to, args.push_to_hub = True, [], False
         super().__init__(part, args, **kwargs)
         if not world.reports:
             self.remove_callback(PrinterCallback)

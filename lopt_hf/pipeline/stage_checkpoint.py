@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from huggingface_hub import upload_folder
 from peft import PeftModel
 from torch import nn
 from transformers.trainer_callback import ExportableState
@@ -72,7 +73,14 @@ class StageCheckpointMixin(TrainerBase):
                 states[type(callback).__name__] = callback.state()
         self.state.save_to_json(str(folder / TRAINER_STATE_FILE))
         self._save_local_state(folder, final)
-        details = {"step": self.state.global_step, "data_parallel": self.world.num_replicas, **self._block_settings()}
+        if isinstance(self.model, PeftModel):
+            self.model.peft_config[self.model.active_adapter].save_pretrained(str(folder))
+        details = {
+            "step": self.state.global_step,
+            "model": self._base_model().config._name_or_path,
+            "data_parallel": self.world.num_replicas,
+            **self._block_settings(),
+        }
         if publish_when_complete(self.store, staged, final, self.plans, details):
             rotate_checkpoints(str(output_dir), save_total_limit=self.args.save_total_limit, use_mtime=True)
 
@@ -136,3 +144,13 @@ class StageCheckpointMixin(TrainerBase):
             own = {id(parameter) for parameter in head.parameters()}
             state = {n: t for n, t in self.model.state_dict(keep_vars=True).items() if id(t) not in own}
         return state
+
+    def push_model(self) -> None:
+        """Uploads the saved model to the hub, without the checkpoints; by the process that reports."""
+        upload_folder(
+            repo_id=str(self.hub_model_id),
+            folder_path=str(self.args.output_dir),
+            token=self.args.hub_token,
+            commit_message="End of training",
+            ignore_patterns=[f"{PREFIX_CHECKPOINT_DIR}-*", "incomplete-*"],
+        )

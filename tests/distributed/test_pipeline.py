@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from lopt_hf import LoPTConfig, LoPTTrainer
 from lopt_hf.pipeline.launch import launch_command
+from lopt_hf.scripts.pipeline_export import export_checkpoint
 from tests.distributed.pipeline_worker import make_lora
 from tests.tiny import make_dataset, make_model, make_tokenizer
 from tests.trainers.helpers import training_args
@@ -53,6 +54,7 @@ RUNS: dict[int, dict[str, dict[str, Any]]] = {
         "accumulation, uneven": {"num_blocks": 4, "gradient_accumulation_steps": 3, "split_at": [1, 2, 5]},
         "LoRA": {"num_blocks": 4, "lora": True},
         "saves": {"num_blocks": 4, "max_steps": 4, "save_strategy": "steps", "save_steps": 2},
+        "LoRA, saves": {"num_blocks": 4, "max_steps": 4, "save_strategy": "steps", "save_steps": 4, "lora": True},
     },
 }
 ONLY_IN_A_PIPELINE = ("num_stages", "data_parallel")
@@ -180,3 +182,12 @@ def test_replicas_equal_one_process_with_the_same_global_batch(tmp_path):
     for record, expected in zip(logs[0][:-1], logs[1][:-1], strict=True):
         for key in ("loss", "local_loss/block_0", "num_tokens"):
             assert record[key] == pytest.approx(expected[key], rel=1e-5), key
+
+
+@pytest.mark.parametrize("name", ["saves", "LoRA, saves"])
+def test_an_exported_checkpoint_is_the_saved_model(finished, tmp_path, name):
+    """The last checkpoint holds what the run ended with."""
+    export_checkpoint(finished(4) / name / "checkpoint-4", tmp_path / "model")
+    assert_equal(load_model(tmp_path / "model"), load_model(finished(4) / name))
+    with pytest.raises(ValueError, match="exists"):
+        export_checkpoint(finished(4) / name / "checkpoint-4", tmp_path / "model")
