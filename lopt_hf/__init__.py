@@ -13,6 +13,8 @@ _EXPORTS = {
     "LoPTTrainer": "lopt_hf.trainers.lopt_trainer",
     "LocalBatch": "lopt_hf.objectives",
     "LocalObjective": "lopt_hf.objectives",
+    "PipelineConfig": "lopt_hf.pipeline.config",
+    "PipelineTrainer": "lopt_hf.pipeline.runner",
     "ReadoutObjective": "lopt_hf.readout",
     "ReconstructionObjective": "lopt_hf.objectives",
     "RetentionCallback": "lopt_hf.retention.callback",
@@ -22,6 +24,8 @@ __all__ = [
     "LoPTTrainer",
     "LocalBatch",
     "LocalObjective",
+    "PipelineConfig",
+    "PipelineTrainer",
     "ReadoutObjective",
     "ReconstructionObjective",
     "RetentionCallback",
@@ -29,6 +33,8 @@ __all__ = [
 
 if TYPE_CHECKING:
     from lopt_hf.objectives import LocalBatch, LocalObjective, ReconstructionObjective
+    from lopt_hf.pipeline.config import PipelineConfig
+    from lopt_hf.pipeline.runner import PipelineTrainer
     from lopt_hf.readout import ReadoutObjective
     from lopt_hf.retention.callback import RetentionCallback
     from lopt_hf.trainers.lopt_config import LoPTConfig

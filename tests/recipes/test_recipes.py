@@ -13,14 +13,14 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
 from lopt_hf.retention.grid import load_grid
-from lopt_hf.scripts import sft
+from lopt_hf.scripts import pipeline, sft
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"
 ACCELERATE_CONFIGS = sorted((RECIPES / "accelerate_configs").glob("*.yaml"))
 GRIDS = sorted(RECIPES.glob("*/retention/*.yaml"))
 MODEL_RECIPES = sorted(set(RECIPES.rglob("*.yaml")) - set(ACCELERATE_CONFIGS) - set(GRIDS))
-PARSERS = {"sft": sft.make_parser}  # by the recipe's folder
+PARSERS = {"sft": sft.make_parser, "pipeline": pipeline.make_parser}  # by the recipe's folder
 
 # LoPT, arXiv 2605.04913 v3
 PAPER_MODELS = {
@@ -94,7 +94,8 @@ def test_recipe_is_parsed_in_full(path: Path) -> None:
     values = parse(path, path.parent.name)
     written = yaml.safe_load(path.read_text())
     assert written.keys() <= values.keys()
-    for key in ("model_name_or_path", "dataset_name", "method", "output_dir"):
+    own = ("method",) if path.parent.name == "sft" else ("num_blocks", "split", "local_objective")
+    for key in ("model_name_or_path", "dataset_name", "output_dir", *own):
         assert values[key] == written[key]
     assert values["output_dir"] == f"out/{path.parts[-3]}-{path.stem}"
     assert values["report_to"] == []
