@@ -5,47 +5,25 @@ Shapes: B batch, T tokens, D hidden channels.
 
 import contextlib
 import copy
-import ctypes
-import os
-import platform
-import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from time import perf_counter
 from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model
 from torch import nn
-from torch.nn.utils import clip_grad_norm_
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
 from lopt_hf.blocks import find_decoder_stack, untie_output_embeddings
 from lopt_hf.objectives import LocalBatch, LocalObjective, ReconstructionObjective
+from lopt_hf.pipeline.stopwatch import LEAST_SECONDS, PartCost, Stopwatch, num_elements
 from lopt_hf.readout import ReadoutObjective, model_after_the_layers
 
 __all__ = ["ModelCosts", "PartCost", "StageCost", "measure_costs"]
 
-WARMUP_RUNS = 2  # ours: the first run allocates, the second fills the caches
-LEAST_SECONDS = 1.0  # ours: the error of a layer's time is multiplied by the number of layers
 SFT_OUTPUTS = ("log_probs", "entropy", "is_top1")  # TRL 1.16, SFTTrainer: what its fused LM head computes
-
-
-@dataclass(frozen=True)
-class PartCost:
-    """What a part of the model costs.
-
-    Attributes:
-        forward: Seconds per micro-batch.
-        backward: Seconds per micro-batch; with activation checkpointing, its second forward included.
-        num_trainable: Parameters that the optimizer updates.
-    """
-
-    forward: float
-    backward: float
-    num_trainable: int
 
 
 @dataclass(frozen=True)
@@ -162,7 +140,7 @@ def measure_costs(
     skeleton = _skeleton(model, dtype, tied_embeddings, peft_config)
     if activation_checkpointing:
         skeleton.gradient_checkpointing_enable()
-    stopwatch = _Stopwatch(torch.device(device), autocast, repeats, least_seconds)
+    stopwatch = Stopwatch(torch.device(device), autocast, repeats, least_seconds)
     optimizer = make_optimizer or _fused_adamw
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         bench = _Bench(skeleton, stopwatch, batch_size, seq_length)
@@ -197,71 +175,6 @@ def _skeleton(
     return skeleton.train()
 
 
-@dataclass(frozen=True)
-class _Stopwatch:
-    device: torch.device
-    autocast: torch.dtype | None
-    repeats: int
-    least_seconds: float
-
-    def precision(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
-
-    def now(self) -> float:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
-        return perf_counter()
-
-    def measure(self, forward: Callable[[], torch.Tensor], parameters: Sequence[nn.Parameter]) -> PartCost:
-        """Times a forward and its backward; gradients are made anew each time, as after `zero_grad`."""
-        runs = self._repeat(lambda: self.run(forward, parameters))
-        forward_seconds, backward_seconds = (statistics.median(times) for times in zip(*runs, strict=True))
-        return PartCost(forward_seconds, backward_seconds, _num_elements(parameters))
-
-    def run(self, forward: Callable[[], torch.Tensor], parameters: Sequence[nn.Parameter]) -> tuple[float, float]:
-        for parameter in parameters:
-            parameter.grad = None
-        if self.device.type == "cpu":
-            _return_freed_memory()
-        start = self.now()
-        with self.precision():
-            output = forward()
-        gradient = torch.full_like(output, 1 / output.numel())
-        middle = self.now()
-        if output.requires_grad:
-            output.backward(gradient)
-        return middle - start, self.now() - middle
-
-    def measure_step(self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> float:
-        """Times clipping and a step on the gradients that are there."""
-
-        def step() -> tuple[float]:
-            start = self.now()
-            clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            return (self.now() - start,)
-
-        return statistics.median(seconds for (seconds,) in self._repeat(step))
-
-    def _repeat(self, run: Callable[[], tuple[float, ...]]) -> list[tuple[float, ...]]:
-        for _ in range(WARMUP_RUNS):
-            run()
-        runs: list[tuple[float, ...]] = []
-        while len(runs) < self.repeats or sum(map(sum, runs)) < self.least_seconds:
-            runs.append(run())
-        return runs
-
-
-def _return_freed_memory() -> None:
-    """Gives freed memory back to the system, as glibc does by itself in the course of a whole stage's step.
-
-    A part that is run again and again would find its pages there, while in a training step it gets new ones: up to
-    half of the time of SmolLM2's LM head. With `MALLOC_TRIM_THRESHOLD_` set, glibc keeps them in training too.
-    """
-    if platform.libc_ver()[0] == "glibc" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -272,7 +185,7 @@ class _FirstLayerReached(Exception):
 class _Bench:
     """Gives the parts of a skeleton weights, measures them and takes the weights away again."""
 
-    def __init__(self, skeleton: PreTrainedModel, stopwatch: _Stopwatch, batch_size: int, seq_length: int) -> None:
+    def __init__(self, skeleton: PreTrainedModel, stopwatch: Stopwatch, batch_size: int, seq_length: int) -> None:
         self.skeleton = skeleton
         self.stack = find_decoder_stack(skeleton)
         self.stopwatch = stopwatch
@@ -343,7 +256,7 @@ class _Bench:
             with self._present([layer]) as own:
                 costs[kind] = self.stopwatch.measure(partial(_run_layer, layer, call), own)
                 if not step_seconds:
-                    step_seconds = self.stopwatch.measure_step(make_optimizer(own), own) / _num_elements(own)
+                    step_seconds = self.stopwatch.measure_step(make_optimizer(own), own) / num_elements(own)
         return tuple(costs[kind] for kind in kinds), step_seconds
 
     def measure_head(self, objective: str | LocalObjective) -> tuple[PartCost, PartCost]:
@@ -426,7 +339,3 @@ def _kind(layer: nn.Module) -> Any:
         )
         for name, module in layer.named_modules()
     )
-
-
-def _num_elements(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(parameter.numel() for parameter in parameters)
