@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, D hidden channels.
 """
 
 import json
+import time
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,12 +73,13 @@ class PipelineTrainer(StageCheckpointMixin, StageLogMixin, LoPTTrainer):
         super().__init__(part, args, **kwargs)
         if not world.reports:
             self.remove_callback(PrinterCallback)
-        self.timeline = Timeline(args.timeline_steps)
+        self.timeline = Timeline(self.plan.index, args.timeline_steps)
         self._input = None if self.plan.is_first else HiddenStateInput(self.stack.layers[self.plan.start])
         self._reducer = GradientReducer(group=world.data_group)
         self._receiver: ReceivingChannel | None = None
         self._sender: SendingChannel | None = None
         self._batch = BatchId(0, 0, 0)
+        self._loss_at = 0.0
         self.micro_batch = 0
         if not self.plan.is_last:
             # Before the boundary's own hook: the output leaves before its local backward starts.
@@ -125,7 +127,8 @@ class PipelineTrainer(StageCheckpointMixin, StageLogMixin, LoPTTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         self._batch = BatchId(self.state.global_step, self.micro_batch, _checksum(inputs))
-        self.timeline.step, self.timeline.micro_batch = self.state.global_step, self.micro_batch
+        self.timeline.step = self.state.global_step
+        self.timeline.micro_batch += 1
         if self._input is not None and self._receiver is not None:
             self.timeline.note_depth(self._receiver.depth)
             with self.timeline.span("receive"):
@@ -136,6 +139,7 @@ class PipelineTrainer(StageCheckpointMixin, StageLogMixin, LoPTTrainer):
             if not self.plan.is_last:
                 return self._run_block(inputs)
             result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._loss_at = time.perf_counter()
         if num_items_in_batch is None or self.world.num_replicas == 1:
             return result
         # The gradients are averaged over the replicas, and the loss was divided by the tokens of all of them.
@@ -164,8 +168,10 @@ class PipelineTrainer(StageCheckpointMixin, StageLogMixin, LoPTTrainer):
             super()._run_local_backward(index, loss)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        with self.timeline.span("backward"):  # what is left of the step without receiving, forward and sending
-            return super().training_step(*args, **kwargs)
+        loss = super().training_step(*args, **kwargs)
+        if self.plan.is_last:
+            self.timeline.add("backward", self._loss_at, time.perf_counter())
+        return loss
 
     # ---- Replicas ----
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from lopt_hf.pipeline.events import Event
 from lopt_hf.pipeline.schedule_engine import Floats, Timing, run_shared, run_unshared
 from lopt_hf.pipeline.schedule_orders import SCHEDULES, Kind, Orders, link_program, make_orders, rounds_of
-from lopt_hf.pipeline.schedule_timeline import Event
 
 __all__ = [
     "SCHEDULES",

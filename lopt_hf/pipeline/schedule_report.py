@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from lopt_hf.pipeline.events import new_figure
 from lopt_hf.pipeline.schedule import ScheduleResult
-from lopt_hf.pipeline.schedule_timeline import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

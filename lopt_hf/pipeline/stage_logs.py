@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +11,10 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
+from lopt_hf.pipeline.events import Event, chrome_trace, plot_timeline
 from lopt_hf.pipeline.launch import PipelineWorld
 from lopt_hf.pipeline.stage import StagePlan
-from lopt_hf.pipeline.timeline import Span, Timeline, draw_timeline, write_chrome_trace
+from lopt_hf.pipeline.timeline import Timeline
 
 __all__ = ["StageCallback", "StageLogMixin"]
 
@@ -83,17 +85,20 @@ class StageLogMixin(TrainerBase):
     def _collect_timelines(self) -> None:
         if self.args.timeline_steps == 0 or self.world.replica != 0:
             return
-        self.store.set(f"timeline/{self.plan.index}", json.dumps([vars(s) for s in self.timeline.spans]))
+        self.store.set(f"timeline/{self.plan.index}", json.dumps([vars(event) for event in self.timeline.events]))
         if not self.world.reports:
             return
         keys = [f"timeline/{plan.index}" for plan in self.plans]
         self.store.wait(keys)
         texts = [self.store.get(key) for key in keys]
-        timelines = [(f"stage {i}", [Span(**span) for span in json.loads(text)]) for i, text in enumerate(texts)]
+        events = [Event(**event) for text in texts for event in json.loads(text)]
+        origin = min(event.start for event in events)
+        events = [replace(event, start=event.start - origin, end=event.end - origin) for event in events]
         output_dir = Path(self.args.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
-        write_chrome_trace(output_dir / "timeline.json", timelines)
-        draw_timeline(output_dir / "timeline.png", timelines)
+        title = f"{len(self.plans)} stages, first {self.args.timeline_steps} steps"
+        (output_dir / "timeline.json").write_text(chrome_trace({title: events}), encoding="utf-8")
+        plot_timeline({title: events}).savefig(output_dir / "timeline.png", dpi=150)
 
 
 class StageCallback(TrainerCallback):
@@ -113,7 +118,7 @@ class StageCallback(TrainerCallback):
         self.started = time.perf_counter()
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer.timeline.add("step", self.started, time.perf_counter())
+        self.trainer.timeline.add("optimizer", self.started, time.perf_counter())
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any

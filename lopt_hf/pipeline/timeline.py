@@ -1,53 +1,38 @@
-"""What each stage did when: recorded from real events, summarised in the logs, drawn as a picture."""
+"""What a stage does when: recorded from real events, and summarised in the logs."""
 
 import contextlib
-import json
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["Span", "Timeline", "draw_timeline", "write_chrome_trace"]
+from lopt_hf.pipeline.events import Event
 
-# What a stage waits for; everything else is work.
-WAITS = ("receive", "send")
-COLORS = {"forward": "#4c78a8", "backward": "#f58518", "step": "#54a24b", "receive": "#d9d9d9", "send": "#b0b0b0"}
+__all__ = ["Timeline"]
 
-
-@dataclass(frozen=True)
-class Span:
-    """One thing that a stage did.
-
-    Attributes:
-        kind: `forward`, `backward`, `step`, or a wait: `receive`, `send`.
-        start: Seconds since the epoch.
-        end: Seconds since the epoch.
-        step: Optimizer step, from 0.
-        micro_batch: Micro-batch of that step, from 0; -1 for the optimizer's step.
-    """
-
-    kind: str
-    start: float
-    end: float
-    step: int
-    micro_batch: int
+WAITS = ("receive", "send")  # the other kinds of event are work
 
 
 class Timeline:
-    """Records the spans of one stage.
+    """Records what one stage does.
 
     A span inside another (a local backward inside a forward) takes its time from the outer one. Waiting before the
-    first message is the fill of the pipeline and counts as no bubble.
+    first work is the fill of the pipeline and counts as no bubble.
+
+    Attributes:
+        events: What was kept; times in seconds since the epoch.
+        step: The optimizer step that is under way, from 0.
+        micro_batch: The micro-batch that is under way, counted from 0 from the start of the run.
 
     Args:
-        kept_steps: Spans of this many first steps are kept for drawing; sums are made of all.
+        stage: The stage.
+        kept_steps: Events of this many first steps are kept; sums are made of all.
     """
 
-    def __init__(self, kept_steps: int = 0) -> None:
-        self.spans: list[Span] = []
+    def __init__(self, stage: int, kept_steps: int = 0) -> None:
+        self.events: list[Event] = []
         self.step = 0
         self.micro_batch = 0
+        self._stage = stage
         self._kept_steps = kept_steps
         self._clock = time.time() - time.perf_counter()
         self._filled_at: float | None = None
@@ -57,7 +42,7 @@ class Timeline:
 
     @contextlib.contextmanager
     def span(self, kind: str) -> Iterator[None]:
-        """Records what happens inside as one span."""
+        """Records what happens inside as one event, or several where another lies inside it."""
         start = time.perf_counter()
         if self._open:
             self._close(start)  # the outer span pauses
@@ -95,68 +80,9 @@ class Timeline:
         if kind not in WAITS and self._filled_at is None:
             self._filled_at = start
         if self.step < self._kept_steps and end > start:
-            micro_batch = -1 if kind == "step" else self.micro_batch
-            self.spans.append(Span(kind, start + self._clock, end + self._clock, self.step, micro_batch))
+            number = self.step if kind == "optimizer" else self.micro_batch
+            self.events.append(Event(self._stage, kind, number, start + self._clock, end + self._clock))
 
     def _close(self, end: float) -> None:
         kind, start = self._open[-1]
         self.add(kind, start, end)
-
-
-def write_chrome_trace(path: Path, timelines: Sequence[tuple[str, Sequence[Span]]]) -> None:
-    """Writes spans for `chrome://tracing` and Perfetto (Trace Event Format, complete events, microseconds).
-
-    Args:
-        path: The JSON file.
-        timelines: For each process its name and its spans.
-    """
-    origin = min((span.start for _, spans in timelines for span in spans), default=0.0)
-    events: list[dict[str, Any]] = []
-    for row, (name, spans) in enumerate(timelines):
-        events.append({"ph": "M", "name": "process_name", "pid": row, "args": {"name": name}})
-        events += [
-            {
-                "ph": "X",
-                "name": span.kind,
-                "cat": "wait" if span.kind in WAITS else "work",
-                "pid": row,
-                "tid": 0,
-                "ts": (span.start - origin) * 1e6,
-                "dur": (span.end - span.start) * 1e6,
-                "args": {"step": span.step + 1, "micro_batch": span.micro_batch + 1},
-            }
-            for span in spans
-        ]
-    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8")
-
-
-def draw_timeline(path: Path, timelines: Sequence[tuple[str, Sequence[Span]]]) -> None:
-    """Draws spans as one bar per process.
-
-    Args:
-        path: The PNG file.
-        timelines: For each process its name and its spans.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.patches import Patch
-
-    origin = min((span.start for _, spans in timelines for span in spans), default=0.0)
-    figure, axes = plt.subplots(figsize=(11, 1.2 + 0.55 * len(timelines)), layout="constrained")
-    for row, (_, spans) in enumerate(timelines):
-        for kind, color in COLORS.items():
-            bars = [(span.start - origin, span.end - span.start) for span in spans if span.kind == kind]
-            axes.broken_barh(bars, (row - 0.4, 0.8), facecolors=color, edgecolor="white", linewidth=0.3)
-    axes.set_yticks(range(len(timelines)), [name for name, _ in timelines])
-    axes.invert_yaxis()
-    axes.set_xlabel("seconds")
-    labels = {"receive": "waits for input", "send": "waits for the next stage", "step": "optimizer step"}
-    handles = [Patch(color=color, label=labels.get(kind, kind)) for kind, color in COLORS.items()]
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(COLORS), frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)

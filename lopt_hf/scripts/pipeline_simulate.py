@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lopt_hf.pipeline.events import chrome_trace, plot_timeline
 from lopt_hf.pipeline.schedule import SCHEDULES, ScheduleResult, UnfitWorkloadError, Workload, simulate
 from lopt_hf.pipeline.schedule_report import plot_scaling, to_json, to_markdown, to_validation_markdown
-from lopt_hf.pipeline.schedule_timeline import chrome_trace, plot_timeline
 from lopt_hf.pipeline.schedule_times import TimesSource, read_times
 from lopt_hf.retention.files import whole_file
 

@@ -140,7 +140,7 @@ def test_layers_of_one_kind_are_measured_once(family, overrides, kinds, monkeypa
 def test_one_part_is_in_memory_at_a_time(monkeypatch):
     """And nothing of it stays: neither weights, nor what drawing them did to the random state."""
     skeletons, present = [], []
-    make_skeleton, measure = costs_module._skeleton, costs_module._Stopwatch.measure
+    make_skeleton, measure = costs_module._skeleton, costs_module.Stopwatch.measure
 
     def note_skeleton(*args):
         skeletons.append(make_skeleton(*args))
@@ -152,7 +152,7 @@ def test_one_part_is_in_memory_at_a_time(monkeypatch):
         return measure(self, forward, parameters)
 
     monkeypatch.setattr(costs_module, "_skeleton", note_skeleton)
-    monkeypatch.setattr(costs_module._Stopwatch, "measure", note_present)
+    monkeypatch.setattr(costs_module.Stopwatch, "measure", note_present)
     config = make_model("gpt2").config
     before = torch.get_rng_state()
     quick(config, objective="readout")

@@ -1,4 +1,4 @@
-"""What each stage of simulated pipelines does when: as Chrome-trace JSON and as a plot.
+"""What each stage of a pipeline does when, real or simulated: as Chrome-trace JSON and as a plot.
 
 The JSON is the Trace Event Format that https://ui.perfetto.dev opens.
 """
@@ -21,6 +21,8 @@ COLORS = {
     "weight": "#E69F00",
     "local": "#009E73",
     "optimizer": "#333333",
+    "receive": "#DDDDDD",
+    "send": "#BBBBBB",
 }
 MICROSECONDS = 1e6
 WIDTH = 12.0  # inches
@@ -29,11 +31,12 @@ DIGIT_WIDTH = 0.0055  # of a micro-batch's number, relative to the width of the 
 
 @dataclass(frozen=True)
 class Event:
-    """Something that a stage computes.
+    """Something that a stage computes or, in a real run, waits for.
 
     Attributes:
         stage: The stage; where a rank holds several, the rank.
-        kind: `forward`, `backward`, `weight` (the backward that zero bubble puts off), `local` or `optimizer`.
+        kind: `forward`, `backward`, `weight` (the backward that zero bubble puts off), `local` or `optimizer`; or what
+            it waits for: `receive`, `send`.
         microbatch: Its micro-batch; of an optimizer step, the step's number.
         start, end: In seconds from the start of the run.
         chunk: Which of the rank's stages, where it holds several.
