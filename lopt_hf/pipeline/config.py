@@ -23,7 +23,8 @@ class PipelineConfig(LoPTConfig):
     Source: PPLL, arXiv 2411.12780 ("paper"); its code and ZeroLock (arXiv 2608.07974) are named where they differ.
 
     Parameters:
-        num_stages: Processes that the blocks are spread over. Default: one per block (paper).
+        num_blocks: Blocks that the decoder layers are cut into. Default: one per stage (paper).
+        num_stages: Processes that the blocks are spread over. Default: one per block (paper), or 2.
         data_parallel: Replicas of the whole pipeline, each with its share of the data. Ours; paper: 1.
         split: `"even"` cuts the layers as LoPT does, `"auto"` so that the slowest block is as fast as can be, measured
             when the run starts (paper's code: cut by hand).
@@ -36,8 +37,13 @@ class PipelineConfig(LoPTConfig):
         ValueError: If a value is out of range, or an argument does not work in a pipeline.
     """
 
+    num_blocks: int = field(
+        default=None,  # type: ignore[assignment]  # an integer after `__post_init__`
+        metadata={"help": "Number of blocks the decoder layers are cut into. Default: one per stage (paper)."},
+    )
     num_stages: int | None = field(
-        default=None, metadata={"help": "Processes that the blocks are spread over. Default: one per block (paper)."}
+        default=None,
+        metadata={"help": "Processes that the blocks are spread over. Default: one per block (paper), or 2."},
     )
     data_parallel: int = field(
         default=1, metadata={"help": "Replicas of the whole pipeline, each with its share of the data (ours)."}
@@ -71,12 +77,16 @@ class PipelineConfig(LoPTConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or value < lowest:
                 raise ValueError(f"{name}={value!r} must be an integer of at least {lowest}.")
-        if self.num_stages is None:
-            self.num_stages = self.num_blocks
-        if not 2 <= self.num_stages <= self.num_blocks:
+        for name in ("num_blocks", "num_stages"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 2):
+                raise ValueError(f"{name}={value!r} must be an integer of at least 2.")
+        self.num_blocks = self.num_blocks or self.num_stages or 2
+        self.num_stages = self.num_stages or self.num_blocks
+        if self.num_stages > self.num_blocks:
             raise ValueError(
-                f"num_stages={self.num_stages} does not fit num_blocks={self.num_blocks}: a stage runs one block or "
-                f"several; choose from 2 to {self.num_blocks} stages, or raise num_blocks."
+                f"num_stages={self.num_stages} is more than num_blocks={self.num_blocks}, but a stage runs one block "
+                "or several; lower num_stages, or leave num_blocks out for one block per stage."
             )
         if self.peer_timeout < 5:
             raise ValueError(f"peer_timeout={self.peer_timeout} is too short for a busy machine; give at least 5 s.")

@@ -94,7 +94,7 @@ def test_recipe_is_parsed_in_full(path: Path) -> None:
     values = parse(path, path.parent.name)
     written = yaml.safe_load(path.read_text())
     assert written.keys() <= values.keys()
-    own = ("method",) if path.parent.name == "sft" else ("num_blocks", "split", "local_objective")
+    own = ("method",) if path.parent.name == "sft" else ("num_stages", "split", "local_objective")
     for key in ("model_name_or_path", "dataset_name", "output_dir", *own):
         assert values[key] == written[key]
     assert values["output_dir"] == f"out/{path.parts[-3]}-{path.stem}"

@@ -1,0 +1,46 @@
+"""Arguments of the pipeline: what follows from what, and one clear error for what cannot work."""
+
+import pytest
+
+from lopt_hf import PipelineConfig
+
+
+def make(tmp_path, **settings):
+    return PipelineConfig(output_dir=str(tmp_path), **settings)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, (2, 2)),
+        ({"num_stages": 4}, (4, 4)),
+        ({"num_blocks": 3}, (3, 3)),
+        ({"num_blocks": 4, "num_stages": 2}, (4, 2)),
+    ],
+)
+def test_blocks_and_stages(tmp_path, given, expected):
+    args = make(tmp_path, **given)
+    assert (args.num_blocks, args.num_stages) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_stages": 3, "num_blocks": 2}, "num_stages=3 is more than num_blocks=2"),
+        ({"num_stages": 1}, "num_stages=1 must be an integer of at least 2"),
+        ({"data_parallel": 0}, "data_parallel=0 must be"),
+        ({"channel_depth": 0}, "channel_depth=0 must be"),
+        ({"timeline_steps": -1}, "timeline_steps=-1 must be"),
+        ({"peer_timeout": 1.0}, "peer_timeout=1.0 is too short"),
+        ({"split": "fair"}, "split='fair' is unknown"),
+        ({"clip_scope": "global"}, "clip_scope='global' would need"),
+        ({"local_backward": "joint"}, "local_backward='joint' needs"),
+        ({"eval_strategy": "epoch"}, "eval_strategy='epoch' is not supported"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0 does not work in a pipeline"),
+        ({"use_liger_kernel": True}, "use_liger_kernel=True does not work in a pipeline"),
+        ({"torch_compile": True}, "torch_compile=True does not work in a pipeline"),
+    ],
+)
+def test_bad_input(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, **settings)
