@@ -49,8 +49,12 @@ class PeerMonitor:
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._contact = time.monotonic()
-        for target in (self._beat, self._guard):
-            threading.Thread(target=target, name=f"lopt_hf{target.__name__}", daemon=True).start()
+        self._threads = [
+            threading.Thread(target=target, name=f"lopt_hf{target.__name__}", daemon=True)
+            for target in (self._beat, self._guard)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def check(self) -> None:
         """Raises `PipelineError` if a failure is known."""
@@ -79,6 +83,9 @@ class PeerMonitor:
     def finish(self) -> None:
         """Says good-bye: from now on silence means that this process is done."""
         self._stopped.set()
+        # A thread that is in the store's C++ code while the interpreter ends would abort the process.
+        for thread in self._threads:
+            thread.join(self.timeout)
         with contextlib.suppress(RuntimeError):
             self._store.set(self._key(self.rank), DONE)
 
