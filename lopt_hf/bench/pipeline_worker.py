@@ -185,7 +185,11 @@ def make_config(run: MethodRun) -> SFTConfig:
         "report_to": "none",
         "disable_tqdm": True,
     }
-    local = {"num_blocks": settings.stages, "split_at": run.split_at, "local_objective": settings.objective}
+    local: dict[str, Any] = {
+        "num_blocks": settings.stages,
+        "split_at": run.split_at,
+        "local_objective": settings.objective,
+    }
     if run.method == "ppll":
         return PipelineConfig(**shared, **local, num_stages=settings.stages)
     return LoPTConfig(**shared, **local) if run.method == "lopt" else SFTConfig(**shared)
