@@ -40,9 +40,10 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig, seed: int) -> P
         for name, parameter in list(module.named_parameters(recurse=False)):
             weightless = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
             setattr(module, name, nn.Parameter(weightless, requires_grad=False))
-    adapted = get_peft_model(model, peft_config)
     set_seed(seed)
+    # First: it also settles which layers "all-linear" and the like mean, which a part alone would tell otherwise.
     drawn = dict(get_peft_model(whole, peft_config).named_parameters())
+    adapted = get_peft_model(model, peft_config)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if parameter.requires_grad:

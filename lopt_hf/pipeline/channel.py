@@ -1,9 +1,9 @@
 """The bounded queue between two stages, over point-to-point messages of `torch.distributed`.
 
-A message is a header of fixed size (which batch, its checksum, shape and data type) and the hidden states. Both ends are
-threads: the sender's takes a message as soon as the forward has made it, the receiver's fetches ahead what the stage
-will need next. Each holds at most `depth` messages, and a send is through only when it is received, so a slow stage
-makes its predecessor wait instead of filling memory.
+A message is a header of fixed size (which batch, its checksum, shape and data type) and the hidden states. Both ends
+are threads: the sender's takes a message as soon as the forward has made it, the receiver's fetches ahead what the
+stage will need next. Each holds at most `depth` messages, and a send is through only when it is received, so a slow
+stage makes its predecessor wait instead of filling memory.
 """
 
 import queue

@@ -1,7 +1,7 @@
 """Checkpoints of a pipeline, and the stock model that its stages make together.
 
-A checkpoint is a folder with one sub-folder per stage. Each stage writes its own into a folder of another name; the one
-that is done last adds the manifest and gives the folder its name. So there is no moment at which all wait for each
+A checkpoint is a folder with one sub-folder per stage. Each stage writes its own into a folder of another name; the
+one that is done last adds the manifest and gives the folder its name. So there is no moment at which all wait for each
 other, and a kill at any moment leaves the previous checkpoint the last one. All stages must see the same file system.
 """
 
@@ -24,9 +24,18 @@ from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
 )
 
+from lopt_hf.blocks import Block
 from lopt_hf.pipeline.stage import StagePlan
 
-__all__ = ["Manifest", "assemble_model", "find_checkpoint", "load_weights", "publish_when_complete", "save_weights"]
+__all__ = [
+    "Manifest",
+    "assemble_model",
+    "find_checkpoint",
+    "load_weights",
+    "publish_when_complete",
+    "save_weights",
+    "saved_names",
+]
 
 MANIFEST_FILE = "pipeline.json"
 WEIGHTS_FILE = "weights.safetensors"
@@ -48,8 +57,8 @@ class Manifest:
         path = self.folder / MANIFEST_FILE
         if not path.is_file():
             raise ValueError(
-                f"resume_from_checkpoint={str(folder)!r} has no {MANIFEST_FILE}: it is not a complete checkpoint of a "
-                "pipeline. Name another, or `true` for the last one in output_dir."
+                f"checkpoint={str(folder)!r} has no {MANIFEST_FILE}: it is not a complete checkpoint of a pipeline; "
+                "name another one."
             )
         self.content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
 
@@ -57,7 +66,8 @@ class Manifest:
     def write(folder: Path, plans: Sequence[StagePlan], details: Mapping[str, Any]) -> None:
         """Writes the manifest of a finished checkpoint."""
         stages = [{"name": plan.name, "blocks": [block.index for block in plan.blocks]} for plan in plans]
-        (folder / MANIFEST_FILE).write_text(json.dumps({"stages": stages, **details}, indent=2), encoding="utf-8")
+        content = {"stages": stages, "num_layers": plans[0].num_layers, **details}
+        (folder / MANIFEST_FILE).write_text(json.dumps(content, indent=2), encoding="utf-8")
 
     def check(self, name: str, value: Any) -> None:
         """Raises `ValueError` if the run that wrote the checkpoint had another value of a setting."""
@@ -70,6 +80,17 @@ class Manifest:
     @property
     def stage_folders(self) -> list[Path]:
         return [self.folder / stage["name"] for stage in self.content["stages"]]
+
+    @property
+    def plans(self) -> list[StagePlan]:
+        """The stages that wrote the checkpoint."""
+        edges = [0, *self.content["split_at"], self.content["num_layers"]]
+        blocks = [Block(i, start, stop) for i, (start, stop) in enumerate(zip(edges[:-1], edges[1:], strict=True))]
+        stages = self.content["stages"]
+        return [
+            StagePlan(index, len(stages), tuple(blocks[i] for i in stage["blocks"]), edges[-1])
+            for index, stage in enumerate(stages)
+        ]
 
     def folder_for(self, plan: StagePlan) -> Path:
         """The stage's folder whose trainer state a stage goes on from: its own, if the stages are the same.
@@ -100,6 +121,12 @@ def find_checkpoint(output_dir: str, resume_from_checkpoint: str | bool | None) 
 def save_weights(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
     """Writes weights under their own names."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_FILE)
+
+
+def saved_names(folder: Path) -> set[str]:
+    """The names of the weights in a stage's folder."""
+    with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+        return set(file.keys())
 
 
 @torch.no_grad()

@@ -27,8 +27,8 @@ class PipelineConfig(LoPTConfig):
         data_parallel: Replicas of the whole pipeline, each with its share of the data. Ours; paper: 1.
         split: `"even"` cuts the layers as LoPT does, `"auto"` so that the slowest block is as fast as can be, measured
             when the run starts (paper's code: cut by hand).
-        channel_depth: Hidden states that wait at each end of a link. Ours: 2, so that one is computed on while the next
-            arrives; more smooths uneven stages and costs memory (paper's code: unbounded).
+        channel_depth: Hidden states that wait at each end of a link. Ours: 2, so that one is computed on while the
+            next arrives; more smooths uneven stages and costs memory (paper's code: unbounded).
         peer_timeout: Seconds without a sign of life after which a process counts as lost. Ours: 20.
         timeline_steps: Record what each stage does in this many first steps, as picture and Chrome trace.
 
@@ -88,8 +88,8 @@ class PipelineConfig(LoPTConfig):
             raise ValueError("local_backward='joint' needs all blocks in one process; set it to 'auto' or 'eager'.")
         if str(self.eval_strategy) not in ("no", "IntervalStrategy.NO"):
             raise ValueError(
-                f"eval_strategy={self.eval_strategy!r} is not supported in a pipeline; set it to 'no' and evaluate the "
-                "saved model with `lopt-hf retention`."
+                f"eval_strategy={self.eval_strategy!r} is not supported in a pipeline; set it to 'no' and evaluate "
+                "the saved model with `lopt-hf retention`."
             )
         for name, (allowed, reason) in _UNSUPPORTED.items():
             if getattr(self, name) not in (allowed, None):

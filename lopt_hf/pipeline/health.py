@@ -43,7 +43,8 @@ class PeerMonitor:
         self.peers = dict(peers)
         self.timeout = timeout
         self.failure: str | None = None
-        self._store = store.clone()  # a connection of its own: the main thread may wait for an answer on the other
+        # A connection of its own: the main thread may be waiting for an answer on the other.
+        self._store: dist.Store = store.clone()  # type: ignore[attr-defined]
         self._failed_at = 0.0
         self._lock = threading.Lock()
         self._stopped = threading.Event()
@@ -71,7 +72,7 @@ class PeerMonitor:
         return PipelineError(reason)
 
     def lost(self, peer: int, what: str) -> PipelineError:
-        """As `fail`, for a peer whose connection broke. Waits a moment for a peer that could still say why it ended."""
+        """As `fail`, for a peer whose connection broke, unless that peer has said itself why it ended."""
         self._stopped.wait(0.2)
         return self.fail(f"{self.peers.get(peer, f'rank {peer}')} is gone: {what}")
 

@@ -1,9 +1,10 @@
-"""How the processes of a pipeline find each other: the world that `accelerate launch` set up, as stages and replicas."""
+"""How the processes of a pipeline find each other: what `accelerate launch` set up, as stages and replicas."""
 
+import itertools
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -14,8 +15,8 @@ from lopt_hf.pipeline.health import PeerMonitor
 
 __all__ = ["PipelineWorld", "Rendezvous", "describe", "join", "launch_command"]
 
-# What tells accelerate and transformers that they are one of several processes. Each stage is a training run of its own,
-# which shares no batch and no gradient with the others, so they must not see the world.
+# What tells accelerate and transformers that they are one of several processes. Each stage is a training run of its
+# own, which shares no batch and no gradient with the others, so they must not see the world.
 _WORLD_VARIABLES = (
     "RANK",
     "WORLD_SIZE",
@@ -86,6 +87,7 @@ class PipelineWorld:
         previous: Group of this process and the one that sends to it, if there is one.
         next: Group of this process and the one that it sends to, if there is one.
         monitor: Watches the neighbours and the store.
+        runs: Numbers the training runs in this world.
     """
 
     store: dist.Store
@@ -96,6 +98,7 @@ class PipelineWorld:
     previous: dist.ProcessGroup | None
     next: dist.ProcessGroup | None
     monitor: PeerMonitor
+    runs: Iterator[int] = field(default_factory=itertools.count)
 
     @property
     def num_stages(self) -> int:
@@ -104,6 +107,15 @@ class PipelineWorld:
     @property
     def num_replicas(self) -> int:
         return self.mesh.size(1)
+
+    def new_run_store(self) -> dist.Store:
+        """A part of the store for one more run; all processes must start their runs in the same order."""
+        return dist.PrefixStore(f"run/{next(self.runs)}", self.store)
+
+    @property
+    def reports(self) -> bool:
+        """Whether this process tells the user how the run goes: the first with the task loss."""
+        return self.stage == self.num_stages - 1 and self.replica == 0
 
     @property
     def data_group(self) -> dist.ProcessGroup:
@@ -139,8 +151,8 @@ def join(
     needed = num_stages * data_parallel
     if rendezvous.world_size != needed:
         raise ValueError(
-            f"num_processes={rendezvous.world_size}, but num_stages={num_stages} x data_parallel={data_parallel} needs "
-            f"{needed}; launch {needed} processes, or change the stages."
+            f"num_processes={rendezvous.world_size}, but num_stages={num_stages} x data_parallel={data_parallel} "
+            f"needs {needed}; launch {needed} processes, or change the stages."
         )
     stage, replica = divmod(rendezvous.rank, data_parallel)
     neighbours = [other * data_parallel + replica for other in (stage - 1, stage + 1) if 0 <= other < num_stages]

@@ -1,8 +1,8 @@
 """One stage of the pipeline: a stock model of which this process holds a part.
 
-The model's own forward runs on every stage, so that masks, rotary embeddings, learned positions and sliding windows are
-the model's. Layers of other stages let their input through, and the first layer of the stage starts from the hidden
-states that were received. Weights that are not the stage's are never read.
+The model's own forward runs on every stage, so that masks, rotary embeddings, learned positions and sliding windows
+are the model's. Layers of other stages let their input through, and the first layer of the stage starts from the
+hidden states that were received. Weights that are not the stage's are never read.
 
 Shapes: B batch, T tokens, D hidden channels.
 """
@@ -163,12 +163,20 @@ def load_stage(
         model.set_input_embeddings(_AbsentEmbedding(embeddings, find_decoder_stack(model).hidden_size))
         model.all_tied_weights_keys = {}
     if keeps_readout and not plan.is_last:
-        stack = find_decoder_stack(model)
-        after = Block(index=-1, start=plan.num_layers, stop=plan.num_layers)
-        for parameter in parameters_by_block(model, stack, [*plan.blocks, after])[-1].values():
-            parameter.requires_grad_(False)
+        _freeze_readout(model, plan)
     _match_layer_outputs(model, plan)
     return model
+
+
+def _freeze_readout(model: PreTrainedModel, plan: StagePlan) -> None:
+    head: Any = model.get_output_embeddings()
+    embeddings: Any = model.get_input_embeddings()
+    if plan.is_first and head.weight is embeddings.weight:  # the embeddings go on learning
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        model.all_tied_weights_keys = {}
+    after = Block(index=-1, start=plan.num_layers, stop=plan.num_layers)
+    for parameter in parameters_by_block(model, find_decoder_stack(model), [*plan.blocks, after])[-1].values():
+        parameter.requires_grad_(False)
 
 
 def _model_class(name_or_path: str, config: PretrainedConfig) -> type[PreTrainedModel]:

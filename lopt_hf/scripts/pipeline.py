@@ -3,6 +3,7 @@
 ```bash
 lopt-hf pipeline --config recipes/smollm2-135m/pipeline/ppll_2.yaml          # all stages on this host
 accelerate launch --multi_gpu --num_processes 2 -m lopt_hf.scripts.pipeline --config ...
+lopt-hf pipeline export --checkpoint out/checkpoint-100 --output-dir model    # a checkpoint as a stock model
 lopt-hf pipeline simulate --help                                              # schedules compared, without a model
 ```
 
@@ -32,11 +33,14 @@ from lopt_hf.pipeline.launch import PipelineWorld, Rendezvous, describe, join, l
 from lopt_hf.pipeline.runner import PipelineTrainer
 from lopt_hf.pipeline.stage import load_stage, plan_stages
 from lopt_hf.pretrained import resolve_model
-from lopt_hf.scripts import pipeline_simulate
+from lopt_hf.scripts import pipeline_export, pipeline_simulate
 from lopt_hf.scripts.parsing import parse_or_exit
 from lopt_hf.scripts.sft import SFTDataArguments, draw, load_split, resumed_checkpoint
 
 __all__ = ["main", "make_parser", "run_stage"]
+
+
+SUBCOMMANDS = {"simulate": pipeline_simulate.main, "export": pipeline_export.main}
 
 
 @dataclass
@@ -124,6 +128,8 @@ def run_stage(
         trainer = make_trainer(data_args, args, model_args, world)
         trainer.train(resume_from_checkpoint=resumed_checkpoint(args))
         trainer.save_model(args.output_dir)
+        if args.push_to_hub and world.reports:
+            trainer.push_model()
         dist.barrier()  # the store's host leaves last
     except PipelineError:
         raise
@@ -131,7 +137,7 @@ def run_stage(
         raise world.monitor.fail(f"{describe(world.rank, world.num_replicas)} failed: {error}") from error
     world.monitor.finish()
     dist.destroy_process_group()
-    if world.rank == world.rank_of(world.num_stages - 1, 0):
+    if world.reports:
         print(f"Model saved to {args.output_dir}")
 
 
@@ -142,8 +148,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: Arguments without the program's name; default: those of the process.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0] == "simulate":
-        return pipeline_simulate.main(arguments[1:])
+    if arguments and arguments[0] in SUBCOMMANDS:
+        return SUBCOMMANDS[arguments[0]](arguments[1:])
     if "RANK" not in os.environ:
         _, args, _, launch_args = parse_or_exit(make_parser(), arguments)
         sys.exit(_launch(args, launch_args, arguments))

@@ -324,8 +324,12 @@ class LoPTMixin(CheckpointMixin):
         with ignored_by_ddp(self.model, [name for block in self._owned()[:-1] for name in block]):
             prepared = super()._prepare_for_training(*args, **kwargs)
         if self._reduces_early_gradients():
-            broadcast_parameters([*self._early_parameters(), *self.local_heads.parameters()])
+            self._synchronise_start()
         return prepared
+
+    def _synchronise_start(self) -> None:
+        """Gives all ranks the same start of what DDP does not broadcast."""
+        broadcast_parameters([*self._early_parameters(), *self.local_heads.parameters()])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._drift is not None and self.model.training:

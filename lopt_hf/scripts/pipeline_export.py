@@ -1,0 +1,92 @@
+"""Make a stock model of a pipeline's checkpoint: one that `from_pretrained` loads.
+
+The stages are loaded one after the other, so memory stays at the largest of them. The model that the run started from
+must be there: it has the config, and the weights that were not trained.
+"""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel, get_peft_model
+from transformers import AutoTokenizer
+
+from lopt_hf.pipeline.checkpoint import ADAPTER_CONFIG, Manifest, assemble_model, load_weights, saved_names
+from lopt_hf.pipeline.stage import StagePlan, load_stage
+
+__all__ = ["export_checkpoint", "main", "make_parser"]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Makes the parser of `lopt-hf pipeline export`."""
+    parser = argparse.ArgumentParser(
+        prog="lopt-hf pipeline export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FOLDER", help="such as out/checkpoint-100")
+    parser.add_argument("--output-dir", type=Path, required=True, metavar="FOLDER", help="a new folder for the model")
+    parser.add_argument(
+        "--model", metavar="NAME", help="the model that the run started from, if it is not where it was then"
+    )
+    return parser
+
+
+def export_checkpoint(checkpoint: Path, output_dir: Path, model_name_or_path: str | None = None) -> None:
+    """Writes a checkpoint's model as a stock checkpoint; of a run with adapters, the adapter.
+
+    Args:
+        checkpoint: The pipeline's checkpoint.
+        output_dir: A new folder.
+        model_name_or_path: The model that the run started from. Default: the one that the checkpoint names.
+
+    Raises:
+        ValueError: If the checkpoint is not complete, or `output_dir` exists.
+    """
+    manifest = Manifest(checkpoint)
+    if output_dir.exists():
+        raise ValueError(f"output_dir={str(output_dir)!r} exists; name a new folder.")
+    start = model_name_or_path or manifest.content["model"]
+    staged = output_dir / "incomplete-model"
+    for plan, folder in zip(manifest.plans, manifest.stage_folders, strict=True):
+        _save_stage(start, plan, folder, manifest, staged / plan.name)
+    assemble_model([staged / plan.name for plan in manifest.plans], output_dir)
+    AutoTokenizer.from_pretrained(start).save_pretrained(output_dir)
+    shutil.rmtree(staged)
+
+
+def _save_stage(start: str, plan: StagePlan, folder: Path, manifest: Manifest, target: Path) -> None:
+    model: Any = load_stage(start, plan)
+    if (folder / ADAPTER_CONFIG).is_file():
+        model = get_peft_model(model, PeftConfig.from_pretrained(str(folder)))
+    saved = saved_names(folder)
+    load_weights({name: tensor for name, tensor in model.state_dict().items() if name in saved}, [folder])
+    if isinstance(model, PeftModel):
+        return model.save_pretrained(str(target))
+    config = model.config.get_text_config(decoder=True)
+    keeps_tie = config.tie_word_embeddings and manifest.content["tied_embeddings"] == "freeze"
+    model.config.tie_word_embeddings = config.tie_word_embeddings = keeps_tie
+    state = model.state_dict(keep_vars=True)
+    if keeps_tie and plan.is_last:  # it is saved with the embeddings, on the first stage
+        head = {id(parameter) for parameter in model.get_output_embeddings().parameters()}
+        state = {name: tensor for name, tensor in state.items() if id(tensor) not in head}
+    model.save_pretrained(target, state_dict=state)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs `lopt-hf pipeline export`.
+
+    Args:
+        argv: Arguments without the program's name; default: those of the process.
+    """
+    arguments = make_parser().parse_args(argv)
+    try:
+        export_checkpoint(arguments.checkpoint, arguments.output_dir, arguments.model)
+    except ValueError as error:
+        sys.exit(f"lopt-hf pipeline export: {error}")
+    print(f"Model saved to {arguments.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""One stage of the runs of `test_pipeline.py`, one after the other in a world that `accelerate launch` starts."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+from peft import LoraConfig, PeftConfig
+from transformers import AutoConfig
+
+import tests.conftest  # noqa: F401  (offline, one thread)
+from lopt_hf.blocks import split_layers
+from lopt_hf.pipeline.adapters import add_adapter
+from lopt_hf.pipeline.config import PipelineConfig
+from lopt_hf.pipeline.launch import PipelineWorld, Rendezvous, join
+from lopt_hf.pipeline.runner import PipelineTrainer
+from lopt_hf.pipeline.stage import load_stage, plan_stages
+from tests.tiny import make_dataset, make_tokenizer
+from tests.trainers.helpers import training_args
+
+
+def make_lora() -> PeftConfig:
+    return LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+
+
+def run(
+    world: PipelineWorld, model: str, output_dir: str, lora: bool, resume: str | bool | None, settings: dict
+) -> None:
+    args = PipelineConfig(**training_args(Path(output_dir), **settings))
+    num_layers = AutoConfig.from_pretrained(model).get_text_config(decoder=True).num_hidden_layers
+    plan = plan_stages(split_layers(num_layers, args.num_blocks, args.split_at), world.num_stages)[world.stage]
+    stage = load_stage(model, plan, keeps_readout=args.local_objective == "readout", dtype="float32")
+    part = add_adapter(stage, make_lora(), args.seed) if lora else stage
+    trainer = PipelineTrainer(part, args, world=world, train_dataset=make_dataset(), processing_class=make_tokenizer())
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    if world.reports:
+        Path(output_dir, "log_history.json").write_text(json.dumps(trainer.state.log_history))
+
+
+def main() -> None:
+    num_stages, data_parallel = int(sys.argv[1]), int(sys.argv[2])
+    world = join(Rendezvous.from_environment(), num_stages, data_parallel, "cpu", peer_timeout=60.0)
+    for line in Path(sys.argv[3]).read_text().splitlines():
+        run(world, **json.loads(line))
+    dist.barrier()
+    world.monitor.finish()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
