@@ -1,16 +1,12 @@
 """The pipeline benchmark on a tiny model; nothing here depends on how fast the machine is."""
 
 import json
-import os
-import signal
-import time
 
 import pytest
 
 from lopt_hf.bench.pipeline import PipelineBenchReport, PipelineResult, run_pipeline_bench, to_markdown
 from lopt_hf.bench.pipeline_settings import METHODS, PipelineBenchSettings
 from lopt_hf.bench.pipeline_worker import MethodRun, Record
-from lopt_hf.bench.processes import BenchWorkerError, run_together
 from lopt_hf.pipeline.timeline import Timeline
 from lopt_hf.scripts.bench import main
 from tests.tiny import make_model, make_tokenizer
@@ -79,6 +75,7 @@ def test_cut_is_measured_and_told(report):
     assert report["environment"]["MALLOC_MMAP_MAX_"] == "0"
 
 
+@pytest.mark.slow
 def test_bf16_and_readout_on_three_stages(tiny_model):
     settings = PipelineBenchSettings(
         model=str(tiny_model),
@@ -146,47 +143,6 @@ def test_command_tells_bad_input_in_one_line(tmp_path, capsys):
             main(["pipeline", *arguments])
         assert caught.value.code == 2
         assert capsys.readouterr().err.splitlines()[-1].split(": ", 1)[1].startswith(message.split(".*")[0])
-
-
-# --- Processes ---
-
-
-def _tell(on_step, value, variable):
-    on_step()
-    return value, os.environ[variable]
-
-
-def _fail(on_step, fails):
-    if fails:
-        raise KeyError("the reason")
-    time.sleep(60)
-
-
-def _die(on_step):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_processes_return_in_order_and_have_their_environment():
-    steps = []
-    results = run_together(
-        "x", _tell, [(1, "LOPT_TEST"), (2, "LOPT_TEST")], {"LOPT_TEST": "7"}, lambda: steps.append(1)
-    )
-    assert results == [(1, "7"), (2, "7")]
-    assert steps == [1]  # of the last process
-    assert "LOPT_TEST" not in os.environ
-
-
-def test_a_process_that_fails_ends_the_others():
-    start = time.monotonic()
-    with pytest.raises(BenchWorkerError, match="^PPLL: KeyError: 'the reason'") as caught:
-        run_together("PPLL", _fail, [(False,), (True,)], {})
-    assert "in _fail" in str(caught.value.__cause__)
-    assert time.monotonic() - start < 50
-
-
-def test_a_process_that_is_killed_is_reported():
-    with pytest.raises(BenchWorkerError, match="PPLL: its process ended with exit code -9; .*memory"):
-        run_together("PPLL", _die, [()], {})
 
 
 # --- Parts ---
