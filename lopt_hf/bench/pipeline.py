@@ -20,6 +20,7 @@ from lopt_hf.bench.report import describe_run, interquartile_range, mega, ratio_
 __all__ = ["BenchWorkerError", "PipelineBenchReport", "PipelineResult", "run_pipeline_bench", "to_json", "to_markdown"]
 
 PIPELINES = ("ppll", "gpipe", "1f1b")
+LEAST_CORE_SHARE = 0.9  # ours: what is lost beyond that is as large as the differences of interest
 # What is divided by what, and what that says.
 COMPARISONS = (
     ("lopt", "e2e", "the smaller graph: local learning against end-to-end, one process each"),
@@ -44,6 +45,9 @@ class PipelineResult:
         step_seconds_iqr: Their interquartile range.
         waiting: For each stage the share of the timed steps in which it waited for another, mean over the rounds;
             empty in one process.
+        cpu_seconds: For each stage the CPU time per timed step, mean over the rounds.
+        core_share: The least CPU time that a process had per second that it did not wait, in any round. Clearly below
+            1, other programs took the rest, and the times are no measure of the method.
         saved_bytes: For each stage the peak bytes that autograd keeps for backward in a step, see `SavedBytes`, and
             what may wait in the channel to the next stage.
         queued_bytes: The latter, for each stage.
@@ -59,6 +63,8 @@ class PipelineResult:
     step_seconds: list[float]
     step_seconds_iqr: float
     waiting: list[float]
+    cpu_seconds: list[float]
+    core_share: float
     saved_bytes: list[int]
     queued_bytes: list[int]
     peak_resident_bytes: list[int]
@@ -210,6 +216,8 @@ def _result(
         step_seconds=step_seconds,
         step_seconds_iqr=interquartile_range(step_seconds),
         waiting=[statistics.fmean(r.waiting for r in stage) for stage in by_stage] if method in PIPELINES else [],
+        cpu_seconds=[statistics.fmean(record.cpu_seconds for record in stage) for stage in by_stage],
+        core_share=min(record.core_share for one in rounds for record in one.records),
         saved_bytes=[saved + queued for saved, queued in zip(saved_bytes, queued_bytes, strict=True)],
         queued_bytes=queued_bytes,
         peak_resident_bytes=[max(record.peak_resident_bytes for record in stage) for stage in by_stage],
@@ -223,19 +231,21 @@ def _result(
 
 def to_markdown(report: PipelineBenchReport) -> str:
     """The results as a table, and what the gain is made of; MB is 10^6 bytes."""
-    header = ["method", "tokens/s", "x one process", "step (s)", "IQR (s)", "waiting, by stage"]
-    header += ["first stage: saved for backward (MB)", "peak RSS, by stage (MB)", "loss"]
+    header = ["method", "tokens/s", "x one process", "step (s)", "IQR (s)", "CPU per step (s), by stage"]
+    header += ["waiting, by stage", "first stage: saved for backward (MB)", "peak RSS, by stage (MB)", "loss"]
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
     for result in report.results.values():
         cells = [result.method, f"{result.tokens_per_second:,.0f}", ratio_text(result.speedup)]
         cells += [f"{statistics.median(result.step_seconds):.2f}", f"{result.step_seconds_iqr:.2f}"]
+        cells += [", ".join(f"{seconds:.2f}" for seconds in result.cpu_seconds)]
         cells += [", ".join(f"{share:.1%}" for share in result.waiting) or "-"]
         cells += [mega(result.saved_bytes[0]), ", ".join(map(mega, result.peak_resident_bytes))]
         lines.append([*cells, f"{result.loss:.3f}"])
-    return f"{table(lines)}\n\n{_comparisons(report.results)}".rstrip()
+    notes = [*_comparisons(report.results), *_warnings(report.results)]
+    return "\n".join([table(lines), *[""] * bool(notes), *notes])
 
 
-def _comparisons(results: dict[str, PipelineResult]) -> str:
+def _comparisons(results: dict[str, PipelineResult]) -> list[str]:
     """What is faster than what by how much, and how the first stages' memory compares."""
     lines = []
     for method, other, meaning in COMPARISONS:
@@ -246,7 +256,16 @@ def _comparisons(results: dict[str, PipelineResult]) -> str:
         if "ppll" in results and other in results:
             share = results["ppll"].saved_bytes[0] / results[other].saved_bytes[0]
             lines.append(f"- x {share:.2f} bytes saved for backward on the first stage: PPLL against {METHODS[other]}")
-    return "\n".join(lines)
+    return lines
+
+
+def _warnings(results: dict[str, PipelineResult]) -> list[str]:
+    return [
+        f"- busy machine: {result.method} had only {result.core_share:.0%} of a core where it did not wait; "
+        "measure again"
+        for result in results.values()
+        if result.core_share < LEAST_CORE_SHARE
+    ]
 
 
 def to_json(report: PipelineBenchReport, settings: PipelineBenchSettings) -> str:

@@ -6,7 +6,6 @@ Shapes: B sequences of a micro-batch, T tokens, D hidden channels; the batch of 
 """
 
 from collections.abc import Callable
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -128,6 +127,6 @@ class _ScheduledTraining:
             clip_grad_norm_(self.parameters, self.max_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad()
-        record.ends.append(perf_counter())
+        record.end_step()
         if losses:
             record.losses.append(torch.stack(losses).sum().item())

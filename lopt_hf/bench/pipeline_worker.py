@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -83,7 +83,9 @@ class Record:
         losses: Task loss of each step in nats per token, where the process has it.
         saved_bytes: Peak bytes that autograd kept for backward, in the last step of the warm-up.
         queued_bytes: Most bytes that wait in the stage's channel to the next one.
-        waiting: Share of the timed steps in which the stage waited for another; `None` in one process.
+        waiting: Share of the timed steps in which the stage waited for another; 0 in one process.
+        cpu_seconds: CPU time of the process per timed step, all its threads.
+        core_share: CPU time per second that it did not wait: below 1 by what other programs took.
         peak_resident_bytes: Peak resident memory of the process.
     """
 
@@ -91,16 +93,28 @@ class Record:
     losses: list[float] = field(default_factory=list)
     saved_bytes: int = 0
     queued_bytes: int = 0
-    waiting: float | None = None
+    waiting: float = 0.0
+    cpu_seconds: float = 0.0
+    core_share: float = 0.0
     peak_resident_bytes: int = 0
+    cpu_ends: list[float] = field(default_factory=list)
+
+    def end_step(self) -> None:
+        """Notes that a step ends now."""
+        self.ends.append(perf_counter())
+        self.cpu_ends.append(process_time())
 
     def finish(self, run: MethodRun, timeline: Timeline | None) -> "Record":
-        first = run.settings.warmup
-        timed = range(first, first + run.settings.steps)
-        if timeline is not None:
-            spans = [span for span in timeline.spans if span.kind in WAITS and span.step in timed]
-            waited = sum(span.end - span.start for span in spans)
-            self.waiting = waited / (self.ends[timed[-1]] - self.ends[first - 1])
+        """Sums up the timed steps."""
+        before = run.settings.warmup - 1
+        last = before + run.settings.steps
+        seconds = self.ends[last] - self.ends[before]
+        cpu_seconds = self.cpu_ends[last] - self.cpu_ends[before]
+        spans = [] if timeline is None else [span for span in timeline.spans if before < span.step <= last]
+        waited = sum(span.end - span.start for span in spans if span.kind in WAITS)
+        self.waiting = waited / seconds
+        self.cpu_seconds = cpu_seconds / run.settings.steps
+        self.core_share = cpu_seconds / (seconds - waited)
         self.peak_resident_bytes = peak_resident_bytes()
         return self
 
@@ -255,7 +269,7 @@ class _StepRecorder(TrainerCallback):
             self.saved.__enter__()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        self.record.ends.append(perf_counter())
+        self.record.end_step()
         if self.saved is not None:
             self.saved.__exit__(None, None, None)
             self.record.saved_bytes, self.saved = self.saved.peak, None

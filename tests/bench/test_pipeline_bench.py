@@ -155,9 +155,11 @@ def test_waiting_counts_the_timed_steps_only():
         timeline.step = step
         timeline.add("receive", 100.0 + 10 * step, 100.0 + 10 * step + seconds)
         timeline.add("forward", 105.0 + 10 * step, 110.0 + 10 * step)
-    record = Record(ends=[110.0, 120.0, 130.0, 140.0])
+    record = Record(ends=[110.0, 120.0, 130.0, 140.0], cpu_ends=[1.0, 10.0, 19.5, 30.0])
     record.finish(MethodRun("ppll", settings, "", [1], "", 0), timeline)
     assert record.waiting == pytest.approx(3 / 20)
+    assert record.cpu_seconds == pytest.approx(18.5 / 2)
+    assert record.core_share == pytest.approx(18.5 / 17)
 
 
 def test_pipeline_runs_on_until_no_timed_step_has_the_machine_to_itself():
@@ -175,6 +177,8 @@ def make_result(method, **values):
         "step_seconds": [10.0, 10.5],
         "step_seconds_iqr": 0.25,
         "waiting": [],
+        "cpu_seconds": [10.0],
+        "core_share": 0.98,
         "saved_bytes": [400_000_000],
         "queued_bytes": [0],
         "peak_resident_bytes": [3_000_000_000],
@@ -186,12 +190,14 @@ def make_result(method, **values):
 
 def test_markdown():
     ppll = make_result("ppll", tokens_per_second=190.0, speedup=1.9, waiting=[0.01, 0.025], saved_bytes=[100_000_000])
-    results = {"lopt": make_result("lopt"), "ppll": ppll, "gpipe": make_result("gpipe")}
+    gpipe = make_result("gpipe", core_share=0.5)
+    results = {"lopt": make_result("lopt"), "ppll": ppll, "gpipe": gpipe}
     lines = to_markdown(PipelineBenchReport([18], "", results)).splitlines()
-    assert lines[2] == "| one process, local learning | 100 | 1.00 | 10.25 | 0.25 | - | 400 | 3,000 | 2.500 |"
-    assert lines[3] == "| PPLL | 190 | 1.90 | 10.25 | 0.25 | 1.0%, 2.5% | 100 | 3,000 | 2.500 |"
+    assert lines[2] == "| one process, local learning | 100 | 1.00 | 10.25 | 0.25 | 10.00 | - | 400 | 3,000 | 2.500 |"
+    assert lines[3] == "| PPLL | 190 | 1.90 | 10.25 | 0.25 | 10.00 | 1.0%, 2.5% | 100 | 3,000 | 2.500 |"
     assert lines[6:] == [
         "- x 1.90 tokens/s from the schedule: PPLL against the same learning in one process",
         "- x 1.90 tokens/s from both: PPLL against GPipe",
         "- x 0.25 bytes saved for backward on the first stage: PPLL against GPipe, end-to-end",
+        "- busy machine: GPipe, end-to-end had only 50% of a core where it did not wait; measure again",
     ]
