@@ -7,26 +7,19 @@ hits both alike, and each has a peak resident memory of its own. torch and the t
 
 import json
 import multiprocessing
-import os
-import platform
 import statistics
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
-from importlib.metadata import version
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from lopt_hf.bench.processes import GRACE_SECONDS, BenchWorkerError, death_of, failure_of
+from lopt_hf.bench.report import describe_run, interquartile_range, mega, ratio_text, table
 from lopt_hf.bench.step_settings import StepBenchSettings, StepRow, make_rows
 from lopt_hf.bench.step_worker import work
 
 __all__ = ["BenchWorkerError", "StepBenchSettings", "StepResult", "run_step_bench", "to_json", "to_markdown"]
-
-GRACE_SECONDS = 5.0
-
-
-class BenchWorkerError(RuntimeError):
-    """A method's process failed; the message names the method and the reason, `__cause__` has its traceback."""
 
 
 @dataclass(frozen=True)
@@ -222,12 +215,9 @@ class _Worker:
             kind, content = self._connection.recv()
         except (EOFError, ConnectionResetError) as error:
             self._process.join()
-            code = self._process.exitcode
-            hint = "; it was killed, probably for lack of memory: measure fewer methods at once" if code == -9 else ""
-            raise BenchWorkerError(f"{self.row.name}: its process ended with exit code {code}{hint}.") from error
+            raise death_of(self.row.name, self._process.exitcode) from error
         if kind == "failed":
-            reason, trace = content
-            raise BenchWorkerError(f"{self.row.name}: {reason}") from RuntimeError(f"in its process:\n{trace}")
+            raise failure_of(self.row.name, *content)
         if kind != expected:
             raise BenchWorkerError(f"{self.row.name}: its process is {kind} before its time.")
         return content
@@ -255,7 +245,7 @@ def _result(measured: _Measured, baseline: _Measured | None, common_step: int) -
         saved_bytes_ratio=measured.peak_saved_bytes / baseline.peak_saved_bytes if baseline else None,
         step_seconds=measured.step_seconds,
         step_seconds_ratio=measured.step_seconds / baseline.step_seconds if baseline else None,
-        step_seconds_iqr=_over_cycle(measured.timed_seconds, measured.row.interval, _interquartile_range),
+        step_seconds_iqr=_over_cycle(measured.timed_seconds, measured.row.interval, interquartile_range),
         baseline_step_seconds=baseline.step_seconds if baseline else None,
         peak_resident_bytes=measured.summary["peak_resident_bytes"],
         peak_cuda_bytes=measured.summary["peak_cuda_bytes"],
@@ -271,13 +261,6 @@ def _over_cycle(values: Sequence[float], interval: int, statistic: Callable[[Seq
     return statistics.fmean(statistic(values[position::interval]) for position in range(interval))
 
 
-def _interquartile_range(values: Sequence[float]) -> float:
-    if len(values) == 1:
-        return 0.0
-    quartiles = statistics.quantiles(values, n=4, method="inclusive")
-    return quartiles[2] - quartiles[0]
-
-
 def to_markdown(results: Sequence[StepResult]) -> str:
     """The results as a markdown table; MB is 10^6 bytes."""
     with_cuda = any(result.peak_cuda_bytes is not None for result in results)
@@ -287,36 +270,18 @@ def to_markdown(results: Sequence[StepResult]) -> str:
     header += [f"loss at step {results[0].final_loss_step}" if results else "loss"]
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
     for result in results:
-        cells = [result.method, _mega(result.peak_saved_bytes), _ratio(result.saved_bytes_ratio)]
-        cells += [f"{result.step_seconds:.3f}", _ratio(result.step_seconds_ratio), f"{result.step_seconds_iqr:.3f}"]
-        cells += [_mega(result.peak_resident_bytes)]
-        cells += [_mega(result.peak_cuda_bytes)] if with_cuda else []
+        cells = [result.method, mega(result.peak_saved_bytes), ratio_text(result.saved_bytes_ratio)]
+        cells += [
+            f"{result.step_seconds:.3f}",
+            ratio_text(result.step_seconds_ratio),
+            f"{result.step_seconds_iqr:.3f}",
+        ]
+        cells += [mega(result.peak_resident_bytes)]
+        cells += [mega(result.peak_cuda_bytes)] if with_cuda else []
         lines.append([*cells, f"{result.final_loss:.3f}"])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return table(lines)
 
 
 def to_json(results: Sequence[StepResult], settings: StepBenchSettings) -> str:
     """The results with their settings, versions and machine, as JSON text."""
-    packages = ("lopt_hf", "torch", "transformers", "trl", "peft", "accelerate")
-    machine = {"platform": platform.platform(), "cpus": os.cpu_count(), "python": platform.python_version()}
-    report = {
-        "settings": {setting.name: getattr(settings, setting.name) for setting in fields(settings)},
-        "versions": {package: _version(package) for package in packages},
-        "machine": machine,
-        "results": [asdict(result) for result in results],
-    }
-    return json.dumps(report, indent=2)
-
-
-def _version(package: str) -> str | None:
-    with suppress(ModuleNotFoundError):  # lopt_hf run from a checkout that is not installed
-        return version(package)
-    return None
-
-
-def _mega(size: float | None) -> str:
-    return "-" if size is None else f"{size / 1e6:,.0f}"
-
-
-def _ratio(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.2f}"
+    return json.dumps({**describe_run(settings), "results": [asdict(result) for result in results]}, indent=2)

@@ -1,22 +1,18 @@
 """The process of one method in `lopt-hf bench step`: a real trainer, whose steps wait for the parent's word."""
 
 import os
-import platform
 import signal
-import traceback
-import warnings
-from contextlib import suppress
 from itertools import chain
 from multiprocessing.connection import Connection
-from pathlib import Path
 from time import perf_counter
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from lopt_hf.bench.processes import FailuresTo, peak_resident_bytes
 from lopt_hf.bench.step_settings import LORA_RANK, StepBenchSettings, StepRow
+from lopt_hf.bench.training import silence, token_rows
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, TrainerCallback
+    from transformers import TrainerCallback
     from trl import SFTTrainer
 
 __all__ = ["work"]
@@ -25,27 +21,8 @@ __all__ = ["work"]
 def work(connection: Connection, row: StepRow, settings: StepBenchSettings, checkpoint: str, folder: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle: it ends its processes
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL would report each trainer made here as a user's run
-    with _FailuresTo(connection):
+    with FailuresTo(connection):
         connection.send(("finished", _train(connection, row, settings, checkpoint, f"{folder}/{row.name}")))
-
-
-class _FailuresTo:
-    """Sends the error that ends its block to the parent, which raises it."""
-
-    def __init__(self, connection: Connection) -> None:
-        self.connection = connection
-
-    def __enter__(self) -> None:
-        """Nothing to prepare."""
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
-        if error is not None:
-            reason = "".join(traceback.format_exception_only(kind, error)).strip()
-            with suppress(OSError):  # the parent has gone
-                self.connection.send(("failed", (reason, "".join(traceback.format_exception(kind, error, trace)))))
-        return True
 
 
 def _train(
@@ -54,7 +31,7 @@ def _train(
     import torch
     from transformers import PrinterCallback
 
-    _silence()
+    silence()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     trainer = _make_trainer(row, settings, checkpoint, folder)
@@ -63,18 +40,7 @@ def _train(
     trainer.add_callback(_make_pacer(connection, losses))
     trainer.train()
     cuda_bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    return {"losses": losses, "peak_resident_bytes": _peak_resident_bytes(), "peak_cuda_bytes": cuda_bytes}
-
-
-def _silence() -> None:
-    """Leaves stderr to the parent's progress bar."""
-    import datasets
-    import transformers
-
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    return {"losses": losses, "peak_resident_bytes": peak_resident_bytes(), "peak_cuda_bytes": cuda_bytes}
 
 
 def _make_trainer(row: StepRow, settings: StepBenchSettings, checkpoint: str, folder: str) -> "SFTTrainer":
@@ -85,7 +51,7 @@ def _make_trainer(row: StepRow, settings: StepBenchSettings, checkpoint: str, fo
     from trl import SFTConfig, SFTTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    rows = _tokens(tokenizer, settings.batch_size * row.total_steps, settings.seq_length, settings.seed)
+    rows = token_rows(tokenizer, settings.batch_size * row.total_steps, settings.seq_length, settings.seed)
     shared: dict[str, Any] = {
         "model": AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32),
         "train_dataset": Dataset.from_dict({"input_ids": rows}),
@@ -117,19 +83,6 @@ def _make_trainer(row: StepRow, settings: StepBenchSettings, checkpoint: str, fo
     if row.method == "lora":
         shared["peft_config"] = LoraConfig(r=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     return SFTTrainer(args=SFTConfig(**arguments), **shared)
-
-
-def _tokens(tokenizer: "PreTrainedTokenizerBase", count: int, seq_length: int, seed: int) -> list[list[int]]:
-    """Cuts the documentation that every Python carries into `count` rows of `seq_length` tokens."""
-    from pydoc_data.topics import topics
-    from random import Random
-
-    names = sorted(topics)
-    Random(seed).shuffle(names)
-    text = "\n\n".join(topics[name] for name in names)
-    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-    repeats = -(-count * seq_length // len(tokens))
-    return [(tokens * repeats)[start : start + seq_length] for start in range(0, count * seq_length, seq_length)]
 
 
 def _make_pacer(connection: Connection, losses: list[float]) -> "TrainerCallback":
@@ -176,16 +129,3 @@ def _make_pacer(connection: Connection, losses: list[float]) -> "TrainerCallback
             connection.recv()  # tearing down costs time that others are still measuring
 
     return Pacer()
-
-
-def _peak_resident_bytes() -> int:
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Not `ru_maxrss`: on Linux it starts from the resident memory of the process that spawned this one.
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    import resource
-
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

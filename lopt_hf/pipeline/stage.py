@@ -174,8 +174,9 @@ def _freeze_readout(model: PreTrainedModel, plan: StagePlan) -> None:
     if plan.is_first and head.weight is embeddings.weight:  # the embeddings go on learning
         head.weight = nn.Parameter(head.weight.detach().clone())
         model.all_tied_weights_keys = {}
-    after = Block(index=-1, start=plan.num_layers, stop=plan.num_layers)
-    for parameter in parameters_by_block(model, find_decoder_stack(model), [*plan.blocks, after])[-1].values():
+    # Numbered anew: where blocks of other stages come before, their own numbers would reach beyond these two.
+    parts = [Block(index=0, start=plan.start, stop=plan.stop), Block(1, plan.num_layers, plan.num_layers)]
+    for parameter in parameters_by_block(model, find_decoder_stack(model), parts)[-1].values():
         parameter.requires_grad_(False)
 
 

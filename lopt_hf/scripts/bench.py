@@ -1,6 +1,7 @@
 """Measure what training costs on this machine.
 
-`step` compares methods step by step: bytes saved for backward, time, resident memory.
+`step` compares methods step by step: bytes saved for backward, time, resident memory. `pipeline` compares the pipeline
+of local learners with the same learning in one process, and with GPipe and 1F1B.
 """
 
 import argparse
@@ -10,6 +11,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from lopt_hf.bench import pipeline
+from lopt_hf.bench.pipeline_settings import PipelineBenchSettings
 from lopt_hf.bench.step import BenchWorkerError, StepBenchSettings, run_step_bench, to_json, to_markdown
 
 __all__ = ["main", "make_parser"]
@@ -32,6 +35,29 @@ STEP_EXAMPLE = """\
 example:
   lopt-hf bench step --methods e2e,lopt --num-blocks 2,4 --batch-size 4 --seq-length 256 --output step.json
 """
+PIPELINE_DESCRIPTION = """\
+Train the same model on the same batches with the same optimizer, one thread per process on the CPU, and print how many
+tokens per second each method trains, how long its stages wait for each other, and the bytes that autograd keeps for
+backward on the first stage; as a table, then as JSON.
+
+  lopt   LoPTTrainer in one process: what the ratios refer to
+  ppll   PipelineTrainer: the same local learning, one process per stage
+  gpipe  ScheduleGPipe of torch.distributed.pipelining, end-to-end loss, the same stages
+  1f1b   Schedule1F1B, likewise
+  e2e    SFTTrainer in one process: tells what of a gain is the schedule and what the smaller graph
+
+All compute the task loss by TRL's fused LM head, and clip each stage's gradient apart, which is in favour of GPipe and
+1F1B: a norm over all stages would make them wait once more. So is it that these two run in a plain loop, without what
+the trainers do besides. Time is counted after the pipelines have filled. Methods take turns (--rounds), each time in
+new processes.
+
+--malloc keep (the default) sets MALLOC_MMAP_MAX_ and MALLOC_TRIM_THRESHOLD_ for all processes, so that glibc keeps the
+memory of large tensors from step to step instead of giving it back; --malloc default leaves that as it is.
+"""
+PIPELINE_EXAMPLE = """\
+example:
+  lopt-hf bench pipeline --stages 2 --microbatches 4 --output pipeline.json
+"""
 
 
 def _integers(text: str) -> tuple[int, ...]:
@@ -50,6 +76,7 @@ _READERS: dict[Any, tuple[Callable[[str], Any], str]] = {
     int | None: (int, "N"),
     str: (str, "NAME"),
     tuple[int, ...]: (_integers, "N,N"),
+    tuple[int, ...] | None: (_integers, "N,N"),
     tuple[str, ...]: (_names, "NAME,NAME"),
 }
 
@@ -65,18 +92,31 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=STEP_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    for setting in fields(StepBenchSettings):
+    _add_settings(step, StepBenchSettings)
+    step.set_defaults(run=_run_step, parser=step)
+    pipeline_parser = commands.add_parser(
+        "pipeline",
+        help="speed, waiting and memory of pipeline training, by method",
+        description=PIPELINE_DESCRIPTION,
+        epilog=PIPELINE_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_settings(pipeline_parser, PipelineBenchSettings)
+    pipeline_parser.set_defaults(run=_run_pipeline, parser=pipeline_parser)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser, settings: Any) -> None:
+    for setting in fields(settings):
         reader, metavar = _READERS[setting.type]
-        step.add_argument(
+        parser.add_argument(
             f"--{setting.name.replace('_', '-')}",
             type=reader,
             default=setting.default,
             metavar=metavar,
             help=setting.metadata["help"] + _default_text(setting.default),
         )
-    step.add_argument("--output", type=Path, metavar="FILE", help="Write the JSON there instead of printing it.")
-    step.set_defaults(run=_run_step, parser=step)
-    return parser
+    parser.add_argument("--output", type=Path, metavar="FILE", help="Write the JSON there instead of printing it.")
 
 
 def _default_text(default: Any) -> str:
@@ -86,17 +126,30 @@ def _default_text(default: Any) -> str:
 
 
 def _run_step(arguments: argparse.Namespace) -> None:
+    settings = _read_settings(arguments, StepBenchSettings)
+    results = run_step_bench(settings)
+    _report(to_markdown(results), to_json(results, settings), arguments.output)
+
+
+def _run_pipeline(arguments: argparse.Namespace) -> None:
+    settings = _read_settings(arguments, PipelineBenchSettings)
+    report = pipeline.run_pipeline_bench(settings)
+    _report(pipeline.to_markdown(report), pipeline.to_json(report, settings), arguments.output)
+
+
+def _read_settings(arguments: argparse.Namespace, settings: Any) -> Any:
     if arguments.output is not None and not arguments.output.absolute().parent.is_dir():
         raise ValueError(f"output={arguments.output}: its folder does not exist; create it or name another file.")
-    names = [setting.name for setting in fields(StepBenchSettings)]
-    settings = StepBenchSettings(**{name: getattr(arguments, name) for name in names})
-    results = run_step_bench(settings)
-    print(to_markdown(results))
-    if arguments.output is None:
-        print(f"\n{to_json(results, settings)}")
+    return settings(**{setting.name: getattr(arguments, setting.name) for setting in fields(settings)})
+
+
+def _report(markdown: str, text: str, output: Path | None) -> None:
+    print(markdown)
+    if output is None:
+        print(f"\n{text}")
     else:
-        arguments.output.write_text(to_json(results, settings) + "\n")
-        print(f"{arguments.output} has every step's numbers.", file=sys.stderr)
+        output.write_text(text + "\n")
+        print(f"{output} has every step's numbers.", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

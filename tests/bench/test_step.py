@@ -11,11 +11,11 @@ from tokenizers import Tokenizer, models
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lopt_hf.bench.report import interquartile_range
 from lopt_hf.bench.step import (
     BenchWorkerError,
     StepBenchSettings,
     StepResult,
-    _interquartile_range,
     _over_cycle,
     _Worker,
     run_step_bench,
@@ -208,8 +208,8 @@ def test_time_over_a_cycle():
     seconds = [3.0, 1.0, 3.0, 1.0, 30.0, 1.0]
     assert _over_cycle(seconds, 2, statistics.median) == 2.0
     assert _over_cycle([1.0, 5.0, 2.0], 1, statistics.median) == 2.0
-    assert _over_cycle([1.0, 2.0, 3.0, 4.0, 5.0], 1, _interquartile_range) == 2.0
-    assert _over_cycle([3.0, 1.0], 2, _interquartile_range) == 0.0
+    assert _over_cycle([1.0, 2.0, 3.0, 4.0, 5.0], 1, interquartile_range) == 2.0
+    assert _over_cycle([3.0, 1.0], 2, interquartile_range) == 0.0
 
 
 def test_markdown():

@@ -64,13 +64,15 @@ def test_packed_positions_reach_every_stage(tmp_path):
     assert torch.equal(run(load(tmp_path, 2), **inputs), expected)
 
 
+@pytest.mark.parametrize("num_stages", [2, 4])
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_readout_is_kept_frozen(tmp_path, tied):
+def test_a_readout_is_kept_frozen(tmp_path, tied, num_stages):
     save(tmp_path, "llama", tied)
-    (_, first), (_, last) = load(tmp_path, 2, keeps_readout=True)
-    assert torch.equal(first.get_output_embeddings().weight, last.get_output_embeddings().weight)
-    frozen = {name for name, parameter in first.named_parameters() if not parameter.requires_grad}
-    assert frozen == {"model.norm.weight", "lm_head.weight"}
+    *others, last = [stage for _, stage in load(tmp_path, num_stages, keeps_readout=True)]
+    for stage in others:
+        assert torch.equal(stage.get_output_embeddings().weight, last.get_output_embeddings().weight)
+        frozen = {name for name, parameter in stage.named_parameters() if not parameter.requires_grad}
+        assert frozen == {"model.norm.weight", "lm_head.weight"}
     assert all(parameter.requires_grad for parameter in last.parameters())
 
 

@@ -1,0 +1,274 @@
+"""What pipeline training costs, by method: PPLL beside the same learning in one process, and beside GPipe and 1F1B.
+
+All methods train on the same batches, cut into the same micro-batches, with the same optimizer; all pipelines cut the
+model at the same layers. Methods take turns, each time in new processes, so that whatever else the machine does hits
+all of them, and none has another's memory beside it.
+"""
+
+import json
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from lopt_hf.bench.pipeline_settings import METHODS, PipelineBenchSettings
+from lopt_hf.bench.processes import BenchWorkerError, run_together
+from lopt_hf.bench.report import describe_run, interquartile_range, mega, ratio_text, table
+
+__all__ = ["BenchWorkerError", "PipelineBenchReport", "PipelineResult", "run_pipeline_bench", "to_json", "to_markdown"]
+
+PIPELINES = ("ppll", "gpipe", "1f1b")
+LEAST_CORE_SHARE = 0.9  # ours: what is lost beyond that is as large as the differences of interest
+# What is divided by what, and what that says.
+COMPARISONS = (
+    ("lopt", "e2e", "the smaller graph: local learning against end-to-end, one process each"),
+    ("ppll", "lopt", "the schedule: PPLL against the same learning in one process"),
+    ("ppll", "1f1b", "both: PPLL against 1F1B"),
+    ("ppll", "gpipe", "both: PPLL against GPipe"),
+    ("1f1b", "e2e", "1F1B against the same learning in one process"),
+    ("gpipe", "e2e", "GPipe against the same learning in one process"),
+)
+
+
+@dataclass(frozen=True)
+class PipelineResult:
+    """What one method costs.
+
+    Attributes:
+        method: Name of the row.
+        tokens_per_second: Tokens of a step over the median of `step_seconds`.
+        speedup: The same relative to `lopt` in this run; `None` without `lopt`.
+        step_seconds: Every timed step of all rounds: from the end of the step before to its own, both when the last
+            stage to end it did.
+        step_seconds_iqr: Their interquartile range.
+        waiting: For each stage the share of the timed steps in which it waited for another, mean over the rounds;
+            empty in one process.
+        cpu_seconds: For each stage the CPU time per timed step, mean over the rounds.
+        core_share: The least CPU time that a process had per second that it did not wait, in any round. Clearly below
+            1, other programs took the rest, and the times are no measure of the method.
+        saved_bytes: For each stage the peak bytes that autograd keeps for backward in a step, see `SavedBytes`, and
+            what may wait in the channel to the next stage.
+        queued_bytes: The latter, for each stage.
+        peak_resident_bytes: For each stage the peak resident memory of its process.
+        loss: Task loss in nats per token of the last timed step. The same for methods that compute the same: PPLL and
+            `lopt`; GPipe, 1F1B and `e2e`, but for the order of their sums.
+        load: The machine's load average when each round of the method began.
+    """
+
+    method: str
+    tokens_per_second: float
+    speedup: float | None
+    step_seconds: list[float]
+    step_seconds_iqr: float
+    waiting: list[float]
+    cpu_seconds: list[float]
+    core_share: float
+    saved_bytes: list[int]
+    queued_bytes: list[int]
+    peak_resident_bytes: list[int]
+    loss: float
+    load: list[float]
+
+
+@dataclass(frozen=True)
+class PipelineBenchReport:
+    """The results of a run by method, and the cut that its pipelines have.
+
+    Attributes:
+        split_at: First layer of every stage but the first.
+        expected: What each stage was expected to cost, as a table; empty where the cut was not measured.
+        results: The results by the methods' keys.
+    """
+
+    split_at: list[int]
+    expected: str
+    results: dict[str, PipelineResult]
+
+
+def run_pipeline_bench(settings: PipelineBenchSettings, progress: bool = True) -> PipelineBenchReport:
+    """Measures every method of `settings`.
+
+    As many processes as stages are alive at a time, with 4 to 5 GB together for SmolLM2-135M.
+
+    Args:
+        settings: What to measure.
+        progress: Show a progress bar on stderr.
+
+    Raises:
+        ValueError: If the model cannot be loaded or does not fit the settings.
+        BenchWorkerError: If a method's process fails. The others are ended.
+    """
+    from torch.distributed import TCPStore
+    from tqdm.auto import tqdm
+
+    from lopt_hf.bench.pipeline_worker import HOST, MethodRun
+    from lopt_hf.pretrained import resolve_model
+
+    checkpoint = resolve_model(settings.model)
+    split_at = _given_split(settings, checkpoint)
+    store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+    measured: dict[str, list[_Round]] = {method: [] for method in settings.methods}
+    with (
+        tqdm(unit="step", disable=not progress) as bar,
+        TemporaryDirectory(prefix="lopt_bench_", ignore_cleanup_errors=True) as folder,
+    ):
+        expected = ""
+        if split_at is None:
+            bar.set_description("measuring the cut")
+            split_at, expected = _find_split(settings, checkpoint)
+        runs = [
+            MethodRun(method, settings, checkpoint, split_at, f"{folder}/{method}-{turn}", store.port)
+            for turn in range(settings.rounds)
+            for method in settings.methods[:: 1 if turn % 2 == 0 else -1]  # none always goes first
+        ]
+        bar.reset(sum(run.total_steps for run in runs))
+        for run in runs:
+            bar.set_description(METHODS[run.method])
+            measured[run.method].append(_measure(run, bar.update))
+    baseline = _median_step(measured["lopt"]) if "lopt" in measured else None
+    results = {method: _result(method, settings, rounds, baseline) for method, rounds in measured.items()}
+    return PipelineBenchReport(split_at, expected, results)
+
+
+def _given_split(settings: PipelineBenchSettings, checkpoint: str) -> list[int] | None:
+    """Checks that the model fits the settings; returns its cut unless that is to be measured."""
+    from transformers import AutoConfig
+
+    from lopt_hf.blocks import split_layers
+
+    try:
+        config = AutoConfig.from_pretrained(checkpoint).get_text_config(decoder=True)
+    except OSError as error:
+        raise ValueError(
+            f"model={settings.model!r} is neither a local checkpoint nor a model on a hub that can be reached; "
+            "pass the path of a folder that holds a config.json."
+        ) from error
+    layers = config.num_hidden_layers
+    if settings.stages > layers:
+        raise ValueError(f"stages={settings.stages}: the model has {layers} layers; use at most {layers}.")
+    longest = config.to_dict().get("max_position_embeddings")
+    if longest is not None and settings.seq_length > longest:
+        raise ValueError(f"seq_length={settings.seq_length}: the model takes {longest} tokens; use at most {longest}.")
+    blocks = split_layers(layers, settings.stages, settings.split_at)
+    if settings.split_at is None and settings.split == "auto":
+        return None
+    return [block.start for block in blocks[1:]]
+
+
+def _find_split(settings: PipelineBenchSettings, checkpoint: str) -> tuple[list[int], str]:
+    from lopt_hf.bench.pipeline_worker import find_split
+
+    arguments = [(checkpoint, settings)] * settings.stages
+    return run_together("measuring the cut", find_split, arguments, settings.environment)[0]
+
+
+@dataclass(frozen=True)
+class _Round:
+    """What the processes of a method measured in one round."""
+
+    load: float
+    first_timed: int
+    num_timed: int
+    records: list[Any]
+
+    @property
+    def step_seconds(self) -> list[float]:
+        ends = [max(times) for times in zip(*(record.ends for record in self.records), strict=True)]
+        timed = range(self.first_timed, self.first_timed + self.num_timed)
+        return [ends[step] - ends[step - 1] for step in timed]
+
+    @property
+    def loss(self) -> float:
+        """Of the last timed step."""
+        return self.records[-1].losses[self.first_timed + self.num_timed - 1]
+
+
+def _measure(run: Any, on_step: Callable[[], object]) -> _Round:
+    from lopt_hf.bench.pipeline_schedules import train_by_schedule
+    from lopt_hf.bench.pipeline_worker import train
+
+    load = os.getloadavg()[0]
+    settings = run.settings
+    work = train_by_schedule if run.method in ("gpipe", "1f1b") else train
+    ranks = range(settings.stages if run.method in PIPELINES else 1)
+    arguments = [(rank, run) for rank in ranks]
+    records = run_together(METHODS[run.method], work, arguments, settings.environment, on_step)
+    return _Round(load, settings.warmup, settings.steps, records)
+
+
+def _median_step(rounds: Sequence[_Round]) -> float:
+    return statistics.median(seconds for one in rounds for seconds in one.step_seconds)
+
+
+def _result(
+    method: str, settings: PipelineBenchSettings, rounds: Sequence[_Round], baseline: float | None
+) -> PipelineResult:
+    step_seconds = [seconds for one in rounds for seconds in one.step_seconds]
+    by_stage = list(zip(*(one.records for one in rounds), strict=True))
+    queued_bytes = [max(record.queued_bytes for record in stage) for stage in by_stage]
+    saved_bytes = [max(record.saved_bytes for record in stage) for stage in by_stage]
+    return PipelineResult(
+        method=METHODS[method],
+        tokens_per_second=settings.batch_size * settings.seq_length / statistics.median(step_seconds),
+        speedup=None if baseline is None else baseline / statistics.median(step_seconds),
+        step_seconds=step_seconds,
+        step_seconds_iqr=interquartile_range(step_seconds),
+        waiting=[statistics.fmean(r.waiting for r in stage) for stage in by_stage] if method in PIPELINES else [],
+        cpu_seconds=[statistics.fmean(record.cpu_seconds for record in stage) for stage in by_stage],
+        core_share=min(record.core_share for one in rounds for record in one.records),
+        saved_bytes=[saved + queued for saved, queued in zip(saved_bytes, queued_bytes, strict=True)],
+        queued_bytes=queued_bytes,
+        peak_resident_bytes=[max(record.peak_resident_bytes for record in stage) for stage in by_stage],
+        loss=rounds[-1].loss,
+        load=[one.load for one in rounds],
+    )
+
+
+# ---- The report ----
+
+
+def to_markdown(report: PipelineBenchReport) -> str:
+    """The results as a table, and what the gain is made of; MB is 10^6 bytes."""
+    header = ["method", "tokens/s", "x one process", "step (s)", "IQR (s)", "CPU per step (s), by stage"]
+    header += ["waiting, by stage", "first stage: saved for backward (MB)", "peak RSS, by stage (MB)", "loss"]
+    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    for result in report.results.values():
+        cells = [result.method, f"{result.tokens_per_second:,.0f}", ratio_text(result.speedup)]
+        cells += [f"{statistics.median(result.step_seconds):.2f}", f"{result.step_seconds_iqr:.2f}"]
+        cells += [", ".join(f"{seconds:.2f}" for seconds in result.cpu_seconds)]
+        cells += [", ".join(f"{share:.1%}" for share in result.waiting) or "-"]
+        cells += [mega(result.saved_bytes[0]), ", ".join(map(mega, result.peak_resident_bytes))]
+        lines.append([*cells, f"{result.loss:.3f}"])
+    notes = [*_comparisons(report.results), *_warnings(report.results)]
+    return "\n".join([table(lines), *[""] * bool(notes), *notes])
+
+
+def _comparisons(results: dict[str, PipelineResult]) -> list[str]:
+    """What is faster than what by how much, and how the first stages' memory compares."""
+    lines = []
+    for method, other, meaning in COMPARISONS:
+        if method in results and other in results:
+            speed = results[method].tokens_per_second / results[other].tokens_per_second
+            lines.append(f"- x {speed:.2f} tokens/s from {meaning}")
+    for other in ("1f1b", "gpipe"):
+        if "ppll" in results and other in results:
+            share = results["ppll"].saved_bytes[0] / results[other].saved_bytes[0]
+            lines.append(f"- x {share:.2f} bytes saved for backward on the first stage: PPLL against {METHODS[other]}")
+    return lines
+
+
+def _warnings(results: dict[str, PipelineResult]) -> list[str]:
+    return [
+        f"- busy machine: {result.method} had only {result.core_share:.0%} of a core where it did not wait; "
+        "measure again"
+        for result in results.values()
+        if result.core_share < LEAST_CORE_SHARE
+    ]
+
+
+def to_json(report: PipelineBenchReport, settings: PipelineBenchSettings) -> str:
+    """The report with its settings, versions and machine, as JSON text."""
+    environment = {"environment": settings.environment}
+    return json.dumps({**describe_run(settings), **environment, **asdict(report)}, indent=2)

@@ -1,0 +1,132 @@
+"""End-to-end training by the schedules of `torch.distributed.pipelining`, on the stages that PPLL trains.
+
+A plain loop: what the trainers do besides (metrics, callbacks) is left out, in favour of these schedules.
+
+Shapes: B sequences of a micro-batch, T tokens, D hidden channels; the batch of a step has M micro-batches.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.nn.utils import clip_grad_norm_
+from transformers import AutoTokenizer, PreTrainedModel, Trainer
+from trl.trainer.utils import add_fused_lm_head
+
+from lopt_hf.bench.pipeline_worker import HOST, MethodRun, Record, make_config, make_plans, make_rows, prepare
+from lopt_hf.bench.saved_bytes import SavedBytes
+from lopt_hf.blocks import find_decoder_stack
+from lopt_hf.pipeline.costs import SFT_OUTPUTS
+from lopt_hf.pipeline.stage import HiddenStateInput, StagePlan, load_stage
+from lopt_hf.pipeline.timeline import Timeline
+
+__all__ = ["train_by_schedule"]
+
+SCHEDULES: dict[str, Callable[..., Any]] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
+
+
+class _StageModule(nn.Module):
+    """A stage's part of the model as torch's schedules call it; the last one returns the loss."""
+
+    def __init__(self, model: PreTrainedModel, plan: StagePlan, run: MethodRun) -> None:
+        super().__init__()
+        self.model = model
+        self.plan = plan
+        self.autocast = run.settings.dtype == "bf16"
+        # As TRL counts them: the first token of a sequence is predicted from nothing.
+        self.num_predicted = run.settings.batch_size * (run.settings.seq_length - 1)
+        self.input = None if plan.is_first else HiddenStateInput(find_decoder_stack(model).layers[plan.start])
+        if plan.is_last:
+            add_fused_lm_head(model, outputs=SFT_OUTPUTS)
+
+    def forward(self, input: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """Runs the stage on hidden states (B, T, D), the first one on `tokens_BT`, which is `input` there."""
+        if self.input is not None:
+            self.input.hidden_BTD = input
+        inputs = {"input_ids": tokens_BT, "attention_mask": torch.ones_like(tokens_BT), "use_cache": False}
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            if not self.plan.is_last:
+                return self.model.base_model(**inputs).last_hidden_state
+            outputs = self.model(**inputs, labels=tokens_BT, fused_lm_head=True)
+        return -outputs.log_probs.sum() / self.num_predicted
+
+
+class _TimedStage(PipelineStage):
+    """Notes when it computes; the rest of a schedule's step is waiting."""
+
+    timeline: Timeline
+
+    def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        with self.timeline.span("forward"):
+            return super().forward_one_chunk(*args, **kwargs)
+
+    def backward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        with self.timeline.span("backward"):
+            return super().backward_one_chunk(*args, **kwargs)
+
+
+def train_by_schedule(on_step: Callable[[], None], rank: int, run: MethodRun) -> Record:
+    """Trains a stage by one of torch's schedules, with the optimizer and the batches of the trainers."""
+    prepare(run.settings)
+    store = dist.TCPStore(HOST, run.port, is_master=False)
+    world_size = run.settings.stages
+    dist.init_process_group("gloo", store=dist.PrefixStore(run.folder, store), rank=rank, world_size=world_size)
+    training = _ScheduledTraining(rank, run)
+    record = Record()
+    for step in range(run.total_steps):
+        if step == run.settings.warmup - 1:
+            with SavedBytes(training.module) as saved:
+                training.step(step, record)
+            record.saved_bytes = saved.peak
+        else:
+            training.step(step, record)
+        on_step()
+    dist.barrier()
+    dist.destroy_process_group()
+    return record.finish(run, training.timeline)
+
+
+class _ScheduledTraining:
+    """The training loop of one stage."""
+
+    def __init__(self, rank: int, run: MethodRun) -> None:
+        settings = run.settings
+        self.plan = make_plans(run)[rank]
+        model = load_stage(run.checkpoint, self.plan, dtype=torch.float32).train()
+        self.module = _StageModule(model, self.plan, run)
+        self.timeline = Timeline(kept_steps=run.total_steps)
+        stage = _TimedStage(self.module, rank, settings.stages, torch.device("cpu"))
+        stage.timeline = self.timeline
+        self.schedule = SCHEDULES[run.method](
+            stage,
+            n_microbatches=settings.microbatches,
+            loss_fn=lambda loss, target: loss,
+            scale_grads=False,  # the loss is divided by the tokens of the whole batch
+        )
+        args = make_config(run)
+        self.max_grad_norm = args.max_grad_norm
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer_class, arguments = Trainer.get_optimizer_cls_and_kwargs(args)
+        self.optimizer = optimizer_class(self.parameters, weight_decay=args.weight_decay, **arguments)
+        rows = make_rows(run, AutoTokenizer.from_pretrained(run.checkpoint))
+        self.batches = torch.tensor(rows).split(settings.batch_size)
+
+    def step(self, step: int, record: Record) -> None:
+        """One optimizer step of the stage."""
+        self.timeline.step = step
+        tokens = self.batches[step]
+        losses: list[torch.Tensor] = []
+        with self.timeline.span("receive"):  # without the stage's own work in it
+            args = (tokens,) if self.plan.is_first else ()
+            last = {"target": tokens, "losses": losses} if self.plan.is_last else {}
+            self.schedule.step(*args, tokens_BT=tokens, **last, return_outputs=False)
+        with self.timeline.span("step"):
+            clip_grad_norm_(self.parameters, self.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        record.end_step()
+        if losses:
+            record.losses.append(torch.stack(losses).sum().item())

@@ -1,0 +1,99 @@
+"""What `lopt-hf bench pipeline` measures: the settings."""
+
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+__all__ = ["METHODS", "PipelineBenchSettings"]
+
+METHODS = {
+    "lopt": "one process, local learning",
+    "ppll": "PPLL",
+    "gpipe": "GPipe, end-to-end",
+    "1f1b": "1F1B, end-to-end",
+    "e2e": "one process, end-to-end",
+}
+# glibc: no block is mapped by itself, and the top of the heap is never given back. Without this, large tensors are
+# mapped anew at each step, and the kernel clears their pages again.
+KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "objective": ("reconstruction", "readout"),
+    "split": ("auto", "even"),
+    "dtype": ("bf16", "fp32"),
+    "malloc": ("default", "keep"),
+}
+_SMALLEST = {
+    "stages": 2,
+    "microbatches": 1,
+    "micro_batch_size": 1,
+    "seq_length": 2,
+    "steps": 1,
+    "warmup": 1,
+    "rounds": 1,
+    "threads": 1,
+    "seed": 0,
+}
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class PipelineBenchSettings:
+    """What `run_pipeline_bench` measures.
+
+    Raises:
+        ValueError: If a value is out of range; the message names field, value and fix.
+    """
+
+    model: str = _option("HuggingFaceTB/SmolLM2-135M-Instruct", "Hub id or local folder of a causal LM.")
+    methods: tuple[str, ...] = _option(tuple(METHODS), f"Any of {', '.join(METHODS)}.")
+    stages: int = _option(2, "Processes of a pipeline; the local learning has as many blocks.")
+    microbatches: int = _option(4, "Micro-batches of an optimizer step.")
+    micro_batch_size: int = _option(2, "Sequences of a micro-batch.")
+    seq_length: int = _option(128, "Tokens per sequence; there is no padding.")
+    objective: str = _option("reconstruction", "Local objective: reconstruction or readout.")
+    split: str = _option("auto", "auto: so that PPLL's slowest stage is as fast as can be, measured; even: by layers.")
+    split_at: tuple[int, ...] | None = _option(None, "First layer of every stage but the first; wins over --split.")
+    steps: int = _option(3, "Timed steps per method and round.")
+    warmup: int = _option(2, "Untimed steps before them; the last of them counts the saved bytes.")
+    rounds: int = _option(2, "How often the methods take turns, each time in new processes.")
+    dtype: str = _option("fp32", "bf16 (autocast over fp32 weights) or fp32.")
+    malloc: str = _option("keep", "keep: glibc keeps freed memory for the next step, see below; default: it does not.")
+    threads: int = _option(1, "CPU threads per process.")
+    seed: int = _option(0, "Seed of the data order and of new weights.")
+
+    def __post_init__(self) -> None:
+        for name, smallest in _SMALLEST.items():
+            if getattr(self, name) < smallest:
+                raise ValueError(f"{name}={getattr(self, name)} is too small; set it to {smallest} or more.")
+        for name, allowed in _CHOICES.items():
+            _check_choice(name, getattr(self, name), allowed)
+        for method in self.methods:
+            _check_choice("methods", method, tuple(METHODS))
+        if not self.methods or len(set(self.methods)) < len(self.methods):
+            raise ValueError(f"methods={self.methods} must name at least one value, and each value once.")
+        if "1f1b" in self.methods and self.microbatches < self.stages:
+            raise ValueError(
+                f"microbatches={self.microbatches}: torch's Schedule1F1B needs at least as many as stages="
+                f"{self.stages}; raise it, or leave 1f1b out of methods."
+            )
+        if self.split_at is not None and len(self.split_at) != self.stages - 1:
+            raise ValueError(f"split_at={self.split_at} must have stages - 1 = {self.stages - 1} layers.")
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences of an optimizer step."""
+        return self.microbatches * self.micro_batch_size
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables of every process that is measured."""
+        return {"OMP_NUM_THREADS": str(self.threads)} | (KEEP_FREED_MEMORY if self.malloc == "keep" else {})
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        nearest = get_close_matches(value, allowed, n=1, cutoff=0.0)[0]
+        raise ValueError(f"{name}={value!r} is unknown, nearest is {nearest!r}; use {', '.join(allowed)}.")

@@ -1,0 +1,154 @@
+"""The processes of a benchmark: several that run together, and how they tell of their failures."""
+
+import multiprocessing
+import os
+import platform
+import signal
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+__all__ = ["BenchWorkerError", "FailuresTo", "death_of", "failure_of", "peak_resident_bytes", "run_together"]
+
+GRACE_SECONDS = 5.0
+
+
+class BenchWorkerError(RuntimeError):
+    """A method's process failed; the message names the method and the reason, `__cause__` has its traceback."""
+
+
+def failure_of(name: str, reason: str, trace: str) -> BenchWorkerError:
+    """The error to raise for a process that sent what ended it."""
+    error = BenchWorkerError(f"{name}: {reason}")
+    error.__cause__ = RuntimeError(f"in its process:\n{trace}")
+    return error
+
+
+def death_of(name: str, exit_code: int | None) -> BenchWorkerError:
+    """The error to raise for a process that ended without a word."""
+    hint = "; it was killed, probably for lack of memory: measure fewer methods at once" if exit_code == -9 else ""
+    return BenchWorkerError(f"{name}: its process ended with exit code {exit_code}{hint}.")
+
+
+class FailuresTo:
+    """Sends the error that ends its block to the parent, which raises it."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if error is not None:
+            reason = "".join(traceback.format_exception_only(kind, error)).strip()
+            with suppress(OSError):  # the parent has gone
+                self.connection.send(("failed", (reason, "".join(traceback.format_exception(kind, error, trace)))))
+        return True
+
+
+def run_together(
+    name: str,
+    work: Callable[..., Any],
+    arguments: Sequence[tuple[Any, ...]],
+    environment: Mapping[str, str],
+    on_step: Callable[[], object] = lambda: None,
+) -> list[Any]:
+    """Runs a function in several new processes at once.
+
+    Args:
+        name: What to call them in an error.
+        work: A function of a module. Its first argument is a function to call at the end of each step; the rest
+            follows.
+        arguments: The further arguments, of each process.
+        environment: Variables that the processes have from their start on.
+        on_step: Called here for each step that the last process reports.
+
+    Returns:
+        What each process returned.
+
+    Raises:
+        BenchWorkerError: If a process fails. The others are ended.
+    """
+    context = multiprocessing.get_context("spawn")  # a forked child would inherit the parent's threads and memory
+    processes: dict[Connection, BaseProcess] = {}
+    results: dict[Connection, Any] = {}
+    try:
+        with _changed_environment(environment):
+            for own in arguments:
+                ours, theirs = context.Pipe()
+                reports = own is arguments[-1]
+                processes[ours] = context.Process(target=_run, args=(theirs, work, own, reports), daemon=True)
+                processes[ours].start()
+                theirs.close()  # so that the end of the process ends the pipe
+        while len(results) < len(processes):
+            for connection in wait([connection for connection in processes if connection not in results]):
+                assert isinstance(connection, Connection)
+                kind, content = _receive(name, connection, processes[connection])
+                if kind == "step":
+                    on_step()
+                else:
+                    results[connection] = content
+        return list(map(results.__getitem__, processes))
+    finally:
+        for process in processes.values():
+            process.join(timeout=GRACE_SECONDS if len(results) == len(processes) else 0)
+            process.kill()  # what waits for a process that is gone may not end by itself
+            process.join()
+
+
+def _receive(name: str, connection: Connection, process: BaseProcess) -> tuple[str, Any]:
+    try:
+        kind, content = connection.recv()
+    except (EOFError, ConnectionResetError) as error:
+        process.join()
+        raise death_of(name, process.exitcode) from error
+    if kind == "failed":
+        raise failure_of(name, *content)
+    return kind, content
+
+
+def _run(connection: Connection, work: Callable[..., Any], arguments: tuple[Any, ...], reports: bool) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle: it ends its processes
+    with FailuresTo(connection):
+
+        def on_step() -> None:
+            if reports:
+                connection.send(("step", None))
+
+        connection.send(("finished", work(on_step, *arguments)))
+
+
+@contextmanager
+def _changed_environment(changes: Mapping[str, str]) -> Iterator[None]:
+    """Sets variables for processes that are started inside: the C library reads some of them before Python runs."""
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def peak_resident_bytes() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not `ru_maxrss`: on Linux it starts from the resident memory of the process that spawned this one.
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

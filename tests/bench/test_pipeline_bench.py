@@ -1,0 +1,203 @@
+"""The pipeline benchmark on a tiny model; nothing here depends on how fast the machine is."""
+
+import json
+
+import pytest
+
+from lopt_hf.bench.pipeline import PipelineBenchReport, PipelineResult, run_pipeline_bench, to_markdown
+from lopt_hf.bench.pipeline_settings import METHODS, PipelineBenchSettings
+from lopt_hf.bench.pipeline_worker import MethodRun, Record
+from lopt_hf.pipeline.timeline import Timeline
+from lopt_hf.scripts.bench import main
+from tests.tiny import make_model, make_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    """A folder with a Llama of 4 layers whose head is tied to its embeddings, as SmolLM2's."""
+    folder = tmp_path_factory.mktemp("tiny")
+    make_model(tie_word_embeddings=True).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(tiny_model, tmp_path_factory):
+    """All methods through the command, as JSON."""
+    output = tmp_path_factory.mktemp("report") / "report.json"
+    size = ["--micro-batch-size", "1", "--seq-length", "16"]
+    rounds = ["--rounds", "1", "--warmup", "1", "--steps", "2"]
+    main(["pipeline", "--model", str(tiny_model), *size, *rounds, "--output", str(output)])
+    return json.loads(output.read_text())
+
+
+# --- A whole run ---
+
+
+def test_every_method_has_its_row(report):
+    assert list(report["results"]) == list(METHODS)
+    for result in report["results"].values():
+        assert len(result["step_seconds"]) == 2
+        assert result["tokens_per_second"] > 0
+        assert min(result["peak_resident_bytes"]) > 0
+
+
+def test_methods_that_compute_the_same_have_the_same_loss(report):
+    """After an optimizer step or two; so batches, weights, clipping and optimizer are the same."""
+    loss = {name: result["loss"] for name, result in report["results"].items()}
+    assert loss["ppll"] == loss["lopt"]
+    assert loss["gpipe"] == pytest.approx(loss["e2e"], rel=1e-6)
+    assert loss["1f1b"] == pytest.approx(loss["e2e"], rel=1e-6)
+    assert loss["lopt"] != pytest.approx(loss["e2e"], rel=1e-6)
+
+
+def test_first_stage_keeps_as_many_micro_batches_as_its_schedule_says(report):
+    """Of four: GPipe all, 1F1B as many as there are stages, PPLL one (and a queue)."""
+    results = report["results"]
+    gpipe, one_ahead = results["gpipe"]["saved_bytes"], results["1f1b"]["saved_bytes"]
+    assert gpipe[0] == pytest.approx(2 * one_ahead[0], rel=0.1)
+    assert gpipe[1] == pytest.approx(4 * one_ahead[1], rel=0.1)
+    ppll = results["ppll"]
+    assert ppll["saved_bytes"][0] - ppll["queued_bytes"][0] == pytest.approx(gpipe[0] / 4, rel=0.3)
+    assert ppll["queued_bytes"] == [4 * 16 * 32 * 4, 0]
+
+
+def test_waiting_is_a_share_of_each_stage(report):
+    for name, result in report["results"].items():
+        assert len(result["waiting"]) == (2 if name in ("ppll", "gpipe", "1f1b") else 0)
+        assert all(0 <= share <= 1 for share in result["waiting"])
+
+
+def test_cut_is_measured_and_told(report):
+    assert len(report["split_at"]) == 1
+    assert 1 <= report["split_at"][0] <= 3
+    assert report["expected"].startswith("| stage |")
+    assert report["environment"]["MALLOC_MMAP_MAX_"] == "0"
+
+
+@pytest.mark.slow
+def test_bf16_and_readout_on_three_stages(tiny_model):
+    settings = PipelineBenchSettings(
+        model=str(tiny_model),
+        methods=("ppll", "1f1b"),
+        stages=3,
+        microbatches=3,
+        objective="readout",
+        split="even",
+        dtype="bf16",
+        malloc="default",
+        seq_length=16,
+        rounds=1,
+        warmup=1,
+        steps=1,
+    )
+    report = run_pipeline_bench(settings, progress=False)
+    assert report.split_at == [2, 3]
+    assert [len(result.waiting) for result in report.results.values()] == [3, 3]
+
+
+# --- Bad input ---
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"methods": ("ppll", "gpip")}, "methods='gpip' is unknown, nearest is 'gpipe'"),
+        ({"methods": ()}, "methods=.* at least one"),
+        ({"stages": 1}, "stages=1 is too small; set it to 2 or more"),
+        ({"microbatches": 1}, "microbatches=1: torch's Schedule1F1B needs at least as many as stages=2"),
+        ({"warmup": 0}, "warmup=0 is too small; set it to 1 or more"),
+        ({"objective": "readot"}, "objective='readot' is unknown, nearest is 'readout'"),
+        ({"split": "uneven"}, "split='uneven' is unknown, nearest is 'even'"),
+        ({"dtype": "fp16"}, "dtype='fp16' is unknown"),
+        ({"malloc": "on"}, "malloc='on' is unknown"),
+        ({"split_at": (1, 2)}, r"split_at=\(1, 2\) must have stages - 1 = 1 layers"),
+    ],
+)
+def test_bad_settings(values, message):
+    with pytest.raises(ValueError, match=message):
+        PipelineBenchSettings(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"stages": 5, "microbatches": 5}, "stages=5: the model has 4 layers; use at most 4"),
+        ({"seq_length": 129}, "seq_length=129: the model takes 128 tokens; use at most 128"),
+        ({"split_at": (4,)}, "split_at"),
+        ({"model": "no/such-model"}, "model='no/such-model' is neither a local checkpoint"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model(tiny_model, values, message):
+    settings = PipelineBenchSettings(**({"model": str(tiny_model), "seq_length": 16} | values))
+    with pytest.raises(ValueError, match=message):
+        run_pipeline_bench(settings, progress=False)
+
+
+def test_command_tells_bad_input_in_one_line(tmp_path, capsys):
+    for arguments, message in (
+        (["--stages", "1"], "error: stages=1 is too small"),
+        (["--output", str(tmp_path / "no" / "report.json")], "error: output=.*folder does not exist"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(["pipeline", *arguments])
+        assert caught.value.code == 2
+        assert capsys.readouterr().err.splitlines()[-1].split(": ", 1)[1].startswith(message.split(".*")[0])
+
+
+# --- Parts ---
+
+
+def test_waiting_counts_the_timed_steps_only():
+    settings = PipelineBenchSettings(warmup=1, steps=2)
+    timeline = Timeline(kept_steps=9)
+    for step, seconds in enumerate([5.0, 1.0, 2.0, 7.0]):
+        timeline.step = step
+        timeline.add("receive", 100.0 + 10 * step, 100.0 + 10 * step + seconds)
+        timeline.add("forward", 105.0 + 10 * step, 110.0 + 10 * step)
+    record = Record(ends=[110.0, 120.0, 130.0, 140.0], cpu_ends=[1.0, 10.0, 19.5, 30.0])
+    record.finish(MethodRun("ppll", settings, "", [1], "", 0), timeline)
+    assert record.waiting == pytest.approx(3 / 20)
+    assert record.cpu_seconds == pytest.approx(18.5 / 2)
+    assert record.core_share == pytest.approx(18.5 / 17)
+
+
+def test_pipeline_runs_on_until_no_timed_step_has_the_machine_to_itself():
+    """Stage 0 may be 6 micro-batches ahead: 2 queued at each end, one on its way, one that it computes."""
+    settings = PipelineBenchSettings(warmup=1, steps=2, microbatches=4)
+    assert MethodRun("ppll", settings, "", [1], "", 0).total_steps == 3 + 2
+    assert MethodRun("gpipe", settings, "", [1], "", 0).total_steps == 3
+
+
+def make_result(method, **values):
+    result = {
+        "method": METHODS[method],
+        "tokens_per_second": 100.0,
+        "speedup": 1.0,
+        "step_seconds": [10.0, 10.5],
+        "step_seconds_iqr": 0.25,
+        "waiting": [],
+        "cpu_seconds": [10.0],
+        "core_share": 0.98,
+        "saved_bytes": [400_000_000],
+        "queued_bytes": [0],
+        "peak_resident_bytes": [3_000_000_000],
+        "loss": 2.5,
+        "load": [0.1],
+    }
+    return PipelineResult(**(result | values))
+
+
+def test_markdown():
+    ppll = make_result("ppll", tokens_per_second=190.0, speedup=1.9, waiting=[0.01, 0.025], saved_bytes=[100_000_000])
+    gpipe = make_result("gpipe", core_share=0.5)
+    results = {"lopt": make_result("lopt"), "ppll": ppll, "gpipe": gpipe}
+    lines = to_markdown(PipelineBenchReport([18], "", results)).splitlines()
+    assert lines[2] == "| one process, local learning | 100 | 1.00 | 10.25 | 0.25 | 10.00 | - | 400 | 3,000 | 2.500 |"
+    assert lines[3] == "| PPLL | 190 | 1.90 | 10.25 | 0.25 | 10.00 | 1.0%, 2.5% | 100 | 3,000 | 2.500 |"
+    assert lines[6:] == [
+        "- x 1.90 tokens/s from the schedule: PPLL against the same learning in one process",
+        "- x 1.90 tokens/s from both: PPLL against GPipe",
+        "- x 0.25 bytes saved for backward on the first stage: PPLL against GPipe, end-to-end",
+        "- busy machine: GPipe, end-to-end had only 50% of a core where it did not wait; measure again",
+    ]
