@@ -97,7 +97,7 @@ class _ScheduledTraining:
         self.plan = make_plans(run)[rank]
         model = load_stage(run.checkpoint, self.plan, dtype=torch.float32).train()
         self.module = _StageModule(model, self.plan, run)
-        self.timeline = Timeline(kept_steps=run.total_steps)
+        self.timeline = Timeline(rank, kept_steps=run.total_steps)
         stage = _TimedStage(self.module, rank, settings.stages, torch.device("cpu"))
         stage.timeline = self.timeline
         self.schedule = SCHEDULES[run.method](
@@ -123,7 +123,7 @@ class _ScheduledTraining:
             args = (tokens,) if self.plan.is_first else ()
             last = {"target": tokens, "losses": losses} if self.plan.is_last else {}
             self.schedule.step(*args, tokens_BT=tokens, **last, return_outputs=False)
-        with self.timeline.span("step"):
+        with self.timeline.span("optimizer"):
             clip_grad_norm_(self.parameters, self.max_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad()

@@ -110,8 +110,8 @@ class Record:
         last = before + run.settings.steps
         seconds = self.ends[last] - self.ends[before]
         cpu_seconds = self.cpu_ends[last] - self.cpu_ends[before]
-        spans = [] if timeline is None else [span for span in timeline.spans if before < span.step <= last]
-        waited = sum(span.end - span.start for span in spans if span.kind in WAITS)
+        events = [] if timeline is None else [event for event in timeline.events if before < event.step <= last]
+        waited = sum(event.end - event.start for event in events if event.kind in WAITS)
         self.waiting = waited / seconds
         self.cpu_seconds = cpu_seconds / run.settings.steps
         self.core_share = cpu_seconds / (seconds - waited)
@@ -156,7 +156,7 @@ def train(on_step: Callable[[], None], rank: int, run: MethodRun) -> Record:
     trainer.add_callback(_StepRecorder(run, record, on_step))
     timeline = None
     if isinstance(trainer, PipelineTrainer):
-        timeline = trainer.timeline = Timeline(kept_steps=run.total_steps)
+        timeline = trainer.timeline = Timeline(rank, kept_steps=run.total_steps)
     trainer.train()
     if world is not None:
         if not trainer.plan.is_last:

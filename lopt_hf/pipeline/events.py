@@ -40,6 +40,7 @@ class Event:
         microbatch: Its micro-batch; of an optimizer step, the step's number.
         start, end: In seconds from the start of the run.
         chunk: Which of the rank's stages, where it holds several.
+        step: The optimizer step that it belongs to, where that is known, from 0.
     """
 
     stage: int
@@ -48,6 +49,7 @@ class Event:
     start: float
     end: float
     chunk: int = 0
+    step: int = 0
 
 
 def chrome_trace(pipelines: Mapping[str, Sequence[Event]]) -> str:

@@ -21,7 +21,7 @@ class Timeline:
     Attributes:
         events: What was kept; times in seconds since the epoch.
         step: The optimizer step that is under way, from 0.
-        micro_batch: The micro-batch that is under way, counted from 0 from the start of the run.
+        micro_batch: The micro-batch that is under way, counted from 0 from the start of the run; -1 before it.
 
     Args:
         stage: The stage.
@@ -31,7 +31,7 @@ class Timeline:
     def __init__(self, stage: int, kept_steps: int = 0) -> None:
         self.events: list[Event] = []
         self.step = 0
-        self.micro_batch = 0
+        self.micro_batch = -1
         self._stage = stage
         self._kept_steps = kept_steps
         self._clock = time.time() - time.perf_counter()
@@ -81,7 +81,9 @@ class Timeline:
             self._filled_at = start
         if self.step < self._kept_steps and end > start:
             number = self.step if kind == "optimizer" else self.micro_batch
-            self.events.append(Event(self._stage, kind, number, start + self._clock, end + self._clock))
+            self.events.append(
+                Event(self._stage, kind, number, start + self._clock, end + self._clock, step=self.step)
+            )
 
     def _close(self, end: float) -> None:
         kind, start = self._open[-1]

@@ -150,7 +150,7 @@ def test_command_tells_bad_input_in_one_line(tmp_path, capsys):
 
 def test_waiting_counts_the_timed_steps_only():
     settings = PipelineBenchSettings(warmup=1, steps=2)
-    timeline = Timeline(kept_steps=9)
+    timeline = Timeline(0, kept_steps=9)
     for step, seconds in enumerate([5.0, 1.0, 2.0, 7.0]):
         timeline.step = step
         timeline.add("receive", 100.0 + 10 * step, 100.0 + 10 * step + seconds)
