@@ -1,0 +1,208 @@
+"""Surrogates that imitate the layers they replace, fitted in closed form on a few thousand tokens.
+
+Shapes: N tokens, D hidden channels, K features.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lopt_hf.repl.modeling_repl import find_layers, normalise
+from lopt_hf.repl.neighbours import Affine, Neighbour
+from lopt_hf.repl.operators import Branches, Linear, Operator, prior_of
+from lopt_hf.repl.ridge import ChannelRidge, LinearRidge, SharedRidge
+
+__all__ = ["block_influence", "calibrate"]
+
+Batches = Sequence[Mapping[str, torch.Tensor]]
+TOKENS_AT_ONCE = 512  # bounds the memory of the features of all branches; no effect on the result
+
+
+class _StopForward(Exception):
+    """Ends a forward at the layer of interest."""
+
+
+@torch.no_grad()
+def calibrate(
+    model: PreTrainedModel,
+    operators: Mapping[int, Operator],
+    neighbours: Mapping[int, tuple[Neighbour, Neighbour]],
+    batches: Batches,
+    ridge: float,
+) -> None:
+    """Sets the coefficients of all operators, from the lowest layer on, each behind those already fitted.
+
+    The target of each is the output of its own removed layer on the input that it will see.
+
+    Args:
+        model: The model with all its layers.
+        operators: The operator for each layer to replace.
+        neighbours: Their neighbours.
+        batches: Model inputs.
+        ridge: See `RepLConfig.ridge`.
+
+    Raises:
+        FloatingPointError: If the model's hidden states are not finite.
+    """
+    layers = find_layers(model)
+    with _evaluating(model), ExitStack() as stack:
+        for index in sorted(operators):
+            fit = _make_fit(operators[index], *neighbours[index], ridge)
+            for h_ND, added_ND in _inputs_and_additions(model, layers[index], batches):
+                for h, added in zip(h_ND.split(TOKENS_AT_ONCE), added_ND.split(TOKENS_AT_ONCE), strict=True):
+                    fit.add(h, added)
+            fit.finish()
+            stack.enter_context(_standing_in(layers[index], operators[index], neighbours[index]))
+
+
+@torch.no_grad()
+def block_influence(model: PreTrainedModel, batches: Batches) -> list[float]:
+    """For each layer `1 - cos` of its input and output, averaged over tokens (Men et al., arXiv 2403.03853, Eq 1)."""
+    layers = find_layers(model)
+    totals = [0.0] * len(layers)
+    tokens = [0] * len(layers)
+    with _evaluating(model), ExitStack() as stack:
+        for batch in batches:
+            mask = _kept_tokens(batch)
+
+            def record(index: int, h_BTD: torch.Tensor, output_BTD: torch.Tensor, mask: Any = mask) -> None:
+                cosine_BT = nn.functional.cosine_similarity(h_BTD.float(), output_BTD.float(), dim=-1)
+                kept = _select(cosine_BT, mask)
+                totals[index] += (1 - kept).sum().item()
+                tokens[index] += kept.numel()
+
+            with ExitStack() as hooks:
+                for index, layer in enumerate(layers):
+                    hooks.enter_context(_watching(layer, index, record))
+                _forward(model, batch)
+    return [total / count for total, count in zip(totals, tokens, strict=True)]
+
+
+@contextmanager
+def _watching(layer: nn.Module, index: int, record: Any) -> Iterator[None]:
+    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> None:
+        record(index, args[0] if args else kwargs["hidden_states"], output)
+
+    handle = layer.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _standing_in(layer: nn.Module, operator: Operator, beside: tuple[Neighbour, Neighbour]) -> Iterator[None]:
+    """Makes a layer give its surrogate's output, before the layer is taken out."""
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
+        return operator(args[0] if args else kwargs["hidden_states"], *beside)
+
+    handle = layer.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _forward(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> None:
+    inputs = {name: value.to(model.device) for name, value in batch.items()}
+    uses_cache = "use_cache" in model.config.get_text_config().to_dict()
+    model.base_model(**inputs, **({"use_cache": False} if uses_cache else {}))
+
+
+def _kept_tokens(batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    return batch["attention_mask"].bool() if "attention_mask" in batch else None
+
+
+def _select(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    return values.flatten(0, 1) if mask is None else values[mask.to(values.device)]
+
+
+def _inputs_and_additions(
+    model: PreTrainedModel, layer: nn.Module, batches: Batches
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """A layer's inputs and what it adds to them, batch by batch, without padding and without what follows the layer."""
+    seen: list[torch.Tensor] = []
+
+    def record(index: int, h_BTD: torch.Tensor, output_BTD: torch.Tensor) -> None:
+        seen.extend((h_BTD, output_BTD))
+        raise _StopForward
+
+    with _watching(layer, 0, record):
+        for batch in batches:
+            seen.clear()
+            try:
+                _forward(model, batch)
+            except _StopForward:
+                pass
+            h_ND, output_ND = (_select(value, _kept_tokens(batch)).float() for value in seen)
+            if not (torch.isfinite(h_ND).all() and torch.isfinite(output_ND).all()):
+                raise FloatingPointError(
+                    "The hidden states of the calibration data are not finite, so nothing can be fitted to them; check "
+                    "the model in its dtype, and try init='skip' to see whether the layers before are to blame."
+                )
+            yield h_ND, output_ND - h_ND
+
+
+class _CoefficientFit:
+    """Fits the coefficients of an operator whose output is linear in them."""
+
+    def __init__(self, operator: Operator, previous: Neighbour, following: Neighbour, ridge: float) -> None:
+        self.operator, self.beside = operator, (previous, following)
+        size = operator.coefficients.shape
+        device = operator.coefficients.device
+        self.sums: SharedRidge | ChannelRidge = (
+            ChannelRidge(*size, ridge, device) if operator.per_channel else SharedRidge(size.numel(), ridge, device)
+        )
+
+    def add(self, h_ND: torch.Tensor, added_ND: torch.Tensor) -> None:
+        dtype = self.operator.coefficients.dtype
+        h_ND = h_ND.to(dtype)
+        target_ND = added_ND - self.operator.offset(h_ND, *self.beside).float()
+        self.sums.add(self.operator.branch_outputs(h_ND, *self.beside), target_ND)
+
+    def finish(self) -> None:
+        coefficients = self.operator.coefficients
+        coefficients.data.copy_(self.sums.solve().view_as(coefficients))
+
+
+class _LinearFit:
+    """Fits `Linear`: first the neighbours' value paths per channel, then the whole map towards them."""
+
+    def __init__(self, operator: Linear, previous: Neighbour, following: Neighbour, ridge: float) -> None:
+        self.operator, self.beside = operator, (previous, following)
+        size, device = operator.spec["hidden_size"], operator.coefficients.device
+        self.paths = Branches(previous, following, ["value"], "channel")
+        self.prior_sums = ChannelRidge(2, size, ridge, device)
+        self.sums = LinearRidge(size, ridge, device)
+
+    def add(self, h_ND: torch.Tensor, added_ND: torch.Tensor) -> None:
+        spec = self.operator.spec
+        h = h_ND.to(self.operator.coefficients.dtype)
+        self.prior_sums.add(self.paths.branch_outputs(h, *self.beside), added_ND)
+        self.sums.add(normalise(h_ND, spec["norm"], spec["eps"]), added_ND)
+
+    def finish(self) -> None:
+        prior = prior_of(*self.beside, self.prior_sums.solve())
+        bias = torch.zeros_like(prior.weight[:, 0]) if prior.bias is None else prior.bias
+        fitted_FD = self.sums.solve(torch.cat([prior.weight.T, bias[None]]))
+        self.operator.start_from(Affine(fitted_FD[:-1].T, fitted_FD[-1]))
+
+
+def _make_fit(operator: Operator, previous: Neighbour, following: Neighbour, ridge: float) -> Any:
+    kind: Any = _LinearFit if isinstance(operator, Linear) else _CoefficientFit
+    return kind(operator, previous, following, ridge)
