@@ -65,7 +65,7 @@ def block_influence(model: PreTrainedModel, batches: Batches) -> list[float]:
     layers = find_layers(model)
     totals = [0.0] * len(layers)
     tokens = [0] * len(layers)
-    with _evaluating(model), ExitStack() as stack:
+    with _evaluating(model):
         for batch in batches:
             mask = _kept_tokens(batch)
 
@@ -135,7 +135,7 @@ def _select(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 def _inputs_and_additions(
     model: PreTrainedModel, layer: nn.Module, batches: Batches
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """A layer's inputs and what it adds to them, batch by batch, without padding and without what follows the layer."""
+    """A layer's inputs and what it adds to them, batch by batch; no padding, and no forward beyond the layer."""
     seen: list[torch.Tensor] = []
 
     def record(index: int, h_BTD: torch.Tensor, output_BTD: torch.Tensor) -> None:
@@ -152,8 +152,8 @@ def _inputs_and_additions(
             h_ND, output_ND = (_select(value, _kept_tokens(batch)).float() for value in seen)
             if not (torch.isfinite(h_ND).all() and torch.isfinite(output_ND).all()):
                 raise FloatingPointError(
-                    "The hidden states of the calibration data are not finite, so nothing can be fitted to them; check "
-                    "the model in its dtype, and try init='skip' to see whether the layers before are to blame."
+                    "The hidden states of the calibration data are not finite, so nothing can be fitted to them; load "
+                    "the model in another dtype, or check the data."
                 )
             yield h_ND, output_ND - h_ND
 
@@ -163,10 +163,12 @@ class _CoefficientFit:
 
     def __init__(self, operator: Operator, previous: Neighbour, following: Neighbour, ridge: float) -> None:
         self.operator, self.beside = operator, (previous, following)
-        size = operator.coefficients.shape
+        rows, columns = operator.coefficients.shape
         device = operator.coefficients.device
         self.sums: SharedRidge | ChannelRidge = (
-            ChannelRidge(*size, ridge, device) if operator.per_channel else SharedRidge(size.numel(), ridge, device)
+            ChannelRidge(rows, columns, ridge, device)
+            if operator.per_channel
+            else SharedRidge(rows * columns, ridge, device)
         )
 
     def add(self, h_ND: torch.Tensor, added_ND: torch.Tensor) -> None:

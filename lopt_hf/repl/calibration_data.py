@@ -53,8 +53,8 @@ def _pack(token_ids: Iterator[int], config: RepLConfig) -> list[Batch]:
     tokens = list(islice(token_ids, config.calibration_tokens))
     if len(tokens) < length:
         raise ValueError(
-            f"calibration_data gives {len(tokens)} tokens of calibration_tokens={config.calibration_tokens}, less than "
-            f"one sequence of calibration_seq_length={length}; pass more data or shorten the sequences."
+            f"calibration_data gives {len(tokens)} tokens of calibration_tokens={config.calibration_tokens}, less "
+            f"than one sequence of calibration_seq_length={length}; pass more data or shorten the sequences."
         )
     rows_BT = torch.tensor(tokens[: len(tokens) // length * length]).view(-1, length)
     return [{"input_ids": batch_BT} for batch_BT in rows_BT.split(size)]

@@ -44,7 +44,7 @@ class RepLConfig:
         branches: Of `"branches"`: any of `identity`, `value` (both neighbours' value projection, then output
             projection), `output` (both neighbours' output projection alone, where it is square) and `mlp` (the mean of
             the neighbours' MLPs, which alone costs more than the rest).
-        detach_sources: Read the neighbours' weights as constants (paper, Eq 30), or let gradients reach them (`False`).
+        detach_sources: Read the neighbours' weights as constants (paper, Eq 30); `False` lets gradients reach them.
         ridge: Weight of the ridge penalty, relative to the mean square of the features.
         calibration_tokens: Tokens of the calibration data that are used, at most.
         calibration_seq_length: Tokens of each calibration sequence.

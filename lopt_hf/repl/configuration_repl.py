@@ -1,4 +1,4 @@
-"""The config of a folded RepL model. Copied beside exported checkpoints: imports nothing of this package but its pair."""
+"""The config of a folded RepL model. Copied beside exported checkpoints: imports transformers and its pair only."""
 
 from typing import Any
 

@@ -41,7 +41,7 @@ class RepLModel:
     config: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         repl, layers = config.repl, find_layers(self)  # type: ignore[arg-type]
         settings = RepLConfig(**repl["config"])
         for removed in repl["removed"]:
@@ -181,7 +181,8 @@ def get_repl_model(
     Example:
 
     ```python
-    model = get_repl_model(model, RepLConfig(num_layers_to_replace=4), calibration_data=texts, processing_class=tokenizer)
+    config = RepLConfig(num_layers_to_replace=4)
+    model = get_repl_model(model, config, calibration_data=texts, processing_class=tokenizer)
     ```
     """
     _check_model(model)
@@ -238,8 +239,9 @@ def _replace(model: Any, config: RepLConfig, removed: list[int], operators: Any,
     gone = remove_layers(model, removed)
     layers = find_layers(model)
     for layer, teacher in zip(removed, gone, strict=True):
-        kept = teacher.requires_grad_(False) if config.distillation_weight > 0 else None
-        attach(layers[kept_index(layer, removed)], operators[layer], SynthesisHook(*neighbours[layer], kept))
+        kept = teacher.requires_grad_(False).eval() if config.distillation_weight > 0 else None
+        before, after = neighbours[layer]
+        attach(layers[kept_index(layer, removed)], operators[layer], SynthesisHook(before, after, kept))
     model.config.__class__ = config_class
     settings = {f.name: getattr(config, f.name) for f in fields(config)}
     model.config.repl = {"architecture": architecture, "family": family, "removed": removed, "config": settings}

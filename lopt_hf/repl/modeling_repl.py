@@ -126,7 +126,7 @@ class FoldedModel:
     config: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         layers = find_layers(self)  # type: ignore[arg-type]
         for index, spec in config.repl["surrogates"].items():
             layer: Any = layers[int(index)]
@@ -141,7 +141,7 @@ class FoldedModel:
         """
         if mode:
             raise ValueError(
-                f"model={type(self).__name__} is folded: its surrogates are static weights that no longer follow their "
+                f"model={type(self).__name__} is folded: its surrogates are static weights, cut off from their "
                 "neighbours. Train the unfolded model and call merge_and_unload() afterwards."
             )
         return super().train(False)  # type: ignore[misc]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
+from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PretrainedConfig
@@ -21,8 +21,8 @@ __all__ = ["FAMILIES", "Affine", "MLPWeights", "Neighbour", "NormWeights", "chec
 class Layout:
     """Where a family keeps the weights of a layer.
 
-    `value` and `gate_up` may be packed with others: `"rows"`: query, key, value one after another; `"heads"`: the three
-    of each head together.
+    `value` may be packed with others; `value_packing` is `"rows"` where query, key and value follow each other,
+    `"heads"` where those of each head do.
     """
 
     attention_norm: str
@@ -175,10 +175,10 @@ def _effective(module: Any) -> Affine:
     adapter = module if isinstance(module, BaseTunerLayer) else None
     base: Any = adapter.get_base_layer() if adapter is not None else module
     weight = base.weight
-    if isinstance(adapter, LoraLayer) and not adapter.merged and not adapter.disable_adapters:
+    if isinstance(adapter, lora.Linear) and not adapter.merged and not adapter.disable_adapters:
         for name in adapter.active_adapters:
             if name in adapter.lora_A:
-                weight = weight + adapter.get_delta_weight(name)  # type: ignore[operator]
+                weight = weight + adapter.get_delta_weight(name)
     return Affine(weight.T if isinstance(base, Conv1D) else weight, base.bias)
 
 
@@ -211,12 +211,15 @@ class Neighbour:
 
     def _norm(self, path: str) -> NormWeights:
         module: Any = self.layer.get_submodule(path)
-        weight, bias = module.weight, module.bias if isinstance(module, nn.LayerNorm) else None
+        weight: torch.Tensor | None = module.weight
+        bias: torch.Tensor | None = module.bias if isinstance(module, nn.LayerNorm) else None
         if weight is not None and self.detach:
             weight = weight.detach()
         if bias is not None and self.detach:
             bias = bias.detach()
-        return NormWeights(weight + self.layout.norm_offset if self.layout.norm_offset else weight, bias)
+        if weight is not None and self.layout.norm_offset:
+            weight = weight + self.layout.norm_offset
+        return NormWeights(weight, bias)
 
     def attention_norm(self) -> NormWeights:
         return self._norm(self.layout.attention_norm)

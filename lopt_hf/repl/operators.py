@@ -137,7 +137,7 @@ def _check_square(name: str, neighbour: Neighbour) -> None:
     rows, columns = neighbour.output().weight.shape
     if rows != columns:
         raise ValueError(
-            f"{name} applies the attention's output projection to the hidden states, but here it is {rows} x {columns} "
+            f"{name} applies the attention's output projection to the hidden states, but it is {rows} x {columns} "
             "(head size x heads differs from the hidden size); use operator 'linear', or 'branches' without 'output'."
         )
 

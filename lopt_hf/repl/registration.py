@@ -1,6 +1,6 @@
 """Makes the auto classes of `transformers` know RepL models, without importing `transformers` for it.
 
-`import lopt_hf` stays cheap: the registration happens when `transformers` loads its auto classes, or at once if it has.
+`import lopt_hf` stays cheap: they are registered when `transformers` loads its auto classes, or at once if it has.
 """
 
 import sys

@@ -3,8 +3,8 @@
 Four things say which layers a model has: the `ModuleList`, each layer's `layer_idx` (its slot in the KV cache),
 `config.num_hidden_layers`, and the config's lists with one entry for each layer. They stay in step here.
 
-A surrogate is a child of the layer that follows it and runs before that layer: no entry of the `ModuleList`, no slot in
-the cache.
+A surrogate is a child of the layer that follows it and runs before that layer: it has no entry in the `ModuleList` and
+no slot in the cache.
 """
 
 from collections.abc import Mapping, Sequence

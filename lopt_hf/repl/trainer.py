@@ -25,6 +25,7 @@ class DistillationMixin(TrainerBase):
     surrogates; it is logged as `distillation_loss`. Weight 0 leaves the trainer as it is.
     """
 
+    model: Any
     _metrics: dict[str, Any]  # TRL's
 
     def _repl_model(self) -> Any:
@@ -87,4 +88,4 @@ class RepLTrainer(DistillationMixin, SFTTrainer):
                 "distillation_weight > 0, but the removed layers are not saved with a model and this one was loaded "
                 "without them; call get_repl_model on the stock model, or set distillation_weight to 0 in its config."
             )
-        super().__init__(model, *args, **kwargs)
+        super().__init__(model, *args, **kwargs)  # type: ignore[arg-type]
