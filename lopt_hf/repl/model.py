@@ -129,10 +129,16 @@ class RepLModel:
             attach(layers[index], surrogate.eval(), SurrogateHook())
             folded[str(index)] = operator.spec
         config_class, model_class = make_folded_classes(repl["architecture"])
-        self.config.__class__ = config_class
+        _change_class(self.config, config_class)
         self.config.repl = {**_origin(repl), "removed": repl["removed"], "surrogates": folded}
         self.__class__ = model_class
         return self
+
+
+def _change_class(config: Any, config_class: type) -> None:
+    """Makes a config, which the model's modules share, one of another class."""
+    config.__class__ = config_class
+    vars(config).pop("model_type", None)  # a config read from a file has its own beside its class's
 
 
 def _origin(repl: dict[str, Any]) -> dict[str, str]:
@@ -242,7 +248,7 @@ def _replace(model: Any, config: RepLConfig, removed: list[int], operators: Any,
         kept = teacher.requires_grad_(False).eval() if config.distillation_weight > 0 else None
         before, after = neighbours[layer]
         attach(layers[kept_index(layer, removed)], operators[layer], SynthesisHook(before, after, kept))
-    model.config.__class__ = config_class
+    _change_class(model.config, config_class)
     settings = {f.name: getattr(config, f.name) for f in fields(config)}
     model.config.repl = {"architecture": architecture, "family": family, "removed": removed, "config": settings}
     model.__class__ = model_class
