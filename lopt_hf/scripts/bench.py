@@ -1,6 +1,7 @@
 """Measure what training costs on this machine.
 
-`step` compares methods step by step: bytes saved for backward, time, resident memory.
+`step` compares methods step by step: bytes saved for backward, time, resident memory. `repl` measures what a folded
+RepL model saves where it is used.
 """
 
 import argparse
@@ -10,6 +11,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from lopt_hf.bench.repl import RepLBenchSettings, run_repl_bench
+from lopt_hf.bench.repl import to_markdown as repl_table
 from lopt_hf.bench.step import BenchWorkerError, StepBenchSettings, run_step_bench, to_json, to_markdown
 
 __all__ = ["main", "make_parser"]
@@ -24,6 +27,7 @@ then as JSON.
   lopt               LoPTTrainer; a row for each --num-blocks and --local-update-interval
   freeze             LoPTTrainer that leaves the early blocks frozen
   lora               SFTTrainer with a LoRA of rank 16 on all linear layers
+  repl               SFTTrainer on a RepL model with every 4th layer replaced (not among the default methods)
 
 Each method takes turns with an end-to-end run of its own: two processes at a time, with their weights and optimizer
 states (SmolLM2-135M: 2 to 3 GB each). Ratios are to the steps taken in turns.
@@ -65,24 +69,41 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=STEP_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    for setting in fields(StepBenchSettings):
+    _add_settings(step, StepBenchSettings)
+    step.add_argument("--output", type=Path, metavar="FILE", help="Write the JSON there instead of printing it.")
+    step.set_defaults(run=_run_step, parser=step)
+    repl = commands.add_parser(
+        "repl",
+        help="generation speed of a folded RepL model, and the time of its calibration",
+        description="Generate with a model and with its folded RepL model in turns, after timing the calibration.",
+    )
+    _add_settings(repl, RepLBenchSettings)
+    repl.set_defaults(run=_run_repl, parser=repl)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser, settings: Any) -> None:
+    """An option for each field of a settings dataclass."""
+    for setting in fields(settings):
         reader, metavar = _READERS[setting.type]
-        step.add_argument(
+        parser.add_argument(
             f"--{setting.name.replace('_', '-')}",
             type=reader,
             default=setting.default,
             metavar=metavar,
             help=setting.metadata["help"] + _default_text(setting.default),
         )
-    step.add_argument("--output", type=Path, metavar="FILE", help="Write the JSON there instead of printing it.")
-    step.set_defaults(run=_run_step, parser=step)
-    return parser
 
 
 def _default_text(default: Any) -> str:
     if default is None:
         return ""
     return f" Default: {','.join(map(str, default)) if isinstance(default, tuple) else default}"
+
+
+def _run_repl(arguments: argparse.Namespace) -> None:
+    names = [setting.name for setting in fields(RepLBenchSettings)]
+    print(repl_table(run_repl_bench(RepLBenchSettings(**{name: getattr(arguments, name) for name in names}))))
 
 
 def _run_step(arguments: argparse.Namespace) -> None:
