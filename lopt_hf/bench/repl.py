@@ -89,9 +89,9 @@ def run_repl_bench(settings: RepLBenchSettings) -> RepLResult:
     # What the surrogates start from changes no arithmetic.
     folded = make_variant(model, RepLConfig(placement="every", every=settings.every, init="skip"), None, tokenizer)[0]
     folded = folded.merge_and_unload()
-    generator = torch.Generator().manual_seed(0)
-    size = (settings.batch_size, settings.prompt_tokens)
-    prompts = torch.randint(100, model.config.vocab_size, size, generator=generator)
+    text = tokenizer(general_text(), add_special_tokens=False, verbose=False)["input_ids"]
+    shape = (settings.batch_size, settings.prompt_tokens)
+    prompts = torch.tensor(text[: shape[0] * shape[1]]).view(shape)
     times: tuple[list[float], list[float]] = ([], [])
     for turn in range(settings.rounds + 1):
         for index in (0, 1) if turn % 2 else (1, 0):  # neither always goes first

@@ -33,8 +33,8 @@ class RepLConfig:
             22-24, 25-27, and both in sequence). `"branches"` (ours): the span of `branches`, folded to one d x d map.
             `"linear"` (ours): one residual d x d map on the normed input, whose start is synthesised from the
             neighbours.
-        placement: `"block_influence"` (ours): the layers that change their input least on the calibration data, no
-            two of them adjacent. `"every"` (paper): layers K, 2K, ... counted from 1, the last layer kept.
+        placement: `"block_influence"` (ours): the layers that change their input least, no two of them adjacent,
+            on a quarter of the calibration data. `"every"` (paper): layers K, 2K, ... counted from 1, the last layer kept.
         num_layers_to_replace: How many layers `"block_influence"` picks.
         every: K of `"every"`. Paper: 4.
         layers_to_replace: Layers, counted from 0, instead of a placement.

@@ -197,7 +197,8 @@ def get_repl_model(
     by_influence = config.layers_to_replace is None and config.placement == "block_influence"
     if by_influence:  # before the data are run through the model
         choose_layers(config, len(layers), [0.0] * len(layers))
-    removed = choose_layers(config, len(layers), block_influence(model, batches) if by_influence else None)
+    some = batches[: max(1, len(batches) // 4)]  # a ranking of layers needs less data than a fit
+    removed = choose_layers(config, len(layers), block_influence(model, some) if by_influence else None)
     if config.distillation_weight > 0:
         _check_distillation(model, removed)
     neighbours = {r: _neighbours(layers, r - 1, r + 1, model.config, family, config) for r in removed}

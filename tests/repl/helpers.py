@@ -11,12 +11,11 @@ from tests.tiny import make_model
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3", "gpt2", "gpt_neox", "opt", "smollm3")
 INPUT_IDS = torch.arange(3, 27).reshape(2, 12)
 REMOVED = [1, 4]
-SQUARE = {"qwen3": {"head_dim": 8}}  # whose head_dim * heads differs from hidden in tests.tiny
 
 
 def make_stock(family: str = "llama", **overrides: Any) -> Any:
     """A stock model of 6 layers with biases and norm weights that are not the trivial ones."""
-    model = make_model(family, num_hidden_layers=6, **overrides).eval()
+    model = make_model(family, **{"num_hidden_layers": 6, **overrides}).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
