@@ -34,7 +34,8 @@ class RepLConfig:
             `"linear"` (ours): one residual d x d map on the normed input, whose start is synthesised from the
             neighbours.
         placement: `"block_influence"` (ours): the layers that change their input least, no two of them adjacent,
-            on a quarter of the calibration data. `"every"` (paper): layers K, 2K, ... counted from 1, the last layer kept.
+            on a quarter of the calibration data. `"every"` (paper): layers K, 2K, ... counted from 1, the last layer
+            kept.
         num_layers_to_replace: How many layers `"block_influence"` picks.
         every: K of `"every"`. Paper: 4.
         layers_to_replace: Layers, counted from 0, instead of a placement.
@@ -44,7 +45,8 @@ class RepLConfig:
         branches: Of `"branches"`: any of `identity`, `value` (both neighbours' value projection, then output
             projection), `output` (both neighbours' output projection alone, where it is square) and `mlp` (the mean of
             the neighbours' MLPs, which alone costs more than the rest).
-        detach_sources: Read the neighbours' weights as constants (paper, Eq 30); `False` lets gradients reach them.
+        detach_sources: Read the neighbours' weights as constants (paper, Eq 30); `False` lets gradients reach them,
+            which `LoPTTrainer` does not allow where a block starts with a surrogate.
         ridge: Weight of the ridge penalty, relative to the mean square of the features.
         calibration_tokens: Tokens of the calibration data that are used, at most.
         calibration_seq_length: Tokens of each calibration sequence.

@@ -29,6 +29,8 @@ from lopt_hf.repl.surgery import SynthesisHook, attach, kept_index, remove_layer
 
 __all__ = ["RepLModel", "get_repl_model", "make_classes"]
 
+HUB_ARGUMENTS = ("revision", "subfolder", "cache_dir", "token", "local_files_only")
+
 
 class RepLModel:
     """What a stock model gains by `get_repl_model`: it becomes an instance of both.
@@ -63,7 +65,8 @@ class RepLModel:
         """
         if cls is not RepLModel:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
-        config = AutoConfig.from_pretrained(pretrained_model_name_or_path)
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **hub)
         if config.model_type != RepLModelConfig.model_type:
             folded = config.model_type == FoldedRepLConfig.model_type
             raise ValueError(

@@ -15,6 +15,7 @@ from lopt_hf.repl.export import save_with_code
 from lopt_hf.repl.modeling_repl import find_layers
 from lopt_hf.repl.surgery import remove_layers
 from tests.repl.helpers import FAMILIES, INPUT_IDS, REMOVED, batches, logits, make_repl, make_stock, make_vit
+from tests.tiny import make_tokenizer
 
 OPERATORS = [
     {"operator": "linear"},
@@ -233,6 +234,19 @@ def test_auto_classes_know_the_models_once_the_package_is_imported(first, tmp_pa
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=root)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.split()[-2:] == ["RepLLlamaForCausalLM", "FoldedRepLLlamaForCausalLM"]
+
+
+def test_lm_eval_loads_a_folded_model(tmp_path):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    model = make_repl()
+    expected = logits(model, input_ids=torch.tensor([[3, 4, 5]])).log_softmax(-1)[0, [0, 1], [4, 5]].sum().item()
+    model.merge_and_unload().save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    lm = HFLM(pretrained=str(tmp_path), device="cpu", add_bos_token=False)
+    request = Instance("loglikelihood", {}, ("a", "bc"), 0)
+    assert lm.loglikelihood([request], disable_tqdm=True)[0][0] == pytest.approx(expected, rel=1e-4)
 
 
 def test_importing_the_package_imports_no_torch():
