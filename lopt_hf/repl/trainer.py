@@ -21,8 +21,8 @@ else:
 class DistillationMixin(TrainerBase):
     """Adds `distillation_weight` times the surrogates' distance from the removed layers to a trainer's loss.
 
-    The distance is each token's mean square error relative to what the removed layer adds, averaged over tokens and
-    surrogates; it is logged as `distillation_loss`. Weight 0 leaves the trainer as it is.
+    The distance is each token's mean square error relative to what the removed layer adds, averaged over tokens
+    (padding included) and surrogates; it is logged as `distillation_loss`. Weight 0 leaves the trainer as it is.
     """
 
     model: Any
