@@ -71,7 +71,11 @@ class RepLScriptArguments:
 
 @dataclass
 class HealingConfig(SFTConfig):
-    """`SFTConfig` that sets `use_cpu` on a machine without an accelerator, so that its defaults run."""
+    """`SFTConfig` without activation checkpointing, and with `use_cpu` set on a machine without an accelerator."""
+
+    activation_checkpointing: bool | None = field(  # ours: fewer layers keep fewer activations
+        default=False, metadata={"help": "Recompute activations in the backward instead of keeping them."}
+    )
 
     def __post_init__(self) -> None:
         # transformers refuses bf16, the default of TRL's configs, on such a machine unless told that this is meant.
