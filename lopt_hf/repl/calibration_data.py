@@ -5,7 +5,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
 
 from lopt_hf.repl.config import RepLConfig
 
@@ -31,8 +30,9 @@ def make_batches(data: Any, processing_class: Any, config: RepLConfig) -> list[B
             "calibration_data is missing, but init='calibrate' and placement='block_influence' need it; pass texts or "
             "a data set, or choose init='paper' or 'skip' with another placement."
         )
-    if not isinstance(data, Dataset | IterableDataset | Iterable):
-        raise ValueError(f"calibration_data is a {type(data).__name__}; pass texts, a data set or batches of inputs.")
+    if isinstance(data, dict) or not isinstance(data, Iterable):
+        name = type(data).__name__
+        raise ValueError(f"calibration_data is a {name}; pass texts, one split of a data set, or batches of inputs.")
     rows = iter([data] if isinstance(data, str) else data)
     first = next(rows, None)
     if first is None:

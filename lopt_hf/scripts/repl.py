@@ -224,13 +224,14 @@ def _name(config: RepLConfig) -> str:
 
 
 def check_output_dir(output_dir: str) -> None:
-    """Raises if a run would overwrite another's report.
+    """Raises if a run would overwrite what another has written.
 
     Raises:
-        ValueError: If there is one.
+        ValueError: If there is something.
     """
-    if (Path(output_dir) / REPORT).exists():
-        raise ValueError(f"output_dir={output_dir!r} holds another run's {REPORT}; choose another output_dir.")
+    for name in (REPORT, "report.md", "unfolded", "folded"):
+        if (Path(output_dir) / name).exists():
+            raise ValueError(f"output_dir={output_dir!r} holds another run's {name}; choose another output_dir.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

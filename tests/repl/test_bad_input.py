@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from trl import SFTConfig, SFTTrainer
 
 from lopt_hf import LoPTConfig, LoPTTrainer, RepLConfig, RepLModel, RepLTrainer, get_repl_model
@@ -48,6 +48,7 @@ def test_too_many_layers_are_refused_before_any_forward():
         ([], "calibration_data is empty"),
         (Dataset.from_dict({"text": []}), "calibration_data is empty"),
         (7, "calibration_data is a int"),
+        (DatasetDict(), "calibration_data is a DatasetDict; pass texts, one split"),
         (["short"], "gives 5 tokens .* less than one sequence of calibration_seq_length=512"),
         (Dataset.from_dict({"question": ["a"]}), r"has the columns \['question'\]"),
     ],
