@@ -4,7 +4,8 @@ Shapes: N tokens, D hidden channels, K features.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -36,7 +37,8 @@ def calibrate(
 ) -> None:
     """Sets the coefficients of all operators, from the lowest layer on, each behind those already fitted.
 
-    The target of each is the output of its own removed layer on the input that it will see.
+    The target of each is the output of its own removed layer on the input that it will see. The layers below a fitted
+    surrogate run once: its inputs are kept in temporary files, so that memory does not grow with the data.
 
     Args:
         model: The model with all its layers.
@@ -49,14 +51,19 @@ def calibrate(
         FloatingPointError: If the model's hidden states are not finite.
     """
     layers = find_layers(model)
-    with _evaluating(model), ExitStack() as stack:
+    start, below = 0, None  # what is below layer `start` is done: its output follows from the files
+    with _evaluating(model), TemporaryDirectory() as folder:
         for index in sorted(operators):
             fit = _make_fit(operators[index], *neighbours[index], ridge)
-            for h_ND, added_ND in _inputs_and_additions(model, layers[index], batches):
-                for h, added in zip(h_ND.split(TOKENS_AT_ONCE), added_ND.split(TOKENS_AT_ONCE), strict=True):
-                    fit.add(h, added)
+            for number, batch in enumerate(batches):
+                file = f"{folder}/{number}.pt"
+                resumed = None if below is None else _through(below, torch.load(file, weights_only=True))
+                with _from_layer(layers, start, resumed):
+                    h_BTD, output_BTD = _input_and_output(model, layers[index], batch)
+                torch.save(h_BTD, file)
+                _add(fit, h_BTD, output_BTD, _kept_tokens(batch))
             fit.finish()
-            stack.enter_context(_standing_in(layers[index], operators[index], neighbours[index]))
+            start, below = index + 1, (operators[index], neighbours[index])
 
 
 @torch.no_grad()
@@ -94,18 +101,33 @@ def _watching(layer: nn.Module, index: int, record: Any) -> Iterator[None]:
         handle.remove()
 
 
+class _Done(nn.Module):
+    """In place of a layer that need not run again: gives what it is given, or what follows from an earlier run."""
+
+    def __init__(self, output_BTD: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.output_BTD = output_BTD
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return hidden_states if self.output_BTD is None else self.output_BTD
+
+
 @contextmanager
-def _standing_in(layer: nn.Module, operator: Operator, beside: tuple[Neighbour, Neighbour]) -> Iterator[None]:
-    """Makes a layer give its surrogate's output, before the layer is taken out."""
-
-    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
-        return operator(args[0] if args else kwargs["hidden_states"], *beside)
-
-    handle = layer.register_forward_hook(hook, with_kwargs=True)
+def _from_layer(layers: nn.ModuleList, start: int, resumed_BTD: torch.Tensor | None) -> Iterator[None]:
+    """Lets the model's own forward begin at layer `start`, with `resumed_BTD` as that layer's input."""
+    originals = list(layers[:start])
     try:
+        for index in range(start):
+            layers[index] = _Done(resumed_BTD if index == start - 1 else None)
         yield
     finally:
-        handle.remove()
+        for index, layer in enumerate(originals):
+            layers[index] = layer
+
+
+def _through(below: tuple[Operator, tuple[Neighbour, Neighbour]], h_BTD: torch.Tensor) -> torch.Tensor:
+    operator, beside = below
+    return operator(h_BTD, *beside)
 
 
 @contextmanager
@@ -132,30 +154,31 @@ def _select(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return values.flatten(0, 1) if mask is None else values[mask.to(values.device)]
 
 
-def _inputs_and_additions(
-    model: PreTrainedModel, layer: nn.Module, batches: Batches
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """A layer's inputs and what it adds to them, batch by batch; no padding, and no forward beyond the layer."""
+def _input_and_output(
+    model: PreTrainedModel, layer: nn.Module, batch: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A layer's input and output; the forward ends there."""
     seen: list[torch.Tensor] = []
 
     def record(index: int, h_BTD: torch.Tensor, output_BTD: torch.Tensor) -> None:
         seen.extend((h_BTD, output_BTD))
         raise _StopForward
 
-    with _watching(layer, 0, record):
-        for batch in batches:
-            seen.clear()
-            try:
-                _forward(model, batch)
-            except _StopForward:
-                pass
-            h_ND, output_ND = (_select(value, _kept_tokens(batch)).float() for value in seen)
-            if not (torch.isfinite(h_ND).all() and torch.isfinite(output_ND).all()):
-                raise FloatingPointError(
-                    "The hidden states of the calibration data are not finite, so nothing can be fitted to them; load "
-                    "the model in another dtype, or check the data."
-                )
-            yield h_ND, output_ND - h_ND
+    with _watching(layer, 0, record), suppress(_StopForward):
+        _forward(model, batch)
+    if not all(torch.isfinite(value).all() for value in seen):
+        raise FloatingPointError(
+            "The hidden states of the calibration data are not finite, so nothing can be fitted to them; load "
+            "the model in another dtype, or check the data."
+        )
+    return seen[0], seen[1]
+
+
+def _add(fit: Any, h_BTD: torch.Tensor, output_BTD: torch.Tensor, mask_BT: torch.Tensor | None) -> None:
+    """Adds a batch to a fit, without padding."""
+    h_ND, output_ND = (_select(value, mask_BT).float() for value in (h_BTD, output_BTD))
+    for h, output in zip(h_ND.split(TOKENS_AT_ONCE), output_ND.split(TOKENS_AT_ONCE), strict=True):
+        fit.add(h, output - h)
 
 
 class _CoefficientFit:

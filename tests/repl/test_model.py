@@ -11,8 +11,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
 
 from lopt_hf import RepLConfig, RepLModel, get_repl_model
+from lopt_hf.repl.calibration import _LinearFit
 from lopt_hf.repl.export import save_with_code
 from lopt_hf.repl.modeling_repl import find_layers
+from lopt_hf.repl.neighbours import Neighbour
+from lopt_hf.repl.operators import Linear
 from lopt_hf.repl.surgery import remove_layers
 from tests.repl.helpers import FAMILIES, INPUT_IDS, REMOVED, batches, logits, make_repl, make_stock, make_vit
 from tests.tiny import make_tokenizer
@@ -130,6 +133,26 @@ def test_later_fits_see_the_earlier_surrogates():
     both, alone = make_repl(), make_repl(layers_to_replace=[4])
     assert not torch.equal(both.surrogates[4].coefficients, alone.surrogates[4].coefficients)
     assert torch.equal(both.surrogates[1].coefficients, make_repl(layers_to_replace=[1]).surrogates[1].coefficients)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_upper_fit_is_that_of_a_forward_from_the_embeddings(family):
+    """The calibration does not run the layers below a fitted surrogate again; nothing depends on that."""
+    seen, data, repl = [], batches(), make_repl(make_stock(family))
+    stock, low, upper = make_stock(family), repl.surrogates[1], repl.surrogates[4]
+    layers, hook = find_layers(stock), repl.hooks[0]
+    layers[1].register_forward_hook(lambda m, a, o: low(a[0], hook.previous, hook.following))
+    layers[4].register_forward_hook(lambda m, a, o: seen.append((a[0], o - a[0])))
+    with torch.no_grad():
+        for batch in data:
+            stock(**batch)
+    h, added = (torch.cat([pair[i].flatten(0, 1) for pair in seen]) for i in (0, 1))
+    beside = [Neighbour(layers[index], stock.config, family) for index in (3, 5)]
+    fit = _LinearFit(Linear(*beside), *beside, ridge=0.1)
+    fit.add(h, added)
+    fit.finish()
+    torch.testing.assert_close(upper.coefficients, fit.operator.coefficients, rtol=1e-3, atol=1e-4)
+    assert [type(layer) for layer in find_layers(repl)] == [type(layers[0])] * 4, "the layers are back in their places"
 
 
 def test_linear_calibration_is_least_squares():
