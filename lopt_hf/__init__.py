@@ -6,6 +6,8 @@ The public names are loaded on first use, so that `import lopt_hf` and `lopt-hf 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lopt_hf.repl.registration import register_when_transformers_is_loaded
+
 __version__ = "0.1.0.dev0"
 
 _EXPORTS = {
@@ -17,7 +19,11 @@ _EXPORTS = {
     "PipelineTrainer": "lopt_hf.pipeline.runner",
     "ReadoutObjective": "lopt_hf.readout",
     "ReconstructionObjective": "lopt_hf.objectives",
+    "RepLConfig": "lopt_hf.repl.config",
+    "RepLModel": "lopt_hf.repl.model",
+    "RepLTrainer": "lopt_hf.repl.trainer",
     "RetentionCallback": "lopt_hf.retention.callback",
+    "get_repl_model": "lopt_hf.repl.model",
 }
 __all__ = [
     "LoPTConfig",
@@ -28,7 +34,11 @@ __all__ = [
     "PipelineTrainer",
     "ReadoutObjective",
     "ReconstructionObjective",
+    "RepLConfig",
+    "RepLModel",
+    "RepLTrainer",
     "RetentionCallback",
+    "get_repl_model",
 ]
 
 if TYPE_CHECKING:
@@ -36,9 +46,14 @@ if TYPE_CHECKING:
     from lopt_hf.pipeline.config import PipelineConfig
     from lopt_hf.pipeline.runner import PipelineTrainer
     from lopt_hf.readout import ReadoutObjective
+    from lopt_hf.repl.config import RepLConfig
+    from lopt_hf.repl.model import RepLModel, get_repl_model
+    from lopt_hf.repl.trainer import RepLTrainer
     from lopt_hf.retention.callback import RetentionCallback
     from lopt_hf.trainers.lopt_config import LoPTConfig
     from lopt_hf.trainers.lopt_trainer import LoPTTrainer
+
+register_when_transformers_is_loaded()
 
 
 def __getattr__(name: str) -> Any:

@@ -3,9 +3,11 @@
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
-__all__ = ["LORA_RANK", "METHODS", "StepBenchSettings", "StepRow", "make_rows"]
+__all__ = ["LORA_RANK", "METHODS", "REPL_EVERY", "StepBenchSettings", "StepRow", "make_rows"]
 
 METHODS = ("e2e", "e2e_checkpointing", "lopt", "freeze", "lora")
+CHOICES = (*METHODS, "repl")
+REPL_EVERY = 4  # RepL, arXiv 2605.19533: every 4th layer
 DTYPES = ("bf16", "fp32")
 LORA_RANK = 16  # peft's documentation uses it throughout; LoRA, arXiv 2106.09685, Sec. 7.2: small ranks suffice
 _SMALLEST = {"batch_size": 1, "seq_length": 2, "steps": 1, "warmup": 0, "seed": 0, "threads": 1}
@@ -22,7 +24,7 @@ class StepBenchSettings:
     model: str = field(
         default="HuggingFaceTB/SmolLM2-135M-Instruct", metadata={"help": "Hub id or local folder of a causal LM."}
     )
-    methods: tuple[str, ...] = field(default=METHODS, metadata={"help": f"Any of {', '.join(METHODS)}."})
+    methods: tuple[str, ...] = field(default=METHODS, metadata={"help": f"Any of {', '.join(CHOICES)}."})
     num_blocks: tuple[int, ...] = field(
         default=(2, 4), metadata={"help": "Blocks of the lopt rows; freeze takes the first."}
     )
@@ -44,7 +46,7 @@ class StepBenchSettings:
             value = getattr(self, name)
             if value is not None and value < smallest:
                 raise ValueError(f"{name}={value} is too small; set it to {smallest} or more.")
-        for name, allowed, chosen in (("methods", METHODS, self.methods), ("dtype", DTYPES, (self.dtype,))):
+        for name, allowed, chosen in (("methods", CHOICES, self.methods), ("dtype", DTYPES, (self.dtype,))):
             for value in chosen:
                 if value not in allowed:
                     nearest = get_close_matches(value, allowed, n=1, cutoff=0.0)[0]
@@ -87,6 +89,7 @@ def make_rows(settings: StepBenchSettings) -> list[StepRow]:
 
     names = {"e2e": "e2e", "e2e_checkpointing": "e2e + checkpointing", "freeze": "freeze"}
     names["lora"] = f"LoRA r={LORA_RANK}"
+    names["repl"] = f"RepL, every {REPL_EVERY}th layer"
     rows: list[StepRow] = []
     for method in settings.methods:
         if method != "lopt":

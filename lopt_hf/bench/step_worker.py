@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from lopt_hf.bench.processes import FailuresTo, peak_resident_bytes
-from lopt_hf.bench.step_settings import LORA_RANK, StepBenchSettings, StepRow
+from lopt_hf.bench.step_settings import LORA_RANK, REPL_EVERY, StepBenchSettings, StepRow
 from lopt_hf.bench.training import silence, token_rows
 
 if TYPE_CHECKING:
@@ -82,6 +82,12 @@ def _make_trainer(row: StepRow, settings: StepBenchSettings, checkpoint: str, fo
         return LoPTTrainer(args=LoPTConfig(**arguments, train_early_blocks=row.method == "lopt"), **shared)
     if row.method == "lora":
         shared["peft_config"] = LoraConfig(r=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    if row.method == "repl":
+        from lopt_hf import RepLConfig, get_repl_model
+
+        # What the surrogates start from changes no arithmetic.
+        config = RepLConfig(placement="every", every=REPL_EVERY, init="skip")
+        shared["model"] = get_repl_model(shared["model"], config)
     return SFTTrainer(args=SFTConfig(**arguments), **shared)
 
 

@@ -1,7 +1,8 @@
 """Measure what training costs on this machine.
 
 `step` compares methods step by step: bytes saved for backward, time, resident memory. `pipeline` compares the pipeline
-of local learners with the same learning in one process, and with GPipe and 1F1B.
+of local learners with the same learning in one process, and with GPipe and 1F1B. `repl` measures what a folded RepL
+model saves where it is used.
 """
 
 import argparse
@@ -11,8 +12,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lopt_hf.bench import pipeline
+from lopt_hf.bench import pipeline, repl
 from lopt_hf.bench.pipeline_settings import PipelineBenchSettings
+from lopt_hf.bench.repl import RepLBenchSettings, run_repl_bench
 from lopt_hf.bench.step import BenchWorkerError, StepBenchSettings, run_step_bench, to_json, to_markdown
 
 __all__ = ["main", "make_parser"]
@@ -27,6 +29,7 @@ then as JSON.
   lopt               LoPTTrainer; a row for each --num-blocks and --local-update-interval
   freeze             LoPTTrainer that leaves the early blocks frozen
   lora               SFTTrainer with a LoRA of rank 16 on all linear layers
+  repl               SFTTrainer on a RepL model with every 4th layer replaced (not among the default methods)
 
 Each method takes turns with an end-to-end run of its own: two processes at a time, with their weights and optimizer
 states (SmolLM2-135M: 2 to 3 GB each). Ratios are to the steps taken in turns.
@@ -103,6 +106,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_settings(pipeline_parser, PipelineBenchSettings)
     pipeline_parser.set_defaults(run=_run_pipeline, parser=pipeline_parser)
+    repl_parser = commands.add_parser(
+        "repl",
+        help="generation speed of a folded RepL model, and the time of its calibration",
+        description="Generate with a model and with its folded RepL model in turns, after timing the calibration.",
+    )
+    _add_settings(repl_parser, RepLBenchSettings)
+    repl_parser.set_defaults(run=_run_repl, parser=repl_parser)
     return parser
 
 
@@ -135,6 +145,12 @@ def _run_pipeline(arguments: argparse.Namespace) -> None:
     settings = _read_settings(arguments, PipelineBenchSettings)
     report = pipeline.run_pipeline_bench(settings)
     _report(pipeline.to_markdown(report), pipeline.to_json(report, settings), arguments.output)
+
+
+def _run_repl(arguments: argparse.Namespace) -> None:
+    settings = _read_settings(arguments, RepLBenchSettings)
+    result = run_repl_bench(settings)
+    _report(repl.to_markdown(result), repl.to_json(result, settings), arguments.output)
 
 
 def _read_settings(arguments: argparse.Namespace, settings: Any) -> Any:

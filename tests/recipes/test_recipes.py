@@ -13,14 +13,20 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
 from lopt_hf.retention.grid import load_grid
-from lopt_hf.scripts import pipeline, sft
+from lopt_hf.scripts import pipeline, repl, sft
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"
 ACCELERATE_CONFIGS = sorted((RECIPES / "accelerate_configs").glob("*.yaml"))
 GRIDS = sorted(RECIPES.glob("*/retention/*.yaml"))
-MODEL_RECIPES = sorted(set(RECIPES.rglob("*.yaml")) - set(ACCELERATE_CONFIGS) - set(GRIDS))
-PARSERS = {"sft": sft.make_parser, "pipeline": pipeline.make_parser}  # by the recipe's folder
+REPL_RECIPES = sorted(RECIPES.glob("*/repl/*.yaml"))
+MODEL_RECIPES = sorted(set(RECIPES.rglob("*.yaml")) - set(ACCELERATE_CONFIGS) - set(GRIDS) - set(REPL_RECIPES))
+# By the folder of the recipe
+PARSERS = {
+    "sft": sft.make_parser,
+    "pipeline": pipeline.make_parser,
+    "repl": repl.make_parser,
+}  # by the recipe's folder
 
 # LoPT, arXiv 2605.04913 v3
 PAPER_MODELS = {
@@ -130,6 +136,19 @@ def test_a_grids_settings_for_a_hub_are_settings() -> None:
     grid = load_grid(path, **offered)
     assert (grid.train_dataset, grid.train_split) != (grid.heldout_dataset, grid.heldout_split)
     assert set(grid.samples) == set(grid.tasks) and len(offered) == 6
+
+
+@pytest.mark.parametrize("path", REPL_RECIPES, ids=name_of)
+def test_repl_recipe_is_parsed_in_full(path: Path) -> None:
+    values = parse(path, "repl")
+    written = yaml.safe_load(path.read_text())
+    assert written.keys() <= values.keys()
+    for key in written.keys() - {"report_to", "learning_rate"}:
+        assert values[key] == written[key]
+    assert values["output_dir"] == f"out/{path.parts[-3]}-{path.stem}"
+    assert path.name in (path.parent / "README.md").read_text()
+    for key in ("calibration_text", "eval_text"):  # what is measured is never calibrated on
+        assert values["eval_text"] != values["calibration_text"] and Path(values[key]).parts[0] == ".."
 
 
 @pytest.mark.parametrize("data", PAPER_DATA)

@@ -1,0 +1,127 @@
+"""What a folded RepL model saves where it is used: generation speed beside the full model; and its calibration time.
+
+The two models generate in turns in one process, so that whatever else the machine does hits both alike.
+"""
+
+import json
+import statistics
+from dataclasses import asdict, dataclass, field
+from time import perf_counter
+from typing import Any
+
+from lopt_hf.bench.report import describe_run, interquartile_range
+
+__all__ = ["RepLBenchSettings", "RepLResult", "run_repl_bench", "to_json", "to_markdown"]
+
+_SMALLEST = {"every": 2, "tokens": 1, "prompt_tokens": 1, "batch_size": 1, "rounds": 1, "calibration_tokens": 512}
+
+
+@dataclass(frozen=True)
+class RepLBenchSettings:
+    """What `run_repl_bench` measures.
+
+    Raises:
+        ValueError: If a value is out of range; the message names field, value and fix.
+    """
+
+    model: str = field(
+        default="HuggingFaceTB/SmolLM2-135M-Instruct", metadata={"help": "Hub id or local folder of a causal LM."}
+    )
+    every: int = field(default=4, metadata={"help": "Replace every n-th layer (RepL paper: 4)."})
+    prompt_tokens: int = field(default=64, metadata={"help": "Tokens of the prompt."})
+    tokens: int = field(default=64, metadata={"help": "Tokens that are generated after it."})
+    batch_size: int = field(default=1, metadata={"help": "Prompts at a time."})
+    rounds: int = field(default=7, metadata={"help": "Timed turns of each model, after one untimed."})
+    calibration_tokens: int = field(
+        default=8192, metadata={"help": "Tokens to calibrate four layers on, chosen by block influence."}
+    )
+    threads: int | None = field(default=None, metadata={"help": "CPU threads; torch's default if unset."})
+
+    def __post_init__(self) -> None:
+        for name, smallest in _SMALLEST.items():
+            if getattr(self, name) < smallest:
+                raise ValueError(f"{name}={getattr(self, name)} is too small; set it to {smallest} or more.")
+
+
+@dataclass(frozen=True)
+class RepLResult:
+    """What was measured.
+
+    Attributes:
+        full_seconds: Seconds of each turn of the full model.
+        folded_seconds: Seconds of each turn of the folded one.
+        new_tokens: Tokens generated in a turn.
+        calibration_seconds: Time to choose and calibrate four layers.
+        replaced: How many layers the folded model has replaced, and of how many.
+    """
+
+    full_seconds: list[float]
+    folded_seconds: list[float]
+    new_tokens: int
+    calibration_seconds: float
+    replaced: tuple[int, int]
+
+    @property
+    def speedup(self) -> float:
+        """Median over turns of the full model's time by the folded one's."""
+        pairs = zip(self.full_seconds, self.folded_seconds, strict=True)
+        return statistics.median(full / folded for full, folded in pairs)
+
+
+def run_repl_bench(settings: RepLBenchSettings) -> RepLResult:
+    """Measures generation and calibration.
+
+    Raises:
+        ValueError: If the model does not fit the settings.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from lopt_hf.evaluation import general_text
+    from lopt_hf.pretrained import resolve_model
+    from lopt_hf.repl.config import RepLConfig
+    from lopt_hf.repl.experiment import make_variant
+
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    name = resolve_model(settings.model)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
+    config = RepLConfig(num_layers_to_replace=4, calibration_tokens=settings.calibration_tokens)
+    _, seconds = make_variant(model, config, [general_text()], tokenizer)
+    # What the surrogates start from changes no arithmetic.
+    folded = make_variant(model, RepLConfig(placement="every", every=settings.every, init="skip"), None, tokenizer)[0]
+    folded = folded.merge_and_unload()
+    text = tokenizer(general_text(), add_special_tokens=False, verbose=False)["input_ids"]
+    shape = (settings.batch_size, settings.prompt_tokens)
+    prompts = torch.tensor(text[: shape[0] * shape[1]]).view(shape)
+    times: tuple[list[float], list[float]] = ([], [])
+    for turn in range(settings.rounds + 1):
+        for index in (0, 1) if turn % 2 else (1, 0):  # neither always goes first
+            cost = _generate((model, folded)[index], prompts, settings.tokens)
+            if turn:
+                times[index].append(cost)
+    counts = (model.config.num_hidden_layers - folded.config.num_hidden_layers, model.config.num_hidden_layers)
+    return RepLResult(*times, settings.tokens * settings.batch_size, seconds, counts)
+
+
+def _generate(model: Any, prompts_BT: Any, tokens: int) -> float:
+    start = perf_counter()
+    model.generate(prompts_BT, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+    return perf_counter() - start
+
+
+def to_markdown(result: RepLResult) -> str:
+    """The result as a table."""
+    lines = ["| model | tokens/s (median) | seconds per turn, IQR | x full model |", "| --- | ---: | ---: | ---: |"]
+    names = ("full model", "RepL, {} of {} layers, folded".format(*result.replaced))
+    ratios = (1.0, result.speedup)
+    for name, seconds, ratio in zip(names, (result.full_seconds, result.folded_seconds), ratios, strict=True):
+        speed, spread = result.new_tokens / statistics.median(seconds), interquartile_range(seconds)
+        lines.append(f"| {name} | {speed:.1f} | {spread:.3f} | {ratio:.2f} |")
+    return "\n".join([*lines, "", f"Choosing and calibrating 4 layers: {result.calibration_seconds:.0f} s"])
+
+
+def to_json(result: RepLResult, settings: RepLBenchSettings) -> str:
+    """The result with its settings, versions and machine, as JSON text."""
+    return json.dumps({**describe_run(settings), "result": {**asdict(result), "speedup": result.speedup}}, indent=2)

@@ -1,0 +1,1 @@
+"""RepL: layers of a pretrained model replaced by surrogates of their neighbours."""

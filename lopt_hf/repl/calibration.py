@@ -1,0 +1,233 @@
+"""Surrogates that imitate the layers they replace, fitted in closed form on a few thousand tokens.
+
+Shapes: N tokens, D hidden channels, K features.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lopt_hf.repl.modeling_repl import find_layers, normalise
+from lopt_hf.repl.neighbours import Affine, Neighbour
+from lopt_hf.repl.operators import Branches, Linear, Operator, prior_of
+from lopt_hf.repl.ridge import ChannelRidge, LinearRidge, SharedRidge
+
+__all__ = ["block_influence", "calibrate"]
+
+Batches = Sequence[Mapping[str, torch.Tensor]]
+TOKENS_AT_ONCE = 512  # bounds the memory of the features of all branches; no effect on the result
+
+
+class _StopForward(Exception):
+    """Ends a forward at the layer of interest."""
+
+
+@torch.no_grad()
+def calibrate(
+    model: PreTrainedModel,
+    operators: Mapping[int, Operator],
+    neighbours: Mapping[int, tuple[Neighbour, Neighbour]],
+    batches: Batches,
+    ridge: float,
+) -> None:
+    """Sets the coefficients of all operators, from the lowest layer on, each behind those already fitted.
+
+    The target of each is the output of its own removed layer on the input that it will see. The layers below a fitted
+    surrogate run once: its inputs are kept in temporary files, so that memory does not grow with the data.
+
+    Args:
+        model: The model with all its layers.
+        operators: The operator for each layer to replace.
+        neighbours: Their neighbours.
+        batches: Model inputs.
+        ridge: See `RepLConfig.ridge`.
+
+    Raises:
+        FloatingPointError: If the model's hidden states are not finite.
+    """
+    layers = find_layers(model)
+    start, below = 0, None  # what is below layer `start` is done: its output follows from the files
+    with _evaluating(model), TemporaryDirectory() as folder:
+        for index in sorted(operators):
+            fit = _make_fit(operators[index], *neighbours[index], ridge)
+            for number, batch in enumerate(batches):
+                file = f"{folder}/{number}.pt"
+                resumed = None if below is None else _through(below, torch.load(file, weights_only=True))
+                with _from_layer(layers, start, resumed):
+                    h_BTD, output_BTD = _input_and_output(model, layers[index], batch)
+                torch.save(h_BTD, file)
+                _add(fit, h_BTD, output_BTD, _kept_tokens(batch))
+            fit.finish()
+            start, below = index + 1, (operators[index], neighbours[index])
+
+
+@torch.no_grad()
+def block_influence(model: PreTrainedModel, batches: Batches) -> list[float]:
+    """For each layer `1 - cos` of its input and output, averaged over tokens (Men et al., arXiv 2403.03853, Eq 1)."""
+    layers = find_layers(model)
+    totals = [0.0] * len(layers)
+    tokens = [0] * len(layers)
+    with _evaluating(model):
+        for batch in batches:
+            mask = _kept_tokens(batch)
+
+            def record(index: int, h_BTD: torch.Tensor, output_BTD: torch.Tensor, mask: Any = mask) -> None:
+                cosine_BT = nn.functional.cosine_similarity(h_BTD.float(), output_BTD.float(), dim=-1)
+                kept = _select(cosine_BT, mask)
+                totals[index] += (1 - kept).sum().item()
+                tokens[index] += kept.numel()
+
+            with ExitStack() as hooks:
+                for index, layer in enumerate(layers):
+                    hooks.enter_context(_watching(layer, index, record))
+                _forward(model, batch)
+    return [total / count for total, count in zip(totals, tokens, strict=True)]
+
+
+@contextmanager
+def _watching(layer: nn.Module, index: int, record: Any) -> Iterator[None]:
+    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> None:
+        record(index, args[0] if args else kwargs["hidden_states"], output)
+
+    handle = layer.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class _Done(nn.Module):
+    """In place of a layer that need not run again: gives what it is given, or what follows from an earlier run."""
+
+    def __init__(self, output_BTD: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.output_BTD = output_BTD
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return hidden_states if self.output_BTD is None else self.output_BTD
+
+
+@contextmanager
+def _from_layer(layers: nn.ModuleList, start: int, resumed_BTD: torch.Tensor | None) -> Iterator[None]:
+    """Lets the model's own forward begin at layer `start`, with `resumed_BTD` as that layer's input."""
+    originals = list(layers[:start])
+    try:
+        for index in range(start):
+            layers[index] = _Done(resumed_BTD if index == start - 1 else None)
+        yield
+    finally:
+        for index, layer in enumerate(originals):
+            layers[index] = layer
+
+
+def _through(below: tuple[Operator, tuple[Neighbour, Neighbour]], h_BTD: torch.Tensor) -> torch.Tensor:
+    operator, beside = below
+    return operator(h_BTD, *beside)
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _forward(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> None:
+    inputs = {name: value.to(model.device) for name, value in batch.items()}
+    uses_cache = "use_cache" in model.config.get_text_config().to_dict()
+    model.base_model(**inputs, **({"use_cache": False} if uses_cache else {}))
+
+
+def _kept_tokens(batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    return batch["attention_mask"].bool() if "attention_mask" in batch else None
+
+
+def _select(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    return values.flatten(0, 1) if mask is None else values[mask.to(values.device)]
+
+
+def _input_and_output(
+    model: PreTrainedModel, layer: nn.Module, batch: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A layer's input and output; the forward ends there."""
+    seen: list[torch.Tensor] = []
+
+    def record(index: int, h_BTD: torch.Tensor, output_BTD: torch.Tensor) -> None:
+        seen.extend((h_BTD, output_BTD))
+        raise _StopForward
+
+    with _watching(layer, 0, record), suppress(_StopForward):
+        _forward(model, batch)
+    if not all(torch.isfinite(value).all() for value in seen):
+        raise FloatingPointError(
+            "The hidden states of the calibration data are not finite, so nothing can be fitted to them; load "
+            "the model in another dtype, or check the data."
+        )
+    return seen[0], seen[1]
+
+
+def _add(fit: Any, h_BTD: torch.Tensor, output_BTD: torch.Tensor, mask_BT: torch.Tensor | None) -> None:
+    """Adds a batch to a fit, without padding."""
+    h_ND, output_ND = (_select(value, mask_BT).float() for value in (h_BTD, output_BTD))
+    for h, output in zip(h_ND.split(TOKENS_AT_ONCE), output_ND.split(TOKENS_AT_ONCE), strict=True):
+        fit.add(h, output - h)
+
+
+class _CoefficientFit:
+    """Fits the coefficients of an operator whose output is linear in them."""
+
+    def __init__(self, operator: Operator, previous: Neighbour, following: Neighbour, ridge: float) -> None:
+        self.operator, self.beside = operator, (previous, following)
+        rows, columns = operator.coefficients.shape
+        device = operator.coefficients.device
+        self.sums: SharedRidge | ChannelRidge = (
+            ChannelRidge(rows, columns, ridge, device)
+            if operator.per_channel
+            else SharedRidge(rows * columns, ridge, device)
+        )
+
+    def add(self, h_ND: torch.Tensor, added_ND: torch.Tensor) -> None:
+        dtype = self.operator.coefficients.dtype
+        h_ND = h_ND.to(dtype)
+        target_ND = added_ND - self.operator.offset(h_ND, *self.beside).float()
+        self.sums.add(self.operator.branch_outputs(h_ND, *self.beside), target_ND)
+
+    def finish(self) -> None:
+        coefficients = self.operator.coefficients
+        coefficients.data.copy_(self.sums.solve().view_as(coefficients))
+
+
+class _LinearFit:
+    """Fits `Linear`: first the neighbours' value paths per channel, then the whole map towards them."""
+
+    def __init__(self, operator: Linear, previous: Neighbour, following: Neighbour, ridge: float) -> None:
+        self.operator, self.beside = operator, (previous, following)
+        size, device = operator.spec["hidden_size"], operator.coefficients.device
+        self.paths = Branches(previous, following, ["value"], "channel")
+        self.prior_sums = ChannelRidge(2, size, ridge, device)
+        self.sums = LinearRidge(size, ridge, device)
+
+    def add(self, h_ND: torch.Tensor, added_ND: torch.Tensor) -> None:
+        spec = self.operator.spec
+        h = h_ND.to(self.operator.coefficients.dtype)
+        self.prior_sums.add(self.paths.branch_outputs(h, *self.beside), added_ND)
+        self.sums.add(normalise(h_ND, spec["norm"], spec["eps"]), added_ND)
+
+    def finish(self) -> None:
+        prior = prior_of(*self.beside, self.prior_sums.solve())
+        bias = torch.zeros_like(prior.weight[:, 0]) if prior.bias is None else prior.bias
+        fitted_FD = self.sums.solve(torch.cat([prior.weight.T, bias[None]]))
+        self.operator.start_from(Affine(fitted_FD[:-1].T, fitted_FD[-1]))
+
+
+def _make_fit(operator: Operator, previous: Neighbour, following: Neighbour, ridge: float) -> Any:
+    kind: Any = _LinearFit if isinstance(operator, Linear) else _CoefficientFit
+    return kind(operator, previous, following, ridge)

@@ -1,0 +1,170 @@
+"""What `get_repl_model` does, as arguments."""
+
+from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+__all__ = ["BRANCHES", "OPERATORS", "RepLConfig"]
+
+OPERATORS = ("linear", "branches", "proj", "head", "mlp", "head+mlp")
+PLACEMENTS = ("block_influence", "every")
+INITS = ("calibrate", "paper", "skip")
+COEFFICIENTS = ("channel", "head", "scalar")
+BRANCHES = ("identity", "value", "output", "mlp")
+TRAINABLE = ("all", "coefficients")
+_CHOICES = {
+    "operator": OPERATORS,
+    "placement": PLACEMENTS,
+    "init": INITS,
+    "coefficients": COEFFICIENTS,
+    "trainable": TRAINABLE,
+}
+_SMALLEST = {"every": 2, "calibration_tokens": 1, "calibration_seq_length": 2, "calibration_batch_size": 1}
+
+
+@dataclass
+class RepLConfig:
+    """Which layers are replaced, by what, and how the surrogates start.
+
+    Source: RepL, arXiv 2605.19533 ("paper"), which has no code. What goes beyond it is marked "ours".
+
+    Parameters:
+        operator: What stands in a layer's place. `"proj"`, `"head"`, `"mlp"`, `"head+mlp"`: the paper's (Eq 19-21,
+            22-24, 25-27, and both in sequence). `"branches"` (ours): the span of `branches`, folded to one d x d map.
+            `"linear"` (ours): one residual d x d map on the normed input, whose start is synthesised from the
+            neighbours.
+        placement: `"block_influence"` (ours): the layers that change their input least, no two of them adjacent,
+            on a quarter of the calibration data. `"every"` (paper): layers K, 2K, ... counted from 1, the last layer
+            kept.
+        num_layers_to_replace: How many layers `"block_influence"` picks.
+        every: K of `"every"`. Paper: 4.
+        layers_to_replace: Layers, counted from 0, instead of a placement.
+        init: `"calibrate"` (ours): the coefficients that imitate the removed layers best on the calibration data.
+            `"paper"`: 0.5 for both neighbours. `"skip"`: 0, which is plain removal.
+        coefficients: Of `"branches"`: one for each `"channel"`, attention `"head"` (value paths only) or a `"scalar"`.
+        branches: Of `"branches"`: any of `identity`, `value` (both neighbours' value projection, then output
+            projection), `output` (both neighbours' output projection alone, where it is square) and `mlp` (the mean of
+            the neighbours' MLPs, which alone costs more than the rest).
+        detach_sources: Read the neighbours' weights as constants (paper, Eq 30); `False` lets gradients reach them,
+            which `LoPTTrainer` does not allow where a block starts with a surrogate.
+        ridge: Weight of the ridge penalty, relative to the mean square of the features.
+        calibration_tokens: Tokens of the calibration data that are used, at most.
+        calibration_seq_length: Tokens of each calibration sequence.
+        calibration_batch_size: Calibration sequences for each forward.
+        trainable: What trains afterwards: `"all"` (paper), or the surrogates' `"coefficients"` only.
+        distillation_weight: Weight of the distance between surrogates' and removed layers' outputs in the loss of
+            `RepLTrainer`; 0 keeps no removed layer in memory.
+
+    Raises:
+        ValueError: If a value is out of range; the message names field, value and fix.
+    """
+
+    operator: str = field(
+        # ours: lowest perplexity within 0.35 x the removed layer's arithmetic, see recipes/smollm2-135m/repl
+        default="linear",
+        metadata={"help": "What stands in a removed layer's place.", "choices": list(OPERATORS)},
+    )
+    placement: str = field(
+        default="block_influence",  # ours: at the same number of layers plain removal hurts less there than every K-th
+        metadata={"help": "How layers are chosen.", "choices": list(PLACEMENTS)},
+    )
+    num_layers_to_replace: int | None = field(
+        default=None, metadata={"help": "How many layers placement 'block_influence' picks."}
+    )
+    every: int = field(default=4, metadata={"help": "K of placement 'every' (paper: 4)."})  # paper, Sec. 4
+    layers_to_replace: list[int] | None = field(
+        default=None, metadata={"help": "Layers to replace, counted from 0, instead of a placement."}
+    )
+    init: str = field(
+        default="calibrate",  # ours: the paper's coefficients destroy a pretrained model
+        metadata={"help": "How the surrogates start.", "choices": list(INITS)},
+    )
+    coefficients: str = field(
+        default="channel",  # ours: scalars hardly help
+        metadata={"help": "Granularity of the coefficients of 'branches'.", "choices": list(COEFFICIENTS)},
+    )
+    branches: list[str] = field(
+        default_factory=lambda: ["identity", "value"],  # ours: what folds into one d x d map
+        metadata={"help": f"Branches of operator 'branches': any of {', '.join(BRANCHES)}."},
+    )
+    detach_sources: bool = field(
+        default=True, metadata={"help": "Read the neighbours' weights as constants (paper, Eq 30)."}
+    )
+    ridge: float = field(
+        default=0.1,  # ours: chosen on WikiText-2, see recipes/smollm2-135m/repl
+        metadata={"help": "Ridge penalty of the calibration, relative to the mean square of the features."},
+    )
+    calibration_tokens: int = field(
+        default=8192,  # ours: under two minutes on two CPU cores for 135M parameters
+        metadata={"help": "Tokens of the calibration data that are used, at most."},
+    )
+    calibration_seq_length: int = field(default=512, metadata={"help": "Tokens of each calibration sequence."})  # ours
+    calibration_batch_size: int = field(default=4, metadata={"help": "Calibration sequences per forward."})  # ours
+    trainable: str = field(
+        default="all",  # paper
+        metadata={"help": "What trains afterwards.", "choices": list(TRAINABLE)},
+    )
+    distillation_weight: float = field(
+        default=0.0,  # paper: the task loss alone
+        metadata={"help": "Weight of the removed layers' outputs as targets in the loss of RepLTrainer."},
+    )
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                nearest = get_close_matches(str(value), allowed, n=1, cutoff=0.0)[0]
+                raise ValueError(f"{name}={value!r} is unknown, nearest is {nearest!r}; use {', '.join(allowed)}.")
+        for name, smallest in _SMALLEST.items():
+            value = getattr(self, name)
+            if value < smallest:
+                raise ValueError(f"{name}={value} is too small; set it to {smallest} or more.")
+        for name in ("ridge", "distillation_weight"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name}={value} must be a number from 0 on.")
+        self._check_branches()
+        self._check_placement()
+        if self.operator == "mlp" and self.init != "paper":
+            raise ValueError(
+                f"operator='mlp' has no coefficients (paper, Eq 25-27), so init={self.init!r} has nothing to set; "
+                "set init to 'paper'."
+            )
+
+    def _check_branches(self) -> None:
+        unknown = [branch for branch in self.branches if branch not in BRANCHES]
+        if unknown or not self.branches or len(set(self.branches)) < len(self.branches):
+            raise ValueError(f"branches={self.branches} must name each of its branches once: {', '.join(BRANCHES)}.")
+        if self.operator == "branches" and self.coefficients == "head" and set(self.branches) - {"value", "output"}:
+            raise ValueError(
+                f"coefficients='head' needs branches that have heads, but branches={self.branches}; "
+                "use ['value'], or another granularity."
+            )
+
+    def _check_placement(self) -> None:
+        if self.layers_to_replace is not None:
+            if self.num_layers_to_replace is not None:
+                raise ValueError(
+                    f"num_layers_to_replace={self.num_layers_to_replace} and layers_to_replace="
+                    f"{self.layers_to_replace} are two ways to say which layers; leave one of them out."
+                )
+        elif self.placement == "block_influence" and self.num_layers_to_replace is None:
+            raise ValueError(
+                "num_layers_to_replace is missing; say how many layers placement='block_influence' replaces, "
+                "or name them with layers_to_replace."
+            )
+        elif self.placement == "every" and self.num_layers_to_replace is not None:
+            raise ValueError(
+                f"num_layers_to_replace={self.num_layers_to_replace} has no effect with placement='every', where "
+                f"every={self.every} says how many; leave it out."
+            )
+
+    @property
+    def needs_calibration_data(self) -> bool:
+        """Whether the surrogates or their places follow from data."""
+        chooses = self.layers_to_replace is None and self.placement == "block_influence"
+        return chooses or self.init == "calibrate"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The arguments as plain values."""
+        return asdict(self)

@@ -1,0 +1,130 @@
+"""A RepL model beside the model it was made from and beside plain removal of the same layers.
+
+Shapes: B batch, T tokens, V vocabulary.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lopt_hf.repl.config import RepLConfig
+from lopt_hf.repl.model import RepLModel, get_repl_model
+from lopt_hf.repl.surgery import remove_layers
+
+__all__ = [
+    "FULL",
+    "PLAIN",
+    "ChunkLosses",
+    "Row",
+    "chunk_losses",
+    "cut_chunks",
+    "make_plain",
+    "make_row",
+    "make_variant",
+    "parse_variant",
+]
+
+FULL, PLAIN = "full model", "plain removal"
+ChunkLosses = list[tuple[float, int]]
+
+
+@dataclass
+class Row:
+    """One model and how well it predicts text.
+
+    Attributes:
+        name: What it is.
+        losses: For each chunk of text its summed loss in nats and its number of predicted tokens.
+        parameters: Of the whole model, folded.
+        seed: Of its healing; `None` without.
+        cost_ratio: A surrogate's multiply-adds per token relative to its removed layer's; `None` without surrogates.
+        seconds: What choosing layers and calibrating took, or healing.
+        removed: The layers taken out, from 0.
+    """
+
+    name: str
+    losses: ChunkLosses
+    parameters: int
+    seed: int | None = None
+    cost_ratio: float | None = None
+    seconds: float | None = None
+    removed: list[int] = field(default_factory=list)
+
+    @property
+    def mean_loss(self) -> float:
+        """Nats per token."""
+        return sum(loss for loss, _ in self.losses) / sum(count for _, count in self.losses)
+
+
+def cut_chunks(tokenizer: PreTrainedTokenizerBase, text: str, length: int, count: int) -> torch.Tensor:
+    """`count` pieces of a text of `length` tokens, spread evenly over it, (count, T).
+
+    Raises:
+        ValueError: If the text is too short.
+    """
+    token_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    pieces = torch.tensor(token_ids[: len(token_ids) // length * length]).view(-1, length)
+    if len(pieces) < count:
+        raise ValueError(
+            f"eval_chunks={count} pieces of eval_chunk_length={length} tokens need a longer text: it has "
+            f"{len(token_ids)} tokens; lower eval_chunks to at most {len(pieces)}."
+        )
+    return pieces[torch.linspace(0, len(pieces) - 1, count).round().long()]
+
+
+@torch.no_grad()
+def chunk_losses(model: nn.Module, chunks_BT: torch.Tensor, batch_size: int = 4) -> ChunkLosses:
+    """The next-token loss of each chunk: its sum in nats, and over how many tokens."""
+    model.eval()
+    device = next(model.parameters()).device
+    losses: ChunkLosses = []
+    for batch_BT in chunks_BT.to(device).split(batch_size):
+        logits_BTV = model(input_ids=batch_BT, use_cache=False).logits[:, :-1].float()
+        loss_BT = nn.functional.cross_entropy(logits_BTV.transpose(1, 2), batch_BT[:, 1:], reduction="none")
+        losses += [(row.sum().item(), row.numel()) for row in loss_BT]
+    return losses
+
+
+def parse_variant(text: str, config: RepLConfig) -> RepLConfig:
+    """`operator` or `operator:init`, with everything else as in a config.
+
+    Raises:
+        ValueError: If either is unknown.
+    """
+    operator, _, init = text.partition(":")
+    return replace(config, operator=operator, init=init or config.init)
+
+
+def make_plain(model: PreTrainedModel, removed: Sequence[int]) -> PreTrainedModel:
+    """A copy of a model without some layers, a stock model still."""
+    plain = copy.deepcopy(model)
+    remove_layers(plain, removed)
+    return plain
+
+
+def make_variant(
+    model: PreTrainedModel, config: RepLConfig, calibration_data: Any, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Any, float]:
+    """A copy of a model with layers replaced, and the seconds that choosing and calibrating took."""
+    start = perf_counter()
+    variant = get_repl_model(copy.deepcopy(model), config, calibration_data, tokenizer)
+    return variant, perf_counter() - start
+
+
+def make_row(name: str, model: Any, chunks_BT: torch.Tensor, **facts: Any) -> Row:
+    """Measures a model."""
+    costs = model.surrogate_costs if isinstance(model, RepLModel) else []
+    parameters = count_parameters(model) + sum(cost.parameters - cost.coefficients for cost in costs)
+    ratio = costs[0].ratio if costs else None
+    return Row(name, chunk_losses(model, chunks_BT), parameters, cost_ratio=ratio, **facts)
+
+
+def count_parameters(model: PreTrainedModel) -> int:
+    """Parameters of a model, each once."""
+    return sum(parameter.numel() for parameter in model.parameters())

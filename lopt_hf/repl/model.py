@@ -1,0 +1,263 @@
+"""A stock model with some layers replaced, under PEFT's verbs: `get_repl_model`, `RepLModel`."""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
+
+from lopt_hf.repl.calibration import block_influence, calibrate
+from lopt_hf.repl.calibration_data import make_batches
+from lopt_hf.repl.config import RepLConfig
+from lopt_hf.repl.configuration_dynamic import RepLModelConfig
+from lopt_hf.repl.configuration_repl import FoldedRepLConfig
+from lopt_hf.repl.cost import SurrogateCost, cost_of, layer_cost
+from lopt_hf.repl.modeling_repl import (
+    FoldedSurrogate,
+    SurrogateHook,
+    family_classes,
+    find_layers,
+    make_folded_classes,
+)
+from lopt_hf.repl.neighbours import Neighbour, check_family
+from lopt_hf.repl.operators import Operator, make_operator
+from lopt_hf.repl.placement import choose_layers
+from lopt_hf.repl.surgery import SynthesisHook, attach, kept_index, remove_layers
+
+__all__ = ["RepLModel", "get_repl_model", "make_classes"]
+
+HUB_ARGUMENTS = ("revision", "subfolder", "cache_dir", "token", "local_files_only")
+
+
+class RepLModel:
+    """What a stock model gains by `get_repl_model`: it becomes an instance of both.
+
+    It is no wrapper with a forward of its own, so that trainers, `generate` and adapters treat it as the stock model
+    that it is. Saved and loaded like any model; `config.json` says which surrogates to put back, and the auto classes
+    know it wherever `lopt_hf` is imported.
+    """
+
+    config: Any
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        repl, layers = config.repl, find_layers(self)  # type: ignore[arg-type]
+        settings = RepLConfig(**repl["config"])
+        for removed in repl["removed"]:
+            index = kept_index(removed, repl["removed"])
+            beside = _neighbours(layers, index - 1, index, config, repl["family"], settings)
+            attach(layers[index], make_operator(settings, *beside), SynthesisHook(*beside))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Loads an unfolded model that `save_pretrained` or a trainer has saved.
+
+        Args:
+            pretrained_model_name_or_path: Folder or hub id.
+            *args: As for the auto classes.
+            **kwargs: As for the auto classes.
+
+        Raises:
+            ValueError: If it is no RepL model, or a folded one.
+        """
+        if cls is not RepLModel:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+        if config.model_type != RepLModelConfig.model_type:
+            folded = config.model_type == FoldedRepLConfig.model_type
+            raise ValueError(
+                f"{str(pretrained_model_name_or_path)!r} holds "
+                + ("a folded RepL model" if folded else f"a stock model of type {config.model_type!r}")
+                + "; load it with AutoModelForCausalLM"
+                + ("." if folded else ", and replace layers with get_repl_model.")
+            )
+        is_image_model = config.repl["family"] == "vit"
+        auto_class: Any = AutoModelForImageClassification if is_image_model else AutoModelForCausalLM
+        return auto_class.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @property
+    def surrogates(self) -> dict[int, Operator]:
+        """The surrogate for each removed layer, by that layer's number in the model it was taken from."""
+        removed, layers = self.config.repl["removed"], find_layers(self)  # type: ignore[arg-type]
+        return {layer: _surrogate(layers[kept_index(layer, removed)]) for layer in removed}
+
+    @property
+    def surrogate_costs(self) -> list[SurrogateCost]:
+        """What each surrogate costs beside its removed layer."""
+        layers = find_layers(self)  # type: ignore[arg-type]
+        removed = self.config.repl["removed"]
+        costs = []
+        for layer, operator in self.surrogates.items():
+            before: Any = layers[kept_index(layer, removed) - 1]
+            costs.append(cost_of(layer, operator, layer_cost(before)))  # neighbours have the removed layer's shapes
+        return costs
+
+    @property
+    def hooks(self) -> list[SynthesisHook]:
+        """The hooks that run the surrogates, from the lowest on."""
+        hooks = (hook for layer in find_layers(self) for hook in layer._forward_pre_hooks.values())  # type: ignore[arg-type]
+        return [hook for hook in hooks if isinstance(hook, SynthesisHook)]
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """The number of trainable parameters, and of all."""
+        parameters = list(self.parameters())  # type: ignore[attr-defined]
+        return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+    def print_trainable_parameters(self) -> None:
+        """Prints the trainable parameters in PEFT's words."""
+        trainable, everything = self.get_nb_trainable_parameters()
+        share = 100 * trainable / everything
+        print(f"trainable params: {trainable:,d} || all params: {everything:,d} || trainable%: {share:.4f}")
+
+    @torch.no_grad()
+    def merge_and_unload(self) -> Any:
+        """Folds every surrogate to static weights, in place.
+
+        Returns:
+            The same model, now of an architecture that `AutoModelForCausalLM` loads wherever `lopt_hf` is imported, or
+            that `save_with_code` saves for everybody else. It is set to evaluation.
+        """
+        self.eval()  # type: ignore[attr-defined]
+        layers, repl = find_layers(self), self.config.repl  # type: ignore[arg-type]
+        folded: dict[str, Any] = {}
+        for removed, hook in zip(repl["removed"], self.hooks, strict=True):
+            index = kept_index(removed, repl["removed"])
+            operator = _surrogate(layers[index])
+            surrogate = FoldedSurrogate(operator.spec).to(next(layers[index].parameters()))
+            surrogate.load_state_dict(operator.synthesise(hook.previous, hook.following))
+            attach(layers[index], surrogate.eval(), SurrogateHook())
+            folded[str(index)] = operator.spec
+        config_class, model_class = make_folded_classes(repl["architecture"])
+        _change_class(self.config, config_class)
+        self.config.repl = {**_origin(repl), "removed": repl["removed"], "surrogates": folded}
+        self.__class__ = model_class
+        return self
+
+
+def _change_class(config: Any, config_class: type) -> None:
+    """Makes a config, which the model's modules share, one of another class."""
+    config.__class__ = config_class
+    vars(config).pop("model_type", None)  # a config read from a file has its own beside its class's
+
+
+def _origin(repl: dict[str, Any]) -> dict[str, str]:
+    return {"architecture": repl["architecture"], "family": repl["family"]}
+
+
+def _surrogate(layer: Any) -> Operator:
+    surrogate = layer.surrogate
+    # PEFT's `modules_to_save` keeps a trainable copy beside the original.
+    return surrogate if isinstance(surrogate, Operator) else surrogate.modules_to_save[surrogate.active_adapter]
+
+
+def _neighbours(
+    layers: nn.ModuleList, previous: int, following: int, config: Any, family: str, settings: RepLConfig
+) -> tuple[Neighbour, Neighbour]:
+    before, after = (
+        Neighbour(layers[index], config, family, settings.detach_sources) for index in (previous, following)
+    )
+    return before, after
+
+
+@lru_cache
+def make_classes(architecture: str) -> tuple[Any, Any]:
+    """The unfolded model's config class and model class of an architecture, registered with the auto classes."""
+    return family_classes(architecture, "RepL", RepLModelConfig.model_type, RepLModel)
+
+
+def get_repl_model(
+    model: PreTrainedModel, config: RepLConfig, calibration_data: Any = None, processing_class: Any = None
+) -> Any:
+    """Replaces layers of a pretrained model by surrogates of their neighbours, in place.
+
+    Args:
+        model: A `transformers` causal language model, or a `ViTForImageClassification`, of a supported family.
+        config: Which layers, and by what.
+        calibration_data: Texts, a data set, or batches of model inputs; needed by `init="calibrate"` and by
+            `placement="block_influence"`, see `make_batches`.
+        processing_class: The tokenizer, where the data are text.
+
+    Returns:
+        The model, now also a `RepLModel`.
+
+    Raises:
+        ValueError: If the model, the layers or the data do not fit; the message names field, value and fix.
+
+    Example:
+
+    ```python
+    config = RepLConfig(num_layers_to_replace=4)
+    model = get_repl_model(model, config, calibration_data=texts, processing_class=tokenizer)
+    ```
+    """
+    _check_model(model)
+    layers, family = find_layers(model), model.config.model_type
+    batches = make_batches(calibration_data, processing_class, config) if config.needs_calibration_data else []
+    by_influence = config.layers_to_replace is None and config.placement == "block_influence"
+    if by_influence:  # before the data are run through the model
+        choose_layers(config, len(layers), [0.0] * len(layers))
+    some = batches[: max(1, len(batches) // 4)]  # a ranking of layers needs less data than a fit
+    removed = choose_layers(config, len(layers), block_influence(model, some) if by_influence else None)
+    if config.distillation_weight > 0:
+        _check_distillation(model, removed)
+    neighbours = {r: _neighbours(layers, r - 1, r + 1, model.config, family, config) for r in removed}
+    operators = {r: make_operator(config, *neighbours[r]) for r in removed}
+    _initialise(model, config, operators, neighbours, batches)
+    return _replace(model, config, removed, operators, neighbours)
+
+
+def _check_model(model: PreTrainedModel) -> None:
+    if isinstance(model, RepLModel) or model.config.model_type == FoldedRepLConfig.model_type:
+        raise ValueError(f"model={type(model).__name__} already has surrogates; start from the stock model.")
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"model={type(model).__name__} is no model of transformers; replace layers first and add adapters then."
+        )
+    if model.config.to_dict().get("quantization_config") is not None:
+        raise ValueError(f"model={type(model).__name__} is quantised; load it without quantisation.")
+    check_family(model.config)
+
+
+def _check_distillation(model: PreTrainedModel, removed: Sequence[int]) -> None:
+    types = model.config.get_text_config().to_dict().get("layer_types") or []
+    for layer in removed:
+        if types and types[layer] != types[layer + 1]:
+            raise ValueError(
+                f"distillation_weight needs layer {layer} and the one after it to attend alike, but they are "
+                f"{types[layer]!r} and {types[layer + 1]!r}; set distillation_weight to 0 or replace other layers."
+            )
+
+
+def _initialise(model: Any, config: RepLConfig, operators: Any, neighbours: Any, batches: Any) -> None:
+    if config.init == "calibrate":
+        calibrate(model, operators, neighbours, batches, config.ridge)
+        return
+    for layer, operator in operators.items():
+        if config.init == "paper":
+            operator.start_as_paper(*neighbours[layer])
+        else:
+            operator.start_as_skip()
+
+
+def _replace(model: Any, config: RepLConfig, removed: list[int], operators: Any, neighbours: Any) -> Any:
+    architecture, family = type(model).__name__, model.config.model_type
+    config_class, model_class = make_classes(architecture)
+    gone = remove_layers(model, removed)
+    layers = find_layers(model)
+    for layer, teacher in zip(removed, gone, strict=True):
+        kept = teacher.requires_grad_(False).eval() if config.distillation_weight > 0 else None
+        before, after = neighbours[layer]
+        attach(layers[kept_index(layer, removed)], operators[layer], SynthesisHook(before, after, kept))
+    _change_class(model.config, config_class)
+    settings = {f.name: getattr(config, f.name) for f in fields(config)}
+    model.config.repl = {"architecture": architecture, "family": family, "removed": removed, "config": settings}
+    model.__class__ = model_class
+    if config.trainable == "coefficients":
+        model.requires_grad_(False)
+        for operator in operators.values():
+            operator.requires_grad_(True)
+    return model

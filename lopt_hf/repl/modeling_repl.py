@@ -1,0 +1,179 @@
+"""Folded RepL models: some layers of a stock model are replaced by static surrogates.
+
+Copied beside exported checkpoints, for `trust_remote_code=True`: imports torch, transformers and its pair only.
+
+Shapes: B batch, T tokens, D hidden channels, I inner width of the MLP.
+"""
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .configuration_repl import FoldedRepLConfig
+
+__all__ = ["FoldedSurrogate", "SurrogateHook", "family_classes", "find_layers", "make_folded_classes"]
+
+
+class FoldedMLP(nn.Module):
+    """The MLP of a surrogate, its norm's weights folded in.
+
+    Args:
+        spec: `norm`, `eps`, `intermediate_size`, `gated`, `bias` (of up and gate), `down_bias`, `post_norm`,
+            `activation`.
+        hidden_size: Its width outside, D.
+    """
+
+    def __init__(self, spec: Mapping[str, Any], hidden_size: int) -> None:
+        super().__init__()
+        self.spec = dict(spec)
+        inner = spec["intermediate_size"]
+        self.up = nn.Linear(hidden_size, inner, bias=spec["bias"])
+        self.gate = nn.Linear(hidden_size, inner, bias=spec["bias"]) if spec["gated"] else None
+        self.down = nn.Linear(inner, hidden_size, bias=spec["down_bias"])
+        self.post_norm = nn.Parameter(torch.ones(hidden_size)) if spec["post_norm"] else None
+        self.activation = ACT2FN[spec["activation"]]
+
+    def forward(self, h_BTD: torch.Tensor) -> torch.Tensor:
+        x_BTD = normalise(h_BTD, self.spec["norm"], self.spec["eps"])
+        up_BTI = self.up(x_BTD)
+        inner_BTI = self.activation(up_BTI) if self.gate is None else self.activation(self.gate(x_BTD)) * up_BTI
+        output_BTD = self.down(inner_BTI)
+        if self.post_norm is None:
+            return output_BTD
+        return normalise(output_BTD, self.spec["norm"], self.spec["eps"]) * self.post_norm
+
+
+class FoldedSurrogate(nn.Module):
+    """What stands in a removed layer's place: `h + scale * h + linear(norm(h)) + mlp(norm(h))`, or a part of that.
+
+    Args:
+        spec: `hidden_size`, `norm` and `eps` of the linear map's input, whether there is a `scale`, a `linear` map,
+            its `bias`; the `mlp`'s own spec or `None`; whether the MLP is `sequential` (reads what the rest has made).
+    """
+
+    def __init__(self, spec: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.spec = dict(spec)
+        size = spec["hidden_size"]
+        self.scale = nn.Parameter(torch.zeros(size)) if spec["scale"] else None
+        self.linear = nn.Linear(size, size, bias=spec["bias"]) if spec["linear"] else None
+        self.mlp = FoldedMLP(spec["mlp"], size) if spec["mlp"] else None
+
+    def forward(self, h_BTD: torch.Tensor) -> torch.Tensor:
+        output_BTD = h_BTD
+        if self.scale is not None:
+            output_BTD = output_BTD + self.scale * h_BTD
+        if self.linear is not None:
+            output_BTD = output_BTD + self.linear(normalise(h_BTD, self.spec["norm"], self.spec["eps"]))
+        if self.mlp is not None:
+            output_BTD = output_BTD + self.mlp(output_BTD if self.spec["sequential"] else h_BTD)
+        # A residual stream keeps its precision, as it does through the model's own layers under autocast.
+        return output_BTD.to(h_BTD.dtype)
+
+
+def normalise(h_BTD: torch.Tensor, kind: str, eps: float) -> torch.Tensor:
+    """A norm without its weights, computed in fp32: `"rms"`, `"layer"`, or `"none"`."""
+    if kind == "none":
+        return h_BTD
+    x_BTD = h_BTD.float()
+    if kind == "layer":
+        x_BTD = x_BTD - x_BTD.mean(-1, keepdim=True)
+    return (x_BTD * torch.rsqrt(x_BTD.pow(2).mean(-1, keepdim=True) + eps)).to(h_BTD.dtype)
+
+
+class SurrogateHook:
+    """Runs a layer's `surrogate` on what the layer is given: a forward pre-hook with keyword arguments."""
+
+    def __call__(self, layer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        hidden_BTD = args[0] if args else kwargs["hidden_states"]
+        output_BTD = self.run(layer, hidden_BTD, args[1:], kwargs)
+        return ((output_BTD, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": output_BTD})
+
+    def run(self, layer: Any, hidden_BTD: torch.Tensor, args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor:
+        """The surrogate's output; `args` and `kwargs` are what else the layer is given."""
+        return layer.surrogate(hidden_BTD)
+
+
+def find_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The one stack of layers of a model.
+
+    Raises:
+        ValueError: If there is none, or several.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    stacks = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == count
+        and all(isinstance(layer, GradientCheckpointingLayer) for layer in module)
+    ]
+    if len(stacks) != 1:
+        raise ValueError(f"model={type(model).__name__} has {len(stacks)} stacks of {count} layers; RepL needs one.")
+    return stacks[0]
+
+
+class FoldedModel:
+    """Adds the surrogates to a stock model's layers; mixed in before the model's class by `make_folded_classes`."""
+
+    config: Any
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        layers = find_layers(self)  # type: ignore[arg-type]
+        for index, spec in config.repl["surrogates"].items():
+            layer: Any = layers[int(index)]
+            layer.surrogate = FoldedSurrogate(spec)
+            layer.register_forward_pre_hook(SurrogateHook(), with_kwargs=True)
+
+    def train(self, mode: bool = True) -> Any:
+        """As the stock model's, but a folded model is there to be used, not to be trained.
+
+        Raises:
+            ValueError: If it is set to training.
+        """
+        if mode:
+            raise ValueError(
+                f"model={type(self).__name__} is folded: its surrogates are static weights, cut off from their "
+                "neighbours. Train the unfolded model and call merge_and_unload() afterwards."
+            )
+        return super().train(False)  # type: ignore[misc]
+
+
+def family_classes(architecture: str, prefix: str, model_type: str, mixin: type) -> tuple[type, type]:
+    """Subclasses of a stock architecture and its config, known to the auto classes.
+
+    Args:
+        architecture: Name of a model class of `transformers`, such as `"LlamaForCausalLM"`.
+        prefix: What the names of the subclasses start with.
+        model_type: What the subclass of the config calls itself.
+        mixin: What the model class adds.
+
+    Raises:
+        ValueError: If `transformers` has no such architecture.
+    """
+    base = getattr(transformers, architecture, None)
+    if not (isinstance(base, type) and issubclass(base, PreTrainedModel)):
+        raise ValueError(f"architecture={architecture!r} is no model of transformers {transformers.__version__}.")
+    base_config: Any = base.config_class
+    config_class = type(f"{prefix}{base_config.__name__}", (base_config,), {"model_type": model_type})
+    model_class = type(
+        f"{prefix}{architecture}", (mixin, base), {"config_class": config_class, "__module__": mixin.__module__}
+    )
+    is_causal = architecture.endswith(("ForCausalLM", "LMHeadModel"))
+    auto_class: Any = AutoModelForCausalLM if is_causal else AutoModelForImageClassification
+    auto_class.register(config_class, model_class, exist_ok=True)
+    return config_class, model_class
+
+
+@lru_cache
+def make_folded_classes(architecture: str) -> tuple[Any, Any]:
+    """The folded model's config class and model class of an architecture, registered with the auto classes."""
+    return family_classes(architecture, "FoldedRepL", FoldedRepLConfig.model_type, FoldedModel)

@@ -1,0 +1,275 @@
+"""The weights of a surrogate's neighbours, read from the layers of the supported families.
+
+Shapes: D hidden channels, P heads x head size (the width of the concatenated heads), I inner width of the MLP.
+A bias that a layer does not have is `None`.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+__all__ = ["FAMILIES", "Affine", "MLPWeights", "Neighbour", "NormWeights", "check_family"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a family keeps the weights of a layer.
+
+    `value` may be packed with others; `value_packing` is `"rows"` where query, key and value follow each other,
+    `"heads"` where those of each head do.
+    """
+
+    attention_norm: str
+    value: str
+    output: str
+    mlp_norm: str
+    up: str
+    down: str
+    gate: str | None = None
+    value_packing: str | None = None
+    packs_gate: bool = False
+    post_mlp_norm: str | None = None
+    norm: str = "rms"
+    norm_offset: float = 0.0
+    activation: str = "hidden_act"
+
+
+_LLAMA = Layout(
+    attention_norm="input_layernorm",
+    value="self_attn.v_proj",
+    output="self_attn.o_proj",
+    mlp_norm="post_attention_layernorm",
+    up="mlp.up_proj",
+    down="mlp.down_proj",
+    gate="mlp.gate_proj",
+)
+FAMILIES = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "smollm3": _LLAMA,
+    "gemma2": replace(
+        _LLAMA,
+        mlp_norm="pre_feedforward_layernorm",
+        post_mlp_norm="post_feedforward_layernorm",
+        norm_offset=1.0,
+        activation="hidden_activation",
+    ),
+    "phi3": replace(
+        _LLAMA, value="self_attn.qkv_proj", value_packing="rows", up="mlp.gate_up_proj", gate=None, packs_gate=True
+    ),
+    "gpt2": Layout(
+        attention_norm="ln_1",
+        value="attn.c_attn",
+        output="attn.c_proj",
+        mlp_norm="ln_2",
+        up="mlp.c_fc",
+        down="mlp.c_proj",
+        value_packing="rows",
+        norm="layer",
+        activation="activation_function",
+    ),
+    "gpt_neox": Layout(
+        attention_norm="input_layernorm",
+        value="attention.query_key_value",
+        output="attention.dense",
+        mlp_norm="post_attention_layernorm",
+        up="mlp.dense_h_to_4h",
+        down="mlp.dense_4h_to_h",
+        value_packing="heads",
+        norm="layer",
+    ),
+    "opt": Layout(
+        attention_norm="self_attn_layer_norm",
+        value="self_attn.v_proj",
+        output="self_attn.out_proj",
+        mlp_norm="final_layer_norm",
+        up="fc1",
+        down="fc2",
+        norm="layer",
+        activation="activation_function",
+    ),
+    "vit": Layout(
+        attention_norm="layernorm_before",
+        value="attention.v_proj",
+        output="attention.o_proj",
+        mlp_norm="layernorm_after",
+        up="mlp.fc1",
+        down="mlp.fc2",
+        norm="layer",
+    ),
+}
+
+
+def check_family(config: PretrainedConfig) -> None:
+    """Raises if the layers of a model are not of a known layout.
+
+    Raises:
+        ValueError: If the family is unknown, or if one of its options changes what a layer computes.
+    """
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"model_type={config.model_type!r} is not supported by RepL; use one of {', '.join(FAMILIES)}."
+        )
+    options = config.to_dict()
+    if options.get("do_layer_norm_before") is False:
+        raise ValueError(
+            "do_layer_norm_before=False (as in opt-350m) normalises after the branches; use another model."
+        )
+    if options.get("scale_attn_by_inverse_layer_idx"):
+        raise ValueError(
+            "scale_attn_by_inverse_layer_idx=True scales a layer's attention by its number, which changes when layers "
+            "go; use another model."
+        )
+    if options.get("per_layer_config"):
+        raise ValueError("per_layer_config overrides single layers by their number; use a model without overrides.")
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A linear map as `w_OI` and `b_O`."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class NormWeights:
+    """The affine part of a norm."""
+
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None = None
+
+    def into(self, following: Affine) -> Affine:
+        """The linear map that does on the plainly normalised input what `following` does on the norm's output."""
+        weight, bias = following.weight, following.bias
+        if self.bias is not None:
+            shift = weight @ self.bias
+            bias = shift if bias is None else bias + shift
+        return Affine(weight if self.weight is None else weight * self.weight, bias)
+
+
+@dataclass(frozen=True)
+class MLPWeights:
+    """An MLP with its norm; `gate` is `None` where it is not gated."""
+
+    norm: NormWeights
+    up: Affine
+    gate: Affine | None
+    down: Affine
+    post_norm: NormWeights | None
+
+
+def _effective(module: Any) -> Affine:
+    """A linear layer's weights with the adapters that are active on it, as (out, in)."""
+    adapter = module if isinstance(module, BaseTunerLayer) else None
+    base: Any = adapter.get_base_layer() if adapter is not None else module
+    weight = base.weight
+    if isinstance(adapter, lora.Linear) and not adapter.merged and not adapter.disable_adapters:
+        for name in adapter.active_adapters:
+            if name in adapter.lora_A:
+                weight = weight + adapter.get_delta_weight(name)
+    return Affine(weight.T if isinstance(base, Conv1D) else weight, base.bias)
+
+
+class Neighbour:
+    """One of the two layers beside a removed one. Reads; owns nothing.
+
+    Args:
+        layer: The layer.
+        config: The model's config.
+        family: Its key in `FAMILIES`.
+        detach: Read the weights as constants.
+    """
+
+    def __init__(self, layer: nn.Module, config: PretrainedConfig, family: str, detach: bool = True) -> None:
+        self.layer = layer
+        self.layout = FAMILIES[family]
+        self.detach = detach
+        text_config: Any = config.get_text_config()
+        self.num_heads: int = text_config.num_attention_heads
+        self.activation: str = getattr(text_config, self.layout.activation)
+        norm: Any = layer.get_submodule(self.layout.attention_norm)
+        self.norm_kind = self.layout.norm
+        self.norm_eps: float = norm.variance_epsilon if "variance_epsilon" in vars(norm) else norm.eps
+
+    def _affine(self, path: str) -> Affine:
+        affine = _effective(self.layer.get_submodule(path))
+        if not self.detach:
+            return affine
+        return Affine(affine.weight.detach(), None if affine.bias is None else affine.bias.detach())
+
+    def _norm(self, path: str) -> NormWeights:
+        module: Any = self.layer.get_submodule(path)
+        weight: torch.Tensor | None = module.weight
+        bias: torch.Tensor | None = module.bias if isinstance(module, nn.LayerNorm) else None
+        if weight is not None and self.detach:
+            weight = weight.detach()
+        if bias is not None and self.detach:
+            bias = bias.detach()
+        if weight is not None and self.layout.norm_offset:
+            weight = weight + self.layout.norm_offset
+        return NormWeights(weight, bias)
+
+    def attention_norm(self) -> NormWeights:
+        return self._norm(self.layout.attention_norm)
+
+    def output(self) -> Affine:
+        """The attention's output projection, w_DP."""
+        return self._affine(self.layout.output)
+
+    def value(self) -> Affine:
+        """The attention's value projection, w_PD: shared value heads are repeated for their query heads."""
+        packed = self._affine(self.layout.value)
+        width = self.output().weight.shape[1]
+        head_size = width // self.num_heads
+        rows = self._value_rows(packed.weight, width, head_size)
+        bias = None if packed.bias is None else self._value_rows(packed.bias[:, None], width, head_size)[:, 0]
+        return Affine(rows, bias)
+
+    def _value_rows(self, packed: torch.Tensor, width: int, head_size: int) -> torch.Tensor:
+        if self.layout.value_packing == "heads":
+            return packed.view(self.num_heads, 3, head_size, -1)[:, 2].reshape(width, -1)
+        own = packed
+        if self.layout.value_packing == "rows":
+            own = packed[(packed.shape[0] + width) // 2 :]  # queries have `width` rows, keys as many as values
+        heads = own.view(own.shape[0] // head_size, head_size, -1)
+        return heads.repeat_interleave(self.num_heads // heads.shape[0], dim=0).reshape(width, -1)
+
+    def value_path(self) -> Affine:
+        """The attention of a token that attends to itself, on the plainly normalised input: w_DD.
+
+        A norm after the attention (Gemma 2) is left out: it is not linear.
+        """
+        value, output = self.attention_norm().into(self.value()), self.output()
+        bias = output.bias
+        if value.bias is not None:
+            shift = output.weight @ value.bias
+            bias = shift if bias is None else bias + shift
+        return Affine(output.weight @ value.weight, bias)
+
+    def mlp(self) -> MLPWeights:
+        layout = self.layout
+        up, gate = self._affine(layout.up), None
+        if layout.packs_gate:
+            gate_rows, up_rows = up.weight.chunk(2)
+            gate, up = Affine(gate_rows), Affine(up_rows)
+        elif layout.gate is not None:
+            gate = self._affine(layout.gate)
+        post_norm = None if layout.post_mlp_norm is None else self._norm(layout.post_mlp_norm)
+        return MLPWeights(self._norm(layout.mlp_norm), up, gate, self._affine(layout.down), post_norm)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the layer's own weights by name: neighbours must share them."""
+        weights = self.layer.state_dict().items()
+        return {name: tuple(weight.shape) for name, weight in weights if not name.startswith("surrogate.")}

@@ -1,0 +1,98 @@
+"""Ridge regressions in closed form, from sums that do not grow with the number of tokens.
+
+Shapes: N tokens, D channels, K features, F features of the linear map. Sums are kept in float64.
+"""
+
+import torch
+
+__all__ = ["ChannelRidge", "LinearRidge", "SharedRidge"]
+
+
+def _solve(gram: torch.Tensor, right: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Solves `(gram + ridge * mean(diag(gram)) * I) x = right`; the last two dimensions are matrices.
+
+    A feature that never varies from 0 gets the coefficient 0.
+    """
+    size = gram.shape[-1]
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    penalty = ridge * diagonal.mean(-1, keepdim=True).expand_as(diagonal)
+    penalty = torch.where(diagonal == 0, torch.ones_like(diagonal), penalty)
+    return torch.linalg.lstsq(gram + torch.diag_embed(penalty), right.reshape(*gram.shape[:-2], size, -1)).solution
+
+
+class SharedRidge:
+    """One coefficient per feature for all channels: `y_ND ~ sum_k c_k f_KND`.
+
+    Args:
+        num_features: K.
+        ridge: Penalty on the coefficients relative to the mean square of the features.
+    """
+
+    def __init__(self, num_features: int, ridge: float, device: torch.device | None = None) -> None:
+        self.ridge = ridge
+        self.gram_KK = torch.zeros(num_features, num_features, dtype=torch.float64, device=device)
+        self.right_K = torch.zeros(num_features, dtype=torch.float64, device=device)
+
+    def add(self, features_KND: torch.Tensor, target_ND: torch.Tensor) -> None:
+        """Adds tokens."""
+        flat = features_KND.flatten(1).double()
+        self.gram_KK += flat @ flat.T
+        self.right_K += flat @ target_ND.flatten().double()
+
+    def solve(self) -> torch.Tensor:
+        """The coefficients, (K,)."""
+        return _solve(self.gram_KK, self.right_K, self.ridge).view(-1)
+
+
+class ChannelRidge:
+    """One coefficient per feature and channel: `y_ND ~ sum_k c_KD f_KND`.
+
+    Args:
+        num_features: K.
+        num_channels: D.
+        ridge: As for `SharedRidge`, in each channel apart.
+    """
+
+    def __init__(self, num_features: int, num_channels: int, ridge: float, device: torch.device | None = None) -> None:
+        self.ridge = ridge
+        self.gram_DKK = torch.zeros(num_channels, num_features, num_features, dtype=torch.float64, device=device)
+        self.right_DK = torch.zeros(num_channels, num_features, dtype=torch.float64, device=device)
+
+    def add(self, features_KND: torch.Tensor, target_ND: torch.Tensor) -> None:
+        """Adds tokens."""
+        by_channel = features_KND.permute(2, 0, 1).double()
+        self.gram_DKK += by_channel @ by_channel.transpose(1, 2)
+        self.right_DK += (by_channel @ target_ND.T.double()[:, :, None])[..., 0]
+
+    def solve(self) -> torch.Tensor:
+        """The coefficients, (K, D)."""
+        return _solve(self.gram_DKK, self.right_DK, self.ridge)[..., 0].T
+
+
+class LinearRidge:
+    """A whole map with a constant: `y_ND ~ x_ND W^T + b`, drawn towards a prior instead of 0.
+
+    Args:
+        num_channels: D.
+        ridge: Penalty on the distance from the prior relative to the mean square of the features.
+    """
+
+    def __init__(self, num_channels: int, ridge: float, device: torch.device | None = None) -> None:
+        self.ridge = ridge
+        self.gram_FF = torch.zeros(num_channels + 1, num_channels + 1, dtype=torch.float64, device=device)
+        self.right_FD = torch.zeros(num_channels + 1, num_channels, dtype=torch.float64, device=device)
+
+    def add(self, x_ND: torch.Tensor, target_ND: torch.Tensor) -> None:
+        """Adds tokens."""
+        features_NF = torch.cat([x_ND, torch.ones_like(x_ND[:, :1])], 1).double()
+        self.gram_FF += features_NF.T @ features_NF
+        self.right_FD += features_NF.T @ target_ND.double()
+
+    def solve(self, prior_FD: torch.Tensor) -> torch.Tensor:
+        """The map transposed, its last row the constant: (F, D), F = D + 1.
+
+        Args:
+            prior_FD: What the fit is drawn towards, in the same layout.
+        """
+        prior_FD = prior_FD.to(self.gram_FF)
+        return prior_FD + _solve(self.gram_FF, self.right_FD - self.gram_FF @ prior_FD, self.ridge)

@@ -1,0 +1,109 @@
+"""Layers taken out of a model, and the surrogates put in their places.
+
+Four things say which layers a model has: the `ModuleList`, each layer's `layer_idx` (its slot in the KV cache),
+`config.num_hidden_layers`, and the config's lists with one entry for each layer. They stay in step here.
+
+A surrogate is a child of the layer that follows it and runs before that layer: it has no entry in the `ModuleList` and
+no slot in the cache.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, PreTrainedModel
+
+from lopt_hf.repl.modeling_repl import SurrogateHook, find_layers
+from lopt_hf.repl.neighbours import Neighbour
+
+__all__ = ["SynthesisHook", "attach", "kept_index", "remove_layers"]
+
+PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
+
+
+def kept_index(layer: int, removed: Sequence[int]) -> int:
+    """The number that a layer which stays has after the removal."""
+    return layer - sum(other < layer for other in removed)
+
+
+def remove_layers(model: PreTrainedModel, removed: Sequence[int]) -> list[nn.Module]:
+    """Takes layers out of a model, in place.
+
+    Args:
+        model: A model with one stack of layers.
+        removed: Their numbers, from 0.
+
+    Returns:
+        The layers taken out.
+    """
+    layers = find_layers(model)
+    gone = [layers[index] for index in removed]
+    kept = [layer for index, layer in enumerate(layers) if index not in removed]
+    config: Any = model.config.get_text_config()
+    lists = {name: values for name, values in config.to_dict().items() if name in PER_LAYER_LISTS and values}
+    config.num_hidden_layers = len(kept)
+    for name, values in lists.items():
+        setattr(config, name, [value for index, value in enumerate(values) if index not in removed])
+    del layers[:]
+    layers.extend(kept)
+    for index, layer in enumerate(kept):
+        for module in layer.modules():
+            if isinstance(vars(module).get("layer_idx"), int):
+                module.layer_idx = index  # type: ignore[assignment]
+    return gone
+
+
+class SynthesisHook(SurrogateHook):
+    """Runs a layer's surrogate with weights synthesised from this layer and the one before.
+
+    Args:
+        previous: The layer before the removed one.
+        following: The layer after it, whose hook this is.
+        teacher: The removed layer, to compare the surrogate's output with; `None`: not kept.
+    """
+
+    def __init__(self, previous: Neighbour, following: Neighbour, teacher: nn.Module | None = None) -> None:
+        self.previous = previous
+        self.following = following
+        self.teacher = teacher
+        self.distance: torch.Tensor | None = None
+        self.measures = False
+
+    def run(self, layer: Any, hidden_BTD: torch.Tensor, args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor:
+        output_BTD = layer.surrogate(hidden_BTD, self.previous, self.following)
+        if self.measures and self.teacher is not None:
+            self.distance = self._distance(output_BTD, self._teach(hidden_BTD, args, kwargs), hidden_BTD)
+        return output_BTD
+
+    @torch.no_grad()
+    def _teach(self, hidden_BTD: torch.Tensor, args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor:
+        """The removed layer's output, given what the following one is given but the cache."""
+        assert self.teacher is not None
+        others = [None if isinstance(value, Cache) else value for value in args]
+        named = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
+        named.pop("hidden_states", None)
+        return self.teacher.to(hidden_BTD.device)(hidden_BTD, *others, **named)
+
+    @staticmethod
+    def _distance(output_BTD: torch.Tensor, target_BTD: torch.Tensor, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """Mean square distance of each token from its target, relative to what the removed layer added to it."""
+        added_BT = (target_BTD - hidden_BTD.detach()).float().pow(2).mean(-1)
+        error_BT = (output_BTD - target_BTD).float().pow(2).mean(-1)
+        return (error_BT / added_BT.clamp_min(torch.finfo(torch.float32).tiny)).mean()
+
+
+def attach(layer: Any, surrogate: nn.Module, hook: SurrogateHook) -> None:
+    """Puts a surrogate in front of a layer, in place of one that is there already."""
+    detach(layer)
+    layer.surrogate = surrogate
+    layer.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def detach(layer: Any) -> None:
+    """Takes a layer's surrogate and its hook away, if it has one."""
+    layer._modules.pop("surrogate", None)
+    hooks = [key for key, hook in layer._forward_pre_hooks.items() if isinstance(hook, SurrogateHook)]
+    for key in hooks:
+        del layer._forward_pre_hooks[key]
+        layer._forward_pre_hooks_with_kwargs.pop(key, None)

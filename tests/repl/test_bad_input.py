@@ -1,0 +1,135 @@
+"""One clear error each: it names the field, its value and the fix."""
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from trl import SFTConfig, SFTTrainer
+
+from lopt_hf import LoPTConfig, LoPTTrainer, RepLConfig, RepLModel, RepLTrainer, get_repl_model
+from lopt_hf.repl.export import save_with_code
+from tests.repl.helpers import make_repl, make_stock
+from tests.tiny import make_dataset, make_model, make_tokenizer
+from tests.trainers.helpers import training_args
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"operator": "liner"}, "operator='liner' is unknown, nearest is 'linear'"),
+        ({"init": "zero"}, "init='zero' is unknown"),
+        ({"placement": "evry"}, "placement='evry' is unknown, nearest is 'every'"),
+        ({"every": 1, "placement": "every"}, "every=1 is too small; set it to 2"),
+        ({"ridge": -0.1}, "ridge=-0.1 must be a number from 0 on"),
+        ({"ridge": float("nan")}, "ridge=nan must be"),
+        ({"num_layers_to_replace": None}, "num_layers_to_replace is missing"),
+        ({"layers_to_replace": [2]}, "two ways to say which layers"),
+        ({"placement": "every"}, "num_layers_to_replace=2 has no effect"),
+        ({"operator": "mlp"}, "operator='mlp' has no coefficients .* set init to 'paper'"),
+        ({"operator": "branches", "branches": ["vlaue"]}, r"branches=\['vlaue'\] must name"),
+        ({"operator": "branches", "coefficients": "head"}, "coefficients='head' needs branches that have heads"),
+    ],
+)
+def test_config(settings, message):
+    with pytest.raises(ValueError, match=message):
+        RepLConfig(**{"num_layers_to_replace": 2, **settings})
+
+
+def test_too_many_layers_are_refused_before_any_forward():
+    model = make_stock()
+    model.forward = None
+    with pytest.raises(ValueError, match="num_layers_to_replace=3 does not fit a model with 6 layers.*from 1 to 2"):
+        get_repl_model(model, RepLConfig(num_layers_to_replace=3), [{"input_ids": torch.ones(1, 4, dtype=torch.long)}])
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (None, "calibration_data is missing"),
+        ([], "calibration_data is empty"),
+        (Dataset.from_dict({"text": []}), "calibration_data is empty"),
+        (7, "calibration_data is a int"),
+        (DatasetDict(), "calibration_data is a DatasetDict; pass texts, one split"),
+        (["short"], "gives 5 tokens .* less than one sequence of calibration_seq_length=512"),
+        (Dataset.from_dict({"question": ["a"]}), r"has the columns \['question'\]"),
+    ],
+)
+def test_calibration_data(data, message):
+    with pytest.raises(ValueError, match=message):
+        get_repl_model(make_stock(), RepLConfig(num_layers_to_replace=1), data, make_tokenizer())
+
+
+def test_text_without_a_tokenizer():
+    with pytest.raises(ValueError, match="processing_class is missing"):
+        get_repl_model(make_stock(), RepLConfig(num_layers_to_replace=1), ["text"])
+
+
+def test_calibration_data_that_is_not_finite():
+    model = make_stock()
+    model.model.layers[0].mlp.down_proj.weight.data.fill_(float("inf"))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        make_repl(model)
+
+
+def test_an_unknown_family():
+    with pytest.raises(ValueError, match="model_type='falcon' is not supported by RepL; use one of llama"):
+        make_repl(make_model("falcon", num_hidden_layers=6))
+
+
+@pytest.mark.parametrize(
+    ("family", "option", "message"),
+    [
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before=False"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
+    ],
+)
+def test_options_that_change_what_a_layer_is(family, option, message):
+    with pytest.raises(ValueError, match=message):
+        make_repl(make_stock(family, **option))
+
+
+def test_projections_that_are_not_square():
+    with pytest.raises(ValueError, match="operator='proj' applies .* 32 x 64"):
+        make_repl(make_stock("qwen3"), operator="proj")
+
+
+def test_a_model_that_has_surrogates_already():
+    with pytest.raises(ValueError, match="already has surrogates"):
+        make_repl(make_repl())
+    with pytest.raises(ValueError, match="already has surrogates"):
+        make_repl(make_repl().merge_and_unload())
+
+
+@pytest.mark.parametrize(("trainer", "config"), [(SFTTrainer, SFTConfig), (LoPTTrainer, LoPTConfig)])
+def test_a_folded_model_is_not_trained(trainer, config, tmp_path):
+    args = config(**training_args(tmp_path))
+    with pytest.raises(ValueError, match="is folded: .* merge_and_unload"):
+        trainer(
+            make_repl().merge_and_unload(), args, train_dataset=make_dataset(), processing_class=make_tokenizer()
+        ).train()
+
+
+def test_other_checkpoints_are_refused(tmp_path):
+    make_stock().save_pretrained(tmp_path / "stock")
+    with pytest.raises(ValueError, match="holds a stock model of type 'llama'; load it with AutoModelForCausalLM"):
+        RepLModel.from_pretrained(tmp_path / "stock")
+    make_repl().merge_and_unload().save_pretrained(tmp_path / "folded")
+    with pytest.raises(ValueError, match="holds a folded RepL model"):
+        RepLModel.from_pretrained(tmp_path / "folded")
+
+
+def test_export_of_an_unfolded_model(tmp_path):
+    with pytest.raises(ValueError, match="is not folded; call its merge_and_unload"):
+        save_with_code(make_repl(), tmp_path)
+
+
+def test_distillation_needs_layers_that_attend_alike():
+    with pytest.raises(ValueError, match="distillation_weight needs layer 1 and the one after it to attend alike"):
+        make_repl(make_stock("gemma2"), distillation_weight=1.0)
+
+
+def test_distillation_needs_the_removed_layers(tmp_path):
+    make_repl(distillation_weight=1.0).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="the removed layers are not saved"):
+        RepLTrainer(RepLModel.from_pretrained(tmp_path / "model"), SFTConfig(**training_args(tmp_path)))
+    with pytest.raises(ValueError, match="is no unfolded RepL model"):
+        RepLTrainer(make_stock(), SFTConfig(**training_args(tmp_path)))

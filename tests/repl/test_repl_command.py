@@ -1,0 +1,132 @@
+"""`lopt-hf repl` and `lopt-hf bench repl` on a tiny model."""
+
+import json
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from lopt_hf import RepLModel
+from lopt_hf.scripts import bench, repl
+from tests.repl.helpers import make_stock
+from tests.tiny import make_tokenizer
+
+TEXT = "Twelve layers are more than eight. " * 80
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_stock().save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    for name in ("calibration", "healing", "measured"):
+        (tmp_path / f"{name}.txt").write_text(name + TEXT)
+    return tmp_path
+
+
+def arguments(folder, **options):
+    values = {
+        "model": folder / "model",
+        "output_dir": folder / "out",
+        "num_layers_to_replace": 2,
+        "calibration_text": folder / "calibration.txt",
+        "eval_text": folder / "measured.txt",
+        "eval_chunks": 6,
+        "eval_chunk_length": 16,
+        "calibration_tokens": 512,
+        "calibration_seq_length": 32,
+        "report_to": "none",
+        "disable_tqdm": True,
+        **options,
+    }
+    return [part for name, value in values.items() for part in (f"--{name}", *map(str, _list(value)))]
+
+
+def _list(value):
+    return value if isinstance(value, list) else [value]
+
+
+HEALING = {
+    "max_steps": 2,
+    "max_length": 16,
+    "per_device_train_batch_size": 2,
+    "bf16": False,
+    "seeds": [0, 1],
+    "gradient_checkpointing": False,
+}
+
+
+def test_a_run_with_healing(folder, capsys):
+    repl.main(arguments(folder, dataset_name=folder / "healing.txt", compare=["branches", "proj:paper"], **HEALING))
+    report = json.loads((folder / "out/report.json").read_text())
+    untrained = [row for row in report["rows"] if row["seed"] is None]
+    names = ["full model", "plain removal", "linear, calibrate", "branches channel, calibrate", "proj, paper"]
+    assert [row["name"] for row in untrained] == names
+    healed = [(row["name"], row["seed"]) for row in report["rows"] if row["seed"] is not None]
+    assert healed == [(name, seed) for seed in (0, 1) for name in ("plain removal", "linear, calibrate")]
+    assert all(len(row["losses"]) == 6 and row["losses"][0][1] == 15 for row in report["rows"])
+    for found in report["against_plain_removal"]:
+        rows = [row for row in report["rows"] if (row["seed"] is not None) == found["healed"]]
+        means = [
+            [sum(loss for loss, _ in row["losses"]) / 90 for row in rows if row["name"] == name]
+            for name in (found["name"], "plain removal")
+        ]
+        assert found["delta"] == pytest.approx(sum(means[0]) / len(means[0]) - sum(means[1]) / len(means[1]))
+        assert found["low"] <= found["delta"] <= found["high"]
+    table = capsys.readouterr().out
+    assert "| no training |" in table and "| after healing, 2 seeds |" in table
+    assert (folder / "out/report.md").read_text() in table
+    unfolded = RepLModel.from_pretrained(folder / "out/unfolded")
+    folded = AutoModelForCausalLM.from_pretrained(folder / "out/folded")
+    counted = {row["name"]: row["parameters"] for row in untrained}
+    assert sum(p.numel() for p in folded.parameters()) == counted["linear, calibrate"]
+    assert sum(p.numel() for p in unfolded.parameters()) == counted["linear, calibrate"]
+    assert (folder / "out/folded/modeling_repl.py").is_file()
+
+
+def test_adapters(folder):
+    lora = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear", "operator": "branches"}
+    repl.main(arguments(folder, dataset_name=folder / "healing.txt", **{**HEALING, "seeds": [0]}, **lora))
+    unfolded = RepLModel.from_pretrained(folder / "out/unfolded")
+    assert all(operator.coefficients.any() for operator in unfolded.surrogates.values())
+
+
+def test_nothing_is_overwritten(folder):
+    repl.main(arguments(folder))
+    before = (folder / "out/report.json").read_text()
+    with pytest.raises(SystemExit, match="holds another run's report.json; choose another output_dir"):
+        repl.main(arguments(folder))
+    assert (folder / "out/report.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eval_text": "missing.txt"}, "eval_text='missing.txt' is no file here"),
+        ({"eval_chunks": 1000}, "eval_chunks=1000 pieces .* lower eval_chunks to at most"),
+        ({"num_layers_to_replace": 5}, "num_layers_to_replace=5 does not fit a model with 6 layers"),
+        ({"compare": ["nothing"]}, "operator='nothing' is unknown"),
+    ],
+)
+def test_bad_input(options, message, folder):
+    with pytest.raises(SystemExit, match=message):
+        repl.main(arguments(folder, **options))
+
+
+def test_a_bad_value_ends_the_command_before_the_model_is_loaded(folder, capsys):
+    with pytest.raises(SystemExit):
+        repl.main(arguments(folder, operator="branches", branches=["vlaue"], model=folder / "nowhere"))
+    assert "branches=['vlaue'] must name" in capsys.readouterr().err
+
+
+def test_bench(folder, capsys):
+    options = ["--every", "2", "--tokens", "4", "--prompt-tokens", "8", "--rounds", "2", "--calibration-tokens", "512"]
+    make_stock(num_hidden_layers=10).save_pretrained(folder / "deeper")
+    make_tokenizer().save_pretrained(folder / "deeper")
+    bench.main(["repl", "--model", str(folder / "deeper"), *options])
+    table = capsys.readouterr().out
+    assert "RepL, 4 of 10 layers, folded" in table and "Choosing and calibrating 4 layers" in table
+
+
+def test_bench_input(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["repl", "--rounds", "0"])
+    assert "rounds=0 is too small" in capsys.readouterr().err
