@@ -126,6 +126,8 @@ class SendingChannel(_Channel):
         Raises:
             PipelineError: If the pipeline is broken.
         """
+        if hidden_BTD.dtype not in DTYPES:
+            raise TypeError(f"hidden states of {hidden_BTD.dtype} cannot be sent; train in one of {DTYPES}.")
         hidden_BTD = hidden_BTD.detach().contiguous()
         self._put(_Message(batch, hidden_BTD, self._record()))
 
@@ -167,7 +169,8 @@ class ReceivingChannel(_Channel):
             PipelineError: If the pipeline is broken, or if the two stages do not train on the same batch.
         """
         message = self._get()
-        assert message is not None
+        if message is None:
+            raise self._differs(f"rank {self.peer} ended its training before {batch}")
         if message.batch != batch:
             raise self.monitor.fail(
                 f"rank {self.peer} and rank {self.monitor.rank} train on different data: {message.batch} with "
@@ -178,13 +181,27 @@ class ReceivingChannel(_Channel):
             message.ready.wait()
         return message.hidden_BTD
 
+    def close(self) -> None:
+        """Makes sure that nothing is left: the previous stage ended at the same step.
+
+        Raises:
+            PipelineError: If the pipeline is broken, or if the previous stage goes on.
+        """
+        message = self._get()
+        if message is not None:
+            raise self._differs(f"rank {self.peer} goes on with {message.batch} after rank {self.monitor.rank} ended")
+        self._closed.set()
+
+    def _differs(self, what: str) -> PipelineError:
+        return self.monitor.fail(f"{what}; give all processes the same data and the same number of steps")
+
     def _move(self) -> None:
         while True:
             header = torch.empty(HEADER_SIZE, dtype=torch.int64)
             _wait_for(dist.irecv(header, self.peer, group=self.group))
             step, micro_batch, checksum, dtype, *shape = header.tolist()
             if step == END:
-                return
+                return self._put(None)
             hidden_BTD = torch.empty(shape, dtype=DTYPES[dtype], device=self.device)
             _wait_for(dist.irecv(hidden_BTD, self.peer, group=self.group))
             self._put(_Message(BatchId(step, micro_batch, checksum), hidden_BTD, self._record()))

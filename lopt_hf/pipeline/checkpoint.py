@@ -8,6 +8,8 @@ other, and a kill at any moment leaves the previous checkpoint the last one. All
 import json
 import os
 import shutil
+import time
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,18 +27,24 @@ from transformers.utils import (
 )
 
 from lopt_hf.blocks import Block
+from lopt_hf.pipeline.health import PeerMonitor
 from lopt_hf.pipeline.stage import StagePlan
 
 __all__ = [
+    "INCOMPLETE",
     "Manifest",
     "assemble_model",
+    "check_shared_folder",
     "find_checkpoint",
     "load_weights",
     "publish_when_complete",
+    "remove_incomplete",
     "save_weights",
     "saved_names",
 ]
 
+INCOMPLETE = "incomplete-"  # how the name of what is being written starts
+SHARED_FOLDER_SECONDS = 10.0  # ours: for a network disk to show what another host wrote
 MANIFEST_FILE = "pipeline.json"
 WEIGHTS_FILE = "weights.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -174,6 +182,37 @@ def publish_when_complete(
     return True
 
 
+def remove_incomplete(output_dir: Path) -> None:
+    """Removes what a run that was killed while it saved has left; the disk may be full of it."""
+    for folder in output_dir.glob(f"{INCOMPLETE}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_shared_folder(store: dist.Store, monitor: PeerMonitor, world_size: int, folder: Path) -> None:
+    """Makes sure that all processes mean the same folder by a path: on several hosts it must be on a shared disk.
+
+    Raises:
+        ValueError: If what rank 0 writes does not appear here.
+    """
+    if monitor.rank == 0:
+        mark = folder / f"{INCOMPLETE}mark-{uuid.uuid4().hex}"
+        mark.mkdir(parents=True)
+        store.set("mark", mark.name)
+    monitor.wait_for(store, "mark")
+    mark = folder / store.get("mark").decode()
+    end = time.monotonic() + SHARED_FOLDER_SECONDS
+    while not mark.is_dir():
+        if time.monotonic() > end:
+            raise ValueError(
+                f"output_dir={str(folder)!r} is not the same folder on rank {monitor.rank} as on rank 0, and a "
+                "checkpoint needs the parts of all stages in one; choose a folder that all hosts share."
+            )
+        time.sleep(0.1)
+    monitor.meet(store, "mark", world_size)
+    if monitor.rank == 0:
+        mark.rmdir()
+
+
 def assemble_model(stage_folders: Sequence[Path], output_dir: Path) -> None:
     """Makes one stock checkpoint of what `save_pretrained` wrote for each stage; the weight files are moved, not read.
 
@@ -189,6 +228,8 @@ def assemble_model(stage_folders: Sequence[Path], output_dir: Path) -> None:
         os.replace(last / "whole.safetensors", output_dir / ADAPTER_SAFE_WEIGHTS_NAME)
         os.replace(last / ADAPTER_CONFIG, output_dir / ADAPTER_CONFIG)
         return
+    # Without an index a model cannot be loaded; with that of an earlier run's it would be loaded from parts of both.
+    (output_dir / SAFE_WEIGHTS_INDEX_NAME).unlink(missing_ok=True)
     files = [file for folder in stage_folders for file in sorted(folder.glob("*.safetensors"))]
     weight_map: dict[str, str] = {}
     total_size = 0
@@ -199,7 +240,7 @@ def assemble_model(stage_folders: Sequence[Path], output_dir: Path) -> None:
         total_size += file.stat().st_size
         os.replace(file, output_dir / name)
     index_content = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
-    (output_dir / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index_content, indent=2), encoding="utf-8")
-    for name in (CONFIG_NAME, GENERATION_CONFIG_NAME):
+    (last / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index_content, indent=2), encoding="utf-8")
+    for name in (CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME):  # the index last
         if (last / name).is_file():
             os.replace(last / name, output_dir / name)

@@ -13,6 +13,7 @@ _UNSUPPORTED: dict[str, tuple[object, str]] = {
     "use_liger_kernel": (False, "it replaces modules that other stages hold"),
     "torch_compile": (False, "it is untested on a part of a model"),
     "load_best_model_at_end": (False, "the stages do not share an evaluation"),
+    "enable_jit_checkpoint": (False, "when a signal comes, the stages are at different steps"),
 }
 
 
@@ -31,6 +32,7 @@ class PipelineConfig(LoPTConfig):
         channel_depth: Hidden states that wait at each end of a link. Ours: 2, so that one is computed on while the
             next arrives; more smooths uneven stages and costs memory (paper's code: unbounded).
         peer_timeout: Seconds without a sign of life after which a process counts as lost. Ours: 20.
+        start_timeout: Seconds that the other processes may take to start. Default: 300, that of torch's `TCPStore`.
         timeline_steps: Record what each stage does in this many first steps, as picture and Chrome trace.
 
     Raises:
@@ -63,6 +65,10 @@ class PipelineConfig(LoPTConfig):
         default=20.0,
         metadata={"help": "Seconds without a sign of life after which a process counts as lost (ours)."},
     )
+    start_timeout: float = field(
+        default=300.0,
+        metadata={"help": "Seconds that the other processes may take to start (torch's default for its store)."},
+    )
     timeline_steps: int = field(
         default=0,
         metadata={"help": "Record this many first steps of every stage, as timeline.png and timeline.json."},
@@ -90,6 +96,10 @@ class PipelineConfig(LoPTConfig):
             )
         if self.peer_timeout < 5:
             raise ValueError(f"peer_timeout={self.peer_timeout} is too short for a busy machine; give at least 5 s.")
+        if self.start_timeout < self.peer_timeout:
+            raise ValueError(
+                f"start_timeout={self.start_timeout} is shorter than peer_timeout={self.peer_timeout}; raise it."
+            )
         if self.split not in ("even", "auto"):
             raise ValueError(f"split={self.split!r} is unknown; choose 'even' or 'auto', or give split_at.")
         if self.clip_scope != "block":

@@ -1,7 +1,10 @@
 """Who is still there: every process of the pipeline tells that it is alive, and hears of a failure anywhere."""
 
 import contextlib
+import math
 import os
+import signal
+import socket
 import sys
 import threading
 import time
@@ -9,10 +12,12 @@ from collections.abc import Mapping
 
 import torch.distributed as dist
 
-__all__ = ["PeerMonitor", "PipelineError"]
+__all__ = ["PeerMonitor", "PipelineError", "report_failure", "report_termination"]
 
 BEAT_SECONDS = 1.0
-GRACE_SECONDS = 5.0  # after a failure is known, for the main thread to end by itself
+GRACE_SECONDS = 3.0  # after a failure is known, for the main thread to end by itself
+TERMINATION_SECONDS = 2.0  # after SIGTERM, to learn of a failure that is the launcher's reason; it waits 30 s
+POLL_SECONDS = 0.02
 FAILURE = "failure"
 DONE = "done"
 
@@ -36,12 +41,16 @@ class PeerMonitor:
         rank: The global rank of this process.
         peers: What to call the processes that are watched, by global rank.
         timeout: Seconds without a sign of life after which a peer, or the store, counts as lost.
+        start_timeout: Seconds that a peer may take to give its first one.
     """
 
-    def __init__(self, store: dist.Store, rank: int, peers: Mapping[int, str], timeout: float) -> None:
+    def __init__(
+        self, store: dist.Store, rank: int, peers: Mapping[int, str], timeout: float, start_timeout: float = math.inf
+    ) -> None:
         self.rank = rank
         self.peers = dict(peers)
         self.timeout = timeout
+        self.start_timeout = start_timeout
         self.failure: str | None = None
         # A connection of its own: the main thread may be waiting for an answer on the other.
         self._store: dist.Store = store.clone()  # type: ignore[attr-defined]
@@ -71,14 +80,48 @@ class PeerMonitor:
             The error to raise.
         """
         with contextlib.suppress(RuntimeError):  # the store may be what is lost
-            reason = self._store.compare_set(FAILURE, "", reason).decode() or reason
+            reason = report_failure(self._store, reason)
         self._note(reason)
         return PipelineError(reason)
 
     def lost(self, peer: int, what: str) -> PipelineError:
-        """As `fail`, for a peer whose connection broke, unless that peer has said itself why it ended."""
-        self._stopped.wait(0.2)
+        """As `fail`, for a peer whose connection broke; one that could say why has done so before."""
+        # At once: the launcher ends this process too as soon as it notices, and the next would be blamed.
         return self.fail(f"{self.peers.get(peer, f'rank {peer}')} is gone: {what}")
+
+    def explain(self, error: Exception, name: str) -> PipelineError:
+        """As `fail`, for an error of the main thread, which may be this process's own or that a collective broke.
+
+        Args:
+            error: What was raised.
+            name: What to call this process.
+        """
+        if isinstance(error, RuntimeError) and _is_of_a_connection(error):
+            # The backend does not say whose; the one who is silent from now on is it.
+            end = time.monotonic() + self.timeout + 2 * BEAT_SECONDS
+            while self.failure is None and time.monotonic() < end:
+                time.sleep(POLL_SECONDS)
+        return self.fail(f"{name} failed: {error}")
+
+    def wait_for(self, store: dist.Store, key: str) -> None:
+        """Waits until a store has a key.
+
+        Raises:
+            PipelineError: If the pipeline is broken, so that it may never come.
+        """
+        while not store.check([key]):
+            self.check()
+            time.sleep(POLL_SECONDS)
+
+    def meet(self, store: dist.Store, place: str, world_size: int) -> None:
+        """Waits until all processes have come here; a collective would not tell who is missing.
+
+        Raises:
+            PipelineError: If the pipeline is broken.
+        """
+        if store.add(f"meet/{place}", 1) == world_size:
+            store.set(f"meet/{place}/all", "")
+        self.wait_for(store, f"meet/{place}/all")
 
     def finish(self) -> None:
         """Says good-bye: from now on silence means that this process is done."""
@@ -102,7 +145,7 @@ class PeerMonitor:
         print(f"lopt-hf pipeline: rank {self.rank} stops: {reason}", file=sys.stderr, flush=True)
 
     def _beat(self) -> None:
-        seen: dict[int, tuple[bytes, float]] = {}
+        last = dict.fromkeys(self.peers, (b"", time.monotonic()))  # what a peer wrote, and since when it says that
         beat = 0
         while not self._stopped.is_set() and self.failure is None:
             try:
@@ -116,12 +159,18 @@ class PeerMonitor:
             if reason:
                 self._note(reason)
             for peer, value in zip(present, values, strict=True):
-                if peer not in seen or seen[peer][0] != value:
-                    seen[peer] = (value, now)
-                elif value != DONE.encode() and now - seen[peer][1] > self.timeout:
-                    self.fail(f"{self.peers[peer]} has given no sign of life for {self.timeout:.0f} s")
+                if last[peer][0] != value:
+                    last[peer] = (value, now)
+            for peer, (value, since) in last.items():
+                self._judge(peer, value, now - since)
             beat += 1
             self._stopped.wait(BEAT_SECONDS)
+
+    def _judge(self, peer: int, value: bytes, silence: float) -> None:
+        if not value and silence > self.start_timeout:
+            self.fail(f"{self.peers[peer]} did not start within {self.start_timeout:.0f} s; see its own output")
+        elif value not in (b"", DONE.encode()) and silence > self.timeout:
+            self.fail(f"{self.peers[peer]} has given no sign of life for {self.timeout:.0f} s")
 
     def _guard(self) -> None:
         while not self._stopped.wait(BEAT_SECONDS):
@@ -133,3 +182,57 @@ class PeerMonitor:
                 )
             if self.failure is not None and now - self._failed_at > GRACE_SECONDS:
                 os._exit(1)
+
+
+def report_failure(store: dist.Store, reason: str) -> str:
+    """Tells all processes that the pipeline is broken.
+
+    Args:
+        store: The store of the run.
+        reason: What happened, naming the rank.
+
+    Returns:
+        The reason that counts: the first.
+    """
+    return store.compare_set(FAILURE, "", reason).decode() or reason
+
+
+def report_termination(monitor: PeerMonitor, name: str) -> None:
+    """Lets the process say why before SIGTERM ends it: the launcher ends all of a host's when one of them failed.
+
+    A process that went without a word would be blamed by those on other hosts. It must be called from the main thread,
+    which need not be free when the signal comes.
+
+    Args:
+        monitor: What knows the failure, or soon will.
+        name: What to call this process.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=_forget_termination)
+
+    def watch() -> None:
+        while reader.recv(1)[0] != signal.SIGTERM:
+            continue
+        end = time.monotonic() + TERMINATION_SECONDS
+        while monitor.failure is None and time.monotonic() < end:
+            time.sleep(POLL_SECONDS)
+        if monitor.failure is None:
+            monitor.fail(f"{name} was ended from outside (SIGTERM)")
+        writer.close()
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=watch, name="lopt_hf termination", daemon=True).start()
+
+
+def _forget_termination() -> None:
+    """A worker process of the data loader is ended by its parent, with the same signal."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _is_of_a_connection(error: RuntimeError) -> bool:
+    """Whether a collective broke because of another process; gloo's errors have no class of their own."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)

@@ -1,19 +1,24 @@
 """How the processes of a pipeline find each other: what `accelerate launch` set up, as stages and replicas."""
 
 import itertools
+import json
+import math
 import os
+import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lopt_hf.pipeline.health import PeerMonitor
 
-__all__ = ["PipelineWorld", "Rendezvous", "describe", "join", "launch_command"]
+__all__ = ["PipelineWorld", "Rendezvous", "agree", "describe", "join", "launch_command"]
 
 # What tells accelerate and transformers that they are one of several processes. Each stage is a training run of its
 # own, which shares no batch and no gradient with the others, so they must not see the world.
@@ -29,6 +34,7 @@ _WORLD_VARIABLES = (
 )
 # Waiting for another process has no end of its own: a stage may take long. `PeerMonitor` notices who is gone.
 WAIT = timedelta(days=1)
+INTERFACE = "GLOO_SOCKET_IFNAME"  # gloo's own variable
 
 _REFUSED_ENGINES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 
@@ -65,6 +71,7 @@ class Rendezvous:
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             raise ValueError("RANK and WORLD_SIZE are not set; start the pipeline with `accelerate launch`.")
         shared, rank, world_size = next(dist.rendezvous("env://"))
+        _choose_interface(os.environ["MASTER_ADDR"])
         # The launcher's store outlives a restart; what an earlier attempt left in it must not count.
         store = dist.PrefixStore(f"lopt_hf/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", shared)
         store.set_timeout(WAIT)
@@ -133,8 +140,40 @@ def describe(rank: int, data_parallel: int) -> str:
     return f"rank {rank} (stage {stage}{f', replica {replica}' if data_parallel > 1 else ''})"
 
 
+def agree(store: dist.Store, monitor: PeerMonitor, world_size: int, topic: str, settings: Mapping[str, Any]) -> None:
+    """Makes sure that all processes were given the same; each waits for all others.
+
+    Args:
+        store: The store of the run.
+        monitor: What is asked for a failure while waiting.
+        world_size: Number of processes.
+        topic: What the settings are about, once in a run.
+        settings: Values that JSON can hold, by their names.
+
+    Raises:
+        ValueError: If this process has another value than rank 0.
+    """
+    key = f"agree/{topic}"
+    if monitor.rank == 0:
+        store.set(key, json.dumps(settings))
+    monitor.wait_for(store, key)
+    for name, first in json.loads(store.get(key)).items():
+        if settings[name] != first:
+            raise ValueError(
+                f"rank {monitor.rank} was given {name}={settings[name]!r}, but rank 0 {first!r}; give all processes "
+                "the same."
+            )
+    monitor.meet(store, key, world_size)
+
+
 def join(
-    rendezvous: Rendezvous, num_stages: int, data_parallel: int, device_type: str, peer_timeout: float
+    rendezvous: Rendezvous,
+    num_stages: int,
+    data_parallel: int,
+    device_type: str,
+    peer_timeout: float,
+    start_timeout: float = math.inf,
+    settings: Mapping[str, Any] | None = None,
 ) -> PipelineWorld:
     """Sets up process groups: the world, each stage's replicas, and each pair of neighbours.
 
@@ -144,9 +183,11 @@ def join(
         data_parallel: Replicas of each stage.
         device_type: `"cpu"` (gloo) or `"cuda"` and the like (their own backend, untested; gloo for headers).
         peer_timeout: Seconds of silence after which a process counts as lost.
+        start_timeout: Seconds that another process may take to start.
+        settings: What all processes must have been given alike.
 
     Raises:
-        ValueError: If the launcher started another number of processes.
+        ValueError: If the launcher started another number of processes, or one of them has other settings.
     """
     needed = num_stages * data_parallel
     if rendezvous.world_size != needed:
@@ -158,18 +199,26 @@ def join(
     neighbours = [other * data_parallel + replica for other in (stage - 1, stage + 1) if 0 <= other < num_stages]
     replicas = [stage * data_parallel + other for other in range(data_parallel) if other != replica]
     peers = {rank: describe(rank, data_parallel) for rank in (*neighbours, *replicas)}
-    monitor = PeerMonitor(rendezvous.store, rendezvous.rank, peers, peer_timeout)
+    monitor = PeerMonitor(rendezvous.store, rendezvous.rank, peers, peer_timeout, start_timeout)
+    agree(rendezvous.store, monitor, rendezvous.world_size, "arguments", settings or {})
     backend = "gloo"
     if device_type != "cpu":
         torch.accelerator.set_device_index(rendezvous.local_rank)
         backend = f"cpu:gloo,{device_type}:{dist.get_default_backend_for_device(device_type)}"
-    dist.init_process_group(
-        backend,
-        store=dist.PrefixStore("world", rendezvous.store),
-        rank=rendezvous.rank,
-        world_size=rendezvous.world_size,
-        timeout=WAIT,
-    )
+    try:
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("world", rendezvous.store),
+            rank=rendezvous.rank,
+            world_size=rendezvous.world_size,
+            timeout=WAIT,
+        )
+    except RuntimeError as error:
+        raise monitor.fail(
+            f"{describe(rendezvous.rank, data_parallel)} cannot connect to the others through the network interface "
+            f"{os.environ.get(INTERFACE)!r}: {str(error).splitlines()[0]}; set {INTERFACE} on each host to the one "
+            "through which they reach each other"
+        ) from error
     mesh = init_device_mesh(device_type, (num_stages, data_parallel), mesh_dim_names=("stage", "data"))
     # Every process takes part in making every group, also those that it is not in, in the same order.
     links: dict[int, dist.ProcessGroup] = {}
@@ -182,6 +231,22 @@ def join(
     return PipelineWorld(
         rendezvous.store, rendezvous.rank, mesh, stage, replica, links.get(stage - 1), links.get(stage), monitor
     )
+
+
+def _choose_interface(main_address: str) -> None:
+    """Lets gloo listen where other hosts reach this one: at the interface through which it reaches the main one.
+
+    Gloo's own choice, the address of the host's name, is the loopback's on many systems.
+    """
+    if INTERFACE in os.environ:
+        return
+    family, kind, *_, address = socket.getaddrinfo(main_address, 1, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)  # sends nothing, and has the system choose the way
+        own = probe.getsockname()[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if own in [entry.address for entry in addresses]:
+            os.environ[INTERFACE] = name
 
 
 def launch_command(num_processes: int, arguments: Sequence[str], launcher_arguments: Sequence[str] = ()) -> list[str]:

@@ -7,7 +7,6 @@ which go forward only.
 Shapes: B batch, T tokens, D hidden channels.
 """
 
-import json
 import time
 import zlib
 from collections.abc import Mapping
@@ -28,9 +27,9 @@ from lopt_hf.blocks import Block, split_layers
 from lopt_hf.distributed import GradientReducer, broadcast_parameters
 from lopt_hf.objectives import LocalObjective, ReconstructionObjective
 from lopt_hf.pipeline.channel import BatchId, ReceivingChannel, SendingChannel
-from lopt_hf.pipeline.checkpoint import Manifest, find_checkpoint
+from lopt_hf.pipeline.checkpoint import Manifest, check_shared_folder, find_checkpoint, remove_incomplete
 from lopt_hf.pipeline.config import PipelineConfig
-from lopt_hf.pipeline.launch import PipelineWorld
+from lopt_hf.pipeline.launch import PipelineWorld, agree
 from lopt_hf.pipeline.stage import HiddenStateInput, plan_stages
 from lopt_hf.pipeline.stage_checkpoint import StageCheckpointMixin
 from lopt_hf.pipeline.stage_logs import StageCallback, StageLogMixin
@@ -159,9 +158,14 @@ class PipelineTrainer(StageCheckpointMixin, StageLogMixin, LoPTTrainer):
         return torch.zeros((), device=self.args.device, requires_grad=True)
 
     def _send(self, layer: nn.Module, args: tuple, output: Any) -> None:
-        if self._sender is not None:
-            with self.timeline.span("send"):
-                self._sender.put(self._batch, output[0] if isinstance(output, tuple) else output)
+        if self._sender is None:
+            return
+        hidden_BTD = output[0] if isinstance(output, tuple) else output
+        with self.timeline.span("send"):
+            # Here and not where it arrives: the cause is to be named by the stage that made it.
+            largest = torch.linalg.vector_norm(hidden_BTD.detach(), torch.inf)
+            self._check_finite(f"the largest hidden state of stage {self.plan.index}", largest.item())
+            self._sender.put(self._batch, hidden_BTD)
 
     def _run_local_backward(self, index: int, loss: torch.Tensor) -> None:
         with self.timeline.span("backward"):
@@ -214,27 +218,23 @@ class PipelineTrainer(StageCheckpointMixin, StageLogMixin, LoPTTrainer):
             )
         self.store = self.world.new_run_store()
         folder = find_checkpoint(str(output_dir), resume_from_checkpoint)
-        self._agree_on("resume_from_checkpoint", folder)
+        shared = self.store, self.world.monitor, self.world.mesh.size()
+        agree(*shared, "checkpoint", {"resume_from_checkpoint": folder})
+        if self.world.rank == 0:
+            remove_incomplete(output_dir)
+        check_shared_folder(*shared, output_dir)
         if folder is not None:
             self._manifest = Manifest(folder)
             self._manifest.check("data_parallel", self.world.num_replicas)
             folder = str(self._manifest.folder_for(self.plan))
         self._open_channels()
         output = super().train(folder, *args, **kwargs)
-        if self._sender is not None:
-            self._sender.close()
+        for end in (self._receiver, self._sender):
+            if end is not None:
+                end.close()
         self._sender = self._receiver = None
         self._collect_timelines()
         return output
-
-    def _agree_on(self, name: str, value: Any) -> None:
-        """Raises if another process has another value: the stages would train on different data."""
-        key = f"agree/{name}"
-        if self.world.rank == 0:
-            self.store.set(key, json.dumps(value))
-        first = json.loads(self.store.get(key))
-        if value != first:
-            raise ValueError(f"{name} is {value!r} here but {first!r} on rank 0; give all processes the same.")
 
     def _open_channels(self) -> None:
         shared: dict[str, Any] = {

@@ -13,7 +13,14 @@ from torch import nn
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from lopt_hf.pipeline.checkpoint import Manifest, assemble_model, load_weights, publish_when_complete, save_weights
+from lopt_hf.pipeline.checkpoint import (
+    INCOMPLETE,
+    Manifest,
+    assemble_model,
+    load_weights,
+    publish_when_complete,
+    save_weights,
+)
 from lopt_hf.pipeline.launch import PipelineWorld
 from lopt_hf.pipeline.optimizer_state import load_optimizer_state, save_optimizer_state
 from lopt_hf.pipeline.stage import StagePlan
@@ -58,7 +65,7 @@ class StageCheckpointMixin(TrainerBase):
             return
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         output_dir = Path(self.args.output_dir)
-        staged, final = output_dir / f"incomplete-{name}" / name, output_dir / name
+        staged, final = output_dir / f"{INCOMPLETE}{name}" / name, output_dir / name
         folder = staged / self.plan.name
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed while it wrote
         folder.mkdir(parents=True)
@@ -117,7 +124,7 @@ class StageCheckpointMixin(TrainerBase):
             _internal_call: As in the parent.
         """
         target = Path(output_dir or self.args.output_dir)
-        staged = target / "incomplete-model"
+        staged = target / f"{INCOMPLETE}model"
         store = self.world.new_run_store()
         if self.world.replica == 0:
             folder = staged / self.plan.name
@@ -129,7 +136,7 @@ class StageCheckpointMixin(TrainerBase):
                     self.processing_class.save_pretrained(target)
                 shutil.rmtree(staged)
                 store.set("complete", "")
-        store.wait(["complete"])
+        self.world.monitor.wait_for(store, "complete")
         if self.world.reports:
             self.create_model_card(model_name=target.name)
 
@@ -152,5 +159,5 @@ class StageCheckpointMixin(TrainerBase):
             folder_path=str(self.args.output_dir),
             token=self.args.hub_token,
             commit_message="End of training",
-            ignore_patterns=[f"{PREFIX_CHECKPOINT_DIR}-*", "incomplete-*"],
+            ignore_patterns=[f"{PREFIX_CHECKPOINT_DIR}-*", f"{INCOMPLETE}*"],
         )

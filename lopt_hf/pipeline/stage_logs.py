@@ -64,7 +64,7 @@ class StageLogMixin(TrainerBase):
     def _add_other_stages(self, logs: dict[str, float]) -> None:
         for stage in range(self.plan.index):
             key = self._log_key(stage)
-            self.store.wait([key])
+            self.world.monitor.wait_for(self.store, key)
             logs.update(json.loads(self.store.get(key)))
             self.store.delete_key(key)
 
@@ -89,7 +89,8 @@ class StageLogMixin(TrainerBase):
         if not self.world.reports:
             return
         keys = [f"timeline/{plan.index}" for plan in self.plans]
-        self.store.wait(keys)
+        for key in keys:
+            self.world.monitor.wait_for(self.store, key)
         texts = [self.store.get(key) for key in keys]
         events = [Event(**event) for text in texts for event in json.loads(text)]
         origin = min(event.start for event in events)

@@ -12,15 +12,17 @@ Launched by `accelerate launch`, a process is one stage; otherwise the command s
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from transformers import AutoConfig
+from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from lopt_hf.blocks import split_layers
@@ -28,7 +30,7 @@ from lopt_hf.pipeline.adapters import add_adapter
 from lopt_hf.pipeline.balance import balanced_split, format_split
 from lopt_hf.pipeline.config import PipelineConfig
 from lopt_hf.pipeline.costs import measure_costs
-from lopt_hf.pipeline.health import PipelineError
+from lopt_hf.pipeline.health import PipelineError, report_failure, report_termination
 from lopt_hf.pipeline.launch import PipelineWorld, Rendezvous, describe, join, launch_command
 from lopt_hf.pipeline.runner import PipelineTrainer
 from lopt_hf.pipeline.stage import load_stage, plan_stages
@@ -38,6 +40,27 @@ from lopt_hf.scripts.parsing import parse_or_exit
 from lopt_hf.scripts.sft import SFTDataArguments, draw, load_split, resumed_checkpoint
 
 __all__ = ["main", "make_parser", "run_stage"]
+
+# Starts of the names of arguments that may differ from host to host, or that only one process reads.
+_OF_A_HOST = (
+    "output_dir",
+    "resume_from_checkpoint",  # its meaning is compared when the checkpoint is looked for
+    "model_name_or_path",
+    "chat_template_path",
+    "dataset_num_proc",
+    "dataloader_",
+    "use_cpu",
+    "local_rank",
+    "log_level",
+    "log_on_each_node",
+    "disable_tqdm",
+    "report_to",
+    "run_name",
+    "project",
+    "trackio_",
+    "hub_",
+    "push_to_hub",
+)
 
 
 SUBCOMMANDS = {"simulate": pipeline_simulate.main, "export": pipeline_export.main}
@@ -117,24 +140,39 @@ def measured_split(checkpoint: str, args: PipelineConfig, model_args: ModelConfi
     return list(json.loads(world.store.get("split_at")))
 
 
+def shared_settings(args: PipelineConfig, model_args: ModelConfig) -> dict[str, str]:
+    """What must be the same on all processes, by name: all that is not about a host."""
+    values = [(f.name, getattr(group, f.name)) for group in (args, model_args) for f in fields(group)]
+    return {name: str(value) for name, value in values if not name.startswith(_OF_A_HOST)}
+
+
 def run_stage(
     data_args: SFTDataArguments, args: PipelineConfig, model_args: ModelConfig, rendezvous: Rendezvous
 ) -> None:
     """Trains one stage to the end and saves the model with the others."""
-    device_type = args.device.type
     assert args.num_stages is not None
-    world = join(rendezvous, args.num_stages, args.data_parallel, device_type, args.peer_timeout)
+    world = join(
+        rendezvous,
+        args.num_stages,
+        args.data_parallel,
+        args.device.type,
+        args.peer_timeout,
+        args.start_timeout,
+        shared_settings(args, model_args),
+    )
+    name = describe(world.rank, world.num_replicas)
+    report_termination(world.monitor, name)
     try:
         trainer = make_trainer(data_args, args, model_args, world)
         trainer.train(resume_from_checkpoint=resumed_checkpoint(args))
         trainer.save_model(args.output_dir)
         if args.push_to_hub and world.reports:
             trainer.push_model()
-        dist.barrier()  # the store's host leaves last
+        world.monitor.meet(world.store, "end", world.mesh.size())  # the store's host leaves last
     except PipelineError:
         raise
     except Exception as error:
-        raise world.monitor.fail(f"{describe(world.rank, world.num_replicas)} failed: {error}") from error
+        raise world.monitor.explain(error, name) from error
     world.monitor.finish()
     dist.destroy_process_group()
     if world.reports:
@@ -155,10 +193,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(_launch(args, launch_args, arguments))
     try:
         rendezvous = Rendezvous.from_environment()
-        data_args, args, model_args, _ = parse_or_exit(make_parser(), arguments)
-        run_stage(data_args, args, model_args, rendezvous)
     except ValueError as error:
         sys.exit(f"lopt-hf pipeline: {error}")
+    try:
+        data_args, args, model_args, _ = parse_or_exit(make_parser(), arguments)
+        run_stage(data_args, args, model_args, rendezvous)
+    except SystemExit as error:
+        if error.code:
+            report_failure(rendezvous.store, f"rank {rendezvous.rank} was given wrong arguments; see its own output")
+        raise
+    except ValueError as error:
+        reason = report_failure(rendezvous.store, f"rank {rendezvous.rank} failed: {error}")
+        sys.exit(f"lopt-hf pipeline: rank {rendezvous.rank} stops: {reason}")
     except PipelineError:
         sys.exit(1)  # the monitor has said why
 
@@ -167,7 +213,23 @@ def _launch(args: PipelineConfig, launch_args: LaunchArguments, arguments: Seque
     assert args.num_stages is not None
     options = [] if launch_args.devices is None else ["--gpu_ids", launch_args.devices]
     command = launch_command(args.num_stages * args.data_parallel, arguments, options)
-    return subprocess.run(command).returncode
+    # In a session of its own, so that a signal reaches the launcher once: it ends the stages, and must be let do so.
+    launcher = subprocess.Popen(command, start_new_session=True)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: launcher.send_signal(number))
+    code = launcher.wait()
+    if code != 0:
+        print(_how_to_go_on(args), file=sys.stderr)
+    return code
+
+
+def _how_to_go_on(args: PipelineConfig) -> str:
+    last = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+    found = "no checkpoint was saved" if last is None else f"the last checkpoint is {last}"
+    return (
+        f"lopt-hf pipeline: the run has not ended; {found}. The same command with --resume_from_checkpoint auto "
+        f"{'starts anew' if last is None else 'goes on from it'}."
+    )
 
 
 if __name__ == "__main__":

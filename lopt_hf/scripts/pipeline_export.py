@@ -14,7 +14,7 @@ from typing import Any
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer
 
-from lopt_hf.pipeline.checkpoint import ADAPTER_CONFIG, Manifest, assemble_model, load_weights, saved_names
+from lopt_hf.pipeline.checkpoint import ADAPTER_CONFIG, INCOMPLETE, Manifest, assemble_model, load_weights, saved_names
 from lopt_hf.pipeline.stage import StagePlan, load_stage
 
 __all__ = ["export_checkpoint", "main", "make_parser"]
@@ -48,7 +48,7 @@ def export_checkpoint(checkpoint: Path, output_dir: Path, model_name_or_path: st
     if output_dir.exists():
         raise ValueError(f"output_dir={str(output_dir)!r} exists; name a new folder.")
     start = model_name_or_path or manifest.content["model"]
-    staged = output_dir / "incomplete-model"
+    staged = output_dir / f"{INCOMPLETE}model"
     for plan, folder in zip(manifest.plans, manifest.stage_folders, strict=True):
         _save_stage(start, plan, folder, manifest, staged / plan.name)
     assemble_model([staged / plan.name for plan in manifest.plans], output_dir)

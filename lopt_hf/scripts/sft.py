@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def resumed_checkpoint(args: LoPTConfig) -> str | None:
-    """The folder that `resume_from_checkpoint` means; `true` is the last checkpoint in output_dir.
+    """The folder that `resume_from_checkpoint` means: `true` is the last checkpoint in output_dir, `auto` too if any.
 
     Raises:
         ValueError: If there is none.
@@ -172,15 +172,15 @@ def resumed_checkpoint(args: LoPTConfig) -> str | None:
     value = str(args.resume_from_checkpoint or "false")
     if value.lower() == "false":
         return None
-    wants_last = value.lower() == "true"
+    wants_last = value.lower() in ("true", "auto")
     folder = str(args.output_dir) if wants_last else value
     checkpoint = folder if os.path.isdir(folder) else None
     if checkpoint is not None and wants_last:
         checkpoint = get_last_checkpoint(folder)
-    if checkpoint is None:
+    if checkpoint is None and value.lower() != "auto":
         raise ValueError(
             f"resume_from_checkpoint={value}: there is no checkpoint at {folder!r}; name a checkpoint's folder, or "
-            "leave it out to start anew."
+            "leave it out to start anew ('auto' goes on from the last checkpoint if there is one)."
         )
     return checkpoint
 

@@ -144,6 +144,9 @@ class CheckpointMixin(TrainerBase):
             self._globalstep_last_logged = state["last_logged_step"]
             if len(state["loss_since_log"]) == self.args.world_size:
                 self._tr_loss += state["loss_since_log"][self.args.process_index]
+        if self.state.global_step >= self.state.max_steps:  # the parent would train a step before it looks
+            self.control.should_training_stop = True
+            return
         super()._run_epoch(*args, **kwargs)
 
 
