@@ -224,7 +224,8 @@ def _launch(args: PipelineConfig, launch_args: LaunchArguments, arguments: Seque
 
 
 def _how_to_go_on(args: PipelineConfig) -> str:
-    last = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+    output_dir = str(args.output_dir)
+    last = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
     found = "no checkpoint was saved" if last is None else f"the last checkpoint is {last}"
     return (
         f"lopt-hf pipeline: the run has not ended; {found}. The same command with --resume_from_checkpoint auto "
