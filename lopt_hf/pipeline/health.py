@@ -89,19 +89,21 @@ class PeerMonitor:
         # At once: the launcher ends this process too as soon as it notices, and the next would be blamed.
         return self.fail(f"{self.peers.get(peer, f'rank {peer}')} is gone: {what}")
 
-    def explain(self, error: Exception, name: str) -> PipelineError:
+    def explain(self, error: Exception, name: str, advice: str = "") -> PipelineError:
         """As `fail`, for an error of the main thread, which may be this process's own or that a collective broke.
 
         Args:
             error: What was raised.
             name: What to call this process.
+            advice: What to say if a connection broke and no process is missing.
         """
-        if isinstance(error, RuntimeError) and _is_of_a_connection(error):
-            # The backend does not say whose; the one who is silent from now on is it.
-            end = time.monotonic() + self.timeout + 2 * BEAT_SECONDS
-            while self.failure is None and time.monotonic() < end:
-                time.sleep(POLL_SECONDS)
-        return self.fail(f"{name} failed: {error}")
+        if not isinstance(error, RuntimeError) or not _is_of_a_connection(error):
+            return self.fail(f"{name} failed: {error}")
+        # The backend does not say whose; the one who is silent from now on is it.
+        end = time.monotonic() + self.timeout + GRACE_SECONDS
+        while self.failure is None and time.monotonic() < end:
+            time.sleep(POLL_SECONDS)
+        return self.fail(f"{name} lost a connection: {str(error).splitlines()[0]}{advice}")
 
     def wait_for(self, store: dist.Store, key: str) -> None:
         """Waits until a store has a key.

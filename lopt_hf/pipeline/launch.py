@@ -213,24 +213,30 @@ def join(
             world_size=rendezvous.world_size,
             timeout=WAIT,
         )
+        mesh = init_device_mesh(device_type, (num_stages, data_parallel), mesh_dim_names=("stage", "data"))
+        links = _link_stages(mesh, rendezvous.rank)
     except RuntimeError as error:
-        raise monitor.fail(
-            f"{describe(rendezvous.rank, data_parallel)} cannot connect to the others through the network interface "
-            f"{os.environ.get(INTERFACE)!r}: {str(error).splitlines()[0]}; set {INTERFACE} on each host to the one "
-            "through which they reach each other"
-        ) from error
-    mesh = init_device_mesh(device_type, (num_stages, data_parallel), mesh_dim_names=("stage", "data"))
-    # Every process takes part in making every group, also those that it is not in, in the same order.
-    links: dict[int, dist.ProcessGroup] = {}
-    for first in range(num_stages - 1):
-        for other in range(data_parallel):
-            pair = [int(mesh.mesh[first, other]), int(mesh.mesh[first + 1, other])]
-            group = dist.new_group(pair)
-            if rendezvous.rank in pair:
-                links[first] = group
+        advice = (
+            f" The network interface was {os.environ.get(INTERFACE)!r}; set {INTERFACE} on each host to the one "
+            "through which the hosts reach each other."
+        )
+        raise monitor.explain(error, describe(rendezvous.rank, data_parallel), advice) from error
     return PipelineWorld(
         rendezvous.store, rendezvous.rank, mesh, stage, replica, links.get(stage - 1), links.get(stage), monitor
     )
+
+
+def _link_stages(mesh: DeviceMesh, rank: int) -> dict[int, dist.ProcessGroup]:
+    """The groups of this process and each neighbour, by the first stage of the two."""
+    # Every process takes part in making every group, also those that it is not in, in the same order.
+    links: dict[int, dist.ProcessGroup] = {}
+    for first in range(mesh.size(0) - 1):
+        for replica in range(mesh.size(1)):
+            pair = [int(mesh.mesh[first, replica]), int(mesh.mesh[first + 1, replica])]
+            group = dist.new_group(pair)
+            if rank in pair:
+                links[first] = group
+    return links
 
 
 def _choose_interface(main_address: str) -> None:

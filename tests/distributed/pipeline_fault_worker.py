@@ -4,6 +4,7 @@ import importlib
 import os
 import signal
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -42,6 +43,14 @@ def kill(*_: Any) -> None:
     time.sleep(60)
 
 
+def kill_soon(*_: Any) -> None:
+    threading.Timer(0.5, kill).start()
+
+
+def pause(*_: Any) -> None:
+    time.sleep(1.5)
+
+
 def raise_error(*_: Any) -> None:
     raise RuntimeError("the test's own error")
 
@@ -70,7 +79,8 @@ def note_memory(*args: Any) -> None:
 
 
 ACTIONS: dict[str, Callable[..., None]] = {
-    action.__name__: action for action in (kill, raise_error, fill_disk, make_nan, slow_down, note_memory)
+    action.__name__: action
+    for action in (kill, kill_soon, pause, raise_error, fill_disk, make_nan, slow_down, note_memory)
 }
 
 

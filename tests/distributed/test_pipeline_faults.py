@@ -103,14 +103,19 @@ def test_a_kill_while_the_model_is_put_together_leaves_none_that_loads(tmp_path,
     assert checkpoints(tmp_path / "out") == ["checkpoint-6", "checkpoint-8"]
 
 
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [("join", "did not start within 6 s"), ("load_stage", "")],  # silent, or gone if the others have opened a channel
-)
-def test_a_stage_that_is_killed_before_training_is_missed(tmp_path, inputs, function, message):
-    fault = Fault(f"lopt_hf.scripts.pipeline.{function}", ranks=(1,))
-    codes, outputs = run(inputs, tmp_path / "out", faults=[fault], timeout=LIMIT, **IMPATIENT)
-    assert_stopped(codes, outputs, f"rank 1 (stage 1) {message}", dead=1)
+GROUP = "torch.distributed.new_group"
+EARLY = [
+    ([Fault("lopt_hf.scripts.pipeline.join", ranks=(1,))], 1, "did not start within 6 s"),
+    # Rank 2 waits for rank 1 to connect, is killed, and then rank 1 finds nobody; rank 0 has nothing to do with it.
+    ([Fault(GROUP, 2, "kill_soon", (2,)), Fault(GROUP, 2, "pause", (1,))], 2, "has given no sign of life for 5 s"),
+    ([Fault("lopt_hf.scripts.pipeline.load_stage", ranks=(1,))], 1, ""),  # silent, or gone if a channel is open
+]
+
+
+@pytest.mark.parametrize(("faults", "rank", "message"), EARLY, ids=["join", "connect", "load"])
+def test_a_stage_that_is_killed_before_training_is_missed(tmp_path, inputs, faults, rank, message):
+    codes, outputs = run(inputs, tmp_path / "out", faults=faults, timeout=LIMIT, **IMPATIENT)
+    assert_stopped(codes, outputs, f"rank {rank} (stage {rank}) {message}", dead=rank)
 
 
 FAILURES = [
