@@ -147,7 +147,8 @@ class PeerMonitor:
         print(f"lopt-hf pipeline: rank {self.rank} stops: {reason}", file=sys.stderr, flush=True)
 
     def _beat(self) -> None:
-        last = dict.fromkeys(self.peers, (b"", time.monotonic()))  # what a peer wrote, and since when it says that
+        last = dict.fromkeys(self.peers, (b"", 0.0))  # what a peer wrote, and for how long it has been the same
+        looked = time.monotonic()
         beat = 0
         while not self._stopped.is_set() and self.failure is None:
             try:
@@ -160,11 +161,13 @@ class PeerMonitor:
             self._contact = now = time.monotonic()
             if reason:
                 self._note(reason)
-            for peer, value in zip(present, values, strict=True):
-                if last[peer][0] != value:
-                    last[peer] = (value, now)
-            for peer, (value, since) in last.items():
-                self._judge(peer, value, now - since)
+            # While this process did not run (the machine slept, or was stopped), the others may not have either.
+            passed, looked = min(now - looked, 2 * BEAT_SECONDS), now
+            written = dict(zip(present, values, strict=True))
+            for peer, (value, silence) in last.items():
+                new = written.get(peer, b"")
+                last[peer] = (new, silence + passed if new == value else 0.0)
+                self._judge(peer, *last[peer])
             beat += 1
             self._stopped.wait(BEAT_SECONDS)
 
@@ -175,14 +178,16 @@ class PeerMonitor:
             self.fail(f"{self.peers[peer]} has given no sign of life for {self.timeout:.0f} s")
 
     def _guard(self) -> None:
+        contact, silence = self._contact, 0.0
         while not self._stopped.wait(BEAT_SECONDS):
-            now = time.monotonic()
-            if self.failure is None and now - self._contact > self.timeout:
+            silence = silence + BEAT_SECONDS if contact == self._contact else 0.0  # as above, not by the clock
+            contact = self._contact
+            if self.failure is None and silence > self.timeout:
                 self._note(
                     f"no contact with the rendezvous store for {self.timeout:.0f} s: its host, or the link to it, is "
                     "down"
                 )
-            if self.failure is not None and now - self._failed_at > GRACE_SECONDS:
+            if self.failure is not None and time.monotonic() - self._failed_at > GRACE_SECONDS:
                 os._exit(1)
 
 

@@ -94,6 +94,12 @@ class Processes:
         process.join()
         return process.exitcode == -signal.SIGKILL
 
+    def signal(self, number: int) -> None:
+        """Sends a signal to all."""
+        for process in self.processes:
+            assert process.pid is not None
+            os.kill(process.pid, number)
+
     def wait(self, timeout: float) -> list[int | None]:
         """Waits for all to end; returns their exit codes, of a process that has not ended `None`."""
         end = time.monotonic() + timeout

@@ -32,6 +32,7 @@ from tests.tiny import make_dataset
 LAYER = "transformers.models.llama.modeling_llama.LlamaDecoderLayer.forward"
 IMPATIENT = {"peer_timeout": 5, "start_timeout": 6}
 LIMIT = 30  # seconds within which all must have ended
+LONG = {"max_steps": 300, "save_steps": 20, "logging_steps": 50}
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,17 @@ def reference(inputs: Path) -> Path:
     """A run in which nothing went wrong."""
     assert_succeeded(*run(inputs, inputs / "reference"))
     return inputs / "reference"
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def has_checkpoint(output_dir: Path) -> Callable[[], bool]:
+    return lambda: output_dir.is_dir() and bool(checkpoints(output_dir))
 
 
 def assert_stopped(codes: list[int | None], outputs: list[str], cause: str, dead: int | None = None) -> None:
@@ -103,6 +115,14 @@ def test_a_kill_while_the_model_is_put_together_leaves_none_that_loads(tmp_path,
     assert checkpoints(tmp_path / "out") == ["checkpoint-6", "checkpoint-8"]
 
 
+def test_a_killed_replica_is_named(tmp_path, inputs):
+    """Its own stage's other replica learns of it from a collective that breaks, which does not say by whom."""
+    settings = {"num_blocks": 2, "data_parallel": 2, **IMPATIENT}
+    fault = Fault("accelerate.Accelerator.backward", 3, ranks=(3,))
+    codes, outputs = run(inputs, tmp_path / "out", ranks=4, faults=[fault], timeout=LIMIT, **settings)
+    assert_stopped(codes, outputs, "rank 3 (stage 1, replica 1) is gone", dead=3)
+
+
 GROUP = "torch.distributed.new_group"
 EARLY = [
     ([Fault("lopt_hf.scripts.pipeline.join", ranks=(1,))], 1, "did not start within 6 s"),
@@ -116,6 +136,19 @@ EARLY = [
 def test_a_stage_that_is_killed_before_training_is_missed(tmp_path, inputs, faults, rank, message):
     codes, outputs = run(inputs, tmp_path / "out", faults=faults, timeout=LIMIT, **IMPATIENT)
     assert_stopped(codes, outputs, f"rank {rank} (stage {rank}) {message}", dead=rank)
+
+
+@pytest.mark.slow
+def test_a_machine_that_sleeps_goes_on(tmp_path, inputs):
+    """All processes stand still for longer than `peer_timeout`; none takes that for the others' silence."""
+    assert_succeeded(*run(inputs, tmp_path / "reference", **LONG))
+    processes = Processes([arguments(inputs, tmp_path / "out", **IMPATIENT, **LONG)] * 3, tmp_path / "logs")
+    wait_until(has_checkpoint(tmp_path / "out"))
+    processes.signal(signal.SIGSTOP)
+    time.sleep(12)
+    processes.signal(signal.SIGCONT)
+    assert processes.wait(120) == [0, 0, 0], processes.output(0)[-2000:]
+    assert_same_model(tmp_path / "out", tmp_path / "reference")
 
 
 FAILURES = [
@@ -262,19 +295,6 @@ def test_each_stage_killed_at_20_random_moments(tmp_path, inputs, rank):
 
 
 # ---- Launched as a user does: slow, since every process imports everything ----
-
-LONG = {"max_steps": 300, "save_steps": 20, "logging_steps": 50}
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
-def has_checkpoint(output_dir: Path) -> Callable[[], bool]:
-    return lambda: output_dir.is_dir() and bool(checkpoints(output_dir))
 
 
 def process_of_rank(launcher: subprocess.Popen[bytes], rank: int) -> psutil.Process:
