@@ -161,6 +161,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}")
+    # The process group's threads may still be giving back tensors, for which they need the interpreter.
+    trainer.accelerator.state.destroy_process_group()
 
 
 def resumed_checkpoint(args: LoPTConfig) -> str | None:
