@@ -1,5 +1,6 @@
 """Gradient all-reduce for blocks whose backward the DDP reducer must not see."""
 
+import atexit
 import contextlib
 from collections.abc import Collection, Iterable, Iterator
 
@@ -55,6 +56,7 @@ class GradientReducer:
         """Starts averaging the gradients of those parameters that have one, the same on every rank."""
         if self._group is None:
             self._group = dist.new_group()
+            atexit.register(_close, self._group)
         for gradients in self._buckets(parameters):
             flat = torch.cat([gradient.reshape(-1) for gradient in gradients]).div_(dist.get_world_size(self._group))
             work = dist.all_reduce(flat, group=self._group, async_op=True)
@@ -83,3 +85,9 @@ class GradientReducer:
             size += gradient.numel() * gradient.element_size()
         if bucket:
             yield bucket
+
+
+def _close(group: dist.ProcessGroup) -> None:
+    """Ends gloo's threads while there is an interpreter: a bucket that one gives back later aborts the process."""
+    if dist.is_initialized() and dist.get_backend(group) == "gloo":
+        dist.destroy_process_group(group)

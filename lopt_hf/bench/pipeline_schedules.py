@@ -29,7 +29,7 @@ SCHEDULES: dict[str, Callable[..., Any]] = {"gpipe": ScheduleGPipe, "1f1b": Sche
 
 
 class _StageModule(nn.Module):
-    """A stage's part of the model as torch's schedules call it; the last one returns the loss."""
+    """A stage's part of the model as torch's schedules call it; the last one returns what `loss` takes."""
 
     def __init__(self, model: PreTrainedModel, plan: StagePlan, run: MethodRun) -> None:
         super().__init__()
@@ -38,8 +38,9 @@ class _StageModule(nn.Module):
         self.autocast = run.settings.dtype == "bf16"
         # As TRL counts them: the first token of a sequence is predicted from nothing.
         self.num_predicted = run.settings.batch_size * (run.settings.seq_length - 1)
+        self.fused = run.settings.schedule_loss == "fused"
         self.input = None if plan.is_first else HiddenStateInput(find_decoder_stack(model).layers[plan.start])
-        if plan.is_last:
+        if plan.is_last and self.fused:
             add_fused_lm_head(model, outputs=SFT_OUTPUTS)
 
     def forward(self, input: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:
@@ -50,8 +51,17 @@ class _StageModule(nn.Module):
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
             if not self.plan.is_last:
                 return self.model.base_model(**inputs).last_hidden_state
+            if not self.fused:
+                return self.model(**inputs).logits
             outputs = self.model(**inputs, labels=tokens_BT, fused_lm_head=True)
         return -outputs.log_probs.sum() / self.num_predicted
+
+    def loss(self, output: torch.Tensor, target_BT: torch.Tensor) -> torch.Tensor:
+        """The micro-batch's share of the batch's mean loss, of the last stage's output."""
+        if self.fused:
+            return output
+        vocab_size = self.model.config.get_text_config(decoder=True).vocab_size
+        return self.model.loss_function(output, target_BT, vocab_size, num_items_in_batch=self.num_predicted)
 
 
 class _TimedStage(PipelineStage):
@@ -103,7 +113,7 @@ class _ScheduledTraining:
         self.schedule = SCHEDULES[run.method](
             stage,
             n_microbatches=settings.microbatches,
-            loss_fn=lambda loss, target: loss,
+            loss_fn=self.module.loss,
             scale_grads=False,  # the loss is divided by the tokens of the whole batch
         )
         args = make_config(run)

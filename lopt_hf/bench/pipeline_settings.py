@@ -21,6 +21,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "split": ("auto", "even"),
     "dtype": ("bf16", "fp32"),
     "malloc": ("default", "keep"),
+    "schedule_loss": ("fused", "logits"),
 }
 _SMALLEST = {
     "stages": 2,
@@ -54,6 +55,7 @@ class PipelineBenchSettings:
     micro_batch_size: int = _option(2, "Sequences of a micro-batch.")
     seq_length: int = _option(128, "Tokens per sequence; there is no padding.")
     objective: str = _option("reconstruction", "Local objective: reconstruction or readout.")
+    schedule_loss: str = _option("fused", "Of gpipe and 1f1b: fused, TRL's fused LM head, or logits, see below.")
     split: str = _option("auto", "auto: so that PPLL's slowest stage is as fast as can be, measured; even: by layers.")
     split_at: tuple[int, ...] | None = _option(None, "First layer of every stage but the first; wins over --split.")
     steps: int = _option(3, "Timed steps per method and round.")

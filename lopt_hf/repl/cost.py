@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lopt_hf.repl.modeling_repl import FoldedSurrogate
-from lopt_hf.repl.operators import Operator
+from lopt_hf.repl.operator_base import Operator
 
 __all__ = ["SurrogateCost", "cost_of", "layer_cost"]
 

@@ -23,7 +23,8 @@ from lopt_hf.repl.modeling_repl import (
     make_folded_classes,
 )
 from lopt_hf.repl.neighbours import Neighbour, check_family
-from lopt_hf.repl.operators import Operator, make_operator
+from lopt_hf.repl.operator_base import Operator
+from lopt_hf.repl.operators import make_operator
 from lopt_hf.repl.placement import choose_layers
 from lopt_hf.repl.surgery import SynthesisHook, attach, kept_index, remove_layers
 

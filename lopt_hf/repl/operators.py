@@ -10,228 +10,23 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from lopt_hf.repl.config import RepLConfig
-from lopt_hf.repl.modeling_repl import FoldedSurrogate, normalise
-from lopt_hf.repl.neighbours import Affine, Neighbour, NormWeights
+from lopt_hf.repl.modeling_repl import normalise
+from lopt_hf.repl.neighbours import Affine, Neighbour
+from lopt_hf.repl.operator_base import (
+    Operator,
+    Tensors,
+    check_square,
+    make_spec,
+    mean_mlp,
+    mlp_spec,
+    run_mean_mlp,
+    tensors_of,
+)
+from lopt_hf.repl.paper_operators import Head, HeadMLP, MeanMLP, Projection
 
-__all__ = ["Branches", "Head", "HeadMLP", "Linear", "MeanMLP", "Operator", "Projection", "make_operator"]
-
-Tensors = dict[str, torch.Tensor]
-
-
-class Operator(nn.Module):
-    """A surrogate whose weights follow from its neighbours'.
-
-    Args:
-        spec: What it folds to, see `FoldedSurrogate`.
-
-    Attributes:
-        coefficients: What it owns and trains, `(K, size)`; none in `MeanMLP`.
-        per_channel: Whether a branch has a coefficient for each channel; else each `(branch, size)` entry is one
-            feature of all channels.
-    """
-
-    coefficients: nn.Parameter
-    per_channel = False
-
-    def __init__(self, spec: dict[str, Any]) -> None:
-        super().__init__()
-        with torch.device("meta"):  # in a tuple: its weights are synthesised, they are not this module's
-            self._folded = (FoldedSurrogate(spec),)
-
-    @property
-    def spec(self) -> dict[str, Any]:
-        """What it folds to."""
-        return self._folded[0].spec
-
-    def synthesise(self, previous: Neighbour, following: Neighbour) -> Tensors:
-        """The tensors of the `FoldedSurrogate`."""
-        raise NotImplementedError
-
-    def branch_outputs(self, h_ND: torch.Tensor, previous: Neighbour, following: Neighbour) -> torch.Tensor:
-        """What each branch adds to `h` at coefficient 1: (K, N, D), or (K * size, N, D) unless `per_channel`."""
-        raise NotImplementedError
-
-    def offset(self, h_ND: torch.Tensor, previous: Neighbour, following: Neighbour) -> torch.Tensor:
-        """What is added whatever the coefficients are; for `HeadMLP` to first order."""
-        return torch.zeros_like(h_ND)
-
-    def start_as_paper(self, previous: Neighbour, following: Neighbour) -> None:
-        """Half of each neighbour."""
-        self.coefficients.data.fill_(0.5)
-
-    def start_as_skip(self) -> None:
-        """Coefficients of 0."""
-        self.coefficients.data.zero_()
-
-    def forward(self, h_BTD: torch.Tensor, previous: Neighbour, following: Neighbour) -> torch.Tensor:
-        with torch.autocast(h_BTD.device.type, enabled=False):  # weights are made in their own precision
-            tensors = self.synthesise(previous, following)
-        return functional_call(self._folded[0], tensors, (h_BTD,))
-
-
-def _spec(neighbour: Neighbour, **changes: Any) -> dict[str, Any]:
-    spec = {
-        "hidden_size": neighbour.output().weight.shape[0],
-        "norm": neighbour.norm_kind,
-        "eps": neighbour.norm_eps,
-        "scale": False,
-        "linear": False,
-        "bias": False,
-        "mlp": None,
-        "sequential": False,
-    }
-    return {**spec, **changes}
-
-
-def _mlp_spec(neighbour: Neighbour) -> dict[str, Any]:
-    mlp = neighbour.mlp()
-    return {
-        "norm": neighbour.norm_kind,
-        "eps": neighbour.norm_eps,
-        "intermediate_size": mlp.up.weight.shape[0],
-        "gated": mlp.gate is not None,
-        "bias": mlp.norm.into(mlp.up).bias is not None,
-        "down_bias": mlp.down.bias is not None,
-        "post_norm": mlp.post_norm is not None,
-        "activation": neighbour.activation,
-    }
-
-
-def _mean(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
-    return None if a is None or b is None else (a + b) / 2
-
-
-def _mean_affine(a: Affine, b: Affine) -> Affine:
-    return Affine((a.weight + b.weight) / 2, _mean(a.bias, b.bias))
-
-
-def _tensors(name: str, affine: Affine) -> Tensors:
-    weight = {f"{name}.weight": affine.weight}
-    return weight if affine.bias is None else {**weight, f"{name}.bias": affine.bias}
-
-
-def _mean_mlp(previous: Neighbour, following: Neighbour, scale: torch.Tensor | None = None) -> Tensors:
-    """The mean of the neighbours' MLPs behind the previous one's norm (paper, Eq 25-27), its output scaled."""
-    a, b = previous.mlp(), following.mlp()
-    down, post_norm = _mean_affine(a.down, b.down), a.post_norm
-    if scale is not None and post_norm is None:
-        down = Affine(down.weight * scale[:, None], None if down.bias is None else down.bias * scale)
-    tensors = {**_tensors("mlp.up", a.norm.into(_mean_affine(a.up, b.up))), **_tensors("mlp.down", down)}
-    if a.gate is not None and b.gate is not None:
-        tensors |= _tensors("mlp.gate", a.norm.into(_mean_affine(a.gate, b.gate)))
-    if post_norm is not None and post_norm.weight is not None:
-        tensors["mlp.post_norm"] = post_norm.weight if scale is None else post_norm.weight * scale
-    return tensors
-
-
-def _run_mean_mlp(operator: Operator, h_ND: torch.Tensor, previous: Neighbour, following: Neighbour) -> torch.Tensor:
-    mlp: Any = operator._folded[0].mlp
-    tensors = {name.removeprefix("mlp."): tensor for name, tensor in _mean_mlp(previous, following).items()}
-    return functional_call(mlp, tensors, (h_ND,))
-
-
-def _check_square(name: str, neighbour: Neighbour) -> None:
-    rows, columns = neighbour.output().weight.shape
-    if rows != columns:
-        raise ValueError(
-            f"{name} applies the attention's output projection to the hidden states, but it is {rows} x {columns} "
-            "(head size x heads differs from the hidden size); use operator 'linear', or 'branches' without 'output'."
-        )
-
-
-class Projection(Operator):
-    """`proj` (paper, Eq 19-21): `X + X W^T + b`, W and b of the output projections, alpha and beta beside them."""
-
-    def __init__(self, previous: Neighbour, following: Neighbour) -> None:
-        _check_square("operator='proj'", previous)
-        output = previous.output()
-        super().__init__(_spec(previous, norm="none", linear=True, bias=output.bias is not None))
-        self.coefficients = nn.Parameter(output.weight.new_zeros(2, 1))
-
-    def synthesise(self, previous: Neighbour, following: Neighbour) -> Tensors:
-        (alpha,), (beta,) = self.coefficients
-        a, b = previous.output(), following.output()
-        bias = None if a.bias is None or b.bias is None else alpha * a.bias + beta * b.bias
-        return _tensors("linear", Affine(alpha * a.weight + beta * b.weight, bias))
-
-    def branch_outputs(self, h_ND: torch.Tensor, previous: Neighbour, following: Neighbour) -> torch.Tensor:
-        return torch.stack([previous.output()(h_ND), following.output()(h_ND)])
-
-
-def _unit_rows(weight_DP: torch.Tensor) -> torch.Tensor:
-    return nn.functional.normalize(weight_DP, dim=1)
-
-
-class Head(Operator):
-    """`head` (paper, Eq 22-24): `X + d^(-1/2) LN(X) W^T + b`, one alpha and beta for each head's columns."""
-
-    def __init__(self, previous: Neighbour, following: Neighbour, mlp: bool = False) -> None:
-        _check_square(f"operator={'head+mlp' if mlp else 'head'!r}", previous)
-        output, norm = previous.output(), previous.attention_norm()
-        has_bias = output.bias is not None or norm.bias is not None
-        mlp_spec = _mlp_spec(previous) if mlp else None
-        super().__init__(_spec(previous, linear=True, bias=has_bias, mlp=mlp_spec, sequential=mlp))
-        self.coefficients = nn.Parameter(output.weight.new_zeros(2, previous.num_heads))
-
-    def _bases(self, previous: Neighbour, following: Neighbour) -> list[torch.Tensor]:
-        scale = self.spec["hidden_size"] ** -0.5
-        return [_unit_rows(neighbour.output().weight) * scale for neighbour in (previous, following)]
-
-    def synthesise(self, previous: Neighbour, following: Neighbour) -> Tensors:
-        bases = self._bases(previous, following)
-        head_size = bases[0].shape[1] // self.coefficients.shape[1]
-        columns = self.coefficients.repeat_interleave(head_size, dim=1)
-        weight = bases[0] * columns[0] + bases[1] * columns[1]
-        bias = _mean(previous.output().bias, following.output().bias)
-        return _tensors("linear", previous.attention_norm().into(Affine(weight, bias)))
-
-    def branch_outputs(self, h_ND: torch.Tensor, previous: Neighbour, following: Neighbour) -> torch.Tensor:
-        norm, heads = previous.attention_norm(), self.coefficients.shape[1]
-        x_ND = _apply_norm(norm, normalise(h_ND, self.spec["norm"], self.spec["eps"]))
-        x_HNd = x_ND.view(len(x_ND), heads, -1).transpose(0, 1)
-        outputs = [
-            x_HNd @ base.view(base.shape[0], heads, -1).permute(1, 2, 0) for base in self._bases(previous, following)
-        ]
-        return torch.cat(outputs)
-
-    def offset(self, h_ND: torch.Tensor, previous: Neighbour, following: Neighbour) -> torch.Tensor:
-        bias = _mean(previous.output().bias, following.output().bias)
-        return torch.zeros_like(h_ND) if bias is None else bias.expand_as(h_ND)
-
-
-def _apply_norm(norm: NormWeights, x_ND: torch.Tensor) -> torch.Tensor:
-    x_ND = x_ND if norm.weight is None else x_ND * norm.weight
-    return x_ND if norm.bias is None else x_ND + norm.bias
-
-
-class MeanMLP(Operator):
-    """`mlp` (paper, Eq 25-27): `X + MLP_mean(LN(X))`. It has no coefficients."""
-
-    def __init__(self, previous: Neighbour, following: Neighbour) -> None:
-        super().__init__(_spec(previous, mlp=_mlp_spec(previous)))
-
-    def synthesise(self, previous: Neighbour, following: Neighbour) -> Tensors:
-        return _mean_mlp(previous, following)
-
-    def start_as_paper(self, previous: Neighbour, following: Neighbour) -> None:
-        """Nothing to set."""
-
-
-class HeadMLP(Head):
-    """`head+mlp`: `head`, then `mlp` on what it gives, as in a pre-norm layer (our reading of the paper)."""
-
-    def __init__(self, previous: Neighbour, following: Neighbour) -> None:
-        super().__init__(previous, following, mlp=True)
-
-    def synthesise(self, previous: Neighbour, following: Neighbour) -> Tensors:
-        return {**super().synthesise(previous, following), **_mean_mlp(previous, following)}
-
-    def offset(self, h_ND: torch.Tensor, previous: Neighbour, following: Neighbour) -> torch.Tensor:
-        mlp_ND = _run_mean_mlp(self, h_ND, previous, following)
-        return super().offset(h_ND, previous, following) + mlp_ND
+__all__ = ["Branches", "Linear", "make_operator", "prior_of"]
 
 
 class Branches(Operator):
@@ -246,14 +41,16 @@ class Branches(Operator):
 
     def __init__(self, previous: Neighbour, following: Neighbour, branches: list[str], granularity: str) -> None:
         if "output" in branches:
-            _check_square("branches=['output']", previous)
+            check_square("branches=['output']", previous)
         self.names = [name for branch in branches for name in _neighbours_of(branch)]
         is_linear = bool({"value", "output"} & set(branches))
         output, value, norm = previous.output(), previous.value(), previous.attention_norm()
         biases = [output.bias, norm.bias, *([value.bias] if "value" in branches else [])]
         has_bias = any(bias is not None for bias in biases)
-        mlp = _mlp_spec(previous) if "mlp" in branches else None
-        spec = _spec(previous, scale="identity" in branches, linear=is_linear, bias=is_linear and has_bias, mlp=mlp)
+        mlp = mlp_spec(previous) if "mlp" in branches else None
+        spec = make_spec(
+            previous, scale="identity" in branches, linear=is_linear, bias=is_linear and has_bias, mlp=mlp
+        )
         super().__init__(spec)
         self.granularity = granularity
         self.per_channel = granularity == "channel"
@@ -274,13 +71,13 @@ class Branches(Operator):
             if name == "identity":
                 tensors["scale"] = per_channel
             elif name == "mlp":
-                tensors |= _mean_mlp(previous, following, per_channel)
+                tensors |= mean_mlp(previous, following, per_channel)
             else:
                 maps.append(self._path(name, previous, following, coefficient))
         if maps:
             biases = [path.bias for path in maps if path.bias is not None]
             bias = torch.stack(biases).sum(0) if biases else None
-            tensors |= _tensors("linear", Affine(torch.stack([path.weight for path in maps]).sum(0), bias))
+            tensors |= tensors_of("linear", Affine(torch.stack([path.weight for path in maps]).sum(0), bias))
         return tensors
 
     def _path(self, name: str, previous: Neighbour, following: Neighbour, coefficient: torch.Tensor) -> Affine:
@@ -309,7 +106,7 @@ class Branches(Operator):
             if name == "identity":
                 outputs.append(h_ND)
             elif name == "mlp":
-                outputs.append(_run_mean_mlp(self, h_ND, previous, following))
+                outputs.append(run_mean_mlp(self, h_ND, previous, following))
             else:
                 outputs += [self._path(name, previous, following, one)(x_ND) for one in self._units()]
         return torch.stack(outputs)
@@ -332,7 +129,7 @@ class Linear(Operator):
     """
 
     def __init__(self, previous: Neighbour, following: Neighbour) -> None:
-        super().__init__(_spec(previous, linear=True, bias=True))
+        super().__init__(make_spec(previous, linear=True, bias=True))
         size = self.spec["hidden_size"]
         self.coefficients = nn.Parameter(previous.output().weight.new_zeros(size, size))
         self.bias = nn.Parameter(self.coefficients.new_zeros(size))

@@ -54,6 +54,9 @@ All compute the task loss by TRL's fused LM head, and clip each stage's gradient
 the trainers do besides. Time is counted after the pipelines have filled. Methods take turns (--rounds), each time in
 new processes.
 
+--schedule-loss logits lets gpipe and 1f1b compute the loss on the logits in full, as a loss function passed to torch's
+schedules does; lopt, ppll and e2e stay what the trainers are.
+
 --malloc keep (the default) sets MALLOC_MMAP_MAX_ and MALLOC_TRIM_THRESHOLD_ for all processes, so that glibc keeps the
 memory of large tensors from step to step instead of giving it back; --malloc default leaves that as it is.
 """

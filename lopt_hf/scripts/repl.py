@@ -9,16 +9,18 @@ it can be trained on (`unfolded`) and folded for use (`folded`), in `output_dir`
 """
 
 import copy
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 from lopt_hf.data.formats import load_sft_dataset, to_trl_format
@@ -49,6 +51,8 @@ class RepLScriptArguments:
         eval_chunk_length: Tokens of each piece.
         compare: Further operators to measure untrained, as `operator` or `operator:init`.
         seeds: Seeds of the healing runs.
+        scratch: Changes to the model's config. With it nothing is pretrained: for every seed the full model, plain
+            removal and RepL are trained from the same random weights (the paper's language experiment).
     """
 
     dataset_name: str | None = field(default=None, metadata={"help": "Healing data: .txt, .jsonl, hub id."})
@@ -60,6 +64,10 @@ class RepLScriptArguments:
         default_factory=list, metadata={"help": "Further operators beside it, as 'operator' or 'operator:init'."}
     )
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds of the healing runs."})
+    scratch: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Start from random weights; JSON with changes to the model's config, '{}' for none."},
+    )
 
     def __post_init__(self) -> None:
         for name, smallest in (("eval_chunks", 2), ("eval_chunk_length", 2)):
@@ -67,6 +75,36 @@ class RepLScriptArguments:
                 raise ValueError(f"{name}={getattr(self, name)} is too small; set it to {smallest} or more.")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds={self.seeds} must name at least one seed, and each once.")
+        if isinstance(self.scratch, str):
+            self.scratch = _json_object("scratch", self.scratch)
+        if self.scratch is not None and self.dataset_name is None:
+            raise ValueError(
+                "scratch without dataset_name leaves nothing to train on; give a .txt file or a data set."
+            )
+        if self.scratch is not None and self.compare:
+            raise ValueError(f"compare={self.compare} measures untrained models; leave it out where scratch is set.")
+
+
+def _json_object(option: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{option}={text!r} is no JSON object; write it like '{{\"num_hidden_layers\": 12}}'.")
+    return value
+
+
+def check_scratch(config: RepLConfig) -> None:
+    """Raises if the surgery wants to learn something from random weights.
+
+    Raises:
+        ValueError: If it does; the message names the field.
+    """
+    if config.init == "calibrate":
+        raise ValueError("init='calibrate' has nothing to imitate in random weights; use 'paper' or 'skip'.")
+    if config.placement == "block_influence" and config.layers_to_replace is None:
+        raise ValueError("placement='block_influence' says nothing of random weights; use 'every' or name the layers.")
 
 
 @dataclass
@@ -160,9 +198,10 @@ class Experiment:
     model_args: ModelConfig
 
     def __post_init__(self) -> None:
-        name = resolve_model(str(self.model_args.model_name_or_path))
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(name)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=self.model_args.dtype or torch.float32)
+        self.name = resolve_model(str(self.model_args.model_name_or_path))
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(self.name)
+        if self.script_args.scratch is not None:
+            check_scratch(self.config)
         self.calibration, evaluation = texts(self.script_args)
         length, count = self.script_args.eval_chunk_length, self.script_args.eval_chunks
         self.chunks_BT = cut_chunks(self.tokenizer, evaluation, length, count)
@@ -177,32 +216,54 @@ class Experiment:
 
     def run(self) -> None:
         """Measures everything and saves model and report."""
-        self.measure(FULL, self.model)
-        repl, seconds = make_variant(self.model, self.config, [self.calibration], self.tokenizer)
+        self.save(self.from_pretrained() if self.script_args.scratch is None else self.from_scratch())
+
+    def from_pretrained(self) -> Any:
+        """Measures the models and, where there is data to heal with, heals them; returns the first RepL model."""
+        model = AutoModelForCausalLM.from_pretrained(self.name, dtype=self.model_args.dtype or torch.float32)
+        self.measure(FULL, model)
+        repl, seconds = make_variant(model, self.config, [self.calibration], self.tokenizer)
         removed = repl.config.repl["removed"]
-        self.measure(PLAIN, make_plain(self.model, removed), removed=removed)
+        self.measure(PLAIN, make_plain(model, removed), removed=removed)
         self.measure(_name(self.config), repl, seconds=seconds, removed=removed)
         for text in self.script_args.compare:
             other = parse_variant(text, replace(self.config, num_layers_to_replace=None, layers_to_replace=removed))
-            variant, seconds = make_variant(self.model, other, [self.calibration], self.tokenizer)
+            variant, seconds = make_variant(model, other, [self.calibration], self.tokenizer)
             self.measure(_name(other), variant, seconds=seconds, removed=removed)
-        if self.script_args.dataset_name is not None:
-            repl = self.heal_all(repl, removed)
-        self.save(repl)
-
-    def heal_all(self, repl: Any, removed: list[int]) -> Any:
-        """Heals RepL and plain removal for every seed; returns the first RepL model."""
-        dataset = healing_data(str(self.script_args.dataset_name), self.tokenizer, self.args.max_length or 512)
-        first = None
+        if self.script_args.dataset_name is None:
+            return repl
+        trained = []
         for seed in self.script_args.seeds:
-            for name in (PLAIN, _name(self.config)):
-                model = make_plain(self.model, removed) if name == PLAIN else copy.deepcopy(repl)
-                start = perf_counter()
-                healed = heal(model, seed, dataset, self.args, self.model_args, self.tokenizer)
-                self.measure(name, healed, seed=seed, seconds=perf_counter() - start, removed=removed)
-                if name != PLAIN and first is None:
-                    first = healed
-        return first
+            self.train(PLAIN, make_plain(model, removed), seed, removed)
+            trained.append(self.train(_name(self.config), copy.deepcopy(repl), seed, removed))
+        return trained[0]
+
+    def from_scratch(self) -> Any:
+        """Trains the three models of every seed; returns the first RepL model."""
+        changes: Any = self.script_args.scratch
+        model_config = AutoConfig.from_pretrained(self.name, **changes)
+        trained = []
+        for seed in self.script_args.seeds:
+            set_seed(seed)
+            model = AutoModelForCausalLM.from_config(model_config, dtype=self.model_args.dtype or torch.float32)
+            repl, _ = make_variant(model, self.config, None, self.tokenizer)
+            removed = repl.config.repl["removed"]
+            self.train(PLAIN, make_plain(model, removed), seed, removed)
+            trained.append(self.train(_name(self.config), repl, seed, removed))
+            self.train(FULL, model, seed, [])
+        return trained[0]
+
+    def train(self, name: str, model: Any, seed: int, removed: list[int]) -> Any:
+        """Trains a model, adds its row and returns it."""
+        start = perf_counter()
+        trained = heal(model, seed, self.dataset, self.args, self.model_args, self.tokenizer)
+        self.measure(name, trained, seed=seed, seconds=perf_counter() - start, removed=removed)
+        return trained
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """What the models are trained on."""
+        return healing_data(str(self.script_args.dataset_name), self.tokenizer, self.args.max_length or 512)
 
     def save(self, repl: Any) -> None:
         """Writes `unfolded`, `folded`, the report as JSON and its table as Markdown."""

@@ -51,6 +51,22 @@ def test_methods_that_compute_the_same_have_the_same_loss(report):
     assert loss["lopt"] != pytest.approx(loss["e2e"], rel=1e-6)
 
 
+def test_loss_on_whole_logits_is_that_of_the_fused_head(report, tiny_model, tmp_path):
+    settings = PipelineBenchSettings(
+        model=str(tiny_model),
+        methods=("1f1b",),
+        schedule_loss="logits",
+        split_at=tuple(report["split_at"]),
+        micro_batch_size=1,
+        seq_length=16,
+        rounds=1,
+        warmup=1,
+        steps=2,
+    )
+    results = run_pipeline_bench(settings, progress=False).results
+    assert results["1f1b"].loss == pytest.approx(report["results"]["1f1b"]["loss"], rel=1e-6)
+
+
 def test_first_stage_keeps_as_many_micro_batches_as_its_schedule_says(report):
     """Of four: GPipe all, 1F1B as many as there are stages, PPLL one (and a queue)."""
     results = report["results"]

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from lopt_hf import RepLModel
@@ -37,7 +38,8 @@ def arguments(folder, **options):
         "disable_tqdm": True,
         **options,
     }
-    return [part for name, value in values.items() for part in (f"--{name}", *map(str, _list(value)))]
+    given = {name: value for name, value in values.items() if value is not None}
+    return [part for name, value in given.items() for part in (f"--{name}", *map(str, _list(value)))]
 
 
 def _list(value):
@@ -64,7 +66,7 @@ def test_a_run_with_healing(folder, capsys):
     assert healed == [(name, seed) for seed in (0, 1) for name in ("plain removal", "linear, calibrate")]
     assert all(len(row["losses"]) == 6 and row["losses"][0][1] == 15 for row in report["rows"])
     for found in report["against_plain_removal"]:
-        rows = [row for row in report["rows"] if (row["seed"] is not None) == found["healed"]]
+        rows = [row for row in report["rows"] if (row["seed"] is not None) == found["trained"]]
         means = [
             [sum(loss for loss, _ in row["losses"]) / 90 for row in rows if row["name"] == name]
             for name in (found["name"], "plain removal")
@@ -72,7 +74,7 @@ def test_a_run_with_healing(folder, capsys):
         assert found["delta"] == pytest.approx(sum(means[0]) / len(means[0]) - sum(means[1]) / len(means[1]))
         assert found["low"] <= found["delta"] <= found["high"]
     table = capsys.readouterr().out
-    assert "| no training |" in table and "| after healing, 2 seeds |" in table
+    assert "| no training |" in table and "| after training, 2 seeds |" in table
     assert (folder / "out/report.md").read_text() in table
     unfolded = RepLModel.from_pretrained(folder / "out/unfolded")
     folded = AutoModelForCausalLM.from_pretrained(folder / "out/folded")
@@ -80,6 +82,33 @@ def test_a_run_with_healing(folder, capsys):
     assert sum(p.numel() for p in folded.parameters()) == counted["linear, calibrate"]
     assert sum(p.numel() for p in unfolded.parameters()) == counted["linear, calibrate"]
     assert (folder / "out/folded/modeling_repl.py").is_file()
+
+
+def test_from_scratch_every_seed_starts_its_models_from_the_same_weights(folder, monkeypatch):
+    started = []
+
+    def train_nothing(model, seed, *args):
+        started.append((seed, {name: weight.clone() for name, weight in model.state_dict().items()}))
+        return model
+
+    monkeypatch.setattr(repl, "heal", train_nothing)
+    scratch = {
+        "scratch": '{"hidden_size": 16}',
+        "placement": "every",
+        "every": 2,
+        "num_layers_to_replace": None,
+        "init": "paper",
+        "operator": "proj",
+    }
+    repl.main(arguments(folder, dataset_name=folder / "healing.txt", **{**HEALING, **scratch}))
+    assert [seed for seed, _ in started] == [0, 0, 0, 1, 1, 1]
+    embeddings = [next(w for name, w in weights.items() if "embed_tokens" in name) for _, weights in started]
+    assert embeddings[0].shape[1] == 16
+    assert all(torch.equal(embeddings[0], other) for other in embeddings[1:3])
+    assert not torch.equal(embeddings[0], embeddings[3])
+    report = json.loads((folder / "out/report.json").read_text())
+    assert [row["name"] for row in report["rows"][:3]] == ["plain removal", "linear, skip", "full model"]
+    assert [row["removed"] for row in report["rows"][:3]] == [[1, 3], [1, 3], []]
 
 
 def test_adapters(folder):
@@ -104,11 +133,27 @@ def test_nothing_is_overwritten(folder):
         ({"eval_chunks": 1000}, "eval_chunks=1000 pieces .* lower eval_chunks to at most"),
         ({"num_layers_to_replace": 5}, "num_layers_to_replace=5 does not fit a model with 6 layers"),
         ({"compare": ["nothing"]}, "operator='nothing' is unknown"),
+        ({"scratch": "{}", "dataset_name": "healing.txt"}, "init='calibrate' has nothing to imitate"),
+        ({"scratch": "{}", "dataset_name": "healing.txt", "init": "skip"}, "placement='block_influence' says nothing"),
     ],
 )
 def test_bad_input(options, message, folder):
     with pytest.raises(SystemExit, match=message):
         repl.main(arguments(folder, **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scratch": "{}"}, "scratch without dataset_name leaves nothing to train on"),
+        ({"scratch": "12 layers", "dataset_name": "healing.txt"}, "scratch='12 layers' is no JSON object"),
+        ({"scratch": "{}", "dataset_name": "healing.txt", "compare": ["proj"]}, "leave it out where scratch is set"),
+    ],
+)
+def test_bad_scratch(options, message, folder, capsys):
+    with pytest.raises(SystemExit):
+        repl.main(arguments(folder, **options))
+    assert message in capsys.readouterr().err
 
 
 def test_a_bad_value_ends_the_command_before_the_model_is_loaded(folder, capsys):
