@@ -97,8 +97,7 @@ def test_from_scratch_every_seed_starts_its_models_from_the_same_weights(folder,
         "placement": "every",
         "every": 2,
         "num_layers_to_replace": None,
-        "init": "paper",
-        "operator": "proj",
+        "init": "skip",
     }
     repl.main(arguments(folder, dataset_name=folder / "healing.txt", **{**HEALING, **scratch}))
     assert [seed for seed, _ in started] == [0, 0, 0, 1, 1, 1]
