@@ -57,15 +57,20 @@ class BlockOptimizerMixin(BlockParametersMixin):
             heads = [] if self._heads_in_model else self.local_heads.parameters()
             return self.accelerator.clip_grad_norm_([*self.model.parameters(), *heads], max_norm)
         self.accelerator.unscale_gradients()
-        norms = [clip_grad_norm_(group, max_norm) for group in self._clip_groups()]
-        full_norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-        return torch.linalg.vector_norm(torch.stack([norm.to(self.args.device) for norm in full_norms]))
+        norms = [self._clip_block(i, group, max_norm) for i, group in enumerate(self._clip_groups())]
+        return torch.linalg.vector_norm(torch.stack(norms))
+
+    def _clip_block(self, index: int, parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
+        norm = clip_grad_norm_(parameters, max_norm)
+        full_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return full_norm.to(self.args.device)
 
     def _check_finite(self, name: str, value: float) -> None:
         if not math.isfinite(value):
+            weights = "last block's weights" if self.args.local_step else "weights"
             raise FloatingPointError(
                 f"{name} is {value} at step {self.state.global_step + 1}. Training stops before this step changes the "
-                f"weights; the checkpoints in output_dir={self.args.output_dir!r} are from before. Lower "
+                f"{weights}; the checkpoints in output_dir={self.args.output_dir!r} are from before. Lower "
                 "learning_rate or early_learning_rate, or raise warmup_steps, and resume."
             )
 

@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 from lopt_hf.boundary import GradientBoundary
-from lopt_hf.trainers.block_optimizer import BlockOptimizerMixin
+from lopt_hf.trainers.local_step import LocalStepMixin
 
 __all__ = ["LocalLossMixin"]
 
 
-class LocalLossMixin(BlockOptimizerMixin):
+class LocalLossMixin(LocalStepMixin):
     """Runs a micro-batch with the boundary switched on, and logs each early block's loss."""
 
     boundary: GradientBoundary
@@ -19,8 +19,12 @@ class LocalLossMixin(BlockOptimizerMixin):
 
     def _run_local_backward(self, index: int, loss: torch.Tensor) -> None:
         self.accelerator.backward(loss)
-        if self._reduces_early_gradients() and self.accelerator.sync_gradients:
+        if not self.accelerator.sync_gradients:
+            return
+        if self._reduces_early_gradients():
             self._reducer.start(self._clip_groups()[index])
+        if self.args.local_step:
+            self._step_early_block(index)
 
     def compute_loss(
         self,

@@ -101,6 +101,7 @@ class LoPTMixin(LocalLossMixin, CheckpointMixin):
         self._warn_of_the_early_rate()
         self.add_callback(ZeroHeadGradients(self.local_heads))
         self._reducer = GradientReducer()
+        self._early_norms = {}
         self._drift = WeightDrift(self._owned()) if args.log_drift else None
         self._owns_output_dir = False
 
@@ -145,6 +146,7 @@ class LoPTMixin(LocalLossMixin, CheckpointMixin):
         checkpoint = get_last_checkpoint(output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
         if checkpoint:
             self._resumed = read_local_state(checkpoint, self._block_settings())
+        self._early_norms.clear()  # of a run that an exception ended
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
