@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from lopt_hf.trainers.block_optimizer import BlockOptimizerMixin
 
 __all__ = ["LocalStepMixin", "stepping_only"]
+
+logger = logging.get_logger(__name__)
 
 
 class LocalStepMixin(BlockOptimizerMixin):
@@ -22,6 +25,14 @@ class LocalStepMixin(BlockOptimizerMixin):
     """
 
     _early_norms: dict[int, torch.Tensor]  # of the blocks that have taken the step under way
+
+    def _warn_of_accumulation(self) -> None:
+        if self.args.local_step and self.args.gradient_accumulation_steps > 1:
+            logger.warning(
+                f"local_step=True saves no memory with gradient_accumulation_steps="
+                f"{self.args.gradient_accumulation_steps}: the gradients of all blocks are kept until the last of its "
+                "micro-batches. Raise per_device_train_batch_size instead, if it fits."
+            )
 
     def _step_early_block(self, index: int) -> None:
         """Averages, clips and applies the gradients of an early block, and frees them."""

@@ -45,11 +45,11 @@ class LocalLearningArguments(ArgumentsBase):
             without gradients, which saves the arithmetic too. Ours; paper and code update at every step.
         local_step: Let an early block take its optimizer step right after its local backward, and free its gradients
             before the next block runs (paper, App. L): the gradients of one block are in memory at a time, not those
-            of all. The weights are the same, bit for bit. Of use with `gradient_accumulation_steps=1` only: gradients
-            that accumulate have to stay. Under DDP the step waits for the block's gradients to be averaged, which
-            otherwise overlaps the next blocks. Callbacks see the step when the last block takes it
-            (`on_pre_optimizer_step`): the early blocks' gradients are gone by then. Default: off, the released code's
-            order.
+            of all. The weights end the same, bit for bit, unless a block reads another's weights (RepL's operators
+            that do, next to a boundary). No use with `gradient_accumulation_steps` above 1: gradients that accumulate
+            have to stay. Under DDP the step waits for the average of the block's gradients, which otherwise overlaps
+            the next blocks. Callbacks (`on_pre_optimizer_step`) come when the last block is about to step, and the
+            early ones have; step hooks of the optimizer run once for each block. Off, as in the released code.
         clip_scope: `"block"` clips each block's gradient at `max_grad_norm` (paper, App. L), `"global"` all together
             (code).
         tied_embeddings: What to do where the LM head shares the input embedding: `"untie"` gives the head a copy

@@ -99,6 +99,7 @@ class LoPTMixin(LocalLossMixin, CheckpointMixin):
         elif args.local_backward == "auto":
             logger.info("local_backward='auto' is 'eager': each block's activations are freed when it is done.")
         self._warn_of_the_early_rate()
+        self._warn_of_accumulation()
         self.add_callback(ZeroHeadGradients(self.local_heads))
         self._reducer = GradientReducer()
         self._early_norms = {}

@@ -85,8 +85,9 @@ def test_gradients_are_gone_when_the_next_block_starts(tmp_path):
     assert alive == [none, none, none, [False, False, True]] * 4
 
 
-def test_gradients_stay_while_they_accumulate(tmp_path):
+def test_gradients_stay_while_they_accumulate(tmp_path, caplog):
     trainer = make_trainer(tmp_path, **SETTINGS, gradient_accumulation_steps=2, local_step=True)
+    assert "local_step=True saves no memory with gradient_accumulation_steps=2" in caplog.text
     first, alive = trainer._clip_groups()[0], []
     trainer.stack.layers[trainer.blocks[1].start].register_forward_pre_hook(
         lambda *_: alive.append(all(p.grad is not None for p in first))
