@@ -61,9 +61,8 @@ def test_two_processes_equal_one_with_other_settings(tmp_path, options):
     assert_same_weights(two, snapshot(run(tmp_path / "one", **settings)))
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_local_step_changes_no_bit(tmp_path, accumulation):
-    options = ["--gradient_accumulation_steps", accumulation, "--num_blocks", 3]
+def test_local_step_changes_no_bit(tmp_path):
+    options = ["--gradient_accumulation_steps", 2, "--num_blocks", 3]
     local, deferred = launch(tmp_path / "local", *options, "--local_step"), launch(tmp_path / "deferred", *options)
     assert all(torch.equal(local[name], deferred[name]) for name in deferred)
     logs = [json.loads((tmp_path / name / "log_history.json").read_text()) for name in ("local", "deferred")]
