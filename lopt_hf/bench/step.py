@@ -1,4 +1,4 @@
-"""What one training step costs, by method: activation bytes, time, resident memory.
+"""What one training step costs, by method: bytes of activations and gradients, time, resident memory.
 
 Every method trains in a spawned process of its own, by a real trainer, beside a process that trains end-to-end on the
 same batches. The parent lets one of the two at a time do one step, in turns, so that whatever else the machine does
@@ -33,6 +33,8 @@ class StepResult:
         method: Name of the row.
         peak_saved_bytes: Peak bytes that autograd keeps for backward in a step, see `SavedBytes`.
         saved_bytes_ratio: The same relative to `e2e` in this run; `None` without `e2e`.
+        peak_gradient_bytes: Peak bytes that parameters hold in `.grad` in a step, see `GradientBytes`.
+        gradient_bytes_ratio: The same relative to `e2e` in this run; `None` without `e2e`.
         step_seconds: Time per step (forward, backward, clipping, optimizer), without fetching the batch.
         step_seconds_ratio: The same relative to the `e2e` steps taken in turns with it; `None` without `e2e`.
         step_seconds_iqr: Interquartile range of the step time in seconds, taken at each position of the cycle.
@@ -43,11 +45,14 @@ class StepResult:
         final_loss_step: That step, counted from 1.
         timed_seconds: Every timed step, in order.
         saved_bytes: Peak of every memory step, in order.
+        gradient_bytes: Likewise of the gradients.
     """
 
     method: str
     peak_saved_bytes: float
     saved_bytes_ratio: float | None
+    peak_gradient_bytes: float
+    gradient_bytes_ratio: float | None
     step_seconds: float
     step_seconds_ratio: float | None
     step_seconds_iqr: float
@@ -58,6 +63,7 @@ class StepResult:
     final_loss_step: int
     timed_seconds: list[float]
     saved_bytes: list[int]
+    gradient_bytes: list[int]
 
 
 def run_step_bench(settings: StepBenchSettings, progress: bool = True) -> list[StepResult]:
@@ -110,12 +116,17 @@ class _Measured:
 
     row: StepRow
     saved_bytes: list[int] = field(default_factory=list)
+    gradient_bytes: list[int] = field(default_factory=list)
     timed_seconds: list[float] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
 
     @property
     def peak_saved_bytes(self) -> float:
         return statistics.fmean(self.saved_bytes)
+
+    @property
+    def peak_gradient_bytes(self) -> float:
+        return statistics.fmean(self.gradient_bytes)
 
     @property
     def step_seconds(self) -> float:
@@ -137,7 +148,7 @@ def _measure(
         for worker in workers:
             worker.wait_until_ready()
 
-        def step(index: int, task: str) -> float:
+        def step(index: int, task: str) -> Any:
             describe(f"{task}: {workers[index].row.name}")
             cost = workers[index].step(task)
             advance()
@@ -145,7 +156,10 @@ def _measure(
 
         members = range(len(workers))
         for index in members:
-            measured[index].saved_bytes = [int(step(index, "memory")) for _ in range(group[index].interval)]
+            for _ in range(group[index].interval):
+                saved, gradients = step(index, "memory")
+                measured[index].saved_bytes.append(saved)
+                measured[index].gradient_bytes.append(gradients)
         for _ in range(settings.warmup):
             for index in members:
                 step(index, "warm-up")
@@ -168,7 +182,7 @@ def _check_model(settings: StepBenchSettings, checkpoint: str) -> None:
             "pass the path of a folder that holds a config.json."
         ) from error
     layers = config.num_hidden_layers
-    if {"lopt", "freeze"} & set(settings.methods) and max(settings.num_blocks) > layers:
+    if {"lopt", "lopt_local_step", "freeze"} & set(settings.methods) and max(settings.num_blocks) > layers:
         raise ValueError(f"num_blocks={settings.num_blocks}: the model has {layers} layers; use at most {layers}.")
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and settings.seq_length > longest:
@@ -180,8 +194,6 @@ class _Worker:
 
     def __init__(self, row: StepRow, settings: StepBenchSettings, checkpoint: str, folder: str) -> None:
         self.row = row
-        self.saved_bytes: list[int] = []
-        self.timed_seconds: list[float] = []
         context = multiprocessing.get_context("spawn")  # a forked child would inherit the parent's threads and memory
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=work, args=(theirs, row, settings, checkpoint, folder), daemon=True)
@@ -191,8 +203,8 @@ class _Worker:
     def wait_until_ready(self) -> None:
         self._receive("ready")
 
-    def step(self, task: str) -> float:
-        """Lets the process do one step; returns its peak bytes (`task="memory"`) or its seconds."""
+    def step(self, task: str) -> Any:
+        """Lets the process do one step; returns its peaks of bytes (`task="memory"`) or its seconds."""
         self._connection.send(task)
         return self._receive("ready")
 
@@ -243,6 +255,8 @@ def _result(measured: _Measured, baseline: _Measured | None, common_step: int) -
         method=measured.row.name,
         peak_saved_bytes=measured.peak_saved_bytes,
         saved_bytes_ratio=measured.peak_saved_bytes / baseline.peak_saved_bytes if baseline else None,
+        peak_gradient_bytes=measured.peak_gradient_bytes,
+        gradient_bytes_ratio=measured.peak_gradient_bytes / baseline.peak_gradient_bytes if baseline else None,
         step_seconds=measured.step_seconds,
         step_seconds_ratio=measured.step_seconds / baseline.step_seconds if baseline else None,
         step_seconds_iqr=_over_cycle(measured.timed_seconds, measured.row.interval, interquartile_range),
@@ -253,6 +267,7 @@ def _result(measured: _Measured, baseline: _Measured | None, common_step: int) -
         final_loss_step=common_step,
         timed_seconds=measured.timed_seconds,
         saved_bytes=measured.saved_bytes,
+        gradient_bytes=measured.gradient_bytes,
     )
 
 
@@ -264,13 +279,14 @@ def _over_cycle(values: Sequence[float], interval: int, statistic: Callable[[Seq
 def to_markdown(results: Sequence[StepResult]) -> str:
     """The results as a markdown table; MB is 10^6 bytes."""
     with_cuda = any(result.peak_cuda_bytes is not None for result in results)
-    header = ["method", "saved for backward (MB)", "x e2e", "time per step (s)", "x e2e", "IQR (s)"]
-    header += ["peak RSS (MB)"]
+    header = ["method", "saved for backward (MB)", "x e2e", "gradients (MB)", "x e2e"]
+    header += ["time per step (s)", "x e2e", "IQR (s)", "peak RSS (MB)"]
     header += ["peak CUDA (MB)"] if with_cuda else []
     header += [f"loss at step {results[0].final_loss_step}" if results else "loss"]
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
     for result in results:
         cells = [result.method, mega(result.peak_saved_bytes), ratio_text(result.saved_bytes_ratio)]
+        cells += [mega(result.peak_gradient_bytes), ratio_text(result.gradient_bytes_ratio)]
         cells += [
             f"{result.step_seconds:.3f}",
             ratio_text(result.step_seconds_ratio),

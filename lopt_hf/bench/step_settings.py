@@ -5,10 +5,11 @@ from difflib import get_close_matches
 
 __all__ = ["LORA_RANK", "METHODS", "REPL_EVERY", "StepBenchSettings", "StepRow", "make_rows"]
 
-METHODS = ("e2e", "e2e_checkpointing", "lopt", "freeze", "lora")
+METHODS = ("e2e", "e2e_checkpointing", "lopt", "lopt_local_step", "freeze", "lora")
 CHOICES = (*METHODS, "repl")
 REPL_EVERY = 4  # RepL, arXiv 2605.19533: every 4th layer
 DTYPES = ("bf16", "fp32")
+EMBEDDINGS = ("untie", "freeze")
 LORA_RANK = 16  # peft's documentation uses it throughout; LoRA, arXiv 2106.09685, Sec. 7.2: small ranks suffice
 _SMALLEST = {"batch_size": 1, "seq_length": 2, "steps": 1, "warmup": 0, "seed": 0, "threads": 1}
 
@@ -28,6 +29,12 @@ class StepBenchSettings:
     num_blocks: tuple[int, ...] = field(
         default=(2, 4), metadata={"help": "Blocks of the lopt rows; freeze takes the first."}
     )
+    split_at: tuple[int, ...] | None = field(
+        default=None, metadata={"help": "First layers of all blocks but the first, for the one number of blocks."}
+    )
+    tied_embeddings: str = field(
+        default="untie", metadata={"help": "untie or freeze a tied LM head, in the lopt and freeze rows."}
+    )
     local_update_interval: tuple[int, ...] = field(
         default=(1, 4), metadata={"help": "Intervals of the lopt rows; above 1 with the first --num-blocks only."}
     )
@@ -46,7 +53,12 @@ class StepBenchSettings:
             value = getattr(self, name)
             if value is not None and value < smallest:
                 raise ValueError(f"{name}={value} is too small; set it to {smallest} or more.")
-        for name, allowed, chosen in (("methods", CHOICES, self.methods), ("dtype", DTYPES, (self.dtype,))):
+        choices = (
+            ("methods", CHOICES, self.methods),
+            ("dtype", DTYPES, (self.dtype,)),
+            ("tied_embeddings", EMBEDDINGS, (self.tied_embeddings,)),
+        )
+        for name, allowed, chosen in choices:
             for value in chosen:
                 if value not in allowed:
                     nearest = get_close_matches(value, allowed, n=1, cutoff=0.0)[0]
@@ -57,6 +69,11 @@ class StepBenchSettings:
                 raise ValueError(f"{name}={values} must name at least one value, and each value once.")
         if min(self.num_blocks) < 2:
             raise ValueError(f"num_blocks={self.num_blocks}: a decoder is cut into 2 blocks or more; drop the others.")
+        if self.split_at is not None and self.num_blocks != (len(self.split_at) + 1,):
+            raise ValueError(
+                f"split_at={self.split_at} cuts {len(self.split_at) + 1} blocks, but num_blocks={self.num_blocks}; "
+                f"set num_blocks to {len(self.split_at) + 1} alone."
+            )
         if min(self.local_update_interval) < 1:
             raise ValueError(f"local_update_interval={self.local_update_interval}: use 1 (every step) or more.")
         if 1 not in self.local_update_interval and len(self.num_blocks) > 1:
@@ -92,6 +109,9 @@ def make_rows(settings: StepBenchSettings) -> list[StepRow]:
     names["repl"] = f"RepL, every {REPL_EVERY}th layer"
     rows: list[StepRow] = []
     for method in settings.methods:
+        if method == "lopt_local_step":
+            rows += [row(f"LoPT K={blocks}, local step", method, blocks) for blocks in settings.num_blocks]
+            continue
         if method != "lopt":
             rows.append(row(names[method], method))
             continue

@@ -75,11 +75,18 @@ def _make_trainer(row: StepRow, settings: StepBenchSettings, checkpoint: str, fo
         "report_to": "none",
         "disable_tqdm": True,
     }
-    if row.method in ("lopt", "freeze"):
+    if row.method in ("lopt", "lopt_local_step", "freeze"):
         from lopt_hf import LoPTConfig, LoPTTrainer
 
-        arguments |= {"num_blocks": row.num_blocks, "local_update_interval": row.interval}
-        return LoPTTrainer(args=LoPTConfig(**arguments, train_early_blocks=row.method == "lopt"), **shared)
+        arguments |= {
+            "num_blocks": row.num_blocks,
+            "split_at": None if settings.split_at is None else list(settings.split_at),
+            "tied_embeddings": settings.tied_embeddings,
+            "local_update_interval": row.interval,
+            "local_step": row.method == "lopt_local_step",
+            "train_early_blocks": row.method != "freeze",
+        }
+        return LoPTTrainer(args=LoPTConfig(**arguments), **shared)
     if row.method == "lora":
         shared["peft_config"] = LoraConfig(r=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     if row.method == "repl":
@@ -96,6 +103,7 @@ def _make_pacer(connection: Connection, losses: list[float]) -> "TrainerCallback
     import torch
     from transformers import TrainerCallback
 
+    from lopt_hf.bench.gradient_bytes import GradientBytes
     from lopt_hf.bench.saved_bytes import SavedBytes
 
     def now() -> float:
@@ -105,8 +113,8 @@ def _make_pacer(connection: Connection, losses: list[float]) -> "TrainerCallback
 
     class Pacer(TrainerCallback):
         def __init__(self) -> None:
-            self.saved: SavedBytes | None = None
-            self.cost: float | None = None
+            self.memory: tuple[SavedBytes, GradientBytes] | None = None
+            self.cost: float | tuple[int, int] | None = None
             self.start = 0.0
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -114,15 +122,16 @@ def _make_pacer(connection: Connection, losses: list[float]) -> "TrainerCallback
             if connection.recv() == "memory":
                 model = kwargs["model"]
                 weights = [weight for group in kwargs["optimizer"].param_groups for weight in group["params"]]
-                self.saved = SavedBytes(chain(model.parameters(), model.buffers(), weights))
-                self.saved.__enter__()
+                saved = SavedBytes(chain(model.parameters(), model.buffers(), weights))
+                self.memory = saved.__enter__(), GradientBytes(weights).__enter__()
             self.start = now()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
             self.cost = now() - self.start
-            if self.saved is not None:
-                self.saved.__exit__(None, None, None)
-                self.cost, self.saved = self.saved.peak, None
+            if self.memory is not None:
+                for counter in self.memory:
+                    counter.__exit__(None, None, None)
+                self.cost, self.memory = (self.memory[0].peak, self.memory[1].peak), None
             control.should_log = True  # for the loss of this very step; the log is made outside the timed span
             return control
 

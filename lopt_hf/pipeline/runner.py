@@ -171,6 +171,10 @@ class PipelineTrainer(StageCheckpointMixin, StageLogMixin, LoPTTrainer):
         with self.timeline.span("backward"):
             super()._run_local_backward(index, loss)
 
+    def _step_early_block(self, index: int) -> None:
+        with self.timeline.span("optimizer"):
+            super()._step_early_block(index)
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         if self.plan.is_last:

@@ -1,8 +1,8 @@
 """Measure what training costs on this machine.
 
-`step` compares methods step by step: bytes saved for backward, time, resident memory. `pipeline` compares the pipeline
-of local learners with the same learning in one process, and with GPipe and 1F1B. `repl` measures what a folded RepL
-model saves where it is used.
+`step` compares methods step by step: bytes saved for backward, bytes of gradients, time, resident memory. `pipeline`
+compares the pipeline of local learners with the same learning in one process, and with GPipe and 1F1B. `repl` measures
+what a folded RepL model saves where it is used.
 """
 
 import argparse
@@ -21,12 +21,13 @@ __all__ = ["main", "make_parser"]
 
 STEP_DESCRIPTION = """\
 Train the same model on the same batches with several methods, one step of each at a time, and print what a step
-costs: the bytes that autograd keeps for backward at the peak, the time (median), the peak resident memory; as a table,
-then as JSON.
+costs: the bytes that autograd keeps for backward at the peak, the bytes of gradients at their peak, the time (median),
+the peak resident memory; as a table, then as JSON.
 
   e2e                SFTTrainer, no activation checkpointing: what the ratios refer to
   e2e_checkpointing  SFTTrainer with activation checkpointing (reentrant)
   lopt               LoPTTrainer; a row for each --num-blocks and --local-update-interval
+  lopt_local_step    LoPTTrainer with local_step; a row for each --num-blocks
   freeze             LoPTTrainer that leaves the early blocks frozen
   lora               SFTTrainer with a LoRA of rank 16 on all linear layers
   repl               SFTTrainer on a RepL model with every 4th layer replaced (not among the default methods)

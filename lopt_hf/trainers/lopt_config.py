@@ -1,6 +1,7 @@
 """Arguments of local learning, alone (`LocalLearningArguments`) and with TRL's SFT arguments (`LoPTConfig`)."""
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -42,6 +43,13 @@ class LocalLearningArguments(ArgumentsBase):
             `"auto"` picks eager where it works: one process or DDP.
         local_update_interval: Update the early blocks at every n-th optimizer step only; at the others they run
             without gradients, which saves the arithmetic too. Ours; paper and code update at every step.
+        local_step: Let an early block take its optimizer step right after its local backward, and free its gradients
+            before the next block runs (paper, App. L): the gradients of one block are in memory at a time, not those
+            of all. The weights end the same, bit for bit, unless a block reads another's weights (RepL's operators
+            that do, next to a boundary). No use with `gradient_accumulation_steps` above 1: gradients that accumulate
+            have to stay. Under DDP the step waits for the average of the block's gradients, which otherwise overlaps
+            the next blocks. Callbacks (`on_pre_optimizer_step`) come when the last block is about to step, and the
+            early ones have; step hooks of the optimizer run once for each block. Off, as in the released code.
         clip_scope: `"block"` clips each block's gradient at `max_grad_norm` (paper, App. L), `"global"` all together
             (code).
         tied_embeddings: What to do where the LM head shares the input embedding: `"untie"` gives the head a copy
@@ -103,6 +111,13 @@ class LocalLearningArguments(ArgumentsBase):
             "gradients (ours; paper: 1)."
         },
     )
+    local_step: bool = field(
+        default=False,
+        metadata={
+            "help": "Step each early block right after its local backward and free its gradients before the next "
+            "block runs (paper, App. L): the same weights with one block's gradients in memory at a time."
+        },
+    )
     clip_scope: str = field(
         default="block",
         metadata={
@@ -134,6 +149,7 @@ class LocalLearningArguments(ArgumentsBase):
         self._check_objective()
         self.pick_local_backward()
         self._check_engine()
+        self._check_local_step()
         # transformers refuses bf16, the default of TRL's configs, on a machine without an accelerator unless told
         # that this is meant.
         if not torch.accelerator.is_available():
@@ -191,6 +207,27 @@ class LocalLearningArguments(ArgumentsBase):
             raise ValueError(
                 f"log_drift=True does not work under {engine}, which shards the weights; set it to False."
             )
+
+    def _check_local_step(self) -> None:
+        if not self.local_step:
+            return
+        optim = f"optim={OptimizerNames(self.optim).value!r}"
+        engine = self.sharding_engine
+        launched_as = os.environ.get("ACCELERATE_MIXED_PRECISION")  # counts where neither fp16 nor bf16 is set
+        is_fp16 = self.fp16 or (self.bf16 is False and launched_as == "fp16")
+        conflicts = [
+            (self.clip_scope == "global", "clip_scope='global', one norm of all blocks; set clip_scope to 'block'"),
+            (self.local_backward == "joint", "local_backward='joint', one backward for all; set it to 'eager'"),
+            (engine is not None, f"{engine}, which must see one backward per step; use one process or DDP"),
+            (self.pick_local_backward() == "joint", f"{optim}, which must see one backward per step; choose another"),
+            (self.optim.endswith("layerwise"), f"{optim}, which steps in the backward; choose another"),
+            (not self.train_early_blocks, "train_early_blocks=False, which leaves it nothing to do; set it to True"),
+            (self.enable_jit_checkpoint, "enable_jit_checkpoint=True, which may save in mid-step; set it to False"),
+            (is_fp16, "fp16, where an overflow in one block skips the step of all; use bf16"),
+        ]
+        for exists, conflict in conflicts:
+            if exists:
+                raise ValueError(f"local_step=True does not work with {conflict}, or set local_step to False.")
 
     def _check_ranges(self) -> None:
         lowest = {

@@ -67,6 +67,8 @@ def make_result(**values):
         "method": "e2e",
         "peak_saved_bytes": 962e6,
         "saved_bytes_ratio": 1.0,
+        "peak_gradient_bytes": 538e6,
+        "gradient_bytes_ratio": 1.0,
         "step_seconds": 4.25,
         "step_seconds_ratio": 1.0,
         "step_seconds_iqr": 0.125,
@@ -77,6 +79,7 @@ def make_result(**values):
         "final_loss_step": 12,
         "timed_seconds": [4.25],
         "saved_bytes": [962_000_000],
+        "gradient_bytes": [538_000_000],
     }
     return StepResult(**(result | values))
 
@@ -86,8 +89,8 @@ def make_result(**values):
 
 def test_every_method_has_its_row_in_order(run):
     _, results = run
-    names = ["e2e", "e2e + checkpointing", "LoPT K=2", "LoPT K=2, interval 2", "freeze", "LoRA r=16"]
-    assert list(results) == names
+    lopt = ["LoPT K=2", "LoPT K=2, interval 2", "LoPT K=2, local step"]
+    assert list(results) == ["e2e", "e2e + checkpointing", *lopt, "freeze", "LoRA r=16"]
 
 
 def test_saved_bytes_order_the_methods(run):
@@ -97,6 +100,17 @@ def test_saved_bytes_order_the_methods(run):
     assert ratio["e2e + checkpointing"] < 0.6
     assert ratio["LoPT K=2"] < 0.7
     assert ratio["freeze"] < 0.7
+
+
+def test_gradient_bytes(run):
+    """All parameters' at once, or those of the larger block; the tiny model's head is not tied, blocks are alike."""
+    _, results = run
+    ratio = {name: result.gradient_bytes_ratio for name, result in results.items()}
+    assert ratio["e2e"] == ratio["e2e + checkpointing"] == 1.0
+    assert 1.0 < ratio["LoPT K=2"] < 1.05  # and the reconstruction head
+    assert 0.5 < ratio["LoPT K=2, local step"] < 0.55
+    assert 0.45 < ratio["freeze"] < 0.55
+    assert results["LoPT K=2, local step"].final_loss == results["LoPT K=2"].final_loss
 
 
 def test_interval_is_averaged_over_whole_cycles(run):
@@ -178,6 +192,8 @@ def test_settings_that_do_not_fit_the_model(tiny_model, values, message):
         ({"dtype": "fp16"}, "dtype='fp16' is unknown, nearest is '.*'; use bf16, fp32"),
         ({"num_blocks": (1, 2)}, "num_blocks=.*2 blocks or more"),
         ({"local_update_interval": (0, 1)}, "local_update_interval=.*1 .*or more"),
+        ({"split_at": (2, 3)}, r"split_at=\(2, 3\) cuts 3 blocks, but num_blocks=\(2, 4\); set num_blocks to 3 alone"),
+        ({"tied_embeddings": "tie"}, "tied_embeddings='tie' is unknown"),
         ({"local_update_interval": (4,)}, r"add 1 to measure num_blocks=\(4,\)"),
         ({"seq_length": 1}, "seq_length=1 is too small; set it to 2 or more"),
         ({"batch_size": 0}, "batch_size=0 is too small; set it to 1 or more"),
@@ -196,7 +212,7 @@ def test_bad_settings(values, message):
 
 def test_rows_of_the_defaults():
     rows = {row.name: row for row in make_rows(StepBenchSettings())}
-    lopt = ["LoPT K=2", "LoPT K=4", "LoPT K=2, interval 4"]
+    lopt = ["LoPT K=2", "LoPT K=4", "LoPT K=2, interval 4", "LoPT K=2, local step", "LoPT K=4, local step"]
     assert list(rows) == ["e2e", "e2e + checkpointing", *lopt, "freeze", "LoRA r=16"]
     assert rows["e2e"].timed_steps == 9
     assert rows["LoPT K=2, interval 4"].timed_steps == 8
@@ -216,8 +232,8 @@ def test_markdown():
     results = [make_result(), make_result(method="LoPT K=2", saved_bytes_ratio=0.5, step_seconds_ratio=None)]
     lines = to_markdown(results).splitlines()
     assert lines[0].endswith("| peak RSS (MB) | loss at step 12 |")
-    assert lines[2] == "| e2e | 962 | 1.00 | 4.250 | 1.00 | 0.125 | 3,000 | 2.500 |"
-    assert lines[3] == "| LoPT K=2 | 962 | 0.50 | 4.250 | - | 0.125 | 3,000 | 2.500 |"
+    assert lines[2] == "| e2e | 962 | 1.00 | 538 | 1.00 | 4.250 | 1.00 | 0.125 | 3,000 | 2.500 |"
+    assert lines[3] == "| LoPT K=2 | 962 | 0.50 | 538 | 1.00 | 4.250 | - | 0.125 | 3,000 | 2.500 |"
     assert "| peak CUDA (MB) |" in to_markdown([make_result(peak_cuda_bytes=10**9)])
 
 

@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--per_device_train_batch_size", type=int, default=2)
     parser.add_argument("--num_blocks", type=int, default=2)
     parser.add_argument("--local_backward", default="eager")
+    parser.add_argument("--local_step", action="store_true")
     parser.add_argument("--local_objective", default="reconstruction")
     parser.add_argument("--load_best_model_at_end", action="store_true")
     parser.add_argument("--retention_tasks", type=Path, help="folder of tasks that a RetentionCallback measures")

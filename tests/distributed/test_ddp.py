@@ -61,6 +61,15 @@ def test_two_processes_equal_one_with_other_settings(tmp_path, options):
     assert_same_weights(two, snapshot(run(tmp_path / "one", **settings)))
 
 
+def test_local_step_changes_no_bit(tmp_path):
+    options = ["--gradient_accumulation_steps", 2, "--num_blocks", 3]
+    local, deferred = launch(tmp_path / "local", *options, "--local_step"), launch(tmp_path / "deferred", *options)
+    assert all(torch.equal(local[name], deferred[name]) for name in deferred)
+    logs = [json.loads((tmp_path / name / "log_history.json").read_text()) for name in ("local", "deferred")]
+    norms = [[record["grad_norm"] for record in log if "grad_norm" in record] for log in logs]
+    assert norms[0] == norms[1] and len(norms[0]) == 3
+
+
 def test_both_ranks_load_the_best_model(tmp_path):
     weights = launch(tmp_path, "--load_best_model_at_end")
     best = json.loads((tmp_path / "checkpoint-3/trainer_state.json").read_text())["best_model_checkpoint"]

@@ -43,6 +43,7 @@ RUNS: dict[int, dict[str, dict[str, Any]]] = {
         "tied and frozen": {"num_blocks": 2, "tied_embeddings": "freeze", "tied": True},
         "learned positions": {"num_blocks": 2, "family": "gpt2"},
         "bf16": {"num_blocks": 2, "bf16": True},
+        "local step, two blocks on each stage": {"num_blocks": 4, "num_stages": 2, "local_step": True},
     },
     3: {
         "plain": {"num_blocks": 3},
@@ -57,7 +58,7 @@ RUNS: dict[int, dict[str, dict[str, Any]]] = {
         "LoRA, saves": {"num_blocks": 4, "max_steps": 4, "save_strategy": "steps", "save_steps": 4, "lora": True},
     },
 }
-ONLY_IN_A_PIPELINE = ("num_stages", "data_parallel")
+ONLY_IN_A_PIPELINE = ("num_stages", "data_parallel", "local_step")  # which changes no bit
 
 
 def save_start(folder: Path, family: str = "llama", tied: bool = False) -> str:

@@ -36,11 +36,31 @@ from tests.trainers.helpers import make_trainer
             {"local_backward": "eager", "optim": "lomo"},
             "local_backward='eager' does not work under optim='lomo'.*'joint'",
         ),
+        (
+            {"local_step": True, "clip_scope": "global"},
+            "local_step=True .* clip_scope='global'.*clip_scope to 'block'",
+        ),
+        ({"local_step": True, "local_backward": "joint"}, "local_step=True .* local_backward='joint'.*'eager'"),
+        (
+            {"local_step": True, "optim": "lomo"},
+            "local_step=True .* optim='lomo'.*choose another, or set local_step to",
+        ),
+        ({"local_step": True, "optim": "galore_adamw_layerwise"}, "local_step=True .* optim='galore_adamw_layerwise'"),
+        ({"local_step": True, "fsdp": True}, "local_step=True .* FSDP"),
+        ({"local_step": True, "train_early_blocks": False}, "local_step=True .* train_early_blocks=False.*to True"),
+        ({"local_step": True, "enable_jit_checkpoint": True}, "local_step=True .* enable_jit_checkpoint=True"),
+        ({"local_step": True, "fp16": True}, "local_step=True .* fp16.*use bf16"),
     ],
 )
 def test_options_are_checked(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         LoPTConfig(str(tmp_path), **settings)
+
+
+def test_local_step_in_the_precision_of_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ValueError, match="local_step=True .* fp16"):
+        LoPTConfig(str(tmp_path), bf16=False, local_step=True)
 
 
 def test_eager_under_deepspeed(tmp_path, monkeypatch):

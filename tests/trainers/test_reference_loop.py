@@ -34,10 +34,10 @@ def train_by_the_equations(model, head, batches, split):
             optimizer.step()
 
 
-@pytest.mark.parametrize("local_backward", ["eager", "joint"])
-def test_weights_after_training(tmp_path, local_backward):
+@pytest.mark.parametrize("order", [{"local_backward": "eager"}, {"local_backward": "joint"}, {"local_step": True}])
+def test_weights_after_training(tmp_path, order):
     settings = {"max_steps": STEPS, "learning_rate": LEARNING_RATE, "max_grad_norm": CLIP, "optim": "adamw_torch"}
-    trainer = make_trainer(tmp_path, make_model(), local_backward=local_backward, **settings)
+    trainer = make_trainer(tmp_path, make_model(), **order, **settings)
     reference, head = make_model(), trainer.local_heads["0"]
     reference_head = type(head)(32, 4)
     reference_head.load_state_dict(head.state_dict())

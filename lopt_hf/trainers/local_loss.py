@@ -1,0 +1,64 @@
+"""The forward and the local backward of one micro-batch."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lopt_hf.boundary import GradientBoundary
+from lopt_hf.trainers.local_step import LocalStepMixin
+
+__all__ = ["LocalLossMixin"]
+
+
+class LocalLossMixin(LocalStepMixin):
+    """Runs a micro-batch with the boundary switched on, and logs each early block's loss."""
+
+    boundary: GradientBoundary
+    _metrics: dict[str, Any]  # TRL's
+
+    def _run_local_backward(self, index: int, loss: torch.Tensor) -> None:
+        self.accelerator.backward(loss)
+        if not self.accelerator.sync_gradients:
+            return
+        if self._reduces_early_gradients():
+            self._reducer.start(self._clip_groups()[index])
+        if self.args.local_step:
+            self._step_early_block(index)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        if not self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        steps = self.current_gradient_accumulation_steps
+        update = self.args.train_early_blocks and self.state.global_step % self.args.local_update_interval == 0
+        with self.boundary.training_forward(self._run_local_backward, 1 / steps, update, inputs):
+            result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self.boundary.check_task_loss(result[0] if return_outputs else result)
+        joint_loss = self.boundary.joint_loss()
+        if joint_loss is None:
+            return result
+        # As TRL scales the auxiliary loss of MoE models: with `num_items_in_batch` Trainer leaves it to the loss.
+        joint_loss = joint_loss / steps if num_items_in_batch is not None else joint_loss
+        return (result[0] + joint_loss, result[1]) if return_outputs else result + joint_loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self._check_finite("loss", loss.item())
+        self._log_local_losses()
+        return loss
+
+    def _log_local_losses(self) -> None:
+        if not any(self.boundary.losses.values()):
+            return
+        device = self.args.device
+        losses = torch.stack([torch.stack(block).mean().to(device) for block in self.boundary.losses.values()])
+        values = self.accelerator.reduce(losses, reduction="mean").tolist()
+        for index, value in zip(self.boundary.losses, values, strict=True):
+            self._check_finite(f"local_loss/block_{index}", value)
+            self._metrics["train"][f"local_loss/block_{index}"].append(value)
