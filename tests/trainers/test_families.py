@@ -5,9 +5,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import FAMILIES, make_model
-from tests.trainers.helpers import make_sft_trainer, make_trainer, one_step_gradients, snapshot
+from tests.trainers.helpers import KINDS, make_stock_trainer, make_trainer, one_step_gradients, snapshot
 
-pytestmark = pytest.mark.parametrize("family", FAMILIES)
+pytestmark = [pytest.mark.parametrize("family", FAMILIES), pytest.mark.parametrize("kind", KINDS)]
 
 INPUT_IDS = torch.arange(3, 27).reshape(2, 12)
 
@@ -25,9 +25,9 @@ def reached(gradients):
 
 
 @pytest.mark.parametrize("num_blocks", [2, 3])
-def test_gradient_reach(family, num_blocks, tmp_path):
+def test_gradient_reach(family, kind, num_blocks, tmp_path):
     """The task gradient stays in the last block, each local gradient in its own block and head."""
-    trainer = make_trainer(tmp_path, make_model(family), num_blocks=num_blocks, local_backward="joint")
+    trainer = make_trainer(tmp_path, make_model(family), kind=kind, num_blocks=num_blocks, local_backward="joint")
     *early, last = owner_names(trainer)
     task = reached(one_step_gradients(trainer, "task"))
     assert task <= last
@@ -41,17 +41,17 @@ def test_gradient_reach(family, num_blocks, tmp_path):
     assert {name for name in missed if "k_proj.bias" not in name and "experts" not in name} == set()
 
 
-def test_evaluation_and_generation_are_the_stock_models(family, tmp_path):
-    stock = make_sft_trainer(tmp_path / "sft", make_model(family)).model.eval()
-    ours = make_trainer(tmp_path / "lopt", make_model(family)).model.eval()
+def test_evaluation_and_generation_are_the_stock_models(family, kind, tmp_path):
+    stock = make_stock_trainer(tmp_path / "stock", make_model(family), kind).model.eval()
+    ours = make_trainer(tmp_path / "lopt", make_model(family), kind=kind).model.eval()
     with torch.no_grad():
         assert torch.equal(ours(INPUT_IDS).logits, stock(INPUT_IDS).logits)
     generate = {"max_new_tokens": 8, "do_sample": False}
     assert torch.equal(ours.generate(INPUT_IDS, **generate), stock.generate(INPUT_IDS, **generate))
 
 
-def test_every_parameter_moves_and_the_checkpoint_is_stock(family, tmp_path):
-    trainer = make_trainer(tmp_path, make_model(family), num_blocks=2)
+def test_every_parameter_moves_and_the_checkpoint_is_stock(family, kind, tmp_path):
+    trainer = make_trainer(tmp_path, make_model(family), kind=kind)
     before = snapshot(trainer)
     trainer.train()
     after = snapshot(trainer)
@@ -65,8 +65,8 @@ def test_every_parameter_moves_and_the_checkpoint_is_stock(family, tmp_path):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_eager_gradients_equal_joint_gradients(family, checkpointing, tmp_path):
-    settings = {"num_blocks": 3, "gradient_checkpointing": checkpointing}
+def test_eager_gradients_equal_joint_gradients(family, kind, checkpointing, tmp_path):
+    settings = {"kind": kind, "num_blocks": 3, "gradient_checkpointing": checkpointing}
     joint = one_step_gradients(make_trainer(tmp_path, make_model(family), local_backward="joint", **settings))
     eager = one_step_gradients(make_trainer(tmp_path, make_model(family), local_backward="eager", **settings))
     assert reached(joint) == reached(eager)

@@ -13,7 +13,7 @@ from trl import SFTConfig
 
 from lopt_hf import LoPTTrainer
 from tests.tiny import make_dataset, make_model, make_tokenizer
-from tests.trainers.helpers import make_sft_trainer, make_trainer, one_step_gradients, snapshot, training_args
+from tests.trainers.helpers import make_stock_trainer, make_trainer, one_step_gradients, snapshot, training_args
 
 
 def unmoved(trainer):
@@ -96,7 +96,7 @@ def test_model_as_string_evaluation_and_callbacks(tmp_path):
 
 def test_evaluation_loss_is_sft_trainers(tmp_path):
     ours = make_trainer(tmp_path / "a").evaluate(make_dataset(8))
-    stock = make_sft_trainer(tmp_path / "b").evaluate(make_dataset(8))
+    stock = make_stock_trainer(tmp_path / "b").evaluate(make_dataset(8))
     assert ours["eval_loss"] == stock["eval_loss"]
 
 
