@@ -95,22 +95,20 @@ def _question_row(question: tuple[int, str, int], rng: random.Random) -> Row:
 
 def _pair_row(question: tuple[int, str, int], rng: random.Random) -> Row:
     a, _, b = question
-    slips = {"ones": 0, "tens": 0, "sum": 0}
-    right = _worked(a, b, slips)
-    place = rng.choice(list(slips))
-    step = 10 if place == "tens" else 1
-    wrong = _worked(a, b, slips | {place: step * rng.choice((-2, -1, 1, 2))})
+    place = rng.choice(("ones", "tens", "sum"))
+    # A sum of ones may be 0: below it no slip would look like one.
+    slip = rng.choice([step for step in (-2, -1, 1, 2) if place != "ones" or a % 10 + b % 10 + step >= 0])
     return {
         "prompt": _messages(question, "Show your work."),
-        "chosen": [{"role": "assistant", "content": right}],
-        "rejected": [{"role": "assistant", "content": wrong}],
+        "chosen": [{"role": "assistant", "content": _worked(a, b, {})}],
+        "rejected": [{"role": "assistant", "content": _worked(a, b, {place: 10 * slip if place == "tens" else slip})}],
     }
 
 
 def _worked(a: int, b: int, slips: dict[str, int]) -> str:
-    ones = a % 10 + b % 10 + slips["ones"]
-    tens = a - a % 10 + b - b % 10 + slips["tens"]
-    total = tens + ones + slips["sum"]
+    ones = a % 10 + b % 10 + slips.get("ones", 0)
+    tens = a - a % 10 + b - b % 10 + slips.get("tens", 0)
+    total = tens + ones + slips.get("sum", 0)
     return (
         f"{a % 10} + {b % 10} = {ones}, {a - a % 10} + {b - b % 10} = {tens}, {tens} + {ones} = {total}.\n#### {total}"
     )

@@ -11,6 +11,7 @@ from lopt_hf.trainers.checks import check_dataset, check_model
 from lopt_hf.trainers.conversion import local_config
 from lopt_hf.trainers.lopt_dpo_config import LoPTDPOConfig
 from lopt_hf.trainers.lopt_mixin import LOPT_PAPER, LoPTMixin
+from lopt_hf.trainers.reference import check_synchronised_reference, match_reference
 
 __all__ = ["LoPTDPOTrainer"]
 
@@ -70,4 +71,7 @@ class LoPTDPOTrainer(LoPTMixin, DPOTrainer):
         given = parameters.bind_partial(self, model, ref_model, args, *dpo_args, **dpo_kwargs).arguments
         check_model(model, args, given.get("peft_config"), given.get("quantization_config"))
         check_dataset(given.get("train_dataset"), LAYOUTS)
+        check_synchronised_reference(args.sync_ref_model, args.sharding_engine)
         super().__init__(model, ref_model, args, *dpo_args, local_objective=local_objective, **dpo_kwargs)
+        if args.sync_ref_model:
+            match_reference(self._base_model(), self.accelerator.unwrap_model(self.ref_model))

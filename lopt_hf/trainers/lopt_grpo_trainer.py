@@ -17,6 +17,7 @@ from lopt_hf.trainers.checks import check_dataset, check_model
 from lopt_hf.trainers.conversion import local_config
 from lopt_hf.trainers.lopt_grpo_config import LoPTGRPOConfig
 from lopt_hf.trainers.lopt_mixin import LOPT_PAPER, LoPTMixin
+from lopt_hf.trainers.reference import check_synchronised_reference, match_reference
 
 __all__ = ["LoPTGRPOTrainer"]
 
@@ -79,7 +80,10 @@ class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
         check_model(model, args, given.get("peft_config"), given.get("quantization_config"))
         check_dataset(given.get("train_dataset"), LAYOUTS)
         _check_vllm(model, args, given.get("peft_config"))
+        check_synchronised_reference(args.sync_ref_model, args.sharding_engine)
         super().__init__(model, reward_funcs, args, *grpo_args, local_objective=local_objective, **grpo_kwargs)
+        if args.sync_ref_model:
+            match_reference(self._base_model(), self.accelerator.unwrap_model(self.ref_model))
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         # vLLM is sent every parameter of the model before it generates, and knows none of the heads.

@@ -83,12 +83,18 @@ def kind_kwargs(kind: str, model: Any, trainer_kwargs: dict[str, Any] | None) ->
 
 
 def make_trainer(
-    output_dir: Path, model: Any = None, trainer_kwargs: dict | None = None, kind: str = "sft", **overrides: Any
+    output_dir: Path,
+    model: Any = None,
+    trainer_kwargs: dict | None = None,
+    kind: str = "sft",
+    trainer_class: type | None = None,
+    **overrides: Any,
 ) -> Any:
-    """A trainer of ours of this kind."""
+    """A trainer of ours of this kind, or of a class made from it."""
     model = model or make_model()
     args = KINDS[kind].config(**training_args(output_dir, **{**KINDS[kind].settings, **overrides}))
-    return KINDS[kind].trainer(model=model, args=args, **kind_kwargs(kind, model, trainer_kwargs))
+    trainer_class = trainer_class or KINDS[kind].trainer
+    return trainer_class(model=model, args=args, **kind_kwargs(kind, model, trainer_kwargs))
 
 
 def make_stock_trainer(output_dir: Path, model: Any = None, kind: str = "sft", **overrides: Any) -> Any:
@@ -108,6 +114,16 @@ class WithFixedCompletions(LoPTGRPOTrainer):
     def _complete(self, prompt_ids: list[int], place: int) -> list[int]:
         rng = random.Random(f"{prompt_ids} {place}")
         return [rng.randrange(3, len(VOCABULARY)) for _ in range(self.max_completion_length)]
+
+
+class InTwoForwards(WithFixedCompletions):
+    """Computes the log-probabilities of a micro-batch in two forwards with gradients."""
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: torch.Tensor, *args: Any, batch_size: int | None = None, **kwargs: Any
+    ) -> Any:
+        half = input_ids.size(0) // 2
+        return super()._get_per_token_logps_and_entropies(model, input_ids, *args, batch_size=half, **kwargs)
 
 
 def snapshot(trainer: Any) -> dict[str, torch.Tensor]:
