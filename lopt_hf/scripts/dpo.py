@@ -24,7 +24,7 @@ from lopt_hf.trainers.lopt_dpo_trainer import LoPTDPOTrainer
 __all__ = ["DPOScriptArguments", "main", "make_parser"]
 
 ARITHMETIC = "arithmetic"
-ARITHMETIC_SIZES = {"num_train": 512, "num_heldout": 128}
+ARITHMETIC_SIZES = {"num_train": 512, "num_heldout": 64}
 
 
 @dataclass

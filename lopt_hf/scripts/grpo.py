@@ -29,7 +29,7 @@ from lopt_hf.trainers.lopt_grpo_trainer import LoPTGRPOTrainer
 __all__ = ["GRPOScriptArguments", "find_reward", "main", "make_parser"]
 
 ARITHMETIC = "arithmetic"
-ARITHMETIC_SIZES = {"num_train": 480, "num_heldout": 128}
+ARITHMETIC_SIZES = {"num_train": 512, "num_heldout": 64}
 REWARDS = {
     "gsm8k_reward": "lopt_hf.rewards.gsm8k_reward",
     "boxed_reward": "lopt_hf.rewards.boxed_reward",
