@@ -18,6 +18,7 @@ _NUMBER = re.compile(
     r"(?P<number>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
     r"(?:\s?/\s?(?P<denominator>\d+))?"
 )
+LONGEST_NUMBER = 1000  # characters; ours: Python itself refuses 4,300 digits, which a model that rambles may write
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{\s*(-?[\d,.]+)\s*\}|(\d))\s*(?:\{\s*(-?[\d,.]+)\s*\}|(\d))")
 _BOXES = ("\\boxed", "\\fbox")
 _SPACING = re.compile(r"\\(?:left|right|displaystyle|,|;|!|:|\s)|[$\s]")
@@ -96,15 +97,13 @@ def boxed_reward(completions: Sequence[Any], solution: Sequence[str], **kwargs: 
 
     Args:
         completions: Texts, or conversations whose last message counts.
-        solution: For each the worked solution with its boxed answer, or the answer alone.
+        solution: For each the worked solution with its boxed answer.
         **kwargs: What `GRPOTrainer` passes besides.
 
     Returns:
-        `None`, which leaves a row out, where the solution is empty.
+        `None`, which leaves a row out, where the solution has no boxed answer, as in proofs.
     """
-    references = [reference if (boxed := boxed_answer(reference)) is None else boxed for reference in solution]
-    wrapped = [f"\\boxed{{{reference}}}" if reference.strip() else "" for reference in references]
-    return _rewards(completions, wrapped, _boxed_value)
+    return _rewards(completions, solution, _boxed_value)
 
 
 def _rewards(completions: Sequence[Any], references: Sequence[str], value: Callable[[str], Any]) -> list[float | None]:
@@ -121,6 +120,8 @@ def _text(completion: Any) -> str:
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
+    if len(match[0]) > LONGEST_NUMBER:
+        return None
     number = Fraction(match["number"].replace(",", ""))
     denominator = int(match["denominator"] or 1)
     if denominator == 0:

@@ -124,7 +124,8 @@ def test_gsm8k_reward(completion, answer, reward):
         (r"\boxed{x + 1}", r"\boxed{x+1}", 1.0),
         (r"\boxed{\text{Monday}}", r"\boxed{Monday}", 1.0),
         (r"\boxed{\text{Monday}}", r"\boxed{\text{Tuesday}}", 0.0),
-        (r"\boxed{3}", "3", 1.0),
+        (r"\boxed{3}", "3", None),  # a proof, say
+        (r"\boxed{3}", r"\boxed{}", None),
         ("3", r"\boxed{3}", 0.0),  # asked for a box
         (r"\boxed{3", r"\boxed{3}", 0.0),  # cut off
         (r"\boxed{3}, no, \boxed{4}", r"\boxed{3}", 0.0),
@@ -132,11 +133,17 @@ def test_gsm8k_reward(completion, answer, reward):
         (r"\boxed{3 or 4}", r"\boxed{3}", 0.0),
         (r"\boxed{-3}", r"\boxed{3}", 0.0),
         (r"\boxed{X}", r"\boxed{x}", 0.0),  # another variable
-        (r"\boxed{3}", "", None),
     ],
 )
 def test_boxed_reward(completion, solution, reward):
     assert boxed_reward([completion], solution=[solution]) == [reward]
+
+
+def test_a_number_without_end_is_wrong():
+    """Python raises where a number has 4,300 digits."""
+    for text in ("9" * 5000, "1/" + "3" * 5000, "1," + "000," * 2000 + "000"):
+        assert gsm8k_reward([f"#### {text}"], answer=["1"]) == [0.0]
+        assert boxed_reward([rf"\boxed{{{text}}}"], solution=[r"\boxed{1}"]) == [0.0]
 
 
 def test_an_empty_conversation_is_wrong():
