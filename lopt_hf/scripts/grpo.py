@@ -97,8 +97,11 @@ def find_reward(name: str) -> Callable[..., Any]:
     module, _, function = REWARDS.get(name, name).rpartition(".")
     sys.path.append(os.getcwd())  # as with `python -m`, so that a function of the user's own is found
     try:
-        return vars(importlib.import_module(module))[function]
-    except (ValueError, ModuleNotFoundError, KeyError) as error:
+        reward: Callable[..., Any] = getattr(importlib.import_module(module), function)
+        return reward
+    except (ValueError, ModuleNotFoundError, AttributeError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and not module.startswith(error.name):
+            raise  # something that the user's module imports
         raise ValueError(
             f"reward_funcs={name} is unknown; choose from {', '.join(REWARDS)}, or give the dotted path of a function."
         ) from error

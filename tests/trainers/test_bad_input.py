@@ -271,3 +271,15 @@ def test_a_reward_of_the_users_own(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text("def short(completions, **kwargs):\n    return [0.0] * len(completions)\n")
     monkeypatch.chdir(tmp_path)
     assert grpo.find_reward("my_rewards.short")(["a", "b"]) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", ["gsm8k_reward", "boxed_reward", "think_format_reward"])
+def test_rewards_by_name(name):
+    assert grpo.find_reward(name).__name__ == name
+
+
+def test_a_reward_whose_module_misses_a_package(tmp_path, monkeypatch):
+    (tmp_path / "broken_rewards.py").write_text("import a_package_that_is_nowhere\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="No module named 'a_package_that_is_nowhere'"):
+        grpo.main(write_config(tmp_path, reward_funcs="[broken_rewards.reward]"))
