@@ -22,9 +22,9 @@ from lopt_hf import (
 from tests.tiny import VOCABULARY, make_dataset, make_model, make_pairs, make_questions, make_tokenizer
 
 
-def token_reward(completions: list[str], **kwargs: Any) -> list[float]:
+def token_reward(completions: list[Any], **kwargs: Any) -> list[float]:
     """Differs between almost any two completions, so that every group has something to learn from."""
-    return [sum(map(ord, completion)) % 97 / 97 for completion in completions]
+    return [sum(map(ord, str(completion))) % 97 / 97 for completion in completions]
 
 
 @dataclass(frozen=True)
