@@ -61,6 +61,7 @@ def test_two_processes_equal_one(tmp_path, checkpointing, accumulation):
         ("--kind", "grpo"),
         ("--kind", "grpo-in-two-forwards"),
     ],
+    ids=lambda options: "{} {}".format(*options),
 )
 def test_two_processes_equal_one_with_other_settings(tmp_path, options):
     two = launch(tmp_path / "two", *options)
