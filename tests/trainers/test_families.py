@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from tests.tiny import FAMILIES, make_model
 from tests.trainers.helpers import KINDS, make_stock_trainer, make_trainer, one_step_gradients, snapshot
 
-pytestmark = [pytest.mark.parametrize("family", FAMILIES), pytest.mark.parametrize("kind", KINDS)]
+pytestmark = pytest.mark.parametrize("family", FAMILIES)
 
 INPUT_IDS = torch.arange(3, 27).reshape(2, 12)
 
@@ -24,7 +24,7 @@ def reached(gradients):
     return {name for name, gradient in gradients.items() if gradient is not None and gradient.any()}
 
 
-@pytest.mark.parametrize("num_blocks", [2, 3])
+@pytest.mark.parametrize(("kind", "num_blocks"), [("sft", 2), ("sft", 3), ("dpo", 3), ("grpo", 3)])
 def test_gradient_reach(family, kind, num_blocks, tmp_path):
     """The task gradient stays in the last block, each local gradient in its own block and head."""
     trainer = make_trainer(tmp_path, make_model(family), kind=kind, num_blocks=num_blocks, local_backward="joint")
@@ -41,15 +41,16 @@ def test_gradient_reach(family, kind, num_blocks, tmp_path):
     assert {name for name in missed if "k_proj.bias" not in name and "experts" not in name} == set()
 
 
-def test_evaluation_and_generation_are_the_stock_models(family, kind, tmp_path):
-    stock = make_stock_trainer(tmp_path / "stock", make_model(family), kind).model.eval()
-    ours = make_trainer(tmp_path / "lopt", make_model(family), kind=kind).model.eval()
+def test_evaluation_and_generation_are_the_stock_models(family, tmp_path):
+    stock = make_stock_trainer(tmp_path / "stock", make_model(family)).model.eval()
+    ours = make_trainer(tmp_path / "lopt", make_model(family)).model.eval()
     with torch.no_grad():
         assert torch.equal(ours(INPUT_IDS).logits, stock(INPUT_IDS).logits)
     generate = {"max_new_tokens": 8, "do_sample": False}
     assert torch.equal(ours.generate(INPUT_IDS, **generate), stock.generate(INPUT_IDS, **generate))
 
 
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_parameter_moves_and_the_checkpoint_is_stock(family, kind, tmp_path):
     trainer = make_trainer(tmp_path, make_model(family), kind=kind)
     before = snapshot(trainer)
@@ -64,7 +65,7 @@ def test_every_parameter_moves_and_the_checkpoint_is_stock(family, kind, tmp_pat
         assert torch.equal(loaded.eval()(INPUT_IDS).logits, trainer.model.eval()(INPUT_IDS).logits)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("kind", "checkpointing"), [("sft", False), ("sft", True), ("dpo", True), ("grpo", True)])
 def test_eager_gradients_equal_joint_gradients(family, kind, checkpointing, tmp_path):
     settings = {"kind": kind, "num_blocks": 3, "gradient_checkpointing": checkpointing}
     joint = one_step_gradients(make_trainer(tmp_path, make_model(family), local_backward="joint", **settings))
