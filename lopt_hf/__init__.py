@@ -12,6 +12,10 @@ __version__ = "0.1.0.dev0"
 
 _EXPORTS = {
     "LoPTConfig": "lopt_hf.trainers.lopt_config",
+    "LoPTDPOConfig": "lopt_hf.trainers.lopt_dpo_config",
+    "LoPTDPOTrainer": "lopt_hf.trainers.lopt_dpo_trainer",
+    "LoPTGRPOConfig": "lopt_hf.trainers.lopt_grpo_config",
+    "LoPTGRPOTrainer": "lopt_hf.trainers.lopt_grpo_trainer",
     "LoPTTrainer": "lopt_hf.trainers.lopt_trainer",
     "LocalBatch": "lopt_hf.objectives",
     "LocalObjective": "lopt_hf.objectives",
@@ -27,6 +31,10 @@ _EXPORTS = {
 }
 __all__ = [
     "LoPTConfig",
+    "LoPTDPOConfig",
+    "LoPTDPOTrainer",
+    "LoPTGRPOConfig",
+    "LoPTGRPOTrainer",
     "LoPTTrainer",
     "LocalBatch",
     "LocalObjective",
@@ -51,6 +59,10 @@ if TYPE_CHECKING:
     from lopt_hf.repl.trainer import RepLTrainer
     from lopt_hf.retention.callback import RetentionCallback
     from lopt_hf.trainers.lopt_config import LoPTConfig
+    from lopt_hf.trainers.lopt_dpo_config import LoPTDPOConfig
+    from lopt_hf.trainers.lopt_dpo_trainer import LoPTDPOTrainer
+    from lopt_hf.trainers.lopt_grpo_config import LoPTGRPOConfig
+    from lopt_hf.trainers.lopt_grpo_trainer import LoPTGRPOTrainer
     from lopt_hf.trainers.lopt_trainer import LoPTTrainer
 
 register_when_transformers_is_loaded()

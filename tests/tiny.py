@@ -100,3 +100,17 @@ def make_dataset(num_rows: int = 32) -> Dataset:
             "completion": [f"{a} + {b} = {a + b}." for a, b in rows],
         }
     )
+
+
+def make_pairs(num_rows: int = 32) -> Dataset:
+    """The same sums with a right and a wrong answer."""
+    rows = make_dataset(num_rows)
+    wrong = [answer[:-2] + str((int(answer[-2]) + 1) % 10) + "." for answer in rows["completion"]]
+    return Dataset.from_dict({"prompt": rows["prompt"], "chosen": rows["completion"], "rejected": wrong})
+
+
+def make_questions(num_rows: int = 32) -> Dataset:
+    """The same sums as prompts, with the number that answers them."""
+    rows = make_dataset(num_rows)
+    answers = [answer.split("= ")[1][:-1] for answer in rows["completion"]]
+    return Dataset.from_dict({"prompt": rows["prompt"], "answer": answers})

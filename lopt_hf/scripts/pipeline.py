@@ -37,7 +37,8 @@ from lopt_hf.pipeline.stage import load_stage, plan_stages
 from lopt_hf.pretrained import resolve_model
 from lopt_hf.scripts import pipeline_export, pipeline_simulate
 from lopt_hf.scripts.parsing import parse_or_exit
-from lopt_hf.scripts.sft import SFTDataArguments, draw, load_split, resumed_checkpoint
+from lopt_hf.scripts.sft import SFTDataArguments, load_split
+from lopt_hf.scripts.training import draw, resumed_checkpoint
 
 __all__ = ["main", "make_parser", "run_stage"]
 

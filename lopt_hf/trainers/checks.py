@@ -1,6 +1,7 @@
 """Errors that a user can act on, raised before anything expensive happens."""
 
 import os
+from collections.abc import Sequence, Set
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -10,11 +11,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl.data_utils import get_dataset_column_names
 
 from lopt_hf.blocks import find_decoder_stack, split_layers
-from lopt_hf.trainers.lopt_config import LoPTConfig
 
 __all__ = ["check_dataset", "check_model", "check_output_dir"]
-
-_LAYOUTS = ({"messages"}, {"conversations"}, {"prompt", "completion"}, {"input_ids"})
 
 
 def check_output_dir(output_dir: str, resume_from_checkpoint: str | bool | None) -> None:
@@ -33,31 +31,34 @@ def check_output_dir(output_dir: str, resume_from_checkpoint: str | bool | None)
         )
 
 
-def check_dataset(dataset: Any, args: LoPTConfig, formatting_func: Any = None) -> None:
-    """Raises if a training set is empty or, unless its preparation is skipped, has no column that `SFTTrainer` reads.
+def check_dataset(dataset: Any, layouts: Sequence[Set[str]], advice: str = "") -> None:
+    """Raises if a training set is empty, or has no column layout that the trainer reads.
+
+    Args:
+        dataset: The training set; what is no data set is left to the trainer, which says what is wrong with it.
+        layouts: Sets of columns, one of which there must be. None: any columns will do.
+        advice: What else than renaming the columns helps.
 
     Raises:
-        ValueError: If it has no rows, or none of the column layouts.
+        ValueError: If it has no rows, or none of the layouts.
     """
     if not isinstance(dataset, Dataset | IterableDataset):
-        return  # SFTTrainer says what is wrong with it
+        return
     if next(iter(dataset), None) is None:
         raise ValueError("train_dataset has no rows; check the file or split it was loaded from.")
-    dataset_kwargs: Any = args.dataset_kwargs or {}
-    if formatting_func is not None or dataset_kwargs.get("skip_prepare_dataset"):
+    if not layouts:
         return
     columns = get_dataset_column_names(dataset)
-    layouts = ({args.dataset_text_field}, *_LAYOUTS)
     if not any(layout <= set(columns) for layout in layouts):
         known = "; ".join(" + ".join(sorted(layout)) for layout in layouts)
         raise ValueError(
             f"train_dataset has the columns {sorted(columns)} but none of the layouts to train on ({known}); "
-            "rename the columns, set dataset_text_field, or pass a formatting_func."
+            f"rename the columns{advice and ', '}{advice}."
         )
 
 
 def check_model(
-    model: str | PreTrainedModel | PeftModel, args: LoPTConfig, peft_config: Any, quantization_config: Any
+    model: str | PreTrainedModel | PeftModel, args: Any, peft_config: Any, quantization_config: Any
 ) -> None:
     """Raises if a model cannot be cut into the blocks that are asked for, for a model id from its config alone.
 

@@ -18,12 +18,13 @@ class LocalLossMixin(LocalStepMixin):
     _metrics: dict[str, Any]  # TRL's
 
     def _run_local_backward(self, index: int, loss: torch.Tensor) -> None:
+        is_averaged = self._reduces_early_gradients() and self.accelerator.sync_gradients
+        if is_averaged and len(self.boundary.losses[index]) > 1:
+            self._reducer.wait()  # before a further forward of this micro-batch adds to what is being averaged
         self.accelerator.backward(loss)
-        if not self.accelerator.sync_gradients:
-            return
-        if self._reduces_early_gradients():
+        if is_averaged:
             self._reducer.start(self._clip_groups()[index])
-        if self.args.local_step:
+        if self.args.local_step and self.accelerator.sync_gradients:
             self._step_early_block(index)
 
     def compute_loss(
@@ -43,8 +44,7 @@ class LocalLossMixin(LocalStepMixin):
         joint_loss = self.boundary.joint_loss()
         if joint_loss is None:
             return result
-        # As TRL scales the auxiliary loss of MoE models: with `num_items_in_batch` Trainer leaves it to the loss.
-        joint_loss = joint_loss / steps if num_items_in_batch is not None else joint_loss
+        joint_loss = joint_loss / steps if self._is_scaled(num_items_in_batch) else joint_loss
         return (result[0] + joint_loss, result[1]) if return_outputs else result + joint_loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -52,6 +52,14 @@ class LocalLossMixin(LocalStepMixin):
         self._check_finite("loss", loss.item())
         self._log_local_losses()
         return loss
+
+    def _is_scaled(self, num_items_in_batch: torch.Tensor | int | None) -> bool:
+        """Whether the task loss is already divided by the accumulation steps; `Trainer` divides one that is not."""
+        if self.loss_is_scaled_for_ga is not None:  # DPO: no; GRPO: yes
+            return self.loss_is_scaled_for_ga
+        return (
+            self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        ) or self.compute_loss_func is not None
 
     def _log_local_losses(self) -> None:
         if not any(self.boundary.losses.values()):

@@ -31,7 +31,8 @@ class LocalLearningArguments(ArgumentsBase):
         local_objective: What the early blocks learn from. `"reconstruction"`: to keep their input recoverable (paper,
             Sec. 3). `"readout"`: the next token, read through the model's final norm and LM head as they were at the
             start, at weight 1 for every block (ZeroLock's form, arXiv 2608.07974); the `reconstruction_*` arguments
-            do not apply. An objective that is passed to the trainer takes the place of both.
+            do not apply; for supervised fine-tuning only. An objective that is passed to the trainer takes the place
+            of both.
         reconstruction_weight: lambda, the weight of the mean local loss over the early blocks. Paper, Sec. 3: 10.
         reconstruction_bottleneck: Divisor of the reconstruction head's inner width. Paper, Sec. 3: 4.
         reconstruction_mask: Which positions count in the local loss: `"attention"` leaves padding out (paper, App. L),

@@ -134,8 +134,7 @@ class LoPTMixin(LocalLossMixin, CheckpointMixin):
             raise ValueError("clip_scope='block' needs FSDP2; set fsdp_version to 2, or clip_scope to 'global'.")
 
     def _router_coefficient(self) -> float:
-        config = self._base_model().config.get_text_config(decoder=True).to_dict()
-        return config.get("router_aux_loss_coef", 0.0) if config.get("output_router_logits", False) else 0.0
+        return self.router_aux_loss_coef if self.aux_loss_enabled else 0.0  # TRL's
 
     # ---- The run ----
 

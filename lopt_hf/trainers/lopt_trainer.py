@@ -1,19 +1,20 @@
 """LoPT on TRL's SFT trainer."""
 
 import inspect
-from dataclasses import fields
 from typing import Any
 
 from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTTrainer
-from trl.trainer.utils import get_config_model_id
 
 from lopt_hf.objectives import LocalObjective
 from lopt_hf.trainers.checks import check_dataset, check_model
+from lopt_hf.trainers.conversion import local_config
 from lopt_hf.trainers.lopt_config import LoPTConfig
 from lopt_hf.trainers.lopt_mixin import LOPT_PAPER, LoPTMixin
 
 __all__ = ["LoPTTrainer"]
+
+LAYOUTS = ({"messages"}, {"conversations"}, {"prompt", "completion"}, {"input_ids"})
 
 
 class LoPTTrainer(LoPTMixin, SFTTrainer):
@@ -60,16 +61,13 @@ class LoPTTrainer(LoPTMixin, SFTTrainer):
         local_objective: LocalObjective | None = None,
         **sft_kwargs: Any,
     ) -> None:
-        if args is None:
-            model_id = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = LoPTConfig(f"{model_id.split('/')[-1]}-LoPT")
-        elif not isinstance(args, LoPTConfig):
-            # Not by `to_dict`, which hides every field whose name ends in `_token`.
-            known = {f.name for f in fields(LoPTConfig) if f.init}
-            args = LoPTConfig(**{f.name: getattr(args, f.name) for f in fields(args) if f.name in known})
+        args = local_config(model, args, LoPTConfig, "LoPT")
         given = (
             inspect.signature(SFTTrainer.__init__).bind_partial(self, model, args, *sft_args, **sft_kwargs).arguments
         )
         check_model(model, args, given.get("peft_config"), given.get("quantization_config"))
-        check_dataset(given.get("train_dataset"), args, given.get("formatting_func"))
+        dataset_kwargs: Any = args.dataset_kwargs or {}
+        is_prepared = given.get("formatting_func") is not None or dataset_kwargs.get("skip_prepare_dataset")
+        layouts = () if is_prepared else ({args.dataset_text_field}, *LAYOUTS)
+        check_dataset(given.get("train_dataset"), layouts, "set dataset_text_field, or pass a formatting_func")
         super().__init__(model, args, *sft_args, local_objective=local_objective, **sft_kwargs)

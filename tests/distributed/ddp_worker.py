@@ -8,13 +8,23 @@ from typing import Any
 from safetensors.torch import save_file
 
 import tests.conftest  # noqa: F401  (offline, one thread)
-from lopt_hf import LoPTTrainer, RetentionCallback
-from tests.tiny import make_dataset
-from tests.trainers.helpers import make_trainer, snapshot
+from lopt_hf import RetentionCallback
+from tests.tiny import make_dataset, make_questions
+from tests.trainers.helpers import InTwoForwards, WithFixedCompletions, make_trainer, snapshot
+
+# Whose completions do not depend on the number of processes
+TRAINERS = {"grpo": WithFixedCompletions, "grpo-in-two-forwards": InTwoForwards}
 
 
-def run(output_dir: Path, **settings: Any) -> LoPTTrainer:
-    trainer = make_trainer(output_dir, **settings)
+def run(output_dir: Path, kind: str = "sft", **settings: Any) -> Any:
+    """A run with the same micro-batches, however they are spread over processes and accumulation steps."""
+    if kind not in TRAINERS:
+        trainer = make_trainer(output_dir, kind=kind, **settings)
+    else:
+        # Prompts of one length: which of them share a micro-batch is random, and must not matter.
+        rows = make_questions().map(lambda row: {"prompt": f"{row['prompt'][:12]:12}"})
+        kwargs = {"trainer_kwargs": {"train_dataset": rows}}
+        trainer = make_trainer(output_dir, kind="grpo", trainer_class=TRAINERS[kind], **kwargs, **settings)
     trainer.train()
     return trainer
 
@@ -22,6 +32,7 @@ def run(output_dir: Path, **settings: Any) -> LoPTTrainer:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("output_dir", type=Path)
+    parser.add_argument("--kind", default="sft")
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
     parser.add_argument("--per_device_train_batch_size", type=int, default=2)

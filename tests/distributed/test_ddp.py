@@ -52,7 +52,16 @@ def test_two_processes_equal_one(tmp_path, checkpointing, accumulation):
 
 
 @pytest.mark.parametrize(
-    "options", [("--num_blocks", 4), ("--local_backward", "joint"), ("--local_objective", "readout")]
+    "options",
+    [
+        ("--num_blocks", 4),
+        ("--local_backward", "joint"),
+        ("--local_objective", "readout"),
+        ("--kind", "dpo"),
+        ("--kind", "grpo"),
+        ("--kind", "grpo-in-two-forwards"),
+    ],
+    ids=lambda options: "{} {}".format(*options),
 )
 def test_two_processes_equal_one_with_other_settings(tmp_path, options):
     two = launch(tmp_path / "two", *options)

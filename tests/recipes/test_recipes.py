@@ -13,7 +13,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
 from lopt_hf.retention.grid import load_grid
-from lopt_hf.scripts import pipeline, repl, sft
+from lopt_hf.scripts import dpo, grpo, pipeline, repl, sft
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"
@@ -21,9 +21,10 @@ ACCELERATE_CONFIGS = sorted((RECIPES / "accelerate_configs").glob("*.yaml"))
 GRIDS = sorted(RECIPES.glob("*/retention/*.yaml"))
 REPL_RECIPES = sorted(RECIPES.glob("*/repl/*.yaml"))
 MODEL_RECIPES = sorted(set(RECIPES.rglob("*.yaml")) - set(ACCELERATE_CONFIGS) - set(GRIDS) - set(REPL_RECIPES))
-# By the folder of the recipe
 PARSERS = {
     "sft": sft.make_parser,
+    "dpo": dpo.make_parser,
+    "grpo": grpo.make_parser,
     "pipeline": pipeline.make_parser,
     "repl": repl.make_parser,
 }  # by the recipe's folder
@@ -59,6 +60,27 @@ PAPER_VALUES = {
     "bf16": True,
     "reconstruction_weight": 10.0,
     "early_learning_rate": None,  # one rate for both blocks
+}
+PAPER_GRPO_DATA = {
+    "gsm8k": {"dataset_name": "openai/gsm8k", "dataset_config": "main", "reward_funcs": ["gsm8k_reward"]},
+    "numinamath": {
+        "dataset_name": "AI-MO/NuminaMath-CoT",
+        "dataset_config": None,
+        "reward_funcs": ["boxed_reward"],
+    },
+}
+PAPER_GRPO_VALUES = {
+    "method": "lopt",
+    "num_blocks": 2,
+    "reconstruction_weight": 10.0,
+    "early_learning_rate": None,
+    "learning_rate": 5e-6,
+    "num_generations": 4,
+    "temperature": 0.7,
+    "top_p": 0.95,
+    "epsilon": 0.2,
+    "beta": 0.0,
+    "loss_type": "grpo",
 }
 SMOLLM2_RECIPES = {
     "e2e": {"method": "e2e"},
@@ -100,10 +122,11 @@ def test_recipe_is_parsed_in_full(path: Path) -> None:
     values = parse(path, path.parent.name)
     written = yaml.safe_load(path.read_text())
     assert written.keys() <= values.keys()
-    own = ("method",) if path.parent.name == "sft" else ("num_stages", "split", "local_objective")
+    own = ("num_stages", "split", "local_objective") if path.parent.name == "pipeline" else ("method",)
     for key in ("model_name_or_path", "dataset_name", "output_dir", *own):
         assert values[key] == written[key]
-    assert values["output_dir"] == f"out/{path.parts[-3]}-{path.stem}"
+    task = f"{path.parent.name}-" if path.parent.name in ("dpo", "grpo") else ""
+    assert values["output_dir"] == f"out/{path.parts[-3]}-{task}{path.stem}"
     assert values["report_to"] == []
     for key in ("activation_checkpointing", "gradient_checkpointing"):  # the old name is what TRL reads
         assert values[key] == written["activation_checkpointing"]
@@ -111,7 +134,8 @@ def test_recipe_is_parsed_in_full(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODEL_RECIPES, ids=name_of)
 def test_recipe_is_mentioned_in_the_readme_of_its_model(path: Path) -> None:
-    assert path.stem in (path.parents[1] / "README.md").read_text()
+    readmes = [folder / "README.md" for folder in path.parents[:2]]
+    assert any(path.stem in readme.read_text() for readme in readmes if readme.is_file())
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=name_of)
@@ -165,6 +189,27 @@ def test_paper_recipe_has_the_papers_values(model: str, data: str) -> None:
         assert values[key] == expected[key]
     assert values["dataset_train_split"] == "train"
     assert (values["dataset_max_samples"] or expected["rows"]) == expected["used"]
+
+
+@pytest.mark.parametrize("data", PAPER_GRPO_DATA)
+@pytest.mark.parametrize("model", PAPER_MODELS)
+def test_grpo_recipe_has_the_papers_values(model: str, data: str) -> None:
+    values = parse(RECIPES / model / "grpo" / f"lopt_{data}.yaml", "grpo")
+    expected = {**PAPER_GRPO_VALUES, **PAPER_GRPO_DATA[data], "model_name_or_path": PAPER_MODELS[model]}
+    assert {key: values[key] for key in expected} == expected
+    assert callable(grpo.find_reward(values["reward_funcs"][0]))
+    completions_per_step = 8 * values["per_device_train_batch_size"] * values["gradient_accumulation_steps"]
+    assert completions_per_step == 64 and values["steps_per_generation"] == values["gradient_accumulation_steps"]
+
+
+@pytest.mark.parametrize("task", ["grpo", "dpo"])
+def test_smollm2_recipes_of_other_losses_differ_in_the_method_only(task: str) -> None:
+    folder = RECIPES / "smollm2-135m" / task
+    lopt, e2e = (yaml.safe_load((folder / f"{name}.yaml").read_text()) for name in ("lopt_k2", "e2e"))
+    of_the_method = {"method", "num_blocks", "reconstruction_weight", "early_learning_rate", "output_dir"}
+    assert {key for key in lopt.keys() | e2e.keys() if lopt.get(key) != e2e.get(key)} == of_the_method
+    assert lopt["early_learning_rate"] == pytest.approx(lopt["learning_rate"] / 10)
+    assert {path.stem for path in folder.glob("*.yaml")} == {"lopt_k2", "e2e"}
 
 
 @pytest.mark.parametrize("name", SMOLLM2_RECIPES)

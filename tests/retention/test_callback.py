@@ -22,7 +22,7 @@ from lopt_hf.retention.suites import SuiteTask, load_entries
 from tests.retention.conftest import save
 from tests.retention.small_tasks import write_tasks
 from tests.tiny import make_dataset, make_model, make_tokenizer
-from tests.trainers.helpers import make_sft_trainer, make_trainer, snapshot
+from tests.trainers.helpers import make_stock_trainer, make_trainer, snapshot
 
 ACCURACY = "retention/tiny_sums/acc"
 TASKS = ["tiny_sums", "tiny_text"]
@@ -262,11 +262,11 @@ def test_resuming_with_other_questions_is_an_error(
 
 def test_any_trainer(tmp_path: Path, tasks: Path) -> None:
     """TRL's own trainer is passed; without it the error says so."""
-    trainer = make_sft_trainer(tmp_path / "bound", max_steps=2)
+    trainer = make_stock_trainer(tmp_path / "bound", max_steps=2)
     trainer.add_callback(make_callback(tasks, trainer=trainer))
     trainer.train()
     assert [row["step"] for row in trainer.state.log_history if ACCURACY in row] == [0, 2]
-    unbound = make_sft_trainer(tmp_path / "unbound", max_steps=2)
+    unbound = make_stock_trainer(tmp_path / "unbound", max_steps=2)
     unbound.add_callback(make_callback(tasks))
     with pytest.raises(ValueError, match=r"RetentionCallback\(..., trainer=trainer\)"):
         unbound.train()

@@ -4,12 +4,12 @@ import argparse
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainerCallback
 
 import tests.conftest  # noqa: F401  (offline, one thread)
-from lopt_hf import LoPTTrainer
-from tests.trainers.helpers import make_trainer
+from tests.trainers.helpers import KINDS, make_trainer
 
 
 class KillAt(TrainerCallback):
@@ -23,10 +23,16 @@ class KillAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def make_resumable_trainer(output_dir: Path, num_blocks: int, accumulation: int) -> LoPTTrainer:
+# Each batch of completions is trained on at three steps, so that some wait in the checkpoint at step 4.
+REUSE = {"num_iterations": 3}
+
+
+def make_resumable_trainer(output_dir: Path, kind: str, num_blocks: int, accumulation: int) -> Any:
     """A run of 8 steps with a checkpoint at 4, between two logs."""
     return make_trainer(
         output_dir,
+        kind=kind,
+        **(REUSE if kind == "grpo" else {}),
         num_blocks=num_blocks,
         gradient_accumulation_steps=accumulation,
         max_steps=8,
@@ -41,11 +47,12 @@ def make_resumable_trainer(output_dir: Path, num_blocks: int, accumulation: int)
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("output_dir", type=Path)
+    parser.add_argument("--kind", choices=KINDS)
     parser.add_argument("--num-blocks", type=int)
     parser.add_argument("--accumulation", type=int)
     parser.add_argument("--kill-at", type=int)
     options = parser.parse_args()
-    trainer = make_resumable_trainer(options.output_dir, options.num_blocks, options.accumulation)
+    trainer = make_resumable_trainer(options.output_dir, options.kind, options.num_blocks, options.accumulation)
     trainer.add_callback(KillAt(options.kill_at))
     trainer.train()
 

@@ -6,12 +6,15 @@ from datasets import Dataset
 from peft import PrefixTuningConfig
 from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM, BertConfig, BitsAndBytesConfig, T5Config
 
-from lopt_hf import LoPTConfig
-from lopt_hf.scripts import sft
-from tests.tiny import make_dataset, make_model
-from tests.trainers.helpers import make_trainer
+from lopt_hf.scripts import dpo, grpo, sft
+from tests.tiny import make_model
+from tests.trainers.helpers import KINDS, make_trainer
+
+every_kind = pytest.mark.parametrize("kind", KINDS)
+COMMANDS = {"sft": sft, "dpo": dpo, "grpo": grpo}
 
 
+@every_kind
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -52,31 +55,49 @@ from tests.trainers.helpers import make_trainer
         ({"local_step": True, "fp16": True}, "local_step=True .* fp16.*use bf16"),
     ],
 )
-def test_options_are_checked(tmp_path, settings, message):
+def test_options_are_checked(kind, tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
-        LoPTConfig(str(tmp_path), **settings)
+        KINDS[kind].config(str(tmp_path), **settings)
 
 
-def test_local_step_in_the_precision_of_the_environment(tmp_path, monkeypatch):
+@every_kind
+def test_local_step_in_the_precision_of_the_environment(kind, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     with pytest.raises(ValueError, match="local_step=True .* fp16"):
-        LoPTConfig(str(tmp_path), bf16=False, local_step=True)
+        KINDS[kind].config(str(tmp_path), bf16=False, local_step=True)
 
 
-def test_eager_under_deepspeed(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["dpo", "grpo"])
+def test_the_readout_does_not_fit(kind, tmp_path):
+    with pytest.raises(ValueError, match=f"local_objective='readout' does not fit {kind.upper()}.*'reconstruction'"):
+        KINDS[kind].config(str(tmp_path), local_objective="readout")
+
+
+@pytest.mark.parametrize("kind", ["dpo", "grpo"])
+def test_a_reference_that_follows_the_model_under_an_engine(kind, tmp_path, monkeypatch):
+    args = KINDS[kind].config(str(tmp_path), sync_ref_model=True, local_backward="joint")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="sync_ref_model=True does not work under FSDP"):
+        KINDS[kind].trainer(model=make_model(), args=args, train_dataset=KINDS[kind].make_data())
+
+
+@every_kind
+def test_eager_under_deepspeed(kind, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(ValueError, match="local_backward='eager' .* DeepSpeed"):
-        LoPTConfig(str(tmp_path), local_backward="eager")
+        KINDS[kind].config(str(tmp_path), local_backward="eager")
 
 
-def test_more_blocks_than_layers(tmp_path):
+@every_kind
+def test_more_blocks_than_layers(kind, tmp_path):
     with pytest.raises(ValueError, match="num_blocks=5 does not fit a model with 4 decoder layers"):
-        make_trainer(tmp_path, num_blocks=5)
+        make_trainer(tmp_path, num_blocks=5, kind=kind)
 
 
-def test_split_beyond_the_layers(tmp_path):
+@every_kind
+def test_split_beyond_the_layers(kind, tmp_path):
     with pytest.raises(ValueError, match=r"split_at=\[4\] .* 1 to 3"):
-        make_trainer(tmp_path, split_at=[4])
+        make_trainer(tmp_path, split_at=[4], kind=kind)
 
 
 SMALL = {
@@ -88,77 +109,94 @@ SMALL = {
 }
 
 
-def test_encoder_decoder(tmp_path):
+@every_kind
+def test_encoder_decoder(kind, tmp_path):
     model = AutoModelForSeq2SeqLM.from_config(T5Config(vocab_size=90, d_model=32, num_layers=2, d_ff=32, num_heads=2))
     model.save_pretrained(tmp_path / "t5")
     for given in (model, str(tmp_path / "t5")):
         with pytest.raises(ValueError, match="is an encoder-decoder; local learning needs a decoder-only"):
-            make_trainer(tmp_path, given)
+            make_trainer(tmp_path, given, kind=kind)
 
 
-def test_encoder(tmp_path):
+@every_kind
+def test_encoder(kind, tmp_path):
     with pytest.raises(ValueError, match="BertForMaskedLM has no language-modelling head"):
-        make_trainer(tmp_path, AutoModelForMaskedLM.from_config(BertConfig(**SMALL)))
+        make_trainer(tmp_path, AutoModelForMaskedLM.from_config(BertConfig(**SMALL)), kind=kind)
 
 
-def test_quantised_model_without_an_adapter(tmp_path):
+@every_kind
+def test_quantised_model_without_an_adapter(kind, tmp_path):
     model = make_model()
     model.config.quantization_config = BitsAndBytesConfig(load_in_4bit=True)
     with pytest.raises(ValueError, match="LlamaForCausalLM is quantised.*peft_config"):
-        make_trainer(tmp_path, model)
+        make_trainer(tmp_path, model, kind=kind)
 
 
-def test_quantisation_asked_for_without_an_adapter(tmp_path):
+@every_kind
+def test_quantisation_asked_for_without_an_adapter(kind, tmp_path):
     make_model().save_pretrained(tmp_path / "base")
     kwargs = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}
     with pytest.raises(ValueError, match="is quantised.*peft_config"):
-        make_trainer(tmp_path, str(tmp_path / "base"), trainer_kwargs=kwargs)
+        make_trainer(tmp_path, str(tmp_path / "base"), trainer_kwargs=kwargs, kind=kind)
 
 
-def test_early_block_without_trainable_parameters(tmp_path):
+@every_kind
+def test_early_block_without_trainable_parameters(kind, tmp_path):
     model = make_model()
-    make_trainer(tmp_path, model, train_early_blocks=False)
+    make_trainer(tmp_path, model, train_early_blocks=False, kind=kind)
     with pytest.raises(ValueError, match=r"no parameter of block 0 \(layers 0 to 1\) is trainable"):
-        make_trainer(tmp_path, model)
+        make_trainer(tmp_path, model, kind=kind)
 
 
-def test_early_learning_rate_with_an_optimizer_of_the_users_own(tmp_path):
+@every_kind
+def test_early_learning_rate_with_an_optimizer_of_the_users_own(kind, tmp_path):
     model = make_model()
     kwargs = {"optimizers": (torch.optim.SGD(model.parameters(), lr=0.1), None)}
     with pytest.raises(ValueError, match="early_learning_rate=0.1 has no effect on an optimizer of your own"):
-        make_trainer(tmp_path, model, early_learning_rate=0.1, trainer_kwargs=kwargs)
+        make_trainer(tmp_path, model, early_learning_rate=0.1, trainer_kwargs=kwargs, kind=kind)
 
 
-def test_prefix_tuning(tmp_path):
+@every_kind
+def test_prefix_tuning(kind, tmp_path):
     kwargs = {"peft_config": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)}
     with pytest.raises(ValueError, match="PrefixTuningConfig cannot be trained locally.*LoRA"):
-        make_trainer(tmp_path, trainer_kwargs=kwargs)
+        make_trainer(tmp_path, trainer_kwargs=kwargs, kind=kind)
 
 
+@every_kind
 @pytest.mark.parametrize("mode", ["eager", "joint"])
-def test_weights_shared_across_blocks(tmp_path, mode):
+def test_weights_shared_across_blocks(kind, tmp_path, mode):
     model = make_model()
     model.model.layers[3].mlp = model.model.layers[0].mlp
     with pytest.raises(RuntimeError, match="loss of block . reaches .* which belongs to another block"):
-        make_trainer(tmp_path, model, local_backward=mode).train()
+        make_trainer(tmp_path, model, kind=kind, local_backward=mode).train()
 
 
-def test_empty_data_set(tmp_path):
+@every_kind
+def test_empty_data_set(kind, tmp_path):
     with pytest.raises(ValueError, match="train_dataset has no rows"):
-        make_trainer(tmp_path, trainer_kwargs={"train_dataset": make_dataset().select([])})
+        make_trainer(tmp_path, trainer_kwargs={"train_dataset": KINDS[kind].make_data().select([])}, kind=kind)
 
 
-def test_missing_column(tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "layouts"),
+    [
+        ("sft", r"completion \+ prompt.*rename the columns, set dataset_text_field"),
+        ("dpo", r"chosen \+ prompt \+ rejected;.*rename the columns"),
+        ("grpo", r"\(prompt\); rename the columns"),
+    ],
+)
+def test_missing_column(kind, layouts, tmp_path):
     rows = Dataset.from_dict({"question": ["a"], "reply": ["b"]})
-    with pytest.raises(
-        ValueError, match=r"train_dataset has the columns \['question', 'reply'\].*completion \+ prompt"
-    ):
-        make_trainer(tmp_path, trainer_kwargs={"train_dataset": rows})
+    with pytest.raises(ValueError, match=rf"train_dataset has the columns \['question', 'reply'\] .*{layouts}"):
+        make_trainer(tmp_path, kind=kind, trainer_kwargs={"train_dataset": rows})
 
 
+@every_kind
 @pytest.mark.parametrize("where", ["weights", "local"])
-def test_nan_stops_training_and_keeps_the_last_good_checkpoint(tmp_path, where):
-    trainer = make_trainer(tmp_path, max_steps=6, save_strategy="steps", save_steps=2, save_total_limit=1)
+def test_nan_stops_training_and_keeps_the_last_good_checkpoint(kind, tmp_path, where):
+    settings = {"kind": kind, "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    trainer = make_trainer(tmp_path, save_total_limit=1, **settings)
     original = trainer.compute_loss
 
     def poisoned(model, inputs, *args, **kwargs):
@@ -171,7 +209,7 @@ def test_nan_stops_training_and_keeps_the_last_good_checkpoint(tmp_path, where):
     with pytest.raises(FloatingPointError, match="is nan at step 4.*learning_rate"):
         trainer.train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
-    resumed = make_trainer(tmp_path, max_steps=6, save_strategy="steps", save_steps=2)
+    resumed = make_trainer(tmp_path, **settings)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 6
 
@@ -192,6 +230,10 @@ def write_config(tmp_path, **values):
     return ["--config", str(path)]
 
 
+REWARDED: dict[str, dict] = {"sft": {}, "dpo": {}, "grpo": {"reward_funcs": "[gsm8k_reward]"}}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -199,22 +241,66 @@ def write_config(tmp_path, **values):
         ({"num_blocks": 1}, "num_blocks=1"),
     ],
 )
-def test_bad_yaml_is_one_line(tmp_path, capsys, values, message):
+def test_bad_yaml_is_one_line(command, tmp_path, capsys, values, message):
     with pytest.raises(SystemExit) as exit_info:
-        sft.main(write_config(tmp_path, **values))
+        COMMANDS[command].main(write_config(tmp_path, **REWARDED[command], **values))
     assert exit_info.value.code == 2
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"dataset_name": "word-problems"}, "model_name_or_path is missing"),
+        ({"dataset_name": "arithmetic"}, "model_name_or_path is missing"),
         ({"model_name_or_path": "m"}, "dataset_name is missing"),
         ({"model_name_or_path": "m", "dataset_name": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"resume_from_checkpoint": "true"}, "resume_from_checkpoint=True: there is no checkpoint"),
     ],
 )
-def test_bad_arguments_of_the_command_are_one_line(tmp_path, values, message):
+def test_bad_arguments_of_the_command_are_one_line(command, tmp_path, values, message):
     with pytest.raises(SystemExit, match=message):
-        sft.main(write_config(tmp_path, **values))
+        COMMANDS[command].main(write_config(tmp_path, **REWARDED[command], **values))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "reward_funcs is missing; name some of gsm8k_reward"),
+        ({"reward_funcs": "[gsm8k]"}, "reward_funcs=gsm8k is unknown"),
+        ({"reward_funcs": "[nowhere.reward]"}, "reward_funcs=nowhere.reward is unknown"),
+        ({"reward_funcs": "[lopt_hf.rewards.nothing]"}, "reward_funcs=lopt_hf.rewards.nothing is unknown"),
+        (
+            {"reward_funcs": "[gsm8k_reward]", "dataset_train_split": "dev"},
+            "split 'dev' is unknown; arithmetic has train",
+        ),
+    ],
+)
+def test_bad_arguments_of_grpo_are_one_line(tmp_path, values, message):
+    given = {"model_name_or_path": "m", "dataset_name": "arithmetic", **values}
+    with pytest.raises(SystemExit, match=message):
+        grpo.main(write_config(tmp_path, **given))
+
+
+def test_a_reward_that_needs_a_package(tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo, "is_math_verify_available", lambda: False)
+    with pytest.raises(SystemExit, match=r"accuracy_reward needs math-verify: `pip install"):
+        grpo.main(write_config(tmp_path, reward_funcs="[accuracy_reward]"))
+
+
+def test_a_reward_of_the_users_own(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text("def short(completions, **kwargs):\n    return [0.0] * len(completions)\n")
+    monkeypatch.chdir(tmp_path)
+    assert grpo.find_reward("my_rewards.short")(["a", "b"]) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", ["gsm8k_reward", "boxed_reward", "think_format_reward"])
+def test_rewards_by_name(name):
+    assert grpo.find_reward(name).__name__ == name
+
+
+def test_a_reward_whose_module_misses_a_package(tmp_path, monkeypatch):
+    (tmp_path / "broken_rewards.py").write_text("import a_package_that_is_nowhere\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="No module named 'a_package_that_is_nowhere'"):
+        grpo.main(write_config(tmp_path, reward_funcs="[broken_rewards.reward]"))

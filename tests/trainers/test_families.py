@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import FAMILIES, make_model
-from tests.trainers.helpers import make_sft_trainer, make_trainer, one_step_gradients, snapshot
+from tests.trainers.helpers import KINDS, make_stock_trainer, make_trainer, one_step_gradients, snapshot
 
 pytestmark = pytest.mark.parametrize("family", FAMILIES)
 
@@ -24,10 +24,10 @@ def reached(gradients):
     return {name for name, gradient in gradients.items() if gradient is not None and gradient.any()}
 
 
-@pytest.mark.parametrize("num_blocks", [2, 3])
-def test_gradient_reach(family, num_blocks, tmp_path):
+@pytest.mark.parametrize(("kind", "num_blocks"), [("sft", 2), ("sft", 3), ("dpo", 3), ("grpo", 3)])
+def test_gradient_reach(family, kind, num_blocks, tmp_path):
     """The task gradient stays in the last block, each local gradient in its own block and head."""
-    trainer = make_trainer(tmp_path, make_model(family), num_blocks=num_blocks, local_backward="joint")
+    trainer = make_trainer(tmp_path, make_model(family), kind=kind, num_blocks=num_blocks, local_backward="joint")
     *early, last = owner_names(trainer)
     task = reached(one_step_gradients(trainer, "task"))
     assert task <= last
@@ -42,7 +42,7 @@ def test_gradient_reach(family, num_blocks, tmp_path):
 
 
 def test_evaluation_and_generation_are_the_stock_models(family, tmp_path):
-    stock = make_sft_trainer(tmp_path / "sft", make_model(family)).model.eval()
+    stock = make_stock_trainer(tmp_path / "stock", make_model(family)).model.eval()
     ours = make_trainer(tmp_path / "lopt", make_model(family)).model.eval()
     with torch.no_grad():
         assert torch.equal(ours(INPUT_IDS).logits, stock(INPUT_IDS).logits)
@@ -50,8 +50,9 @@ def test_evaluation_and_generation_are_the_stock_models(family, tmp_path):
     assert torch.equal(ours.generate(INPUT_IDS, **generate), stock.generate(INPUT_IDS, **generate))
 
 
-def test_every_parameter_moves_and_the_checkpoint_is_stock(family, tmp_path):
-    trainer = make_trainer(tmp_path, make_model(family), num_blocks=2)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_moves_and_the_checkpoint_is_stock(family, kind, tmp_path):
+    trainer = make_trainer(tmp_path, make_model(family), kind=kind)
     before = snapshot(trainer)
     trainer.train()
     after = snapshot(trainer)
@@ -64,9 +65,9 @@ def test_every_parameter_moves_and_the_checkpoint_is_stock(family, tmp_path):
         assert torch.equal(loaded.eval()(INPUT_IDS).logits, trainer.model.eval()(INPUT_IDS).logits)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_eager_gradients_equal_joint_gradients(family, checkpointing, tmp_path):
-    settings = {"num_blocks": 3, "gradient_checkpointing": checkpointing}
+@pytest.mark.parametrize(("kind", "checkpointing"), [("sft", False), ("sft", True), ("dpo", True), ("grpo", True)])
+def test_eager_gradients_equal_joint_gradients(family, kind, checkpointing, tmp_path):
+    settings = {"kind": kind, "num_blocks": 3, "gradient_checkpointing": checkpointing}
     joint = one_step_gradients(make_trainer(tmp_path, make_model(family), local_backward="joint", **settings))
     eager = one_step_gradients(make_trainer(tmp_path, make_model(family), local_backward="eager", **settings))
     assert reached(joint) == reached(eager)

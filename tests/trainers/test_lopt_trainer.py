@@ -13,7 +13,9 @@ from trl import SFTConfig
 
 from lopt_hf import LoPTTrainer
 from tests.tiny import make_dataset, make_model, make_tokenizer
-from tests.trainers.helpers import make_sft_trainer, make_trainer, one_step_gradients, snapshot, training_args
+from tests.trainers.helpers import KINDS, make_stock_trainer, make_trainer, one_step_gradients, snapshot, training_args
+
+every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def unmoved(trainer):
@@ -66,6 +68,26 @@ def test_every_trainable_parameter_moves(tmp_path, settings, peft):
     assert all(map(math.isfinite, logged(trainer, "local_loss/block_0")))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_accumulation_steps": 2, "bf16": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"num_blocks": 4, "local_backward": "joint", "optim": "adafactor"},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", ["dpo", "grpo"])
+def test_every_trainable_parameter_moves_with_other_losses(tmp_path, kind, settings, peft):
+    kwargs = {"peft_config": LoraConfig(target_modules="all-linear", init_lora_weights=False)} if peft else {}
+    make_model("qwen2").save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    trainer = make_trainer(tmp_path / "out", str(tmp_path / "base"), kwargs, kind, **settings)
+    assert {name for name in unmoved(trainer) if not name.endswith("k_proj.bias")} == set()
+    assert all(map(math.isfinite, logged(trainer, "local_loss/block_0")))
+
+
 def test_assistant_only_loss(tmp_path):
     kwargs = {"train_dataset": make_conversations()}
     assert unmoved(make_trainer(tmp_path, assistant_only_loss=True, trainer_kwargs=kwargs)) == set()
@@ -96,7 +118,7 @@ def test_model_as_string_evaluation_and_callbacks(tmp_path):
 
 def test_evaluation_loss_is_sft_trainers(tmp_path):
     ours = make_trainer(tmp_path / "a").evaluate(make_dataset(8))
-    stock = make_sft_trainer(tmp_path / "b").evaluate(make_dataset(8))
+    stock = make_stock_trainer(tmp_path / "b").evaluate(make_dataset(8))
     assert ours["eval_loss"] == stock["eval_loss"]
 
 
@@ -106,11 +128,12 @@ def test_plain_sft_arguments_are_accepted(tmp_path):
     assert trainer.args.num_blocks == 2 and trainer.args.learning_rate == 1e-3
 
 
-def test_lora_adapter_is_saved_stock(tmp_path):
+@every_kind
+def test_lora_adapter_is_saved_stock(kind, tmp_path):
     make_model().save_pretrained(tmp_path / "base")
     kwargs = {"peft_config": LoraConfig(target_modules="all-linear")}
     make_tokenizer().save_pretrained(tmp_path / "base")
-    trainer = make_trainer(tmp_path / "out", str(tmp_path / "base"), trainer_kwargs=kwargs)
+    trainer = make_trainer(tmp_path / "out", str(tmp_path / "base"), trainer_kwargs=kwargs, kind=kind)
     trainer.train()
     trainer.save_model(tmp_path / "adapter")
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
@@ -119,10 +142,11 @@ def test_lora_adapter_is_saved_stock(tmp_path):
         torch.testing.assert_close(loaded.eval()(x).logits, trainer.model.eval()(x).logits)
 
 
-def test_optimizer_of_the_users_own_trains_the_heads_too(tmp_path):
+@every_kind
+def test_optimizer_of_the_users_own_trains_the_heads_too(kind, tmp_path):
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    trainer = make_trainer(tmp_path, model, trainer_kwargs={"optimizers": (optimizer, None)})
+    trainer = make_trainer(tmp_path, model, trainer_kwargs={"optimizers": (optimizer, None)}, kind=kind)
     assert {name for name in unmoved(trainer) if name.startswith("head.")} == set()
 
 
@@ -134,10 +158,11 @@ def test_optimizer_and_scheduler_of_the_users_own(tmp_path):
     assert {name for name in unmoved(trainer) if name.startswith("head.")} == set()
 
 
-def test_a_trainer_is_freed_before_its_model(tmp_path):
+@every_kind
+def test_a_trainer_is_freed_before_its_model(kind, tmp_path):
     """The hooks on the model must not keep the trainer, and with it the optimizer's state."""
     model = make_model()
-    trainer = make_trainer(tmp_path, model)
+    trainer = make_trainer(tmp_path, model, kind=kind)
     trainer.train()
     freed, layers = weakref.ref(trainer), trainer.stack.layers
     del trainer
@@ -158,11 +183,12 @@ def test_prepared_data_with_a_collator_of_the_users_own(tmp_path):
     assert unmoved(make_trainer(tmp_path, trainer_kwargs=kwargs, **options)) <= {"model.embed_tokens.weight"}
 
 
-def test_model_card_cites_the_paper(tmp_path):
-    trainer = make_trainer(tmp_path)
+@every_kind
+def test_model_card_cites_the_paper(kind, tmp_path):
+    trainer = make_trainer(tmp_path, kind=kind)
     trainer.create_model_card(model_name="tiny")
     card = (tmp_path / "README.md").read_text()
-    assert "2605.04913" in card and "trained with LoPT" in card and "- lopt" in card
+    assert "2605.04913" in card and "- lopt" in card and f"trained with {trainer._name}" in card
 
 
 def test_batch_1_accumulated_8_times_equals_batch_8(tmp_path):
@@ -214,8 +240,9 @@ def test_reconstruction_mask(tmp_path, mask):
     assert (losses[0] == pytest.approx(losses[1], rel=1e-6)) == (mask == "attention")
 
 
-def test_early_learning_rate(tmp_path):
-    trainer = make_trainer(tmp_path, early_learning_rate=0.0, num_blocks=2)
+@every_kind
+def test_early_learning_rate(kind, tmp_path):
+    trainer = make_trainer(tmp_path, early_learning_rate=0.0, num_blocks=2, kind=kind)
     early = {name for block in trainer._owned()[:-1] for name in block}
     still = unmoved(trainer)
     assert early <= still and "head.0.1.weight" in still
@@ -224,9 +251,10 @@ def test_early_learning_rate(tmp_path):
     assert rates == {0.0, 1e-3}
 
 
-def test_local_update_interval(tmp_path):
+@every_kind
+def test_local_update_interval(kind, tmp_path):
     """Early blocks move at steps 1 and 4 only, and the other steps build no graph below the boundary."""
-    trainer = make_trainer(tmp_path, local_update_interval=3, max_steps=5)
+    trainer = make_trainer(tmp_path, local_update_interval=3, max_steps=5, kind=kind)
     moved, graphs = [], []
 
     class Watch(TrainerCallback):
@@ -237,7 +265,11 @@ def test_local_update_interval(tmp_path):
             after = snapshot(trainer)
             moved.append({name for name in after if not torch.equal(after[name], self.before[name])})
 
-    trainer.stack.layers[1].mlp.register_forward_hook(lambda m, a, output: graphs.append(output.requires_grad))
+    def record(module, args, output):
+        if trainer.boundary._in_forward:
+            graphs.append(output.requires_grad)
+
+    trainer.stack.layers[1].mlp.register_forward_hook(record)
     trainer.add_callback(Watch())
     trainer.train()
     early = {name for block in trainer._owned()[:-1] for name in block}
@@ -247,8 +279,9 @@ def test_local_update_interval(tmp_path):
     assert len(logged(trainer, "local_loss/block_0")) == 2
 
 
-def test_freeze_control(tmp_path):
-    trainer = make_trainer(tmp_path, make_model("gpt2"), train_early_blocks=False)
+@every_kind
+def test_freeze_control(kind, tmp_path):
+    trainer = make_trainer(tmp_path, make_model("gpt2"), train_early_blocks=False, kind=kind)
     start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     assert unmoved(trainer) == set()  # of what is trainable
     for name in trainer._owned()[0]:
@@ -308,11 +341,14 @@ def test_own_local_objective(tmp_path):
     assert unmoved(make_trainer(tmp_path, trainer_kwargs={"local_objective": StayClose()})) == set()
 
 
-def test_eager_and_joint_train_to_the_same_weights(tmp_path):
-    runs = [make_trainer(tmp_path / mode, local_backward=mode) for mode in ("eager", "joint")]
-    for trainer in runs:
+@every_kind
+def test_eager_and_joint_train_to_the_same_weights(kind, tmp_path):
+    weights = []
+    for mode in ("eager", "joint"):
+        trainer = make_trainer(tmp_path / mode, local_backward=mode, kind=kind)
         trainer.train()
-    eager, joint = map(snapshot, runs)
+        weights.append(snapshot(trainer))
+    eager, joint = weights
     assert all(torch.equal(eager[name], joint[name]) for name in eager)
 
 

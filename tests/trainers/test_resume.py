@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
 
 from lopt_hf.trainers import checkpoint as checkpoint_module
-from tests.trainers.helpers import make_trainer
+from tests.trainers.helpers import KINDS, make_trainer
 from tests.trainers.resume_worker import make_resumable_trainer
 
-CLOCK = ("runtime", "per_second", "train_loss")  # of this process, not of the run
+CLOCK = ("runtime", "per_second", "train_loss", "step_time")  # of this process, not of the run
 
 
-def run_until_killed(output_dir: Path, num_blocks: int, accumulation: int, step: int) -> int:
-    options = ["--num-blocks", num_blocks, "--accumulation", accumulation, "--kill-at", step]
+def run_until_killed(output_dir: Path, kind: str, num_blocks: int, accumulation: int, step: int) -> int:
+    options = ["--kind", kind, "--num-blocks", num_blocks, "--accumulation", accumulation, "--kill-at", step]
     command = [sys.executable, "-m", "tests.trainers.resume_worker", output_dir, *options]
     root = Path(__file__).parents[2]
     return subprocess.run([str(part) for part in command], check=False, capture_output=True, cwd=root).returncode
@@ -52,13 +52,15 @@ def assert_equal(a, b, path=""):
         assert a == b, path
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("num_blocks", [2, 4])
-def test_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path, num_blocks, accumulation):
-    make_resumable_trainer(tmp_path / "whole", num_blocks, accumulation).train()
-    assert run_until_killed(tmp_path / "killed", num_blocks, accumulation, step=6) == -signal.SIGKILL
+@pytest.mark.parametrize(
+    ("kind", "num_blocks", "accumulation"),
+    [("sft", 2, 1), ("sft", 2, 2), ("sft", 4, 1), ("sft", 4, 2), ("dpo", 2, 2), ("grpo", 2, 2)],
+)
+def test_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path, kind, num_blocks, accumulation):
+    make_resumable_trainer(tmp_path / "whole", kind, num_blocks, accumulation).train()
+    assert run_until_killed(tmp_path / "killed", kind, num_blocks, accumulation, step=6) == -signal.SIGKILL
     assert Path(get_last_checkpoint(tmp_path / "killed")).name == "checkpoint-4"
-    make_resumable_trainer(tmp_path / "killed", num_blocks, accumulation).train(resume_from_checkpoint=True)
+    make_resumable_trainer(tmp_path / "killed", kind, num_blocks, accumulation).train(resume_from_checkpoint=True)
     whole, resumed = final_state(tmp_path / "whole"), final_state(tmp_path / "killed")
     assert len(whole["log"]) >= 2 and "local_loss/block_0" in whole["log"][0]
     assert_equal(whole, resumed)
@@ -103,10 +105,11 @@ def test_old_checkpoints_are_rotated_and_the_best_is_kept(tmp_path):
     assert kept == ["checkpoint-1"] and trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
 
 
-def test_a_checkpoint_with_other_block_settings_is_refused(tmp_path):
-    make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_with_other_block_settings_is_refused(kind, tmp_path):
+    make_trainer(tmp_path, kind=kind, max_steps=1, save_strategy="steps", save_steps=1).train()
     with pytest.raises(ValueError, match="num_blocks=2, but this run has num_blocks=3"):
-        make_trainer(tmp_path, num_blocks=3).train(resume_from_checkpoint=True)
+        make_trainer(tmp_path, kind=kind, num_blocks=3).train(resume_from_checkpoint=True)
 
 
 def test_a_checkpoint_of_another_trainer_is_refused(tmp_path):

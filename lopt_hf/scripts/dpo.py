@@ -1,0 +1,83 @@
+"""Direct preference optimisation with LoPT.
+
+```bash
+lopt-hf dpo --config recipes/smollm2-135m/dpo/lopt_k2.yaml
+lopt-hf dpo --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name trl-lib/ultrafeedback_binarized \\
+    --output_dir out
+accelerate launch --config_file recipes/accelerate_configs/ddp_2.yaml -m lopt_hf.scripts.dpo --config ...
+```
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import DPOConfig, DPOTrainer, ModelConfig, TrlParser
+
+from lopt_hf.data.arithmetic import make_arithmetic_pairs
+from lopt_hf.data.formats import load_sft_dataset
+from lopt_hf.scripts.training import DataArguments, MethodArguments, prepare, require_dataset_name, run_training
+from lopt_hf.trainers.conversion import convert_config
+from lopt_hf.trainers.lopt_dpo_config import LoPTDPOConfig
+from lopt_hf.trainers.lopt_dpo_trainer import LoPTDPOTrainer
+
+__all__ = ["DPOScriptArguments", "main", "make_parser"]
+
+ARITHMETIC = "arithmetic"
+ARITHMETIC_SIZES = {"num_train": 512, "num_heldout": 64}
+
+
+@dataclass
+class DPOScriptArguments(MethodArguments, DataArguments):
+    """Which pairs to train on, and by which method.
+
+    Parameters:
+        dataset_name: Hub id, local `.json`, `.jsonl` or `.parquet` file, or `arithmetic` for the generated pairs of
+            right and wrong worked answers that the package carries.
+    """
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id, local .json, .jsonl or .parquet file with the columns chosen, rejected and, unless these "
+            "begin with it, prompt; or 'arithmetic' (generated, offline)."
+        },
+    )
+
+
+def make_parser() -> TrlParser:
+    """The parser of this command: script, training and model arguments, and `--config file.yaml`."""
+    dataclass_types: Any = (DPOScriptArguments, LoPTDPOConfig, ModelConfig)
+    return TrlParser(dataclass_types, prog="lopt-hf dpo", description=__doc__)
+
+
+def load_split(script_args: DataArguments, split: str, seed: int) -> Any:
+    """Loads one split of the data in a layout that `DPOTrainer` takes."""
+    name = require_dataset_name(script_args)
+    if name == ARITHMETIC:
+        pairs = make_arithmetic_pairs(**ARITHMETIC_SIZES, seed=seed)
+        if split not in pairs:
+            raise ValueError(f"dataset split {split!r} is unknown; {ARITHMETIC} has {', '.join(pairs)}.")
+        return pairs[split]
+    return load_sft_dataset(name, script_args.dataset_config, split, script_args.dataset_streaming)
+
+
+def make_trainer(script_args: DPOScriptArguments, args: LoPTDPOConfig, model_args: ModelConfig) -> DPOTrainer:
+    """Builds the trainer of `method` from parsed arguments."""
+    model, given = prepare(script_args, args, model_args, load_split)
+    if script_args.method == "e2e":
+        return DPOTrainer(model, args=convert_config(args, DPOConfig), **given)
+    return LoPTDPOTrainer(model, args=args, **given)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains, saves and, if asked to, pushes a model.
+
+    Args:
+        argv: Arguments without the program's name; default: those of the process.
+    """
+    run_training(make_parser(), argv, make_trainer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Group relative policy optimisation with LoPT.
+
+```bash
+lopt-hf grpo --config recipes/smollm2-135m/grpo/lopt_k2.yaml
+lopt-hf grpo --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name openai/gsm8k --dataset_config main \
+    --reward_funcs gsm8k_reward --output_dir out
+accelerate launch --config_file recipes/accelerate_configs/ddp_2.yaml -m lopt_hf.scripts.grpo --config ...
+```
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser
+from trl.import_utils import is_math_verify_available
+
+from lopt_hf.data.arithmetic import make_arithmetic
+from lopt_hf.data.formats import load_sft_dataset
+from lopt_hf.data.questions import to_questions
+from lopt_hf.scripts.training import DataArguments, MethodArguments, prepare, require_dataset_name, run_training
+from lopt_hf.trainers.conversion import convert_config
+from lopt_hf.trainers.lopt_grpo_config import LoPTGRPOConfig
+from lopt_hf.trainers.lopt_grpo_trainer import LoPTGRPOTrainer
+
+__all__ = ["GRPOScriptArguments", "find_reward", "main", "make_parser"]
+
+ARITHMETIC = "arithmetic"
+ARITHMETIC_SIZES = {"num_train": 512, "num_heldout": 64}
+REWARDS = {
+    "gsm8k_reward": "lopt_hf.rewards.gsm8k_reward",
+    "boxed_reward": "lopt_hf.rewards.boxed_reward",
+    "accuracy_reward": "trl.rewards.accuracy_reward",
+    "reasoning_accuracy_reward": "trl.rewards.reasoning_accuracy_reward",
+    "think_format_reward": "trl.rewards.think_format_reward",
+}
+NEED_MATH_VERIFY = ("accuracy_reward", "reasoning_accuracy_reward")
+
+
+@dataclass
+class GRPOScriptArguments(MethodArguments, DataArguments):
+    """Which questions to train on, what is rewarded, and by which method.
+
+    Parameters:
+        dataset_name: Hub id, local `.json`, `.jsonl` or `.parquet` file, or `arithmetic` for the generated questions
+            that the package carries.
+        reward_funcs: Names of rewards, of which the sum counts.
+        system_prompt: A system message before each question.
+    """
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id, local .json, .jsonl or .parquet file with a column prompt, question or problem and what "
+            "the rewards need (answer, solution); or 'arithmetic' (generated, offline)."
+        },
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": f"Rewards, added up: {', '.join(REWARDS)}, or the dotted path of a function (my_lib.my_reward)."
+        },
+    )
+    system_prompt: str | None = field(default=None, metadata={"help": "A system message before each question."})
+
+
+def make_parser() -> TrlParser:
+    """The parser of this command: script, training and model arguments, and `--config file.yaml`."""
+    dataclass_types: Any = (GRPOScriptArguments, LoPTGRPOConfig, ModelConfig)
+    return TrlParser(dataclass_types, prog="lopt-hf grpo", description=__doc__)
+
+
+def load_split(script_args: GRPOScriptArguments, split: str, seed: int) -> Any:
+    """Loads one split of the data with a column `prompt`."""
+    name = require_dataset_name(script_args)
+    if name == ARITHMETIC:
+        questions = make_arithmetic(**ARITHMETIC_SIZES, seed=seed)
+        if split not in questions:
+            raise ValueError(f"dataset split {split!r} is unknown; {ARITHMETIC} has {', '.join(questions)}.")
+        return questions[split]
+    dataset = load_sft_dataset(name, script_args.dataset_config, split, script_args.dataset_streaming)
+    return to_questions(dataset, script_args.system_prompt)
+
+
+def find_reward(name: str) -> Callable[..., Any]:
+    """The reward function of this name or dotted path.
+
+    Raises:
+        ValueError: If there is none.
+        ImportError: If it needs a package that is not installed.
+    """
+    if name in NEED_MATH_VERIFY and not is_math_verify_available():
+        raise ImportError(f'reward_funcs={name} needs math-verify: `pip install "lopt_hf[math]"`.')
+    module, _, function = REWARDS.get(name, name).rpartition(".")
+    sys.path.append(os.getcwd())  # as with `python -m`, so that a function of the user's own is found
+    try:
+        reward: Callable[..., Any] = getattr(importlib.import_module(module), function)
+        return reward
+    except (ValueError, ModuleNotFoundError, AttributeError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and not module.startswith(error.name):
+            raise  # something that the user's module imports
+        raise ValueError(
+            f"reward_funcs={name} is unknown; choose from {', '.join(REWARDS)}, or give the dotted path of a function."
+        ) from error
+    finally:
+        sys.path.pop()
+
+
+def make_trainer(script_args: GRPOScriptArguments, args: LoPTGRPOConfig, model_args: ModelConfig) -> GRPOTrainer:
+    """Builds the trainer of `method` from parsed arguments."""
+    if not script_args.reward_funcs:
+        raise ValueError(f"reward_funcs is missing; name some of {', '.join(REWARDS)}, or a function of your own.")
+    rewards: list[Any] = [find_reward(name) for name in script_args.reward_funcs]
+    model, given = prepare(script_args, args, model_args, load_split)
+    if script_args.method == "e2e":
+        return GRPOTrainer(model, rewards, convert_config(args, GRPOConfig), **given)
+    return LoPTGRPOTrainer(model, rewards, args, **given)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains, saves and, if asked to, pushes a model.
+
+    Args:
+        argv: Arguments without the program's name; default: those of the process.
+    """
+    run_training(make_parser(), argv, make_trainer)
+
+
+if __name__ == "__main__":
+    main()

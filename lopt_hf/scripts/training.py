@@ -1,0 +1,170 @@
+"""What the training commands share: data and method arguments, resuming, and a run from parsing to the saved model."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from transformers import Trainer, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+
+from lopt_hf.pretrained import resolve_model
+from lopt_hf.scripts.parsing import parse_or_exit
+from lopt_hf.trainers.checks import check_output_dir
+
+__all__ = [
+    "DataArguments",
+    "MethodArguments",
+    "draw",
+    "prepare",
+    "require_dataset_name",
+    "resumed_checkpoint",
+    "run_training",
+]
+
+LoadSplit = Callable[[Any, str, int], Any]
+
+
+@dataclass
+class DataArguments(ScriptArguments):
+    """Which data to train on.
+
+    Parameters:
+        dataset_name: Hub id, local `.json`, `.jsonl` or `.parquet` file, or a name of data that the command generates.
+        dataset_max_samples: Train on this many rows, drawn with the run's seed.
+    """
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub id, local .json, .jsonl or .parquet file, or generated data."}
+    )
+    dataset_max_samples: int | None = field(
+        default=None, metadata={"help": "Train on this many rows, drawn with the run's seed. Default: all."}
+    )
+
+
+@dataclass
+class MethodArguments:
+    """By which method to train.
+
+    Parameters:
+        method: `"lopt"`, or `"e2e"` for TRL's own trainer with the same arguments.
+    """
+
+    method: str = field(
+        default="lopt",
+        metadata={"help": "'lopt', or 'e2e' for TRL's plain end-to-end trainer.", "choices": ["lopt", "e2e"]},
+    )
+
+
+def require_dataset_name(script_args: DataArguments) -> str:
+    """The name of the data.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if script_args.dataset_name is None:
+        raise ValueError("dataset_name is missing; give a hub id, a local .json, .jsonl or .parquet file.")
+    return script_args.dataset_name
+
+
+def draw(dataset: Dataset | IterableDataset, max_samples: int | None, seed: int) -> Dataset | IterableDataset:
+    """Keeps `max_samples` rows of a shuffled data set.
+
+    Raises:
+        ValueError: If `max_samples` is not positive.
+    """
+    if max_samples is None:
+        return dataset
+    if max_samples < 1:
+        raise ValueError(f"dataset_max_samples={max_samples} leaves nothing to train on; give at least 1.")
+    return dataset.shuffle(seed=seed).take(max_samples)
+
+
+def prepare(
+    script_args: DataArguments, args: Any, model_args: ModelConfig, load_split: LoadSplit
+) -> tuple[str, dict[str, Any]]:
+    """Finds the model and loads the data.
+
+    Args:
+        script_args: Which data.
+        args: Training arguments; how to load the model is added to them.
+        model_args: Which model.
+        load_split: Called with the script's arguments, a split's name and the seed.
+
+    Returns:
+        The model's folder or id, and the trainer's keyword arguments for data, adapter and quantisation.
+
+    Raises:
+        ValueError: If the model or the data is missing.
+    """
+    if model_args.model_name_or_path is None:
+        raise ValueError("model_name_or_path is missing; give a hub id or a local folder.")
+    args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+    evaluates = args.eval_strategy != "no"
+    train_dataset = load_split(script_args, script_args.dataset_train_split, args.seed)
+    given: dict[str, Any] = {
+        "train_dataset": draw(train_dataset, script_args.dataset_max_samples, args.seed),
+        "eval_dataset": load_split(script_args, script_args.dataset_test_split, args.seed) if evaluates else None,
+        "peft_config": get_peft_config(model_args),
+        "quantization_config": get_quantization_config(model_args),
+    }
+    model = resolve_model(model_args.model_name_or_path)
+    set_seed(args.seed)  # adapters are drawn before the trainer sets its seed
+    return model, given
+
+
+def run_training(
+    parser: TrlParser, argv: Sequence[str] | None, make_trainer: Callable[[Any, Any, ModelConfig], Trainer]
+) -> None:
+    """Trains, saves and, if asked to, pushes a model; at the end the process group is gone.
+
+    Args:
+        parser: The command's parser, of script, training and model arguments.
+        argv: Arguments without the program's name; default: those of the process.
+        make_trainer: Builds the trainer from the parsed arguments.
+    """
+    script_args, args, model_args = parse_or_exit(parser, argv)
+    try:
+        checkpoint = resumed_checkpoint(args)
+        check_output_dir(args.output_dir, checkpoint)
+        trainer: Any = make_trainer(script_args, args, model_args)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"{parser.prog}: {error}")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(args.output_dir)
+    trainer.save_state()  # what was logged: `lopt-hf curves` draws it
+    trainer.accelerator.print(f"Model saved to {args.output_dir}")
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}")
+    trainer.end()
+
+
+def resumed_checkpoint(args: Any) -> str | None:
+    """The folder that `resume_from_checkpoint` means: `true` is the last checkpoint in output_dir, `auto` too if any.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    value = str(args.resume_from_checkpoint or "false")
+    if value.lower() == "false":
+        return None
+    wants_last = value.lower() in ("true", "auto")
+    folder = str(args.output_dir) if wants_last else value
+    checkpoint = folder if os.path.isdir(folder) else None
+    if checkpoint is not None and wants_last:
+        checkpoint = get_last_checkpoint(folder)
+    if checkpoint is None and value.lower() != "auto":
+        raise ValueError(
+            f"resume_from_checkpoint={value}: there is no checkpoint at {folder!r}; name a checkpoint's folder, or "
+            "leave it out to start anew ('auto' goes on from the last checkpoint if there is one)."
+        )
+    return checkpoint

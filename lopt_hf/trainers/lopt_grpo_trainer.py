@@ -1,0 +1,139 @@
+"""LoPT on TRL's GRPO trainer."""
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel, TrainingArguments
+from trl import GRPOTrainer
+
+from lopt_hf.objectives import LocalObjective
+from lopt_hf.trainers.checks import check_dataset, check_model
+from lopt_hf.trainers.conversion import local_config
+from lopt_hf.trainers.lopt_grpo_config import LoPTGRPOConfig
+from lopt_hf.trainers.lopt_mixin import LOPT_PAPER, LoPTMixin
+from lopt_hf.trainers.reference import check_synchronised_reference, match_reference
+
+__all__ = ["LoPTGRPOTrainer"]
+
+LAYOUTS = ({"prompt"},)
+
+
+class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
+    """Trainer for GRPO with LoPT's gradient boundary (https://huggingface.co/papers/2605.04913).
+
+    The clipped policy loss trains the last block; every earlier block learns to keep its input (prompts and sampled
+    completions) reconstructible from its output. Generation, old log-probabilities and reference forwards are the
+    stock model's.
+
+    What changes with respect to [`~trl.GRPOTrainer`] is what `LoPTMixin` adds, and that a checkpoint holds completions
+    that are still to be trained on; every argument of the parent is accepted and means the same, and the saved model
+    is a stock checkpoint.
+
+    Args:
+        model: Model id, local folder, or a `transformers` causal language model, PEFT-wrapped or not.
+        reward_funcs: Reward functions or models, as `GRPOTrainer` takes them; `lopt_hf.rewards` has two.
+        args: Training arguments. Default: `LoPTGRPOConfig` with the output folder `<model>-LoPT-GRPO`.
+        *grpo_args: The remaining positional arguments of `GRPOTrainer`.
+        local_objective: The early blocks' objective. Default: the one that `args.local_objective` names.
+        **grpo_kwargs: The keyword arguments of `GRPOTrainer`.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from lopt_hf import LoPTGRPOConfig, LoPTGRPOTrainer
+    from lopt_hf.rewards import gsm8k_reward
+
+    trainer = LoPTGRPOTrainer(
+        model="Qwen/Qwen2.5-0.5B-Instruct",
+        reward_funcs=gsm8k_reward,
+        args=LoPTGRPOConfig(output_dir="out"),
+        train_dataset=load_dataset("openai/gsm8k", "main", split="train").rename_column("question", "prompt"),
+    )
+    trainer.train()
+    trainer.save_model()
+    ```
+    """
+
+    _tag_names = ["trl", "grpo", "lopt", "local-learning"]
+    _name = "LoPT-GRPO"
+    _paper = LOPT_PAPER
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        reward_funcs: Any = None,
+        args: TrainingArguments | None = None,
+        *grpo_args: Any,
+        local_objective: LocalObjective | None = None,
+        **grpo_kwargs: Any,
+    ) -> None:
+        args = local_config(model, args, LoPTGRPOConfig, "LoPT-GRPO")
+        parameters = inspect.signature(GRPOTrainer.__init__)
+        given = parameters.bind_partial(self, model, reward_funcs, args, *grpo_args, **grpo_kwargs).arguments
+        check_model(model, args, given.get("peft_config"), given.get("quantization_config"))
+        check_dataset(given.get("train_dataset"), LAYOUTS)
+        _check_vllm(model, args, given.get("peft_config"))
+        check_synchronised_reference(args.sync_ref_model, args.sharding_engine)
+        super().__init__(model, reward_funcs, args, *grpo_args, local_objective=local_objective, **grpo_kwargs)
+        if args.sync_ref_model:
+            match_reference(self._base_model(), self.accelerator.unwrap_model(self.ref_model))
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        # vLLM is sent every parameter of the model before it generates, and knows none of the heads.
+        with _hidden_heads(self._base_model()) if self._heads_in_model else contextlib.nullcontext():
+            return super()._generate_single_turn(*args, **kwargs)
+
+    # ---- Checkpoints: the parent forgets what it has generated and not yet trained on ----
+
+    def _save_local_state(self, staged: Path, final: Path) -> None:
+        super()._save_local_state(staged, final)
+        state = {
+            "step": self._step,
+            "num_processes": self.accelerator.num_processes,
+            "inputs": self._buffered_inputs if self._step % self._steps_per_batch() else None,
+        }
+        staged.mkdir(parents=True, exist_ok=True)  # on a host whose disk the first process does not see
+        torch.save(state, staged / self._generation_file())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = Path(resume_from_checkpoint, self._generation_file())
+        state = torch.load(path, map_location=self.args.device, weights_only=True) if path.is_file() else {}
+        if state.get("num_processes") == self.accelerator.num_processes:  # otherwise generate anew, as the parent
+            self._step, self._buffered_inputs = state["step"], state["inputs"]
+
+    def _steps_per_batch(self) -> int:
+        """Forward and backward passes from one generation to the next."""
+        return self.args.steps_per_generation * self.num_iterations
+
+    def _generation_file(self) -> str:
+        return f"generation_{self.accelerator.process_index}.pt"
+
+
+def _check_vllm(model: str | PreTrainedModel, args: LoPTGRPOConfig, peft_config: Any) -> None:
+    """Raises if vLLM would sample from another model than the one that learns."""
+    if not args.use_vllm or args.tied_embeddings == "freeze" or peft_config or isinstance(model, PeftModel):
+        return
+    config: Any = model.config if isinstance(model, PreTrainedModel) else AutoConfig.from_pretrained(model)
+    if config.get_text_config(decoder=True).tie_word_embeddings:
+        raise ValueError(
+            "use_vllm=True with tied_embeddings='untie': the model's embedding and LM head are one weight, of which "
+            "vLLM keeps one copy and drops what the LM head has learned; set tied_embeddings to 'freeze'."
+        )
+
+
+@contextlib.contextmanager
+def _hidden_heads(model: nn.Module) -> Iterator[None]:
+    """Takes the heads off a model that carries them for its engine's sake."""
+    heads = model._modules.pop("local_heads")
+    try:
+        yield
+    finally:
+        model._modules["local_heads"] = heads

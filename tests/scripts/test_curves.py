@@ -1,0 +1,51 @@
+"""Curves are what the runs logged."""
+
+import json
+
+import pytest
+
+from lopt_hf.scripts.curves import main, mean_curve, read_curve, smoothed
+
+
+def write_run(folder, rewards, metric="reward"):
+    folder.mkdir(parents=True)
+    rows = [{"step": step, metric: reward} for step, reward in enumerate(rewards, 1)]
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": [*rows, {"step": 9, "train_loss": 0.1}]}))
+    return str(folder)
+
+
+def test_a_plot_and_the_means(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    runs = [write_run(tmp_path / name, rewards) for name, rewards in (("a", [0, 1, 2, 3]), ("b", [1, 1, 1, 3]))]
+    output = tmp_path / "plots" / "reward.png"
+    arguments = [f"--run=LoPT={runs[0]}", f"--run=LoPT={runs[1]}", f"--run=end-to-end={runs[1]}"]
+    main([*arguments, "--metric", "reward", "--output", str(output), "--part", "2", "--smooth", "2"])
+    assert output.read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "| LoPT | 0.750 | 2.250 | +1.500 | +2.000, +1.000 |" in printed
+    assert "| end-to-end | 1.000 | 2.000 | +1.000 | +1.000 |" in printed
+
+
+def test_curves(tmp_path):
+    assert read_curve(write_run(tmp_path / "a", [1.0, None, 0.5]), "reward") == {1: 1.0, 3: 0.5}
+    assert smoothed({1: 1.0, 2: 3.0, 3: 5.0}, 2) == {1: 1.0, 2: 2.0, 3: 4.0}
+    assert mean_curve([{1: 1.0, 2: 3.0}, {2: 5.0, 3: 7.0}]) == {2: 4.0}
+
+
+def test_the_log_of_a_run_that_has_not_ended(tmp_path):
+    write_run(tmp_path / "out/checkpoint-5", [1.0, 2.0])
+    assert read_curve(str(tmp_path / "out"), "reward") == {1: 1.0, 2: 2.0}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--run", "no-label", "--metric", "reward"], "--run no-label must be LABEL=OUTPUT_DIR"),
+        (["--run", "a=nowhere", "--metric", "reward"], "--run nowhere: there is no trainer_state.json"),
+        (["--run", "a={run}", "--metric", "accuracy"], "--metric accuracy: .* choose from reward, train_loss"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, arguments, message):
+    run = write_run(tmp_path / "run", [1.0])
+    with pytest.raises(SystemExit, match=message):
+        main([argument.format(run=run) for argument in arguments] + ["--output", str(tmp_path / "plot.png")])

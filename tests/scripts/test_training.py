@@ -1,0 +1,87 @@
+"""The training commands on a tiny model: from the arguments to a stock checkpoint, by each method."""
+
+import json
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM
+
+from lopt_hf import cli
+from lopt_hf.scripts import dpo, grpo, sft
+from lopt_hf.scripts.curves import read_curve
+from tests.tiny import make_model, make_tokenizer
+
+COMMANDS = {
+    "sft": (sft, {"dataset_name": "word-problems", "max_length": 64}),
+    "dpo": (dpo, {"dataset_name": "arithmetic"}),
+    "grpo": (
+        grpo,
+        {
+            "dataset_name": "arithmetic",
+            "reward_funcs": ["gsm8k_reward", "tests.trainers.helpers.token_reward"],
+            "num_generations": 2,
+            "max_completion_length": 4,
+        },
+    ),
+}
+
+
+def arguments(tmp_path, command, **values):
+    """A recipe as a file, for a run of two steps."""
+    make_model().save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    recipe = {
+        "model_name_or_path": str(tmp_path / "base"),
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "bf16": False,
+        "activation_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        **COMMANDS[command][1],
+        **values,
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return ["--config", str(path)]
+
+
+@pytest.mark.parametrize("method", ["lopt", "e2e"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_run(tmp_path, command, method):
+    cli.main([command, *arguments(tmp_path, command, method=method)])
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    losses = read_curve(str(tmp_path / "out"), "loss")
+    assert list(losses) == [1, 2]
+    log = json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"]
+    assert any("local_loss/block_0" in row for row in log) == (method == "lopt")
+    if command == "grpo":
+        assert any("rewards/token_reward/mean" in row for row in log)
+
+
+@pytest.mark.parametrize("command", ["dpo", "grpo"])
+def test_a_run_goes_on(tmp_path, command):
+    saving = {"save_strategy": "steps", "save_steps": 1, "resume_from_checkpoint": "auto"}
+    module = COMMANDS[command][0]
+    module.main(arguments(tmp_path, command, **saving, max_steps=1))
+    module.main(arguments(tmp_path, command, **saving, max_steps=2))
+    assert list(read_curve(str(tmp_path / "out"), "loss")) == [1, 2]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_another_runs_folder_is_left_alone(tmp_path, command):
+    (tmp_path / "out/checkpoint-1").mkdir(parents=True)
+    (tmp_path / "out/checkpoint-1/trainer_state.json").write_text("{}")
+    with pytest.raises(SystemExit, match=f"lopt-hf {command}: output_dir=.* holds another run's checkpoints"):
+        COMMANDS[command][0].main(arguments(tmp_path, command))
+
+
+def test_the_process_group_is_gone_at_the_end(tmp_path, monkeypatch):
+    ended = []
+    monkeypatch.setattr(sft.LoPTTrainer, "end", lambda trainer: ended.append(trainer.state.global_step))
+    sft.main(arguments(tmp_path, "sft"))
+    assert ended == [2]
