@@ -19,8 +19,8 @@ SETTINGS = {"num_blocks": 3, "max_grad_norm": 0.1, "lr_scheduler_type": "cosine"
 
 
 def run(output_dir: Path, family: str = "llama", lora: bool = False, **settings) -> LoPTTrainer:
-    adapter = LoraConfig(target_modules="all-linear", init_lora_weights=False) if lora else None
-    trainer = make_trainer(output_dir, make_model(family), {"peft_config": adapter}, **{**SETTINGS, **settings})
+    adapter = {"peft_config": LoraConfig(target_modules="all-linear", init_lora_weights=False)} if lora else None
+    trainer = make_trainer(output_dir, make_model(family), adapter, **{**SETTINGS, **settings})
     trainer.train()
     return trainer
 
@@ -58,6 +58,10 @@ def test_every_family(tmp_path, family):
         {"optim": "sgd", "gradient_accumulation_steps": 2},
         {"num_blocks": 2, "local_objective": "readout"},
         {"family": "gpt2", "tied_embeddings": "freeze"},
+        {"kind": "dpo"},
+        {"kind": "dpo", "lora": True, "gradient_accumulation_steps": 2},
+        {"kind": "grpo", "gradient_accumulation_steps": 2},
+        {"kind": "grpo", "num_iterations": 2},
         {"num_train_epochs": 2, "max_steps": -1, "gradient_accumulation_steps": 3},  # an epoch's last step is short
     ],
     ids=lambda settings: "-".join(map(str, settings.items()))[:60],
