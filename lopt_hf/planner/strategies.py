@@ -2,8 +2,13 @@
 
 from dataclasses import dataclass
 
+from transformers import PretrainedConfig
+
+from lopt_hf.repl.neighbours import check_family
+
 __all__ = ["STRATEGIES", "Strategy", "make_strategies"]
 
+END_TO_END = "end-to-end"
 REPL_EVERY = 4  # RepL, arXiv 2605.19533: every 4th layer
 STRATEGIES = ("e2e", "lopt", "freeze", "lora", "repl", "ppll", "joint")
 DEFAULT_STRATEGIES = STRATEGIES[:-1]
@@ -34,18 +39,28 @@ class Strategy:
 
 
 def make_strategies(
-    methods: tuple[str, ...], num_blocks: tuple[int, ...], num_layers: int, num_gpus: int, lora_rank: int
-) -> list[Strategy]:
-    """The rows of a plan, in order.
+    methods: tuple[str, ...],
+    num_blocks: tuple[int, ...],
+    config: PretrainedConfig,
+    num_gpus: int = 1,
+    lora_rank: int = 16,
+) -> tuple[list[Strategy], list[str]]:
+    """The rows of a plan, each without and with activation checkpointing, in order.
 
     Args:
         methods: Any of `STRATEGIES`.
-        num_blocks: Blocks of the LoPT rows; freezing takes the first. Those above `num_layers` are left out.
-        num_layers: Decoder layers of the model.
+        num_blocks: Blocks of the LoPT rows; freezing takes the first.
+        config: Configuration of the model.
         num_gpus: Devices; the pipeline takes all of them, at most one per layer, and needs two.
         lora_rank: Rank of the adapters.
+
+    Returns:
+        The rows, and why others are left out.
     """
+    num_layers = config.get_text_config(decoder=True).num_hidden_layers
     cuts = [blocks for blocks in num_blocks if blocks <= num_layers]
+    stages = min(num_gpus, num_layers)
+    left_out = [f"LoPT K={blocks}: the model has {num_layers} layers." for blocks in num_blocks if blocks not in cuts]
     rows: list[Strategy] = []
 
     def add(name: str, method: str, blocks: int = 1, stages: int = 1) -> None:
@@ -53,19 +68,31 @@ def make_strategies(
         rows.append(Strategy(f"{name} + checkpointing", method, blocks, True, stages))
 
     if "e2e" in methods:
-        add("end-to-end", "e2e")
-    for blocks in cuts:
-        if "lopt" in methods:
-            add(f"LoPT K={blocks}", "lopt", blocks)
-        if "joint" in methods:
-            add(f"LoPT K={blocks}, joint", "joint", blocks)
+        add(END_TO_END, "e2e")
+    for method, suffix in (("lopt", ""), ("joint", ", joint")):
+        if method in methods:
+            for blocks in cuts:
+                add(f"LoPT K={blocks}{suffix}", method, blocks)
     if "freeze" in methods and cuts:
-        add(f"freeze 1 of {cuts[0]} blocks" if cuts[0] == 2 else f"freeze {cuts[0] - 1} of {cuts[0]} blocks", "freeze", cuts[0])
+        add(f"freeze {cuts[0] - 1} of {cuts[0]} blocks", "freeze", cuts[0])
     if "lora" in methods:
         add(f"LoRA r={lora_rank}", "lora")
-    if "repl" in methods and num_layers > REPL_EVERY:
-        add(f"RepL, every {REPL_EVERY}th layer", "repl")
-    stages = min(num_gpus, num_layers)
+    if "repl" in methods:
+        reason = _why_not_repl(config, num_layers)
+        if reason is None:
+            add(f"RepL, every {REPL_EVERY}th layer", "repl")
+        else:
+            left_out.append(f"RepL: {reason}")
     if "ppll" in methods and stages > 1:
         add(f"PPLL on {stages} devices", "ppll", stages, stages)
-    return rows
+    return rows, left_out
+
+
+def _why_not_repl(config: PretrainedConfig, num_layers: int) -> str | None:
+    if num_layers <= REPL_EVERY:
+        return f"the model has {num_layers} layers."
+    try:
+        check_family(config)
+    except ValueError as error:
+        return str(error)
+    return None
