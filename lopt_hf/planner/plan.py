@@ -9,7 +9,8 @@ from transformers import PretrainedConfig
 
 from lopt_hf.planner.device import DeviceSpeed
 from lopt_hf.planner.optimizers import DEFAULT_OPTIMIZER, OPTIMIZERS
-from lopt_hf.planner.simulation import StepCost, Workload, simulate
+from lopt_hf.planner.simulation import simulate
+from lopt_hf.planner.step import StepCost, Workload
 from lopt_hf.planner.strategies import DEFAULT_STRATEGIES, END_TO_END, STRATEGIES, Strategy, make_strategies
 
 __all__ = ["Plan", "PlanRow", "PlanSettings", "make_plan"]

@@ -63,7 +63,7 @@ def _verdict(plan: Plan) -> str:
         smallest = plan.smallest
         needed = smallest.cost.peak_bytes / (1 - settings.headroom)
         return (
-            f"Nothing fits in {size}. The least is {smallest.strategy.name!r} with {gibibytes(needed)} GiB (that share "
+            f"Nothing fits in {size}. The least is {smallest.strategy.name!r} with {gibibytes(needed)} GiB (the share "
             "kept free included): take a larger device, more devices, a smaller batch or shorter sequences."
         )
     what = "every weight is trained" if chosen.strategy.trains_all else "nothing that trains every weight fits"

@@ -3,8 +3,7 @@
 Shapes: B batch, T tokens, D hidden channels.
 """
 
-import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -115,7 +114,13 @@ class Local(EndToEnd):
         weight = RECONSTRUCTION_WEIGHT / (len(self.blocks) - 1)
         self.mode = "joint" if strategy.method == "joint" else "eager"
         self.boundary = GradientBoundary(
-            model, self.blocks, objective, self.heads, weight, self.mode, early_blocks=self.early  # type: ignore[arg-type]
+            model,
+            self.blocks,
+            objective,
+            self.heads,
+            weight,
+            self.mode,
+            early_blocks=self.early,  # type: ignore[arg-type]
         )
         self.input = None
         if stage is not None and not stage.is_first:
@@ -154,7 +159,8 @@ class Local(EndToEnd):
         if self.input is not None:
             shape = (*inputs["input_ids"].shape, self.stack.hidden_size)
             dtype = next(self.model.parameters()).dtype
-            self.input.hidden_BTD = torch.empty(shape, dtype=dtype).requires_grad_(self.base.is_activation_checkpointing)
+            hidden_BTD = torch.empty(shape, dtype=dtype)
+            self.input.hidden_BTD = hidden_BTD.requires_grad_(self.base.is_activation_checkpointing)
         with self.boundary.training_forward(run_backward, 1.0, self.learns, inputs):
             if self.stage is not None and not self.stage.is_last:
                 self.base.base_model(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False)
