@@ -8,10 +8,12 @@ import torch
 from transformers import PretrainedConfig
 
 from lopt_hf.planner.device import DeviceSpeed
+from lopt_hf.planner.dimensions import load_config
 from lopt_hf.planner.optimizers import DEFAULT_OPTIMIZER, OPTIMIZERS
 from lopt_hf.planner.simulation import simulate
 from lopt_hf.planner.step import StepCost, Workload
 from lopt_hf.planner.strategies import DEFAULT_STRATEGIES, END_TO_END, STRATEGIES, Strategy, make_strategies
+from lopt_hf.planner.units import read_bytes
 
 __all__ = ["Plan", "PlanRow", "PlanSettings", "make_plan"]
 
@@ -28,7 +30,7 @@ class PlanSettings:
     """
 
     model: str = field(metadata={"help": "Hub id or local folder; only its configuration is read."})
-    device_memory: int = field(metadata={"help": "Memory of one device, as 80GiB or 80GB."})
+    device_memory: int | str = field(metadata={"help": "Memory of one device, as 80GiB or 80GB."})
     batch_size: int = field(default=4, metadata={"help": "Sequences of a micro-batch on a device (paper: 4)."})
     seq_length: int = field(default=1024, metadata={"help": "Tokens of a sequence, none of them padding."})
     accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches of an optimizer step (paper: 1)."})
@@ -54,6 +56,8 @@ class PlanSettings:
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.device_memory, str):
+            object.__setattr__(self, "device_memory", read_bytes("device_memory", self.device_memory))
         for name, smallest in _SMALLEST.items():
             if getattr(self, name) < smallest:
                 raise ValueError(f"{name}={getattr(self, name)} is too small; set it to {smallest} or more.")
@@ -74,9 +78,14 @@ class PlanSettings:
                     raise ValueError(f"{name}={value!r} is unknown, nearest is {nearest!r}; use {', '.join(allowed)}.")
 
     @property
+    def device_bytes(self) -> int:
+        """Bytes of a device."""
+        return int(self.device_memory)
+
+    @property
     def usable_memory(self) -> int:
         """Bytes of a device that a step may take."""
-        return int(self.device_memory * (1 - self.headroom))
+        return int(self.device_bytes * (1 - self.headroom))
 
     @property
     def workload(self) -> Workload:
@@ -153,22 +162,30 @@ def _time_of(row: PlanRow) -> float:
 
 
 def make_plan(
-    config: PretrainedConfig,
     settings: PlanSettings,
+    config: PretrainedConfig | None = None,
     speed: DeviceSpeed | None = None,
     progress: Callable[[str], None] = lambda name: None,
 ) -> Plan:
     """Simulates every strategy on a model.
 
     Args:
-        config: The model's configuration, see `dimensions.load_config`.
         settings: What to plan.
+        config: The model's configuration. Default: that of `settings.model`, see `dimensions.load_config`.
         speed: A device's speed, see `device.measure_speed`. Without one, times are predicted by FLOPs alone.
         progress: Told the name of each strategy before it is simulated.
 
     Raises:
-        ValueError: If the model is no decoder-only language model, or none of the strategies suits it.
+        ValueError: If the model is unknown or no decoder-only language model, or none of the strategies suits it.
+
+    Example:
+
+    ```python
+    plan = make_plan(PlanSettings(model="Qwen/Qwen2.5-7B-Instruct", device_memory="80GiB"))
+    print(to_markdown(plan))
+    ```
     """
+    config = load_config(settings.model) if config is None else config
     _check_model(config, settings)
     strategies, left_out = make_strategies(
         settings.strategies, settings.num_blocks, config, settings.num_gpus, settings.lora_r

@@ -56,7 +56,7 @@ def _comment(plan: Plan, row: PlanRow, command: str) -> str:
         "",
         f"  {launch}",
         "",
-        f"Predicted peak: {gibibytes(row.cost.peak_bytes)} GiB of {gibibytes(settings.device_memory)} GiB, for "
+        f"Predicted peak: {gibibytes(row.cost.peak_bytes)} GiB of {gibibytes(settings.device_bytes)} GiB, for "
         f"{settings.batch_size} x {settings.seq_length} tokens without padding.",
         "Learning rates and schedule are LoPT's (arXiv 2605.04913) or those of recipes/smollm2-135m: tune them.",
     ]

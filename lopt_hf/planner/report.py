@@ -58,7 +58,7 @@ def _devices(plan: Plan) -> str:
 
 def _verdict(plan: Plan) -> str:
     settings, chosen = plan.settings, plan.cheapest
-    size = f"{gibibytes(settings.device_memory)} GiB with {settings.headroom:.0%} kept free"
+    size = f"{gibibytes(settings.device_bytes)} GiB with {settings.headroom:.0%} kept free"
     if chosen is None:
         smallest = plan.smallest
         needed = smallest.cost.peak_bytes / (1 - settings.headroom)
@@ -123,7 +123,7 @@ def draw(plan: Plan) -> "Figure":
             axes.barh(names, widths, left=starts, color=color, label=category)
         starts = [start + width for start, width in zip(starts, widths, strict=True)]
     settings = plan.settings
-    axes.axvline(settings.device_memory / GIB, color="black", linewidth=1.2, label="device")
+    axes.axvline(settings.device_bytes / GIB, color="black", linewidth=1.2, label="device")
     axes.axvline(settings.usable_memory / GIB, color="black", linewidth=1.0, linestyle=":", label="without headroom")
     axes.invert_yaxis()
     axes.set_xlabel(f"GiB at the peak, {settings.model}, batch {settings.batch_size} x {settings.seq_length}")

@@ -4,7 +4,7 @@ Shapes: B batch, T tokens, D hidden channels.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -112,7 +112,7 @@ class Local(EndToEnd):
         learning = self.early if self.learns else []
         self.heads = make_heads(objective, self.stack.hidden_size, self.blocks, SEED, only=learning)
         weight = RECONSTRUCTION_WEIGHT / (len(self.blocks) - 1)
-        self.mode = "joint" if strategy.method == "joint" else "eager"
+        self.mode: Literal["eager", "joint"] = "joint" if strategy.method == "joint" else "eager"
         self.boundary = GradientBoundary(
             model,
             self.blocks,
@@ -120,7 +120,7 @@ class Local(EndToEnd):
             self.heads,
             weight,
             self.mode,
-            early_blocks=self.early,  # type: ignore[arg-type]
+            early_blocks=self.early,
         )
         self.input = None
         if stage is not None and not stage.is_first:

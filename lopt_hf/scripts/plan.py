@@ -12,8 +12,6 @@ from lopt_hf.planner.dimensions import load_config
 from lopt_hf.planner.plan import Plan, PlanSettings, make_plan
 from lopt_hf.planner.recipe import make_recipe
 from lopt_hf.planner.report import draw, to_json, to_markdown
-from lopt_hf.planner.units import read_bytes
-from lopt_hf.pretrained import resolve_model
 from lopt_hf.retention.files import whole_file
 from lopt_hf.scripts.sft import WORD_PROBLEMS
 
@@ -61,15 +59,9 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(","))
 
 
-def _memory(text: str) -> int:
-    try:
-        return read_bytes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
 _READERS: dict[Any, tuple[Callable[[str], Any], str]] = {
     int: (int, "N"),
+    int | str: (str, "SIZE"),
     float: (float, "SHARE"),
     str: (str, "NAME"),
     tuple[int, ...]: (_integers, "N,N"),
@@ -87,11 +79,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     for setting in fields(PlanSettings):
         reader, metavar = _READERS[setting.type]
-        is_memory, is_required = setting.name == "device_memory", setting.default is MISSING
+        is_required = setting.default is MISSING
         parser.add_argument(
             f"--{setting.name.replace('_', '-')}",
-            type=_memory if is_memory else reader,
-            metavar="SIZE" if is_memory else metavar,
+            type=reader,
+            metavar=metavar,
             required=is_required,
             default=None if is_required else setting.default,
             help=setting.metadata["help"].replace("%", "%%") + ("" if is_required else _default_text(setting.default)),
@@ -144,9 +136,9 @@ def _speed(arguments: argparse.Namespace) -> DeviceSpeed | None:
 def _run(arguments: argparse.Namespace) -> None:
     _check_files(arguments)
     settings = PlanSettings(**{setting.name: getattr(arguments, setting.name) for setting in fields(PlanSettings)})
-    config = load_config(resolve_model(settings.model))
+    config = load_config(settings.model)  # before anything that takes time
     speed = _speed(arguments)
-    plan = make_plan(config, settings, speed, progress=lambda name: print(f"simulating {name} ...", file=sys.stderr))
+    plan = make_plan(settings, config, speed, progress=lambda name: print(f"simulating {name} ...", file=sys.stderr))
     print(to_markdown(plan))
     _write_files(arguments, plan)
 

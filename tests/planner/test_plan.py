@@ -60,7 +60,7 @@ def test_report_says_what_would_be_needed():
 
 def test_plan_of_a_tiny_model():
     settings = replace(SETTINGS, strategies=("e2e", "lopt", "ppll"), num_gpus=2)
-    plan = make_plan(tiny_config(), settings)
+    plan = make_plan(settings, tiny_config())
     assert [row.strategy.name for row in plan.rows[::2]] == ["end-to-end", "LoPT K=2", "PPLL on 2 devices"]
     rows = {row.strategy.name: row for row in plan.rows}
     assert all(row.fits for row in plan.rows)
@@ -72,9 +72,9 @@ def test_plan_of_a_tiny_model():
 
 def test_time_by_a_devices_speed():
     settings = replace(SETTINGS, strategies=("e2e",))
-    row, _ = make_plan(tiny_config(), settings, SPEED).rows
+    row, _ = make_plan(settings, tiny_config(), SPEED).rows
     assert row.step_seconds == (row.cost.flops + row.cost.moved_bytes) / 1e9
-    assert "A step of 'end-to-end'" in to_markdown(make_plan(tiny_config(), settings, SPEED))
+    assert "A step of 'end-to-end'" in to_markdown(make_plan(settings, tiny_config(), SPEED))
 
 
 def test_speed_is_saved_and_read(tmp_path):
@@ -117,9 +117,9 @@ def test_bad_settings(values, message):
 
 def test_sequence_longer_than_the_model_takes():
     with pytest.raises(ValueError, match="seq_length=129: the model takes 128 tokens; use at most 128"):
-        make_plan(tiny_config(), replace(SETTINGS, seq_length=129))
+        make_plan(replace(SETTINGS, seq_length=129), tiny_config())
 
 
 def test_strategies_none_of_which_is_possible():
     with pytest.raises(ValueError, match=r"strategies=\('ppll',\): none of them is possible .* num_gpus=1"):
-        make_plan(tiny_config(), replace(SETTINGS, strategies=("ppll",)))
+        make_plan(replace(SETTINGS, strategies=("ppll",)), tiny_config())

@@ -76,7 +76,10 @@ def test_a_device_too_small_for_anything(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--device-memory", "80"], "'80' is no size of memory; write a positive number with its unit, as 80GiB"),
+        (
+            ["--device-memory", "80"],
+            "device_memory='80' is no size of memory; write",
+        ),
         (["--model", "no/such-model"], "model='no/such-model' is no folder with a config.json"),
         (["--optim", "adamw9"], "optim='adamw9' is unknown"),
         (["--num-blocks", "2,x"], "'2,x' is not a comma-separated list of integers"),
