@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 
 import torch
-from transformers import PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from lopt_hf.planner.device import DeviceSpeed
 from lopt_hf.planner.dimensions import load_config
@@ -228,8 +228,11 @@ def _make_row(
 
 
 def _check_model(config: PretrainedConfig, settings: PlanSettings) -> None:
-    if config.is_encoder_decoder:
-        raise ValueError(f"model={settings.model!r} is an encoder-decoder; the planner knows decoder-only models.")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
+        raise ValueError(
+            f"model={settings.model!r} ({type(config).__name__}) is no decoder-only language model of transformers, "
+            "and the planner runs no remote code; name another model."
+        )
     longest = config.get_text_config(decoder=True).to_dict().get("max_position_embeddings")
     if longest is not None and settings.seq_length > longest:
         raise ValueError(f"seq_length={settings.seq_length}: the model takes {longest} tokens; use at most {longest}.")

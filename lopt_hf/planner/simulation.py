@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -41,6 +41,8 @@ UNPADDED = "lopt_hf_unpadded_sdpa"
 def simulate(config: PretrainedConfig, strategy: Strategy, workload: Workload, on_gpu: bool = True) -> list[StepCost]:
     """Simulates two steps of a strategy and returns what the second one costs.
 
+    Not while a trainer runs in the same process: parts of TRL's loss are replaced until it is done.
+
     Args:
         config: Configuration of a causal language model; it is not changed.
         strategy: What to simulate.
@@ -51,7 +53,7 @@ def simulate(config: PretrainedConfig, strategy: Strategy, workload: Workload, o
         The cost of each stage of a pipeline; one cost without a pipeline.
 
     Raises:
-        ValueError: If the model is no decoder-only language model, or cannot be simulated.
+        ValueError: If the model is no decoder-only language model, or if its shapes depend on values.
     """
     stages = _stages(strategy, config.get_text_config(decoder=True).num_hidden_layers)
     costs: dict[Any, StepCost] = {}
@@ -59,7 +61,13 @@ def simulate(config: PretrainedConfig, strategy: Strategy, workload: Workload, o
         warnings.simplefilter("ignore")  # about a run, and there is none
         for kind, stage in stages:
             if kind not in costs:
-                costs[kind] = _simulate_stage(config, strategy, workload, on_gpu, stage)
+                try:
+                    costs[kind] = _simulate_stage(config, strategy, workload, on_gpu, stage)
+                except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                    raise ValueError(
+                        f"model_type={config.model_type!r} cannot be simulated without weights: what it computes "
+                        f"depends on values ({error}); measure it with `lopt-hf bench step`."
+                    ) from error
     return [costs[kind] for kind, _ in stages]
 
 

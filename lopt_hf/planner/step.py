@@ -4,7 +4,7 @@ Shapes: B batch, T tokens, D hidden channels.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -123,14 +123,9 @@ class Step:
         """What communication holds all the time: DDP's buckets, or the hidden states in a pipeline's queues."""
         if stage is not None:
             links = int(not stage.is_first) + int(not stage.is_last)
-            hidden_size = find_decoder_stack(self.setup.base).hidden_size
-            shape = (
-                links,
-                self.workload.channel_depth,
-                self.workload.batch_size,
-                self.workload.seq_length,
-                hidden_size,
-            )
+            width = find_decoder_stack(self.setup.base).hidden_size
+            messages = links * self.workload.channel_depth
+            shape = (messages, self.workload.batch_size, self.workload.seq_length, width)
             return [torch.empty(shape, dtype=self.workload.dtype)]
         if self.reducer is None:
             return []
@@ -148,6 +143,7 @@ class Step:
             if loss is not None:
                 loss.backward()
             del loss
+        self.micro_batches_work = replace(self.meter.work)
         self._clip()
         with self.meter.region("optimizer"):
             self.optimizer.step()
@@ -169,13 +165,13 @@ class Step:
         self.meter.reset_peak()
         with SavedBytes(self.weights) as saved:
             self.run()
-        work, steps = self.meter.work, self.workload.accumulation_steps
-        repeats = steps / min(2, steps)
+        once, steps = self.micro_batches_work, self.workload.accumulation_steps
+        further = (steps - min(2, steps)) / min(2, steps)  # micro-batches that were not run, per one that was
         return StepCost(
             peak=self.meter.peak,
             saved_bytes=saved.peak,
-            flops=int(work.flops * repeats),
-            moved_bytes=int(work.moved_bytes * repeats),
+            flops=round(self.meter.work.flops + further * once.flops),
+            moved_bytes=round(self.meter.work.moved_bytes + further * once.moved_bytes),
             parameters=sum(parameter.numel() for parameter in self.parameters),
             trainable=sum(parameter.numel() for parameter in self.setup.trainable),
         )

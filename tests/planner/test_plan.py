@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from transformers import AutoConfig
 
 from lopt_hf.planner.device import DeviceSpeed, read_speed, write_speed
 from lopt_hf.planner.memory import CATEGORIES
@@ -118,6 +119,12 @@ def test_bad_settings(values, message):
 def test_sequence_longer_than_the_model_takes():
     with pytest.raises(ValueError, match="seq_length=129: the model takes 128 tokens; use at most 128"):
         make_plan(replace(SETTINGS, seq_length=129), tiny_config())
+
+
+@pytest.mark.parametrize("family", ["t5", "vit"])
+def test_model_that_is_no_decoder(family):
+    with pytest.raises(ValueError, match="model='tiny' .* is no decoder-only language model"):
+        make_plan(SETTINGS, AutoConfig.for_model(family))
 
 
 def test_strategies_none_of_which_is_possible():

@@ -139,6 +139,7 @@ def test_accumulation_keeps_gradients_through_the_forward():
     assert several.peak == more.peak
     assert several.flops == 2 * one.flops
     assert more.flops == 6 * one.flops
+    assert 2 * one.moved_bytes > several.moved_bytes  # the optimizer's step is done once
 
 
 def test_ddp_keeps_a_copy_of_all_gradients():
