@@ -115,7 +115,8 @@ def draw(plan: Plan) -> "Figure":
 
     figure = new_figure(9.0, 1.6 + 0.3 * len(plan.rows))
     axes = figure.subplots()
-    names = [row.strategy.name for row in plan.rows]
+    marks = {id(plan.cheapest): " (cheapest)"}
+    names = [row.strategy.name + marks.get(id(row), "") for row in plan.rows]
     starts = [0.0] * len(plan.rows)
     for category, color in zip(CATEGORIES, COLORS, strict=True):
         widths = [row.cost.peak[category] / GIB for row in plan.rows]

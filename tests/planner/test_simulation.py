@@ -46,14 +46,32 @@ class Peak(TrainerCallback):
         self.peak = self.saved.peak
 
 
-def measure(strategy, family, folder, **overrides):
-    """Trains two steps by the trainer of the strategy."""
+class AllocatedPeak(TrainerCallback):
+    """The most that torch's allocator has handed out in the second step, beyond what was there at its start."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            self.profiler = torch.profiler.profile(activities=activities, profile_memory=True)
+            self.profiler.__enter__()
+
+    def on_train_end(self, *args, **kwargs):
+        self.profiler.__exit__(None, None, None)
+        allocated = self.peak = 0
+        for event in self.profiler.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                allocated += event.nbytes()
+                self.peak = max(self.peak, allocated)
+
+
+def measure(strategy, family, folder, peak=None, **overrides):
+    """Trains two steps by the trainer of the strategy; returns the peak of the last one."""
     model = make_model(family, **overrides)
     rows = Dataset.from_dict({"input_ids": [[3 + i % 50 for i in range(LENGTH)]] * 2 * BATCH})
     settings = training_args(folder, bf16=True, max_steps=2, per_device_train_batch_size=BATCH, max_length=None)
     if strategy.checkpointing:
         settings |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
-    peak = Peak()
+    peak = peak or Peak()
     given = {"train_dataset": rows, "processing_class": make_tokenizer(), "callbacks": [peak]}
     if strategy.method == "repl":
         model = get_repl_model(model, RepLConfig(placement="every", every=REPL_EVERY, init="skip"))
@@ -81,6 +99,18 @@ def test_saved_bytes_are_those_of_the_real_trainer(strategy, tmp_path):
     overrides = {"num_hidden_layers": 8, "hidden_size": 64}
     [predicted] = simulate(tiny_config(**overrides), strategy, WORKLOAD)
     assert predicted.saved_bytes == pytest.approx(measure(strategy, "llama", tmp_path, **overrides), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "strategy", [row for row in IN_ONE_PROCESS if row.method in ("e2e", "lopt", "lora")], ids=lambda row: row.name
+)
+def test_peak_of_all_memory_is_what_the_allocator_hands_out(strategy, tmp_path):
+    """Temporaries, gradients and the loss's tiles included; on a CPU, whose allocator the profiler sees."""
+    overrides = {"num_hidden_layers": 8, "hidden_size": 128, "intermediate_size": 384, "vocab_size": 2048}
+    [predicted] = simulate(tiny_config(**overrides), strategy, WORKLOAD, on_gpu=False)
+    there = predicted.peak["parameters"] + 8 * predicted.trainable  # AdamW's two moments
+    measured = measure(strategy, "llama", tmp_path, AllocatedPeak(), **overrides)
+    assert predicted.peak_bytes - there == pytest.approx(measured, rel=0.01)
 
 
 @pytest.mark.parametrize("family", SMALL[1:])
