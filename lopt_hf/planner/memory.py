@@ -136,6 +136,8 @@ class MemoryMeter(TorchDispatchMode):
             self.work.flops += flop_registry[packet](*args, **kwargs, out_val=output)
         elif packet is _aten.addmm_:
             self.count_product(*args[1:3])
+        elif packet is _aten._grouped_mm:  # each token's product with its expert's matrix, or the matrices' gradients
+            self.count_product(*args[:2])
         elif packet in _FLASH_PRODUCTS:
             position, products = _FLASH_PRODUCTS[packet]
             query, key = args[position : position + 2]

@@ -69,6 +69,17 @@ def test_attention_counts_as_torch_counts_that_of_gpus():
     assert meter.work.flops == 7 * 2 * 2 * 4 * 16 * 16 * 8
 
 
+def test_flops_of_experts():
+    """Eight tokens, each with a matrix of 16 x 32: forward, gradient of the tokens, gradient of the matrices."""
+    with FakeTensorMode():
+        tokens = torch.randn(8, 16, dtype=torch.bfloat16, requires_grad=True)
+        experts = torch.randn(4, 16, 32, dtype=torch.bfloat16, requires_grad=True)
+        meter = MemoryMeter()
+        with meter:
+            torch._grouped_mm(tokens, experts, offs=torch.arange(2, 9, 2, dtype=torch.int32)).square().sum().backward()
+    assert meter.work.flops == 3 * 2 * 8 * 16 * 32
+
+
 def test_categories_of_a_step():
     model, optimizer = make()
     size = sum(parameter.nbytes for parameter in model.parameters())

@@ -107,7 +107,7 @@ def test_what_is_no_speed(text, tmp_path):
         ({"num_blocks": ()}, r"num_blocks=\(\) must name"),
         ({"dtype": "bf16"}, "dtype='bf16' is unknown, nearest is 'bfloat16'; use bfloat16, float32"),
         ({"optim": "adamw8bit"}, "optim='adamw8bit' is unknown, nearest is 'adamw_8bit'"),
-        ({"strategies": ("e2e", "lort")}, "strategies='lort' is unknown, nearest is 'lopt'"),
+        ({"strategies": ("e2e", "loptt")}, "strategies='loptt' is unknown, nearest is 'lopt'"),
         ({"tied_embeddings": "tie"}, "tied_embeddings='tie' is unknown"),
     ],
 )
@@ -125,6 +125,11 @@ def test_sequence_longer_than_the_model_takes():
 def test_model_that_is_no_decoder(family):
     with pytest.raises(ValueError, match="model='tiny' .* is no decoder-only language model"):
         make_plan(SETTINGS, AutoConfig.for_model(family))
+
+
+def test_experts_in_fp32():
+    with pytest.raises(ValueError, match="dtype='float32': of the experts of mixtral .* set dtype to bfloat16"):
+        make_plan(replace(SETTINGS, dtype="float32"), tiny_config("mixtral"))
 
 
 def test_strategies_none_of_which_is_possible():

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -122,12 +123,13 @@ def test_saved_bytes_of_other_families(family, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_can_be_planned(family):
     end_to_end, lopt = Strategy("end-to-end", "e2e"), Strategy("LoPT K=2", "lopt", 2)
-    [whole], [cut] = (simulate(tiny_config(family), strategy, WORKLOAD) for strategy in (end_to_end, lopt))
+    workload = replace(WORKLOAD, dtype=torch.bfloat16)
+    [whole], [cut] = (simulate(tiny_config(family), strategy, workload) for strategy in (end_to_end, lopt))
     assert 0 < cut.saved_bytes < whole.saved_bytes
     assert whole.parameters == sum(parameter.numel() for parameter in make_model(family).parameters())
 
 
-@pytest.mark.parametrize("strategy", strategies(), ids=lambda strategy: strategy.name)
+@pytest.mark.parametrize("strategy", strategies()[::5], ids=lambda strategy: strategy.name)
 def test_nothing_is_left_behind_and_nothing_changes(strategy):
     config = tiny_config(num_hidden_layers=8)
     before = copy.deepcopy(config.to_dict())
@@ -198,7 +200,7 @@ def test_stages_share_the_model():
 
 def test_arithmetic_of_the_methods():
     """In units of a forward of all layers: 3 end to end, 4 with checkpointing, 3 for LoPT, 2 with freezing."""
-    config = tiny_config(num_hidden_layers=16, hidden_size=64, intermediate_size=256)
+    config = tiny_config(num_hidden_layers=8, hidden_size=64, intermediate_size=256)
     flops = {
         strategy.name: simulate(config, strategy, WORKLOAD)[0].flops
         for strategy in make_strategies(("e2e", "lopt", "freeze"), (2,), config)[0]
