@@ -30,14 +30,18 @@ LORA_ALPHA_PER_RANK = 2  # TRL's defaults are 32 and 16
 class EndToEnd:
     """Training by one loss: of a whole model, of adapters, or of a model with surrogates.
 
+    Args:
+        model: The model; it is changed in place.
+        strategy: What to do to it.
+        lora_r: Rank of the adapters, for the strategy that has them.
+
     Attributes:
-        model: What is called, PEFT-wrapped or not.
+        base: The model that has the decoder.
+        model: What is called: the same, or its PEFT wrapper.
         heads: What is trained besides the model.
-        clip_groups: The parameters whose gradients are clipped together, group by group.
-        early_groups: How many of these groups DDP does not see; their gradients are averaged as they are clipped.
     """
 
-    def __init__(self, model: PreTrainedModel, strategy: Strategy, lora_r: int) -> None:
+    def __init__(self, model: PreTrainedModel, strategy: Strategy, lora_r: int = 0) -> None:
         self.base = model
         self.model: Any = model
         self.heads = nn.ModuleDict()
@@ -64,10 +68,12 @@ class EndToEnd:
 
     @property
     def clip_groups(self) -> list[list[nn.Parameter]]:
+        """The parameters whose gradients are clipped together, group by group."""
         return [list(self.model.parameters())]
 
     @property
     def early_groups(self) -> int:
+        """How many of these groups, from the first on, DDP does not see: `GradientReducer` averages them."""
         return 0
 
     @property
@@ -89,17 +95,16 @@ class Local(EndToEnd):
         strategy: Its blocks, and whether the early ones learn.
         tied_embeddings: See `LocalLearningArguments`.
         stage: The stage to hold, of a pipeline.
-        lora_r: Not used so far: none of the strategies has adapters and local losses.
     """
 
     def __init__(
-        self, model: PreTrainedModel, strategy: Strategy, lora_r: int, tied_embeddings: str, stage: StagePlan | None
+        self, model: PreTrainedModel, strategy: Strategy, tied_embeddings: str, stage: StagePlan | None
     ) -> None:
         self.stage = stage
         self._separate_embeddings(model, tied_embeddings)
         if stage is not None:
             keep_stage(model, stage)
-        super().__init__(model, strategy, lora_r)
+        super().__init__(model, strategy)
         self.stack = find_decoder_stack(model)
         self.blocks = split_layers(len(self.stack.layers), strategy.num_blocks)
         self.early = [block for block in self.blocks[:-1] if stage is None or block in stage.blocks]
@@ -176,4 +181,4 @@ def make_setup(
     """Prepares a model for a strategy; it is changed in place."""
     if strategy.num_blocks == 1:
         return EndToEnd(model, strategy, lora_r)
-    return Local(model, strategy, lora_r, tied_embeddings, stage)
+    return Local(model, strategy, tied_embeddings, stage)
