@@ -73,7 +73,7 @@ def load_config(name_or_path: str) -> PretrainedConfig:
         dimensions = dict(KNOWN_MODELS[known])
         return AutoConfig.for_model(dimensions.pop("model_type"), **dimensions)
     try:
-        return AutoConfig.from_pretrained(name_or_path)
+        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         nearest = get_close_matches(name_or_path, KNOWN_MODELS, n=1, cutoff=0.3)
         hint = f" (nearest: {nearest[0]})" if nearest else ""
