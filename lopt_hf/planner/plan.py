@@ -217,13 +217,14 @@ def _make_row(
 
     fullest = max(costs, key=lambda cost: cost.peak_bytes)
     slowest = max(seconds(cost) for cost in costs)
+    devices = settings.num_gpus if strategy.num_stages > 1 else 1  # of one copy of the model, idle ones included
     return PlanRow(
         strategy=strategy,
         cost=fullest,
         fits=fullest.peak_bytes <= settings.usable_memory,
         flops_per_token=sum(cost.flops for cost in costs) / settings.workload.tokens,
         step_seconds=None if speed is None else slowest,
-        relative_time=None if baseline is None else slowest * len(costs) / seconds(baseline),
+        relative_time=None if baseline is None else slowest * devices / seconds(baseline),
     )
 
 
