@@ -21,6 +21,7 @@ _EXPORTS = {
     "LocalObjective": "lopt_hf.objectives",
     "PipelineConfig": "lopt_hf.pipeline.config",
     "PipelineTrainer": "lopt_hf.pipeline.runner",
+    "PlanSettings": "lopt_hf.planner.plan",
     "ReadoutObjective": "lopt_hf.readout",
     "ReconstructionObjective": "lopt_hf.objectives",
     "RepLConfig": "lopt_hf.repl.config",
@@ -28,6 +29,7 @@ _EXPORTS = {
     "RepLTrainer": "lopt_hf.repl.trainer",
     "RetentionCallback": "lopt_hf.retention.callback",
     "get_repl_model": "lopt_hf.repl.model",
+    "make_plan": "lopt_hf.planner.plan",
 }
 __all__ = [
     "LoPTConfig",
@@ -40,6 +42,7 @@ __all__ = [
     "LocalObjective",
     "PipelineConfig",
     "PipelineTrainer",
+    "PlanSettings",
     "ReadoutObjective",
     "ReconstructionObjective",
     "RepLConfig",
@@ -47,12 +50,14 @@ __all__ = [
     "RepLTrainer",
     "RetentionCallback",
     "get_repl_model",
+    "make_plan",
 ]
 
 if TYPE_CHECKING:
     from lopt_hf.objectives import LocalBatch, LocalObjective, ReconstructionObjective
     from lopt_hf.pipeline.config import PipelineConfig
     from lopt_hf.pipeline.runner import PipelineTrainer
+    from lopt_hf.planner.plan import PlanSettings, make_plan
     from lopt_hf.readout import ReadoutObjective
     from lopt_hf.repl.config import RepLConfig
     from lopt_hf.repl.model import RepLModel, get_repl_model

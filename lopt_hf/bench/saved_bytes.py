@@ -94,7 +94,7 @@ class _Saved:
     __slots__ = ("_key", "_size", "_tracker", "tensor")
 
     def __init__(self, tracker: SavedBytes, key: _StorageKey, tensor: torch.Tensor) -> None:
-        self.tensor = tensor  # keeps the storage, so its address stays unique
+        self.tensor = tensor  # keeps the storage, so its key stays unique
         self._tracker = tracker
         self._key = key
         self._size = tensor.untyped_storage().nbytes()
@@ -113,4 +113,5 @@ def _tensors_of(module: nn.Module) -> tuple[torch.Tensor, ...]:
 
 
 def _storage_key(tensor: torch.Tensor) -> _StorageKey:
-    return tensor.device, tensor.untyped_storage().data_ptr()
+    # Not its data's address, which a fake tensor does not have.
+    return tensor.device, tensor.untyped_storage()._cdata

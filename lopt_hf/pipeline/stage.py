@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lopt_hf.blocks import Block, DecoderStack, find_decoder_stack, is_before_the_layers, parameters_by_block
 
-__all__ = ["HiddenStateInput", "StagePlan", "load_stage", "plan_stages"]
+__all__ = ["HiddenStateInput", "StagePlan", "keep_stage", "load_stage", "plan_stages"]
 
 
 @dataclass(frozen=True)
@@ -168,6 +168,20 @@ def load_stage(
     return model
 
 
+def keep_stage(model: PreTrainedModel, plan: StagePlan) -> None:
+    """Takes everything out of a model that one stage does not run, where no checkpoint is read.
+
+    Args:
+        model: A causal language model whose LM head has a weight of its own.
+        plan: The stage.
+
+    Raises:
+        ValueError: If the model has parameters that belong to no stage.
+    """
+    _drop_other_stages(model, plan, keeps_embeddings=plan.is_first, keeps_head=plan.is_last)
+    _match_layer_outputs(model, plan)
+
+
 def _freeze_readout(model: PreTrainedModel, plan: StagePlan) -> None:
     head: Any = model.get_output_embeddings()
     embeddings: Any = model.get_input_embeddings()
@@ -291,7 +305,8 @@ def _match_layer_outputs(model: PreTrainedModel, plan: StagePlan) -> None:
     device = next(own.parameters()).device
     handle = stack.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        stack.decoder(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
+        tokens_BT = torch.zeros(1, 2, dtype=torch.long, device=device)
+        stack.decoder(input_ids=tokens_BT, attention_mask=torch.ones_like(tokens_BT), use_cache=False)
         raise AssertionError("unreachable")
     except _FirstLayerReached as reached:
         args, kwargs = reached.call

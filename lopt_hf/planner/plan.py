@@ -1,0 +1,244 @@
+"""A plan: what every strategy needs on a device, whether it fits, and which one that fits is the cheapest."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+
+import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
+
+from lopt_hf.planner.device import DeviceSpeed
+from lopt_hf.planner.dimensions import load_config
+from lopt_hf.planner.optimizers import DEFAULT_OPTIMIZER, OPTIMIZERS
+from lopt_hf.planner.simulation import simulate
+from lopt_hf.planner.step import StepCost, Workload
+from lopt_hf.planner.strategies import DEFAULT_STRATEGIES, END_TO_END, STRATEGIES, Strategy, make_strategies
+from lopt_hf.planner.units import read_bytes
+
+__all__ = ["Plan", "PlanRow", "PlanSettings", "make_plan"]
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_SMALLEST = {"batch_size": 1, "seq_length": 2, "accumulation_steps": 1, "lora_r": 1, "num_gpus": 1}
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """What is planned.
+
+    Raises:
+        ValueError: If a value is out of range; the message names field, value and fix.
+    """
+
+    model: str = field(metadata={"help": "Hub id or local folder; only its configuration is read."})
+    device_memory: int | str = field(metadata={"help": "Memory of one device, as 80GiB or 80GB."})
+    batch_size: int = field(default=4, metadata={"help": "Sequences of a micro-batch on a device (paper: 4)."})
+    seq_length: int = field(default=1024, metadata={"help": "Tokens of a sequence, none of them padding."})
+    accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches of an optimizer step (paper: 1)."})
+    dtype: str = field(
+        default="bfloat16",
+        metadata={"help": "Of the weights: bfloat16 (paper's code) or float32, whose arithmetic is autocast to bf16."},
+    )
+    optim: str = field(default=DEFAULT_OPTIMIZER, metadata={"help": f"One of {', '.join(OPTIMIZERS)}."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters of the LoRA rows (TRL: 16)."})
+    num_gpus: int = field(default=1, metadata={"help": "Devices: data-parallel by DDP, or stages of a pipeline."})
+    num_blocks: tuple[int, ...] = field(default=(2, 4, 8), metadata={"help": "Blocks of the LoPT rows."})
+    strategies: tuple[str, ...] = field(
+        default=DEFAULT_STRATEGIES,
+        metadata={"help": f"Any of {', '.join(STRATEGIES)}; joint is LoPT with the released code's one backward."},
+    )
+    tied_embeddings: str = field(
+        default="untie", metadata={"help": "Where LM head and embedding share a weight: untie (paper) or freeze."}
+    )
+    headroom: float = field(
+        # ours: not measured, no GPU has run this
+        default=0.1,
+        metadata={"help": "Share of the device to keep free for its context, workspaces and fragmentation."},
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.device_memory, str):
+            object.__setattr__(self, "device_memory", read_bytes("device_memory", self.device_memory))
+        for name, smallest in _SMALLEST.items():
+            if getattr(self, name) < smallest:
+                raise ValueError(f"{name}={getattr(self, name)} is too small; set it to {smallest} or more.")
+        if not 0 <= self.headroom < 1:
+            raise ValueError(f"headroom={self.headroom} must be a share of the device, from 0 to below 1.")
+        if not self.num_blocks or min(self.num_blocks) < 2 or len(set(self.num_blocks)) < len(self.num_blocks):
+            raise ValueError(f"num_blocks={self.num_blocks} must name numbers of 2 or more, and each once.")
+        choices = {
+            "dtype": (tuple(DTYPES), (self.dtype,)),
+            "optim": (tuple(OPTIMIZERS), (self.optim,)),
+            "strategies": (STRATEGIES, self.strategies),
+            "tied_embeddings": (("untie", "freeze"), (self.tied_embeddings,)),
+        }
+        for name, (allowed, chosen) in choices.items():
+            for value in chosen:
+                if value not in allowed:
+                    nearest = get_close_matches(value, allowed, n=1, cutoff=0.0)[0]
+                    raise ValueError(f"{name}={value!r} is unknown, nearest is {nearest!r}; use {', '.join(allowed)}.")
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of a device."""
+        return int(self.device_memory)
+
+    @property
+    def usable_memory(self) -> int:
+        """Bytes of a device that a step may take."""
+        return int(self.device_bytes * (1 - self.headroom))
+
+    @property
+    def workload(self) -> Workload:
+        return Workload(
+            batch_size=self.batch_size,
+            seq_length=self.seq_length,
+            dtype=DTYPES[self.dtype],
+            optim=self.optim,
+            lora_r=self.lora_r,
+            num_gpus=self.num_gpus,
+            accumulation_steps=self.accumulation_steps,
+            tied_embeddings=self.tied_embeddings,
+        )
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """What one strategy needs.
+
+    Attributes:
+        strategy: The strategy.
+        cost: Of the device that needs most memory.
+        fits: Whether that is within the usable memory.
+        flops_per_token: Floating-point operations on all devices of one copy of the model, per token.
+        step_seconds: Predicted time of a step: of the slowest device, communication not counted. `None` where no
+            device's speed is known.
+        relative_time: Time per token relative to end-to-end training on as many devices: by `step_seconds`, else by
+            FLOPs. `None` if end-to-end training is not in the plan.
+    """
+
+    strategy: Strategy
+    cost: StepCost
+    fits: bool
+    flops_per_token: float
+    step_seconds: float | None
+    relative_time: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The rows for one model and one workload.
+
+    Attributes:
+        settings: What was planned.
+        rows: One for each strategy, in order.
+        speed: The device whose speed predicts the times, if one is known.
+        left_out: Why rows are not there, one sentence each.
+    """
+
+    settings: PlanSettings
+    rows: tuple[PlanRow, ...]
+    speed: DeviceSpeed | None = None
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def cheapest(self) -> PlanRow | None:
+        """The row that fits and takes the least time per token, and of those the least memory.
+
+        Rows that train every weight of the unchanged model go before those that freeze a part, train adapters or
+        replace layers, which do something else.
+        """
+        fitting = [row for row in self.rows if row.fits]
+        candidates = [row for row in fitting if row.strategy.trains_all] or fitting
+        return min(candidates, key=lambda row: (_time_of(row), row.cost.peak_bytes), default=None)
+
+    @property
+    def smallest(self) -> PlanRow:
+        """The row that needs the least memory."""
+        return min(self.rows, key=lambda row: row.cost.peak_bytes)
+
+
+def _time_of(row: PlanRow) -> float:
+    return row.flops_per_token if row.relative_time is None else row.relative_time
+
+
+def make_plan(
+    settings: PlanSettings,
+    config: PretrainedConfig | None = None,
+    speed: DeviceSpeed | None = None,
+    progress: Callable[[str], None] = lambda name: None,
+) -> Plan:
+    """Simulates every strategy on a model.
+
+    Args:
+        settings: What to plan.
+        config: The model's configuration. Default: that of `settings.model`, see `dimensions.load_config`.
+        speed: A device's speed, see `device.measure_speed`. Without one, times are predicted by FLOPs alone.
+        progress: Told the name of each strategy before it is simulated.
+
+    Raises:
+        ValueError: If the model is unknown or no decoder-only language model, or none of the strategies suits it.
+
+    Example:
+
+    ```python
+    plan = make_plan(PlanSettings(model="Qwen/Qwen2.5-7B-Instruct", device_memory="80GiB"))
+    print(to_markdown(plan))
+    ```
+    """
+    config = load_config(settings.model) if config is None else config
+    _check_model(config, settings)
+    strategies, left_out = make_strategies(
+        settings.strategies, settings.num_blocks, config, settings.num_gpus, settings.lora_r
+    )
+    if not strategies:
+        raise ValueError(
+            f"strategies={settings.strategies}: none of them is possible with this model, "
+            f"num_blocks={settings.num_blocks} and num_gpus={settings.num_gpus}; name others. {' '.join(left_out)}"
+        )
+    measured = []
+    for strategy in strategies:
+        progress(strategy.name)
+        on_gpu = speed is None or speed.device != "cpu"
+        measured.append((strategy, simulate(config, strategy, settings.workload, on_gpu)))
+    baseline = next((costs[0] for strategy, costs in measured if strategy.name == END_TO_END), None)
+    rows = [_make_row(strategy, costs, baseline, settings, speed) for strategy, costs in measured]
+    return Plan(settings, tuple(rows), speed, tuple(left_out))
+
+
+def _make_row(
+    strategy: Strategy,
+    costs: list[StepCost],
+    baseline: StepCost | None,
+    settings: PlanSettings,
+    speed: DeviceSpeed | None,
+) -> PlanRow:
+    def seconds(cost: StepCost) -> float:
+        return float(cost.flops) if speed is None else speed.seconds(cost.flops, cost.moved_bytes)
+
+    fullest = max(costs, key=lambda cost: cost.peak_bytes)
+    slowest = max(seconds(cost) for cost in costs)
+    devices = settings.num_gpus if strategy.num_stages > 1 else 1  # of one copy of the model, idle ones included
+    return PlanRow(
+        strategy=strategy,
+        cost=fullest,
+        fits=fullest.peak_bytes <= settings.usable_memory,
+        flops_per_token=sum(cost.flops for cost in costs) / settings.workload.tokens,
+        step_seconds=None if speed is None else slowest,
+        relative_time=None if baseline is None else slowest * devices / seconds(baseline),
+    )
+
+
+def _check_model(config: PretrainedConfig, settings: PlanSettings) -> None:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
+        raise ValueError(
+            f"model={settings.model!r} ({type(config).__name__}) is no decoder-only language model of transformers, "
+            "and the planner runs no remote code; name another model."
+        )
+    if settings.dtype == "float32" and any("experts" in key for key in config.to_dict()):
+        raise ValueError(
+            f"dtype='float32': of the experts of {config.model_type} torch knows the shapes in bf16 only; set dtype "
+            "to bfloat16."
+        )
+    longest = config.get_text_config(decoder=True).to_dict().get("max_position_embeddings")
+    if longest is not None and settings.seq_length > longest:
+        raise ValueError(f"seq_length={settings.seq_length}: the model takes {longest} tokens; use at most {longest}.")

@@ -1,0 +1,132 @@
+"""A plan as a table, as JSON and as a picture."""
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from lopt_hf.bench.report import describe_run, table
+from lopt_hf.planner.memory import CATEGORIES
+from lopt_hf.planner.plan import Plan, PlanRow
+from lopt_hf.planner.units import GIB, gibibytes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["draw", "to_json", "to_markdown"]
+
+# Okabe and Ito's palette, one colour for each category
+COLORS = ("#999999", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7")
+GIGA = 1e9
+
+
+def to_markdown(plan: Plan) -> str:
+    """The table, in GiB per device, and the sentences that a reader needs with it."""
+    header = ["strategy", *CATEGORIES, "**peak**", "saved for backward", "fits", "GFLOP/token", "time x e2e"]
+    lines = [header, ["---", *["---:"] * len(CATEGORIES), "---:", "---:", "---", "---:", "---:"]]
+    return "\n".join([table(lines + [_cells(plan, row) for row in plan.rows]), "", *_notes(plan)])
+
+
+def _cells(plan: Plan, row: PlanRow) -> list[str]:
+    name = f"**{row.strategy.name}** (cheapest)" if row is plan.cheapest else row.strategy.name
+    relative = "-" if row.relative_time is None else f"{row.relative_time:.2f}"
+    return [
+        name,
+        *(gibibytes(row.cost.peak[category]) for category in CATEGORIES),
+        f"**{gibibytes(row.cost.peak_bytes)}**",
+        gibibytes(row.cost.saved_bytes),
+        "yes" if row.fits else "no",
+        f"{row.flops_per_token / GIGA:,.2f}",
+        relative,
+    ]
+
+
+def _notes(plan: Plan) -> list[str]:
+    settings = plan.settings
+    notes = [
+        f"{settings.model}: batch {settings.batch_size} x {settings.seq_length} tokens, {settings.dtype} weights, "
+        f"{settings.optim}, {_devices(plan)}, GiB on the fullest device at the moment of the peak.",
+        _verdict(plan),
+        _time_note(plan),
+    ]
+    return notes + [f"Left out: {reason}" for reason in plan.left_out]
+
+
+def _devices(plan: Plan) -> str:
+    devices = plan.settings.num_gpus
+    return "1 device" if devices == 1 else f"{devices} devices (DDP, or stages of a pipeline)"
+
+
+def _verdict(plan: Plan) -> str:
+    settings, chosen = plan.settings, plan.cheapest
+    size = f"{gibibytes(settings.device_bytes)} GiB with {settings.headroom:.0%} kept free"
+    if chosen is None:
+        smallest = plan.smallest
+        needed = smallest.cost.peak_bytes / (1 - settings.headroom)
+        return (
+            f"Nothing fits in {size}. The least is {smallest.strategy.name!r} with {gibibytes(needed)} GiB (the share "
+            "kept free included): take a larger device, more devices, a smaller batch or shorter sequences."
+        )
+    what = "every weight is trained" if chosen.strategy.trains_all else "nothing that trains every weight fits"
+    return f"Cheapest that fits in {size}: {chosen.strategy.name} ({what})."
+
+
+def _time_note(plan: Plan) -> str:
+    if plan.speed is None:
+        return "Time: by FLOPs per token alone; `--calibrate FILE` measures a device."
+    seconds = next((row.step_seconds for row in plan.rows if row.step_seconds is not None), None)
+    first = "" if seconds is None else f" A step of {plan.rows[0].strategy.name!r}: {seconds:.2f} s."
+    return f"Time: at the speed of {plan.speed.name} ({plan.speed.device}), communication not counted.{first}"
+
+
+def to_json(plan: Plan) -> str:
+    """The plan with its settings and versions, as JSON text; sizes in bytes."""
+    cheapest = plan.cheapest
+    return json.dumps(
+        {
+            **describe_run(plan.settings),
+            "speed": None if plan.speed is None else asdict(plan.speed),
+            "usable_memory": plan.settings.usable_memory,
+            "cheapest": None if cheapest is None else cheapest.strategy.name,
+            "rows": [_row_values(row) for row in plan.rows],
+            "left_out": plan.left_out,
+        },
+        indent=2,
+    )
+
+
+def _row_values(row: PlanRow) -> dict[str, Any]:
+    return {
+        "strategy": asdict(row.strategy),
+        "cost": {**asdict(row.cost), "peak_bytes": row.cost.peak_bytes},
+        "fits": row.fits,
+        "flops_per_token": row.flops_per_token,
+        "step_seconds": row.step_seconds,
+        "relative_time": row.relative_time,
+    }
+
+
+def draw(plan: Plan) -> "Figure":
+    """A stacked bar for each strategy, and the device's memory as a line.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    from lopt_hf.pipeline.events import new_figure
+
+    figure = new_figure(9.0, 1.6 + 0.3 * len(plan.rows))
+    axes = figure.subplots()
+    marks = {id(plan.cheapest): " (cheapest)"}
+    names = [row.strategy.name + marks.get(id(row), "") for row in plan.rows]
+    starts = [0.0] * len(plan.rows)
+    for category, color in zip(CATEGORIES, COLORS, strict=True):
+        widths = [row.cost.peak[category] / GIB for row in plan.rows]
+        if any(widths):
+            axes.barh(names, widths, left=starts, color=color, label=category)
+        starts = [start + width for start, width in zip(starts, widths, strict=True)]
+    settings = plan.settings
+    axes.axvline(settings.device_bytes / GIB, color="black", linewidth=1.2, label="device")
+    axes.axvline(settings.usable_memory / GIB, color="black", linewidth=1.0, linestyle=":", label="without headroom")
+    axes.invert_yaxis()
+    axes.set_xlabel(f"GiB at the peak, {settings.model}, batch {settings.batch_size} x {settings.seq_length}")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.1), ncols=4, frameon=False)
+    return figure

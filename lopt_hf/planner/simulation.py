@@ -1,0 +1,130 @@
+"""Two training steps of a real model class on fake tensors: nothing is allocated, everything is counted.
+
+The model is built from its configuration, gets adapters, surrogates, heads and the gradient boundary by the package's
+own code, and does what the trainers do in a step. The second step is what counts: the optimizer has its state by then.
+
+What is assumed: no token is padding, every token has a label, and attention runs in torch's scaled-dot-product kernel
+of the flash kind, which keeps queries, keys, values, output and one number for each token and head.
+"""
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from lopt_hf.blocks import split_layers
+from lopt_hf.pipeline.stage import StagePlan, plan_stages
+from lopt_hf.planner.setups import make_setup
+from lopt_hf.planner.step import Step, StepCost, Workload
+from lopt_hf.planner.strategies import Strategy
+from lopt_hf.planner.task_loss import loss_as_on_gpu, metered_loss
+
+__all__ = ["simulate"]
+
+UNPADDED = "lopt_hf_unpadded_sdpa"
+
+
+def simulate(config: PretrainedConfig, strategy: Strategy, workload: Workload, on_gpu: bool = True) -> list[StepCost]:
+    """Simulates two steps of a strategy and returns what the second one costs.
+
+    Not while a trainer runs in the same process: parts of TRL's loss are replaced until it is done.
+
+    Args:
+        config: Configuration of a causal language model; it is not changed.
+        strategy: What to simulate.
+        workload: On how much data, with which optimizer.
+        on_gpu: Let the loss need what it needs on a GPU; `False`: what it needs on a CPU.
+
+    Returns:
+        The cost of each stage of a pipeline; one cost without a pipeline.
+
+    Raises:
+        ValueError: If the model is no decoder-only language model, or if its shapes depend on values.
+    """
+    stages = _stages(strategy, config.get_text_config(decoder=True).num_hidden_layers)
+    costs: dict[Any, StepCost] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about a run, and there is none
+        for kind, stage in stages:
+            if kind not in costs:
+                try:
+                    costs[kind] = _simulate_stage(config, strategy, workload, on_gpu, stage)
+                except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                    raise ValueError(
+                        f"model_type={config.model_type!r} cannot be simulated without weights: what it computes "
+                        f"depends on values ({error}); measure it with `lopt-hf bench step`."
+                    ) from error
+    return [costs[kind] for kind, _ in stages]
+
+
+def _stages(strategy: Strategy, num_layers: int) -> list[tuple[Any, StagePlan | None]]:
+    """The stages with what they cost by: between the first and the last they differ in their number of layers only."""
+    if strategy.num_stages == 1:
+        return [(None, None)]
+    plans = plan_stages(split_layers(num_layers, strategy.num_blocks), strategy.num_stages)
+    return [((plan.is_first, plan.is_last, plan.stop - plan.start), plan) for plan in plans]
+
+
+def _simulate_stage(
+    config: PretrainedConfig, strategy: Strategy, workload: Workload, on_gpu: bool, stage: StagePlan | None
+) -> StepCost:
+    with torch.device("meta"):
+        model = _make_model(config, workload.dtype)
+        setup = make_setup(model, strategy, workload.lora_r, workload.tied_embeddings, stage)
+    with FakeTensorMode():
+        _give_fake_memory(setup.model, setup.heads)
+        step = Step(setup, workload, stage)
+        loss_costs = loss_as_on_gpu(step.meter) if on_gpu else contextlib.nullcontext()
+        with loss_costs, metered_loss(step.meter), step.meter:
+            step.run()
+            return step.measure()
+
+
+def _make_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+    if model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
+        model.set_attn_implementation(UNPADDED)
+    return model
+
+
+def _give_fake_memory(*modules: nn.Module) -> None:
+    """Puts a fake tensor in place of every parameter and buffer on the meta device; shared ones stay shared.
+
+    Not `to_empty`: within a fake mode `nn.Module` swaps the contents of tensors, and these have weak references.
+    """
+    fake: dict[torch.Tensor, torch.Tensor] = {}
+
+    def replace(own: dict[str, Any], wrap: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        for name, tensor in own.items():
+            if tensor is None:
+                continue
+            if tensor not in fake:
+                fake[tensor] = wrap(torch.empty(tensor.shape, dtype=tensor.dtype), tensor)
+            own[name] = fake[tensor]
+
+    for module in (part for whole in modules for part in whole.modules()):
+        replace(module._parameters, lambda empty, old: nn.Parameter(empty, requires_grad=old.requires_grad))
+        replace(module._buffers, lambda empty, old: empty)
+
+
+def _unpadded_mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+    """The mask that a batch without padding gets; whether there is padding cannot be read off a fake tensor."""
+    return sdpa_mask(*args, **kwargs)
+
+
+AttentionInterface.register(UNPADDED, sdpa_attention_forward)
+AttentionMaskInterface.register(UNPADDED, _unpadded_mask)

@@ -1,0 +1,98 @@
+"""The ways to train that a plan compares: each is a row, described by data."""
+
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from lopt_hf.repl.neighbours import check_family
+
+__all__ = ["STRATEGIES", "Strategy", "make_strategies"]
+
+END_TO_END = "end-to-end"
+REPL_EVERY = 4  # RepL, arXiv 2605.19533: every 4th layer
+STRATEGIES = ("e2e", "lopt", "freeze", "lora", "repl", "ppll", "joint")
+DEFAULT_STRATEGIES = STRATEGIES[:-1]
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One row of a plan.
+
+    Attributes:
+        name: Of the row.
+        method: One of `STRATEGIES`. `"joint"` is LoPT as its released code runs it: one backward for all losses.
+        num_blocks: Blocks of the decoder; 1 without boundaries.
+        checkpointing: Whether activations are recomputed in the backward.
+        num_stages: Devices that share one copy of the model.
+    """
+
+    name: str
+    method: str
+    num_blocks: int = 1
+    checkpointing: bool = False
+    num_stages: int = 1
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether it updates every weight of the unchanged model."""
+        return self.method not in ("freeze", "lora", "repl")
+
+
+def make_strategies(
+    methods: tuple[str, ...],
+    num_blocks: tuple[int, ...],
+    config: PretrainedConfig,
+    num_gpus: int = 1,
+    lora_rank: int = 16,
+) -> tuple[list[Strategy], list[str]]:
+    """The rows of a plan, each without and with activation checkpointing, in order.
+
+    Args:
+        methods: Any of `STRATEGIES`.
+        num_blocks: Blocks of the LoPT rows; freezing takes the first.
+        config: Configuration of the model.
+        num_gpus: Devices; the pipeline takes all of them, at most one per layer, and needs two.
+        lora_rank: Rank of the adapters.
+
+    Returns:
+        The rows, and why others are left out.
+    """
+    num_layers = config.get_text_config(decoder=True).num_hidden_layers
+    cuts = [blocks for blocks in num_blocks if blocks <= num_layers]
+    stages = min(num_gpus, num_layers)
+    left_out = [f"LoPT K={blocks}: the model has {num_layers} layers." for blocks in num_blocks if blocks not in cuts]
+    rows: list[Strategy] = []
+
+    def add(name: str, method: str, blocks: int = 1, stages: int = 1) -> None:
+        rows.append(Strategy(name, method, blocks, False, stages))
+        rows.append(Strategy(f"{name} + checkpointing", method, blocks, True, stages))
+
+    if "e2e" in methods:
+        add(END_TO_END, "e2e")
+    for method, suffix in (("lopt", ""), ("joint", ", joint")):
+        if method in methods:
+            for blocks in cuts:
+                add(f"LoPT K={blocks}{suffix}", method, blocks)
+    if "freeze" in methods and cuts:
+        add(f"freeze {cuts[0] - 1} of {cuts[0]} blocks", "freeze", cuts[0])
+    if "lora" in methods:
+        add(f"LoRA r={lora_rank}", "lora")
+    if "repl" in methods:
+        reason = _why_not_repl(config, num_layers)
+        if reason is None:
+            add(f"RepL, every {REPL_EVERY}th layer", "repl")
+        else:
+            left_out.append(f"RepL: {reason}")
+    if "ppll" in methods and stages > 1:
+        add(f"PPLL on {stages} devices", "ppll", stages, stages)
+    return rows, left_out
+
+
+def _why_not_repl(config: PretrainedConfig, num_layers: int) -> str | None:
+    if num_layers <= REPL_EVERY:
+        return f"the model has {num_layers} layers."
+    try:
+        check_family(config)
+    except ValueError as error:
+        return str(error)
+    return None

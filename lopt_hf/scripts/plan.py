@@ -1,0 +1,181 @@
+"""`lopt-hf plan`: what a training run will need, before a device is rented or a weight is downloaded."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lopt_hf.planner.device import DeviceSpeed, measure_speed, read_speed, write_speed
+from lopt_hf.planner.dimensions import load_config
+from lopt_hf.planner.plan import Plan, PlanSettings, make_plan
+from lopt_hf.planner.recipe import make_recipe
+from lopt_hf.planner.report import draw, to_json, to_markdown
+from lopt_hf.retention.files import whole_file
+from lopt_hf.scripts.sft import WORD_PROBLEMS
+
+__all__ = ["main", "make_parser"]
+
+DESCRIPTION = """\
+Simulate a training step of each strategy on a model's configuration, without weights and without a GPU, and print
+what it needs on a device at its peak, by what it is for; whether that fits; its arithmetic and relative time.
+
+strategies (each without and with activation checkpointing):
+  e2e     SFTTrainer
+  lopt    LoPTTrainer, a row for each --num-blocks
+  freeze  LoPTTrainer that leaves the early blocks frozen
+  lora    SFTTrainer with adapters on all linear layers
+  repl    SFTTrainer on a RepL model with every 4th layer replaced
+  ppll    PipelineTrainer, one stage on each of --num-gpus devices
+  joint   LoPT with one backward for all losses, as its released code has it (not among the default rows)
+
+What is assumed: no padding, a label for every token, bf16 arithmetic, attention in a flash kernel of torch's
+scaled_dot_product_attention, TRL's fused LM head, clipping. What is not in it: the device's context, the allocator's
+fragmentation and libraries' workspaces, for which --headroom keeps a share free.
+"""
+EPILOG = """\
+examples:
+  lopt-hf plan --model Qwen/Qwen2.5-7B-Instruct --device-memory 80GiB --batch-size 4 --seq-length 1024
+  lopt-hf plan --model ./my-model --device-memory 24GB --optim adamw_8bit --write recipe.yaml --plot plan.png
+  lopt-hf plan --model Qwen/Qwen3-4B --device-memory 80GiB --num-gpus 8 --strategies e2e,lopt,ppll
+"""
+DOTS_PER_INCH = 150
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a comma-separated list of integers such as 2,4") from error
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))
+
+
+_READERS: dict[Any, tuple[Callable[[str], Any], str]] = {
+    int: (int, "N"),
+    int | str: (str, "SIZE"),
+    float: (float, "SHARE"),
+    str: (str, "NAME"),
+    tuple[int, ...]: (_integers, "N,N"),
+    tuple[str, ...]: (_names, "NAME,NAME"),
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Makes the parser of `lopt-hf plan`."""
+    parser = _OneLineParser(
+        prog="lopt-hf plan",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for setting in fields(PlanSettings):
+        reader, metavar = _READERS[setting.type]
+        is_required = setting.default is MISSING
+        parser.add_argument(
+            f"--{setting.name.replace('_', '-')}",
+            type=reader,
+            metavar=metavar,
+            required=is_required,
+            default=None if is_required else setting.default,
+            help=setting.metadata["help"].replace("%", "%%") + ("" if is_required else _default_text(setting.default)),
+        )
+    _add_files(parser.add_argument_group("files, none of which is overwritten"))
+    return parser
+
+
+def _default_text(default: Any) -> str:
+    return f" Default: {','.join(map(str, default)) if isinstance(default, tuple) else default}"
+
+
+def _add_files(group: argparse._ArgumentGroup) -> None:
+    def add(name: str, text: str) -> None:
+        group.add_argument(name, type=Path, metavar="FILE", help=text)
+
+    add("--write", "Write the cheapest strategy that fits as a recipe (YAML).")
+    group.add_argument(
+        "--dataset", default=WORD_PROBLEMS, metavar="NAME", help=f"Data of that recipe. Default: {WORD_PROBLEMS}"
+    )
+    add("--output", "Write the plan as JSON.")
+    add("--plot", "Draw the plan (PNG).")
+    add("--calibrate", "Measure the speed of this machine's accelerator or CPU, save it and predict times by it.")
+    add("--calibration", "Predict times by a speed that was saved before.")
+
+
+def _check_files(arguments: argparse.Namespace) -> None:
+    for option in ("write", "output", "plot", "calibrate"):
+        path: Path | None = getattr(arguments, option)
+        if path is None:
+            continue
+        if path.exists():
+            raise ValueError(f"{option}={str(path)!r} exists and is not overwritten; choose another name.")
+        if not path.absolute().parent.is_dir():
+            raise ValueError(f"{option}={str(path)!r}: its folder does not exist; make it, or name another file.")
+    if arguments.calibrate is not None and arguments.calibration is not None:
+        raise ValueError("calibrate measures and calibration reads a speed; give one of them.")
+
+
+def _speed(arguments: argparse.Namespace) -> DeviceSpeed | None:
+    if arguments.calibration is not None:
+        return read_speed(arguments.calibration)
+    if arguments.calibrate is None:
+        return None
+    speed = measure_speed()
+    write_speed(speed, arguments.calibrate)
+    return speed
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    _check_files(arguments)
+    settings = PlanSettings(**{setting.name: getattr(arguments, setting.name) for setting in fields(PlanSettings)})
+    config = load_config(settings.model)  # before anything that takes time
+    speed = _speed(arguments)
+    plan = make_plan(settings, config, speed, progress=lambda name: print(f"simulating {name} ...", file=sys.stderr))
+    print(to_markdown(plan))
+    _write_files(arguments, plan)
+
+
+def _write_files(arguments: argparse.Namespace, plan: Plan) -> None:
+    if arguments.output is not None:
+        with whole_file(arguments.output) as partial:
+            partial.write_text(to_json(plan) + "\n", encoding="utf-8")
+    if arguments.plot is not None:
+        with whole_file(arguments.plot) as partial:
+            draw(plan).savefig(partial, format="png", dpi=DOTS_PER_INCH)
+    if arguments.write is None:
+        return
+    if plan.cheapest is None:
+        raise ValueError(f"write={str(arguments.write)!r}: no strategy fits, so there is no recipe to write.")
+    recipe = make_recipe(plan, plan.cheapest, arguments.dataset)
+    with whole_file(arguments.write) as partial:
+        partial.write_text(recipe.text, encoding="utf-8")
+    print(f"\nlopt-hf {recipe.command} --config {arguments.write}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs `lopt-hf plan`.
+
+    Args:
+        argv: The arguments after the command's name. Default: those of the process.
+
+    Raises:
+        SystemExit: On bad input (status 2), after one line on stderr.
+    """
+    parser = make_parser()
+    arguments = parser.parse_args(argv)
+    try:
+        _run(arguments)
+    except (ValueError, OSError, ImportError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

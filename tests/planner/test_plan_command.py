@@ -1,0 +1,106 @@
+"""`lopt-hf plan` as a user runs it, on the configuration of a tiny model."""
+
+import json
+
+import pytest
+import yaml
+
+from lopt_hf import cli
+from lopt_hf.scripts import sft
+from lopt_hf.scripts.plan import main
+from tests.planner.test_simulation import tiny_config
+
+ARGUMENTS = ["--device-memory", "1GiB", "--batch-size", "2", "--seq-length", "16", "--num-blocks", "2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder that has a config.json and nothing else."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_config(architectures=["LlamaForCausalLM"]).save_pretrained(folder)
+    return str(folder)
+
+
+def fails(capsys, *arguments):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_all_files(folder, tmp_path, capsys):
+    files = {name: tmp_path / name for name in ("recipe.yaml", "plan.json", "plan.png")}
+    outputs = ["--write", files["recipe.yaml"], "--output", files["plan.json"], "--plot", files["plan.png"]]
+    cli.main(["plan", "--model", folder, *ARGUMENTS, "--strategies", "e2e,lopt", *map(str, outputs)])
+    printed = capsys.readouterr().out
+    assert "| **end-to-end** (cheapest) |" in printed
+    assert printed.endswith(f"lopt-hf sft --config {files['recipe.yaml']}\n")
+    plan = json.loads(files["plan.json"].read_text())
+    assert plan["cheapest"] == "end-to-end"
+    assert [row["strategy"]["method"] for row in plan["rows"]] == ["e2e", "e2e", "lopt", "lopt"]
+    assert all(sum(row["cost"]["peak"].values()) == row["cost"]["peak_bytes"] for row in plan["rows"])
+    assert files["plan.png"].read_bytes().startswith(b"\x89PNG")
+    _, args, model_args = sft.make_parser().parse_args_and_config(["--config", str(files["recipe.yaml"])])
+    assert (model_args.model_name_or_path, args.max_length) == (folder, 16)
+
+
+@pytest.mark.parametrize("option", ["--write", "--output", "--plot", "--calibrate"])
+def test_nothing_is_overwritten(option, folder, tmp_path, capsys):
+    path = tmp_path / "mine"
+    path.write_text("mine")
+    line = fails(capsys, "--model", folder, *ARGUMENTS, option, str(path))
+    assert f"{option[2:]}='{path}' exists and is not overwritten" in line
+    assert path.read_text() == "mine"
+
+
+def test_calibrated_then_read_again(folder, tmp_path, capsys):
+    path = tmp_path / "speed.json"
+    arguments = ["--model", folder, *ARGUMENTS, "--strategies", "e2e"]
+    main([*arguments, "--calibrate", str(path)])
+    first = capsys.readouterr().out
+    main([*arguments, "--calibration", str(path)])
+    assert capsys.readouterr().out == first
+    assert "communication not counted" in first
+
+
+def test_a_device_too_small_for_anything(folder, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    arguments = ["--model", folder, *ARGUMENTS, "--strategies", "e2e", "--device-memory", "0.01MiB"]
+    main(arguments)
+    assert "Nothing fits in 0.00 GiB with 10% kept free. The least is 'end-to-end" in capsys.readouterr().out
+    assert "no strategy fits, so there is no recipe to write" in fails(capsys, *arguments, "--write", str(recipe))
+    assert not recipe.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--device-memory", "80"],
+            "device_memory='80' is no size of memory; write",
+        ),
+        (["--model", "no/such-model"], "model='no/such-model' is no folder with a config.json"),
+        (["--optim", "adamw9"], "optim='adamw9' is unknown"),
+        (["--num-blocks", "2,x"], "'2,x' is not a comma-separated list of integers"),
+        (["--seq-length", "4096"], "seq_length=4096: the model takes 128 tokens"),
+        (["--write", "no/such/folder/recipe.yaml"], "its folder does not exist"),
+        (["--calibration", "none.json"], "calibration='none.json' is no measurement"),
+    ],
+)
+def test_bad_input_ends_in_one_line(arguments, message, folder, capsys):
+    assert message in fails(capsys, "--model", folder, *ARGUMENTS, *arguments)
+
+
+def test_recipe_is_yaml_that_runs_no_code(folder, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    dataset = "x: !!python/name:os.system"
+    arguments = ["--strategies", "lopt", "--dataset", dataset, "--write", str(recipe)]
+    main(["--model", folder, *ARGUMENTS, *arguments])
+    assert yaml.safe_load(recipe.read_text())["dataset_name"] == dataset
+
+
+def test_help_has_an_example(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "lopt-hf plan --model Qwen/Qwen2.5-7B-Instruct --device-memory 80GiB" in capsys.readouterr().out

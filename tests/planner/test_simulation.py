@@ -1,0 +1,245 @@
+"""What the simulation predicts, beside what real trainers do with real tensors."""
+
+import copy
+import gc
+from dataclasses import replace
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoConfig, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from lopt_hf import LoPTConfig, LoPTTrainer, RepLConfig, get_repl_model
+from lopt_hf.bench.saved_bytes import SavedBytes
+from lopt_hf.planner.memory import CATEGORIES
+from lopt_hf.planner.simulation import simulate
+from lopt_hf.planner.step import Workload
+from lopt_hf.planner.strategies import DEFAULT_STRATEGIES, REPL_EVERY, STRATEGIES, Strategy, make_strategies
+from tests.tiny import FAMILIES, VOCABULARY, make_model, make_tokenizer
+from tests.trainers.helpers import training_args
+
+BATCH, LENGTH, RANK = 2, 32, 4
+WORKLOAD = Workload(BATCH, LENGTH, torch.float32, lora_r=RANK)
+SMALL = ("llama", "qwen3", "gemma2", "gpt2", "gpt_neox", "opt", "falcon")
+
+
+def tiny_config(family="llama", **overrides):
+    special = {"vocab_size": len(VOCABULARY), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
+    return AutoConfig.for_model(family, **{**special, **FAMILIES[family], **overrides})
+
+
+def strategies(methods=STRATEGIES, num_gpus=2, num_layers=8):
+    return make_strategies(methods, (2, 4), tiny_config(num_hidden_layers=num_layers), num_gpus, RANK)[0]
+
+
+class Peak(TrainerCallback):
+    """The peak of the saved bytes in the last step."""
+
+    def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.saved = SavedBytes([*model.parameters(), *model.buffers(), *trained])
+        self.saved.__enter__()
+
+    def on_step_end(self, *args, **kwargs):
+        self.saved.__exit__(None, None, None)
+        self.peak = self.saved.peak
+
+
+class AllocatedPeak(TrainerCallback):
+    """The most that torch's allocator has handed out in the second step, beyond what was there at its start."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            self.profiler = torch.profiler.profile(activities=activities, profile_memory=True)
+            self.profiler.__enter__()
+
+    def on_train_end(self, *args, **kwargs):
+        self.profiler.__exit__(None, None, None)
+        allocated = self.peak = 0
+        for event in self.profiler.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                allocated += event.nbytes()
+                self.peak = max(self.peak, allocated)
+
+
+def measure(strategy, family, folder, peak=None, **overrides):
+    """Trains two steps by the trainer of the strategy; returns the peak of the last one."""
+    model = make_model(family, **overrides)
+    rows = Dataset.from_dict({"input_ids": [[3 + i % 50 for i in range(LENGTH)]] * 2 * BATCH})
+    settings = training_args(folder, bf16=True, max_steps=2, per_device_train_batch_size=BATCH, max_length=None)
+    if strategy.checkpointing:
+        settings |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    peak = peak or Peak()
+    given = {"train_dataset": rows, "processing_class": make_tokenizer(), "callbacks": [peak]}
+    if strategy.method == "repl":
+        model = get_repl_model(model, RepLConfig(placement="every", every=REPL_EVERY, init="skip"))
+    if strategy.method == "lora":
+        given["peft_config"] = LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    if strategy.num_blocks > 1:
+        joint = "joint" if strategy.method == "joint" else "eager"
+        args = LoPTConfig(
+            **settings,
+            num_blocks=strategy.num_blocks,
+            train_early_blocks=strategy.method != "freeze",
+            local_backward=joint,
+        )
+        LoPTTrainer(model, args, **given).train()
+    else:
+        SFTTrainer(model, SFTConfig(**settings), **given).train()
+    return peak.peak
+
+
+IN_ONE_PROCESS = [strategy for strategy in strategies() if strategy.method != "ppll"]
+
+
+@pytest.mark.parametrize("strategy", IN_ONE_PROCESS, ids=lambda strategy: strategy.name)
+def test_saved_bytes_are_those_of_the_real_trainer(strategy, tmp_path):
+    overrides = {"num_hidden_layers": 8, "hidden_size": 64}
+    [predicted] = simulate(tiny_config(**overrides), strategy, WORKLOAD)
+    assert predicted.saved_bytes == pytest.approx(measure(strategy, "llama", tmp_path, **overrides), rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["end-to-end", "LoPT K=2", "LoPT K=4 + checkpointing"])
+def test_peak_of_all_memory_is_what_the_allocator_hands_out(name, tmp_path):
+    """Temporaries, gradients and the loss's tiles included; on a CPU, whose allocator the profiler sees."""
+    strategy = next(row for row in IN_ONE_PROCESS if row.name == name)
+    overrides = {"num_hidden_layers": 8, "hidden_size": 128, "intermediate_size": 384, "vocab_size": 2048}
+    [predicted] = simulate(tiny_config(**overrides), strategy, WORKLOAD, on_gpu=False)
+    there = predicted.peak["parameters"] + 8 * predicted.trainable  # AdamW's two moments
+    measured = measure(strategy, "llama", tmp_path, AllocatedPeak(), **overrides)
+    assert predicted.peak_bytes - there == pytest.approx(measured, rel=0.01)
+
+
+@pytest.mark.parametrize("family", SMALL[1:])
+def test_saved_bytes_of_other_families(family, tmp_path):
+    strategy = Strategy("LoPT K=2", "lopt", 2)
+    [predicted] = simulate(tiny_config(family), strategy, WORKLOAD)
+    assert predicted.saved_bytes == pytest.approx(measure(strategy, family, tmp_path), rel=0.05)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_can_be_planned(family):
+    end_to_end, lopt = Strategy("end-to-end", "e2e"), Strategy("LoPT K=2", "lopt", 2)
+    workload = replace(WORKLOAD, dtype=torch.bfloat16)
+    [whole], [cut] = (simulate(tiny_config(family), strategy, workload) for strategy in (end_to_end, lopt))
+    assert 0 < cut.saved_bytes < whole.saved_bytes
+    assert whole.parameters == sum(parameter.numel() for parameter in make_model(family).parameters())
+
+
+@pytest.mark.parametrize("strategy", strategies()[::5], ids=lambda strategy: strategy.name)
+def test_nothing_is_left_behind_and_nothing_changes(strategy):
+    config = tiny_config(num_hidden_layers=8)
+    before = copy.deepcopy(config.to_dict())
+    state = torch.get_rng_state()
+    costs = simulate(config, strategy, WORKLOAD)
+    assert config.to_dict() == before
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(cost.peak.keys() == set(CATEGORIES) for cost in costs)
+
+
+def test_weights_gradients_and_optimizer_state_of_fp32_adamw():
+    """All at the peak, where the activations of a few tokens are nothing beside them."""
+    workload = Workload(1, 2, torch.float32, accumulation_steps=2)
+    [cost] = simulate(tiny_config(tie_word_embeddings=False), Strategy("end-to-end", "e2e"), workload)
+    weights = 4 * cost.parameters
+    assert cost.trainable == cost.parameters
+    assert cost.peak["gradients"] == weights
+    assert cost.peak["optimizer"] == pytest.approx(2 * weights, rel=0.01)
+    assert cost.peak["parameters"] == pytest.approx(weights, rel=0.01)
+
+
+def test_bf16_halves_what_the_weights_need():
+    end_to_end = Strategy("end-to-end", "e2e")
+    [wide], [narrow] = (
+        simulate(tiny_config(), end_to_end, Workload(BATCH, LENGTH, dtype))
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert narrow.peak["parameters"] == pytest.approx(wide.peak["parameters"] / 2, rel=0.01)
+
+
+def test_accumulation_keeps_gradients_through_the_forward():
+    end_to_end = Strategy("end-to-end", "e2e")
+    one, several, more = (
+        simulate(tiny_config(), end_to_end, Workload(BATCH, LENGTH, accumulation_steps=steps))[0]
+        for steps in (1, 2, 6)
+    )
+    assert several.peak_bytes > one.peak_bytes
+    assert several.peak == more.peak
+    assert several.flops == 2 * one.flops
+    assert more.flops == 6 * one.flops
+    assert 2 * one.moved_bytes > several.moved_bytes  # the optimizer's step is done once
+
+
+def test_ddp_keeps_a_copy_of_all_gradients():
+    for method, blocks in (("e2e", 1), ("lopt", 2)):
+        [cost] = simulate(tiny_config(), Strategy("", method, blocks), Workload(BATCH, LENGTH, num_gpus=2))
+        heads = 2 if method == "lopt" else 1  # of LoPT the head is in fp32, and so is its gradient
+        assert cost.peak["communication"] <= heads * cost.peak["parameters"]
+        assert cost.peak["communication"] > 0.2 * cost.peak["parameters"]
+
+
+def test_frozen_block_has_neither_gradients_nor_state():
+    [cost] = simulate(tiny_config(num_hidden_layers=8), Strategy("freeze", "freeze", 2), WORKLOAD)
+    assert cost.trainable < 0.6 * cost.parameters
+    assert cost.peak["optimizer"] < 1.2 * cost.peak["parameters"]
+
+
+def test_stages_share_the_model():
+    """The parameters of all stages are those of the model with one head of LoPT for each early block."""
+    config = tiny_config(num_hidden_layers=8, tie_word_embeddings=False)
+    stages = simulate(config, Strategy("PPLL", "ppll", 4, num_stages=4), WORKLOAD)
+    [whole] = simulate(config, Strategy("LoPT", "lopt", 4), WORKLOAD)
+    assert len(stages) == 4
+    assert sum(stage.parameters for stage in stages) == whole.parameters
+    assert sum(stage.flops for stage in stages) == whole.flops
+    assert max(stage.peak_bytes for stage in stages) < whole.peak_bytes
+
+
+def test_arithmetic_of_the_methods():
+    """In units of a forward of all layers: 3 end to end, 4 with checkpointing, 3 for LoPT, 2 with freezing."""
+    config = tiny_config(num_hidden_layers=8, hidden_size=64, intermediate_size=256)
+    flops = {
+        strategy.name: simulate(config, strategy, WORKLOAD)[0].flops
+        for strategy in make_strategies(("e2e", "lopt", "freeze"), (2,), config)[0]
+    }
+    end_to_end = flops["end-to-end"]
+    assert flops["end-to-end + checkpointing"] / end_to_end == pytest.approx(4 / 3, rel=0.05)
+    assert flops["LoPT K=2"] / end_to_end == pytest.approx(1, rel=0.03)
+    assert flops["freeze 1 of 2 blocks"] / end_to_end == pytest.approx(2 / 3, rel=0.05)
+
+
+def test_a_gpu_needs_no_copies_of_the_tile_of_logits():
+    end_to_end = Strategy("end-to-end", "e2e")
+    gpu, cpu = (simulate(tiny_config(), end_to_end, WORKLOAD, on_gpu=on_gpu)[0] for on_gpu in (True, False))
+    assert gpu.peak["logits"] < cpu.peak["logits"]
+    assert gpu.flops == cpu.flops
+    assert gpu.saved_bytes == cpu.saved_bytes
+
+
+def test_memory_is_given_back():
+    """No fake model outlives its simulation."""
+    simulate(tiny_config(), Strategy("LoPT K=2", "lopt", 2), WORKLOAD)
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if isinstance(thing, torch.nn.Parameter) and thing.is_meta]
+
+
+def test_default_strategies_of_a_small_model():
+    config = tiny_config(num_hidden_layers=4)
+    rows, left_out = make_strategies(DEFAULT_STRATEGIES, (2, 8), config, num_gpus=8)
+    assert [row.name for row in rows[::2]] == [
+        "end-to-end",
+        "LoPT K=2",
+        "freeze 1 of 2 blocks",
+        "LoRA r=16",
+        "PPLL on 4 devices",
+    ]
+    assert left_out == ["LoPT K=8: the model has 4 layers.", "RepL: the model has 4 layers."]
+    assert all(row.checkpointing for row in rows[1::2])
+
+
+def test_repl_is_left_out_where_it_does_not_support_the_family():
+    rows, left_out = make_strategies(("repl",), (2,), tiny_config("falcon", num_hidden_layers=8))
+    assert rows == [] and left_out[0].startswith("RepL: model_type='falcon' is not supported")
