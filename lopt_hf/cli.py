@@ -9,7 +9,8 @@ __all__ = ["main"]
 COMMANDS = {
     "demo": "fine-tune a real 135M model on this machine in a few minutes and compare before and after",
     "sft": "supervised fine-tuning with LoPT (or end-to-end, for comparison) from a YAML or from arguments",
-    "pipeline": "the same in a pipeline of processes, one per stage, without bubbles",
+    "mlaan": "the same with MLAAN: early blocks learn the task through auxiliaries and in windows",
+    "pipeline": "LoPT in a pipeline of processes, one per stage, without bubbles",
     "repl": "replace layers of a pretrained model by cheap surrogates, heal it, compare with plain removal",
     "retention": "measure what fine-tuned models kept of what their base knew, with paired intervals",
     "compare": "fine-tune by several methods, rates and seeds, and report gain against retention",

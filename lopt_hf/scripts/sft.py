@@ -34,7 +34,15 @@ from lopt_hf.trainers.checks import check_output_dir
 from lopt_hf.trainers.lopt_config import LocalLearningArguments, LoPTConfig
 from lopt_hf.trainers.lopt_trainer import LoPTTrainer
 
-__all__ = ["SFTDataArguments", "SFTScriptArguments", "main", "make_parser"]
+__all__ = [
+    "SFTDataArguments",
+    "SFTScriptArguments",
+    "main",
+    "make_parser",
+    "resumed_checkpoint",
+    "train_and_save",
+    "trainer_inputs",
+]
 
 WORD_PROBLEMS = "word-problems"
 WORD_PROBLEM_SIZES = {"num_train": 512, "num_heldout": 64}
@@ -116,8 +124,10 @@ def end_to_end_args(args: LoPTConfig) -> SFTConfig:
     return SFTConfig(**{f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name not in local})
 
 
-def make_trainer(script_args: SFTScriptArguments, args: LoPTConfig, model_args: ModelConfig) -> SFTTrainer:
-    """Builds the trainer of `method` from parsed arguments."""
+def trainer_inputs(
+    script_args: SFTDataArguments, args: SFTConfig, model_args: ModelConfig
+) -> tuple[str, dict[str, Any]]:
+    """The model's folder or id, and what a trainer takes besides it and `args`, whose `model_init_kwargs` are set."""
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is missing; give a hub id or a local folder.")
     overrides: Any = args.model_init_kwargs or {}
@@ -137,6 +147,12 @@ def make_trainer(script_args: SFTScriptArguments, args: LoPTConfig, model_args: 
     given["quantization_config"] = get_quantization_config(model_args)
     model = resolve_model(model_args.model_name_or_path)
     set_seed(args.seed)  # adapters are drawn before the trainer sets its seed
+    return model, given
+
+
+def make_trainer(script_args: SFTScriptArguments, args: LoPTConfig, model_args: ModelConfig) -> SFTTrainer:
+    """Builds the trainer of `method` from parsed arguments."""
+    model, given = trainer_inputs(script_args, args, model_args)
     if script_args.method == "e2e":
         return SFTTrainer(model, end_to_end_args(args), **given)
     return LoPTTrainer(model, args, **given)
@@ -155,15 +171,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         trainer = make_trainer(script_args, args, model_args)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"lopt-hf sft: {error}")
+    train_and_save(trainer, checkpoint, script_args.dataset_name)
+
+
+def train_and_save(trainer: SFTTrainer, checkpoint: str | None, dataset_name: str | None) -> None:
+    """Trains, from a checkpoint if one is given, saves and, if asked to, pushes a model."""
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(args.output_dir)
-    trainer.accelerator.print(f"Model saved to {args.output_dir}")
-    if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.save_model(trainer.args.output_dir)
+    trainer.accelerator.print(f"Model saved to {trainer.args.output_dir}")
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(dataset_name=dataset_name)
         trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}")
 
 
-def resumed_checkpoint(args: LoPTConfig) -> str | None:
+def resumed_checkpoint(args: SFTConfig) -> str | None:
     """The folder that `resume_from_checkpoint` means: `true` is the last checkpoint in output_dir, `auto` too if any.
 
     Raises:

@@ -7,10 +7,10 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel, PrefixTuningConfig
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig
 from trl.data_utils import get_dataset_column_names
 
 from lopt_hf.blocks import find_decoder_stack, split_layers
-from lopt_hf.trainers.lopt_config import LoPTConfig
 
 __all__ = ["check_dataset", "check_model", "check_output_dir"]
 
@@ -33,7 +33,7 @@ def check_output_dir(output_dir: str, resume_from_checkpoint: str | bool | None)
         )
 
 
-def check_dataset(dataset: Any, args: LoPTConfig, formatting_func: Any = None) -> None:
+def check_dataset(dataset: Any, args: SFTConfig, formatting_func: Any = None) -> None:
     """Raises if a training set is empty or, unless its preparation is skipped, has no column that `SFTTrainer` reads.
 
     Raises:
@@ -57,7 +57,7 @@ def check_dataset(dataset: Any, args: LoPTConfig, formatting_func: Any = None) -
 
 
 def check_model(
-    model: str | PreTrainedModel | PeftModel, args: LoPTConfig, peft_config: Any, quantization_config: Any
+    model: str | PreTrainedModel | PeftModel, args: Any, peft_config: Any, quantization_config: Any
 ) -> None:
     """Raises if a model cannot be cut into the blocks that are asked for, for a model id from its config alone.
 

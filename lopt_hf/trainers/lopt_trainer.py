@@ -2,10 +2,10 @@
 
 import inspect
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, TrainingArguments
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
 from lopt_hf.objectives import LocalObjective
@@ -13,7 +13,19 @@ from lopt_hf.trainers.checks import check_dataset, check_model
 from lopt_hf.trainers.lopt_config import LoPTConfig
 from lopt_hf.trainers.lopt_mixin import LOPT_PAPER, LoPTMixin
 
-__all__ = ["LoPTTrainer"]
+__all__ = ["LoPTTrainer", "as_config"]
+
+
+Config = TypeVar("Config", bound=SFTConfig)
+
+
+def as_config(args: TrainingArguments, config_class: type[Config]) -> Config:
+    """The arguments as an instance of `config_class`, with its defaults for those that they lack."""
+    if isinstance(args, config_class):
+        return args
+    # Not by `to_dict`, which hides every field whose name ends in `_token`.
+    known = {f.name for f in fields(config_class) if f.init}
+    return config_class(**{f.name: getattr(args, f.name) for f in fields(args) if f.name in known})
 
 
 class LoPTTrainer(LoPTMixin, SFTTrainer):
@@ -63,10 +75,7 @@ class LoPTTrainer(LoPTMixin, SFTTrainer):
         if args is None:
             model_id = model if isinstance(model, str) else get_config_model_id(model.config)
             args = LoPTConfig(f"{model_id.split('/')[-1]}-LoPT")
-        elif not isinstance(args, LoPTConfig):
-            # Not by `to_dict`, which hides every field whose name ends in `_token`.
-            known = {f.name for f in fields(LoPTConfig) if f.init}
-            args = LoPTConfig(**{f.name: getattr(args, f.name) for f in fields(args) if f.name in known})
+        args = as_config(args, LoPTConfig)
         given = (
             inspect.signature(SFTTrainer.__init__).bind_partial(self, model, args, *sft_args, **sft_kwargs).arguments
         )

@@ -9,12 +9,13 @@ from safetensors.torch import save_file
 
 import tests.conftest  # noqa: F401  (offline, one thread)
 from lopt_hf import LoPTTrainer, RetentionCallback
+from tests.mlaan.helpers import make_mlaan_trainer
 from tests.tiny import make_dataset
 from tests.trainers.helpers import make_trainer, snapshot
 
 
 def run(output_dir: Path, **settings: Any) -> LoPTTrainer:
-    trainer = make_trainer(output_dir, **settings)
+    trainer = (make_mlaan_trainer if "window" in settings else make_trainer)(output_dir, **settings)
     trainer.train()
     return trainer
 
@@ -31,7 +32,10 @@ def main() -> None:
     parser.add_argument("--local_objective", default="reconstruction")
     parser.add_argument("--load_best_model_at_end", action="store_true")
     parser.add_argument("--retention_tasks", type=Path, help="folder of tasks that a RetentionCallback measures")
+    parser.add_argument("--window", type=int, default=argparse.SUPPRESS, help="MLAAN, with windows of so many blocks")
     options = vars(parser.parse_args())
+    if "window" in options:
+        del options["local_backward"], options["local_objective"]
     tasks = options.pop("retention_tasks")
     if tasks is not None:
         callback = RetentionCallback(tasks=["tiny_sums", "tiny_text"], include_path=tasks, every_steps=2)

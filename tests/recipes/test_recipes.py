@@ -13,7 +13,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
 from lopt_hf.retention.grid import load_grid
-from lopt_hf.scripts import pipeline, repl, sft
+from lopt_hf.scripts import mlaan, pipeline, repl, sft
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"
@@ -26,6 +26,7 @@ PARSERS = {
     "sft": sft.make_parser,
     "pipeline": pipeline.make_parser,
     "repl": repl.make_parser,
+    "mlaan": mlaan.make_parser,
 }  # by the recipe's folder
 
 # LoPT, arXiv 2605.04913 v3
@@ -100,7 +101,9 @@ def test_recipe_is_parsed_in_full(path: Path) -> None:
     values = parse(path, path.parent.name)
     written = yaml.safe_load(path.read_text())
     assert written.keys() <= values.keys()
-    own = ("method",) if path.parent.name == "sft" else ("num_stages", "split", "local_objective")
+    own = {"sft": ("method",), "mlaan": ("window", "leap")}.get(
+        path.parent.name, ("num_stages", "split", "local_objective")
+    )
     for key in ("model_name_or_path", "dataset_name", "output_dir", *own):
         assert values[key] == written[key]
     assert values["output_dir"] == f"out/{path.parts[-3]}-{path.stem}"
@@ -116,20 +119,21 @@ def test_recipe_is_mentioned_in_the_readme_of_its_model(path: Path) -> None:
 
 @pytest.mark.parametrize("path", GRIDS, ids=name_of)
 def test_every_run_of_a_grid_is_parsed_in_full(path: Path, tmp_path: Path) -> None:
-    """Each run's arguments are those of `lopt-hf sft`, and its README names the file."""
+    """Each run's arguments are those of its command, and its README names the file."""
     assert path.name in (path.parent / "README.md").read_text()
     for run in load_grid(path).runs():
         config = tmp_path / f"{run.name}.yaml"
-        config.write_text(yaml.safe_dump({**run.arguments, "output_dir": "out"}))
-        values = parse(config)
-        assert run.arguments.keys() <= values.keys()
-        for key in run.arguments.keys() - {"report_to", "lora_target_modules"}:  # the two that their classes rewrite
-            assert values[key] == run.arguments[key]
+        arguments = run.command_arguments
+        config.write_text(yaml.safe_dump({**arguments, "output_dir": "out"}))
+        values = parse(config, run.command)
+        assert arguments.keys() <= values.keys()
+        for key in arguments.keys() - {"report_to", "lora_target_modules"}:  # the two that their classes rewrite
+            assert values[key] == arguments[key]
 
 
-def test_a_grids_settings_for_a_hub_are_settings() -> None:
+@pytest.mark.parametrize("path", GRIDS, ids=name_of)
+def test_a_grids_settings_for_a_hub_are_settings(path: Path) -> None:
     """What its comment offers in their place; each task that is measured in part is one of its tasks."""
-    path = RECIPES / "smollm2-135m" / "retention" / "gsm8k.yaml"
     lines = path.read_text().partition("# With a hub")[2].splitlines()[1:]
     comment = takewhile(lambda line: line.startswith("#   "), lines)
     offered = yaml.safe_load("\n".join(line.removeprefix("#   ") for line in comment))
