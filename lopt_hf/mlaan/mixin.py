@@ -74,12 +74,13 @@ class MLAANMixin(LoPTMixin):
     def _make_local_heads(self, base_model: PreTrainedModel) -> nn.ModuleDict:
         args: MLAANArguments = self.args
         if args.window == len(self.blocks):
-            logger.warning(f"window={args.window} is num_blocks: the task loss trains all blocks, as end-to-end does.")
+            self._say(f"window={args.window} is num_blocks: the task loss trains all blocks, as end-to-end does.")
             return nn.ModuleDict()
         if args.leap_layers is not None:
             check_leaps(args.leap_layers, self.blocks)
         counts = self._leap_counts()
-        logger.warning(self._memory_line(base_model, counts))
+        self._check_one_device(base_model)
+        self._say(self._memory_line(base_model, counts))
         learning = {block.stop: block.index for block in self.early_blocks}
         with self.accelerator.autocast():
             calibration = self._make_calibration(base_model)
@@ -90,6 +91,18 @@ class MLAANMixin(LoPTMixin):
         self._add_readouts(list(made.values()))
         heads = nn.ModuleDict({str(index): made[stop] for stop, index in learning.items()})
         return heads.train()
+
+    def _say(self, line: str) -> None:
+        if self.accelerator.is_main_process:
+            logger.warning(line)  # what nobody asked for, but must know; the level is what is shown by default
+
+    def _check_one_device(self, base_model: PreTrainedModel) -> None:
+        devices = {str(parameter.device) for parameter in base_model.parameters()}
+        if len(devices) > 1:
+            raise ValueError(
+                f"model is spread over the devices {', '.join(sorted(devices))}; an auxiliary runs copies of later "
+                "layers behind earlier ones, so load the model without a device_map, on one device."
+            )
 
     def _leap_counts(self) -> list[int]:
         given = self.args.leap_layers
@@ -141,7 +154,8 @@ class MLAANMixin(LoPTMixin):
         batches = list(self._calibration_batches())
         frozen = isinstance(self._objective, ReadoutObjective)
         objective = self._objective if frozen else ReadoutObjective.from_model(base_model)
-        return Calibration(base_model, objective, batches[MEASURED_BATCHES:], batches[:MEASURED_BATCHES])
+        fitted = batches[MEASURED_BATCHES:] or batches  # of a data set that small
+        return Calibration(base_model, objective, fitted, batches[:MEASURED_BATCHES])
 
     def _calibration_batches(self) -> Iterator[dict[str, Any]]:
         """Batches of training rows spread over the data set; neither their order nor the random state is touched."""
@@ -162,7 +176,7 @@ class MLAANMixin(LoPTMixin):
         for block in self.early_blocks:
             loss, leaps = losses[block.stop], list(made[block.stop].leaps)
             self.start_losses[f"block_{block.index}"] = loss
-            logger.warning(
+            self._say(
                 f"Block {block.index} (layers {block.start} to {block.stop - 1}) learns through layers {leaps}: its "
                 f"local loss starts at {loss:.3f} nats per token, the model's own is {whole:.3f}."
             )

@@ -99,7 +99,7 @@ def test_gradients_are_those_of_the_losses_by_hand(tmp_path, num_blocks, window,
         if gradient is None or not gradient.any():
             assert ours[name] is None or not ours[name].any(), name
         else:
-            torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
+            assert (ours[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
 @pytest.mark.parametrize("num_blocks", [2, 4])
@@ -112,9 +112,11 @@ def test_a_window_over_all_blocks_is_end_to_end(tmp_path, num_blocks):
 
 
 def test_a_run_with_a_window_over_all_blocks_is_sft_trainers(tmp_path):
-    settings = {"clip_scope": "global", "gradient_accumulation_steps": 2, "num_blocks": 4, "window": 4}
+    # SGD: AdamW makes whole steps of the rounding errors where a gradient is zero, as a key bias's is.
+    shared = {"gradient_accumulation_steps": 2, "optim": "sgd", "learning_rate": 0.1}
+    settings = {"clip_scope": "global", "num_blocks": 4, "window": 4, **shared}
     ours = make_mlaan_trainer(tmp_path / "a", make_model("gpt2"), **settings)  # tied embeddings
-    stock = make_sft_trainer(tmp_path / "b", make_model("gpt2"), gradient_accumulation_steps=2)
+    stock = make_sft_trainer(tmp_path / "b", make_model("gpt2"), **shared)
     for trainer in (ours, stock):
         trainer.train()
     weights = dict(ours.model.named_parameters())
@@ -122,18 +124,19 @@ def test_a_run_with_a_window_over_all_blocks_is_sft_trainers(tmp_path):
         torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=1e-6)
 
 
-def test_reach(tmp_path):
-    """The loss of window j touches blocks j - 1 and j and the auxiliary of j: no average, no other block."""
-    trainer = make_mlaan_trainer(tmp_path, num_blocks=4, window=2, independent_weight=0.0, cascaded_weight=1.0)
-    trainer.boundary._learn, learn = lambda segment: segment.index == 2 and learn(segment), trainer.boundary._learn
-    trainer.boundary.window, inputs = 2, first_batch(trainer)
+@pytest.mark.parametrize(("window", "blocks"), [(1, [1]), (2, [0, 1]), (3, [0, 1])])
+def test_reach_of_one_loss(tmp_path, window, blocks):
+    """The loss behind block 1 reaches the blocks of its window and its auxiliary: no average, no other block."""
+    settings = {"num_blocks": 4, "window": window, "independent_weight": 0.0, "cascaded_weight": 1.0}
+    trainer = make_mlaan_trainer(tmp_path, **settings)
+    auxiliary = {f"head.1.{n}" for n, p in trainer.local_heads["1"].named_parameters() if "averages" not in n}
+    for index in "02":
+        del trainer.local_heads[index]
     trainer.boundary.task_share = 0.0
-    gradients = gradients_of(trainer, inputs)
+    gradients = gradients_of(trainer)
     reached = {name for name, gradient in gradients.items() if gradient is not None and gradient.any()}
-    owned = trainer._owned()
-    # The task's own window reaches block 3; its share that leaves it is set to zero here.
-    auxiliary = {f"head.2.{n}" for n, p in trainer.local_heads["2"].named_parameters() if "averages" not in n}
-    assert reached == {*owned[1], *owned[2], *owned[3], *auxiliary}
+    of_the_task = set(trainer._owned()[-1])
+    assert reached - of_the_task == {name for index in blocks for name in trainer._owned()[index]} | auxiliary
 
 
 def test_a_second_forward_before_the_end_of_the_first_is_an_error(tmp_path):
@@ -147,16 +150,10 @@ def test_a_second_forward_before_the_end_of_the_first_is_an_error(tmp_path):
 
 def test_warm_up_trains_the_auxiliaries_only(tmp_path):
     trainer = make_mlaan_trainer(tmp_path, num_blocks=4, window=1, auxiliary_warmup_steps=2, max_steps=2)
-    before = {
-        n: p.detach().clone() for n, p in [*trainer.model.named_parameters(), *trainer.local_heads.named_parameters()]
-    }
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    heads = {name: parameter.detach().clone() for name, parameter in trainer.local_heads.named_parameters()}
     trainer.train()
-    moved = {
-        n
-        for n, p in [*trainer.model.named_parameters(), *trainer.local_heads.named_parameters()]
-        if not torch.equal(p, before[n])
-    }
-    assert not moved & {name for block in trainer._owned()[:-1] for name in block}
-    assert (
-        set(trainer._owned()[-1]) <= moved and "0.translators.2.weight" in moved or "0.translators.1.weight" in moved
-    )
+    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == set(trainer._owned()[-1])
+    learning = {name: p for name, p in trainer.local_heads.named_parameters() if p.requires_grad}
+    assert learning and not any(torch.equal(p, heads[name]) for name, p in learning.items())
