@@ -14,9 +14,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lopt_hf.mlaan.layer_calls import LayerCall
-from lopt_hf.mlaan.translator import Translator
+from lopt_hf.mlaan.translator import Translator, TranslatorFit
 
-__all__ = ["LeapAuxiliary", "copy_layer"]
+__all__ = ["Gap", "LeapAuxiliary", "copy_layer"]
+
+Gap = tuple[int, int]  # of left-out layers: the first of them, and the first after them
 
 
 class LeapAuxiliary(nn.Module):
@@ -53,22 +55,21 @@ class LeapAuxiliary(nn.Module):
         self.checkpointing = checkpointing
         self.leaps = tuple(leaps)
         self.combine = combine
-        arrivals = [] if stop is None else [stop, *(index + 1 for index in leaps[:-1])]
-        gaps = [index for index, arrival in zip(leaps, arrivals, strict=False) if index != arrival]
-        self.translators = nn.ModuleDict({str(index): Translator(hidden_size) for index in gaps})
+        begins = [] if stop is None else [stop, *(index + 1 for index in leaps[:-1])]
+        self.gaps: list[Gap] = [gap for gap in zip(begins, leaps, strict=False) if gap[0] != gap[1]]
+        self.translators = nn.ModuleDict({str(end): Translator(hidden_size) for _, end in self.gaps})
         self.copies = nn.ModuleDict({str(i): copy_layer(model, layers[i]) for i in leaps})
         averages = {str(i): copy_layer(model, layers[i]).requires_grad_(False) for i in leaps[:num_averaged]}
         self.averages = nn.ModuleDict(averages)
 
-    def forward(self, h_BTD: torch.Tensor, calls: Mapping[int, LayerCall], up_to: int | None = None) -> torch.Tensor:
+    def forward(self, h_BTD: torch.Tensor, calls: Mapping[int, LayerCall]) -> torch.Tensor:
         """The hidden states after the last leapt layer, for the model's final norm and LM head.
 
         Args:
             h_BTD: A block's output.
             calls: How the decoder calls its layers in this forward.
-            up_to: Run only so many leapt layers.
         """
-        for index in self.leaps[:up_to]:
+        for index in self.leaps:
             if self.checkpointing and h_BTD.requires_grad:
                 # Reentrant: what it computes again is seen by `bench step`, and its backward is an ordinary one.
                 h_BTD = checkpoint(self._step, index, h_BTD, calls[index], use_reentrant=True)
@@ -76,10 +77,11 @@ class LeapAuxiliary(nn.Module):
                 h_BTD = self._step(index, h_BTD, calls[index])
         return h_BTD
 
-    def translator_at(self, position: int) -> Translator | None:
-        """The translator before the leapt layer at a position, if there is one."""
-        name = str(self.leaps[position]) if position < len(self.leaps) else ""
-        return cast(Translator, self.translators[name]) if name in self.translators else None
+    def calibrate(self, fits: Mapping[Gap, TranslatorFit]) -> None:
+        """Sets the translators of those gaps that are fitted."""
+        for gap in self.gaps:
+            if gap in fits:
+                fits[gap].solve(cast(Translator, self.translators[str(gap[1])]))
 
     def _step(self, index: int, h_BTD: torch.Tensor, call: LayerCall) -> torch.Tensor:
         """One leapt layer, with what stands before and beside it."""

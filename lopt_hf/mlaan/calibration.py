@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lopt_hf.blocks import DecoderStack, find_decoder_stack
-from lopt_hf.mlaan.auxiliary import LeapAuxiliary
+from lopt_hf.mlaan.auxiliary import Gap, LeapAuxiliary
 from lopt_hf.mlaan.layer_calls import LayerCall, record_layer_calls
 from lopt_hf.mlaan.leaps import calibrated_leaps
 from lopt_hf.mlaan.translator import TranslatorFit
@@ -23,6 +23,9 @@ __all__ = ["Calibration"]
 
 # What of a batch tells a decoder which tokens stand where; labels and the trainer's own columns are not for it.
 _DECODER_INPUTS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
+
+# Bounds the memory of the sums: 16 (D + 1)^2 bytes for each gap, 0.3 GB at D = 4096.
+GAPS_AT_ONCE = 8
 
 Batch = Mapping[str, Any]
 
@@ -60,17 +63,19 @@ class Calibration:
         self.measured = measured
 
     @torch.no_grad()
-    def fit(self, auxiliaries: Mapping[int, LeapAuxiliary]) -> None:
-        """Fits the translators of all auxiliaries, each behind those before it in its auxiliary.
+    def fit(self, auxiliaries: Iterable[LeapAuxiliary]) -> None:
+        """Fits the translators of all auxiliaries, which are changed in place.
 
-        A translator maps what arrives to what the stock model's layer gets. The batches run once for the first
-        translators, once for the second ones, and so on; nothing is kept of them but sums.
-
-        Args:
-            auxiliaries: By the first layer behind their block; they are changed in place.
+        Each maps what the stock model has where its gap begins to what it has where the gap ends, so that the batches
+        run once for a number of them; nothing is kept of the batches but sums.
         """
-        indices = _indices(auxiliaries)
-        _fit(auxiliaries, self.stack.hidden_size, lambda: self._forwards(indices, self.fitted))
+        made = list(auxiliaries)
+        gaps = sorted({gap for auxiliary in made for gap in auxiliary.gaps})
+        for some in (gaps[start : start + GAPS_AT_ONCE] for start in range(0, len(gaps), GAPS_AT_ONCE)):
+            indices = sorted({index for gap in some for index in gap})
+            fits = self._fits(some, self._forwards(indices, self.fitted))
+            for auxiliary in made:
+                auxiliary.calibrate(fits)
 
     @torch.no_grad()
     def losses(self, auxiliaries: Mapping[int, LeapAuxiliary]) -> tuple[float, dict[int, float]]:
@@ -94,13 +99,26 @@ class Calibration:
         """
         num_layers = len(self.stack.layers)
         pairs = list(self._forwards(range(stop, num_layers), self.measured))
+        fits: dict[Gap, TranslatorFit] = {}
 
         def measure(leaps: Sequence[int]) -> float:
             auxiliary = make(leaps)
-            _fit({stop: auxiliary}, self.stack.hidden_size, lambda: pairs)
+            for gap in fits.keys() - set(auxiliary.gaps):  # the next candidate shares most of this one's
+                del fits[gap]
+            fits.update(self._fits([gap for gap in auxiliary.gaps if gap not in fits], pairs))
+            auxiliary.calibrate(fits)
             return self._mean_loss(pairs, stop, auxiliary)
 
         return calibrated_leaps(stop, num_layers, count, measure)
+
+    def _fits(self, gaps: Sequence[Gap], pairs: Iterable[_Pair]) -> dict[Gap, TranslatorFit]:
+        device = next(self.stack.layers.parameters()).device
+        fits = {gap: TranslatorFit(self.stack.hidden_size, device) for gap in gaps}
+        for seen, _ in pairs if gaps else ():
+            for (begin, end), fit in fits.items():
+                kept = (seen.inputs_BTD[index][seen.kept_BT].float() for index in (begin, end))
+                fit.add(*kept, seen.is_first_BT[seen.kept_BT])
+        return fits
 
     def _mean_loss(self, pairs: Sequence[_Pair], stop: int, auxiliary: LeapAuxiliary | None) -> float:
         losses = []
@@ -124,29 +142,6 @@ class Calibration:
                 decoder(**inputs)
         kept_BT, is_first_BT = _tokens(batch, next(iter(inputs_BTD.values())))
         return _Seen(inputs_BTD, calls, kept_BT, is_first_BT)
-
-
-def _indices(auxiliaries: Mapping[int, LeapAuxiliary]) -> list[int]:
-    """Of all layers whose inputs the fit needs."""
-    return sorted({index for stop, auxiliary in auxiliaries.items() for index in (stop, *auxiliary.leaps)})
-
-
-def _fit(auxiliaries: Mapping[int, LeapAuxiliary], hidden_size: int, pairs: Callable[[], Iterable[_Pair]]) -> None:
-    """Fits the translators in rounds: in round i those before each auxiliary's i-th leapt layer."""
-    for position in range(max((len(auxiliary.leaps) for auxiliary in auxiliaries.values()), default=0)):
-        fits = {}
-        for stop, auxiliary in auxiliaries.items():
-            translator = auxiliary.translator_at(position)
-            if translator is not None:
-                fits[stop] = translator, TranslatorFit(hidden_size, translator.weight.device)
-        for seen, _ in pairs() if fits else ():
-            for stop, (_, fit) in fits.items():
-                h_BTD = auxiliaries[stop](seen.inputs_BTD[stop], seen.calls, up_to=position)
-                target_BTD = seen.inputs_BTD[auxiliaries[stop].leaps[position]]
-                kept_BT = seen.kept_BT
-                fit.add(h_BTD[kept_BT].float(), target_BTD[kept_BT].float(), seen.is_first_BT[kept_BT])
-        for translator, fit in fits.values():
-            fit.solve(translator)
 
 
 def _tokens(batch: Mapping[str, Any], h_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -86,7 +86,7 @@ class MLAANMixin(LoPTMixin):
             calibration = self._make_calibration(base_model)
             chosen = {stop: self._choose(base_model, calibration, stop, counts[i]) for stop, i in learning.items()}
             made = {stop: self._make_auxiliary(base_model, stop, leaps) for stop, leaps in chosen.items()}
-            calibration.fit(made)
+            calibration.fit(made.values())
             self._measure_start(calibration, made)
         self._add_readouts(list(made.values()))
         heads = nn.ModuleDict({str(index): made[stop] for stop, index in learning.items()})
@@ -251,8 +251,11 @@ class MLAANMixin(LoPTMixin):
         if self.boundary.window_losses:
             self._log_losses(self.boundary.window_losses)
 
+    def _auxiliaries(self) -> dict[str, LeapAuxiliary]:
+        return {index: cast(LeapAuxiliary, head) for index, head in self.local_heads.items()}
+
     def _update_averages(self) -> None:
-        for auxiliary in self.local_heads.values():
+        for auxiliary in self._auxiliaries().values():
             auxiliary.update_averages(self.stack.layers, self.args.ema_decay)
         if isinstance(self._objective, MovingReadoutObjective):
             self._objective.update(self.args.ema_decay)
@@ -261,13 +264,13 @@ class MLAANMixin(LoPTMixin):
 
     def _block_settings(self) -> dict[str, Any]:
         args: MLAANArguments = self.args
-        names = ("window", "combine", "ema_layers", "ema_decay", "translator", "readout", "tied_embeddings")
-        names += ("independent_weight", "cascaded_weight", "auxiliary_warmup_steps")
+        names = ["window", "combine", "ema_layers", "ema_decay", "translator", "readout", "tied_embeddings"]
+        names += ["independent_weight", "cascaded_weight", "auxiliary_warmup_steps"]
         return {
             "method": "MLAAN",
             "num_blocks": len(self.blocks),
             "split_at": [block.start for block in self.blocks[1:]],
-            "leap_layers": {index: list(auxiliary.leaps) for index, auxiliary in self.local_heads.items()},
+            "leap_layers": {index: list(made.leaps) for index, made in self._auxiliaries().items()},
             **{name: getattr(args, name) for name in names},
             "has_early_learning_rate": args.early_learning_rate is not None,
         }

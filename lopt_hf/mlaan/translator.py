@@ -26,7 +26,7 @@ class Translator(nn.Linear):
 
 
 class TranslatorFit:
-    """Fits a translator in closed form; its sums don't grow with the number of tokens.
+    """Fits a translator in closed form, drawn towards the identity; its sums don't grow with the number of tokens.
 
     The first position of a sequence has activations hundreds of times larger than the others (an attention sink).
     It is fitted like every other, since the leapt layers attend to it; but it is left out of the mean square that the
@@ -47,7 +47,7 @@ class TranslatorFit:
 
     def solve(self, translator: Translator) -> None:
         """Puts the fitted map into a translator."""
-        prior_FD = torch.zeros_like(self._sums.right_FD)
-        map_FD = self._sums.solve(prior_FD)
+        identity_FD = torch.eye(*self._sums.right_FD.shape)
+        map_FD = self._sums.solve(identity_FD)
         translator.weight.data.copy_(map_FD[:-1].T)
         translator.bias.data.copy_(map_FD[-1])

@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=argparse.SUPPRESS, help="MLAAN, with windows of so many blocks")
     options = vars(parser.parse_args())
     if "window" in options:
-        del options["local_backward"], options["local_objective"]
+        del options["local_backward"], options["local_objective"], options["local_step"]
     tasks = options.pop("retention_tasks")
     if tasks is not None:
         callback = RetentionCallback(tasks=["tiny_sums", "tiny_text"], include_path=tasks, every_steps=2)

@@ -21,7 +21,8 @@ def test_fit_is_the_ridge_regression(tmp_path):
     features = np.concatenate([x_ND, np.ones((60, 1))], axis=1).astype(np.float64)
     penalty = RELATIVE_RIDGE * np.square(features[~is_first_N.numpy()]).sum(0).mean()
     rows = np.concatenate([features, np.sqrt(penalty) * np.eye(6)])
-    expected = np.linalg.lstsq(rows, np.concatenate([y_ND, np.zeros((6, 5))]), rcond=None)[0]
+    drawn_to = np.sqrt(penalty) * np.eye(6, 5)
+    expected = np.linalg.lstsq(rows, np.concatenate([y_ND, drawn_to]), rcond=None)[0]
     found = torch.cat([translator.weight.T, translator.bias[None]]).detach()
     torch.testing.assert_close(found, torch.from_numpy(expected).float(), rtol=1e-4, atol=1e-5)
 
@@ -46,6 +47,22 @@ def test_translators_lower_the_local_loss_at_the_start(tmp_path):
         model = trainer.start_losses["model"]
         losses[translator] = abs(trainer.start_losses["block_0"] - model)
     assert losses["calibrated"] < losses["none"]
+
+
+def test_calibrate_chooses_the_layers_with_the_lowest_loss(tmp_path):
+    """Of two layers, one of them the last, all choices are tried."""
+    settings = {"num_blocks": 2, "window": 1, "split_at": [2], "leap_layers": [2], "calibration_tokens": 1}
+    model = make_model(num_hidden_layers=8, seed=1)
+    chosen = make_mlaan_trainer(tmp_path, model, leap="calibrate", **settings).local_heads["0"].leaps
+    trainer = make_mlaan_trainer(tmp_path, model, leap="last", **settings)
+    calibration = trainer._make_calibration(trainer.model)
+    calibration.fitted = calibration.measured
+    losses = {}
+    for first in range(2, 7):
+        auxiliary = trainer._make_auxiliary(trainer.model, 2, [first, 7])
+        calibration.fit([auxiliary])
+        losses[first, 7] = calibration.losses({2: auxiliary})[1][2]
+    assert chosen == min(losses, key=losses.get)
 
 
 def test_calibration_leaves_the_random_state_and_the_models_mode(tmp_path):
