@@ -224,9 +224,10 @@ class MLAANMixin(LoPTMixin):
 
     def _local_scale(self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None) -> float:
         """Each token weighs the same as in the task loss, however many of the step's tokens the micro-batch has."""
-        if num_items_in_batch is None:
+        labels_BT = inputs.get("labels")
+        if num_items_in_batch is None or labels_BT is None:
             return super()._local_scale(inputs, num_items_in_batch)
-        counted = (inputs["labels"][:, 1:] != IGNORED_LABEL).sum()
+        counted = (labels_BT[:, 1:] != IGNORED_LABEL).sum()
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return float(counted / num_items_in_batch * processes)
 
