@@ -182,6 +182,8 @@ def train_and_save(trainer: SFTTrainer, checkpoint: str | None, dataset_name: st
     if trainer.args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
         trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}")
+    # The process group's threads may still be giving back tensors, for which they need the interpreter.
+    trainer.accelerator.state.destroy_process_group()
 
 
 def resumed_checkpoint(args: SFTConfig) -> str | None:

@@ -50,6 +50,7 @@ def main() -> None:
     save_file(snapshot(trainer), f"{trainer.args.output_dir}/weights-{rank}.safetensors")
     if rank == 0:
         Path(trainer.args.output_dir, "log_history.json").write_text(json.dumps(trainer.state.log_history))
+    trainer.accelerator.state.destroy_process_group()
 
 
 if __name__ == "__main__":

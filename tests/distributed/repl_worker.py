@@ -23,10 +23,12 @@ def run(output_dir: Path, kind: str, **settings: object) -> dict:
 def main() -> None:
     output_dir, kind = Path(sys.argv[1]), sys.argv[2]
     weights = run(output_dir, kind, per_device_train_batch_size=2)
-    rank = PartialState().process_index
+    state = PartialState()
     save_file(
-        {name: weight.contiguous() for name, weight in weights.items()}, output_dir / f"weights-{rank}.safetensors"
+        {name: weight.contiguous() for name, weight in weights.items()},
+        output_dir / f"weights-{state.process_index}.safetensors",
     )
+    state.destroy_process_group()
 
 
 if __name__ == "__main__":
