@@ -111,6 +111,11 @@ class WindowBoundary(GradientBoundary):
         if cotangent_BTD is not None and self.window > 1:
             self._reach_back(last, last - 1, cotangent_BTD * self.task_share)
         self._close(list(self._segments), run_backward)
+        self.reset()
+
+    def reset(self) -> None:
+        """Frees what a micro-batch that did not come to its end has left."""
+        self._segments = {}
         self._boundary_BTD = None
 
     def check_task_loss(self, loss: torch.Tensor) -> None:
@@ -161,16 +166,13 @@ class WindowBoundary(GradientBoundary):
         """The weighted sum of a block's two losses."""
         batch = LocalBatch(mask_BT=self._local_mask(own_BTD), inputs=self._inputs)
         auxiliary = self.heads[str(index)]
-        inputs = {"cascaded": lambda: auxiliary(handed_BTD, self._calls)}
-        if self.weights.independent:
-            inputs["independent"] = lambda: own_BTD
-        total = own_BTD.new_zeros((), dtype=torch.float32)
-        for name, make_hidden in inputs.items():
-            loss = self.objective(auxiliary, make_hidden(), own_BTD, batch)
-            self.window_losses.setdefault(f"block_{index}/{name}", []).append(loss.detach())
-            weight = self.weights.cascaded if name == "cascaded" else self.weights.independent
-            total = total + weight * loss
-        return total
+        cascaded = self.objective(auxiliary, auxiliary(handed_BTD, self._calls), handed_BTD, batch)
+        self.window_losses[f"block_{index}/cascaded"] = [cascaded.detach()]
+        if not self.weights.independent:
+            return self.weights.cascaded * cascaded
+        independent = self.objective(auxiliary, own_BTD, own_BTD, batch)
+        self.window_losses[f"block_{index}/independent"] = [independent.detach()]
+        return self.weights.cascaded * cascaded + self.weights.independent * independent
 
     def _reach_back(self, end: int, newest: int, cotangent_BTD: torch.Tensor) -> None:
         """Takes the cotangent of the window that ends at block `end` from block `newest` to the window's first."""
