@@ -70,11 +70,7 @@ class LeapAuxiliary(nn.Module):
             calls: How the decoder calls its layers in this forward.
         """
         for index in self.leaps:
-            if self.checkpointing and h_BTD.requires_grad:
-                # Reentrant: what it computes again is seen by `bench step`, and its backward is an ordinary one.
-                h_BTD = checkpoint(self._step, index, h_BTD, calls[index], use_reentrant=True)
-            else:
-                h_BTD = self._step(index, h_BTD, calls[index])
+            h_BTD = self._step(index, h_BTD, calls[index])
         return h_BTD
 
     def calibrate(self, fits: Mapping[Gap, TranslatorFit]) -> None:
@@ -88,11 +84,17 @@ class LeapAuxiliary(nn.Module):
         name = str(index)
         if name in self.translators:
             h_BTD = self.translators[name](h_BTD)
-        output_BTD = call(self.copies[name], h_BTD)
+        output_BTD = self._run(self.copies[name], h_BTD, call)
         if name not in self.averages:
             return output_BTD
-        total_BTD = output_BTD + call(self.averages[name], h_BTD)
+        total_BTD = output_BTD + self._run(self.averages[name], h_BTD, call)
         return total_BTD / 2 if self.combine == "mean" else total_BTD
+
+    def _run(self, layer: nn.Module, h_BTD: torch.Tensor, call: LayerCall) -> torch.Tensor:
+        if not self.checkpointing or not h_BTD.requires_grad:
+            return call(layer, h_BTD)
+        # Reentrant: what it computes again is seen by `bench step`, and the auxiliary's backward is an ordinary one.
+        return cast(torch.Tensor, checkpoint(call, layer, h_BTD, use_reentrant=True))
 
     @torch.no_grad()
     def update_averages(self, layers: nn.ModuleList, decay: float) -> None:
@@ -102,14 +104,6 @@ class LeapAuxiliary(nn.Module):
             for parameter_name, parameter in average.named_parameters():
                 if parameter is not live[parameter_name]:  # frozen weights are shared
                     parameter.lerp_(live[parameter_name].to(parameter), 1 - decay)
-
-    def own_parameters(self, shared: set[int]) -> dict[str, nn.Parameter]:
-        """The parameters that are not the model's, by name.
-
-        Args:
-            shared: The `id`s of the model's parameters.
-        """
-        return {name: parameter for name, parameter in self.named_parameters() if id(parameter) not in shared}
 
 
 def copy_layer(model: PreTrainedModel, layer: nn.Module) -> nn.Module:

@@ -116,8 +116,8 @@ class Calibration:
         fits = {gap: TranslatorFit(self.stack.hidden_size, device) for gap in gaps}
         for seen, _ in pairs if gaps else ():
             for (begin, end), fit in fits.items():
-                kept = (seen.inputs_BTD[index][seen.kept_BT].float() for index in (begin, end))
-                fit.add(*kept, seen.is_first_BT[seen.kept_BT])
+                h_ND, target_ND = (seen.inputs_BTD[index][seen.kept_BT].float() for index in (begin, end))
+                fit.add(h_ND, target_ND, seen.is_first_BT[seen.kept_BT])
         return fits
 
     def _mean_loss(self, pairs: Sequence[_Pair], stop: int, auxiliary: LeapAuxiliary | None) -> float:
