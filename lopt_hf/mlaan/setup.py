@@ -26,6 +26,9 @@ logger = logging.get_logger(__name__)
 # Ours: batches on which leaps are chosen and the loss at the start is measured.
 MEASURED_BATCHES = 4
 
+# Ours: 16 MiB of fp32 logits, a quarter of what LoPT's readout takes: they come on top of a window's activations.
+MAX_LOGITS = 2**22
+
 
 class AuxiliarySetupMixin(LoPTMixin):
     """Makes, calibrates and measures the auxiliaries; `MLAANMixin` trains with them."""
@@ -37,7 +40,7 @@ class AuxiliarySetupMixin(LoPTMixin):
             return MovingReadoutObjective(base_model)
         if self.args.readout == "trainable":
             return TrainableReadoutObjective(base_model)
-        return ReadoutObjective.from_model(base_model)
+        return ReadoutObjective.from_model(base_model, max_logits=MAX_LOGITS)
 
     def _make_local_heads(self, base_model: PreTrainedModel) -> nn.ModuleDict:
         args: MLAANArguments = self.args
