@@ -19,6 +19,8 @@ _EXPORTS = {
     "LoPTTrainer": "lopt_hf.trainers.lopt_trainer",
     "LocalBatch": "lopt_hf.objectives",
     "LocalObjective": "lopt_hf.objectives",
+    "MLAANConfig": "lopt_hf.mlaan.config",
+    "MLAANTrainer": "lopt_hf.mlaan.trainer",
     "PipelineConfig": "lopt_hf.pipeline.config",
     "PipelineTrainer": "lopt_hf.pipeline.runner",
     "PlanSettings": "lopt_hf.planner.plan",
@@ -40,6 +42,8 @@ __all__ = [
     "LoPTTrainer",
     "LocalBatch",
     "LocalObjective",
+    "MLAANConfig",
+    "MLAANTrainer",
     "PipelineConfig",
     "PipelineTrainer",
     "PlanSettings",
@@ -54,6 +58,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from lopt_hf.mlaan.config import MLAANConfig
+    from lopt_hf.mlaan.trainer import MLAANTrainer
     from lopt_hf.objectives import LocalBatch, LocalObjective, ReconstructionObjective
     from lopt_hf.pipeline.config import PipelineConfig
     from lopt_hf.pipeline.runner import PipelineTrainer

@@ -239,16 +239,22 @@ class GradientBoundary:
         return share * torch.as_tensor(loss)
 
     def _backward_now(self, index: int, loss: torch.Tensor) -> None:
+        with self._outside_the_forward(loss.device.type):
+            assert self._run_backward is not None
+            self._run_backward(index, loss)
+
+    @contextlib.contextmanager
+    def _outside_the_forward(self, device_type: str) -> Iterator[None]:
+        """For a backward that runs within the model's forward: nothing of that forward's state applies to it."""
         # A checkpointed layer runs again in its backward; its outputs must not be collected a second time.
         token = _active_collector.set(None)
         try:
-            with torch.autocast(loss.device.type, enabled=False):
-                assert self._run_backward is not None
-                self._run_backward(index, loss)
+            with torch.autocast(device_type, enabled=False):
+                yield
         finally:
             _active_collector.reset(token)
         # Autocast keeps its low-precision copies of the block's weights until the forward ends.
-        if torch.is_autocast_enabled(loss.device.type):
+        if torch.is_autocast_enabled(device_type):
             torch.clear_autocast_cache()
 
     def _check_reach(self, index: int, loss: torch.Tensor) -> None:

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from lopt_hf.blocks import find_decoder_stack
 from lopt_hf.objectives import LocalBatch
 
-__all__ = ["ReadoutObjective", "model_after_the_layers"]
+__all__ = ["Readout", "ReadoutObjective", "counted_tokens", "frozen_copy", "model_after_the_layers", "unadapted"]
 
 IGNORED_LABEL = -100  # transformers, TRL
 
@@ -86,7 +86,7 @@ class ReadoutObjective:
             ValueError: If a weight is not there (on the `meta` device), or if `copy=False` and one is trainable.
         """
         vocabulary_size = model.config.get_text_config(decoder=True).vocab_size
-        readout = _Readout(model_after_the_layers(model, functools.partial(_frozen, copy=copy)))
+        readout = Readout(model_after_the_layers(model, functools.partial(frozen_copy, copy=copy)))
         return cls(readout, max(1, max_logits // vocabulary_size))
 
     @functools.cached_property
@@ -104,18 +104,27 @@ class ReadoutObjective:
     def __call__(
         self, head: nn.Module, output_BTD: torch.Tensor, input_BTD: torch.Tensor, batch: LocalBatch
     ) -> torch.Tensor:
-        labels_BT = batch.inputs.get("labels")
-        if labels_BT is None or labels_BT.shape != output_BTD.shape[:2]:
-            found = "none" if labels_BT is None else f"{tuple(labels_BT.shape)}"
-            raise ValueError(
-                f"local_objective='readout' needs a label for each of the {tuple(output_BTD.shape[:2])} tokens, but "
-                f"the batch has {found}; use 'reconstruction', or a collator that makes `labels`."
-            )
-        labels_BT = labels_BT[:, 1:].to(output_BTD.device)
-        counts_BT = labels_BT != IGNORED_LABEL
-        hidden_ND, labels_N = output_BTD[:, :-1][counts_BT], labels_BT[counts_BT]
+        hidden_ND, labels_N = counted_tokens(output_BTD, batch)
         total = _ChunkedCrossEntropy.apply(hidden_ND, labels_N, self.readout, self.tokens_per_chunk)
         return total / max(1, labels_N.numel())
+
+
+def counted_tokens(output_BTD: torch.Tensor, batch: LocalBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The hidden states (N, D) before each token that has a label, and these labels (N,).
+
+    Raises:
+        ValueError: If the batch has not a label for each token.
+    """
+    labels_BT = batch.inputs.get("labels")
+    if labels_BT is None or labels_BT.shape != output_BTD.shape[:2]:
+        found = "none" if labels_BT is None else f"{tuple(labels_BT.shape)}"
+        raise ValueError(
+            f"a local loss through the LM head needs a label for each of the {tuple(output_BTD.shape[:2])} tokens, "
+            f"but the batch has {found}; use a collator that makes `labels`, or local_objective='reconstruction'."
+        )
+    labels_BT = labels_BT[:, 1:].to(output_BTD.device)
+    counts_BT = labels_BT != IGNORED_LABEL
+    return output_BTD[:, :-1][counts_BT], labels_BT[counts_BT]
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -169,7 +178,7 @@ class _AfterTheLayers(nn.Module):
         return _DecoderOutput(last_hidden_state=hidden_BTD)
 
 
-class _Readout(nn.Module):
+class Readout(nn.Module):
     """A model of the stock class whose decoder is `_AfterTheLayers`: its own forward makes the logits."""
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -225,19 +234,19 @@ def _run_after_the_layers(model: PreTrainedModel) -> list[str]:
     return order
 
 
-def _unadapted(module: nn.Module) -> Any:
+def unadapted(module: nn.Module) -> Any:
     """The module under an adapter, or itself."""
     if isinstance(module, BaseTunerLayer):
         return module.get_base_layer()
     return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
 
 
-def _frozen(module: nn.Module, empty: nn.Module, copy: bool) -> nn.Module:
+def frozen_copy(module: nn.Module, empty: nn.Module, copy: bool) -> nn.Module:
     """The module itself if it is frozen or not to be copied, else `empty` with frozen copies of its weights.
 
     Not a deep copy: that would take hooks along, and forwards that are bound to the module they were made for.
     """
-    module = _unadapted(module)
+    module = unadapted(module)
     weights = module.state_dict()
     if any(tensor.is_meta for tensor in weights.values()) or not empty.state_dict().keys() <= weights.keys():
         raise ValueError(

@@ -182,7 +182,7 @@ def _check_model(settings: StepBenchSettings, checkpoint: str) -> None:
             "pass the path of a folder that holds a config.json."
         ) from error
     layers = config.num_hidden_layers
-    if {"lopt", "lopt_local_step", "freeze"} & set(settings.methods) and max(settings.num_blocks) > layers:
+    if {"lopt", "lopt_local_step", "freeze", "mlaan"} & set(settings.methods) and max(settings.num_blocks) > layers:
         raise ValueError(f"num_blocks={settings.num_blocks}: the model has {layers} layers; use at most {layers}.")
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and settings.seq_length > longest:

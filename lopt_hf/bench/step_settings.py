@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
-__all__ = ["LORA_RANK", "METHODS", "REPL_EVERY", "StepBenchSettings", "StepRow", "make_rows"]
+__all__ = ["LORA_RANK", "METHODS", "REPL_EVERY", "StepBenchSettings", "StepRow", "make_rows", "mlaan_window"]
 
 METHODS = ("e2e", "e2e_checkpointing", "lopt", "lopt_local_step", "freeze", "lora")
-CHOICES = (*METHODS, "repl")
+CHOICES = (*METHODS, "mlaan", "repl")
 REPL_EVERY = 4  # RepL, arXiv 2605.19533: every 4th layer
 DTYPES = ("bf16", "fp32")
 EMBEDDINGS = ("untie", "freeze")
@@ -27,13 +27,13 @@ class StepBenchSettings:
     )
     methods: tuple[str, ...] = field(default=METHODS, metadata={"help": f"Any of {', '.join(CHOICES)}."})
     num_blocks: tuple[int, ...] = field(
-        default=(2, 4), metadata={"help": "Blocks of the lopt rows; freeze takes the first."}
+        default=(2, 4), metadata={"help": "Blocks of the lopt and mlaan rows; freeze takes the first."}
     )
     split_at: tuple[int, ...] | None = field(
         default=None, metadata={"help": "First layers of all blocks but the first, for the one number of blocks."}
     )
     tied_embeddings: str = field(
-        default="untie", metadata={"help": "untie or freeze a tied LM head, in the lopt and freeze rows."}
+        default="untie", metadata={"help": "untie or freeze a tied LM head, in the lopt, freeze and mlaan rows."}
     )
     local_update_interval: tuple[int, ...] = field(
         default=(1, 4), metadata={"help": "Intervals of the lopt rows; above 1 with the first --num-blocks only."}
@@ -99,6 +99,11 @@ class StepRow:
         return self.interval + self.warmup + self.timed_steps
 
 
+def mlaan_window(num_blocks: int) -> int:
+    """MLAAN's windows of two blocks (its code); of one where two would be the whole model."""
+    return min(2, num_blocks - 1)
+
+
 def make_rows(settings: StepBenchSettings) -> list[StepRow]:
     def row(name: str, method: str, num_blocks: int = settings.num_blocks[0], interval: int = 1) -> StepRow:
         cycles = settings.steps if interval == 1 else max(2, settings.steps // interval)
@@ -111,6 +116,9 @@ def make_rows(settings: StepBenchSettings) -> list[StepRow]:
     for method in settings.methods:
         if method == "lopt_local_step":
             rows += [row(f"LoPT K={blocks}, local step", method, blocks) for blocks in settings.num_blocks]
+            continue
+        if method == "mlaan":
+            rows += [row(f"MLAAN K={k}, window {mlaan_window(k)}", method, k) for k in settings.num_blocks]
             continue
         if method != "lopt":
             rows.append(row(names[method], method))

@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from lopt_hf.bench.processes import FailuresTo, peak_resident_bytes
-from lopt_hf.bench.step_settings import LORA_RANK, REPL_EVERY, StepBenchSettings, StepRow
+from lopt_hf.bench.step_settings import LORA_RANK, REPL_EVERY, StepBenchSettings, StepRow, mlaan_window
 from lopt_hf.bench.training import silence, token_rows
 
 if TYPE_CHECKING:
@@ -87,6 +87,16 @@ def _make_trainer(row: StepRow, settings: StepBenchSettings, checkpoint: str, fo
             "train_early_blocks": row.method != "freeze",
         }
         return LoPTTrainer(args=LoPTConfig(**arguments), **shared)
+    if row.method == "mlaan":
+        from lopt_hf import MLAANConfig, MLAANTrainer
+
+        arguments |= {
+            "num_blocks": row.num_blocks,
+            "split_at": None if settings.split_at is None else list(settings.split_at),
+            "tied_embeddings": settings.tied_embeddings,
+            "window": mlaan_window(row.num_blocks),
+        }
+        return MLAANTrainer(args=MLAANConfig(**arguments), **shared)
     if row.method == "lora":
         shared["peft_config"] = LoraConfig(r=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     if row.method == "repl":

@@ -23,13 +23,23 @@ class GridRun:
         method: Label of the method.
         learning_rate: Peak learning rate.
         seed: Seed of the drawn training rows, of their order and of new weights.
-        arguments: Arguments of `lopt-hf sft`, without data and output folder.
+        arguments: Arguments of `lopt-hf sft`, without data and output folder; `method: mlaan` is `lopt-hf mlaan`.
     """
 
     method: str
     learning_rate: float
     seed: int
     arguments: Mapping[str, Any]
+
+    @property
+    def command(self) -> str:
+        """The command that trains it: `sft`, or `mlaan`, which has no argument `method`."""
+        return "mlaan" if self.arguments.get("method") == "mlaan" else "sft"
+
+    @property
+    def command_arguments(self) -> dict[str, Any]:
+        """The arguments of that command."""
+        return {name: value for name, value in self.arguments.items() if (self.command, name) != ("mlaan", "method")}
 
     @property
     def name(self) -> str:
@@ -53,7 +63,8 @@ class Grid:
     heldout_dataset: str = field(metadata={"help": "Data whose answers' loss is the gain, in the same layouts."})
     methods: Mapping[str, Mapping[str, Any]] = field(
         metadata={
-            "help": "Label -> arguments of lopt-hf sft. Also learning_rates, in place of the grid's, and "
+            "help": "Label -> arguments of lopt-hf sft, or with method: mlaan of lopt-hf mlaan. "
+            "Also learning_rates, in place of the grid's, and "
             f"{EARLY_RATE_RATIO}: the early blocks' rate as a share of the run's."
         }
     )

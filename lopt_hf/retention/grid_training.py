@@ -1,4 +1,4 @@
-"""Fine-tunes every run of a grid by `lopt-hf sft`, each in a process of its own, and goes on where it was stopped."""
+"""Fine-tunes every run of a grid by its command, each in a process of its own, and goes on where it was stopped."""
 
 import json
 import logging
@@ -179,9 +179,9 @@ def _fits(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: i
 
 
 def _arguments(grid: Grid, run: GridRun, output_dir: Path) -> dict[str, Any]:
-    """What `lopt-hf sft` is told."""
+    """What the run's command is told."""
     return {
-        **run.arguments,
+        **run.command_arguments,
         "model_name_or_path": resolve_model(grid.model),
         "dataset_name": str(grid.output_path / "data" / "train.jsonl"),
         "dataset_max_samples": grid.num_train,
@@ -232,7 +232,7 @@ def _train_alone(grid: Grid, run: GridRun) -> list[str]:
     threads = max(1, torch.get_num_threads() // grid.workers)
     with (folder / "train.log").open("w", encoding="utf-8") as log:
         result = subprocess.run(
-            [sys.executable, "-m", "lopt_hf.scripts.sft", "--config", str(config)],
+            [sys.executable, "-m", f"lopt_hf.scripts.{run.command}", "--config", str(config)],
             env={**os.environ, "OMP_NUM_THREADS": str(threads)},
             stdin=subprocess.DEVNULL,
             stdout=log,

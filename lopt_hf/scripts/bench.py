@@ -30,6 +30,8 @@ the peak resident memory; as a table, then as JSON.
   lopt_local_step    LoPTTrainer with local_step; a row for each --num-blocks
   freeze             LoPTTrainer that leaves the early blocks frozen
   lora               SFTTrainer with a LoRA of rank 16 on all linear layers
+  mlaan              MLAANTrainer, a row for each --num-blocks; windows of two blocks, of one where there are two
+                     (not among the default methods)
   repl               SFTTrainer on a RepL model with every 4th layer replaced (not among the default methods)
 
 Each method takes turns with an end-to-end run of its own: two processes at a time, with their weights and optimizer

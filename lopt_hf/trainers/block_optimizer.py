@@ -30,7 +30,8 @@ class BlockOptimizerMixin(BlockParametersMixin):
             is_new = self.optimizer is None
             optimizer = super().create_optimizer(model)
         present = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        missing = [parameter for parameter in self.local_heads.parameters() if id(parameter) not in present]
+        learning = (parameter for parameter in self.local_heads.parameters() if parameter.requires_grad)
+        missing = [parameter for parameter in learning if id(parameter) not in present]
         if missing:  # an optimizer of the user's own
             optimizer.param_groups[0]["params"].extend(missing)  # not a new group: a scheduler may know the groups
         if is_new and self.args.early_learning_rate is not None:

@@ -84,6 +84,9 @@ class BlockParametersMixin(TrainerBase):
                     f"{block.stop - 1}) is trainable, as after freezing it or with an adapter on later layers only; "
                     "set train_early_blocks to False, or make parameters of the block trainable."
                 )
+        self._check_early_rate()
+
+    def _check_early_rate(self) -> None:
         if self.optimizer is not None and self.args.early_learning_rate is not None:
             raise ValueError(
                 f"early_learning_rate={self.args.early_learning_rate} has no effect on an optimizer of your own; give "

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
@@ -118,7 +119,7 @@ class CheckpointMixin(TrainerBase):
         if not self.args.should_save:
             return
         if not self._heads_in_model:
-            save_file({k: v.contiguous() for k, v in self.local_heads.state_dict().items()}, staged / HEADS_FILE)
+            save_file({k: v.contiguous() for k, v in self._heads_state().items()}, staged / HEADS_FILE)
         state = {
             "settings": self._block_settings(),
             "total_train_tokens": self._total_train_tokens,
@@ -133,7 +134,14 @@ class CheckpointMixin(TrainerBase):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if not self._heads_in_model:
-            self.local_heads.load_state_dict(load_file(os.path.join(resume_from_checkpoint, HEADS_FILE)))
+            self._load_heads_state(load_file(os.path.join(resume_from_checkpoint, HEADS_FILE)))
+
+    def _heads_state(self) -> dict[str, torch.Tensor]:
+        """The heads' own weights: those that a resumed run cannot find in its model."""
+        return self.local_heads.state_dict()
+
+    def _load_heads_state(self, state: dict[str, torch.Tensor]) -> None:
+        self.local_heads.load_state_dict(state)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # The parent starts these at zero when it resumes between two logs.

@@ -8,11 +8,14 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel, PrefixTuningConfig
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig
 from trl.data_utils import get_dataset_column_names
 
 from lopt_hf.blocks import find_decoder_stack, split_layers
 
-__all__ = ["check_dataset", "check_model", "check_output_dir"]
+__all__ = ["check_dataset", "check_model", "check_output_dir", "check_sft_dataset"]
+
+_SFT_LAYOUTS = ({"messages"}, {"conversations"}, {"prompt", "completion"}, {"input_ids"})
 
 
 def check_output_dir(output_dir: str, resume_from_checkpoint: str | bool | None) -> None:
@@ -55,6 +58,18 @@ def check_dataset(dataset: Any, layouts: Sequence[Set[str]], advice: str = "") -
             f"train_dataset has the columns {sorted(columns)} but none of the layouts to train on ({known}); "
             f"rename the columns{advice and ', '}{advice}."
         )
+
+
+def check_sft_dataset(dataset: Any, args: SFTConfig, formatting_func: Any = None) -> None:
+    """Raises if a training set is empty or, unless its preparation is skipped, has no column that `SFTTrainer` reads.
+
+    Raises:
+        ValueError: If it has no rows, or none of the column layouts.
+    """
+    dataset_kwargs: Any = args.dataset_kwargs or {}
+    is_prepared = formatting_func is not None or dataset_kwargs.get("skip_prepare_dataset")
+    layouts = () if is_prepared else ({args.dataset_text_field}, *_SFT_LAYOUTS)
+    check_dataset(dataset, layouts, "set dataset_text_field, or pass a formatting_func")
 
 
 def check_model(

@@ -1,5 +1,6 @@
 """The forward and the local backward of one micro-batch."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -37,8 +38,8 @@ class LocalLossMixin(LocalStepMixin):
         if not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         steps = self.current_gradient_accumulation_steps
-        update = self.args.train_early_blocks and self.state.global_step % self.args.local_update_interval == 0
-        with self.boundary.training_forward(self._run_local_backward, 1 / steps, update, inputs):
+        scale = self._local_scale(inputs, num_items_in_batch)
+        with self.boundary.training_forward(self._run_local_backward, scale, self._updates_early_blocks(), inputs):
             result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self.boundary.check_task_loss(result[0] if return_outputs else result)
         joint_loss = self.boundary.joint_loss()
@@ -46,6 +47,13 @@ class LocalLossMixin(LocalStepMixin):
             return result
         joint_loss = joint_loss / steps if self._is_scaled(num_items_in_batch) else joint_loss
         return (result[0] + joint_loss, result[1]) if return_outputs else result + joint_loss
+
+    def _local_scale(self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None) -> float:
+        """Factor of the eager local losses, each a mean over the micro-batch: all micro-batches weigh the same."""
+        return 1 / self.current_gradient_accumulation_steps
+
+    def _updates_early_blocks(self) -> bool:
+        return self.args.train_early_blocks and self.state.global_step % self.args.local_update_interval == 0
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -64,9 +72,11 @@ class LocalLossMixin(LocalStepMixin):
     def _log_local_losses(self) -> None:
         if not any(self.boundary.losses.values()):
             return
-        device = self.args.device
-        losses = torch.stack([torch.stack(block).mean().to(device) for block in self.boundary.losses.values()])
-        values = self.accelerator.reduce(losses, reduction="mean").tolist()
-        for index, value in zip(self.boundary.losses, values, strict=True):
-            self._check_finite(f"local_loss/block_{index}", value)
-            self._metrics["train"][f"local_loss/block_{index}"].append(value)
+        self._log_losses({f"block_{index}": losses for index, losses in self.boundary.losses.items()})
+
+    def _log_losses(self, losses: Mapping[str, list[torch.Tensor]]) -> None:
+        """Logs the mean of each list over all ranks as `local_loss/<name>`."""
+        means = torch.stack([torch.stack(values).mean().to(self.args.device) for values in losses.values()])
+        for name, value in zip(losses, self.accelerator.reduce(means, reduction="mean").tolist(), strict=True):
+            self._check_finite(f"local_loss/{name}", value)
+            self._metrics["train"][f"local_loss/{name}"].append(value)

@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from transformers.utils import logging
@@ -72,32 +73,13 @@ class LoPTMixin(LocalLossMixin, CheckpointMixin):
             for parameter in self._early_parameters():
                 parameter.requires_grad_(False)
         self._check_trainable()
-        objective = self._objective = local_objective or self._make_objective(base_model)
-        learning = self.early_blocks if args.train_early_blocks else []
-        self.local_heads = make_heads(objective, self.stack.hidden_size, self.blocks, self.args.seed, only=learning)
-        for block in learning:
-            self.local_heads[str(block.index)].to(self._device_of(block))
+        self._objective = local_objective or self._make_objective(base_model)
+        self.local_heads = self._make_local_heads(base_model)
         self._heads_in_model = args.sharding_engine is not None
         if self._heads_in_model:  # the engine shards, steps and saves what is in the model. Untested on GPU.
             base_model.add_module("local_heads", self.local_heads)
-        self.boundary = GradientBoundary(
-            base_model,
-            self.blocks,
-            objective,
-            self.local_heads,
-            weight=self._local_weight(),
-            mode=args.pick_local_backward(),
-            router_coefficient=self._router_coefficient(),
-            early_blocks=self.early_blocks,
-        )
+        self.boundary = self._make_boundary(base_model)
         weakref.finalize(self, self.boundary.remove)
-        if args.local_backward == "auto" and self.boundary.mode == "joint":
-            logger.warning(
-                f"local_backward='auto' is 'joint' under {args.sharding_engine or args.optim}: the early blocks' "
-                "activations are kept until the common backward."
-            )
-        elif args.local_backward == "auto":
-            logger.info("local_backward='auto' is 'eager': each block's activations are freed when it is done.")
         self._warn_of_the_early_rate()
         self._warn_of_accumulation()
         self.add_callback(ZeroHeadGradients(self.local_heads))
@@ -116,6 +98,34 @@ class LoPTMixin(LocalLossMixin, CheckpointMixin):
         if args.local_objective == "readout":
             return ReadoutObjective.from_model(base_model)
         return ReconstructionObjective(args.reconstruction_bottleneck, masked=args.reconstruction_mask == "attention")
+
+    def _make_local_heads(self, base_model: PreTrainedModel) -> nn.ModuleDict:
+        learning = self.early_blocks if self.args.train_early_blocks else []
+        heads = make_heads(self._objective, self.stack.hidden_size, self.blocks, self.args.seed, only=learning)
+        for block in learning:
+            heads[str(block.index)].to(self._device_of(block))
+        return heads
+
+    def _make_boundary(self, base_model: PreTrainedModel) -> GradientBoundary:
+        args: LocalLearningArguments = self.args
+        mode = args.pick_local_backward()
+        if args.local_backward == "auto" and mode == "joint":
+            logger.warning(
+                f"local_backward='auto' is 'joint' under {args.sharding_engine or args.optim}: the early blocks' "
+                "activations are kept until the common backward."
+            )
+        elif args.local_backward == "auto":
+            logger.info("local_backward='auto' is 'eager': each block's activations are freed when it is done.")
+        return GradientBoundary(
+            base_model,
+            self.blocks,
+            self._objective,
+            self.local_heads,
+            weight=self._local_weight(),
+            mode=mode,
+            router_coefficient=self._router_coefficient(),
+            early_blocks=self.early_blocks,
+        )
 
     def _local_weight(self) -> float:
         """The factor of each early block's loss."""

@@ -7,14 +7,12 @@ from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTTrainer
 
 from lopt_hf.objectives import LocalObjective
-from lopt_hf.trainers.checks import check_dataset, check_model
+from lopt_hf.trainers.checks import check_model, check_sft_dataset
 from lopt_hf.trainers.conversion import local_config
 from lopt_hf.trainers.lopt_config import LoPTConfig
 from lopt_hf.trainers.lopt_mixin import LOPT_PAPER, LoPTMixin
 
 __all__ = ["LoPTTrainer"]
-
-LAYOUTS = ({"messages"}, {"conversations"}, {"prompt", "completion"}, {"input_ids"})
 
 
 class LoPTTrainer(LoPTMixin, SFTTrainer):
@@ -66,8 +64,5 @@ class LoPTTrainer(LoPTMixin, SFTTrainer):
             inspect.signature(SFTTrainer.__init__).bind_partial(self, model, args, *sft_args, **sft_kwargs).arguments
         )
         check_model(model, args, given.get("peft_config"), given.get("quantization_config"))
-        dataset_kwargs: Any = args.dataset_kwargs or {}
-        is_prepared = given.get("formatting_func") is not None or dataset_kwargs.get("skip_prepare_dataset")
-        layouts = () if is_prepared else ({args.dataset_text_field}, *LAYOUTS)
-        check_dataset(given.get("train_dataset"), layouts, "set dataset_text_field, or pass a formatting_func")
+        check_sft_dataset(given.get("train_dataset"), args, given.get("formatting_func"))
         super().__init__(model, args, *sft_args, local_objective=local_objective, **sft_kwargs)

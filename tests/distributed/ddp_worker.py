@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 import tests.conftest  # noqa: F401  (offline, one thread)
 from lopt_hf import RetentionCallback
+from tests.mlaan.helpers import make_mlaan_trainer
 from tests.tiny import make_dataset, make_questions
 from tests.trainers.helpers import InTwoForwards, WithFixedCompletions, make_trainer, snapshot
 
@@ -18,7 +19,9 @@ TRAINERS = {"grpo": WithFixedCompletions, "grpo-in-two-forwards": InTwoForwards}
 
 def run(output_dir: Path, kind: str = "sft", **settings: Any) -> Any:
     """A run with the same micro-batches, however they are spread over processes and accumulation steps."""
-    if kind not in TRAINERS:
+    if "window" in settings:
+        trainer = make_mlaan_trainer(output_dir, **settings)
+    elif kind not in TRAINERS:
         trainer = make_trainer(output_dir, kind=kind, **settings)
     else:
         # Prompts of one length: which of them share a micro-batch is random, and must not matter.
@@ -42,7 +45,10 @@ def main() -> None:
     parser.add_argument("--local_objective", default="reconstruction")
     parser.add_argument("--load_best_model_at_end", action="store_true")
     parser.add_argument("--retention_tasks", type=Path, help="folder of tasks that a RetentionCallback measures")
+    parser.add_argument("--window", type=int, default=argparse.SUPPRESS, help="MLAAN, with windows of so many blocks")
     options = vars(parser.parse_args())
+    if "window" in options:
+        del options["local_backward"], options["local_objective"], options["local_step"]
     tasks = options.pop("retention_tasks")
     if tasks is not None:
         callback = RetentionCallback(tasks=["tiny_sums", "tiny_text"], include_path=tasks, every_steps=2)

@@ -79,6 +79,15 @@ def test_local_step_changes_no_bit(tmp_path):
     assert norms[0] == norms[1] and len(norms[0]) == 3
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_processes_of_mlaan_equal_one(tmp_path, accumulation):
+    """Windows of two blocks: the task's gradient reaches a block that DDP does not know of."""
+    options = ["--window", 2, "--num_blocks", 4, "--gradient_accumulation_steps", accumulation]
+    two = launch(tmp_path / "two", *options)
+    settings = {"gradient_accumulation_steps": 2 * accumulation, "per_device_train_batch_size": 2}
+    assert_same_weights(two, snapshot(run(tmp_path / "one", window=2, num_blocks=4, **settings)))
+
+
 def test_both_ranks_load_the_best_model(tmp_path):
     weights = launch(tmp_path, "--load_best_model_at_end")
     best = json.loads((tmp_path / "checkpoint-3/trainer_state.json").read_text())["best_model_checkpoint"]

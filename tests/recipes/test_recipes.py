@@ -13,7 +13,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
 from lopt_hf.retention.grid import load_grid
-from lopt_hf.scripts import dpo, grpo, pipeline, repl, sft
+from lopt_hf.scripts import dpo, grpo, mlaan, pipeline, repl, sft
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"
@@ -27,6 +27,7 @@ PARSERS = {
     "grpo": grpo.make_parser,
     "pipeline": pipeline.make_parser,
     "repl": repl.make_parser,
+    "mlaan": mlaan.make_parser,
 }  # by the recipe's folder
 
 # LoPT, arXiv 2605.04913 v3
@@ -122,8 +123,9 @@ def test_recipe_is_parsed_in_full(path: Path) -> None:
     values = parse(path, path.parent.name)
     written = yaml.safe_load(path.read_text())
     assert written.keys() <= values.keys()
-    own = ("num_stages", "split", "local_objective") if path.parent.name == "pipeline" else ("method",)
-    for key in ("model_name_or_path", "dataset_name", "output_dir", *own):
+    own = {"pipeline": ("num_stages", "split", "local_objective"), "mlaan": ("window", "leap")}
+    own_keys = own.get(path.parent.name, ("method",))
+    for key in ("model_name_or_path", "dataset_name", "output_dir", *own_keys):
         assert values[key] == written[key]
     task = f"{path.parent.name}-" if path.parent.name in ("dpo", "grpo") else ""
     assert values["output_dir"] == f"out/{path.parts[-3]}-{task}{path.stem}"
@@ -140,20 +142,21 @@ def test_recipe_is_mentioned_in_the_readme_of_its_model(path: Path) -> None:
 
 @pytest.mark.parametrize("path", GRIDS, ids=name_of)
 def test_every_run_of_a_grid_is_parsed_in_full(path: Path, tmp_path: Path) -> None:
-    """Each run's arguments are those of `lopt-hf sft`, and its README names the file."""
+    """Each run's arguments are those of its command, and its README names the file."""
     assert path.name in (path.parent / "README.md").read_text()
     for run in load_grid(path).runs():
         config = tmp_path / f"{run.name}.yaml"
-        config.write_text(yaml.safe_dump({**run.arguments, "output_dir": "out"}))
-        values = parse(config)
-        assert run.arguments.keys() <= values.keys()
-        for key in run.arguments.keys() - {"report_to", "lora_target_modules"}:  # the two that their classes rewrite
-            assert values[key] == run.arguments[key]
+        arguments = run.command_arguments
+        config.write_text(yaml.safe_dump({**arguments, "output_dir": "out"}))
+        values = parse(config, run.command)
+        assert arguments.keys() <= values.keys()
+        for key in arguments.keys() - {"report_to", "lora_target_modules"}:  # the two that their classes rewrite
+            assert values[key] == arguments[key]
 
 
-def test_a_grids_settings_for_a_hub_are_settings() -> None:
+@pytest.mark.parametrize("path", GRIDS, ids=name_of)
+def test_a_grids_settings_for_a_hub_are_settings(path: Path) -> None:
     """What its comment offers in their place; each task that is measured in part is one of its tasks."""
-    path = RECIPES / "smollm2-135m" / "retention" / "gsm8k.yaml"
     lines = path.read_text().partition("# With a hub")[2].splitlines()[1:]
     comment = takewhile(lambda line: line.startswith("#   "), lines)
     offered = yaml.safe_load("\n".join(line.removeprefix("#   ") for line in comment))

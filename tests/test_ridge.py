@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lopt_hf.repl.ridge import ChannelRidge, LinearRidge, SharedRidge
+from lopt_hf.ridge import ChannelRidge, LinearRidge, SharedRidge
 
 K, N, D = 3, 50, 4
 FEATURES = torch.randn(K, N, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

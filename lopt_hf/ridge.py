@@ -8,14 +8,15 @@ import torch
 __all__ = ["ChannelRidge", "LinearRidge", "SharedRidge"]
 
 
-def _solve(gram: torch.Tensor, right: torch.Tensor, ridge: float) -> torch.Tensor:
+def _solve(gram: torch.Tensor, right: torch.Tensor, ridge: float, left_out: torch.Tensor | float = 0) -> torch.Tensor:
     """Solves `(gram + ridge * mean(diag(gram)) * I) x = right`; the last two dimensions are matrices.
 
-    A feature that never varies from 0 gets the coefficient 0.
+    A feature that never varies from 0 gets the coefficient 0. `left_out` is a part of the diagonal that the penalty is
+    not relative to.
     """
     size = gram.shape[-1]
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    penalty = ridge * diagonal.mean(-1, keepdim=True).expand_as(diagonal)
+    penalty = ridge * (diagonal - left_out).mean(-1, keepdim=True).expand_as(diagonal)
     penalty = torch.where(diagonal == 0, torch.ones_like(diagonal), penalty)
     return torch.linalg.lstsq(gram + torch.diag_embed(penalty), right.reshape(*gram.shape[:-2], size, -1)).solution
 
@@ -81,12 +82,15 @@ class LinearRidge:
         self.ridge = ridge
         self.gram_FF = torch.zeros(num_channels + 1, num_channels + 1, dtype=torch.float64, device=device)
         self.right_FD = torch.zeros(num_channels + 1, num_channels, dtype=torch.float64, device=device)
+        self._outside_penalty_F = torch.zeros(num_channels + 1, dtype=torch.float64, device=device)
 
-    def add(self, x_ND: torch.Tensor, target_ND: torch.Tensor) -> None:
-        """Adds tokens."""
+    def add(self, x_ND: torch.Tensor, target_ND: torch.Tensor, in_penalty: bool = True) -> None:
+        """Adds tokens; without `in_penalty` such that the penalty is not relative to."""
         features_NF = torch.cat([x_ND, torch.ones_like(x_ND[:, :1])], 1).double()
         self.gram_FF += features_NF.T @ features_NF
         self.right_FD += features_NF.T @ target_ND.double()
+        if not in_penalty:
+            self._outside_penalty_F += features_NF.square().sum(0)
 
     def solve(self, prior_FD: torch.Tensor) -> torch.Tensor:
         """The map transposed, its last row the constant: (F, D), F = D + 1.
@@ -95,4 +99,5 @@ class LinearRidge:
             prior_FD: What the fit is drawn towards, in the same layout.
         """
         prior_FD = prior_FD.to(self.gram_FF)
-        return prior_FD + _solve(self.gram_FF, self.right_FD - self.gram_FF @ prior_FD, self.ridge)
+        right_FD = self.right_FD - self.gram_FF @ prior_FD
+        return prior_FD + _solve(self.gram_FF, right_FD, self.ridge, self._outside_penalty_F)

@@ -1,0 +1,238 @@
+"""Arguments of MLAAN, alone (`MLAANArguments`) and with TRL's SFT arguments (`MLAANConfig`)."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import yaml
+from transformers.training_args import OptimizerNames
+from trl import SFTConfig
+
+from lopt_hf.mlaan.windows import LossWeights
+from lopt_hf.trainers.block_arguments import BlockLearningArguments
+
+__all__ = ["MLAANArguments", "MLAANConfig"]
+
+
+@dataclass
+class MLAANArguments(BlockLearningArguments):
+    """Arguments that MLAAN adds to a TRL trainer's config; mix it in before the config class.
+
+    Sources: MLAAN, arXiv 2406.16633 ("paper"), and its released code, Wendy231015/MLAAN ("code"). Both train
+    convolutional networks from scratch; "ours" is what language models that are trained already need.
+
+    Parameters:
+        num_blocks: Blocks that the decoder layers are cut into. Ours: 4; the papers' ImageNet networks have few too.
+        window: Number of adjacent blocks that a loss reaches, k. Code: 2. 1: no gradient crosses a boundary.
+            `num_blocks`: one window, the task loss alone, which is end-to-end training.
+        leap_layers: For each early block how many deeper layers its auxiliary has, or which: `[3, 2, 1]`, or
+            `[[21, 25, 29], [27, 29], [29]]`. 0: none, the loss stands on the block's output. Default: `leap_share` of
+            the layers that follow, so that the number falls with depth (paper: 4, ..., 4, 3, 3, 2, 1).
+        leap_share: Share of the layers that follow a block in its auxiliary, where `leap_layers` is not given. Ours:
+            half; with fewer the local losses of a pretrained model start far above its own (recipes/smollm2-135m).
+        leap: Which deeper layers: `"even"` spreads them over the layers that follow (paper), `"last"` takes the last
+            ones, `"calibrate"` adds one after the other the layer that lowers the local loss most on a few batches.
+            The last layer is always among them.
+        combine: The first leapt layer's output is the `"mean"` of copy and moving average, so that the auxiliary
+            starts as the pretrained model with layers left out (ours), or their `"sum"` (code).
+        ema_decay: Decay m of the moving averages, after every optimizer step (paper and code: 0.995).
+        ema_layers: Leapt layers with a moving average beside them: the `"first"` (code), or `"all"`.
+        translator: `"calibrated"` puts a linear map before each gap of layers, fitted in closed form before training
+            (ours: without it the local loss of a pretrained model is worse than guessing), `"none"` nothing (paper).
+        calibration_tokens: Tokens of the training set that the translators are fitted to. Ours: 8192, 14 for each
+            channel of SmolLM2-135M.
+        independent_weight: Weight of the loss on a block's own output (code: 0.001).
+        cascaded_weight: Weight of the loss behind the auxiliary, which reaches the window (code: 0.999).
+        readout: Norm and LM head of the local losses: the model's `"frozen"` as at the start (ours: they are large),
+            an `"ema"` of them, or a `"trainable"` copy for each block (code).
+        auxiliary_warmup_steps: For so many first steps the local losses train the auxiliaries only. Ours: 0.
+        auxiliary_checkpointing: Compute an auxiliary's layers again in its backward, which follows at once, so that it
+            adds the activations of one layer to those of the window. Ours.
+
+    Raises:
+        ValueError: If a value is out of range, or under an engine that must see one backward per step.
+    """
+
+    _lowest: ClassVar[dict[str, float]] = BlockLearningArguments._lowest | {
+        "window": 1,
+        "leap_share": 0.0,
+        "ema_decay": 0.0,
+        "calibration_tokens": 1,
+        "independent_weight": 0.0,
+        "cascaded_weight": 0.0,
+        "auxiliary_warmup_steps": 0,
+    }
+    _chosen: ClassVar[tuple[str, ...]] = (
+        "leap",
+        "combine",
+        "ema_layers",
+        "translator",
+        "readout",
+        *BlockLearningArguments._chosen,
+    )
+    # What LoPT leaves open and MLAAN doesn't.
+    train_early_blocks: ClassVar[bool] = True
+    local_step: ClassVar[bool] = False
+    local_update_interval: ClassVar[int] = 1
+
+    num_blocks: int = field(
+        default=4, metadata={"help": "Number of blocks the decoder layers are cut into (ours: 4)."}
+    )
+    window: int = field(
+        default=2,
+        metadata={"help": "Number of adjacent blocks that a loss reaches (code: 2); num_blocks is end-to-end."},
+    )
+    leap_layers: list[Any] | str | None = field(  # text where it comes from a command line
+        default=None,
+        metadata={
+            "help": "For each early block how many deeper layers its auxiliary has, as [3, 2, 1], or which, as "
+            "[[21, 25, 29], [27, 29], [29]]. Default: leap_share of the layers that follow.",
+        },
+    )
+    leap_share: float = field(
+        default=0.5,
+        metadata={
+            "help": "Share of the following layers in an auxiliary, where leap_layers is not given (ours: 0.5)."
+        },
+    )
+    leap: str = field(
+        default="even",
+        metadata={
+            "help": "Which deeper layers: 'even' over those that follow (paper), the 'last' ones, or 'calibrate': "
+            "those that lower the local loss most at the start.",
+            "choices": ["even", "last", "calibrate"],
+        },
+    )
+    combine: str = field(
+        default="mean",
+        metadata={
+            "help": "Copy and moving average as their 'mean' (ours) or their 'sum' (code).",
+            "choices": ["mean", "sum"],
+        },
+    )
+    ema_decay: float = field(
+        default=0.995, metadata={"help": "Decay of the moving averages, per optimizer step (paper: 0.995)."}
+    )
+    ema_layers: str = field(
+        default="first",
+        metadata={
+            "help": "Leapt layers with a moving average beside them: 'first' (code) or 'all'.",
+            "choices": ["first", "all"],
+        },
+    )
+    translator: str = field(
+        default="calibrated",
+        metadata={
+            "help": "'calibrated': a linear map before each gap of layers, fitted before training (ours); "
+            "'none' (paper).",
+            "choices": ["calibrated", "none"],
+        },
+    )
+    calibration_tokens: int = field(
+        default=8192, metadata={"help": "Training tokens that translators are fitted to and leaps chosen by (ours)."}
+    )
+    independent_weight: float = field(
+        default=0.001, metadata={"help": "Weight of the loss on a block's own output (code: 0.001)."}
+    )
+    cascaded_weight: float = field(
+        default=0.999, metadata={"help": "Weight of the loss behind the auxiliary (code: 0.999)."}
+    )
+    readout: str = field(
+        default="frozen",
+        metadata={
+            "help": "Norm and LM head of the local losses: 'frozen' as at the start (ours), their 'ema', or a "
+            "'trainable' copy for each block (code).",
+            "choices": ["frozen", "ema", "trainable"],
+        },
+    )
+    auxiliary_warmup_steps: int = field(
+        default=0, metadata={"help": "First steps in which the local losses train the auxiliaries only (ours: 0)."}
+    )
+
+    auxiliary_checkpointing: bool = field(
+        default=True,
+        metadata={"help": "Compute an auxiliary's layers again in its backward, for the activations of one (ours)."},
+    )
+
+    @property
+    def loss_weights(self) -> LossWeights:
+        """The weights of the two losses on an early block."""
+        return LossWeights(self.independent_weight, self.cascaded_weight)
+
+    @property
+    def task_share(self) -> float:
+        """The share of the task's gradient that leaves the last block: all of it where it is the only loss."""
+        if self.window == self.num_blocks:
+            return 1.0
+        return self.cascaded_weight / (self.independent_weight + self.cascaded_weight)
+
+    def _check_engine(self) -> None:
+        engine = self.sharding_engine
+        if engine is None and self.optim in ("lomo", "adalomo"):
+            engine = f"optim={OptimizerNames(self.optim).value!r}"
+        if engine is not None:
+            raise ValueError(
+                f"MLAAN does not work under {engine}, which must see one backward per step; train in one process or "
+                "with DDP (recipes/accelerate_configs/ddp_2.yaml), with another optimizer."
+            )
+        checkpointing = self.gradient_checkpointing_kwargs or {}
+        reentrant = isinstance(checkpointing, dict) and checkpointing.get("use_reentrant", False)
+        if self.window > 1 and self.gradient_checkpointing and reentrant:
+            raise ValueError(
+                f"window={self.window} does not work with reentrant activation checkpointing, which gives a block's "
+                "input no gradient by itself; leave use_reentrant out, or set it to False."
+            )
+
+    def _check_ranges(self) -> None:
+        super()._check_ranges()
+        if self.window > self.num_blocks:
+            raise ValueError(
+                f"window={self.window} is more than num_blocks={self.num_blocks}; at num_blocks it is end-to-end."
+            )
+        for name in ("ema_decay", "leap_share"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name}={getattr(self, name)} is too high; it must be at most 1.")
+        if self.independent_weight + self.cascaded_weight == 0:
+            raise ValueError("independent_weight and cascaded_weight are both 0; set cascaded_weight to 0.999.")
+        self.leap_layers = _read_leaps(self.leap_layers)
+        if self.leap_layers is not None and len(self.leap_layers) != self.num_blocks - 1:
+            raise ValueError(
+                f"leap_layers={self.leap_layers} has {len(self.leap_layers)} entries, but there are "
+                f"{self.num_blocks - 1} early blocks with num_blocks={self.num_blocks}; give one for each."
+            )
+
+
+def _read_leaps(value: Any) -> list[Any] | None:
+    """`leap_layers` as a list of numbers or of lists of indices, from Python, YAML or a command line."""
+    if value is None:
+        return None
+    message = (
+        f"leap_layers={value!r} must be a list with a number of layers, or a list of layer indices, for each early "
+        "block, such as [3, 2, 1] or [[21, 25, 29], [27, 29], [29]]."
+    )
+    if isinstance(value, str):
+        try:
+            value = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(message) from error
+    entries = (
+        [list(entry) if isinstance(entry, tuple | list) else entry for entry in value]
+        if isinstance(value, tuple | list)
+        else None
+    )
+    if entries is None or not all(_is_leap(entry) for entry in entries):
+        raise ValueError(message)
+    return entries
+
+
+def _is_leap(entry: Any) -> bool:
+    if isinstance(entry, list):
+        return all(isinstance(index, int) for index in entry)
+    return isinstance(entry, int) and entry >= 0
+
+
+@dataclass
+class MLAANConfig(MLAANArguments, SFTConfig):
+    """Configuration of [`MLAANTrainer`]: every argument of [`~trl.SFTConfig`] and those of MLAAN.
+
+    On a machine without an accelerator `use_cpu` is set, so that the defaults run.
+    """

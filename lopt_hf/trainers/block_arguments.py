@@ -1,0 +1,137 @@
+"""Arguments of learning block by block, whatever the early blocks learn from."""
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from accelerate.utils import parse_flag_from_env
+
+__all__ = ["BlockLearningArguments"]
+
+# The arguments are mixed in before a config class; a type checker is told that they are one.
+if TYPE_CHECKING:
+    from transformers import TrainingArguments as ArgumentsBase
+else:
+    ArgumentsBase = object
+
+
+@dataclass
+class BlockLearningArguments(ArgumentsBase):
+    """Arguments of every trainer that cuts a decoder into blocks; each method's arguments are a subclass.
+
+    Sources: LoPT, arXiv 2605.04913 v3 ("paper"), and its released code, HumyuShi/LoPT commit d4cb99e ("code").
+
+    Parameters:
+        num_blocks: Blocks that the decoder layers are cut into. Paper, Sec. 3: 2; more blocks are the code's.
+        split_at: First layer of every block but the first, instead of an even split.
+        early_learning_rate: Learning rate of early blocks, embeddings and heads. Default: `learning_rate` (paper);
+            the code has the option as `lr_k1`.
+        clip_scope: `"block"` clips each block's gradient at `max_grad_norm` (paper, App. L), `"global"` all together
+            (code).
+        tied_embeddings: What to do where the LM head shares the input embedding: `"untie"` gives the head a copy
+            (paper and code), `"freeze"` keeps them tied and frozen, so the checkpoint keeps its size and layout.
+        log_drift: Log each block's relative weight drift from the start, `||W - W0|| / ||W0||` over its trainable
+            parameters. Keeps a copy of them in host memory.
+
+    Raises:
+        ValueError: If a value is out of range; the message names field, value and fix.
+    """
+
+    # Extended by each method: the lowest value of a number (whole if it is), and what must be one of its `choices`.
+    _lowest: ClassVar[dict[str, float]] = {"num_blocks": 2, "early_learning_rate": 0.0}
+    _chosen: ClassVar[tuple[str, ...]] = ("clip_scope", "tied_embeddings")
+
+    num_blocks: int = field(
+        default=2, metadata={"help": "Number of blocks the decoder layers are cut into (paper, Sec. 3: 2)."}
+    )
+    split_at: list[int] | None = field(
+        default=None,
+        metadata={"help": "Index of the first layer of every block but the first, instead of an even split."},
+    )
+    early_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of early blocks, embeddings and heads. Default: `learning_rate` (paper)."},
+    )
+    clip_scope: str = field(
+        default="block",
+        metadata={
+            "help": "Clip the gradient of each block at `max_grad_norm` (paper, App. L), or of all together: 'global' "
+            "(released code).",
+            "choices": ["block", "global"],
+        },
+    )
+    tied_embeddings: str = field(
+        default="untie",
+        metadata={
+            "help": "Where the LM head shares the input embedding: 'untie' gives the head a copy (paper and code), "
+            "'freeze' keeps both tied and frozen.",
+            "choices": ["untie", "freeze"],
+        },
+    )
+    log_drift: bool = field(
+        default=False,
+        metadata={"help": "Log each block's relative weight drift from the start; keeps a copy of the weights."},
+    )
+
+    def __post_init__(self) -> None:
+        # First of all: transformers' own checks need the engine that they are for to be installed.
+        self._check_ranges()
+        self._check_choices()
+        self._check_engine()
+        # transformers refuses bf16, the default of TRL's configs, on a machine without an accelerator unless told
+        # that this is meant.
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        super().__post_init__()
+
+    @property
+    def sharding_engine(self) -> str | None:
+        """`"FSDP"` or `"DeepSpeed"` if the run shards the model, as its arguments or `accelerate launch` say."""
+        if self.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
+            return "FSDP"
+        if self.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+            return "DeepSpeed"
+        return None
+
+    def _check_engine(self) -> None:
+        engine = self.sharding_engine
+        if engine == "DeepSpeed" and self.clip_scope == "block":
+            raise ValueError("clip_scope='block' does not work under DeepSpeed, which clips; set it to 'global'.")
+        if engine is not None and self.log_drift:
+            raise ValueError(
+                f"log_drift=True does not work under {engine}, which shards the weights; set it to False."
+            )
+
+    def _check_ranges(self) -> None:
+        for name, bound in self._lowest.items():
+            value = getattr(self, name)
+            if value is None and name == "early_learning_rate":
+                continue
+            kind = int if isinstance(bound, int) else (int, float)
+            if not isinstance(value, kind) or not math.isfinite(value):
+                raise ValueError(f"{name}={value!r} must be a{'n integer' if kind is int else ' finite number'}.")
+            if value < bound:
+                raise ValueError(f"{name}={value} is too low; it must be at least {bound}.")
+        self._check_split()
+
+    def _check_split(self) -> None:
+        if isinstance(self.split_at, int):  # `split_at: 7` in a YAML
+            self.split_at = [self.split_at]
+        if self.split_at is not None and not all(isinstance(index, int) for index in self.split_at):
+            raise ValueError(f"split_at={self.split_at} must be a list of integers.")
+        if self.split_at is not None and len(self.split_at) != self.num_blocks - 1:
+            raise ValueError(
+                f"split_at={self.split_at} makes {len(self.split_at) + 1} blocks but num_blocks={self.num_blocks}; "
+                f"set num_blocks to {len(self.split_at) + 1} or give {self.num_blocks - 1} indices."
+            )
+        if self.split_at is not None and any(
+            b <= a for a, b in zip([0, *self.split_at[:-1]], self.split_at, strict=True)
+        ):
+            raise ValueError(f"split_at={self.split_at} must be strictly increasing layer indices, from 1 on.")
+
+    def _check_choices(self) -> None:
+        for name in self._chosen:
+            choices = type(self).__dataclass_fields__[name].metadata["choices"]
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(choices)}.")
