@@ -57,6 +57,9 @@ class LoPTMixin(LocalLossMixin, CheckpointMixin):
             DeepSpeed) that the run is launched with.
     """
 
+    router_aux_loss_coef: float  # TRL's, as the next
+    aux_loss_enabled: bool
+
     def __init__(
         self, *trainer_args: Any, local_objective: LocalObjective | None = None, **trainer_kwargs: Any
     ) -> None:
@@ -144,7 +147,7 @@ class LoPTMixin(LocalLossMixin, CheckpointMixin):
             raise ValueError("clip_scope='block' needs FSDP2; set fsdp_version to 2, or clip_scope to 'global'.")
 
     def _router_coefficient(self) -> float:
-        return self.router_aux_loss_coef if self.aux_loss_enabled else 0.0  # TRL's
+        return self.router_aux_loss_coef if self.aux_loss_enabled else 0.0
 
     # ---- The run ----
 

@@ -17,7 +17,7 @@ from lopt_hf import MLAANConfig
 from lopt_hf.mlaan import memory
 from tests.mlaan.helpers import gradients_of, make_mlaan_trainer
 from tests.tiny import FAMILIES, make_model
-from tests.trainers.helpers import make_sft_trainer
+from tests.trainers.helpers import make_stock_trainer
 
 INPUT_IDS = torch.arange(3, 27).reshape(2, 12)
 
@@ -42,7 +42,7 @@ def test_every_parameter_moves_and_the_checkpoint_is_stock(family, tmp_path):
     trainer.save_model(tmp_path / "saved")
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
     assert not any(info.values()), info
-    stock = make_sft_trainer(tmp_path / "sft", make_model(family)).model.eval()
+    stock = make_stock_trainer(tmp_path / "sft", make_model(family)).model.eval()
     untrained = make_mlaan_trainer(tmp_path / "new", make_model(family)).model.eval()
     with torch.no_grad():
         assert torch.equal(loaded.eval()(INPUT_IDS).logits, trainer.model.eval()(INPUT_IDS).logits)

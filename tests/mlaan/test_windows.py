@@ -6,7 +6,7 @@ import torch
 from lopt_hf.blocks import split_layers
 from tests.mlaan.helpers import first_batch, gradients_of, make_mlaan_trainer, next_token_loss
 from tests.tiny import make_model
-from tests.trainers.helpers import make_sft_trainer
+from tests.trainers.helpers import make_stock_trainer
 
 LAYERS = 4
 
@@ -105,7 +105,7 @@ def test_gradients_are_those_of_the_losses_by_hand(tmp_path, num_blocks, window,
 @pytest.mark.parametrize("num_blocks", [2, 4])
 def test_a_window_over_all_blocks_is_end_to_end(tmp_path, num_blocks):
     ours = gradients_of(make_mlaan_trainer(tmp_path / "a", num_blocks=num_blocks, window=num_blocks))
-    stock = gradients_of(make_sft_trainer(tmp_path / "b"))
+    stock = gradients_of(make_stock_trainer(tmp_path / "b"))
     assert ours.keys() == stock.keys()
     for name, gradient in stock.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
@@ -116,7 +116,7 @@ def test_a_run_with_a_window_over_all_blocks_is_sft_trainers(tmp_path):
     shared = {"gradient_accumulation_steps": 2, "optim": "sgd", "learning_rate": 0.1}
     settings = {"clip_scope": "global", "num_blocks": 4, "window": 4, **shared}
     ours = make_mlaan_trainer(tmp_path / "a", make_model("gpt2"), **settings)  # tied embeddings
-    stock = make_sft_trainer(tmp_path / "b", make_model("gpt2"), **shared)
+    stock = make_stock_trainer(tmp_path / "b", make_model("gpt2"), **shared)
     for trainer in (ours, stock):
         trainer.train()
     weights = dict(ours.model.named_parameters())
