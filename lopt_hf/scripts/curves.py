@@ -88,8 +88,8 @@ def summary(label: str, curves: Sequence[Curve], part: int) -> str:
     ends = [statistics.fmean(list(curve.values())[-part:]) for curve in curves]
     rises = [end - start for start, end in zip(starts, ends, strict=True)]
     seeds = ", ".join(f"{rise:+.3f}" for rise in rises)
-    means = (statistics.fmean(values) for values in (starts, ends, rises))
-    return "| {} | {:.3f} | {:.3f} | {:+.3f} | {} |".format(label, *means, seeds)
+    start, end, rise = (statistics.fmean(values) for values in (starts, ends, rises))
+    return f"| {label} | {start:.3f} | {end:.3f} | {rise:+.3f} | {seeds} |"
 
 
 def draw(groups: dict[str, list[Curve]], metric: str, window: int, output: Path) -> None:

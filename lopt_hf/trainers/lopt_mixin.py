@@ -56,6 +56,9 @@ class LoPTMixin(LocalLossMixin, CheckpointMixin):
             DeepSpeed) that the run is launched with.
     """
 
+    aux_loss_enabled: bool  # TRL's
+    router_aux_loss_coef: float  # TRL's
+
     def __init__(
         self, *trainer_args: Any, local_objective: LocalObjective | None = None, **trainer_kwargs: Any
     ) -> None:
