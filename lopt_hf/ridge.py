@@ -17,8 +17,10 @@ def _solve(gram: torch.Tensor, right: torch.Tensor, ridge: float, left_out: torc
     size = gram.shape[-1]
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     penalty = ridge * (diagonal - left_out).mean(-1, keepdim=True).expand_as(diagonal)
-    penalty = torch.where(diagonal == 0, torch.ones_like(diagonal), penalty)
-    return torch.linalg.lstsq(gram + torch.diag_embed(penalty), right.reshape(*gram.shape[:-2], size, -1)).solution
+    is_dead = diagonal == 0
+    penalty = torch.where(is_dead, torch.ones_like(diagonal), penalty)
+    solved = torch.linalg.lstsq(gram + torch.diag_embed(penalty), right.reshape(*gram.shape[:-2], size, -1)).solution
+    return solved.masked_fill(is_dead[..., None], 0)  # up to rounding it is already
 
 
 class SharedRidge:

@@ -57,8 +57,8 @@ class LoPTMixin(LocalLossMixin, CheckpointMixin):
             DeepSpeed) that the run is launched with.
     """
 
-    router_aux_loss_coef: float  # TRL's, as the next
-    aux_loss_enabled: bool
+    aux_loss_enabled: bool  # TRL's
+    router_aux_loss_coef: float  # TRL's
 
     def __init__(
         self, *trainer_args: Any, local_objective: LocalObjective | None = None, **trainer_kwargs: Any
