@@ -11,6 +11,7 @@ from transformers import Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
+from lopt_hf.distributed import end_training
 from lopt_hf.pretrained import resolve_model
 from lopt_hf.scripts.parsing import parse_or_exit
 from lopt_hf.trainers.checks import check_output_dir
@@ -145,7 +146,7 @@ def run_training(
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}")
-    trainer.end()
+    end_training(trainer)
 
 
 def resumed_checkpoint(args: Any) -> str | None:

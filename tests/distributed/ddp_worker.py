@@ -2,13 +2,16 @@
 
 import argparse
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from torch.nn.parallel import DistributedDataParallel
 
 import tests.conftest  # noqa: F401  (offline, one thread)
 from lopt_hf import RetentionCallback
+from lopt_hf.distributed import end_training
 from tests.mlaan.helpers import make_mlaan_trainer
 from tests.tiny import make_dataset, make_questions
 from tests.trainers.helpers import InTwoForwards, WithFixedCompletions, make_trainer, snapshot
@@ -63,7 +66,10 @@ def main() -> None:
     save_file(snapshot(trainer), f"{trainer.args.output_dir}/weights-{rank}.safetensors")
     if rank == 0:
         Path(trainer.args.output_dir, "log_history.json").write_text(json.dumps(trainer.state.log_history))
-    trainer.accelerator.state.destroy_process_group()
+    wrapped = weakref.ref(trainer.model_wrapped)
+    assert isinstance(wrapped(), DistributedDataParallel)
+    end_training(trainer)
+    assert wrapped() is None
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """One rank of a two-process run with a RepL model: launched by `test_repl.py` with `accelerate launch`."""
 
+import gc
 import sys
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def main() -> None:
         {name: weight.contiguous() for name, weight in weights.items()},
         output_dir / f"weights-{state.process_index}.safetensors",
     )
+    gc.collect()  # DDP's reducer goes before the group, see `end_training`
     state.destroy_process_group()
 
 
