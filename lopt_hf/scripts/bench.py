@@ -7,7 +7,7 @@ what a folded RepL model saves where it is used.
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from lopt_hf.bench import pipeline, repl
 from lopt_hf.bench.pipeline_settings import PipelineBenchSettings
 from lopt_hf.bench.repl import RepLBenchSettings, run_repl_bench
 from lopt_hf.bench.step import BenchWorkerError, StepBenchSettings, run_step_bench, to_json, to_markdown
+from lopt_hf.scripts.settings import add_settings
 
 __all__ = ["main", "make_parser"]
 
@@ -69,27 +70,6 @@ example:
 """
 
 
-def _integers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a comma-separated list of integers such as 2,4") from error
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(","))
-
-
-_READERS: dict[Any, tuple[Callable[[str], Any], str]] = {
-    int: (int, "N"),
-    int | None: (int, "N"),
-    str: (str, "NAME"),
-    tuple[int, ...]: (_integers, "N,N"),
-    tuple[int, ...] | None: (_integers, "N,N"),
-    tuple[str, ...]: (_names, "NAME,NAME"),
-}
-
-
 def make_parser() -> argparse.ArgumentParser:
     """Makes the parser of `lopt-hf bench`; its namespace has the sub-command's `run` and `parser`."""
     parser = argparse.ArgumentParser(prog="lopt-hf bench", description=__doc__)
@@ -101,7 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=STEP_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_settings(step, StepBenchSettings)
+    _add_options(step, StepBenchSettings)
     step.set_defaults(run=_run_step, parser=step)
     pipeline_parser = commands.add_parser(
         "pipeline",
@@ -110,35 +90,21 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=PIPELINE_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_settings(pipeline_parser, PipelineBenchSettings)
+    _add_options(pipeline_parser, PipelineBenchSettings)
     pipeline_parser.set_defaults(run=_run_pipeline, parser=pipeline_parser)
     repl_parser = commands.add_parser(
         "repl",
         help="generation speed of a folded RepL model, and the time of its calibration",
         description="Generate with a model and with its folded RepL model in turns, after timing the calibration.",
     )
-    _add_settings(repl_parser, RepLBenchSettings)
+    _add_options(repl_parser, RepLBenchSettings)
     repl_parser.set_defaults(run=_run_repl, parser=repl_parser)
     return parser
 
 
-def _add_settings(parser: argparse.ArgumentParser, settings: Any) -> None:
-    for setting in fields(settings):
-        reader, metavar = _READERS[setting.type]
-        parser.add_argument(
-            f"--{setting.name.replace('_', '-')}",
-            type=reader,
-            default=setting.default,
-            metavar=metavar,
-            help=setting.metadata["help"] + _default_text(setting.default),
-        )
+def _add_options(parser: argparse.ArgumentParser, settings: Any) -> None:
+    add_settings(parser, settings)
     parser.add_argument("--output", type=Path, metavar="FILE", help="Write the JSON there instead of printing it.")
-
-
-def _default_text(default: Any) -> str:
-    if default is None:
-        return ""
-    return f" Default: {','.join(map(str, default)) if isinstance(default, tuple) else default}"
 
 
 def _run_step(arguments: argparse.Namespace) -> None:

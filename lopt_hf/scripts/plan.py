@@ -2,10 +2,10 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, fields
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from lopt_hf.planner.device import DeviceSpeed, measure_speed, read_speed, write_speed
 from lopt_hf.planner.dimensions import load_config
@@ -13,6 +13,7 @@ from lopt_hf.planner.plan import Plan, PlanSettings, make_plan
 from lopt_hf.planner.recipe import make_recipe
 from lopt_hf.planner.report import draw, to_json, to_markdown
 from lopt_hf.retention.files import whole_file
+from lopt_hf.scripts.settings import add_settings
 from lopt_hf.scripts.sft import WORD_PROBLEMS
 
 __all__ = ["main", "make_parser"]
@@ -48,27 +49,6 @@ class _OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def _integers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a comma-separated list of integers such as 2,4") from error
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(","))
-
-
-_READERS: dict[Any, tuple[Callable[[str], Any], str]] = {
-    int: (int, "N"),
-    int | str: (str, "SIZE"),
-    float: (float, "SHARE"),
-    str: (str, "NAME"),
-    tuple[int, ...]: (_integers, "N,N"),
-    tuple[str, ...]: (_names, "NAME,NAME"),
-}
-
-
 def make_parser() -> argparse.ArgumentParser:
     """Makes the parser of `lopt-hf plan`."""
     parser = _OneLineParser(
@@ -77,23 +57,9 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    for setting in fields(PlanSettings):
-        reader, metavar = _READERS[setting.type]
-        is_required = setting.default is MISSING
-        parser.add_argument(
-            f"--{setting.name.replace('_', '-')}",
-            type=reader,
-            metavar=metavar,
-            required=is_required,
-            default=None if is_required else setting.default,
-            help=setting.metadata["help"].replace("%", "%%") + ("" if is_required else _default_text(setting.default)),
-        )
+    add_settings(parser, PlanSettings)
     _add_files(parser.add_argument_group("files, none of which is overwritten"))
     return parser
-
-
-def _default_text(default: Any) -> str:
-    return f" Default: {','.join(map(str, default)) if isinstance(default, tuple) else default}"
 
 
 def _add_files(group: argparse._ArgumentGroup) -> None:
