@@ -4,21 +4,24 @@ import atexit
 import contextlib
 import gc
 from collections.abc import Collection, Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer
 
 __all__ = ["GradientReducer", "broadcast_parameters", "end_training", "ignored_by_ddp"]
 
 
-def end_training(trainer: Trainer) -> None:
+def end_training(trainer: Any) -> None:
     """Ends a trainer's trackers and the process group, at the very end of a script; the trainer is of no use then.
 
     As `Trainer.end`, after DDP's reducer has gone: were it the last to let go of a gloo group, it would wait, with the
     interpreter locked, for the group's threads, which may need the interpreter to give back a tensor.
+
+    Args:
+        trainer: A `Trainer`.
     """
     trainer.model_wrapped = trainer.model
     trainer.accelerator.free_memory()
