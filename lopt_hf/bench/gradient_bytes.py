@@ -1,6 +1,7 @@
 """How many bytes of gradients parameters hold."""
 
 from collections.abc import Iterable
+from functools import partial
 from types import TracebackType
 
 import torch
@@ -12,8 +13,9 @@ __all__ = ["GradientBytes"]
 class GradientBytes:
     """Finds the peak of the bytes that parameters hold in `.grad`.
 
-    It looks whenever a backward has added to a gradient, since nothing else makes them more. What a backward passes
-    from layer to layer, and buckets on their way between processes, are not counted.
+    It looks whenever a backward adds to a gradient, since nothing else makes them more; before it is added, as what
+    else looks then may free it. What a backward passes from layer to layer, and buckets on their way between
+    processes, are not counted.
 
     Attributes:
         peak: Largest `current` since the start, in bytes.
@@ -41,12 +43,13 @@ class GradientBytes:
         storages = [p.grad.untyped_storage() for p in self._parameters if p.grad is not None]
         return sum({(s.device, s.data_ptr()): s.nbytes() for s in storages}.values())
 
-    def _look(self, parameter: torch.Tensor) -> None:
-        self.peak = max(self.peak, self.current)
+    def _look(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
+        added = gradient.nbytes if parameter.grad is None else 0
+        self.peak = max(self.peak, self.current + added)
 
     def __enter__(self) -> "GradientBytes":
         self.peak = self.current
-        self._handles = [p.register_post_accumulate_grad_hook(self._look) for p in self._parameters]
+        self._handles = [p.register_hook(partial(self._look, p)) for p in self._parameters]
         return self
 
     def __exit__(

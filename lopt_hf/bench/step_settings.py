@@ -1,6 +1,6 @@
 """What `lopt-hf bench step` measures: the settings, and the rows of the table that follow from them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 
 __all__ = ["LORA_RANK", "METHODS", "REPL_EVERY", "StepBenchSettings", "StepRow", "make_rows", "mlaan_window"]
@@ -10,7 +10,9 @@ CHOICES = (*METHODS, "mlaan", "repl")
 REPL_EVERY = 4  # RepL, arXiv 2605.19533: every 4th layer
 DTYPES = ("bf16", "fp32")
 EMBEDDINGS = ("untie", "freeze")
+CLIP_SCOPES = ("block", "part")  # those that local_step works with
 LORA_RANK = 16  # peft's documentation uses it throughout; LoRA, arXiv 2106.09685, Sec. 7.2: small ranks suffice
+_IN_PARTS = {"block": "", "part": ", in parts"}
 _SMALLEST = {"batch_size": 1, "seq_length": 2, "steps": 1, "warmup": 0, "seed": 0, "threads": 1}
 
 
@@ -35,6 +37,10 @@ class StepBenchSettings:
     tied_embeddings: str = field(
         default="untie", metadata={"help": "untie or freeze a tied LM head, in the lopt, freeze and mlaan rows."}
     )
+    clip_scope: tuple[str, ...] = field(
+        default=("block", "part"),
+        metadata={"help": "What the lopt_local_step rows clip together: block, part or both."},
+    )
     local_update_interval: tuple[int, ...] = field(
         default=(1, 4), metadata={"help": "Intervals of the lopt rows; above 1 with the first --num-blocks only."}
     )
@@ -57,13 +63,14 @@ class StepBenchSettings:
             ("methods", CHOICES, self.methods),
             ("dtype", DTYPES, (self.dtype,)),
             ("tied_embeddings", EMBEDDINGS, (self.tied_embeddings,)),
+            ("clip_scope", CLIP_SCOPES, self.clip_scope),
         )
         for name, allowed, chosen in choices:
             for value in chosen:
                 if value not in allowed:
                     nearest = get_close_matches(value, allowed, n=1, cutoff=0.0)[0]
                     raise ValueError(f"{name}={value!r} is unknown, nearest is {nearest!r}; use {', '.join(allowed)}.")
-        for name in ("methods", "num_blocks", "local_update_interval"):
+        for name in ("methods", "num_blocks", "clip_scope", "local_update_interval"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name}={values} must name at least one value, and each value once.")
@@ -93,6 +100,7 @@ class StepRow:
     interval: int
     warmup: int
     timed_steps: int
+    clip_scope: str = "block"
 
     @property
     def total_steps(self) -> int:
@@ -115,7 +123,11 @@ def make_rows(settings: StepBenchSettings) -> list[StepRow]:
     rows: list[StepRow] = []
     for method in settings.methods:
         if method == "lopt_local_step":
-            rows += [row(f"LoPT K={blocks}, local step", method, blocks) for blocks in settings.num_blocks]
+            rows += [
+                replace(row(f"LoPT K={k}, local step{_IN_PARTS[scope]}", method, k), clip_scope=scope)
+                for k in settings.num_blocks
+                for scope in settings.clip_scope
+            ]
             continue
         if method == "mlaan":
             rows += [row(f"MLAAN K={k}, window {mlaan_window(k)}", method, k) for k in settings.num_blocks]

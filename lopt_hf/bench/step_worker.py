@@ -84,6 +84,7 @@ def _make_trainer(row: StepRow, settings: StepBenchSettings, checkpoint: str, fo
             "tied_embeddings": settings.tied_embeddings,
             "local_update_interval": row.interval,
             "local_step": row.method == "lopt_local_step",
+            "clip_scope": row.clip_scope,
             "train_early_blocks": row.method != "freeze",
         }
         return LoPTTrainer(args=LoPTConfig(**arguments), **shared)

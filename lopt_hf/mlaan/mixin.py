@@ -95,7 +95,7 @@ class MLAANMixin(AuxiliarySetupMixin):
 
     def _average_gradients(self, index: int) -> None:
         if self._reduces_early_gradients() and self.accelerator.sync_gradients:
-            self._reducer.start(self._clip_groups()[index])
+            self._reducer.start(self._learners()[index])
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         self.boundary.trains_blocks = self.state.global_step >= self.args.auxiliary_warmup_steps

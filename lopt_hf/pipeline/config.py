@@ -13,6 +13,7 @@ _UNSUPPORTED: dict[str, tuple[object, str]] = {
     "use_liger_kernel": (False, "it replaces modules that other stages hold"),
     "torch_compile": (False, "it is untested on a part of a model"),
     "load_best_model_at_end": (False, "the stages do not share an evaluation"),
+    "clip_scope": ("block", "each stage clips its own blocks"),
     "enable_jit_checkpoint": (False, "when a signal comes, the stages are at different steps"),
 }
 
@@ -102,8 +103,6 @@ class PipelineConfig(LoPTConfig):
             )
         if self.split not in ("even", "auto"):
             raise ValueError(f"split={self.split!r} is unknown; choose 'even' or 'auto', or give split_at.")
-        if self.clip_scope != "block":
-            raise ValueError(f"clip_scope={self.clip_scope!r} would need every stage to wait; set it to 'block'.")
         if self.local_backward == "joint":
             raise ValueError("local_backward='joint' needs all blocks in one process; set it to 'auto' or 'eager'.")
         if str(self.eval_strategy) not in ("no", "IntervalStrategy.NO"):

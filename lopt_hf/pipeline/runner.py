@@ -188,7 +188,7 @@ class PipelineTrainer(StageCheckpointMixin, StageLogMixin, LoPTTrainer):
 
     def _clip(self, max_norm: float) -> Any:
         if self.plan.is_last and self.world.num_replicas > 1:
-            self._reducer.start(self._clip_groups()[-1])
+            self._reducer.start(self._learners()[-1])
         return super()._clip(max_norm)
 
     def _synchronise_start(self) -> None:

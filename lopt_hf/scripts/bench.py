@@ -28,7 +28,7 @@ the peak resident memory; as a table, then as JSON.
   e2e                SFTTrainer, no activation checkpointing: what the ratios refer to
   e2e_checkpointing  SFTTrainer with activation checkpointing (reentrant)
   lopt               LoPTTrainer; a row for each --num-blocks and --local-update-interval
-  lopt_local_step    LoPTTrainer with local_step; a row for each --num-blocks
+  lopt_local_step    LoPTTrainer with local_step; a row for each --num-blocks and --clip-scope ("in parts": part)
   freeze             LoPTTrainer that leaves the early blocks frozen
   lora               SFTTrainer with a LoRA of rank 16 on all linear layers
   mlaan              MLAANTrainer, a row for each --num-blocks; windows of two blocks, of one where there are two

@@ -27,8 +27,10 @@ class BlockLearningArguments(ArgumentsBase):
         split_at: First layer of every block but the first, instead of an even split.
         early_learning_rate: Learning rate of early blocks, embeddings and heads. Default: `learning_rate` (paper);
             the code has the option as `lr_k1`.
-        clip_scope: `"block"` clips each block's gradient at `max_grad_norm` (paper, App. L), `"global"` all together
-            (code).
+        clip_scope: What of the gradient is clipped together at `max_grad_norm`: `"block"` each block (paper, App. L),
+            `"global"` everything (code), `"part"` each block's layers, and apart from them the embeddings before the
+            first block's and the norm and LM head behind the last one's (ours: with `local_step` these are not in
+            memory at the same time then).
         tied_embeddings: What to do where the LM head shares the input embedding: `"untie"` gives the head a copy
             (paper and code), `"freeze"` keeps them tied and frozen, so the checkpoint keeps its size and layout.
         log_drift: Log each block's relative weight drift from the start, `||W - W0|| / ||W0||` over its trainable
@@ -57,8 +59,8 @@ class BlockLearningArguments(ArgumentsBase):
         default="block",
         metadata={
             "help": "Clip the gradient of each block at `max_grad_norm` (paper, App. L), or of all together: 'global' "
-            "(released code).",
-            "choices": ["block", "global"],
+            "(released code), or the embeddings and the LM head apart from their blocks' layers: 'part' (ours).",
+            "choices": ["block", "global", "part"],
         },
     )
     tied_embeddings: str = field(
@@ -96,8 +98,10 @@ class BlockLearningArguments(ArgumentsBase):
 
     def _check_engine(self) -> None:
         engine = self.sharding_engine
-        if engine == "DeepSpeed" and self.clip_scope == "block":
-            raise ValueError("clip_scope='block' does not work under DeepSpeed, which clips; set it to 'global'.")
+        if engine == "DeepSpeed" and self.clip_scope != "global":
+            raise ValueError(
+                f"clip_scope={self.clip_scope!r} does not work under DeepSpeed, which clips; set it to 'global'."
+            )
         if engine is not None and self.log_drift:
             raise ValueError(
                 f"log_drift=True does not work under {engine}, which shards the weights; set it to False."

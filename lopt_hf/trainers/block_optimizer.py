@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from lopt_hf.boundary import GradientBoundary
 from lopt_hf.distributed import GradientReducer, broadcast_parameters, ignored_by_ddp
-from lopt_hf.trainers.block_parameters import BlockParametersMixin
+from lopt_hf.trainers.block_parameters import BlockParametersMixin, ClipGroup
 
 __all__ = ["BlockOptimizerMixin", "ZeroHeadGradients"]
 
@@ -35,7 +35,7 @@ class BlockOptimizerMixin(BlockParametersMixin):
         if missing:  # an optimizer of the user's own
             optimizer.param_groups[0]["params"].extend(missing)  # not a new group: a scheduler may know the groups
         if is_new and self.args.early_learning_rate is not None:
-            early = {id(parameter) for group in self._clip_groups()[:-1] for parameter in group}
+            early = {id(parameter) for block in self._learners()[:-1] for parameter in block}
             _set_learning_rate(optimizer, early, self.args.early_learning_rate)
         return optimizer
 
@@ -52,23 +52,24 @@ class BlockOptimizerMixin(BlockParametersMixin):
     def _clip(self, max_norm: float) -> Any:
         """Clips the gradients as `clip_scope` says; returns the norm of all of them before."""
         if self._reduces_early_gradients() and self.boundary.mode == "joint":
-            self._reducer.start([parameter for group in self._clip_groups()[:-1] for parameter in group])
+            self._reducer.start([parameter for block in self._learners()[:-1] for parameter in block])
         self._reducer.wait()
         if self.args.clip_scope == "global":
             heads = [] if self._heads_in_model else self.local_heads.parameters()
             return self.accelerator.clip_grad_norm_([*self.model.parameters(), *heads], max_norm)
         self.accelerator.unscale_gradients()
-        norms = [self._clip_block(i, group, max_norm) for i, group in enumerate(self._clip_groups())]
+        norms = [self._clip_group(group, max_norm) for group in self._clip_groups()]
         return torch.linalg.vector_norm(torch.stack(norms))
 
-    def _clip_block(self, index: int, parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
-        norm = clip_grad_norm_(parameters, max_norm)
+    def _clip_group(self, group: ClipGroup, max_norm: float) -> torch.Tensor:
+        """Clips a group; returns its norm before."""
+        norm = clip_grad_norm_(group.parameters, max_norm)
         full_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         return full_norm.to(self.args.device)
 
     def _check_finite(self, name: str, value: float) -> None:
         if not math.isfinite(value):
-            weights = "last block's weights" if self.args.local_step else "weights"
+            weights = "weights that have not stepped yet" if self.args.local_step else "weights"
             raise FloatingPointError(
                 f"{name} is {value} at step {self.state.global_step + 1}. Training stops before this step changes the "
                 f"{weights}; the checkpoints in output_dir={self.args.output_dir!r} are from before. Lower "

@@ -1,5 +1,6 @@
 """Which parameters belong to which block, and which of them learn."""
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -12,7 +13,7 @@ from transformers.utils import logging
 from lopt_hf.blocks import Block, DecoderStack, parameters_by_block, untie_output_embeddings
 from lopt_hf.trainers.lopt_config import LocalLearningArguments
 
-__all__ = ["BlockParametersMixin"]
+__all__ = ["BlockParametersMixin", "ClipGroup"]
 
 # The mixins stand before a trainer in the list of base classes; a type checker is told that they are one.
 if TYPE_CHECKING:
@@ -21,6 +22,21 @@ else:
     TrainerBase = object
 
 logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class ClipGroup:
+    """Parameters whose gradients are clipped together.
+
+    Attributes:
+        name: What they are, for messages; each group of a model has another.
+        block: Index of the block that owns them.
+        parameters: The parameters, frozen ones included.
+    """
+
+    name: str
+    block: int
+    parameters: list[nn.Parameter]
 
 
 class BlockParametersMixin(TrainerBase):
@@ -48,11 +64,25 @@ class BlockParametersMixin(TrainerBase):
     def _early_parameters(self) -> list[nn.Parameter]:
         return [parameter for block in self._owned()[:-1] for parameter in block.values()]
 
-    def _clip_groups(self) -> list[list[nn.Parameter]]:
-        """For each block the parameters whose gradients are clipped together: its own and its head's."""
+    def _learners(self) -> list[list[nn.Parameter]]:
+        """For each block the parameters that its gradients are for: its own and its head's."""
         groups = [[p for n, p in block.items() if ".local_heads." not in f".{n}"] for block in self._owned()]
         for index, head in self.local_heads.items():
             groups[int(index)].extend(head.parameters())
+        return groups
+
+    def _clip_groups(self) -> list[ClipGroup]:
+        """What is clipped apart; of a block's groups the one first that a backward completes first."""
+        learners = self._learners()
+        if self.args.clip_scope != "part":
+            return [ClipGroup(f"block {index}", index, parameters) for index, parameters in enumerate(learners)]
+        in_layers = {id(p) for module in (*self.stack.layers, self.local_heads) for p in module.parameters()}
+        groups: list[ClipGroup] = []
+        for index, parameters in enumerate(learners):
+            inside, outside = ([p for p in parameters if (id(p) in in_layers) is where] for where in (True, False))
+            layers = ClipGroup(f"block {index}'s layers", index, inside)
+            others = ClipGroup(f"block {index} but its layers", index, outside)
+            groups += [others, layers] if index == len(learners) - 1 else [layers, others]
         return groups
 
     def _device_of(self, block: Block) -> torch.device:

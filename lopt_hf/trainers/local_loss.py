@@ -19,13 +19,16 @@ class LocalLossMixin(LocalStepMixin):
     _metrics: dict[str, Any]  # TRL's
 
     def _run_local_backward(self, index: int, loss: torch.Tensor) -> None:
+        steps_now = self.args.local_step and self.accelerator.sync_gradients
+        if steps_now:
+            self._check_first_backward(index)
         is_averaged = self._reduces_early_gradients() and self.accelerator.sync_gradients
         if is_averaged and len(self.boundary.losses[index]) > 1:
             self._reducer.wait()  # before a further forward of this micro-batch adds to what is being averaged
         self.accelerator.backward(loss)
         if is_averaged:
-            self._reducer.start(self._clip_groups()[index])
-        if self.args.local_step and self.accelerator.sync_gradients:
+            self._reducer.start(self._learners()[index])
+        if steps_now:
             self._step_early_block(index)
 
     def compute_loss(

@@ -87,7 +87,7 @@ class LoPTMixin(LocalLossMixin, CheckpointMixin):
         self._warn_of_accumulation()
         self.add_callback(ZeroHeadGradients(self.local_heads))
         self._reducer = GradientReducer()
-        self._early_norms = {}
+        self._stepped_norms = {}
         self._drift = WeightDrift(self._owned()) if args.log_drift else None
         self._owns_output_dir = False
 
@@ -143,8 +143,10 @@ class LoPTMixin(LocalLossMixin, CheckpointMixin):
                 "fsdp_activation_checkpointing=True runs the decoder layers' hooks a second time in the backward; set "
                 "it to false and use activation_checkpointing=True, which does not."
             )
-        if plugin is not None and plugin.fsdp_version == 1 and self.args.clip_scope == "block":
-            raise ValueError("clip_scope='block' needs FSDP2; set fsdp_version to 2, or clip_scope to 'global'.")
+        if plugin is not None and plugin.fsdp_version == 1 and self.args.clip_scope != "global":
+            raise ValueError(
+                f"clip_scope={self.args.clip_scope!r} needs FSDP2; set fsdp_version to 2, or clip_scope to 'global'."
+            )
 
     def _router_coefficient(self) -> float:
         return self.router_aux_loss_coef if self.aux_loss_enabled else 0.0
@@ -159,7 +161,7 @@ class LoPTMixin(LocalLossMixin, CheckpointMixin):
         checkpoint = get_last_checkpoint(output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
         if checkpoint:
             self._resumed = read_local_state(checkpoint, self._block_settings())
-        self._early_norms.clear()  # of a run that an exception ended
+        self._stepped_norms.clear()  # of a run that an exception ended
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -25,6 +25,16 @@ def test_peak_is_that_of_all_gradients_that_are_there_together():
     assert gradients.peak == 16 * FLOAT  # does not look any more
 
 
+def test_a_gradient_that_a_hook_frees_at_once_counts():
+    layer = nn.Linear(3, 5)
+    with GradientBytes(layer.parameters()) as gradients:
+        for parameter in layer.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        layer(torch.ones(1, 3)).sum().backward()
+    assert gradients.current == 0
+    assert gradients.peak == 15 * FLOAT
+
+
 def test_gradients_from_before_count():
     layer = nn.Linear(4, 4, bias=False)
     layer(torch.ones(1, 4)).sum().backward()

@@ -33,7 +33,7 @@ def test_blocks_and_stages(tmp_path, given, expected):
         ({"timeline_steps": -1}, "timeline_steps=-1 must be"),
         ({"peer_timeout": 1.0}, "peer_timeout=1.0 is too short"),
         ({"split": "fair"}, "split='fair' is unknown"),
-        ({"clip_scope": "global"}, "clip_scope='global' would need"),
+        ({"clip_scope": "global"}, "clip_scope='global' does not work in a pipeline: each stage clips"),
         ({"local_backward": "joint"}, "local_backward='joint' needs"),
         ({"eval_strategy": "epoch"}, "eval_strategy='epoch' is not supported"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0 does not work in a pipeline"),

@@ -1,6 +1,7 @@
 """`local_step=True` ends where the deferred step does, bit for bit, with one block's gradients in memory at a time."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,13 @@ def test_every_family(tmp_path, family):
         {"optim": "sgd", "gradient_accumulation_steps": 2},
         {"num_blocks": 2, "local_objective": "readout"},
         {"family": "gpt2", "tied_embeddings": "freeze"},
+        {"clip_scope": "part"},
+        {"clip_scope": "part", "family": "gpt2", "gradient_accumulation_steps": 2, "local_update_interval": 2},
+        {"clip_scope": "part", "lora": True},
+        {"clip_scope": "part", "gradient_checkpointing": True, "max_grad_norm": 0.0, "num_blocks": 2},
+        {"clip_scope": "part", "family": "gpt2", "tied_embeddings": "freeze", "early_learning_rate": 1e-4},
+        {"clip_scope": "part", "kind": "dpo"},
+        {"clip_scope": "part", "kind": "grpo", "gradient_accumulation_steps": 2},
         {"kind": "dpo"},
         {"kind": "dpo", "lora": True, "gradient_accumulation_steps": 2},
         {"kind": "grpo", "gradient_accumulation_steps": 2},
@@ -73,7 +81,7 @@ def test_every_option(tmp_path, settings):
 def test_gradients_are_gone_when_the_next_block_starts(tmp_path):
     """Block j's are there when its own backward is done, and None when block j+1's forward starts."""
     trainer = make_trainer(tmp_path, make_model("gpt2"), **SETTINGS, local_step=True)
-    groups, alive = trainer._clip_groups(), []
+    groups, alive = trainer._learners(), []
     held = lambda: [any(p.grad is not None for p in group) for group in groups]  # noqa: E731
 
     for block in trainer.blocks:
@@ -89,10 +97,44 @@ def test_gradients_are_gone_when_the_next_block_starts(tmp_path):
     assert alive == [none, none, none, [False, False, True]] * 4
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_parts_of_a_block_are_not_in_memory_together(tmp_path, family):
+    """The LM head's gradient is gone when its block's layers get theirs, an early block's before the embeddings'."""
+    trainer = make_trainer(tmp_path, make_model(family), **SETTINGS, local_step=True, clip_scope="part")
+    groups = trainer._clip_groups()
+    assert [(group.block, len(group.parameters) > 0) for group in groups] == [
+        (0, True), (0, True), (1, True), (1, False), (2, True), (2, True)
+    ]  # fmt: skip
+    together = set()
+
+    def look(index, gradient):
+        together.update((index, i) for i, g in enumerate(groups) if any(p.grad is not None for p in g.parameters))
+
+    for index, group in enumerate(groups):
+        for parameter in group.parameters:
+            parameter.register_hook(partial(look, index))
+    trainer.train()
+    assert together == {(0, 0), (2, 2), (4, 4), (5, 5)} | ({(1, 1)} if len(groups[1].parameters) > 1 else set())
+
+
+def test_parts_are_clipped_apart(tmp_path):
+    trainer = make_trainer(tmp_path, **{**SETTINGS, "max_grad_norm": 1e-4}, clip_scope="part")
+    norms = []
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, *args, **kwargs):
+            groups = [[p.grad for p in group.parameters] for group in trainer._clip_groups() if group.parameters]
+            norms.extend(torch.nn.utils.get_total_norm(gradients).item() for gradients in groups)
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert norms == pytest.approx([1e-4] * 5 * 4, rel=0.02)
+
+
 def test_gradients_stay_while_they_accumulate(tmp_path, caplog):
     trainer = make_trainer(tmp_path, **SETTINGS, gradient_accumulation_steps=2, local_step=True)
     assert "local_step=True saves no memory with gradient_accumulation_steps=2" in caplog.text
-    first, alive = trainer._clip_groups()[0], []
+    first, alive = trainer._learners()[0], []
     trainer.stack.layers[trainer.blocks[1].start].register_forward_pre_hook(
         lambda *_: alive.append(all(p.grad is not None for p in first))
     )
@@ -183,7 +225,9 @@ def test_a_gradient_that_turns_nan_stops_the_run_before_its_block_steps(tmp_path
     trainer = make_trainer(tmp_path, **SETTINGS, local_step=True)
     weight = next(trainer.stack.layers[trainer.blocks[1].start].parameters())
     weight.register_hook(lambda gradient: gradient * math.nan)
-    with pytest.raises(FloatingPointError, match="grad_norm of block 1 is nan at step 1.*the last block's weights"):
+    with pytest.raises(
+        FloatingPointError, match="grad_norm of block 1 is nan at step 1.*the weights that have not stepped yet"
+    ):
         trainer.train()
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
     weight._backward_hooks.clear()

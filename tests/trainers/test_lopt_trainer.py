@@ -305,7 +305,7 @@ def test_clip_scope(tmp_path, scope):
 
     class Watch(TrainerCallback):
         def on_pre_optimizer_step(self, *args, **kwargs):
-            for index, group in enumerate(trainer._clip_groups()):
+            for index, group in enumerate(trainer._learners()):
                 norms[index] = torch.nn.utils.get_total_norm([p.grad for p in group]).item()
 
     trainer.add_callback(Watch())
