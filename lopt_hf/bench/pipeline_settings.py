@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
+from lopt_hf.bench.processes import MALLOC, MALLOC_HELP
+
 __all__ = ["METHODS", "PipelineBenchSettings"]
 
 METHODS = {
@@ -13,14 +15,11 @@ METHODS = {
     "1f1b": "1F1B, end-to-end",
     "e2e": "one process, end-to-end",
 }
-# glibc: no block is mapped by itself, and the top of the heap is never given back. Without this, large tensors are
-# mapped anew at each step, and the kernel clears their pages again.
-KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 _CHOICES: dict[str, tuple[str, ...]] = {
     "objective": ("reconstruction", "readout"),
     "split": ("auto", "even"),
     "dtype": ("bf16", "fp32"),
-    "malloc": ("default", "keep"),
+    "malloc": tuple(MALLOC),
     "schedule_loss": ("fused", "logits"),
 }
 _SMALLEST = {
@@ -62,7 +61,7 @@ class PipelineBenchSettings:
     warmup: int = _option(2, "Untimed steps before them; the last of them counts the saved bytes.")
     rounds: int = _option(2, "How often the methods take turns, each time in new processes.")
     dtype: str = _option("fp32", "bf16 (autocast over fp32 weights) or fp32.")
-    malloc: str = _option("keep", "keep: glibc keeps freed memory for the next step, see below; default: it does not.")
+    malloc: str = _option("keep", MALLOC_HELP)
     threads: int = _option(1, "CPU threads per process.")
     seed: int = _option(0, "Seed of the data order and of new weights.")
 
@@ -92,7 +91,7 @@ class PipelineBenchSettings:
     @property
     def environment(self) -> dict[str, str]:
         """Variables of every process that is measured."""
-        return {"OMP_NUM_THREADS": str(self.threads)} | (KEEP_FREED_MEMORY if self.malloc == "keep" else {})
+        return {"OMP_NUM_THREADS": str(self.threads)} | MALLOC[self.malloc]
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

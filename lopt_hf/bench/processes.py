@@ -13,9 +13,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-__all__ = ["BenchWorkerError", "FailuresTo", "death_of", "failure_of", "peak_resident_bytes", "run_together"]
+__all__ = [
+    "MALLOC",
+    "MALLOC_HELP",
+    "BenchWorkerError",
+    "FailuresTo",
+    "changed_environment",
+    "death_of",
+    "failure_of",
+    "peak_resident_bytes",
+    "run_together",
+]
 
 GRACE_SECONDS = 5.0
+# glibc: no block is mapped by itself, and the top of the heap is never given back. Without this, large tensors are
+# mapped anew at each step, and the kernel clears their pages again.
+MALLOC = {"keep": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}, "default": {}}
+MALLOC_HELP = "keep: glibc keeps freed memory for the next step, see above; default: it does not."
 
 
 class BenchWorkerError(RuntimeError):
@@ -81,7 +95,7 @@ def run_together(
     processes: dict[Connection, BaseProcess] = {}
     results: dict[Connection, Any] = {}
     try:
-        with _changed_environment(environment):
+        with changed_environment(environment):
             for own in arguments:
                 ours, theirs = context.Pipe()
                 reports = own is arguments[-1]
@@ -127,7 +141,7 @@ def _run(connection: Connection, work: Callable[..., Any], arguments: tuple[Any,
 
 
 @contextmanager
-def _changed_environment(changes: Mapping[str, str]) -> Iterator[None]:
+def changed_environment(changes: Mapping[str, str]) -> Iterator[None]:
     """Sets variables for processes that are started inside: the C library reads some of them before Python runs."""
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lopt_hf.bench.processes import GRACE_SECONDS, BenchWorkerError, death_of, failure_of
+from lopt_hf.bench.processes import GRACE_SECONDS, MALLOC, BenchWorkerError, changed_environment, death_of, failure_of
 from lopt_hf.bench.report import describe_run, interquartile_range, mega, ratio_text, table
 from lopt_hf.bench.step_settings import StepBenchSettings, StepRow, make_rows
 from lopt_hf.bench.step_worker import work
@@ -197,7 +197,8 @@ class _Worker:
         context = multiprocessing.get_context("spawn")  # a forked child would inherit the parent's threads and memory
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=work, args=(theirs, row, settings, checkpoint, folder), daemon=True)
-        self._process.start()
+        with changed_environment(MALLOC[settings.malloc]):
+            self._process.start()
         theirs.close()  # so that the end of the process ends the pipe
 
     def wait_until_ready(self) -> None:

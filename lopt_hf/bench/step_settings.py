@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 
+from lopt_hf.bench.processes import MALLOC, MALLOC_HELP
+
 __all__ = ["LORA_RANK", "METHODS", "REPL_EVERY", "StepBenchSettings", "StepRow", "make_rows", "mlaan_window"]
 
 METHODS = ("e2e", "e2e_checkpointing", "lopt", "lopt_local_step", "freeze", "lora")
@@ -39,7 +41,7 @@ class StepBenchSettings:
     )
     clip_scope: tuple[str, ...] = field(
         default=("block", "part"),
-        metadata={"help": "What the lopt_local_step rows clip together: block, part or both."},
+        metadata={"help": "Any of block, part: what the lopt_local_step rows clip."},
     )
     local_update_interval: tuple[int, ...] = field(
         default=(1, 4), metadata={"help": "Intervals of the lopt rows; above 1 with the first --num-blocks only."}
@@ -52,6 +54,7 @@ class StepBenchSettings:
     warmup: int = field(default=2, metadata={"help": "Untimed steps after the memory measurement."})
     dtype: str = field(default="bf16", metadata={"help": "bf16 (autocast over fp32 weights) or fp32."})
     seed: int = field(default=0, metadata={"help": "Seed of the data order and of new weights."})
+    malloc: str = field(default="keep", metadata={"help": MALLOC_HELP})
     threads: int | None = field(default=None, metadata={"help": "CPU threads per method; torch's default if unset."})
 
     def __post_init__(self) -> None:
@@ -64,6 +67,7 @@ class StepBenchSettings:
             ("dtype", DTYPES, (self.dtype,)),
             ("tied_embeddings", EMBEDDINGS, (self.tied_embeddings,)),
             ("clip_scope", CLIP_SCOPES, self.clip_scope),
+            ("malloc", tuple(MALLOC), (self.malloc,)),
         )
         for name, allowed, chosen in choices:
             for value in chosen:

@@ -20,6 +20,10 @@ from lopt_hf.scripts.settings import add_settings
 
 __all__ = ["main", "make_parser"]
 
+MALLOC_DESCRIPTION = """\
+--malloc keep (the default) sets MALLOC_MMAP_MAX_ and MALLOC_TRIM_THRESHOLD_ for all processes, so that glibc keeps the
+memory of large tensors from step to step instead of giving it back; --malloc default leaves that as it is.
+"""
 STEP_DESCRIPTION = """\
 Train the same model on the same batches with several methods, one step of each at a time, and print what a step
 costs: the bytes that autograd keeps for backward at the peak, the bytes of gradients at their peak, the time (median),
@@ -37,7 +41,8 @@ the peak resident memory; as a table, then as JSON.
 
 Each method takes turns with an end-to-end run of its own: two processes at a time, with their weights and optimizer
 states (SmolLM2-135M: 2 to 3 GB each). Ratios are to the steps taken in turns.
-"""
+
+{malloc}"""
 STEP_EXAMPLE = """\
 example:
   lopt-hf bench step --methods e2e,lopt --num-blocks 2,4 --batch-size 4 --seq-length 256 --output step.json
@@ -61,9 +66,7 @@ new processes.
 --schedule-loss logits lets gpipe and 1f1b compute the loss on the logits in full, as a loss function passed to torch's
 schedules does; lopt, ppll and e2e stay what the trainers are.
 
---malloc keep (the default) sets MALLOC_MMAP_MAX_ and MALLOC_TRIM_THRESHOLD_ for all processes, so that glibc keeps the
-memory of large tensors from step to step instead of giving it back; --malloc default leaves that as it is.
-"""
+{malloc}"""
 PIPELINE_EXAMPLE = """\
 example:
   lopt-hf bench pipeline --stages 2 --microbatches 4 --output pipeline.json
@@ -77,7 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
     step = commands.add_parser(
         "step",
         help="bytes, time and memory of one training step, by method",
-        description=STEP_DESCRIPTION,
+        description=STEP_DESCRIPTION.format(malloc=MALLOC_DESCRIPTION),
         epilog=STEP_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -86,7 +89,7 @@ def make_parser() -> argparse.ArgumentParser:
     pipeline_parser = commands.add_parser(
         "pipeline",
         help="speed, waiting and memory of pipeline training, by method",
-        description=PIPELINE_DESCRIPTION,
+        description=PIPELINE_DESCRIPTION.format(malloc=MALLOC_DESCRIPTION),
         epilog=PIPELINE_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

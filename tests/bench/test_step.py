@@ -89,7 +89,7 @@ def make_result(**values):
 
 def test_every_method_has_its_row_in_order(run):
     _, results = run
-    lopt = ["LoPT K=2", "LoPT K=2, interval 2", "LoPT K=2, local step"]
+    lopt = ["LoPT K=2", "LoPT K=2, interval 2", "LoPT K=2, local step", "LoPT K=2, local step, in parts"]
     assert list(results) == ["e2e", "e2e + checkpointing", *lopt, "freeze", "LoRA r=16"]
 
 
@@ -109,6 +109,7 @@ def test_gradient_bytes(run):
     assert ratio["e2e"] == ratio["e2e + checkpointing"] == 1.0
     assert 1.0 < ratio["LoPT K=2"] < 1.05  # and the reconstruction head
     assert 0.5 < ratio["LoPT K=2, local step"] < 0.55
+    assert ratio["LoPT K=2, local step, in parts"] < ratio["LoPT K=2, local step"]
     assert 0.45 < ratio["freeze"] < 0.55
     assert results["LoPT K=2, local step"].final_loss == results["LoPT K=2"].final_loss
 
@@ -212,7 +213,8 @@ def test_bad_settings(values, message):
 
 def test_rows_of_the_defaults():
     rows = {row.name: row for row in make_rows(StepBenchSettings())}
-    lopt = ["LoPT K=2", "LoPT K=4", "LoPT K=2, interval 4", "LoPT K=2, local step", "LoPT K=4, local step"]
+    lopt = ["LoPT K=2", "LoPT K=4", "LoPT K=2, interval 4"]
+    lopt += [f"LoPT K={blocks}, local step{parts}" for blocks in (2, 4) for parts in ("", ", in parts")]
     assert list(rows) == ["e2e", "e2e + checkpointing", *lopt, "freeze", "LoRA r=16"]
     assert rows["e2e"].timed_steps == 9
     assert rows["LoPT K=2, interval 4"].timed_steps == 8
