@@ -64,9 +64,16 @@ class Processes:
         commands: Arguments of each rank.
         logs: Folder for what they print.
         faults: What goes wrong.
+        target: What each runs; it is given its rank, the launcher's variables, its log, its arguments and the faults.
     """
 
-    def __init__(self, commands: Sequence[Sequence[str]], logs: Path, faults: Sequence[Fault] = ()) -> None:
+    def __init__(
+        self,
+        commands: Sequence[Sequence[str]],
+        logs: Path,
+        faults: Sequence[Fault] = (),
+        target: Callable[..., None] = run_rank,
+    ) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         self.logs = [logs / f"rank-{rank}.log" for rank in range(len(commands))]
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -77,7 +84,7 @@ class Processes:
             "TORCHELASTIC_USE_AGENT_STORE": "True",
         }
         self.processes = [
-            CONTEXT.Process(target=run_rank, args=(rank, environment, self.logs[rank], command, list(faults)))
+            CONTEXT.Process(target=target, args=(rank, environment, self.logs[rank], command, list(faults)))
             for rank, command in enumerate(commands)
         ]
         for process in self.processes:
