@@ -1,3 +1,4 @@
+import gc
 import os
 from pathlib import Path
 
@@ -11,6 +12,13 @@ datasets.disable_progress_bars()
 torch.set_num_threads(1)  # tiny models are slower on more
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports_are_not_collected() -> None:
+    """`Trainer.train` ends in a `gc.collect()`, four fifths of whose time would go to what the imports have made."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -4,11 +4,13 @@ import json
 
 import pytest
 
+from lopt_hf.bench import processes
 from lopt_hf.bench.pipeline import PipelineBenchReport, PipelineResult, run_pipeline_bench, to_markdown
 from lopt_hf.bench.pipeline_settings import METHODS, PipelineBenchSettings
 from lopt_hf.bench.pipeline_worker import MethodRun, Record
 from lopt_hf.pipeline.timeline import Timeline
 from lopt_hf.scripts.bench import main
+from tests.forkserver import forked_instead_of_spawned
 from tests.tiny import make_model, make_tokenizer
 
 
@@ -27,7 +29,8 @@ def report(tiny_model, tmp_path_factory):
     output = tmp_path_factory.mktemp("report") / "report.json"
     size = ["--micro-batch-size", "1", "--seq-length", "16"]
     rounds = ["--rounds", "1", "--warmup", "1", "--steps", "2"]
-    main(["pipeline", "--model", str(tiny_model), *size, *rounds, "--output", str(output)])
+    with forked_instead_of_spawned(processes):
+        main(["pipeline", "--model", str(tiny_model), *size, *rounds, "--output", str(output)])
     return json.loads(output.read_text())
 
 

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lopt_hf.bench import step
 from lopt_hf.bench.report import interquartile_range
 from lopt_hf.bench.step import (
     BenchWorkerError,
@@ -24,6 +25,7 @@ from lopt_hf.bench.step import (
 )
 from lopt_hf.bench.step_settings import make_rows
 from lopt_hf.scripts.bench import main
+from tests.forkserver import forked_instead_of_spawned
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,8 @@ def run(tiny_model):
         warmup=0,
         threads=1,
     )
-    return settings, {result.method: result for result in run_step_bench(settings, progress=False)}
+    with forked_instead_of_spawned(step):
+        return settings, {result.method: result for result in run_step_bench(settings, progress=False)}
 
 
 def make_result(**values):

@@ -1,75 +1,118 @@
-"""One rank of a two-process run: launched by `test_ddp.py` with `accelerate launch`."""
+"""One rank of the two-process runs that `conftest.py` launches, one after the other in one world."""
 
-import argparse
+import gc
 import json
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import PartialState
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
+from trl import SFTTrainer
 
 import tests.conftest  # noqa: F401  (offline, one thread)
-from lopt_hf import RetentionCallback
+from lopt_hf import LoPTTrainer, RetentionCallback
 from lopt_hf.distributed import end_training
+from tests.distributed.fsdp_gradients import assert_sharded_gradients_are_those_of_the_whole_model
 from tests.mlaan.helpers import make_mlaan_trainer
+from tests.repl.helpers import make_repl
+from tests.repl.test_training import make_trainer as make_repl_trainer
+from tests.repl.test_training import snapshot as snapshot_of_model
 from tests.tiny import make_dataset, make_questions
 from tests.trainers.helpers import InTwoForwards, WithFixedCompletions, make_trainer, snapshot
 
 # Whose completions do not depend on the number of processes
-TRAINERS = {"grpo": WithFixedCompletions, "grpo-in-two-forwards": InTwoForwards}
+GRPO = {"grpo": WithFixedCompletions, "grpo-in-two-forwards": InTwoForwards}
+REPL = {"repl-sft": SFTTrainer, "repl-lopt": LoPTTrainer}
+
+# The runs that must end where one process with the same micro-batches does.
+EQUAL_TO_ONE: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulation": {"gradient_accumulation_steps": 2},
+    "checkpointing": {"gradient_checkpointing": True},
+    "checkpointing, accumulation": {"gradient_checkpointing": True, "gradient_accumulation_steps": 2},
+    "4 blocks": {"num_blocks": 4},
+    "joint": {"local_backward": "joint"},
+    "readout": {"local_objective": "readout"},
+    "dpo": {"kind": "dpo"},
+    "grpo": {"kind": "grpo"},
+    "grpo in two forwards": {"kind": "grpo-in-two-forwards"},
+    # Windows of two blocks: the task's gradient reaches a block that DDP does not know of.
+    "mlaan": {"window": 2, "num_blocks": 4},
+    "mlaan, accumulation": {"window": 2, "num_blocks": 4, "gradient_accumulation_steps": 2},
+    "RepL, sft": {"kind": "repl-sft"},
+    "RepL, lopt": {"kind": "repl-lopt"},
+}
+BY_STEPS = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+OTHERS: dict[str, dict[str, Any]] = {
+    "deferred step": {"gradient_accumulation_steps": 2, "num_blocks": 3},
+    "local step": {"gradient_accumulation_steps": 2, "num_blocks": 3, "local_step": True},
+    "retention": {"retention": True},
+    # The first of three evaluations is the best: the rate is so high that the loss only rises.
+    "best model": {"load_best_model_at_end": True, "learning_rate": 10.0, **BY_STEPS},
+}
+RUNS = EQUAL_TO_ONE | OTHERS
 
 
-def run(output_dir: Path, kind: str = "sft", **settings: Any) -> Any:
+def run(output_dir: Path, kind: str = "sft", **settings: Any) -> tuple[Any, dict[str, torch.Tensor]]:
     """A run with the same micro-batches, however they are spread over processes and accumulation steps."""
+    settings = {"per_device_train_batch_size": 2, **settings}
+    if kind in REPL:
+        trainer = make_repl_trainer(REPL[kind], output_dir, make_repl(operator="branches"), **settings)
+        trainer.train()
+        return trainer, snapshot_of_model(trainer.model)
     if "window" in settings:
         trainer = make_mlaan_trainer(output_dir, **settings)
-    elif kind not in TRAINERS:
-        trainer = make_trainer(output_dir, kind=kind, **settings)
-    else:
+    elif kind in GRPO:
         # Prompts of one length: which of them share a micro-batch is random, and must not matter.
         rows = make_questions().map(lambda row: {"prompt": f"{row['prompt'][:12]:12}"})
         kwargs = {"trainer_kwargs": {"train_dataset": rows}}
-        trainer = make_trainer(output_dir, kind="grpo", trainer_class=TRAINERS[kind], **kwargs, **settings)
+        trainer = make_trainer(output_dir, kind="grpo", trainer_class=GRPO[kind], **kwargs, **settings)
+    else:
+        trainer = make_trainer(output_dir, kind=kind, **settings)
     trainer.train()
-    return trainer
+    return trainer, snapshot(trainer)
+
+
+def given_to_the_trainer(settings: dict[str, Any], tasks: Path) -> dict[str, Any]:
+    """With what cannot be written in `RUNS`."""
+    if settings.pop("retention", False):
+        callback = RetentionCallback(tasks=["tiny_sums", "tiny_text"], include_path=tasks, every_steps=2)
+        settings["trainer_kwargs"] = {"callbacks": [callback]}
+    if "eval_steps" in settings:
+        settings["trainer_kwargs"] = {"eval_dataset": make_dataset(8)}
+    return settings
+
+
+def run_on_this_rank(output_dir: Path, settings: dict[str, Any], is_last: bool) -> None:
+    trainer, weights = run(output_dir, **settings)
+    assert trainer.accelerator.num_processes == 2
+    rank = trainer.accelerator.process_index
+    contiguous = {name: weight.contiguous() for name, weight in weights.items()}
+    save_file(contiguous, output_dir / f"weights-{rank}.safetensors")
+    if rank == 0:
+        (output_dir / "log_history.json").write_text(json.dumps(trainer.state.log_history))
+    wrapped = weakref.ref(trainer.model_wrapped)
+    assert isinstance(wrapped(), DistributedDataParallel)
+    if not is_last:
+        trainer.end = lambda: None  # the other runs need the process group
+    end_training(trainer)
+    assert wrapped() is None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("output_dir", type=Path)
-    parser.add_argument("--kind", default="sft")
-    parser.add_argument("--gradient_checkpointing", action="store_true")
-    parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
-    parser.add_argument("--per_device_train_batch_size", type=int, default=2)
-    parser.add_argument("--num_blocks", type=int, default=2)
-    parser.add_argument("--local_backward", default="eager")
-    parser.add_argument("--local_step", action="store_true")
-    parser.add_argument("--local_objective", default="reconstruction")
-    parser.add_argument("--load_best_model_at_end", action="store_true")
-    parser.add_argument("--retention_tasks", type=Path, help="folder of tasks that a RetentionCallback measures")
-    parser.add_argument("--window", type=int, default=argparse.SUPPRESS, help="MLAAN, with windows of so many blocks")
-    options = vars(parser.parse_args())
-    if "window" in options:
-        del options["local_backward"], options["local_objective"], options["local_step"]
-    tasks = options.pop("retention_tasks")
-    if tasks is not None:
-        callback = RetentionCallback(tasks=["tiny_sums", "tiny_text"], include_path=tasks, every_steps=2)
-        options["trainer_kwargs"] = {"callbacks": [callback]}
-    if options["load_best_model_at_end"]:
-        # The first of three evaluations is the best: the rate is so high that the loss only rises.
-        every_step = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-        options |= {**every_step, "learning_rate": 10.0, "trainer_kwargs": {"eval_dataset": make_dataset(8)}}
-    trainer = run(**options)
-    assert trainer.accelerator.num_processes == 2
-    rank = trainer.accelerator.process_index
-    save_file(snapshot(trainer), f"{trainer.args.output_dir}/weights-{rank}.safetensors")
-    if rank == 0:
-        Path(trainer.args.output_dir, "log_history.json").write_text(json.dumps(trainer.state.log_history))
-    wrapped = weakref.ref(trainer.model_wrapped)
-    assert isinstance(wrapped(), DistributedDataParallel)
-    end_training(trainer)
-    assert wrapped() is None
+    folder = Path(sys.argv[1])
+    gc.freeze()  # as in tests/conftest.py
+    rank = PartialState(cpu=True).process_index
+    assert_sharded_gradients_are_those_of_the_whole_model()
+    (folder / f"fsdp-{rank}").touch()
+    for name, settings in RUNS.items():
+        (folder / name).mkdir(exist_ok=True)
+        given = given_to_the_trainer(dict(settings), folder / "tasks")
+        run_on_this_rank(folder / name, given, is_last=name == list(RUNS)[-1])
 
 
 if __name__ == "__main__":

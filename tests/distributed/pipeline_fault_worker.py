@@ -113,13 +113,18 @@ def _resolve(name: str) -> Any:
         return getattr(importlib.import_module(module), attribute)
 
 
-def run_rank(rank: int, environment: dict[str, str], log: Path, arguments: Sequence[str], faults: list[Fault]) -> None:
-    """What a launched process does: `python -m lopt_hf.scripts.pipeline`, with the faults of its rank."""
+def become_rank(rank: int, environment: dict[str, str], log: Path) -> None:
+    """Makes a forked process what a launched one is, with its output in a file."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     sys.stdin = open(os.devnull)
     os.environ |= {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+
+
+def run_rank(rank: int, environment: dict[str, str], log: Path, arguments: Sequence[str], faults: list[Fault]) -> None:
+    """What a launched process does: `python -m lopt_hf.scripts.pipeline`, with the faults of its rank."""
+    become_rank(rank, environment, log)
     for fault in faults:
         if not fault.ranks or rank in fault.ranks:
             install(fault)

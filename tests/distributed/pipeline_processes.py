@@ -6,7 +6,6 @@ as on several hosts: they have to notice by themselves.
 """
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -20,12 +19,11 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from tests.distributed.pipeline_fault_worker import Fault, run_rank
+from tests.forkserver import CONTEXT
 from tests.tiny import make_dataset, make_model, make_tokenizer
 
 ROOT = Path(__file__).parents[2]
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.distributed.pipeline_fault_worker"])
 
 SETTINGS = {
     "num_blocks": 3,
@@ -66,9 +64,16 @@ class Processes:
         commands: Arguments of each rank.
         logs: Folder for what they print.
         faults: What goes wrong.
+        target: What each runs; it is given its rank, the launcher's variables, its log, its arguments and the faults.
     """
 
-    def __init__(self, commands: Sequence[Sequence[str]], logs: Path, faults: Sequence[Fault] = ()) -> None:
+    def __init__(
+        self,
+        commands: Sequence[Sequence[str]],
+        logs: Path,
+        faults: Sequence[Fault] = (),
+        target: Callable[..., None] = run_rank,
+    ) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         self.logs = [logs / f"rank-{rank}.log" for rank in range(len(commands))]
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -79,7 +84,7 @@ class Processes:
             "TORCHELASTIC_USE_AGENT_STORE": "True",
         }
         self.processes = [
-            _context.Process(target=run_rank, args=(rank, environment, self.logs[rank], command, list(faults)))
+            CONTEXT.Process(target=target, args=(rank, environment, self.logs[rank], command, list(faults)))
             for rank, command in enumerate(commands)
         ]
         for process in self.processes:

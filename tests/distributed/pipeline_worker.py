@@ -1,7 +1,8 @@
-"""One stage of the runs of `test_pipeline.py`, one after the other in a world that `accelerate launch` starts."""
+"""One stage of the runs of `test_pipeline.py`, one after the other in one world."""
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from lopt_hf.pipeline.config import PipelineConfig
 from lopt_hf.pipeline.launch import PipelineWorld, Rendezvous, join
 from lopt_hf.pipeline.runner import PipelineTrainer
 from lopt_hf.pipeline.stage import load_stage, plan_stages
+from tests.distributed.pipeline_fault_worker import become_rank
 from tests.tiny import make_dataset, make_tokenizer
 from tests.trainers.helpers import training_args
 
@@ -38,15 +40,21 @@ def run(
         Path(output_dir, "log_history.json").write_text(json.dumps(trainer.state.log_history))
 
 
-def main() -> None:
-    num_stages, data_parallel = int(sys.argv[1]), int(sys.argv[2])
+def main(arguments: Sequence[str]) -> None:
+    num_stages, data_parallel = int(arguments[0]), int(arguments[1])
     world = join(Rendezvous.from_environment(), num_stages, data_parallel, "cpu", peer_timeout=60.0)
-    for line in Path(sys.argv[3]).read_text().splitlines():
+    for line in Path(arguments[2]).read_text().splitlines():
         run(world, **json.loads(line))
     dist.barrier()
     world.monitor.finish()
     dist.destroy_process_group()
 
 
+def run_rank(rank: int, environment: dict[str, str], log: Path, arguments: Sequence[str], _: object) -> None:
+    """What a launched process does, in a forked one."""
+    become_rank(rank, environment, log)
+    main(arguments)
+
+
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

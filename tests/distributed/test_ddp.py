@@ -1,8 +1,6 @@
 """Two gloo processes end where one process with the same global batch does."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,88 +8,41 @@ import torch
 from safetensors.torch import load_file
 
 from lopt_hf.distributed import GradientReducer, ignored_by_ddp
-from tests.distributed.ddp_worker import run
-from tests.trainers.helpers import snapshot
-
-ROOT = Path(__file__).parents[2]
-TWO_PROCESSES = ROOT / "recipes/accelerate_configs/ddp_2.yaml"
+from tests.distributed.ddp_worker import EQUAL_TO_ONE, run
 
 
-def launch(output_dir: Path, *options: object) -> dict[str, torch.Tensor]:
-    """Runs two ranks and returns their weights, which must be the same."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(TWO_PROCESSES)]
-    command += ["--main_process_port", "0"]
-    command += ["-m", "tests.distributed.ddp_worker", str(output_dir), *map(str, options)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
-    first, second = (load_file(output_dir / f"weights-{rank}.safetensors") for rank in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    return first
+def test_the_processes_end_without_an_error(two_processes):
+    """Also behind the last run, where DDP's reducer has to go before the process group does."""
+    assert two_processes.return_code == 0, two_processes.errors
 
 
-def assert_same_weights(two: dict[str, torch.Tensor], one: dict[str, torch.Tensor]) -> None:
+@pytest.mark.parametrize("name", EQUAL_TO_ONE)
+def test_two_processes_equal_one(two_processes, tmp_path, name):
+    """The same micro-batches, half of them on each rank."""
+    settings = EQUAL_TO_ONE[name]
+    accumulation = 2 * settings.get("gradient_accumulation_steps", 1)
+    _, one = run(tmp_path, **{**settings, "gradient_accumulation_steps": accumulation})
+    two = two_processes.weights(name)
     assert two.keys() == one.keys()
     worst = {name: ((two[name] - weight).norm() / weight.norm()).item() for name, weight in one.items()}
     assert max(worst.values()) <= 1e-6, max(worst.items(), key=lambda item: item[1])
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_two_processes_equal_one(tmp_path, checkpointing, accumulation):
-    """The same micro-batches, half of them on each rank."""
-    options = ["--gradient_accumulation_steps", accumulation]
-    two = launch(tmp_path / "two", *options, *(["--gradient_checkpointing"] if checkpointing else []))
-    one = run(
-        tmp_path / "one",
-        gradient_checkpointing=checkpointing,
-        gradient_accumulation_steps=2 * accumulation,
-        per_device_train_batch_size=2,
-    )
-    assert_same_weights(two, snapshot(one))
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("--num_blocks", 4),
-        ("--local_backward", "joint"),
-        ("--local_objective", "readout"),
-        ("--kind", "dpo"),
-        ("--kind", "grpo"),
-        ("--kind", "grpo-in-two-forwards"),
-    ],
-    ids=lambda options: "{} {}".format(*options),
-)
-def test_two_processes_equal_one_with_other_settings(tmp_path, options):
-    two = launch(tmp_path / "two", *options)
-    name, value = options
-    settings = {name.lstrip("-"): value, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
-    assert_same_weights(two, snapshot(run(tmp_path / "one", **settings)))
-
-
-def test_local_step_changes_no_bit(tmp_path):
-    options = ["--gradient_accumulation_steps", 2, "--num_blocks", 3]
-    local, deferred = launch(tmp_path / "local", *options, "--local_step"), launch(tmp_path / "deferred", *options)
+def test_local_step_changes_no_bit(two_processes):
+    local, deferred = two_processes.weights("local step"), two_processes.weights("deferred step")
     assert all(torch.equal(local[name], deferred[name]) for name in deferred)
-    logs = [json.loads((tmp_path / name / "log_history.json").read_text()) for name in ("local", "deferred")]
+    logs = [
+        json.loads((two_processes.folder / f"{name} step" / "log_history.json").read_text())
+        for name in ("local", "deferred")
+    ]
     norms = [[record["grad_norm"] for record in log if "grad_norm" in record] for log in logs]
     assert norms[0] == norms[1] and len(norms[0]) == 3
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_two_processes_of_mlaan_equal_one(tmp_path, accumulation):
-    """Windows of two blocks: the task's gradient reaches a block that DDP does not know of."""
-    options = ["--window", 2, "--num_blocks", 4, "--gradient_accumulation_steps", accumulation]
-    two = launch(tmp_path / "two", *options)
-    settings = {"gradient_accumulation_steps": 2 * accumulation, "per_device_train_batch_size": 2}
-    assert_same_weights(two, snapshot(run(tmp_path / "one", window=2, num_blocks=4, **settings)))
-
-
-def test_both_ranks_load_the_best_model(tmp_path):
-    weights = launch(tmp_path, "--load_best_model_at_end")
-    best = json.loads((tmp_path / "checkpoint-3/trainer_state.json").read_text())["best_model_checkpoint"]
-    assert Path(best).parent == tmp_path and Path(best).name != "checkpoint-3"
+def test_both_ranks_load_the_best_model(two_processes):
+    weights, folder = two_processes.weights("best model"), two_processes.folder / "best model"
+    best = json.loads((folder / "checkpoint-3/trainer_state.json").read_text())["best_model_checkpoint"]
+    assert Path(best).parent == folder and Path(best).name != "checkpoint-3"
     saved = load_file(Path(best) / "model.safetensors")
     assert all(torch.equal(weights[name], saved[name]) for name in saved)
 

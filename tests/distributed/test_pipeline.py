@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, set_seed
 from lopt_hf import LoPTConfig, LoPTTrainer
 from lopt_hf.pipeline.launch import launch_command
 from lopt_hf.scripts.pipeline_export import export_checkpoint
-from tests.distributed.pipeline_worker import make_lora
+from tests.distributed.pipeline_processes import Processes
+from tests.distributed.pipeline_worker import make_lora, run_rank
 from tests.tiny import make_dataset, make_model, make_tokenizer
 from tests.trainers.helpers import training_args
 
@@ -58,6 +59,7 @@ RUNS: dict[int, dict[str, dict[str, Any]]] = {
         "LoRA, saves": {"num_blocks": 4, "max_steps": 4, "save_strategy": "steps", "save_steps": 4, "lora": True},
     },
 }
+LAUNCHED = 2  # the world that `accelerate launch` starts; of the others the imports would take longer than the runs
 ONLY_IN_A_PIPELINE = ("num_stages", "data_parallel", "local_step")  # which changes no bit
 
 
@@ -70,8 +72,10 @@ def save_start(folder: Path, family: str = "llama", tied: bool = False) -> str:
     return str(path)
 
 
-def run_pipeline(folder: Path, num_stages: int, runs: dict[str, dict[str, Any]], data_parallel: int = 1) -> None:
-    """Runs the given runs in one world; each ends as a model in a folder of its name."""
+def run_pipeline(
+    folder: Path, num_stages: int, runs: dict[str, dict[str, Any]], data_parallel: int = 1, launched: bool = False
+) -> None:
+    """Runs the given runs in one world, of forked processes or launched ones; each ends in a folder of its name."""
     lines = []
     for name, settings in runs.items():
         settings = {"max_grad_norm": 0.5, **settings}
@@ -80,7 +84,19 @@ def run_pipeline(folder: Path, num_stages: int, runs: dict[str, dict[str, Any]],
         lines.append({**line, "lora": settings.pop("lora", False), "resume": settings.pop("resume", None)})
     plan = folder / "runs.jsonl"
     plan.write_text("\n".join(map(json.dumps, lines)))
-    command = launch_command(num_stages * data_parallel, [str(num_stages), str(data_parallel), str(plan)])
+    arguments = [str(num_stages), str(data_parallel), str(plan)]
+    num_processes = num_stages * data_parallel
+    if launched:
+        launch(num_processes, arguments)
+        return
+    processes = Processes([arguments] * num_processes, folder / "logs", target=run_rank)
+    codes = processes.wait(600)
+    assert codes == [0] * num_processes, [processes.output(rank)[-3000:] for rank in range(num_processes)]
+
+
+def launch(num_processes: int, arguments: list[str]) -> None:
+    """As the command does it."""
+    command = launch_command(num_processes, arguments)
     command[command.index("lopt_hf.scripts.pipeline")] = "tests.distributed.pipeline_worker"
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
     assert result.returncode == 0, result.stderr[-6000:]
@@ -126,7 +142,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def folder_of(num_stages: int) -> Path:
         if num_stages not in folders:
             folders[num_stages] = tmp_path_factory.mktemp(f"stages-{num_stages}")
-            run_pipeline(folders[num_stages], num_stages, RUNS[num_stages])
+            run_pipeline(folders[num_stages], num_stages, RUNS[num_stages], launched=num_stages == LAUNCHED)
         return folders[num_stages]
 
     return folder_of

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,9 @@ from lopt_hf.retention.measuring import MeasuringSettings, measure_model
 from lopt_hf.retention.references import ModelReference
 from lopt_hf.retention.scores import ScoreCache, TaskScores
 from lopt_hf.retention.suites import SuiteTask, load_entries
-from tests.distributed.test_ddp import ROOT, TWO_PROCESSES
-from tests.distributed.test_ddp import launch as launch_training
+from tests.distributed.conftest import LAUNCH, ROOT, TwoProcesses
 from tests.retention.benchmark_tasks import NUM_ROWS, write_benchmark_tasks
 from tests.retention.conftest import moved, save
-from tests.retention.small_tasks import write_tasks
 from tests.tiny import make_model
 
 TASKS = ("sums", "texts", "generated")
@@ -26,8 +23,7 @@ TASKS = ("sums", "texts", "generated")
 def launch(notes: Path, *options: object) -> list[dict[str, Any]]:
     """Runs two ranks, and returns what each was asked."""
     notes.mkdir()
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(TWO_PROCESSES)]
-    command += ["--main_process_port", "0", "-m", "tests.distributed.retention_worker", str(notes)]
+    command = [*LAUNCH, "-m", "tests.distributed.retention_worker", str(notes)]
     result = subprocess.run([*command, *map(str, options)], capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     return [json.loads((notes / f"rank-{rank}.json").read_text()) for rank in range(2)]
@@ -87,17 +83,15 @@ def test_two_processes_score_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert json.loads((tmp_path / "out" / "report.json").read_text())["models"][0]["label"] == "tuned"
 
 
-def test_a_callback_in_two_processes(tmp_path: Path) -> None:
+def test_a_callback_in_two_processes(two_processes: TwoProcesses, tmp_path: Path) -> None:
     """Training ends with the same weights as without it, and the figures are those of one process."""
-    tasks = write_tasks(tmp_path / "tasks")
-    plain = launch_training(tmp_path / "plain")
-    measured = launch_training(tmp_path / "measured", "--retention_tasks", tasks)
+    plain, measured = two_processes.weights("plain"), two_processes.weights("retention")
     assert all(torch.equal(plain[name], measured[name]) for name in plain)
-    logs = json.loads((tmp_path / "measured" / "log_history.json").read_text())
+    logs = json.loads((two_processes.folder / "retention" / "log_history.json").read_text())
     rows = [row for row in logs if "retention/tiny_sums/acc" in row]
     assert [row["step"] for row in rows] == [0, 2, 3]
     base = ModelReference.find(save(make_model(), tmp_path / "base"))
-    entries = load_entries([SuiteTask("tiny_sums"), SuiteTask("tiny_text")], [tasks])
+    entries = load_entries([SuiteTask("tiny_sums"), SuiteTask("tiny_text")], [two_processes.folder / "tasks"])
     scores = measure_model(base, entries, MeasuringSettings(), ScoreCache(tmp_path / "cache"))
     assert rows[0]["retention/tiny_sums/acc"] == scores["tiny_sums"].values["acc,none"]
     expected = scores["tiny_text"].values["word_perplexity,none"]

@@ -1,11 +1,15 @@
 """Tiny models on disk, and tasks to measure them with."""
 
 import copy
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lm_eval.tasks import _index
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
@@ -88,3 +92,17 @@ def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def no_environment_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """lm-eval describes the machine after each evaluation, which takes it half a second."""
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_tasks_of_lm_eval_are_read_once() -> Iterator[None]:
+    """Reading its thousands of files takes five seconds each time that a name is not among those at hand."""
+    folder, original = Path(_index.__file__).parent, _index.load_yaml
+    cached = functools.cache(original)
+
+    def load(path: Path, **options: Any) -> dict[str, Any]:
+        return copy.deepcopy(cached(path, **options)) if path.is_relative_to(folder) else original(path, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_index, "load_yaml", load)
+        yield

@@ -1,6 +1,5 @@
-"""A training run that kills its own process in the middle of a step: `python -m tests.trainers.resume_worker ...`."""
+"""A training run that kills its own process in the middle of a step; started by `test_resume.py`."""
 
-import argparse
 import os
 import signal
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 import tests.conftest  # noqa: F401  (offline, one thread)
-from tests.trainers.helpers import KINDS, make_trainer
+from tests.trainers.helpers import make_trainer
 
 
 class KillAt(TrainerCallback):
@@ -44,18 +43,7 @@ def make_resumable_trainer(output_dir: Path, kind: str, num_blocks: int, accumul
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("output_dir", type=Path)
-    parser.add_argument("--kind", choices=KINDS)
-    parser.add_argument("--num-blocks", type=int)
-    parser.add_argument("--accumulation", type=int)
-    parser.add_argument("--kill-at", type=int)
-    options = parser.parse_args()
-    trainer = make_resumable_trainer(options.output_dir, options.kind, options.num_blocks, options.accumulation)
-    trainer.add_callback(KillAt(options.kill_at))
+def run_until_killed(output_dir: Path, kind: str, num_blocks: int, accumulation: int, step: int) -> None:
+    trainer = make_resumable_trainer(output_dir, kind, num_blocks, accumulation)
+    trainer.add_callback(KillAt(step))
     trainer.train()
-
-
-if __name__ == "__main__":
-    main()

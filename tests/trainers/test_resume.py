@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,17 +10,11 @@ from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
 
 from lopt_hf.trainers import checkpoint as checkpoint_module
+from tests.forkserver import CONTEXT
 from tests.trainers.helpers import KINDS, make_trainer
-from tests.trainers.resume_worker import make_resumable_trainer
+from tests.trainers.resume_worker import make_resumable_trainer, run_until_killed
 
 CLOCK = ("runtime", "per_second", "train_loss", "step_time")  # of this process, not of the run
-
-
-def run_until_killed(output_dir: Path, kind: str, num_blocks: int, accumulation: int, step: int) -> int:
-    options = ["--kind", kind, "--num-blocks", num_blocks, "--accumulation", accumulation, "--kill-at", step]
-    command = [sys.executable, "-m", "tests.trainers.resume_worker", output_dir, *options]
-    root = Path(__file__).parents[2]
-    return subprocess.run([str(part) for part in command], check=False, capture_output=True, cwd=root).returncode
 
 
 def final_state(output_dir: Path) -> dict:
@@ -58,7 +50,10 @@ def assert_equal(a, b, path=""):
 )
 def test_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path, kind, num_blocks, accumulation):
     make_resumable_trainer(tmp_path / "whole", kind, num_blocks, accumulation).train()
-    assert run_until_killed(tmp_path / "killed", kind, num_blocks, accumulation, step=6) == -signal.SIGKILL
+    killed = CONTEXT.Process(target=run_until_killed, args=(tmp_path / "killed", kind, num_blocks, accumulation, 6))
+    killed.start()
+    killed.join(timeout=120)
+    assert killed.exitcode == -signal.SIGKILL
     assert Path(get_last_checkpoint(tmp_path / "killed")).name == "checkpoint-4"
     make_resumable_trainer(tmp_path / "killed", kind, num_blocks, accumulation).train(resume_from_checkpoint=True)
     whole, resumed = final_state(tmp_path / "whole"), final_state(tmp_path / "killed")
