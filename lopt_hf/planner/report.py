@@ -33,7 +33,7 @@ def _cells(plan: Plan, row: PlanRow) -> list[str]:
         name,
         *(gibibytes(row.cost.peak[category]) for category in CATEGORIES),
         f"**{gibibytes(row.cost.peak_bytes)}**",
-        gibibytes(row.cost.saved_bytes),
+        "-" if row.cost.saved_bytes is None else gibibytes(row.cost.saved_bytes),
         "yes" if row.fits else "no",
         f"{row.flops_per_token / GIGA:,.2f}",
         relative,
