@@ -19,6 +19,7 @@ __all__ = ["CATEGORIES", "MemoryMeter", "Work"]
 
 CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "logits", "communication")
 _aten = torch.ops.aten
+_ASKS_FOR_THE_DEVICE = torch.ops.prim.device.default  # two of three calls with fake tensors; nothing to count
 # torch's registry has the attention kernels of GPUs only. As there: all pairs of tokens count, though a causal kernel
 # skips half of them. Each of the two products of the forward, and of the five of the backward, has 2 S T D per head.
 _FLASH_PRODUCTS = {
@@ -112,6 +113,8 @@ class MemoryMeter(TorchDispatchMode):
         self.gradient_peak = max(self.gradient_peak, self.current["gradients"])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is _ASKS_FOR_THE_DEVICE:
+            return args[0].device
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         is_new = False
