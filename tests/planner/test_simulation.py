@@ -254,6 +254,18 @@ def test_buckets_of_a_block_go_with_its_step():
     assert 0 < at_once.peak["communication"] < at_the_end.peak["communication"]
 
 
+def test_weights_that_mlaan_adds():
+    """Behind two of four layers: a copy of the last one, its average, a translator; norm and head, frozen."""
+    config = tiny_config(num_hidden_layers=4, tie_word_embeddings=False)
+    model = make_model("llama", num_hidden_layers=4, tie_word_embeddings=False)
+    layer = sum(parameter.numel() for parameter in model.model.layers[-1].parameters())
+    width, vocabulary = config.hidden_size, config.vocab_size
+    translator, readout = width * (width + 1), width * (1 + vocabulary)
+    [cost] = simulate(config, Strategy("MLAAN", "mlaan", 2), WORKLOAD)
+    assert cost.trainable == model.num_parameters() + layer + translator
+    assert cost.parameters == cost.trainable + layer + readout
+
+
 def test_chunks_that_are_not_run_cost_what_others_do(monkeypatch):
     monkeypatch.setattr(setups, "MAX_LOGITS", 12 * len(VOCABULARY))  # of 62 tokens 12 at a time, the last time 2
     few = simulate(tiny_config(), Strategy("MLAAN", "mlaan", 2), WORKLOAD)
