@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, N tokens that count in the loss, D hidden channels, V
 import copy as copying
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,16 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from lopt_hf.blocks import find_decoder_stack
 from lopt_hf.objectives import LocalBatch
 
-__all__ = ["Readout", "ReadoutObjective", "counted_tokens", "frozen_copy", "model_after_the_layers", "unadapted"]
+__all__ = [
+    "ChunkedCrossEntropy",
+    "Readout",
+    "ReadoutObjective",
+    "counted_tokens",
+    "frozen_copy",
+    "in_chunks",
+    "model_after_the_layers",
+    "unadapted",
+]
 
 IGNORED_LABEL = -100  # transformers, TRL
 
@@ -105,7 +114,7 @@ class ReadoutObjective:
         self, head: nn.Module, output_BTD: torch.Tensor, input_BTD: torch.Tensor, batch: LocalBatch
     ) -> torch.Tensor:
         hidden_ND, labels_N = counted_tokens(output_BTD, batch)
-        total = _ChunkedCrossEntropy.apply(hidden_ND, labels_N, self.readout, self.tokens_per_chunk)
+        total = ChunkedCrossEntropy.apply(hidden_ND, labels_N, self.readout, self.tokens_per_chunk)
         return total / max(1, labels_N.numel())
 
 
@@ -127,7 +136,12 @@ def counted_tokens(output_BTD: torch.Tensor, batch: LocalBatch) -> tuple[torch.T
     return output_BTD[:, :-1][counts_BT], labels_BT[counts_BT]
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+def in_chunks(size: int, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Tensors of the same length, so many of their entries at a time."""
+    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
     """The sum of the tokens' cross-entropy, with the gradient of the hidden states alone."""
 
     @staticmethod
@@ -137,8 +151,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         device = next(readout.parameters()).device  # of the last block, where a model is spread over several
         total = torch.zeros((), device=hidden_ND.device)
         gradient_ND = torch.empty_like(hidden_ND)
-        chunks = (tensor.split(tokens_per_chunk) for tensor in (hidden_ND, labels_N, gradient_ND))
-        for hidden, labels, gradient in zip(*chunks, strict=True):
+        for hidden, labels, gradient in in_chunks(tokens_per_chunk, hidden_ND, labels_N, gradient_ND):
             hidden = hidden.detach().to(device).requires_grad_(ctx.needs_input_grad[0])
             with torch.set_grad_enabled(ctx.needs_input_grad[0]):
                 logits = readout(hidden[None])[0]
@@ -248,7 +261,8 @@ def frozen_copy(module: nn.Module, empty: nn.Module, copy: bool) -> nn.Module:
     """
     module = unadapted(module)
     weights = module.state_dict()
-    if any(tensor.is_meta for tensor in weights.values()) or not empty.state_dict().keys() <= weights.keys():
+    names = empty.state_dict(keep_vars=True).keys()  # detached they would be of two fake modes where the model is fake
+    if any(tensor.is_meta for tensor in weights.values()) or not names <= weights.keys():
         raise ValueError(
             f"model: the weights of {type(empty).__name__}, after the decoder layers, are not loaded; load them "
             "before making the readout."

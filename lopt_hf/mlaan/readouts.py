@@ -19,6 +19,7 @@ from lopt_hf.readout import (
     ReadoutObjective,
     counted_tokens,
     frozen_copy,
+    in_chunks,
     model_after_the_layers,
     unadapted,
 )
@@ -75,8 +76,7 @@ class TrainableReadoutObjective:
     ) -> torch.Tensor:
         hidden_ND, labels_N = counted_tokens(output_BTD, batch)
         total = hidden_ND.sum() * 0.0
-        chunks = (tensor.split(self.tokens_per_chunk) for tensor in (hidden_ND, labels_N))
-        for hidden, labels in zip(*chunks, strict=True):
+        for hidden, labels in in_chunks(self.tokens_per_chunk, hidden_ND, labels_N):
             total = total + checkpoint(_cross_entropy, head.readout, hidden, labels, use_reentrant=False)
         return total / max(1, labels_N.numel())
 

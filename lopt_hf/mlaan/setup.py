@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from lopt_hf.blocks import DecoderStack
 from lopt_hf.mlaan.auxiliary import LeapAuxiliary
 from lopt_hf.mlaan.calibration import Calibration
 from lopt_hf.mlaan.config import MLAANArguments
@@ -19,7 +20,7 @@ from lopt_hf.objectives import LocalObjective
 from lopt_hf.readout import ReadoutObjective
 from lopt_hf.trainers.lopt_mixin import LoPTMixin
 
-__all__ = ["AuxiliarySetupMixin"]
+__all__ = ["MAX_LOGITS", "AuxiliarySetupMixin", "make_auxiliary"]
 
 logger = logging.get_logger(__name__)
 
@@ -94,19 +95,8 @@ class AuxiliarySetupMixin(LoPTMixin):
         return calibration.choose(stop, count, lambda leaps: self._make_auxiliary(base_model, stop, leaps))
 
     def _make_auxiliary(self, base_model: PreTrainedModel, stop: int, leaps: Sequence[int]) -> LeapAuxiliary:
-        args: MLAANArguments = self.args
         block = next(block for block in self.blocks if block.stop == stop)
-        auxiliary = LeapAuxiliary(
-            base_model,
-            self.stack.layers,
-            leaps,
-            num_averaged=min(1, len(leaps)) if args.ema_layers == "first" else len(leaps),
-            combine="mean" if args.combine == "mean" else "sum",
-            hidden_size=self.stack.hidden_size,
-            stop=stop if args.translator == "calibrated" else None,
-            checkpointing=args.auxiliary_checkpointing,
-        )
-        return auxiliary.to(self._device_of(block))
+        return make_auxiliary(base_model, self.stack, stop, leaps, self.args).to(self._device_of(block))
 
     def _memory_line(self, base_model: PreTrainedModel, counts: Sequence[int]) -> str:
         args: MLAANArguments = self.args
@@ -159,6 +149,34 @@ class AuxiliarySetupMixin(LoPTMixin):
                 auxiliary.readout = self._objective.make_head(self.stack.hidden_size)
         elif isinstance(self._objective, MovingReadoutObjective):
             auxiliaries[0].readout = self._objective.readout
+
+
+def make_auxiliary(
+    model: PreTrainedModel,
+    stack: DecoderStack,
+    stop: int,
+    leaps: Sequence[int],
+    args: MLAANArguments | type[MLAANArguments],
+) -> LeapAuxiliary:
+    """Makes the auxiliary of one early block, as its arguments say.
+
+    Args:
+        model: The model (of a `PeftModel`, its base model).
+        stack: Its decoder.
+        stop: First layer behind the block.
+        leaps: Indices of the leapt layers, in order.
+        args: The arguments; the class itself has their defaults.
+    """
+    return LeapAuxiliary(
+        model,
+        stack.layers,
+        leaps,
+        num_averaged=min(1, len(leaps)) if args.ema_layers == "first" else len(leaps),
+        combine="mean" if args.combine == "mean" else "sum",
+        hidden_size=stack.hidden_size,
+        stop=stop if args.translator == "calibrated" else None,
+        checkpointing=args.auxiliary_checkpointing,
+    )
 
 
 def _spread(dataset: Any, size: int) -> Iterator[list[Any]]:

@@ -19,6 +19,7 @@ __all__ = ["CATEGORIES", "MemoryMeter", "Work"]
 
 CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "logits", "communication")
 _aten = torch.ops.aten
+_ASKS_FOR_THE_DEVICE = torch.ops.prim.device.default  # two of three calls with fake tensors; nothing to count
 # torch's registry has the attention kernels of GPUs only. As there: all pairs of tokens count, though a causal kernel
 # skips half of them. Each of the two products of the forward, and of the five of the backward, has 2 S T D per head.
 _FLASH_PRODUCTS = {
@@ -27,7 +28,7 @@ _FLASH_PRODUCTS = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class Work:
     """What the operations of a span computed.
 
@@ -38,6 +39,15 @@ class Work:
 
     flops: int = 0
     moved_bytes: int = 0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.flops + other.flops, self.moved_bytes + other.moved_bytes)
+
+    def __mul__(self, times: int) -> "Work":
+        return Work(self.flops * times, self.moved_bytes * times)
+
+    def __sub__(self, other: "Work") -> "Work":
+        return Work(self.flops - other.flops, self.moved_bytes - other.moved_bytes)
 
 
 class MemoryMeter(TorchDispatchMode):
@@ -50,6 +60,7 @@ class MemoryMeter(TorchDispatchMode):
     Attributes:
         current: Bytes alive, by category.
         peak: The same at the moment when most bytes were alive, since `reset_peak()`.
+        gradient_peak: The most bytes of gradients alone, whenever that was, since `reset_peak()`.
         work: What was computed since `reset_peak()`.
     """
 
@@ -57,6 +68,7 @@ class MemoryMeter(TorchDispatchMode):
         super().__init__()
         self.current = dict.fromkeys(CATEGORIES, 0)
         self.peak = dict(self.current)
+        self.gradient_peak = 0
         self.work = Work()
         self._total = self._peak_total = 0
         self._region = "activations"
@@ -65,6 +77,7 @@ class MemoryMeter(TorchDispatchMode):
 
     def reset_peak(self) -> None:
         """Starts a new peak at what is alive now, and counts work anew."""
+        self.gradient_peak = self.current["gradients"]
         self.peak, self._peak_total, self.work = dict(self.current), self._total, Work()
 
     @contextlib.contextmanager
@@ -97,8 +110,11 @@ class MemoryMeter(TorchDispatchMode):
     def _count_gradient(self, parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
         self.count([parameter.grad], "gradients")
+        self.gradient_peak = max(self.gradient_peak, self.current["gradients"])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is _ASKS_FOR_THE_DEVICE:
+            return args[0].device
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         is_new = False
@@ -114,7 +130,7 @@ class MemoryMeter(TorchDispatchMode):
 
     def count_product(self, left: torch.Tensor, right: torch.Tensor) -> None:
         """Counts the arithmetic of a matrix product (of shapes (N, K) and (K, M))."""
-        self.work.flops += 2 * left.numel() * right.shape[-1]
+        self.work += Work(flops=2 * left.numel() * right.shape[-1])
 
     def _add(self, storage: torch.UntypedStorage, category: str) -> None:
         key, size = storage._cdata, storage.nbytes()
@@ -133,7 +149,7 @@ class MemoryMeter(TorchDispatchMode):
     def _count_work(self, func: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         packet = func._overloadpacket
         if packet in flop_registry:
-            self.work.flops += flop_registry[packet](*args, **kwargs, out_val=output)
+            self.work += Work(flops=flop_registry[packet](*args, **kwargs, out_val=output))
         elif packet is _aten.addmm_:
             self.count_product(*args[1:3])
         elif packet is _aten._grouped_mm:  # each token's product with its expert's matrix, or the matrices' gradients
@@ -141,7 +157,8 @@ class MemoryMeter(TorchDispatchMode):
         elif packet in _FLASH_PRODUCTS:
             position, products = _FLASH_PRODUCTS[packet]
             query, key = args[position : position + 2]
-            self.work.flops += products * 2 * query.numel() * key.shape[-2]
+            self.work += Work(flops=products * 2 * query.numel() * key.shape[-2])
         else:
             tensors = (t for t in tree_iter((args, kwargs, output)) if isinstance(t, torch.Tensor))
-            self.work.moved_bytes += sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in tensors)
+            size = sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in tensors)
+            self.work += Work(moved_bytes=size)

@@ -22,7 +22,7 @@ class Recipe:
     """A YAML file for a command.
 
     Attributes:
-        command: `"sft"`, `"pipeline"` or `"repl"`.
+        command: `"sft"`, `"mlaan"`, `"pipeline"` or `"repl"`.
         text: Its content.
     """
 
@@ -38,7 +38,7 @@ def make_recipe(plan: Plan, row: PlanRow, dataset: str) -> Recipe:
         row: What to train with.
         dataset: Value of `dataset_name`.
     """
-    command = {"ppll": "pipeline", "repl": "repl"}.get(row.strategy.method, "sft")
+    command = {"ppll": "pipeline", "repl": "repl", "mlaan": "mlaan"}.get(row.strategy.method, "sft")
     values = yaml.safe_dump(_method(plan, row) | _common(plan, row, dataset), sort_keys=False)
     return Recipe(command, _comment(plan, row, command) + values)
 
@@ -46,7 +46,7 @@ def make_recipe(plan: Plan, row: PlanRow, dataset: str) -> Recipe:
 def _comment(plan: Plan, row: PlanRow, command: str) -> str:
     settings = plan.settings
     launch = f"lopt-hf {command} --config THIS_FILE"
-    if settings.num_gpus > 1 and command == "sft":
+    if settings.num_gpus > 1 and command in ("sft", "mlaan"):
         launch = (
             f"accelerate launch --multi_gpu --num_processes {settings.num_gpus} --mixed_precision no "
             f"-m lopt_hf.scripts.{command} --config THIS_FILE"
@@ -71,6 +71,10 @@ def _method(plan: Plan, row: PlanRow) -> dict[str, Any]:
     early = {"early_learning_rate": EARLY_LEARNING_RATE}
     if strategy.method == "lopt":
         return {"method": "lopt", **local, **early, "local_backward": "eager"}
+    if strategy.method == "lopt_local_step":
+        return {"method": "lopt", **local, **early, "local_backward": "eager", "local_step": True}
+    if strategy.method == "mlaan":
+        return {**local, "window": strategy.window}
     if strategy.method == "joint":
         return {"method": "lopt", **local, **early, "local_backward": "joint"}
     if strategy.method == "freeze":

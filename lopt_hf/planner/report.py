@@ -33,7 +33,7 @@ def _cells(plan: Plan, row: PlanRow) -> list[str]:
         name,
         *(gibibytes(row.cost.peak[category]) for category in CATEGORIES),
         f"**{gibibytes(row.cost.peak_bytes)}**",
-        gibibytes(row.cost.saved_bytes),
+        "-" if row.cost.saved_bytes is None else gibibytes(row.cost.saved_bytes),
         "yes" if row.fits else "no",
         f"{row.flops_per_token / GIGA:,.2f}",
         relative,
@@ -126,6 +126,7 @@ def draw(plan: Plan) -> "Figure":
     settings = plan.settings
     axes.axvline(settings.device_bytes / GIB, color="black", linewidth=1.2, label="device")
     axes.axvline(settings.usable_memory / GIB, color="black", linewidth=1.0, linestyle=":", label="without headroom")
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xlabel(f"GiB at the peak, {settings.model}, batch {settings.batch_size} x {settings.seq_length}")
     axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.1), ncols=4, frameon=False)

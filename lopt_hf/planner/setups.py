@@ -3,8 +3,8 @@
 Shapes: B batch, T tokens, D hidden channels.
 """
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -12,19 +12,27 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lopt_hf.blocks import find_decoder_stack, parameters_by_block, split_layers, untie_output_embeddings
-from lopt_hf.boundary import GradientBoundary, RunBackward, make_heads
+from lopt_hf.boundary import GradientBoundary, make_heads
+from lopt_hf.mlaan.auxiliary import LeapAuxiliary
+from lopt_hf.mlaan.config import MLAANArguments
+from lopt_hf.mlaan.leaps import even_leaps, leap_counts
+from lopt_hf.mlaan.setup import MAX_LOGITS, make_auxiliary
+from lopt_hf.mlaan.windows import LossWeights, WindowBoundary
 from lopt_hf.objectives import ReconstructionObjective
 from lopt_hf.pipeline.stage import HiddenStateInput, StagePlan, keep_stage
 from lopt_hf.planner.strategies import REPL_EVERY, Strategy
 from lopt_hf.planner.task_loss import add_task_loss
+from lopt_hf.readout import ReadoutObjective
 from lopt_hf.repl.config import RepLConfig
 from lopt_hf.repl.model import get_repl_model
 
-__all__ = ["EndToEnd", "Local", "make_setup"]
+__all__ = ["EndToEnd", "Local", "Windows", "make_setup"]
 
 RECONSTRUCTION_WEIGHT = 10.0  # LoPT paper, Sec. 3. Like the seed, it changes no memory
 SEED = 0
 LORA_ALPHA_PER_RANK = 2  # TRL's defaults are 32 and 16
+
+BlockDone = Callable[[int], None]  # told a block's index when all of its gradients are there
 
 
 class EndToEnd:
@@ -39,12 +47,19 @@ class EndToEnd:
         base: The model that has the decoder.
         model: What is called: the same, or its PEFT wrapper.
         heads: What is trained besides the model.
+        frozen: What is neither of the model nor trained.
+        steps_early: Whether an early block takes its optimizer step when its gradients are there.
+        reentrant: The form of activation checkpointing.
     """
+
+    steps_early = False
+    reentrant = True  # of the two forms the one that `SavedBytes` can see into; the other keeps the same tensors
 
     def __init__(self, model: PreTrainedModel, strategy: Strategy, lora_r: int = 0) -> None:
         self.base = model
         self.model: Any = model
         self.heads = nn.ModuleDict()
+        self.frozen = nn.ModuleList()
         if strategy.method == "repl":
             # What the surrogates start from changes no arithmetic.
             self.base = get_repl_model(model, RepLConfig(placement="every", every=REPL_EVERY, init="skip"))
@@ -57,14 +72,16 @@ class EndToEnd:
         else:
             self.model = self.base
         if strategy.checkpointing:
-            # Of the two forms the one that `SavedBytes` can see into; the other keeps the same tensors.
-            self.base.activation_checkpointing_enable({"use_reentrant": True, "preserve_rng_state": False})
+            self.base.activation_checkpointing_enable({"use_reentrant": self.reentrant, "preserve_rng_state": False})
             if strategy.method == "lora":
                 self.base.enable_input_require_grads()
         self.base.train()
 
     def _add_loss(self) -> None:
         add_task_loss(self.base)
+
+    def begin(self) -> None:
+        """Does what needs the weights to be there, if only as fake tensors."""
 
     @property
     def clip_groups(self) -> list[list[nn.Parameter]]:
@@ -81,10 +98,21 @@ class EndToEnd:
         """Everything that the optimizer gets."""
         return [parameter for group in self.clip_groups for parameter in group if parameter.requires_grad]
 
-    def forward(self, inputs: Mapping[str, Any], run_backward: RunBackward) -> torch.Tensor | None:
+    def forward(self, inputs: Mapping[str, Any], done: BlockDone) -> torch.Tensor | None:
         """Runs a micro-batch's forward and the local backwards in it; returns the loss that is left, if any."""
         outputs = self.model(**inputs, use_cache=False, fused_lm_head=True)
         return -outputs.log_probs.sum() / outputs.label_mask.sum()
+
+    @property
+    def shows_saved_bytes(self) -> bool:
+        """Whether `SavedBytes` sees all that autograd keeps."""
+        return self.reentrant or not self.base.is_activation_checkpointing
+
+    def finish(self) -> None:
+        """Ends a micro-batch, after the backward of the loss that `forward` returned."""
+
+    def after_step(self) -> None:
+        """Does what follows an optimizer step."""
 
 
 class Local(EndToEnd):
@@ -113,23 +141,30 @@ class Local(EndToEnd):
             for block in self._owned()[:-1]:
                 for parameter in block.values():
                     parameter.requires_grad_(False)
-        objective = ReconstructionObjective()
-        learning = self.early if self.learns else []
-        self.heads = make_heads(objective, self.stack.hidden_size, self.blocks, SEED, only=learning)
-        weight = RECONSTRUCTION_WEIGHT / (len(self.blocks) - 1)
         self.mode: Literal["eager", "joint"] = "joint" if strategy.method == "joint" else "eager"
-        self.boundary = GradientBoundary(
-            model,
-            self.blocks,
-            objective,
-            self.heads,
-            weight,
-            self.mode,
-            early_blocks=self.early,
-        )
+        self.steps_early = strategy.method == "lopt_local_step"
+        self.heads = self._make_heads()
         self.input = None
         if stage is not None and not stage.is_first:
             self.input = HiddenStateInput(self.stack.layers[stage.start])
+
+    def _make_heads(self) -> nn.ModuleDict:
+        learning = self.early if self.learns else []
+        return make_heads(ReconstructionObjective(), self.stack.hidden_size, self.blocks, SEED, only=learning)
+
+    def begin(self) -> None:
+        self.boundary = self._make_boundary()
+
+    def _make_boundary(self) -> GradientBoundary:
+        return GradientBoundary(
+            self.base,
+            self.blocks,
+            ReconstructionObjective(),
+            self.heads,
+            RECONSTRUCTION_WEIGHT / (len(self.blocks) - 1),
+            self.mode,
+            early_blocks=self.early,
+        )
 
     @staticmethod
     def _separate_embeddings(model: PreTrainedModel, tied_embeddings: str) -> None:
@@ -160,7 +195,11 @@ class Local(EndToEnd):
         # The released code has one backward, and DDP averages everything.
         return len(self.blocks) - 1 if self.mode == "eager" else 0
 
-    def forward(self, inputs: Mapping[str, Any], run_backward: RunBackward) -> torch.Tensor | None:
+    def forward(self, inputs: Mapping[str, Any], done: BlockDone) -> torch.Tensor | None:
+        def run_backward(index: int, loss: torch.Tensor) -> None:
+            loss.backward()
+            done(index)
+
         if self.input is not None:
             shape = (*inputs["input_ids"].shape, self.stack.hidden_size)
             dtype = next(self.model.parameters()).dtype
@@ -170,9 +209,61 @@ class Local(EndToEnd):
             if self.stage is not None and not self.stage.is_last:
                 self.base.base_model(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False)
                 return None
-            loss = super().forward(inputs, run_backward)
+            loss = super().forward(inputs, done)
         joint_loss = self.boundary.joint_loss()
         return loss if joint_loss is None or loss is None else loss + joint_loss
+
+
+class Windows(Local):
+    """Training in windows of blocks, as `MLAANTrainer` does it with the defaults of `MLAANArguments`.
+
+    What comes before training (choosing leaps, fitting translators) needs less than a step, and is not simulated.
+
+    Args:
+        model: The model.
+        strategy: Its blocks, and how many of them a loss reaches.
+        tied_embeddings: See `MLAANArguments`.
+    """
+
+    boundary: WindowBoundary
+
+    def __init__(self, model: PreTrainedModel, strategy: Strategy, tied_embeddings: str) -> None:
+        self.window = strategy.window
+        self.reentrant = self.window == 1  # a wider one hands cotangents back, which the reentrant form cannot
+        super().__init__(model, strategy, tied_embeddings, stage=None)
+
+    def _make_heads(self) -> nn.ModuleDict:
+        counts = leap_counts(self.blocks, MLAANArguments.leap_share)
+        leaps = [
+            even_leaps(block.stop, len(self.stack.layers), count)
+            for block, count in zip(self.early, counts, strict=True)
+        ]
+        return nn.ModuleDict(
+            {
+                str(block.index): make_auxiliary(self.base, self.stack, block.stop, indices, MLAANArguments)
+                for block, indices in zip(self.early, leaps, strict=True)
+            }
+        )
+
+    def _make_boundary(self) -> WindowBoundary:
+        objective = ReadoutObjective.from_model(self.base, max_logits=MAX_LOGITS)
+        self.frozen.append(objective.readout)
+        weights = LossWeights(MLAANArguments.independent_weight, MLAANArguments.cascaded_weight)
+        return WindowBoundary(
+            self.base, self.blocks, objective, self.heads, self.window, weights, task_share=weights.cascaded
+        )
+
+    def forward(self, inputs: Mapping[str, Any], done: BlockDone) -> torch.Tensor | None:
+        self.boundary.when_done = done  # a block's gradients are complete when its last window is
+        return super().forward(inputs, lambda index: None)
+
+    def finish(self) -> None:
+        self.boundary.finish(lambda index, loss: loss.backward())
+        self.boundary.when_done = None
+
+    def after_step(self) -> None:
+        for auxiliary in self.heads.values():
+            cast(LeapAuxiliary, auxiliary).update_averages(self.stack.layers, MLAANArguments.ema_decay)
 
 
 def make_setup(
@@ -181,4 +272,6 @@ def make_setup(
     """Prepares a model for a strategy; it is changed in place."""
     if strategy.num_blocks == 1:
         return EndToEnd(model, strategy, lora_r)
+    if strategy.method == "mlaan":
+        return Windows(model, strategy, tied_embeddings)
     return Local(model, strategy, tied_embeddings, stage)

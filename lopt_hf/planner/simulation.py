@@ -31,7 +31,7 @@ from lopt_hf.pipeline.stage import StagePlan, plan_stages
 from lopt_hf.planner.setups import make_setup
 from lopt_hf.planner.step import Step, StepCost, Workload
 from lopt_hf.planner.strategies import Strategy
-from lopt_hf.planner.task_loss import loss_as_on_gpu, metered_loss
+from lopt_hf.planner.task_loss import every_token_labelled, few_chunks, loss_as_on_gpu, metered_loss
 
 __all__ = ["simulate"]
 
@@ -87,9 +87,11 @@ def _simulate_stage(
         setup = make_setup(model, strategy, workload.lora_r, workload.tied_embeddings, stage)
     with FakeTensorMode():
         _give_fake_memory(setup.model, setup.heads)
+        setup.begin()
         step = Step(setup, workload, stage)
         loss_costs = loss_as_on_gpu(step.meter) if on_gpu else contextlib.nullcontext()
-        with loss_costs, metered_loss(step.meter), step.meter:
+        meter = step.meter
+        with loss_costs, metered_loss(meter), every_token_labelled(), few_chunks(meter), meter:
             step.run()
             return step.measure()
 

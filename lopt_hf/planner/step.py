@@ -4,7 +4,7 @@ Shapes: B batch, T tokens, D hidden channels.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -14,11 +14,14 @@ from lopt_hf.bench.saved_bytes import SavedBytes
 from lopt_hf.blocks import find_decoder_stack
 from lopt_hf.distributed import GradientReducer
 from lopt_hf.pipeline.stage import StagePlan
-from lopt_hf.planner.memory import MemoryMeter
+from lopt_hf.planner.memory import MemoryMeter, Work
 from lopt_hf.planner.optimizers import DEFAULT_OPTIMIZER, make_optimizer
 from lopt_hf.planner.setups import EndToEnd
+from lopt_hf.trainers.local_step import stepping_only
 
 __all__ = ["Step", "StepCost", "Workload"]
+
+MAX_GRAD_NORM = 1.0  # transformers, TrainingArguments
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,9 @@ class StepCost:
 
     Attributes:
         peak: Bytes alive at the peak, by category, see `memory.CATEGORIES`.
-        saved_bytes: Peak of the bytes that autograd keeps for backward, weights excluded, see `SavedBytes`.
+        gradient_bytes: Most bytes that parameters hold in `.grad` at a time, whenever that is, see `GradientBytes`.
+        saved_bytes: Peak of the bytes that autograd keeps for backward, weights excluded, see `SavedBytes`; `None`
+            with the form of checkpointing that it cannot see into.
         flops: Floating-point operations of matrix products and attention.
         moved_bytes: Bytes that all other operations read and write, the optimizer's included.
         parameters: Parameters on the device, heads included.
@@ -67,7 +72,8 @@ class StepCost:
     """
 
     peak: dict[str, int]
-    saved_bytes: int
+    gradient_bytes: int
+    saved_bytes: int | None
     flops: int
     moved_bytes: int
     parameters: int
@@ -112,8 +118,9 @@ class Step:
         self.reducer = _LoneReducer(self.meter) if workload.num_gpus > 1 and stage is None else None
         tokens_BT = torch.zeros(workload.batch_size, workload.seq_length, dtype=torch.long)
         self.inputs = {"input_ids": tokens_BT, "labels": tokens_BT, "attention_mask": torch.ones_like(tokens_BT)}
-        self.parameters = [*setup.model.parameters(), *setup.heads.parameters()]
-        self.weights = [*self.parameters, *setup.model.buffers()]
+        modules = nn.ModuleList([setup.model, setup.heads, setup.frozen])
+        self.parameters = list(modules.parameters())
+        self.weights = [*self.parameters, *modules.buffers()]
         self.meter.count(self.weights, "parameters")
         self.meter.follow_gradients(setup.trainable)
         self.buffers = self._make_buffers(stage)
@@ -136,29 +143,45 @@ class Step:
         """One optimizer step, as the trainers' loop does it."""
         micro_batches = min(2, self.workload.accumulation_steps)  # the third is as the second
         self.setup.heads.zero_grad()
+        self.stepping = Work()
         for micro_batch in range(micro_batches):
             self.is_last_micro_batch = micro_batch == micro_batches - 1
             with torch.autocast("cpu", torch.bfloat16):
-                loss = self.setup.forward(self.inputs, self._run_backward)
+                loss = self.setup.forward(self.inputs, self._finish_block)
             if loss is not None:
                 loss.backward()
             del loss
-        self.micro_batches_work = replace(self.meter.work)
-        self._clip()
-        with self.meter.region("optimizer"):
-            self.optimizer.step()
-        self.setup.model.zero_grad()
-
-    def _run_backward(self, index: int, loss: torch.Tensor) -> None:
-        loss.backward()
-        if self.reducer is not None and self.is_last_micro_batch:
-            self.reducer.start(self.setup.clip_groups[index])
-
-    def _clip(self) -> None:
+            self.setup.finish()
+        self.micro_batches_work = self.meter.work - self.stepping
         if self.reducer is not None:
             self.reducer.wait()
         for group in self.setup.clip_groups:
-            clip_grad_norm_(group, 1.0)
+            clip_grad_norm_(group, MAX_GRAD_NORM)
+        with self.meter.region("optimizer"):
+            self.optimizer.step()
+        self.setup.after_step()
+        self.setup.model.zero_grad()
+
+    def _finish_block(self, index: int) -> None:
+        """What a trainer does with an early block whose gradients are there."""
+        if not self.is_last_micro_batch:
+            return
+        if self.reducer is not None:
+            self.reducer.start(self.setup.clip_groups[index])
+        if self.setup.steps_early:
+            before = self.meter.work
+            self._step_block(self.setup.clip_groups[index])
+            self.stepping += self.meter.work - before
+
+    def _step_block(self, parameters: list[nn.Parameter]) -> None:
+        """As `LocalStepMixin` does it."""
+        if self.reducer is not None:
+            self.reducer.wait()
+        clip_grad_norm_(parameters, MAX_GRAD_NORM)
+        with self.meter.region("optimizer"), stepping_only(self.optimizer, parameters):
+            self.optimizer.step()
+        for parameter in parameters:
+            parameter.grad = None
 
     def measure(self) -> StepCost:
         """Runs a step and returns what it costs."""
@@ -169,7 +192,8 @@ class Step:
         further = (steps - min(2, steps)) / min(2, steps)  # micro-batches that were not run, per one that was
         return StepCost(
             peak=self.meter.peak,
-            saved_bytes=saved.peak,
+            gradient_bytes=self.meter.gradient_peak,
+            saved_bytes=saved.peak if self.setup.shows_saved_bytes else None,
             flops=round(self.meter.work.flops + further * once.flops),
             moved_bytes=round(self.meter.work.moved_bytes + further * once.moved_bytes),
             parameters=sum(parameter.numel() for parameter in self.parameters),

@@ -4,13 +4,14 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
+from lopt_hf.bench.step_settings import mlaan_window
 from lopt_hf.repl.neighbours import check_family
 
 __all__ = ["STRATEGIES", "Strategy", "make_strategies"]
 
 END_TO_END = "end-to-end"
 REPL_EVERY = 4  # RepL, arXiv 2605.19533: every 4th layer
-STRATEGIES = ("e2e", "lopt", "freeze", "lora", "repl", "ppll", "joint")
+STRATEGIES = ("e2e", "lopt", "lopt_local_step", "mlaan", "freeze", "lora", "repl", "ppll", "joint")
 DEFAULT_STRATEGIES = STRATEGIES[:-1]
 
 
@@ -24,6 +25,7 @@ class Strategy:
         num_blocks: Blocks of the decoder; 1 without boundaries.
         checkpointing: Whether activations are recomputed in the backward.
         num_stages: Devices that share one copy of the model.
+        window: Blocks that a loss of MLAAN reaches.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Strategy:
     num_blocks: int = 1
     checkpointing: bool = False
     num_stages: int = 1
+    window: int = 1
 
     @property
     def trains_all(self) -> bool:
@@ -49,7 +52,7 @@ def make_strategies(
 
     Args:
         methods: Any of `STRATEGIES`.
-        num_blocks: Blocks of the LoPT rows; freezing takes the first.
+        num_blocks: Blocks of the LoPT and MLAAN rows; freezing takes the first.
         config: Configuration of the model.
         num_gpus: Devices; the pipeline takes all of them, at most one per layer, and needs two.
         lora_rank: Rank of the adapters.
@@ -60,19 +63,22 @@ def make_strategies(
     num_layers = config.get_text_config(decoder=True).num_hidden_layers
     cuts = [blocks for blocks in num_blocks if blocks <= num_layers]
     stages = min(num_gpus, num_layers)
-    left_out = [f"LoPT K={blocks}: the model has {num_layers} layers." for blocks in num_blocks if blocks not in cuts]
+    left_out = [f"K={blocks}: the model has {num_layers} layers." for blocks in num_blocks if blocks not in cuts]
     rows: list[Strategy] = []
 
-    def add(name: str, method: str, blocks: int = 1, stages: int = 1) -> None:
-        rows.append(Strategy(name, method, blocks, False, stages))
-        rows.append(Strategy(f"{name} + checkpointing", method, blocks, True, stages))
+    def add(name: str, method: str, blocks: int = 1, stages: int = 1, window: int = 1) -> None:
+        rows.append(Strategy(name, method, blocks, False, stages, window))
+        rows.append(Strategy(f"{name} + checkpointing", method, blocks, True, stages, window))
 
     if "e2e" in methods:
         add(END_TO_END, "e2e")
-    for method, suffix in (("lopt", ""), ("joint", ", joint")):
+    for method, suffix in (("lopt", ""), ("lopt_local_step", ", local step"), ("joint", ", joint")):
         if method in methods:
             for blocks in cuts:
                 add(f"LoPT K={blocks}{suffix}", method, blocks)
+    if "mlaan" in methods:
+        for blocks in cuts:
+            add(f"MLAAN K={blocks}, window {mlaan_window(blocks)}", "mlaan", blocks, window=mlaan_window(blocks))
     if "freeze" in methods and cuts:
         add(f"freeze {cuts[0] - 1} of {cuts[0]} blocks", "freeze", cuts[0])
     if "lora" in methods:

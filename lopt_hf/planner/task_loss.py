@@ -1,4 +1,6 @@
-"""The task loss as TRL's SFT trainer computes it, in the form that it has on a GPU.
+"""The task loss, and that of MLAAN's early blocks, on a batch of which only the shape is known.
+
+The task loss as TRL's SFT trainer computes it, in the form that it has on a GPU.
 
 Its fused LM head never builds the logits of all tokens: it works on tiles of 4,096 tokens by 32,768 entries of the
 vocabulary. On a GPU Triton kernels change a tile in place and the products are added up in fp32 as they are computed;
@@ -16,9 +18,11 @@ from transformers import PreTrainedModel
 from trl.kernels import chunked_logprob
 from trl.trainer.utils import add_fused_lm_head
 
+from lopt_hf import readout
+from lopt_hf.objectives import LocalBatch
 from lopt_hf.planner.memory import MemoryMeter
 
-__all__ = ["add_task_loss", "loss_as_on_gpu", "metered_loss"]
+__all__ = ["add_task_loss", "every_token_labelled", "few_chunks", "loss_as_on_gpu", "metered_loss"]
 
 SFT_OUTPUTS = ("log_probs", "entropy", "is_top1")  # TRL 1.16, SFTTrainer
 
@@ -31,8 +35,16 @@ def add_task_loss(model: PreTrainedModel) -> None:
 @contextlib.contextmanager
 def metered_loss(meter: MemoryMeter) -> Iterator[None]:
     """Lets the meter count what LM head and loss hold as `"logits"`."""
-    original = chunked_logprob.ChunkedLogProbFunction
+    task_loss = _metered(chunked_logprob.ChunkedLogProbFunction, meter)
+    local_loss = _metered(readout.ChunkedCrossEntropy, meter)
+    with (
+        mock.patch.object(trl.trainer.utils, "_ChunkedLogProbFunction", task_loss),
+        mock.patch.object(readout, "ChunkedCrossEntropy", local_loss),
+    ):
+        yield
 
+
+def _metered(original: type[torch.autograd.Function], meter: MemoryMeter) -> type[torch.autograd.Function]:
     class Metered(original):  # type: ignore[misc, valid-type]
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
@@ -44,7 +56,36 @@ def metered_loss(meter: MemoryMeter) -> Iterator[None]:
             with meter.region("logits"):
                 return original.backward(ctx, *gradients)
 
-    with mock.patch.object(trl.trainer.utils, "_ChunkedLogProbFunction", Metered):
+    return Metered
+
+
+@contextlib.contextmanager
+def every_token_labelled() -> Iterator[None]:
+    """Lets the local losses take a label for every token; which ones have one cannot be read off a fake tensor."""
+
+    def tokens(output_BTD: torch.Tensor, batch: LocalBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        labels_BT = batch.inputs["labels"][:, 1:]
+        rows_BT, positions_BT = torch.meshgrid(*map(torch.arange, labels_BT.shape), indexing="ij")
+        where = rows_BT.flatten(), positions_BT.flatten()
+        return output_BTD[:, :-1][where], labels_BT[where]
+
+    with mock.patch.object(readout, "counted_tokens", tokens):
+        yield
+
+
+@contextlib.contextmanager
+def few_chunks(meter: MemoryMeter) -> Iterator[None]:
+    """Lets the local losses compute their first two chunks and the last; those between cost what the second does."""
+
+    def chunks(size: int, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+        all_chunks = list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
+        for chunk in all_chunks[:2]:
+            before = meter.work
+            yield chunk
+        meter.work += (meter.work - before) * len(all_chunks[2:-1])
+        yield from all_chunks[2:][-1:]
+
+    with mock.patch.object(readout, "in_chunks", chunks):
         yield
 
 

@@ -23,13 +23,16 @@ Simulate a training step of each strategy on a model's configuration, without we
 what it needs on a device at its peak, by what it is for; whether that fits; its arithmetic and relative time.
 
 strategies (each without and with activation checkpointing):
-  e2e     SFTTrainer
-  lopt    LoPTTrainer, a row for each --num-blocks
-  freeze  LoPTTrainer that leaves the early blocks frozen
-  lora    SFTTrainer with adapters on all linear layers
-  repl    SFTTrainer on a RepL model with every 4th layer replaced
-  ppll    PipelineTrainer, one stage on each of --num-gpus devices
-  joint   LoPT with one backward for all losses, as its released code has it (not among the default rows)
+  e2e              SFTTrainer
+  lopt             LoPTTrainer, a row for each --num-blocks
+  lopt_local_step  the same with local_step=True: each early block steps, and frees its gradients, before the next runs
+  mlaan            MLAANTrainer, a row for each --num-blocks: the auxiliaries that its defaults make, windows of two
+                   blocks (of two blocks in all: of one)
+  freeze           LoPTTrainer that leaves the early blocks frozen
+  lora             SFTTrainer with adapters on all linear layers
+  repl             SFTTrainer on a RepL model with every 4th layer replaced
+  ppll             PipelineTrainer, one stage on each of --num-gpus devices
+  joint            LoPT with one backward for all losses, as its released code has it (not among the default rows)
 
 What is assumed: no padding, a label for every token, bf16 arithmetic, attention in a flash kernel of torch's
 scaled_dot_product_attention, TRL's fused LM head, clipping. What is not in it: the device's context, the allocator's

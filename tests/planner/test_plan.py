@@ -21,7 +21,9 @@ SPEED = DeviceSpeed("cpu", "test", 1e9, 1e9)
 
 def make_row(name, method, gib, time, fits):
     peak = dict.fromkeys(CATEGORIES, 0) | {"parameters": int(gib * GIB)}
-    cost = StepCost(peak, saved_bytes=GIB, flops=10**12, moved_bytes=10**9, parameters=100, trainable=100)
+    cost = StepCost(
+        peak, gradient_bytes=GIB, saved_bytes=GIB, flops=10**12, moved_bytes=10**9, parameters=100, trainable=100
+    )
     return PlanRow(Strategy(name, method), cost, fits, 1e9, None, time)
 
 

@@ -6,11 +6,11 @@ from lopt_hf.planner.plan import Plan, PlanRow, PlanSettings
 from lopt_hf.planner.recipe import make_recipe
 from lopt_hf.planner.strategies import STRATEGIES, make_strategies
 from lopt_hf.planner.units import GIB
-from lopt_hf.scripts import pipeline, repl, sft
+from lopt_hf.scripts import mlaan, pipeline, repl, sft
 from tests.planner.test_plan import SLOW
 from tests.planner.test_simulation import tiny_config
 
-PARSERS = {"sft": sft.make_parser, "pipeline": pipeline.make_parser, "repl": repl.make_parser}
+PARSERS = {command.__name__.rpartition(".")[2]: command.make_parser for command in (mlaan, pipeline, repl, sft)}
 SETTINGS = PlanSettings(
     model="Qwen/Qwen2.5-7B-Instruct",
     device_memory=80 * GIB,
@@ -26,6 +26,8 @@ ROWS = make_strategies(STRATEGIES, (2, 4), tiny_config(num_hidden_layers=8), num
 EXPECTED = {
     "e2e": {"method": "e2e", "use_peft": False},
     "lopt": {"method": "lopt", "local_backward": "eager", "tied_embeddings": "freeze"},
+    "lopt_local_step": {"method": "lopt", "local_step": True, "tied_embeddings": "freeze"},
+    "mlaan": {"tied_embeddings": "freeze", "early_learning_rate": None},
     "joint": {"method": "lopt", "local_backward": "joint"},
     "freeze": {"method": "lopt", "num_blocks": 2, "train_early_blocks": False},
     "lora": {"method": "e2e", "use_peft": True, "lora_r": 8, "lora_alpha": 16, "lora_target_modules": "all-linear"},
@@ -59,7 +61,9 @@ def test_round_trip(strategy, tmp_path):
         "gradient_checkpointing": strategy.checkpointing,
         "report_to": [],
     }
-    if strategy.method in ("lopt", "joint", "ppll"):
+    if strategy.method == "mlaan":
+        expected["window"] = strategy.window
+    if strategy.method in ("lopt", "lopt_local_step", "mlaan", "joint", "ppll"):
         expected["num_blocks"] = strategy.num_blocks
     assert {key: values[key] for key in expected} == expected
     assert "bitsandbytes" in recipe.text
@@ -70,7 +74,8 @@ def test_comment_has_the_command(method, tmp_path):
     strategy = next(row for row in ROWS if row.method == method)
     recipe, _ = parse(strategy, tmp_path)
     launch = recipe.text.splitlines()[2]
-    if recipe.command == "sft":
-        assert "accelerate launch --multi_gpu --num_processes 4" in launch and "-m lopt_hf.scripts.sft" in launch
+    if recipe.command in ("sft", "mlaan"):
+        assert "accelerate launch --multi_gpu --num_processes 4" in launch
+        assert f"-m lopt_hf.scripts.{recipe.command}" in launch
     else:
         assert launch == f"#   lopt-hf {recipe.command} --config THIS_FILE"

@@ -1,5 +1,6 @@
 """What the simulation predicts, beside what real trainers do with real tensors."""
 
+import contextlib
 import copy
 import gc
 from dataclasses import replace
@@ -11,8 +12,10 @@ from peft import LoraConfig
 from transformers import AutoConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from lopt_hf import LoPTConfig, LoPTTrainer, RepLConfig, get_repl_model
+from lopt_hf import LoPTConfig, LoPTTrainer, MLAANConfig, MLAANTrainer, RepLConfig, get_repl_model
+from lopt_hf.bench.gradient_bytes import GradientBytes
 from lopt_hf.bench.saved_bytes import SavedBytes
+from lopt_hf.planner import setups, simulation
 from lopt_hf.planner.memory import CATEGORIES
 from lopt_hf.planner.simulation import simulate
 from lopt_hf.planner.step import Workload
@@ -35,16 +38,19 @@ def strategies(methods=STRATEGIES, num_gpus=2, num_layers=8):
 
 
 class Peak(TrainerCallback):
-    """The peak of the saved bytes in the last step."""
+    """The peaks of the saved bytes and of the gradients' in the last step."""
 
     def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.saved = SavedBytes([*model.parameters(), *model.buffers(), *trained])
+        self.gradients = GradientBytes(trained)
         self.saved.__enter__()
+        self.gradients.__enter__()
 
     def on_step_end(self, *args, **kwargs):
-        self.saved.__exit__(None, None, None)
-        self.peak = self.saved.peak
+        for counter in (self.saved, self.gradients):
+            counter.__exit__(None, None, None)
+        self.peak = self.saved.peak, self.gradients.peak
 
 
 class AllocatedPeak(TrainerCallback):
@@ -71,20 +77,25 @@ def measure(strategy, family, folder, peak=None, **overrides):
     rows = Dataset.from_dict({"input_ids": [[3 + i % 50 for i in range(LENGTH)]] * 2 * BATCH})
     settings = training_args(folder, bf16=True, max_steps=2, per_device_train_batch_size=BATCH, max_length=None)
     if strategy.checkpointing:
-        settings |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+        reentrant = strategy.window == 1
+        settings |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
     peak = peak or Peak()
     given = {"train_dataset": rows, "processing_class": make_tokenizer(), "callbacks": [peak]}
     if strategy.method == "repl":
         model = get_repl_model(model, RepLConfig(placement="every", every=REPL_EVERY, init="skip"))
     if strategy.method == "lora":
         given["peft_config"] = LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-    if strategy.num_blocks > 1:
+    if strategy.method == "mlaan":
+        args = MLAANConfig(**settings, num_blocks=strategy.num_blocks, window=strategy.window)
+        MLAANTrainer(model, args, **given).train()
+    elif strategy.num_blocks > 1:
         joint = "joint" if strategy.method == "joint" else "eager"
         args = LoPTConfig(
             **settings,
             num_blocks=strategy.num_blocks,
             train_early_blocks=strategy.method != "freeze",
             local_backward=joint,
+            local_step=strategy.method == "lopt_local_step",
         )
         LoPTTrainer(model, args, **given).train()
     else:
@@ -96,13 +107,21 @@ IN_ONE_PROCESS = [strategy for strategy in strategies() if strategy.method != "p
 
 
 @pytest.mark.parametrize("strategy", IN_ONE_PROCESS, ids=lambda strategy: strategy.name)
-def test_saved_bytes_are_those_of_the_real_trainer(strategy, tmp_path):
+def test_saved_bytes_and_gradients_are_those_of_the_real_trainer(strategy, tmp_path):
     overrides = {"num_hidden_layers": 8, "hidden_size": 64}
     [predicted] = simulate(tiny_config(**overrides), strategy, WORKLOAD)
-    assert predicted.saved_bytes == pytest.approx(measure(strategy, "llama", tmp_path, **overrides), rel=0.01)
+    saved, gradients = measure(strategy, "llama", tmp_path, **overrides)
+    assert predicted.gradient_bytes == gradients
+    if strategy.window > 1 and strategy.checkpointing:  # what is computed again cannot be seen
+        assert predicted.saved_bytes is None
+    else:
+        assert predicted.saved_bytes == pytest.approx(saved, rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["end-to-end", "LoPT K=2", "LoPT K=4 + checkpointing"])
+@pytest.mark.parametrize(
+    "name",
+    ["end-to-end", "LoPT K=2", "LoPT K=4 + checkpointing", "LoPT K=4, local step", "MLAAN K=4, window 2"],
+)
 def test_peak_of_all_memory_is_what_the_allocator_hands_out(name, tmp_path):
     """Temporaries, gradients and the loss's tiles included; on a CPU, whose allocator the profiler sees."""
     strategy = next(row for row in IN_ONE_PROCESS if row.name == name)
@@ -117,15 +136,19 @@ def test_peak_of_all_memory_is_what_the_allocator_hands_out(name, tmp_path):
 def test_saved_bytes_of_other_families(family, tmp_path):
     strategy = Strategy("LoPT K=2", "lopt", 2)
     [predicted] = simulate(tiny_config(family), strategy, WORKLOAD)
-    assert predicted.saved_bytes == pytest.approx(measure(strategy, family, tmp_path), rel=0.05)
+    saved, _ = measure(strategy, family, tmp_path)
+    assert predicted.saved_bytes == pytest.approx(saved, rel=0.05)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_can_be_planned(family):
-    end_to_end, lopt = Strategy("end-to-end", "e2e"), Strategy("LoPT K=2", "lopt", 2)
     workload = replace(WORKLOAD, dtype=torch.bfloat16)
-    [whole], [cut] = (simulate(tiny_config(family), strategy, workload) for strategy in (end_to_end, lopt))
+    [whole], [cut], [leaping] = (
+        simulate(tiny_config(family), Strategy(method, method, blocks), workload)
+        for method, blocks in (("e2e", 1), ("lopt", 2), ("mlaan", 2))
+    )
     assert 0 < cut.saved_bytes < whole.saved_bytes
+    assert cut.flops < leaping.flops
     assert whole.parameters == sum(parameter.numel() for parameter in make_model(family).parameters())
 
 
@@ -198,6 +221,58 @@ def test_stages_share_the_model():
     assert max(stage.peak_bytes for stage in stages) < whole.peak_bytes
 
 
+def test_local_step_frees_the_other_blocks_gradients():
+    """And changes neither arithmetic, nor what is saved for backward, nor the optimizer's state."""
+    config, workload = (
+        tiny_config(num_hidden_layers=8, tie_word_embeddings=False),
+        replace(WORKLOAD, optim="adamw_8bit"),
+    )
+    at_once, at_the_end = (
+        simulate(config, Strategy("", method, 4), workload)[0] for method in ("lopt_local_step", "lopt")
+    )
+    assert at_once.gradient_bytes < 0.5 * at_the_end.gradient_bytes
+    assert at_once.peak_bytes < at_the_end.peak_bytes
+    assert at_once.peak["optimizer"] == at_the_end.peak["optimizer"]
+    assert (at_once.flops, at_once.saved_bytes) == (at_the_end.flops, at_the_end.saved_bytes)
+
+
+def test_local_step_under_accumulation():
+    """Gradients that accumulate stay; the optimizer's work is done once, however many micro-batches there are."""
+    at_once, at_the_end = (
+        simulate(tiny_config(), Strategy("", method, 2), replace(WORKLOAD, accumulation_steps=6))[0]
+        for method in ("lopt_local_step", "lopt")
+    )
+    assert at_once.gradient_bytes == at_the_end.gradient_bytes
+    assert at_once.moved_bytes == pytest.approx(at_the_end.moved_bytes, rel=0.01)
+
+
+def test_buckets_of_a_block_go_with_its_step():
+    at_once, at_the_end = (
+        simulate(tiny_config(num_hidden_layers=8), Strategy("", method, 4), replace(WORKLOAD, num_gpus=2))[0]
+        for method in ("lopt_local_step", "lopt")
+    )
+    assert 0 < at_once.peak["communication"] < at_the_end.peak["communication"]
+
+
+def test_weights_that_mlaan_adds():
+    """Behind two of four layers: a copy of the last one, its average, a translator; norm and head, frozen."""
+    config = tiny_config(num_hidden_layers=4, tie_word_embeddings=False)
+    model = make_model("llama", num_hidden_layers=4, tie_word_embeddings=False)
+    layer = sum(parameter.numel() for parameter in model.model.layers[-1].parameters())
+    width, vocabulary = config.hidden_size, config.vocab_size
+    translator, readout = width * (width + 1), width * (1 + vocabulary)
+    [cost] = simulate(config, Strategy("MLAAN", "mlaan", 2), WORKLOAD)
+    assert cost.trainable == model.num_parameters() + layer + translator
+    assert cost.parameters == cost.trainable + layer + readout
+
+
+def test_chunks_that_are_not_run_cost_what_others_do(monkeypatch):
+    monkeypatch.setattr(setups, "MAX_LOGITS", 12 * len(VOCABULARY))  # of 62 tokens 12 at a time, the last time 2
+    few = simulate(tiny_config(), Strategy("MLAAN", "mlaan", 2), WORKLOAD)
+    monkeypatch.setattr(simulation, "few_chunks", lambda meter: contextlib.nullcontext())
+    assert simulate(tiny_config(), Strategy("MLAAN", "mlaan", 2), WORKLOAD) == few
+
+
 def test_arithmetic_of_the_methods():
     """In units of a forward of all layers: 3 end to end, 4 with checkpointing, 3 for LoPT, 2 with freezing."""
     config = tiny_config(num_hidden_layers=8, hidden_size=64, intermediate_size=256)
@@ -232,11 +307,13 @@ def test_default_strategies_of_a_small_model():
     assert [row.name for row in rows[::2]] == [
         "end-to-end",
         "LoPT K=2",
+        "LoPT K=2, local step",
+        "MLAAN K=2, window 1",
         "freeze 1 of 2 blocks",
         "LoRA r=16",
         "PPLL on 4 devices",
     ]
-    assert left_out == ["LoPT K=8: the model has 4 layers.", "RepL: the model has 4 layers."]
+    assert left_out == ["K=8: the model has 4 layers.", "RepL: the model has 4 layers."]
     assert all(row.checkpointing for row in rows[1::2])
 
 

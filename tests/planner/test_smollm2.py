@@ -1,14 +1,14 @@
-"""The plan of a real model beside its real training step, and how long planning large models takes."""
+"""The plan of a real model beside its real training step, and the memory that planning large models takes."""
 
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
 from lopt_hf.bench.step import StepBenchSettings, run_step_bench
+from lopt_hf.bench.step_settings import METHODS
 from lopt_hf.planner.dimensions import load_config
 from lopt_hf.planner.simulation import simulate
 from lopt_hf.planner.step import Workload
@@ -23,43 +23,42 @@ NAMES = {  # of the benchmark's rows
     "end-to-end + checkpointing": "e2e + checkpointing",
     "LoPT K=2": "LoPT K=2",
     "LoPT K=4": "LoPT K=4",
+    "LoPT K=2, local step": "LoPT K=2, local step",
+    "LoPT K=4, local step": "LoPT K=4, local step",
+    "MLAAN K=2, window 1": "MLAAN K=2, window 1",
+    "MLAAN K=4, window 2": "MLAAN K=4, window 2",
     "freeze 1 of 2 blocks": "freeze",
     "LoRA r=16": "LoRA r=16",
 }
 
 
-def test_peak_of_saved_bytes_is_within_five_percent_of_the_measured():
-    settings = StepBenchSettings(local_update_interval=(1,), steps=1, warmup=0)
-    measured = {result.method: result.peak_saved_bytes for result in run_step_bench(settings, progress=False)}
+def test_saved_bytes_and_gradients_are_within_five_percent_of_the_measured():
+    settings = StepBenchSettings(methods=(*METHODS, "mlaan"), local_update_interval=(1,), steps=1, warmup=0)
+    measured = {result.method: result for result in run_step_bench(settings, progress=False)}
     assert set(measured) == set(NAMES.values())
     config = load_config(SMOLLM2_ID)
-    rows, _ = make_strategies(("e2e", "lopt", "freeze", "lora"), (2, 4), config)
+    rows, _ = make_strategies(("e2e", "lopt", "lopt_local_step", "mlaan", "freeze", "lora"), (2, 4), config)
     workload = Workload(settings.batch_size, settings.seq_length, torch.float32)
     for row in rows:
         if row.name in NAMES:
             [cost] = simulate(config, row, workload)
-            assert cost.saved_bytes == pytest.approx(measured[NAMES[row.name]], rel=0.05), row.name
+            result = measured[NAMES[row.name]]
+            assert cost.saved_bytes == pytest.approx(result.peak_saved_bytes, rel=0.05), row.name
+            assert cost.gradient_bytes == pytest.approx(result.peak_gradient_bytes, rel=0.05), row.name
 
 
-@pytest.mark.parametrize(
-    ("model", "seconds"), [("Qwen/Qwen2.5-7B-Instruct", 120), ("meta-llama/Llama-3.1-70B-Instruct", 300)]
-)
-def test_large_models_are_planned_in_time(model, seconds, tmp_path):
-    """All default rows, by the command, in less than 6 GiB; the time is that of an idle machine with two cores."""
+@pytest.mark.parametrize("model", ["Qwen/Qwen2.5-7B-Instruct", "meta-llama/Llama-3.1-70B-Instruct"])
+def test_large_models_are_planned_in_little_memory(model, tmp_path):
+    """All default rows, by the command, in less than 6 GiB."""
     output = tmp_path / "plan.json"
     command = [sys.executable, "-m", "lopt_hf.cli", "plan", "--model", model, "--device-memory", "80GiB"]
     program = (
-        "import json, resource, subprocess, sys\n"
+        "import resource, subprocess, sys\n"
         "subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)\n"
-        "usage = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
-        "print(json.dumps([usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime]))\n"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)\n"
     )
-    start = time.perf_counter()
     result = subprocess.run(
         [sys.executable, "-c", program, *command, "--output", str(output)], capture_output=True, text=True, check=True
     )
-    elapsed = time.perf_counter() - start
-    peak, worked = json.loads(result.stdout)
-    assert peak < 6 * GIB
-    assert min(elapsed, worked) < seconds  # other work on the machine does not count
-    assert len(json.loads(output.read_text())["rows"]) >= 14
+    assert int(result.stdout) < 6 * GIB
+    assert len(json.loads(output.read_text())["rows"]) == 26
