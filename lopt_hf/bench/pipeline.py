@@ -16,6 +16,7 @@ from typing import Any
 from lopt_hf.bench.pipeline_settings import METHODS, PipelineBenchSettings
 from lopt_hf.bench.processes import BenchWorkerError, run_together
 from lopt_hf.bench.report import describe_run, interquartile_range, mega, ratio_text, table
+from lopt_hf.bench.training import num_layers
 
 __all__ = ["BenchWorkerError", "PipelineBenchReport", "PipelineResult", "run_pipeline_bench", "to_json", "to_markdown"]
 
@@ -134,23 +135,11 @@ def run_pipeline_bench(settings: PipelineBenchSettings, progress: bool = True) -
 
 def _given_split(settings: PipelineBenchSettings, checkpoint: str) -> list[int] | None:
     """Checks that the model fits the settings; returns its cut unless that is to be measured."""
-    from transformers import AutoConfig
-
     from lopt_hf.blocks import split_layers
 
-    try:
-        config = AutoConfig.from_pretrained(checkpoint).get_text_config(decoder=True)
-    except OSError as error:
-        raise ValueError(
-            f"model={settings.model!r} is neither a local checkpoint nor a model on a hub that can be reached; "
-            "pass the path of a folder that holds a config.json."
-        ) from error
-    layers = config.num_hidden_layers
+    layers = num_layers(settings.model, checkpoint, settings.seq_length)
     if settings.stages > layers:
         raise ValueError(f"stages={settings.stages}: the model has {layers} layers; use at most {layers}.")
-    longest = config.to_dict().get("max_position_embeddings")
-    if longest is not None and settings.seq_length > longest:
-        raise ValueError(f"seq_length={settings.seq_length}: the model takes {longest} tokens; use at most {longest}.")
     blocks = split_layers(layers, settings.stages, settings.split_at)
     if settings.split_at is None and settings.split == "auto":
         return None

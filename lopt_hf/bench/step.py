@@ -18,6 +18,7 @@ from lopt_hf.bench.processes import GRACE_SECONDS, MALLOC, BenchWorkerError, cha
 from lopt_hf.bench.report import describe_run, interquartile_range, mega, ratio_text, table
 from lopt_hf.bench.step_settings import StepBenchSettings, StepRow, make_rows
 from lopt_hf.bench.step_worker import work
+from lopt_hf.bench.training import num_layers
 
 __all__ = ["BenchWorkerError", "StepBenchSettings", "StepResult", "run_step_bench", "to_json", "to_markdown"]
 
@@ -172,21 +173,9 @@ def _measure(
 
 
 def _check_model(settings: StepBenchSettings, checkpoint: str) -> None:
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(checkpoint).get_text_config(decoder=True)
-    except OSError as error:
-        raise ValueError(
-            f"model={settings.model!r} is neither a local checkpoint nor a model on a hub that can be reached; "
-            "pass the path of a folder that holds a config.json."
-        ) from error
-    layers = config.num_hidden_layers
+    layers = num_layers(settings.model, checkpoint, settings.seq_length)
     if {"lopt", "lopt_local_step", "freeze", "mlaan"} & set(settings.methods) and max(settings.num_blocks) > layers:
         raise ValueError(f"num_blocks={settings.num_blocks}: the model has {layers} layers; use at most {layers}.")
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and settings.seq_length > longest:
-        raise ValueError(f"seq_length={settings.seq_length}: the model takes {longest} tokens; use at most {longest}.")
 
 
 class _Worker:

@@ -1,4 +1,4 @@
-"""What the benchmarks' processes share when they train: the batches, and silence."""
+"""What the benchmarks share: a look at the model, and their processes' batches and silence."""
 
 import logging
 import warnings
@@ -7,7 +7,33 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["silence", "token_rows"]
+__all__ = ["num_layers", "silence", "token_rows"]
+
+
+def num_layers(model: str, checkpoint: str, seq_length: int) -> int:
+    """The number of a model's decoder layers, from its configuration alone.
+
+    Args:
+        model: What the user called it.
+        checkpoint: Where it is.
+        seq_length: Tokens that it is to take.
+
+    Raises:
+        ValueError: If there is no such model, or if it does not take as many tokens.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(checkpoint).get_text_config(decoder=True)
+    except OSError as error:
+        raise ValueError(
+            f"model={model!r} is neither a local checkpoint nor a model on a hub that can be reached; pass the path "
+            "of a folder that holds a config.json."
+        ) from error
+    longest = config.to_dict().get("max_position_embeddings")
+    if longest is not None and seq_length > longest:
+        raise ValueError(f"seq_length={seq_length}: the model takes {longest} tokens; use at most {longest}.")
+    return int(config.num_hidden_layers)
 
 
 def silence() -> None:

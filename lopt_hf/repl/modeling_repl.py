@@ -159,7 +159,7 @@ def family_classes(architecture: str, prefix: str, model_type: str, mixin: type)
     Raises:
         ValueError: If `transformers` has no such architecture.
     """
-    base = getattr(transformers, architecture, None)
+    base: Any = getattr(transformers, architecture) if architecture in dir(transformers) else None
     if not (isinstance(base, type) and issubclass(base, PreTrainedModel)):
         raise ValueError(f"architecture={architecture!r} is no model of transformers {transformers.__version__}.")
     base_config: Any = base.config_class

@@ -15,16 +15,15 @@ from typing import Any
 from trl import DPOConfig, DPOTrainer, ModelConfig, TrlParser
 
 from lopt_hf.data.arithmetic import make_arithmetic_pairs
-from lopt_hf.data.formats import load_sft_dataset
-from lopt_hf.scripts.training import DataArguments, MethodArguments, prepare, require_dataset_name, run_training
+from lopt_hf.scripts.parsing import make_trl_parser
+from lopt_hf.scripts.training import DataArguments, MethodArguments, load_rows, prepare, run_training
 from lopt_hf.trainers.conversion import convert_config
 from lopt_hf.trainers.lopt_dpo_config import LoPTDPOConfig
 from lopt_hf.trainers.lopt_dpo_trainer import LoPTDPOTrainer
 
 __all__ = ["DPOScriptArguments", "main", "make_parser"]
 
-ARITHMETIC = "arithmetic"
-ARITHMETIC_SIZES = {"num_train": 512, "num_heldout": 64}
+GENERATED = {"arithmetic": make_arithmetic_pairs}
 
 
 @dataclass
@@ -47,19 +46,12 @@ class DPOScriptArguments(MethodArguments, DataArguments):
 
 def make_parser() -> TrlParser:
     """The parser of this command: script, training and model arguments, and `--config file.yaml`."""
-    dataclass_types: Any = (DPOScriptArguments, LoPTDPOConfig, ModelConfig)
-    return TrlParser(dataclass_types, prog="lopt-hf dpo", description=__doc__)
+    return make_trl_parser("dpo", __doc__, DPOScriptArguments, LoPTDPOConfig, ModelConfig)
 
 
 def load_split(script_args: DataArguments, split: str, seed: int) -> Any:
     """Loads one split of the data in a layout that `DPOTrainer` takes."""
-    name = require_dataset_name(script_args)
-    if name == ARITHMETIC:
-        pairs = make_arithmetic_pairs(**ARITHMETIC_SIZES, seed=seed)
-        if split not in pairs:
-            raise ValueError(f"dataset split {split!r} is unknown; {ARITHMETIC} has {', '.join(pairs)}.")
-        return pairs[split]
-    return load_sft_dataset(name, script_args.dataset_config, split, script_args.dataset_streaming)
+    return load_rows(script_args, split, seed, GENERATED)
 
 
 def make_trainer(script_args: DPOScriptArguments, args: LoPTDPOConfig, model_args: ModelConfig) -> DPOTrainer:
@@ -71,11 +63,7 @@ def make_trainer(script_args: DPOScriptArguments, args: LoPTDPOConfig, model_arg
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains, saves and, if asked to, pushes a model.
-
-    Args:
-        argv: Arguments without the program's name; default: those of the process.
-    """
+    """Trains, saves and, if asked to, pushes a model."""
     run_training(make_parser(), argv, make_trainer)
 
 

@@ -19,17 +19,16 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser
 from trl.import_utils import is_math_verify_available
 
 from lopt_hf.data.arithmetic import make_arithmetic
-from lopt_hf.data.formats import load_sft_dataset
 from lopt_hf.data.questions import to_questions
-from lopt_hf.scripts.training import DataArguments, MethodArguments, prepare, require_dataset_name, run_training
+from lopt_hf.scripts.parsing import make_trl_parser
+from lopt_hf.scripts.training import DataArguments, MethodArguments, load_rows, prepare, run_training
 from lopt_hf.trainers.conversion import convert_config
 from lopt_hf.trainers.lopt_grpo_config import LoPTGRPOConfig
 from lopt_hf.trainers.lopt_grpo_trainer import LoPTGRPOTrainer
 
 __all__ = ["GRPOScriptArguments", "find_reward", "main", "make_parser"]
 
-ARITHMETIC = "arithmetic"
-ARITHMETIC_SIZES = {"num_train": 512, "num_heldout": 64}
+GENERATED = {"arithmetic": make_arithmetic}
 REWARDS = {
     "gsm8k_reward": "lopt_hf.rewards.gsm8k_reward",
     "boxed_reward": "lopt_hf.rewards.boxed_reward",
@@ -48,7 +47,7 @@ class GRPOScriptArguments(MethodArguments, DataArguments):
         dataset_name: Hub id, local `.json`, `.jsonl` or `.parquet` file, or `arithmetic` for the generated questions
             that the package carries.
         reward_funcs: Names of rewards, of which the sum counts.
-        system_prompt: A system message before each question.
+        system_prompt: A system message before each question that has none of its own, as the generated ones have.
     """
 
     dataset_name: str | None = field(
@@ -64,25 +63,20 @@ class GRPOScriptArguments(MethodArguments, DataArguments):
             "help": f"Rewards, added up: {', '.join(REWARDS)}, or the dotted path of a function (my_lib.my_reward)."
         },
     )
-    system_prompt: str | None = field(default=None, metadata={"help": "A system message before each question."})
+    system_prompt: str | None = field(
+        default=None,
+        metadata={"help": "A system message before each question that has none of its own (the generated ones do)."},
+    )
 
 
 def make_parser() -> TrlParser:
     """The parser of this command: script, training and model arguments, and `--config file.yaml`."""
-    dataclass_types: Any = (GRPOScriptArguments, LoPTGRPOConfig, ModelConfig)
-    return TrlParser(dataclass_types, prog="lopt-hf grpo", description=__doc__)
+    return make_trl_parser("grpo", __doc__, GRPOScriptArguments, LoPTGRPOConfig, ModelConfig)
 
 
 def load_split(script_args: GRPOScriptArguments, split: str, seed: int) -> Any:
     """Loads one split of the data with a column `prompt`."""
-    name = require_dataset_name(script_args)
-    if name == ARITHMETIC:
-        questions = make_arithmetic(**ARITHMETIC_SIZES, seed=seed)
-        if split not in questions:
-            raise ValueError(f"dataset split {split!r} is unknown; {ARITHMETIC} has {', '.join(questions)}.")
-        return questions[split]
-    dataset = load_sft_dataset(name, script_args.dataset_config, split, script_args.dataset_streaming)
-    return to_questions(dataset, script_args.system_prompt)
+    return to_questions(load_rows(script_args, split, seed, GENERATED), script_args.system_prompt)
 
 
 def find_reward(name: str) -> Callable[..., Any]:
@@ -121,11 +115,7 @@ def make_trainer(script_args: GRPOScriptArguments, args: LoPTGRPOConfig, model_a
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains, saves and, if asked to, pushes a model.
-
-    Args:
-        argv: Arguments without the program's name; default: those of the process.
-    """
+    """Trains, saves and, if asked to, pushes a model."""
     run_training(make_parser(), argv, make_trainer)
 
 

@@ -8,12 +8,12 @@ accelerate launch --config_file recipes/accelerate_configs/ddp_2.yaml -m lopt_hf
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from trl import ModelConfig, TrlParser
 
 from lopt_hf.mlaan.config import MLAANConfig
 from lopt_hf.mlaan.trainer import MLAANTrainer
+from lopt_hf.scripts.parsing import make_trl_parser
 from lopt_hf.scripts.sft import SFTDataArguments, load_split
 from lopt_hf.scripts.training import prepare, run_training
 
@@ -22,8 +22,7 @@ __all__ = ["main", "make_parser", "make_trainer"]
 
 def make_parser() -> TrlParser:
     """The parser of this command: data, training and model arguments, and `--config file.yaml`."""
-    dataclass_types: Any = (SFTDataArguments, MLAANConfig, ModelConfig)
-    return TrlParser(dataclass_types, prog="lopt-hf mlaan", description=__doc__)
+    return make_trl_parser("mlaan", __doc__, SFTDataArguments, MLAANConfig, ModelConfig)
 
 
 def make_trainer(script_args: SFTDataArguments, args: MLAANConfig, model_args: ModelConfig) -> MLAANTrainer:
@@ -33,11 +32,7 @@ def make_trainer(script_args: SFTDataArguments, args: MLAANConfig, model_args: M
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains, saves and, if asked to, pushes a model.
-
-    Args:
-        argv: Arguments without the program's name; default: those of the process.
-    """
+    """Trains, saves and, if asked to, pushes a model."""
     run_training(make_parser(), argv, make_trainer)
 
 

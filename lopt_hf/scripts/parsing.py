@@ -1,5 +1,6 @@
-"""Parsing with errors of one line."""
+"""Parsers of the commands that take a YAML, with errors of one line."""
 
+import argparse
 import difflib
 import re
 import sys
@@ -9,7 +10,38 @@ from typing import Any
 import yaml
 from trl import TrlParser
 
-__all__ = ["parse_or_exit"]
+__all__ = ["make_trl_parser", "parse_or_exit"]
+
+CONFIG_HELP = "`--config recipe.yaml` reads any of these options from a file; the command line wins over it."
+
+# How the parser's errors about unknown names begin, and what these are: a YAML's are told in TRL's words, those of the
+# command line in transformers'
+_UNKNOWN = {
+    "Unknown arguments": "key in the YAML file",
+    "Some specified arguments are not used": "option on the command line",
+}
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the description's lines, and names each option's default."""
+
+
+def make_trl_parser(command: str, description: str | None, *dataclass_types: type) -> TrlParser:
+    """A parser of the fields of dataclasses, which can also come from `--config file.yaml`.
+
+    Args:
+        command: The name after `lopt-hf`.
+        description: What the command is for, and examples: the docstring of its script.
+        *dataclass_types: Whose fields the options are, listed in this order.
+    """
+    types: Any = dataclass_types
+    return TrlParser(
+        types,
+        prog=f"lopt-hf {command}",
+        usage=f"lopt-hf {command} [--config recipe.yaml] [options]",  # the default lists hundreds of options
+        description=f"{description}\n{CONFIG_HELP}",
+        formatter_class=_HelpFormatter,
+    )
 
 
 def parse_or_exit(parser: TrlParser, argv: Sequence[str] | None) -> tuple[Any, ...]:
@@ -19,22 +51,29 @@ def parse_or_exit(parser: TrlParser, argv: Sequence[str] | None) -> tuple[Any, .
         parser: A `TrlParser`; its dataclasses check the values.
         argv: Arguments without the program's name; default: those of the process.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    given = sys.argv[1:] if argv is None else argv
+    arguments = [part for text in given for part in (text.split("=", 1) if text.startswith("--config=") else [text])]
     try:
+        if arguments[-1:] == ["--config"]:
+            raise ValueError("--config needs the path of a YAML file.")
         return parser.parse_args_and_config(arguments)
     except (ValueError, FileNotFoundError, yaml.YAMLError) as error:
-        parser.exit(2, f"{parser.prog}: error: {_explain(parser, str(error))}\n")
+        parser.exit(2, f"{parser.prog}: error: {_explain(parser, error)}\n")
         raise AssertionError("unreachable") from error
 
 
-def _explain(parser: TrlParser, message: str) -> str:
-    """Adds the nearest known name to the message about an unknown key of a YAML file."""
-    unknown = re.findall(r"'--(\w+)'", message) if message.startswith("Unknown arguments") else []
-    if not unknown:
+def _explain(parser: TrlParser, error: Exception) -> str:
+    """The message, with the nearest known name where an option is unknown."""
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        return f"there is no file {error.filename!r}; check the path."
+    message = str(error)
+    place = next((place for start, place in _UNKNOWN.items() if message.startswith(start)), None)
+    unknown = re.findall(r"'--([\w-]+)", message)
+    if place is None or not unknown:
         return message
     known = [action.dest for action in parser._actions]
     hints = []
     for key in unknown:
-        nearest = difflib.get_close_matches(key, known, n=1)
+        nearest = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
         hints.append(f"{key!r}" + (f" (did you mean {nearest[0]!r}?)" if nearest else ""))
-    return f"unknown key in the YAML file: {', '.join(hints)}; remove it or correct its name."
+    return f"unknown {place}: {', '.join(hints)}; remove it or correct its name."

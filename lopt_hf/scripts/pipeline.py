@@ -36,7 +36,7 @@ from lopt_hf.pipeline.runner import PipelineTrainer
 from lopt_hf.pipeline.stage import load_stage, plan_stages
 from lopt_hf.pretrained import resolve_model
 from lopt_hf.scripts import pipeline_export, pipeline_simulate
-from lopt_hf.scripts.parsing import parse_or_exit
+from lopt_hf.scripts.parsing import make_trl_parser, parse_or_exit
 from lopt_hf.scripts.sft import SFTDataArguments, load_split
 from lopt_hf.scripts.training import draw, resumed_checkpoint
 
@@ -82,8 +82,7 @@ class LaunchArguments:
 
 def make_parser() -> TrlParser:
     """The parser of this command: data, training, model and launch arguments, and `--config file.yaml`."""
-    dataclass_types: Any = (SFTDataArguments, PipelineConfig, ModelConfig, LaunchArguments)
-    return TrlParser(dataclass_types, prog="lopt-hf pipeline", description=__doc__)
+    return make_trl_parser("pipeline", __doc__, SFTDataArguments, PipelineConfig, ModelConfig, LaunchArguments)
 
 
 def make_trainer(

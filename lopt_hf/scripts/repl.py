@@ -32,7 +32,7 @@ from lopt_hf.repl.export import save_with_code
 from lopt_hf.repl.report import to_json, to_markdown
 from lopt_hf.repl.trainer import RepLTrainer
 from lopt_hf.retention.statistics import Interval, RatioScores, difference_interval
-from lopt_hf.scripts.parsing import parse_or_exit
+from lopt_hf.scripts.parsing import make_trl_parser, parse_or_exit
 
 __all__ = ["RepLScriptArguments", "main", "make_parser"]
 
@@ -124,8 +124,7 @@ class HealingConfig(SFTConfig):
 
 def make_parser() -> TrlParser:
     """The parser of this command: script, surgery, training and model arguments, and `--config file.yaml`."""
-    dataclass_types: Any = (RepLScriptArguments, RepLConfig, HealingConfig, ModelConfig)
-    parser = TrlParser(dataclass_types, prog="lopt-hf repl", description=__doc__)
+    parser = make_trl_parser("repl", __doc__, RepLScriptArguments, RepLConfig, HealingConfig, ModelConfig)
     parser.add_argument("--model", dest="model_name_or_path", help="Short for --model_name_or_path.")
     return parser
 

@@ -13,17 +13,17 @@ from typing import Any
 
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
 
-from lopt_hf.data.formats import load_sft_dataset, to_trl_format
+from lopt_hf.data.formats import to_trl_format
 from lopt_hf.data.word_problems import make_word_problems
-from lopt_hf.scripts.training import DataArguments, MethodArguments, prepare, require_dataset_name, run_training
+from lopt_hf.scripts.parsing import make_trl_parser
+from lopt_hf.scripts.training import DataArguments, MethodArguments, load_rows, prepare, run_training
 from lopt_hf.trainers.conversion import convert_config
 from lopt_hf.trainers.lopt_config import LoPTConfig
 from lopt_hf.trainers.lopt_trainer import LoPTTrainer
 
 __all__ = ["SFTDataArguments", "SFTScriptArguments", "load_split", "main", "make_parser"]
 
-WORD_PROBLEMS = "word-problems"
-WORD_PROBLEM_SIZES = {"num_train": 512, "num_heldout": 64}
+GENERATED = {"word-problems": make_word_problems}
 
 
 @dataclass
@@ -52,19 +52,12 @@ class SFTScriptArguments(MethodArguments, SFTDataArguments):
 
 def make_parser() -> TrlParser:
     """The parser of this command: script, training and model arguments, and `--config file.yaml`."""
-    dataclass_types: Any = (SFTScriptArguments, LoPTConfig, ModelConfig)
-    return TrlParser(dataclass_types, prog="lopt-hf sft", description=__doc__)
+    return make_trl_parser("sft", __doc__, SFTScriptArguments, LoPTConfig, ModelConfig)
 
 
 def load_split(script_args: DataArguments, split: str, seed: int) -> Any:
     """Loads one split of the data in a layout that `SFTTrainer` takes."""
-    name = require_dataset_name(script_args)
-    if name == WORD_PROBLEMS:
-        problems = make_word_problems(**WORD_PROBLEM_SIZES, seed=seed)
-        if split not in problems:
-            raise ValueError(f"dataset split {split!r} is unknown; {WORD_PROBLEMS} has {', '.join(problems)}.")
-        return problems[split].select_columns(["prompt", "completion"])
-    return to_trl_format(load_sft_dataset(name, script_args.dataset_config, split, script_args.dataset_streaming))
+    return to_trl_format(load_rows(script_args, split, seed, GENERATED))
 
 
 def make_trainer(script_args: SFTScriptArguments, args: LoPTConfig, model_args: ModelConfig) -> SFTTrainer:
@@ -76,11 +69,7 @@ def make_trainer(script_args: SFTScriptArguments, args: LoPTConfig, model_args: 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains, saves and, if asked to, pushes a model.
-
-    Args:
-        argv: Arguments without the program's name; default: those of the process.
-    """
+    """Trains, saves and, if asked to, pushes a model."""
     run_training(make_parser(), argv, make_trainer)
 
 

@@ -2,15 +2,16 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
+from lopt_hf.data.formats import load_sft_dataset
 from lopt_hf.distributed import end_training
 from lopt_hf.pretrained import resolve_model
 from lopt_hf.scripts.parsing import parse_or_exit
@@ -20,13 +21,14 @@ __all__ = [
     "DataArguments",
     "MethodArguments",
     "draw",
+    "load_rows",
     "prepare",
-    "require_dataset_name",
     "resumed_checkpoint",
     "run_training",
 ]
 
 LoadSplit = Callable[[Any, str, int], Any]
+GENERATED_SIZES = {"num_train": 512, "num_heldout": 64}  # ours: enough for the recipes on SmolLM2-135M
 
 
 @dataclass
@@ -60,15 +62,36 @@ class MethodArguments:
     )
 
 
-def require_dataset_name(script_args: DataArguments) -> str:
-    """The name of the data.
+def load_rows(
+    script_args: DataArguments, split: str, seed: int, generated: Mapping[str, Callable[..., DatasetDict]]
+) -> Any:
+    """Loads or generates one split of the data that `dataset_name` names.
+
+    Args:
+        script_args: Which data.
+        split: The split's name.
+        seed: What generated data follow from.
+        generated: By name what makes data instead of loading them, given `GENERATED_SIZES` and `seed`.
+
+    Returns:
+        `Dataset`, or `IterableDataset` with `dataset_streaming`.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If no data are named, or if they do not have the split.
+        FileNotFoundError: If the data cannot be found.
     """
-    if script_args.dataset_name is None:
-        raise ValueError("dataset_name is missing; give a hub id, a local .json, .jsonl or .parquet file.")
-    return script_args.dataset_name
+    name = script_args.dataset_name
+    if name is None:
+        raise ValueError(
+            "dataset_name is missing; give a hub id, a local .json, .jsonl or .parquet file, or "
+            f"{' or '.join(map(repr, generated))} (generated)."
+        )
+    if name not in generated:
+        return load_sft_dataset(name, script_args.dataset_config, split, script_args.dataset_streaming)
+    splits = generated[name](**GENERATED_SIZES, seed=seed)
+    if split not in splits:
+        raise ValueError(f"dataset split {split!r} is unknown; {name} has {', '.join(splits)}.")
+    return splits[split]
 
 
 def draw(dataset: Dataset | IterableDataset, max_samples: int | None, seed: int) -> Dataset | IterableDataset:

@@ -1,5 +1,6 @@
 """Errors that a user can act on, raised before anything expensive happens."""
 
+import inspect
 import os
 from collections.abc import Sequence, Set
 from typing import Any
@@ -13,7 +14,11 @@ from trl.data_utils import get_dataset_column_names
 
 from lopt_hf.blocks import find_decoder_stack, split_layers
 
-__all__ = ["check_dataset", "check_model", "check_output_dir", "check_sft_dataset"]
+__all__ = ["check_dataset", "check_model", "check_output_dir", "check_rewards", "check_sft_dataset"]
+
+# What `GRPOTrainer` (TRL 1.16) calls a reward function with besides the training set's columns, but for these two
+_REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+_RENAMED_COLUMNS = ("prompt", "completion")
 
 _SFT_LAYOUTS = ({"messages"}, {"conversations"}, {"prompt", "completion"}, {"input_ids"})
 
@@ -70,6 +75,34 @@ def check_sft_dataset(dataset: Any, args: SFTConfig, formatting_func: Any = None
     is_prepared = formatting_func is not None or dataset_kwargs.get("skip_prepare_dataset")
     layouts = () if is_prepared else ({args.dataset_text_field}, *_SFT_LAYOUTS)
     check_dataset(dataset, layouts, "set dataset_text_field, or pass a formatting_func")
+
+
+def check_rewards(reward_funcs: Any, dataset: Any) -> None:
+    """Raises if a reward function cannot be called on the training set's rows: otherwise found after generating.
+
+    Args:
+        reward_funcs: A reward or a list of them; models and their ids are left to the trainer.
+        dataset: The training set.
+
+    Raises:
+        ValueError: If a function needs what it is not given, or does not take what it is given.
+    """
+    if not isinstance(dataset, Dataset | IterableDataset):
+        return
+    columns = [name for name in get_dataset_column_names(dataset) if name not in _RENAMED_COLUMNS]
+    for function in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
+        if not (inspect.isfunction(function) or inspect.ismethod(function)):
+            continue
+        signature = inspect.signature(function)
+        environments = {"environments"} & signature.parameters.keys()  # given where there are some
+        try:
+            signature.bind(**dict.fromkeys([*_REWARD_ARGUMENTS, *columns, *environments]))
+        except TypeError as error:
+            raise ValueError(
+                f"reward_funcs={function.__name__}: {error}. It is called with {', '.join(_REWARD_ARGUMENTS)} and the "
+                f"training set's columns ({', '.join(columns) or 'none'}) by name; rename the columns, or let it take "
+                "**kwargs."
+            ) from error
 
 
 def check_model(

@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedModel, TrainingArguments
 from trl import GRPOTrainer
 
 from lopt_hf.objectives import LocalObjective
-from lopt_hf.trainers.checks import check_dataset, check_model
+from lopt_hf.trainers.checks import check_dataset, check_model, check_rewards
 from lopt_hf.trainers.conversion import local_config
 from lopt_hf.trainers.lopt_grpo_config import LoPTGRPOConfig
 from lopt_hf.trainers.lopt_mixin import LOPT_PAPER, LoPTMixin
@@ -79,6 +79,7 @@ class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
         given = parameters.bind_partial(self, model, reward_funcs, args, *grpo_args, **grpo_kwargs).arguments
         check_model(model, args, given.get("peft_config"), given.get("quantization_config"))
         check_dataset(given.get("train_dataset"), LAYOUTS)
+        check_rewards(reward_funcs, given.get("train_dataset"))
         _check_vllm(model, args, given.get("peft_config"))
         check_synchronised_reference(args.sync_ref_model, args.sharding_engine)
         super().__init__(model, reward_funcs, args, *grpo_args, local_objective=local_objective, **grpo_kwargs)

@@ -8,6 +8,7 @@ from peft import LoraConfig
 from torch import nn
 
 from lopt_hf.blocks import split_layers
+from lopt_hf.mlaan.auxiliary import copy_layer
 from lopt_hf.mlaan.leaps import calibrated_leaps, check_leaps, even_leaps, leap_counts
 from tests.mlaan.helpers import first_batch, gradients_of, make_mlaan_trainer, next_token_loss
 from tests.tiny import FAMILIES, make_model
@@ -83,6 +84,16 @@ def test_with_lora_copies_share_the_frozen_weights(tmp_path):
             assert (parameter is live[name]) == ("lora_" not in name)
     saved = trainer._heads_state()
     assert saved and all("lora_" in name or "translators" in name for name in saved)
+
+
+def test_a_copy_leaves_hooks_behind():
+    model = make_model()
+    layer = model.model.layers[3]
+    layer.register_forward_hook(lambda *args: None)
+    layer.mlp.register_forward_pre_hook(lambda *args: None)
+    copied = copy_layer(model, layer)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in copied.modules())
+    assert layer._forward_hooks and layer.mlp._forward_pre_hooks
 
 
 def test_even_leaps_end_with_the_last_layer_and_never_repeat():

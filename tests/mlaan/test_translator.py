@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from lopt_hf.mlaan.calibration import _tokens
 from lopt_hf.mlaan.translator import RELATIVE_RIDGE, Translator, TranslatorFit
 from tests.mlaan.helpers import make_mlaan_trainer
 from tests.tiny import make_model
@@ -63,6 +64,23 @@ def test_calibrate_chooses_the_layers_with_the_lowest_loss(tmp_path):
         calibration.fit([auxiliary])
         losses[first, 7] = calibration.losses({2: auxiliary})[1][2]
     assert chosen == min(losses, key=losses.get)
+
+
+def test_padding_does_not_count_and_each_sequence_has_a_first_token():
+    h_BTD = torch.zeros(2, 4, 1)
+    mask_BT = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 0]])
+    kept_BT, is_first_BT = _tokens({"attention_mask": mask_BT}, h_BTD)
+    assert kept_BT.int().tolist() == mask_BT.tolist()
+    assert is_first_BT.int().tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
+    kept_BT, is_first_BT = _tokens({"position_ids": torch.tensor([[0, 1, 0, 1], [0, 1, 2, 0]])}, h_BTD)  # packed
+    assert kept_BT.all() and is_first_BT.int().tolist() == [[1, 0, 1, 0], [1, 0, 0, 1]]
+
+
+def test_the_start_is_measured_on_batches_that_nothing_was_fitted_to(tmp_path):
+    trainer = make_mlaan_trainer(tmp_path)
+    calibration = trainer._make_calibration(trainer.model)
+    assert calibration.fitted and calibration.measured
+    assert not any(fitted is measured for fitted in calibration.fitted for measured in calibration.measured)
 
 
 def test_calibration_leaves_the_random_state_and_the_models_mode(tmp_path):

@@ -6,7 +6,7 @@ import torch
 from lopt_hf.blocks import split_layers
 from tests.mlaan.helpers import first_batch, gradients_of, make_mlaan_trainer, next_token_loss
 from tests.tiny import make_model
-from tests.trainers.helpers import make_stock_trainer
+from tests.trainers.helpers import make_stock_trainer, make_trainer, one_step_gradients
 
 LAYERS = 4
 
@@ -137,6 +137,35 @@ def test_reach_of_one_loss(tmp_path, window, blocks):
     reached = {name for name, gradient in gradients.items() if gradient is not None and gradient.any()}
     of_the_task = set(trainer._owned()[-1])
     assert reached - of_the_task == {name for index in blocks for name in trainer._owned()[index]} | auxiliary
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_at_most_one_window_of_graphs_lives(tmp_path, window):
+    """When a block begins, those of the blocks before it in its window: all others are freed."""
+    trainer = make_mlaan_trainer(tmp_path, num_blocks=4, window=window)
+    living = []
+    for layer in trainer.stack.layers:  # a block each
+        layer.register_forward_pre_hook(lambda *_: living.append(len(trainer.boundary._segments)))
+    gradients_of(trainer)
+    assert living[-4:] == [min(block, window - 1) for block in range(4)]  # before that the calls were recorded
+
+
+def test_the_routers_balance_stays_in_each_block_and_is_scaled(tmp_path):
+    """What it adds to an early block's router is LoPT's gradient without reconstruction."""
+    balance = {}
+    for steps, coefficient in ((1, 0.01), (2, 0.01), (1, 0.0)):
+        model = make_model("mixtral", router_aux_loss_coef=coefficient)
+        trainer = make_mlaan_trainer(tmp_path, model, num_blocks=2, window=1)
+        trainer.model.train()
+        trainer.current_gradient_accumulation_steps = steps
+        trainer.compute_loss(trainer.model, first_batch(trainer)).backward()
+        trainer.boundary.finish(trainer._run_local_backward)
+        balance[steps, coefficient] = trainer.stack.layers[0].mlp.gate.weight.grad
+    expected = one_step_gradients(make_trainer(tmp_path, make_model("mixtral"), reconstruction_weight=0.0))
+    expected = expected["model.layers.0.mlp.gate.weight"]
+    assert expected.any()
+    torch.testing.assert_close(balance[1, 0.01] - balance[1, 0.0], expected, rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(2 * balance[2, 0.01], balance[1, 0.01])
 
 
 def test_a_second_forward_before_the_end_of_the_first_is_an_error(tmp_path):

@@ -6,6 +6,7 @@ from datasets import Dataset
 from peft import PrefixTuningConfig
 from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM, BertConfig, BitsAndBytesConfig, T5Config
 
+from lopt_hf.rewards import gsm8k_reward
 from lopt_hf.scripts import dpo, grpo, sft
 from tests.tiny import make_model
 from tests.trainers.helpers import KINDS, make_trainer
@@ -280,6 +281,22 @@ def test_bad_arguments_of_grpo_are_one_line(tmp_path, values, message):
     given = {"model_name_or_path": "m", "dataset_name": "arithmetic", **values}
     with pytest.raises(SystemExit, match=message):
         grpo.main(write_config(tmp_path, **given))
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (
+            gsm8k_reward,
+            r"gsm8k_reward: missing a required argument: 'answer'.*columns \(solution\).*rename the columns",
+        ),
+        (lambda completions: [0.0], r"<lambda>: got an unexpected keyword argument 'prompts'.*let it take \*\*kwargs"),
+    ],
+)
+def test_a_reward_that_cannot_be_called(tmp_path, reward, message):
+    rows = KINDS["grpo"].make_data().rename_column("answer", "solution")
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, kind="grpo", trainer_kwargs={"train_dataset": rows, "reward_funcs": [reward]})
 
 
 def test_a_reward_that_needs_a_package(tmp_path, monkeypatch):
