@@ -128,5 +128,5 @@ def draw(plan: Plan) -> "Figure":
     axes.axvline(settings.usable_memory / GIB, color="black", linewidth=1.0, linestyle=":", label="without headroom")
     axes.invert_yaxis()
     axes.set_xlabel(f"GiB at the peak, {settings.model}, batch {settings.batch_size} x {settings.seq_length}")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.1), ncols=4, frameon=False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     return figure
