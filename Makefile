@@ -1,4 +1,4 @@
-.PHONY: demo test quality figures
+.PHONY: demo test quality figures notebooks
 
 demo:  ## the main job on this machine: fine-tune SmolLM2-135M with LoPT, compare before and after
 	lopt-hf demo
@@ -13,3 +13,6 @@ quality:  ## lint, format, types
 
 figures:  ## the drawings in the README
 	python assets/draw_mechanism.py
+
+notebooks:  ## runs the notebooks and keeps what they show; needs the extra `notebooks`
+	python notebooks/execute.py --write

@@ -165,6 +165,9 @@ class GradientBoundary:
         """Raises `RuntimeError` if the first task loss reaches a parameter of an early block."""
         self._check_reach(len(self.blocks) - 1, loss)
 
+    def finish(self, run_backward: RunBackward) -> None:
+        """Ends a micro-batch after the task loss's backward. Here nothing is left to do; windows reach further."""
+
     def _enter_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._in_forward = self._active and torch.is_grad_enabled()
         if not self._in_forward:

@@ -105,6 +105,29 @@ class LeapAuxiliary(nn.Module):
                 if parameter is not live[parameter_name]:  # frozen weights are shared
                     parameter.lerp_(live[parameter_name].to(parameter), 1 - decay)
 
+    @torch.no_grad()
+    def distances(self, layers: nn.ModuleList) -> dict[str, float]:
+        """How far copies and averages are from the live layers: `||W - theta|| / ||theta||`.
+
+        Args:
+            layers: The model's decoder layers.
+
+        Returns:
+            Distances by names such as `copy of layer 29`; of an average that is how far it lags behind.
+        """
+        kinds = (("copy", self.copies), ("average", self.averages))
+        return {
+            f"{kind} of layer {index}": _distance(module, layers[int(index)])
+            for kind, modules in kinds
+            for index, module in modules.items()
+        }
+
+
+def _distance(module: nn.Module, live: nn.Module) -> float:
+    pairs = list(zip(module.parameters(), live.parameters(), strict=True))
+    apart = sum((own - other.to(own)).double().square().sum().item() for own, other in pairs)
+    return (apart / sum(other.double().square().sum().item() for _, other in pairs)) ** 0.5
+
 
 def copy_layer(model: PreTrainedModel, layer: nn.Module) -> nn.Module:
     """A layer with copies of the trainable weights, which shares the frozen ones and the model's configuration."""

@@ -129,5 +129,5 @@ def draw(plan: Plan) -> "Figure":
     axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xlabel(f"GiB at the peak, {settings.model}, batch {settings.batch_size} x {settings.seq_length}")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.1), ncols=4, frameon=False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     return figure

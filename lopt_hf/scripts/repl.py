@@ -34,7 +34,7 @@ from lopt_hf.repl.trainer import RepLTrainer
 from lopt_hf.retention.statistics import Interval, RatioScores, difference_interval
 from lopt_hf.scripts.parsing import make_trl_parser, parse_or_exit
 
-__all__ = ["RepLScriptArguments", "main", "make_parser"]
+__all__ = ["RepLScriptArguments", "against_plain", "main", "make_parser"]
 
 REPORT = "report.json"
 

@@ -74,6 +74,22 @@ def test_averages_follow_the_closed_form(tmp_path, readout):
         assert not torch.equal(averages[average], weights[name])
 
 
+def test_distances_are_those_from_the_live_layers(tmp_path):
+    trainer = make_mlaan_trainer(tmp_path, num_blocks=2, window=1, leap_layers=[[2, 3]])
+    auxiliary, layers = trainer.local_heads["0"], trainer.stack.layers
+    names = ["copy of layer 2", "copy of layer 3", "average of layer 2"]
+    assert auxiliary.distances(layers) == dict.fromkeys(names, 0.0)
+    with torch.no_grad():
+        for parameter in layers[2].parameters():
+            parameter.mul_(2)
+        for parameter in auxiliary.copies["3"].parameters():
+            parameter.zero_()
+    expected = dict(zip(names, (0.5, 1.0, 0.5), strict=True))
+    assert auxiliary.distances(layers) == pytest.approx(expected)
+    auxiliary.update_averages(layers, decay=0.75)
+    assert auxiliary.distances(layers)["average of layer 2"] == pytest.approx(0.5 * 0.75)
+
+
 def test_with_lora_copies_share_the_frozen_weights(tmp_path):
     kwargs = {"peft_config": LoraConfig(target_modules="all-linear", init_lora_weights=False)}
     trainer = make_mlaan_trainer(tmp_path, trainer_kwargs=kwargs, num_blocks=2, window=1)
