@@ -65,8 +65,9 @@ def measure_gradient_reach(trainer: SFTTrainer) -> GradientReach:
     ```
     """
     _check(trainer)
-    inputs: Any = trainer.data_collator(list(islice(trainer.train_dataset, trainer.args.per_device_train_batch_size)))
-    inputs = trainer._prepare_inputs(inputs)
+    dataset: Any = trainer.train_dataset
+    rows = list(islice(dataset, trainer.args.per_device_train_batch_size))
+    inputs = trainer._prepare_inputs(trainer.data_collator(rows))
     parts = _parts(trainer.model)
     norms = {}
     with _undisturbed(trainer) as clear:
@@ -98,8 +99,8 @@ def _losses(trainer: Any) -> dict[str, int]:
     return {**local, "task loss": len(trainer.blocks) - 1}
 
 
-def _parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    base_model: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+def _parts(model: Any) -> dict[str, list[nn.Parameter]]:
+    base_model = model.get_base_model() if isinstance(model, PeftModel) else model
     stack = find_decoder_stack(base_model)
     layers = [list(layer.parameters()) for layer in stack.layers]
     inside = {id(parameter) for layer in layers for parameter in layer}
