@@ -51,7 +51,7 @@ def test_at_the_start_it_is_the_model_with_layers_left_out(family, tmp_path):
 def test_averages_follow_the_closed_form(tmp_path, readout):
     decay, steps = 0.9, 3
     settings = {"num_blocks": 2, "window": 1, "leap_layers": [2], "ema_decay": decay, "readout": readout}
-    trainer = make_mlaan_trainer(tmp_path, max_steps=steps, **settings)
+    trainer = make_mlaan_trainer(tmp_path, max_steps=steps, gradient_accumulation_steps=2, **settings)
     names = {"model.layers.2.mlp.up_proj.weight": "averages.2.mlp.up_proj.weight"} | (
         {"model.norm.weight": "readout.model.model.tail.norm.weight", "lm_head.weight": "readout.model.lm_head.weight"}
         if readout == "ema"
@@ -60,14 +60,17 @@ def test_averages_follow_the_closed_form(tmp_path, readout):
     weights = dict(trainer.model.named_parameters())
     expected = {name: weights[name].detach().clone() for name in names}
     update = trainer._update_averages
+    updated_at = []
 
     def follow():
+        updated_at.append(trainer.state.global_step)
         for name in names:
             expected[name] = decay * expected[name] + (1 - decay) * weights[name].detach()
         update()
 
     trainer._update_averages = follow
     trainer.train()
+    assert updated_at == list(range(steps))  # once for each step, which is counted afterwards
     averages = dict(trainer.local_heads["0"].named_parameters())
     for name, average in names.items():
         torch.testing.assert_close(averages[average], expected[name])

@@ -58,15 +58,15 @@ def test_the_boundary_is_on_in_the_gradient_forward_only(tmp_path, peft):
     make_model().save_pretrained(tmp_path / "base")
     make_tokenizer().save_pretrained(tmp_path / "base")
     kwargs = {"peft_config": LoraConfig(target_modules="all-linear")} if peft else {}
-    settings = {"beta": 0.1, "num_iterations": 2, "max_steps": 2, "logging_steps": 1}
+    settings = {"beta": 0.1, "num_iterations": 2, "max_steps": 3, "logging_steps": 1}
     trainer = make_trainer(tmp_path / "out", str(tmp_path / "base"), kwargs, "grpo", **settings)
     record = RecordForwards(trainer)
     trainer.train()
     assert all(has_gradient == is_on for has_gradient, is_on in record.seen)
-    assert sum(is_on for _, is_on in record.seen) == 2  # one for each update
-    # Up to 8 tokens of completions, old log-probabilities, and with an adapter those of the model without it.
-    assert len(record.seen) - 2 in (range(3, 11) if peft else range(2, 10))
-    assert len(logged(trainer, "kl")) == 2 and len(logged(trainer, "local_loss/block_0")) == 2
+    assert sum(is_on for _, is_on in record.seen) == 3  # one for each update
+    # Twice: up to 8 tokens of completions, old log-probabilities, and with an adapter those of the model without it.
+    assert len(record.seen) - 3 in (range(6, 21) if peft else range(4, 19))
+    assert len(logged(trainer, "kl")) == 3 and len(logged(trainer, "local_loss/block_0")) == 3
 
 
 def test_the_reference_stays_the_stock_model(tmp_path):
@@ -180,18 +180,33 @@ def resumable(output_dir, **settings):
     return make_grpo(output_dir, **{"per_device_train_batch_size": 2, **schedule, **reuse, **settings})
 
 
-def test_completions_that_wait_for_their_update_are_resumed(tmp_path):
-    """At step 3 of 4 with the same completions the checkpoint holds them."""
-    resumable(tmp_path / "whole").train()
-    resumable(tmp_path / "resumed", max_steps=6).train()
-    for path in (tmp_path / "resumed/checkpoint-6").iterdir():
-        path.unlink()
-    (tmp_path / "resumed/checkpoint-6").rmdir()
-    resumed = resumable(tmp_path / "resumed")
+def resume(checkpoint, output_dir):
+    """Resumes a run; returns the steps at which it generated."""
+    trainer = resumable(output_dir)
     generated = []
-    original = resumed._generate_single_turn
-    resumed._generate_single_turn = lambda *args: generated.append(resumed.state.global_step) or original(*args)
-    resumed.train(resume_from_checkpoint=True)
-    assert generated == [4]
-    whole, again = (load_file(tmp_path / run / "checkpoint-6/model.safetensors") for run in ("whole", "resumed"))
-    assert [name for name in whole if not torch.equal(whole[name], again[name])] == []
+    original = trainer._generate_single_turn
+    trainer._generate_single_turn = lambda *args: generated.append(trainer.state.global_step) or original(*args)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    return generated
+
+
+def test_completions_that_wait_for_their_update_are_resumed(tmp_path):
+    """At steps 2 and 3 of 4 with the same completions the checkpoint holds them."""
+    resumable(tmp_path / "whole", save_steps=1).train()
+    whole = load_file(tmp_path / "whole/checkpoint-6/model.safetensors")
+    for step in (2, 3):
+        generated = resume(tmp_path / f"whole/checkpoint-{step}", tmp_path / f"from {step}")
+        assert generated == [4]
+        again = load_file(tmp_path / f"from {step}/checkpoint-6/model.safetensors")
+        assert [name for name in whole if not torch.equal(whole[name], again[name])] == []
+
+
+def test_completions_of_another_number_of_processes_are_generated_anew(tmp_path):
+    resumable(tmp_path / "run", max_steps=1, save_steps=1).train()
+    checkpoint = tmp_path / "run/checkpoint-1"
+    state = torch.load(checkpoint / "generation_0.pt", weights_only=True)
+    assert state["step"] == 2 and state["inputs"]
+    torch.save({**state, "num_processes": 2}, checkpoint / "generation_0.pt")
+    trainer = resumable(tmp_path / "resumed")
+    trainer._load_from_checkpoint(str(checkpoint))
+    assert (trainer._step, trainer._buffered_inputs) == (0, None)

@@ -343,9 +343,11 @@ def test_own_local_objective(tmp_path):
 
 @every_kind
 def test_eager_and_joint_train_to_the_same_weights(kind, tmp_path):
+    """Under accumulation too, where each trainer scales its losses in its own way."""
     weights = []
     for mode in ("eager", "joint"):
-        trainer = make_trainer(tmp_path / mode, local_backward=mode, kind=kind)
+        settings = {"local_backward": mode, "gradient_accumulation_steps": 2, "max_steps": 2}
+        trainer = make_trainer(tmp_path / mode, kind=kind, **settings)
         trainer.train()
         weights.append(snapshot(trainer))
     eager, joint = weights
@@ -354,9 +356,10 @@ def test_eager_and_joint_train_to_the_same_weights(kind, tmp_path):
 
 def test_boundary_is_inert_outside_the_trainer(tmp_path):
     """A gradient that the user computes on the trained model is end-to-end."""
-    trainer = make_trainer(tmp_path)
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.train()
     x = torch.arange(3, 15)[None]
-    trainer.model.train()
+    trainer.model.zero_grad()
     trainer.model(input_ids=x, labels=x).loss.backward()
     assert trainer.model.model.layers[0].mlp.up_proj.weight.grad.any()
     trainer.boundary.remove()
