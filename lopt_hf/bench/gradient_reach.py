@@ -100,7 +100,7 @@ def _losses(trainer: Any) -> dict[str, int]:
 
 
 def _parts(model: Any) -> dict[str, list[nn.Parameter]]:
-    base_model = model.get_base_model() if isinstance(model, PeftModel) else model
+    base_model: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     stack = find_decoder_stack(base_model)
     layers = [list(layer.parameters()) for layer in stack.layers]
     inside = {id(parameter) for layer in layers for parameter in layer}
