@@ -6,9 +6,11 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import nn
+from transformers.cache_utils import Cache
 
-from lopt_hf.blocks import split_layers
+from lopt_hf.blocks import find_decoder_stack, split_layers
 from lopt_hf.mlaan.auxiliary import copy_layer
+from lopt_hf.mlaan.layer_calls import record_layer_calls
 from lopt_hf.mlaan.leaps import calibrated_leaps, check_leaps, even_leaps, leap_counts
 from tests.mlaan.helpers import first_batch, gradients_of, make_mlaan_trainer, next_token_loss
 from tests.tiny import FAMILIES, make_model
@@ -91,6 +93,23 @@ def test_distances_are_those_from_the_live_layers(tmp_path):
     assert auxiliary.distances(layers) == pytest.approx(expected)
     auxiliary.update_averages(layers, decay=0.75)
     assert auxiliary.distances(layers)["average of layer 2"] == pytest.approx(0.5 * 0.75)
+
+
+def test_trainable_readouts_are_each_blocks_own(tmp_path):
+    trainer = make_mlaan_trainer(tmp_path, num_blocks=3, readout="trainable")
+    heads = [trainer.local_heads[index].readout.model.lm_head.weight for index in "01"] + [
+        trainer.model.lm_head.weight
+    ]
+    assert all(weight.requires_grad and torch.equal(weight, heads[-1]) for weight in heads)
+    assert len({weight.data_ptr() for weight in heads}) == 3
+
+
+def test_a_layers_call_holds_no_cache():
+    """A copy that wrote its keys into the model's cache would change what the layer itself sees."""
+    inputs = {"input_ids": torch.arange(3, 15)[None], "use_cache": True}
+    calls = record_layer_calls(find_decoder_stack(make_model()), (), inputs)
+    given = [value for call in calls.values() for value in (*call.args, *call.kwargs.values())]
+    assert len(calls) == 4 and not any(isinstance(value, Cache) for value in given)
 
 
 def test_with_lora_copies_share_the_frozen_weights(tmp_path):
