@@ -35,7 +35,7 @@ NAMES = {  # of the benchmark's rows
 def test_saved_bytes_and_gradients_are_within_five_percent_of_the_measured():
     settings = StepBenchSettings(methods=(*METHODS, "mlaan"), local_update_interval=(1,), steps=1, warmup=0)
     measured = {result.method: result for result in run_step_bench(settings, progress=False)}
-    assert set(measured) == set(NAMES.values())
+    assert set(NAMES.values()) <= set(measured)
     config = load_config(SMOLLM2_ID)
     rows, _ = make_strategies(("e2e", "lopt", "lopt_local_step", "mlaan", "freeze", "lora"), (2, 4), config)
     workload = Workload(settings.batch_size, settings.seq_length, torch.float32)
