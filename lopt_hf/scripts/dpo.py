@@ -17,9 +17,10 @@ from trl import DPOConfig, DPOTrainer, ModelConfig, TrlParser
 from lopt_hf.data.arithmetic import make_arithmetic_pairs
 from lopt_hf.scripts.parsing import make_trl_parser
 from lopt_hf.scripts.training import DataArguments, MethodArguments, load_rows, prepare, run_training
+from lopt_hf.trainers.checks import check_dataset
 from lopt_hf.trainers.conversion import convert_config
 from lopt_hf.trainers.lopt_dpo_config import LoPTDPOConfig
-from lopt_hf.trainers.lopt_dpo_trainer import LoPTDPOTrainer
+from lopt_hf.trainers.lopt_dpo_trainer import LAYOUTS, LoPTDPOTrainer
 
 __all__ = ["DPOScriptArguments", "main", "make_parser"]
 
@@ -58,6 +59,7 @@ def make_trainer(script_args: DPOScriptArguments, args: LoPTDPOConfig, model_arg
     """Builds the trainer of `method` from parsed arguments."""
     model, given = prepare(script_args, args, model_args, load_split)
     if script_args.method == "e2e":
+        check_dataset(given["train_dataset"], LAYOUTS)
         return DPOTrainer(model, args=convert_config(args, DPOConfig), **given)
     return LoPTDPOTrainer(model, args=args, **given)
 

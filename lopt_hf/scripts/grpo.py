@@ -22,6 +22,7 @@ from lopt_hf.data.arithmetic import make_arithmetic
 from lopt_hf.data.questions import to_questions
 from lopt_hf.scripts.parsing import make_trl_parser
 from lopt_hf.scripts.training import DataArguments, MethodArguments, load_rows, prepare, run_training
+from lopt_hf.trainers.checks import check_rewards
 from lopt_hf.trainers.conversion import convert_config
 from lopt_hf.trainers.lopt_grpo_config import LoPTGRPOConfig
 from lopt_hf.trainers.lopt_grpo_trainer import LoPTGRPOTrainer
@@ -110,6 +111,7 @@ def make_trainer(script_args: GRPOScriptArguments, args: LoPTGRPOConfig, model_a
     rewards: list[Any] = [find_reward(name) for name in script_args.reward_funcs]
     model, given = prepare(script_args, args, model_args, load_split)
     if script_args.method == "e2e":
+        check_rewards(rewards, given["train_dataset"])
         return GRPOTrainer(model, rewards, convert_config(args, GRPOConfig), **given)
     return LoPTGRPOTrainer(model, rewards, args, **given)
 

@@ -15,6 +15,7 @@ from lopt_hf.data.formats import load_sft_dataset
 from lopt_hf.distributed import end_training
 from lopt_hf.pretrained import resolve_model
 from lopt_hf.scripts.parsing import parse_or_exit
+from lopt_hf.trainers.checkpoint import CheckpointMixin
 from lopt_hf.trainers.checks import check_output_dir
 
 __all__ = [
@@ -160,6 +161,8 @@ def run_training(
         checkpoint = resumed_checkpoint(args)
         check_output_dir(args.output_dir, checkpoint)
         trainer: Any = make_trainer(script_args, args, model_args)
+        if checkpoint is not None and isinstance(trainer, CheckpointMixin):
+            trainer.check_checkpoint(checkpoint)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"{parser.prog}: {error}")
     trainer.train(resume_from_checkpoint=checkpoint)

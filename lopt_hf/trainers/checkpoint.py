@@ -71,6 +71,7 @@ class CheckpointMixin(TrainerBase):
     local_heads: nn.ModuleDict
     _metrics: dict[str, Any]  # TRL's
     _total_train_tokens: int  # TRL's
+    _name: str  # TRL's, of the method
     _block_settings: Callable[[], dict[str, Any]]  # what a checkpoint must share with the run that resumes it
 
     _staging: Path | None = None  # while a checkpoint is being written
@@ -121,6 +122,7 @@ class CheckpointMixin(TrainerBase):
         if not self._heads_in_model:
             save_file({k: v.contiguous() for k, v in self._heads_state().items()}, staged / HEADS_FILE)
         state = {
+            "trainer": self._name,
             "settings": self._block_settings(),
             "total_train_tokens": self._total_train_tokens,
             "metrics_since_log": self._metrics["train"],
@@ -131,7 +133,21 @@ class CheckpointMixin(TrainerBase):
         if self.state.best_global_step == self.state.global_step:
             self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
 
+    def check_checkpoint(self, checkpoint: str) -> None:
+        """Raises if this trainer cannot go on from a checkpoint.
+
+        Raises:
+            ValueError: If another kind of trainer wrote it, or one with other block settings.
+        """
+        trainer = read_local_state(checkpoint, self._block_settings()).get("trainer", self._name)
+        if trainer != self._name:
+            raise ValueError(
+                f"resume_from_checkpoint={checkpoint!r} is a checkpoint of {trainer}, but this run is {self._name}; "
+                "to start from its weights, pass the folder as `model`."
+            )
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.check_checkpoint(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if not self._heads_in_model:
             self._load_heads_state(load_file(os.path.join(resume_from_checkpoint, HEADS_FILE)))

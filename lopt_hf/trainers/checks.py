@@ -113,14 +113,16 @@ def check_model(
     Raises:
         ValueError: If it is no decoder-only language model, has too few layers for the cut, or is quantised without
             an adapter to train.
+        OSError: If there is no such model here or on the hub.
     """
     if isinstance(model, str):
         kwargs: Any = args.model_init_kwargs or {}
-        config = AutoConfig.from_pretrained(
-            model,
-            revision=kwargs.get("revision"),
-            trust_remote_code=args.trust_remote_code,
-        )
+        try:
+            config = AutoConfig.from_pretrained(
+                model, revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code
+            )
+        except OSError as error:  # which does not always name the model
+            raise OSError(f"model={model!r} cannot be loaded: {error}") from error
         given = quantization_config or kwargs.get("quantization_config")
         quantized = given is not None or _is_quantized(config)
         _check_config(model, config)

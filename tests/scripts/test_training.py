@@ -72,6 +72,25 @@ def test_a_run_goes_on(tmp_path, command):
     assert list(read_curve(str(tmp_path / "out"), "loss")) == [1, 2]
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_blocks": 3}, "resume_from_checkpoint=.* was trained with num_blocks=2"),
+        (
+            {"method": "e2e", "dataset_name": "{}/q.jsonl"},
+            r"train_dataset has the columns \['question'\]",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_one_line(tmp_path, values, message):
+    saving = {"save_strategy": "steps", "save_steps": 1, "resume_from_checkpoint": "auto"}
+    dpo.main(arguments(tmp_path, "dpo", **saving, max_steps=1))
+    (tmp_path / "q.jsonl").write_text('{"question": "1 + 1?"}\n')
+    values = {name: value.format(tmp_path) if isinstance(value, str) else value for name, value in values.items()}
+    with pytest.raises(SystemExit, match=f"lopt-hf dpo: {message}"):
+        dpo.main(arguments(tmp_path, "dpo", **{**saving, **values}))
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_another_runs_folder_is_left_alone(tmp_path, command):
     (tmp_path / "out/checkpoint-1").mkdir(parents=True)

@@ -107,6 +107,12 @@ def test_a_checkpoint_with_other_block_settings_is_refused(kind, tmp_path):
         make_trainer(tmp_path, kind=kind, num_blocks=3).train(resume_from_checkpoint=True)
 
 
+def test_a_checkpoint_of_another_loss_is_refused(tmp_path):
+    make_trainer(tmp_path, kind="dpo", max_steps=1, save_strategy="steps", save_steps=1).train()
+    with pytest.raises(ValueError, match="is a checkpoint of LoPT-DPO, but this run is LoPT;.*pass the folder as"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
 def test_a_checkpoint_of_another_trainer_is_refused(tmp_path):
     make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
     (tmp_path / "checkpoint-1" / checkpoint_module.STATE_FILE).unlink()
