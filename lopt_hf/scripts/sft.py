@@ -21,9 +21,10 @@ from lopt_hf.trainers.conversion import convert_config
 from lopt_hf.trainers.lopt_config import LoPTConfig
 from lopt_hf.trainers.lopt_trainer import LoPTTrainer
 
-__all__ = ["SFTDataArguments", "SFTScriptArguments", "load_split", "main", "make_parser"]
+__all__ = ["WORD_PROBLEMS", "SFTDataArguments", "SFTScriptArguments", "load_split", "main", "make_parser"]
 
-GENERATED = {"word-problems": make_word_problems}
+WORD_PROBLEMS = "word-problems"
+GENERATED = {WORD_PROBLEMS: make_word_problems}
 
 
 @dataclass
