@@ -57,8 +57,8 @@ def to_markdown(rows: Sequence[Row], compare: Compare) -> str:
 def _table(groups: dict[str, list[Row]], trained: bool, compare: Compare) -> str:
     if not groups:
         return ""
-    count = len(next(iter(groups.values())))
-    seeds = f", {count} seed{'s' if count > 1 else ''}" if trained else ""
+    num_seeds = len(next(iter(groups.values())))
+    seeds = f", {num_seeds} seed{'s' if num_seeds > 1 else ''}" if trained else ""
     what = f"after training{seeds}" if trained else "no training"
     lines = [[what, "surrogate / layer", "parameters", "perplexity", "x plain removal [95 %]"]]
     lines += [["---", "---:", "---:", "---:", "---:"]]
