@@ -38,10 +38,11 @@ class LocalLearningArguments(BlockLearningArguments):
         local_step: Let an early block take its optimizer step right after its local backward, and free its gradients
             before the next block runs (paper, App. L): the gradients of one block are in memory at a time, not those
             of all; with `clip_scope="part"` less still. The weights end the same, bit for bit, unless a block reads
-            another's weights (RepL's operators that do, next to a boundary). No use with `gradient_accumulation_steps` above 1: gradients that accumulate
-            have to stay. Under DDP the step waits for the average of the block's gradients, which otherwise overlaps
-            the next blocks. Callbacks (`on_pre_optimizer_step`) come when the last block is about to step, and the
-            early ones have; step hooks of the optimizer run once for each block. Off, as in the released code.
+            another's weights (RepL's operators that do, next to a boundary). No use with `gradient_accumulation_steps`
+            above 1: gradients that accumulate have to stay. Under DDP the step waits for the average of the block's
+            gradients, which otherwise overlaps the next blocks. Callbacks (`on_pre_optimizer_step`) come when the last
+            block is about to step, and the early ones have; step hooks of the optimizer run once for each block. Off,
+            as in the released code.
         train_early_blocks: `False` freezes early blocks and embeddings (paper's control experiment).
 
     Raises:
