@@ -1,10 +1,11 @@
-"""Arguments of the pipeline."""
+"""Arguments of the pipeline: those of every method (`PipelineArguments`), and with LoPT's (`PipelineConfig`)."""
 
 from dataclasses import dataclass, field
 
+from lopt_hf.trainers.block_arguments import BlockLearningArguments
 from lopt_hf.trainers.lopt_config import LoPTConfig
 
-__all__ = ["PipelineConfig"]
+__all__ = ["PipelineArguments", "PipelineConfig"]
 
 # Arguments of the parents that would need more than the stage has, or that reach into another stage's modules.
 _UNSUPPORTED: dict[str, tuple[object, str]] = {
@@ -19,8 +20,8 @@ _UNSUPPORTED: dict[str, tuple[object, str]] = {
 
 
 @dataclass
-class PipelineConfig(LoPTConfig):
-    """Configuration of [`PipelineTrainer`]: every argument of [`LoPTConfig`] and those of the pipeline.
+class PipelineArguments(BlockLearningArguments):
+    """Arguments that the pipeline adds to a method's config; mix it in before the config class.
 
     Source: PPLL, arXiv 2411.12780 ("paper"); its code and ZeroLock (arXiv 2608.07974) are named where they differ.
 
@@ -103,8 +104,6 @@ class PipelineConfig(LoPTConfig):
             )
         if self.split not in ("even", "auto"):
             raise ValueError(f"split={self.split!r} is unknown; choose 'even' or 'auto', or give split_at.")
-        if self.local_backward == "joint":
-            raise ValueError("local_backward='joint' needs all blocks in one process; set it to 'auto' or 'eager'.")
         if str(self.eval_strategy) not in ("no", "IntervalStrategy.NO"):
             raise ValueError(
                 f"eval_strategy={self.eval_strategy!r} is not supported in a pipeline; set it to 'no' and evaluate "
@@ -115,3 +114,13 @@ class PipelineConfig(LoPTConfig):
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} does not work in a pipeline: {reason}; leave it out."
                 )
+
+
+@dataclass
+class PipelineConfig(PipelineArguments, LoPTConfig):
+    """Configuration of [`PipelineTrainer`]: every argument of [`LoPTConfig`] and those of the pipeline."""
+
+    def _check_pipeline(self) -> None:
+        super()._check_pipeline()
+        if self.local_backward == "joint":
+            raise ValueError("local_backward='joint' needs all blocks in one process; set it to 'auto' or 'eager'.")

@@ -1,4 +1,4 @@
-"""The trainer of one stage.
+"""The trainer of one stage: what every stage does (`PipelineMixin`), and that of LoPT (`PipelineTrainer`).
 
 Each stage is a training run of its own, of a stock trainer on its part of the model: it builds the same batches from
 the same seed, has its own optimizer, scheduler and clipping, and exchanges nothing with the others but hidden states,
@@ -28,7 +28,7 @@ from lopt_hf.distributed import GradientReducer, broadcast_parameters
 from lopt_hf.objectives import LocalObjective, ReconstructionObjective
 from lopt_hf.pipeline.channel import BatchId, ReceivingChannel, SendingChannel
 from lopt_hf.pipeline.checkpoint import Manifest, check_shared_folder, find_checkpoint, remove_incomplete
-from lopt_hf.pipeline.config import PipelineConfig
+from lopt_hf.pipeline.config import PipelineArguments, PipelineConfig
 from lopt_hf.pipeline.launch import PipelineWorld, agree
 from lopt_hf.pipeline.stage import HiddenStateInput, plan_stages
 from lopt_hf.pipeline.stage_checkpoint import StageCheckpointMixin
@@ -37,29 +37,26 @@ from lopt_hf.pipeline.timeline import Timeline
 from lopt_hf.readout import ReadoutObjective
 from lopt_hf.trainers.lopt_trainer import LoPTTrainer
 
-__all__ = ["PipelineTrainer"]
+__all__ = ["PipelineMixin", "PipelineTrainer"]
 
 
-class PipelineTrainer(StageCheckpointMixin, StageLogMixin, LoPTTrainer):
-    """Trainer for one stage of PPLL, pipelined local learning (https://huggingface.co/papers/2411.12780).
+class PipelineMixin(StageCheckpointMixin, StageLogMixin):
+    """Makes a trainer with blocks that of one stage of a pipeline; put it before the trainer in the list of bases.
 
-    What differs from [`LoPTTrainer`]: the model is one stage's part, its input comes from the previous stage and its
-    output goes to the next one right after the forward. A K-stage run ends with the weights of the one-process run.
+    The config class must mix in `PipelineArguments` in the same way. The model is one stage's part, its input comes
+    from the previous stage and its output goes to the next one right after the forward.
 
     Args:
-        model: The stage's part of the model, from `load_stage`, PEFT-wrapped or not.
+        model: The stage's part of the model, PEFT-wrapped or not.
         args: Training arguments, the same on every stage.
         world: The processes of the run.
-        **kwargs: The other arguments of `LoPTTrainer`.
+        **kwargs: The trainer's other arguments.
     """
 
-    _tag_names = ["trl", "sft", "ppll", "local-learning"]
-    _name = "PPLL"
-
-    args: PipelineConfig
+    args: Any
 
     def __init__(
-        self, model: PreTrainedModel | PeftModel, args: PipelineConfig, *, world: PipelineWorld, **kwargs: Any
+        self, model: PreTrainedModel | PeftModel, args: PipelineArguments, *, world: PipelineWorld, **kwargs: Any
     ) -> None:
         self.world = world
         part: Any = model
@@ -101,21 +98,6 @@ class PipelineTrainer(StageCheckpointMixin, StageLogMixin, LoPTTrainer):
         for module in (base_model.get_input_embeddings(), base_model.get_output_embeddings()):
             module.requires_grad_(False)
 
-    def _make_objective(self, base_model: PreTrainedModel) -> LocalObjective:
-        if self.args.local_objective != "readout":
-            return super()._make_objective(base_model)
-        # Only the last stage trains norm and head; the others hold them frozen, and need no copy.
-        objective = ReadoutObjective.from_model(base_model, copy=self.plan.is_last)
-        self._readout_fingerprint = objective.fingerprint
-        # Without an early block here nothing learns from it, and a copy of the head is large.
-        return objective if self.early_blocks else ReconstructionObjective()
-
-    def _block_settings(self) -> dict[str, Any]:
-        settings = super()._block_settings()
-        if self.args.local_objective == "readout":
-            settings |= {"local_objective": ReadoutObjective.__name__, "readout": self._readout_fingerprint}
-        return settings
-
     # ---- One micro-batch ----
 
     def compute_loss(
@@ -136,7 +118,7 @@ class PipelineTrainer(StageCheckpointMixin, StageLogMixin, LoPTTrainer):
             self._input.hidden_BTD = hidden_BTD.requires_grad_(self._base_model().is_activation_checkpointing)
         with self.timeline.span("forward"):
             if not self.plan.is_last:
-                return self._run_block(inputs)
+                return self._run_blocks(inputs, num_items_in_batch)
             result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._loss_at = time.perf_counter()
         if num_items_in_batch is None or self.world.num_replicas == 1:
@@ -145,14 +127,13 @@ class PipelineTrainer(StageCheckpointMixin, StageLogMixin, LoPTTrainer):
         scale = self.world.num_replicas
         return (result[0] * scale, result[1]) if return_outputs else result * scale
 
-    def _run_block(self, inputs: dict[str, Any]) -> torch.Tensor:
+    def _run_blocks(self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
         """Runs the stage's blocks, whose local losses are all that it learns from."""
-        steps = self.current_gradient_accumulation_steps
-        update = self.args.train_early_blocks and self.state.global_step % self.args.local_update_interval == 0
+        scale, update = self._local_scale(inputs, num_items_in_batch), self._updates_early_blocks()
         arguments = {name: value for name, value in inputs.items() if name != "labels"}
         if self.aux_loss_enabled:
             arguments["output_router_logits"] = True
-        with self.boundary.training_forward(self._run_local_backward, 1 / steps, update, inputs):
+        with self.boundary.training_forward(self._run_local_backward, scale, update, inputs):
             with self.accelerator.autocast():
                 self._base_model().base_model(**arguments, use_cache=False)
         return torch.zeros((), device=self.args.device, requires_grad=True)
@@ -251,6 +232,40 @@ class PipelineTrainer(StageCheckpointMixin, StageLogMixin, LoPTTrainer):
             self._receiver = ReceivingChannel(peer, self.world.previous, **shared)
         if self.world.next is not None:
             self._sender = SendingChannel(self.world.rank_of(self.plan.index + 1), self.world.next, **shared)
+
+
+class PipelineTrainer(PipelineMixin, LoPTTrainer):
+    """Trainer for one stage of PPLL, pipelined local learning (https://huggingface.co/papers/2411.12780).
+
+    What differs from [`LoPTTrainer`]: the model is one stage's part, its input comes from the previous stage and its
+    output goes to the next one right after the forward. A K-stage run ends with the weights of the one-process run.
+
+    Args:
+        model: The stage's part of the model, from `load_stage`, PEFT-wrapped or not.
+        args: Training arguments, the same on every stage.
+        world: The processes of the run.
+        **kwargs: The other arguments of `LoPTTrainer`.
+    """
+
+    _tag_names = ["trl", "sft", "ppll", "local-learning"]
+    _name = "PPLL"
+
+    args: PipelineConfig
+
+    def _make_objective(self, base_model: PreTrainedModel) -> LocalObjective:
+        if self.args.local_objective != "readout":
+            return super()._make_objective(base_model)
+        # Only the last stage trains norm and head; the others hold them frozen, and need no copy.
+        objective = ReadoutObjective.from_model(base_model, copy=self.plan.is_last)
+        self._readout_fingerprint = objective.fingerprint
+        # Without an early block here nothing learns from it, and a copy of the head is large.
+        return objective if self.early_blocks else ReconstructionObjective()
+
+    def _block_settings(self) -> dict[str, Any]:
+        settings = super()._block_settings()
+        if self.args.local_objective == "readout":
+            settings |= {"local_objective": ReadoutObjective.__name__, "readout": self._readout_fingerprint}
+        return settings
 
 
 def _checksum(inputs: Mapping[str, Any]) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ __all__ = ["StageCheckpointMixin"]
 
 # The mixins stand before a trainer in the list of base classes; a type checker is told that they are one.
 if TYPE_CHECKING:
-    from lopt_hf.trainers.lopt_trainer import LoPTTrainer as TrainerBase
+    from lopt_hf.trainers.lopt_mixin import LoPTMixin as TrainerBase
 else:
     TrainerBase = object
 
@@ -49,6 +50,7 @@ class StageCheckpointMixin(TrainerBase):
     store: dist.Store
     plan: StagePlan
     plans: list[StagePlan]
+    _is_of_own_block: Callable[[str], bool]
     _manifest: Manifest | None = None  # of the checkpoint that the run goes on from
 
     def _state_to_save(self) -> dict[str, torch.Tensor]:
@@ -95,13 +97,16 @@ class StageCheckpointMixin(TrainerBase):
         assert self._manifest is not None and self._resumed is not None
         folders = self._manifest.stage_folders
         load_weights(self._state_to_save(), folders)
-        load_weights(self.local_heads.state_dict(keep_vars=True), folders, HEADS_FILE)
-        own = {f"local_loss/block_{block.index}" for block in self.plan.blocks}
+        load_weights(self._heads_state(), folders, HEADS_FILE)
         metrics: dict[str, list[float]] = {}
         for folder in folders:
             saved = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["metrics_since_log"]
             is_task = self.plan.is_last and folder == folders[-1]
-            metrics |= {n: v for n, v in saved.items() if n in own or (is_task and not n.startswith("local_loss/"))}
+            metrics |= {
+                name: values
+                for name, values in saved.items()
+                if self._is_of_own_block(name) or (is_task and not name.startswith("local_loss/"))
+            }
         self._resumed["metrics_since_log"] = metrics
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -20,7 +20,7 @@ __all__ = ["StageCallback", "StageLogMixin"]
 
 # The mixins stand before a trainer in the list of base classes; a type checker is told that they are one.
 if TYPE_CHECKING:
-    from lopt_hf.trainers.lopt_trainer import LoPTTrainer as TrainerBase
+    from lopt_hf.trainers.lopt_mixin import LoPTMixin as TrainerBase
 else:
     TrainerBase = object
 
@@ -55,11 +55,16 @@ class StageLogMixin(TrainerBase):
 
     def share_logs(self, logs: Mapping[str, Any]) -> None:
         """Hands this stage's figures, at the step of the log, to the process that reports."""
-        own = {f"{kind}/block_{block.index}" for kind in ("local_loss", "drift") for block in self.plan.blocks}
-        shared = {name: value for name, value in logs.items() if name in own or name.startswith("pipeline/")}
+        shared = {n: v for n, v in logs.items() if self._is_of_own_block(n) or n.startswith("pipeline/")}
         if "grad_norm" in logs:
             shared[f"pipeline/stage_{self.plan.index}/grad_norm"] = logs["grad_norm"]
         self.store.set(self._log_key(self.plan.index), json.dumps(shared))
+
+    def _is_of_own_block(self, name: str) -> bool:
+        """Whether a logged figure is of one of this stage's blocks, such as `local_loss/block_0`."""
+        kind, _, rest = name.partition("/")
+        own = [f"block_{block.index}" for block in self.plan.blocks]
+        return kind in ("local_loss", "drift") and rest.partition("/")[0] in own
 
     def _add_other_stages(self, logs: dict[str, float]) -> None:
         for stage in range(self.plan.index):
