@@ -20,6 +20,8 @@ _EXPORTS = {
     "LocalBatch": "lopt_hf.objectives",
     "LocalObjective": "lopt_hf.objectives",
     "MLAANConfig": "lopt_hf.mlaan.config",
+    "MLAANPipelineConfig": "lopt_hf.pipeline.mlaan",
+    "MLAANPipelineTrainer": "lopt_hf.pipeline.mlaan",
     "MLAANTrainer": "lopt_hf.mlaan.trainer",
     "PipelineConfig": "lopt_hf.pipeline.config",
     "PipelineTrainer": "lopt_hf.pipeline.runner",
@@ -43,6 +45,8 @@ __all__ = [
     "LocalBatch",
     "LocalObjective",
     "MLAANConfig",
+    "MLAANPipelineConfig",
+    "MLAANPipelineTrainer",
     "MLAANTrainer",
     "PipelineConfig",
     "PipelineTrainer",
@@ -62,6 +66,7 @@ if TYPE_CHECKING:
     from lopt_hf.mlaan.trainer import MLAANTrainer
     from lopt_hf.objectives import LocalBatch, LocalObjective, ReconstructionObjective
     from lopt_hf.pipeline.config import PipelineConfig
+    from lopt_hf.pipeline.mlaan import MLAANPipelineConfig, MLAANPipelineTrainer
     from lopt_hf.pipeline.runner import PipelineTrainer
     from lopt_hf.planner.plan import PlanSettings, make_plan
     from lopt_hf.readout import ReadoutObjective

@@ -97,9 +97,16 @@ class LeapAuxiliary(nn.Module):
         return cast(torch.Tensor, checkpoint(call, layer, h_BTD, use_reentrant=True))
 
     @torch.no_grad()
-    def update_averages(self, layers: nn.ModuleList, decay: float) -> None:
-        """Moves each average towards the live layer: `e <- decay * e + (1 - decay) * theta`."""
+    def update_averages(self, layers: Mapping[int, nn.Module], decay: float) -> None:
+        """Moves each average towards the live layer: `e <- decay * e + (1 - decay) * theta`.
+
+        Args:
+            layers: The live layers by index; the averages of others stay as they are.
+            decay: See the formula.
+        """
         for name, average in self.averages.items():
+            if int(name) not in layers:
+                continue
             live = dict(layers[int(name)].named_parameters())
             for parameter_name, parameter in average.named_parameters():
                 if parameter is not live[parameter_name]:  # frozen weights are shared

@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, D hidden channels.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,12 +80,15 @@ def record_layer_calls(stack: DecoderStack, args: tuple[Any, ...], kwargs: Mappi
 @contextmanager
 def _recording(layers: nn.ModuleList, calls: dict[int, LayerCall]) -> Iterator[None]:
     bound = {index: vars(layer).get("forward") for index, layer in enumerate(layers)}
+    hooks = [(layer._forward_pre_hooks, layer._forward_hooks) for layer in layers]
     try:
         for index, layer in enumerate(layers):
+            layer._forward_pre_hooks, layer._forward_hooks = OrderedDict(), OrderedDict()  # it is no forward of theirs
             layer.forward = _Recorder(calls, index, is_last=index == len(layers) - 1)  # type: ignore[assignment]
         yield
     finally:
         for index, layer in enumerate(layers):
+            layer._forward_pre_hooks, layer._forward_hooks = hooks[index]
             del layer.forward
             if bound[index] is not None:
                 layer.forward = bound[index]  # type: ignore[assignment]

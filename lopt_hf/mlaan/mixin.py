@@ -4,6 +4,7 @@ import weakref
 from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from lopt_hf.mlaan.auxiliary import LeapAuxiliary
@@ -59,7 +60,13 @@ class MLAANMixin(AuxiliarySetupMixin):
             weights=args.loss_weights,
             task_share=args.task_share,
             router_coefficient=self._router_coefficient(),
+            walls=self._walls(),
+            early_blocks=self.early_blocks,
         )
+
+    def _walls(self) -> list[int]:
+        """Blocks before which no window begins that ends with them or later."""
+        return []
 
     def _separate_embeddings(self, base_model: PreTrainedModel) -> None:
         if self.args.window < len(self.blocks):  # the task loss reaches both otherwise, as in end-to-end training
@@ -87,8 +94,11 @@ class MLAANMixin(AuxiliarySetupMixin):
         if num_items_in_batch is None or labels_BT is None:
             return super()._local_scale(inputs, num_items_in_batch)
         counted = (labels_BT[:, 1:] != IGNORED_LABEL).sum()
-        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return float(counted / num_items_in_batch * processes)
+        return float(counted / num_items_in_batch * self._num_counted_processes())
+
+    def _num_counted_processes(self) -> int:
+        """Over how many processes the tokens of a step are counted, and their gradients averaged."""
+        return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
 
     def _run_local_backward(self, index: int, loss: torch.Tensor) -> None:
         self.accelerator.backward(loss)
@@ -116,10 +126,15 @@ class MLAANMixin(AuxiliarySetupMixin):
         return {index: cast(LeapAuxiliary, head) for index, head in self.local_heads.items()}
 
     def _update_averages(self) -> None:
+        live = self._live_layers()
         for auxiliary in self._auxiliaries().values():
-            auxiliary.update_averages(self.stack.layers, self.args.ema_decay)
+            auxiliary.update_averages(live, self.args.ema_decay)
         if isinstance(self._objective, MovingReadoutObjective):
             self._objective.update(self.args.ema_decay)
+
+    def _live_layers(self) -> dict[int, nn.Module]:
+        """The decoder layers that this process trains."""
+        return dict(enumerate(self.stack.layers))
 
     # ---- Checkpoints ----
 
@@ -137,9 +152,7 @@ class MLAANMixin(AuxiliarySetupMixin):
         }
 
     def _heads_state(self) -> dict[str, torch.Tensor]:
-        of_model = {id(parameter) for parameter in self.accelerator.unwrap_model(self.model).parameters()}
-        own = {n for n, p in self.local_heads.named_parameters() if id(p) not in of_model}
-        return {name: value for name, value in self.local_heads.state_dict().items() if name in own}
+        return {name: value for name, value in self.local_heads.state_dict().items() if name in self._own_names}
 
     def _load_heads_state(self, state: dict[str, torch.Tensor]) -> None:
         missing = self._heads_state().keys() - state.keys()

@@ -35,6 +35,7 @@ class AuxiliarySetupMixin(LoPTMixin):
     """Makes, calibrates and measures the auxiliaries; `MLAANMixin` trains with them."""
 
     start_losses: dict[str, float]  # the model's and each auxiliary's loss before training, in nats per token
+    _own_names: frozenset[str] = frozenset()  # of the auxiliaries' weights that they do not share with the model
 
     def _make_objective(self, base_model: PreTrainedModel) -> LocalObjective:
         if self.args.readout == "ema":
@@ -47,6 +48,8 @@ class AuxiliarySetupMixin(LoPTMixin):
         args: MLAANArguments = self.args
         if args.window == len(self.blocks):
             self._say(f"window={args.window} is num_blocks: the task loss trains all blocks, as end-to-end does.")
+            return nn.ModuleDict()
+        if not self.early_blocks:
             return nn.ModuleDict()
         if args.leap_layers is not None:
             check_leaps(args.leap_layers, self.blocks)
@@ -62,6 +65,8 @@ class AuxiliarySetupMixin(LoPTMixin):
             self._measure_start(calibration, made)
         self._add_readouts(list(made.values()))
         heads = nn.ModuleDict({str(index): made[stop] for stop, index in learning.items()})
+        of_model = {id(parameter) for parameter in base_model.parameters()}
+        self._own_names = frozenset(n for n, p in heads.named_parameters() if id(p) not in of_model)
         return heads.train()
 
     def _say(self, line: str) -> None:
@@ -102,11 +107,12 @@ class AuxiliarySetupMixin(LoPTMixin):
         args: MLAANArguments = self.args
         num_layers = len(self.stack.layers)
         head = base_model.get_output_embeddings().weight
+        num_trained = len(self.early_blocks) if args.readout == "trainable" else 0
         planned = planned_bytes(
             self.stack.layers,
-            [last_leaps(num_layers, count) for count in counts],
+            [last_leaps(num_layers, counts[block.index]) for block in self.early_blocks],
             num_averaged=1 if args.ema_layers == "first" else num_layers,
-            readout=(head.numel() * head.element_size(), len(counts) if args.readout == "trainable" else 0),
+            readout=(head.numel() * head.element_size(), num_trained),
             translator=4 * self.stack.hidden_size**2 if args.translator == "calibrated" else 0,
         )
         return check_memory(planned, self._device_of(self.blocks[0]))

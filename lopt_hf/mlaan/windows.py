@@ -59,6 +59,9 @@ class WindowBoundary(GradientBoundary):
 
     A block's graph is freed when the last window that contains it is done, so at most `window` of them live at a time.
 
+    A model may be here in part, with some of its blocks: windows that would begin before them begin with the first one
+    that is here, as they do near the start of the model.
+
     Attributes:
         when_done: Called with a block's index when its gradients and its auxiliary's are complete.
         trains_blocks: Whether the local losses train the blocks, or their auxiliaries only.
@@ -75,6 +78,8 @@ class WindowBoundary(GradientBoundary):
         task_share: Factor of the task's gradient behind the last block: its head serves both losses, so the
             independent share of the gradient stays in it.
         router_coefficient: Weight of the load-balancing loss, which stays in each block; 0 without routers.
+        walls: Blocks before which no window begins that ends with them or later: the first ones of stages.
+        early_blocks: The early blocks that run in this process. Default: all but the last.
     """
 
     def __init__(
@@ -87,9 +92,19 @@ class WindowBoundary(GradientBoundary):
         weights: LossWeights,
         task_share: float,
         router_coefficient: float = 0.0,
+        walls: Sequence[int] = (),
+        early_blocks: Sequence[Block] | None = None,
     ) -> None:
-        super().__init__(model, blocks, objective, auxiliaries, 1.0, "eager", router_coefficient)
+        super().__init__(model, blocks, objective, auxiliaries, 1.0, "eager", router_coefficient, early_blocks)
         self.window = window
+        # For each block the first one of the window that ends there, and the last one whose window contains it.
+        starts = [0, *walls]
+        self._begins = [
+            max(end - window + 1, *(start for start in starts if start <= end)) for end in range(len(blocks))
+        ]
+        self._ends = [
+            max(end for end, begin in enumerate(self._begins) if begin <= index <= end) for index in range(len(blocks))
+        ]
         self.weights = weights
         self.task_share = task_share
         self.when_done: Callable[[int], None] | None = None
@@ -108,7 +123,7 @@ class WindowBoundary(GradientBoundary):
         if self._boundary_BTD is None:
             return
         last, cotangent_BTD = len(self.blocks) - 1, self._boundary_BTD.grad
-        if cotangent_BTD is not None and self.window > 1:
+        if cotangent_BTD is not None and self._begins[last] < last:
             self._reach_back(last, last - 1, cotangent_BTD * self.task_share)
         self._close(list(self._segments), run_backward)
         self.reset()
@@ -160,7 +175,7 @@ class WindowBoundary(GradientBoundary):
                 self._reach_back(segment.index, segment.index, handed_BTD.grad)
             if self.trains_blocks and own_BTD.grad is not None:
                 segment.add(own_BTD.grad)
-            self._close([i for i in self._segments if i + self.window - 1 == segment.index], self._run_backward)
+            self._close([i for i in self._segments if self._ends[i] == segment.index], self._run_backward)
 
     def _losses(self, index: int, own_BTD: torch.Tensor, handed_BTD: torch.Tensor) -> torch.Tensor:
         """The weighted sum of a block's two losses."""
@@ -176,7 +191,7 @@ class WindowBoundary(GradientBoundary):
 
     def _reach_back(self, end: int, newest: int, cotangent_BTD: torch.Tensor) -> None:
         """Takes the cotangent of the window that ends at block `end` from block `newest` to the window's first."""
-        oldest = max(0, end - self.window + 1)
+        oldest = self._begins[end]
         for index in range(newest, oldest - 1, -1):
             self._segments[index].add(cotangent_BTD)
             if index > oldest:

@@ -30,7 +30,7 @@ from lopt_hf.pipeline.channel import BatchId, ReceivingChannel, SendingChannel
 from lopt_hf.pipeline.checkpoint import Manifest, check_shared_folder, find_checkpoint, remove_incomplete
 from lopt_hf.pipeline.config import PipelineArguments, PipelineConfig
 from lopt_hf.pipeline.launch import PipelineWorld, agree
-from lopt_hf.pipeline.stage import HiddenStateInput, plan_stages
+from lopt_hf.pipeline.stage import HiddenStateInput, StagePlan, load_stage, plan_stages
 from lopt_hf.pipeline.stage_checkpoint import StageCheckpointMixin
 from lopt_hf.pipeline.stage_logs import StageCallback, StageLogMixin
 from lopt_hf.pipeline.timeline import Timeline
@@ -241,7 +241,7 @@ class PipelineTrainer(PipelineMixin, LoPTTrainer):
     output goes to the next one right after the forward. A K-stage run ends with the weights of the one-process run.
 
     Args:
-        model: The stage's part of the model, from `load_stage`, PEFT-wrapped or not.
+        model: The stage's part of the model, from `load_part`, PEFT-wrapped or not.
         args: Training arguments, the same on every stage.
         world: The processes of the run.
         **kwargs: The other arguments of `LoPTTrainer`.
@@ -251,6 +251,18 @@ class PipelineTrainer(PipelineMixin, LoPTTrainer):
     _name = "PPLL"
 
     args: PipelineConfig
+
+    @staticmethod
+    def load_part(checkpoint: str, plan: StagePlan, args: PipelineConfig, **kwargs: Any) -> PreTrainedModel:
+        """Loads what a stage trains, and the frozen norm and LM head where its objective reads through them.
+
+        Args:
+            checkpoint: Hub id or local folder of the whole model's checkpoint.
+            plan: The stage.
+            args: Training arguments.
+            **kwargs: For `from_pretrained`.
+        """
+        return load_stage(checkpoint, plan, keeps_readout=args.local_objective == "readout", **kwargs)
 
     def _make_objective(self, base_model: PreTrainedModel) -> LocalObjective:
         if self.args.local_objective != "readout":

@@ -156,8 +156,7 @@ def load_stage(
     )
     model: PreTrainedModel = partial_class.from_pretrained(name_or_path, config=config, **from_pretrained_kwargs)
     model.__class__ = stock_class
-    # `save_pretrained` would write on global rank 0 only, but every stage has its own part to write.
-    model.should_save_on_this_rank = bool  # type: ignore[method-assign, assignment]
+    _save_on_every_rank(model)
     if tied and keeps_head and not plan.is_first:
         embeddings: Any = model.get_input_embeddings()
         model.set_input_embeddings(_AbsentEmbedding(embeddings, find_decoder_stack(model).hidden_size))
@@ -169,17 +168,24 @@ def load_stage(
 
 
 def keep_stage(model: PreTrainedModel, plan: StagePlan) -> None:
-    """Takes everything out of a model that one stage does not run, where no checkpoint is read.
+    """Takes everything out of a whole model that one stage does not run.
 
     Args:
-        model: A causal language model whose LM head has a weight of its own.
+        model: A causal language model. A head that shares the embeddings' weight goes on with it on its own stage.
         plan: The stage.
 
     Raises:
         ValueError: If the model has parameters that belong to no stage.
     """
     _drop_other_stages(model, plan, keeps_embeddings=plan.is_first, keeps_head=plan.is_last)
+    model.all_tied_weights_keys = {}
+    _save_on_every_rank(model)
     _match_layer_outputs(model, plan)
+
+
+def _save_on_every_rank(model: PreTrainedModel) -> None:
+    """`save_pretrained` would write on global rank 0 only, but every stage has its own part to write."""
+    model.should_save_on_this_rank = bool  # type: ignore[method-assign, assignment]
 
 
 def _freeze_readout(model: PreTrainedModel, plan: StagePlan) -> None:

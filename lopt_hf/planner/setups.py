@@ -263,7 +263,9 @@ class Windows(Local):
 
     def after_step(self) -> None:
         for auxiliary in self.heads.values():
-            cast(LeapAuxiliary, auxiliary).update_averages(self.stack.layers, MLAANArguments.ema_decay)
+            cast(LeapAuxiliary, auxiliary).update_averages(
+                dict(enumerate(self.stack.layers)), MLAANArguments.ema_decay
+            )
 
 
 def make_setup(

@@ -2,6 +2,8 @@
 
 ```bash
 lopt-hf pipeline --config recipes/smollm2-135m/pipeline/ppll_2.yaml          # all stages on this host
+lopt-hf pipeline --config recipes/smollm2-135m/pipeline/ppll_mlaan_2.yaml    # early blocks learn by MLAAN
+lopt-hf pipeline --method mlaan --help                                        # the options of that method
 accelerate launch --multi_gpu --num_processes 2 -m lopt_hf.scripts.pipeline --config ...
 lopt-hf pipeline export --checkpoint out/checkpoint-100 --output-dir model    # a checkpoint as a stock model
 lopt-hf pipeline simulate --help                                              # schedules compared, without a model
@@ -10,6 +12,8 @@ lopt-hf pipeline simulate --help                                              # 
 Launched by `accelerate launch`, a process is one stage; otherwise the command starts all stages on this host.
 """
 
+import argparse
+import contextlib
 import json
 import os
 import signal
@@ -21,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import yaml
 from transformers import AutoConfig
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
@@ -28,12 +33,13 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from lopt_hf.blocks import split_layers
 from lopt_hf.pipeline.adapters import add_adapter
 from lopt_hf.pipeline.balance import balanced_split, format_split
-from lopt_hf.pipeline.config import PipelineConfig
+from lopt_hf.pipeline.config import PipelineArguments, PipelineConfig
 from lopt_hf.pipeline.costs import measure_costs
 from lopt_hf.pipeline.health import PipelineError, report_failure, report_termination
 from lopt_hf.pipeline.launch import PipelineWorld, Rendezvous, describe, join, launch_command
-from lopt_hf.pipeline.runner import PipelineTrainer
-from lopt_hf.pipeline.stage import load_stage, plan_stages
+from lopt_hf.pipeline.mlaan import MLAANPipelineConfig, MLAANPipelineTrainer
+from lopt_hf.pipeline.runner import PipelineMixin, PipelineTrainer
+from lopt_hf.pipeline.stage import plan_stages
 from lopt_hf.pretrained import resolve_model
 from lopt_hf.scripts import pipeline_export, pipeline_simulate
 from lopt_hf.scripts.parsing import make_trl_parser, parse_or_exit
@@ -64,30 +70,60 @@ _OF_A_HOST = (
 )
 
 
+StageConfig = PipelineConfig | MLAANPipelineConfig
+
 SUBCOMMANDS = {"simulate": pipeline_simulate.main, "export": pipeline_export.main}
 
 
 @dataclass
 class LaunchArguments:
-    """How `lopt-hf pipeline` starts the stages on this host.
+    """By which method the early blocks learn, and how `lopt-hf pipeline` starts the stages on this host.
 
     Parameters:
+        method: `"lopt"` or `"mlaan"`; each has options of its own.
         devices: Ids of the accelerators to use.
     """
 
+    method: str = field(
+        default="lopt",
+        metadata={
+            "help": "'lopt', or 'mlaan', whose options `--method mlaan --help` shows.",
+            "choices": ["lopt", "mlaan"],
+        },
+    )
     devices: str | None = field(
         default=None, metadata={"help": "Ids of the accelerators of this host to use, such as 0,1. Default: all."}
     )
 
 
-def make_parser() -> TrlParser:
-    """The parser of this command: data, training, model and launch arguments, and `--config file.yaml`."""
-    return make_trl_parser("pipeline", __doc__, SFTDataArguments, PipelineConfig, ModelConfig, LaunchArguments)
+def make_parser(method: str = "lopt") -> TrlParser:
+    """The parser of this command: data, training, model and launch arguments, and `--config file.yaml`.
+
+    Args:
+        method: Whose training arguments.
+    """
+    config_class = MLAANPipelineConfig if method == "mlaan" else PipelineConfig
+    return make_trl_parser("pipeline", __doc__, SFTDataArguments, config_class, ModelConfig, LaunchArguments)
+
+
+def chosen_method(arguments: Sequence[str]) -> str:
+    """The method that a command line names, or the YAML that it names: its options are parsed by it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--method")
+    parser.add_argument("--config")
+    with contextlib.suppress(argparse.ArgumentError):  # the whole parser says what is wrong
+        given, _ = parser.parse_known_args(arguments)
+        if given.method is None and given.config is not None and os.path.isfile(given.config):
+            with contextlib.suppress(yaml.YAMLError), open(given.config, encoding="utf-8") as file:
+                settings = yaml.safe_load(file)
+                given.method = settings.get("method") if isinstance(settings, dict) else None
+        return str(given.method)
+    return "lopt"
 
 
 def make_trainer(
-    data_args: SFTDataArguments, args: PipelineConfig, model_args: ModelConfig, world: PipelineWorld
-) -> PipelineTrainer:
+    data_args: SFTDataArguments, args: StageConfig, model_args: ModelConfig, world: PipelineWorld
+) -> PipelineMixin:
     """Loads this stage's part of the model and builds its trainer."""
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is missing; give a hub id or a local folder.")
@@ -103,20 +139,21 @@ def make_trainer(
     }
     config = AutoConfig.from_pretrained(checkpoint, revision=model_args.model_revision)
     num_layers = config.get_text_config(decoder=True).num_hidden_layers
-    if args.split == "auto" and args.split_at is None:
+    if isinstance(args, PipelineConfig) and args.split == "auto" and args.split_at is None:
         args.split_at = measured_split(checkpoint, args, model_args, world)
     plans = plan_stages(split_layers(num_layers, args.num_blocks, args.split_at), world.num_stages)
     plan = plans[world.stage]
     if world.rank == 0:
         print("\n".join(str(plan) for plan in plans))
-    keeps_readout = args.local_objective == "readout"
-    model: Any = load_stage(checkpoint, plan, keeps_readout, **kwargs)
+    trainer_class: Any = MLAANPipelineTrainer if isinstance(args, MLAANPipelineConfig) else PipelineTrainer
+    model: Any = trainer_class.load_part(checkpoint, plan, args, **kwargs)
     peft_config = get_peft_config(model_args)
     if peft_config is not None:
         model = add_adapter(model, peft_config, args.seed)
     train_dataset = load_split(data_args, data_args.dataset_train_split, args.seed)
     train_dataset = draw(train_dataset, data_args.dataset_max_samples, args.seed)
-    return PipelineTrainer(model, args, world=world, train_dataset=train_dataset)
+    trainer: PipelineMixin = trainer_class(model, args, world=world, train_dataset=train_dataset)
+    return trainer
 
 
 def measured_split(checkpoint: str, args: PipelineConfig, model_args: ModelConfig, world: PipelineWorld) -> list[int]:
@@ -140,15 +177,13 @@ def measured_split(checkpoint: str, args: PipelineConfig, model_args: ModelConfi
     return list(json.loads(world.store.get("split_at")))
 
 
-def shared_settings(args: PipelineConfig, model_args: ModelConfig) -> dict[str, str]:
+def shared_settings(args: PipelineArguments, model_args: ModelConfig) -> dict[str, str]:
     """What must be the same on all processes, by name: all that is not about a host."""
     values = [(f.name, getattr(group, f.name)) for group in (args, model_args) for f in fields(group)]
     return {name: str(value) for name, value in values if not name.startswith(_OF_A_HOST)}
 
 
-def run_stage(
-    data_args: SFTDataArguments, args: PipelineConfig, model_args: ModelConfig, rendezvous: Rendezvous
-) -> None:
+def run_stage(data_args: SFTDataArguments, args: StageConfig, model_args: ModelConfig, rendezvous: Rendezvous) -> None:
     """Trains one stage to the end and saves the model with the others."""
     assert args.num_stages is not None
     world = join(
@@ -189,14 +224,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments and arguments[0] in SUBCOMMANDS:
         return SUBCOMMANDS[arguments[0]](arguments[1:])
     if "RANK" not in os.environ:
-        _, args, _, launch_args = parse_or_exit(make_parser(), arguments)
+        _, args, _, launch_args = parse_or_exit(make_parser(chosen_method(arguments)), arguments)
         sys.exit(_launch(args, launch_args, arguments))
     try:
         rendezvous = Rendezvous.from_environment()
     except ValueError as error:
         sys.exit(f"lopt-hf pipeline: {error}")
     try:
-        data_args, args, model_args, _ = parse_or_exit(make_parser(), arguments)
+        data_args, args, model_args, _ = parse_or_exit(make_parser(chosen_method(arguments)), arguments)
         run_stage(data_args, args, model_args, rendezvous)
     except SystemExit as error:
         if error.code:
@@ -209,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(1)  # the monitor has said why
 
 
-def _launch(args: PipelineConfig, launch_args: LaunchArguments, arguments: Sequence[str]) -> int:
+def _launch(args: PipelineArguments, launch_args: LaunchArguments, arguments: Sequence[str]) -> int:
     assert args.num_stages is not None
     options = [] if launch_args.devices is None else ["--gpu_ids", launch_args.devices]
     command = launch_command(args.num_stages * args.data_parallel, arguments, options)
@@ -223,7 +258,7 @@ def _launch(args: PipelineConfig, launch_args: LaunchArguments, arguments: Seque
     return code
 
 
-def _how_to_go_on(args: PipelineConfig) -> str:
+def _how_to_go_on(args: PipelineArguments) -> str:
     output_dir = str(args.output_dir)
     last = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
     found = "no checkpoint was saved" if last is None else f"the last checkpoint is {last}"

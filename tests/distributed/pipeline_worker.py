@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from peft import LoraConfig, PeftConfig
@@ -14,8 +15,9 @@ from lopt_hf.blocks import split_layers
 from lopt_hf.pipeline.adapters import add_adapter
 from lopt_hf.pipeline.config import PipelineConfig
 from lopt_hf.pipeline.launch import PipelineWorld, Rendezvous, join
+from lopt_hf.pipeline.mlaan import MLAANPipelineConfig, MLAANPipelineTrainer
 from lopt_hf.pipeline.runner import PipelineTrainer
-from lopt_hf.pipeline.stage import load_stage, plan_stages
+from lopt_hf.pipeline.stage import plan_stages
 from tests.distributed.pipeline_fault_worker import become_rank
 from tests.tiny import make_dataset, make_tokenizer
 from tests.trainers.helpers import training_args
@@ -28,12 +30,16 @@ def make_lora() -> PeftConfig:
 def run(
     world: PipelineWorld, model: str, output_dir: str, lora: bool, resume: str | bool | None, settings: dict
 ) -> None:
-    args = PipelineConfig(**training_args(Path(output_dir), **settings))
+    is_mlaan = settings.pop("method", "lopt") == "mlaan"
+    config_class, trainer_class = (
+        (MLAANPipelineConfig, MLAANPipelineTrainer) if is_mlaan else (PipelineConfig, PipelineTrainer)
+    )
+    args: Any = config_class(**training_args(Path(output_dir), **settings))
     num_layers = AutoConfig.from_pretrained(model).get_text_config(decoder=True).num_hidden_layers
     plan = plan_stages(split_layers(num_layers, args.num_blocks, args.split_at), world.num_stages)[world.stage]
-    stage = load_stage(model, plan, keeps_readout=args.local_objective == "readout", dtype="float32")
+    stage = trainer_class.load_part(model, plan, args, dtype="float32")
     part = add_adapter(stage, make_lora(), args.seed) if lora else stage
-    trainer = PipelineTrainer(part, args, world=world, train_dataset=make_dataset(), processing_class=make_tokenizer())
+    trainer = trainer_class(part, args, world=world, train_dataset=make_dataset(), processing_class=make_tokenizer())
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     if world.reports:

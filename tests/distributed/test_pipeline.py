@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, set_seed
 
-from lopt_hf import LoPTConfig, LoPTTrainer
+from lopt_hf import LoPTConfig, LoPTTrainer, MLAANConfig, MLAANTrainer
+from lopt_hf.blocks import split_layers
 from lopt_hf.pipeline.launch import launch_command
+from lopt_hf.pipeline.stage import plan_stages
 from lopt_hf.scripts.pipeline_export import export_checkpoint
 from tests.distributed.pipeline_processes import Processes
 from tests.distributed.pipeline_worker import make_lora, run_rank
@@ -20,6 +22,8 @@ from tests.trainers.helpers import training_args
 
 ROOT = Path(__file__).parents[2]
 NUM_LAYERS = 6
+
+MLAAN_4 = {"num_blocks": 4, "num_stages": 2, "method": "mlaan", "window": 2}
 
 # For each world: the runs in it. All clip (`max_grad_norm`), and log between the ends of epochs.
 RUNS: dict[int, dict[str, dict[str, Any]]] = {
@@ -45,6 +49,18 @@ RUNS: dict[int, dict[str, dict[str, Any]]] = {
         "learned positions": {"num_blocks": 2, "family": "gpt2"},
         "bf16": {"num_blocks": 2, "bf16": True},
         "local step, two blocks on each stage": {"num_blocks": 4, "num_stages": 2, "local_step": True},
+        "MLAAN": {"num_blocks": 2, "method": "mlaan"},
+        "MLAAN, two blocks on each stage": {**MLAAN_4, "gradient_accumulation_steps": 2, "max_steps": 4},
+        "MLAAN, tied and frozen": {"num_blocks": 2, "method": "mlaan", "tied_embeddings": "freeze", "tied": True},
+        "MLAAN, own readouts": {
+            "num_blocks": 2,
+            "method": "mlaan",
+            "readout": "trainable",
+            "activation_checkpointing": True,
+        },
+        "MLAAN, LoRA": {**MLAAN_4, "lora": True},
+        "MLAAN, saves": {**MLAAN_4, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lora": True},
+        "MLAAN, resumed": {**MLAAN_4, "max_steps": 4, "lora": True, "resume": "MLAAN, saves/checkpoint-2"},
     },
     3: {
         "plain": {"num_blocks": 3},
@@ -81,7 +97,8 @@ def run_pipeline(
         settings = {"max_grad_norm": 0.5, **settings}
         start = save_start(folder, settings.pop("family", "llama"), settings.pop("tied", False))
         line = {"model": start, "output_dir": str(folder / name), "settings": settings}
-        lines.append({**line, "lora": settings.pop("lora", False), "resume": settings.pop("resume", None)})
+        resume = settings.pop("resume", None)
+        lines.append({**line, "lora": settings.pop("lora", False), "resume": resume and str(folder / resume)})
     plan = folder / "runs.jsonl"
     plan.write_text("\n".join(map(json.dumps, lines)))
     arguments = [str(num_stages), str(data_parallel), str(plan)]
@@ -102,17 +119,41 @@ def launch(num_processes: int, arguments: list[str]) -> None:
     assert result.returncode == 0, result.stderr[-6000:]
 
 
+class StagesInOneProcess(MLAANTrainer):
+    """Windows end where a pipeline's stages do, and averages follow the layers of their own stage only."""
+
+    def __init__(self, model: Any, args: MLAANConfig, num_stages: int, **given: Any) -> None:
+        num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+        self.plans = plan_stages(split_layers(num_layers, args.num_blocks, args.split_at), num_stages)
+        super().__init__(model, args, **given)
+
+    def _walls(self) -> list[int]:
+        return [plan.blocks[0].index for plan in self.plans]
+
+    def _update_averages(self) -> None:
+        for index, auxiliary in self._auxiliaries().items():
+            plan = next(plan for plan in self.plans if int(index) in [block.index for block in plan.blocks])
+            own = {layer: self.stack.layers[layer] for layer in range(plan.start, plan.stop)}
+            auxiliary.update_averages(own, self.args.ema_decay)
+
+
 def run_one_process(folder: Path, output_dir: Path, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
     settings = {"max_grad_norm": 0.5, **settings}
     start = save_start(folder, settings.pop("family", "llama"), settings.pop("tied", False))
     peft_config = make_lora() if settings.pop("lora", False) else None
+    num_stages, method = settings.get("num_stages", settings["num_blocks"]), settings.pop("method", "lopt")
     settings = {name: value for name, value in settings.items() if name not in ONLY_IN_A_PIPELINE}
     model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
-    args = LoPTConfig(**training_args(output_dir, **settings))
-    set_seed(args.seed)
-    trainer = LoPTTrainer(
-        model, args, train_dataset=make_dataset(), processing_class=make_tokenizer(), peft_config=peft_config
-    )
+    given = {"train_dataset": make_dataset(), "processing_class": make_tokenizer(), "peft_config": peft_config}
+    trainer: Any
+    if method == "mlaan":
+        args: Any = MLAANConfig(**training_args(output_dir, **{"window": 1, **settings}))
+        set_seed(args.seed)
+        trainer = StagesInOneProcess(model, args, num_stages=num_stages, **given)
+    else:
+        args = LoPTConfig(**training_args(output_dir, **settings))
+        set_seed(args.seed)
+        trainer = LoPTTrainer(model, args, **given)
     trainer.train()
     trainer.save_model()
     (output_dir / "log_history.json").write_text(json.dumps(trainer.state.log_history))
@@ -151,7 +192,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize(("num_stages", "name"), [(k, name) for k, runs in RUNS.items() for name in runs])
 def test_weights_equal_those_of_one_process(finished, tmp_path, num_stages, name):
     folder = finished(num_stages)
-    one = run_one_process(folder, tmp_path / "one", RUNS[num_stages][name])
+    settings = {key: value for key, value in RUNS[num_stages][name].items() if key != "resume"}
+    one = run_one_process(folder, tmp_path / "one", settings)
     start = save_start(
         folder, RUNS[num_stages][name].get("family", "llama"), RUNS[num_stages][name].get("tied", False)
     )

@@ -1,0 +1,116 @@
+"""MLAAN in a pipeline: every early block learns the next token through its auxiliary, and windows end at their stage.
+
+An auxiliary is made of copies of deeper layers, and its translators are fitted to what the stock model does behind the
+block. So a stage with early blocks reads the whole model once, before training, and then keeps its own part.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lopt_hf.mlaan.config import MLAANConfig
+from lopt_hf.mlaan.trainer import MLAANTrainer
+from lopt_hf.objectives import LocalObjective, ReconstructionObjective
+from lopt_hf.pipeline.config import PipelineArguments
+from lopt_hf.pipeline.runner import PipelineMixin
+from lopt_hf.pipeline.stage import StagePlan, keep_stage, load_stage
+
+__all__ = ["MLAANPipelineConfig", "MLAANPipelineTrainer"]
+
+
+@dataclass
+class MLAANPipelineConfig(PipelineArguments, MLAANConfig):
+    """Configuration of [`MLAANPipelineTrainer`]: every argument of [`MLAANConfig`] and those of the pipeline.
+
+    A window that would begin on an earlier stage begins with the first block of its own, so with one block per stage
+    every window is of one block. Moving averages follow the layers of their own stage; those of layers on a later one
+    stay as they were at the start, since nothing travels backwards.
+
+    Parameters:
+        window: As in `MLAANConfig`, inside a stage. Ours: 1, since a stage has one block by default.
+    """
+
+    window: int = field(
+        default=1,
+        metadata={"help": "Number of adjacent blocks that a loss reaches, at most those of its stage (ours: 1)."},
+    )
+
+    def _check_pipeline(self) -> None:
+        super()._check_pipeline()
+        if self.window == self.num_blocks:
+            raise ValueError(
+                f"window={self.window} is num_blocks, which is end-to-end training: its gradients cross stages; lower "
+                "window, or train in one process."
+            )
+        if self.readout == "ema":
+            raise ValueError(
+                "readout='ema' follows a norm and LM head that only the last stage has; set it to 'frozen' or "
+                "'trainable'."
+            )
+        if self.split == "auto":
+            raise ValueError(
+                "split='auto' does not know what an auxiliary costs; give split_at, or set split to 'even'."
+            )
+
+
+class MLAANPipelineTrainer(PipelineMixin, MLAANTrainer):
+    """Trainer for one stage of a pipeline whose early blocks learn by MLAAN (https://huggingface.co/papers/2406.16633).
+
+    What differs from [`MLAANTrainer`]: what differs for every stage (`PipelineMixin`), and windows and averages as
+    `MLAANPipelineConfig` says. A run ends with the weights of a run in one process with the same windows and averages.
+
+    Args:
+        model: What `load_part` returns, PEFT-wrapped or not: the whole model, of which the stage's part is kept.
+        args: Training arguments, the same on every stage.
+        world: The processes of the run.
+        **kwargs: The other arguments of `MLAANTrainer`.
+    """
+
+    _tag_names = ["trl", "sft", "ppll", "mlaan", "local-learning"]
+    _name = "PPLL with MLAAN"
+
+    args: MLAANPipelineConfig
+
+    @staticmethod
+    def load_part(checkpoint: str, plan: StagePlan, args: MLAANPipelineConfig, **kwargs: Any) -> PreTrainedModel:
+        """Loads what a stage needs to begin: the whole model, if a block of it learns through an auxiliary.
+
+        Args:
+            checkpoint: Hub id or local folder of the whole model's checkpoint.
+            plan: The stage.
+            args: Training arguments.
+            **kwargs: For `from_pretrained`.
+        """
+        if _learns_locally(plan):
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(checkpoint, **kwargs)
+            return model
+        return load_stage(checkpoint, plan, **kwargs)
+
+    def _make_objective(self, base_model: PreTrainedModel) -> LocalObjective:
+        # Without an early block nothing learns from it, and a copy of the head is large.
+        return super()._make_objective(base_model) if self.early_blocks else ReconstructionObjective()
+
+    def _make_local_heads(self, base_model: PreTrainedModel) -> nn.ModuleDict:
+        heads = super()._make_local_heads(base_model)
+        if _learns_locally(self.plan):
+            keep_stage(base_model, self.plan)
+        return heads
+
+    def _walls(self) -> list[int]:
+        return [plan.blocks[0].index for plan in self.plans]
+
+    def _live_layers(self) -> dict[int, nn.Module]:
+        return {index: self.stack.layers[index] for index in range(self.plan.start, self.plan.stop)}
+
+    def _num_counted_processes(self) -> int:
+        return self.world.num_replicas
+
+    def _block_settings(self) -> dict[str, Any]:
+        return super()._block_settings() | {"window_walls": self._walls()}
+
+
+def _learns_locally(plan: StagePlan) -> bool:
+    """Whether a stage has a block before the last one of the model."""
+    return not plan.is_last or len(plan.blocks) > 1
