@@ -33,7 +33,7 @@ class LeapAuxiliary(nn.Module):
         model: The model whose decoder layers are leapt to.
         layers: Its decoder layers.
         leaps: Indices of the leapt layers, in order. None of them: the auxiliary lets its input through.
-        num_averaged: How many of the first leapt layers have an average beside them.
+        averaged: Those of them that have an average beside them.
         combine: `"mean"` of the copy's and the average's output, or their `"sum"` (the papers' code).
         hidden_size: Width D.
         stop: With it a translator stands before each gap of left-out layers, the first of which may begin here.
@@ -45,7 +45,7 @@ class LeapAuxiliary(nn.Module):
         model: PreTrainedModel,
         layers: nn.ModuleList,
         leaps: Sequence[int],
-        num_averaged: int,
+        averaged: Sequence[int],
         combine: Literal["mean", "sum"],
         hidden_size: int,
         stop: int | None = None,
@@ -59,7 +59,7 @@ class LeapAuxiliary(nn.Module):
         self.gaps: list[Gap] = [gap for gap in zip(begins, leaps, strict=False) if gap[0] != gap[1]]
         self.translators = nn.ModuleDict({str(end): Translator(hidden_size) for _, end in self.gaps})
         self.copies = nn.ModuleDict({str(i): copy_layer(model, layers[i]) for i in leaps})
-        averages = {str(i): copy_layer(model, layers[i]).requires_grad_(False) for i in leaps[:num_averaged]}
+        averages = {str(i): copy_layer(model, layers[i]).requires_grad_(False) for i in averaged}
         self.averages = nn.ModuleDict(averages)
 
     def forward(self, h_BTD: torch.Tensor, calls: Mapping[int, LayerCall]) -> torch.Tensor:
@@ -97,16 +97,9 @@ class LeapAuxiliary(nn.Module):
         return cast(torch.Tensor, checkpoint(call, layer, h_BTD, use_reentrant=True))
 
     @torch.no_grad()
-    def update_averages(self, layers: Mapping[int, nn.Module], decay: float) -> None:
-        """Moves each average towards the live layer: `e <- decay * e + (1 - decay) * theta`.
-
-        Args:
-            layers: The live layers by index; the averages of others stay as they are.
-            decay: See the formula.
-        """
+    def update_averages(self, layers: nn.ModuleList, decay: float) -> None:
+        """Moves each average towards the live layer: `e <- decay * e + (1 - decay) * theta`."""
         for name, average in self.averages.items():
-            if int(name) not in layers:
-                continue
             live = dict(layers[int(name)].named_parameters())
             for parameter_name, parameter in average.named_parameters():
                 if parameter is not live[parameter_name]:  # frozen weights are shared

@@ -12,14 +12,18 @@ _STATES = 4  # a trained weight is kept with its gradient and AdamW's two moment
 
 
 def planned_bytes(
-    layers: nn.ModuleList, leaps: Iterable[Sequence[int]], num_averaged: int, readout: tuple[int, int], translator: int
+    layers: nn.ModuleList,
+    leaps: Iterable[Sequence[int]],
+    averaged: Iterable[Sequence[int]],
+    readout: tuple[int, int],
+    translator: int,
 ) -> dict[str, int]:
     """Bytes that the auxiliaries will need beside the model, activations left out.
 
     Args:
         layers: The decoder layers; only their trainable weights are copied.
         leaps: The leapt layers of each block.
-        num_averaged: How many of a block's leapt layers have a moving average.
+        averaged: Those of them with a moving average.
         readout: Bytes of one copy of norm and LM head, and how many of them are trained (0: one, frozen).
         translator: Bytes of one translator.
     """
@@ -29,7 +33,7 @@ def planned_bytes(
     return {
         "copies": _STATES * sum(sizes[index] for indices in chosen for index in indices),
         "translators": _STATES * translator * sum(len(indices) for indices in chosen),
-        "averages": sum(sizes[index] for indices in chosen for index in indices[:num_averaged]),
+        "averages": sum(sizes[index] for indices in averaged for index in indices),
         "readout": _STATES * trained * size if trained else size,
     }
 

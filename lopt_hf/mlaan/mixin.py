@@ -4,7 +4,6 @@ import weakref
 from typing import Any, cast
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from lopt_hf.mlaan.auxiliary import LeapAuxiliary
@@ -126,15 +125,10 @@ class MLAANMixin(AuxiliarySetupMixin):
         return {index: cast(LeapAuxiliary, head) for index, head in self.local_heads.items()}
 
     def _update_averages(self) -> None:
-        live = self._live_layers()
         for auxiliary in self._auxiliaries().values():
-            auxiliary.update_averages(live, self.args.ema_decay)
+            auxiliary.update_averages(self.stack.layers, self.args.ema_decay)
         if isinstance(self._objective, MovingReadoutObjective):
             self._objective.update(self.args.ema_decay)
-
-    def _live_layers(self) -> dict[int, nn.Module]:
-        """The decoder layers that this process trains."""
-        return dict(enumerate(self.stack.layers))
 
     # ---- Checkpoints ----
 

@@ -20,7 +20,7 @@ from lopt_hf.objectives import LocalObjective
 from lopt_hf.readout import ReadoutObjective
 from lopt_hf.trainers.lopt_mixin import LoPTMixin
 
-__all__ = ["MAX_LOGITS", "AuxiliarySetupMixin", "make_auxiliary"]
+__all__ = ["MAX_LOGITS", "AuxiliarySetupMixin", "averaged_leaps", "make_auxiliary"]
 
 logger = logging.get_logger(__name__)
 
@@ -88,30 +88,43 @@ class AuxiliarySetupMixin(LoPTMixin):
         return [entry if isinstance(entry, int) else len(entry) for entry in given]
 
     def _choose(self, base_model: PreTrainedModel, calibration: Calibration, stop: int, count: int) -> list[int]:
-        index = next(block.index for block in self.blocks if block.stop == stop)
-        given = None if self.args.leap_layers is None else self.args.leap_layers[index]
+        if self._given_leaps(stop) is not None or count == 0 or self.args.leap != "calibrate":
+            return self._planned_leaps(stop, count)
+        return calibration.choose(stop, count, lambda leaps: self._make_auxiliary(base_model, stop, leaps))
+
+    def _planned_leaps(self, stop: int, count: int) -> list[int]:
+        """The leapt layers behind a block; where calibration chooses them, as many others."""
+        given = self._given_leaps(stop)
         num_layers = len(self.stack.layers)
-        if isinstance(given, list):
+        if given is not None:
             return given
         if count == 0 or self.args.leap == "last":
             return last_leaps(num_layers, count)
-        if self.args.leap == "even":
-            return even_leaps(stop, num_layers, count)
-        return calibration.choose(stop, count, lambda leaps: self._make_auxiliary(base_model, stop, leaps))
+        return even_leaps(stop, num_layers, count)
+
+    def _given_leaps(self, stop: int) -> list[int] | None:
+        index = next(block.index for block in self.blocks if block.stop == stop)
+        given = None if self.args.leap_layers is None else self.args.leap_layers[index]
+        return given if isinstance(given, list) else None
 
     def _make_auxiliary(self, base_model: PreTrainedModel, stop: int, leaps: Sequence[int]) -> LeapAuxiliary:
         block = next(block for block in self.blocks if block.stop == stop)
-        return make_auxiliary(base_model, self.stack, stop, leaps, self.args).to(self._device_of(block))
+        averaged = self._averaged(stop, leaps)
+        return make_auxiliary(base_model, self.stack, stop, leaps, averaged, self.args).to(self._device_of(block))
+
+    def _averaged(self, stop: int, leaps: Sequence[int]) -> list[int]:
+        """The leapt layers behind a block, which ends before layer `stop`, with a moving average beside them."""
+        return averaged_leaps(leaps, self.args)
 
     def _memory_line(self, base_model: PreTrainedModel, counts: Sequence[int]) -> str:
         args: MLAANArguments = self.args
-        num_layers = len(self.stack.layers)
         head = base_model.get_output_embeddings().weight
         num_trained = len(self.early_blocks) if args.readout == "trainable" else 0
+        leaps = {block.stop: self._planned_leaps(block.stop, counts[block.index]) for block in self.early_blocks}
         planned = planned_bytes(
             self.stack.layers,
-            [last_leaps(num_layers, counts[block.index]) for block in self.early_blocks],
-            num_averaged=1 if args.ema_layers == "first" else num_layers,
+            leaps.values(),
+            averaged=[self._averaged(stop, indices) for stop, indices in leaps.items()],
             readout=(head.numel() * head.element_size(), num_trained),
             translator=4 * self.stack.hidden_size**2 if args.translator == "calibrated" else 0,
         )
@@ -157,11 +170,17 @@ class AuxiliarySetupMixin(LoPTMixin):
             auxiliaries[0].readout = self._objective.readout
 
 
+def averaged_leaps(leaps: Sequence[int], args: MLAANArguments | type[MLAANArguments]) -> list[int]:
+    """The leapt layers with a moving average beside them, as the arguments say."""
+    return list(leaps[:1] if args.ema_layers == "first" else leaps)
+
+
 def make_auxiliary(
     model: PreTrainedModel,
     stack: DecoderStack,
     stop: int,
     leaps: Sequence[int],
+    averaged: Sequence[int],
     args: MLAANArguments | type[MLAANArguments],
 ) -> LeapAuxiliary:
     """Makes the auxiliary of one early block, as its arguments say.
@@ -171,13 +190,14 @@ def make_auxiliary(
         stack: Its decoder.
         stop: First layer behind the block.
         leaps: Indices of the leapt layers, in order.
+        averaged: Those of them with a moving average beside them.
         args: The arguments; the class itself has their defaults.
     """
     return LeapAuxiliary(
         model,
         stack.layers,
         leaps,
-        num_averaged=min(1, len(leaps)) if args.ema_layers == "first" else len(leaps),
+        averaged=averaged,
         combine="mean" if args.combine == "mean" else "sum",
         hidden_size=stack.hidden_size,
         stop=stop if args.translator == "calibrated" else None,

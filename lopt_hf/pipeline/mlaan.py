@@ -4,6 +4,8 @@ An auxiliary is made of copies of deeper layers, and its translators are fitted 
 block. So a stage with early blocks reads the whole model once, before training, and then keeps its own part.
 """
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,8 +27,8 @@ class MLAANPipelineConfig(PipelineArguments, MLAANConfig):
     """Configuration of [`MLAANPipelineTrainer`]: every argument of [`MLAANConfig`] and those of the pipeline.
 
     A window that would begin on an earlier stage begins with the first block of its own, so with one block per stage
-    every window is of one block. Moving averages follow the layers of their own stage; those of layers on a later one
-    stay as they were at the start, since nothing travels backwards.
+    every window is of one block. A moving average stands beside copies of layers of the same stage only: what later
+    stages learn does not travel backwards, so the copy of a layer of theirs trains alone.
 
     Parameters:
         window: As in `MLAANConfig`, inside a stage. Ours: 1, since a stage has one block by default.
@@ -44,6 +46,13 @@ class MLAANPipelineConfig(PipelineArguments, MLAANConfig):
                 f"window={self.window} is num_blocks, which is end-to-end training: its gradients cross stages; lower "
                 "window, or train in one process."
             )
+        for name in ("ema_decay", "ema_layers", "combine"):
+            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if self.num_stages == self.num_blocks and value != default:
+                raise ValueError(
+                    f"{name}={value!r} does nothing with one block per stage, where no leapt layer is on the stage of "
+                    "its block; leave it out, or set num_blocks above num_stages."
+                )
         if self.readout == "ema":
             raise ValueError(
                 "readout='ema' follows a norm and LM head that only the last stage has; set it to 'frozen' or "
@@ -96,13 +105,25 @@ class MLAANPipelineTrainer(PipelineMixin, MLAANTrainer):
         heads = super()._make_local_heads(base_model)
         if _learns_locally(self.plan):
             keep_stage(base_model, self.plan)
+        self._collect_start_losses()
         return heads
+
+    def _collect_start_losses(self) -> None:
+        """Hands the losses before training to the process that reports, which logs them."""
+        store = self.world.new_run_store()
+        if self.world.replica != 0:
+            return
+        store.set(str(self.plan.index), json.dumps(self.start_losses))
+        if self.world.reports:
+            for plan in self.plans:
+                self.world.monitor.wait_for(store, str(plan.index))
+                self.start_losses.update(json.loads(store.get(str(plan.index))))
 
     def _walls(self) -> list[int]:
         return [plan.blocks[0].index for plan in self.plans]
 
-    def _live_layers(self) -> dict[int, nn.Module]:
-        return {index: self.stack.layers[index] for index in range(self.plan.start, self.plan.stop)}
+    def _averaged(self, stop: int, leaps: Sequence[int]) -> list[int]:
+        return [index for index in super()._averaged(stop, leaps) if index < self.plan.stop]
 
     def _num_counted_processes(self) -> int:
         return self.world.num_replicas

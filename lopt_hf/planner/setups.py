@@ -16,7 +16,7 @@ from lopt_hf.boundary import GradientBoundary, make_heads
 from lopt_hf.mlaan.auxiliary import LeapAuxiliary
 from lopt_hf.mlaan.config import MLAANArguments
 from lopt_hf.mlaan.leaps import even_leaps, leap_counts
-from lopt_hf.mlaan.setup import MAX_LOGITS, make_auxiliary
+from lopt_hf.mlaan.setup import MAX_LOGITS, averaged_leaps, make_auxiliary
 from lopt_hf.mlaan.windows import LossWeights, WindowBoundary
 from lopt_hf.objectives import ReconstructionObjective
 from lopt_hf.pipeline.stage import HiddenStateInput, StagePlan, keep_stage
@@ -240,7 +240,9 @@ class Windows(Local):
         ]
         return nn.ModuleDict(
             {
-                str(block.index): make_auxiliary(self.base, self.stack, block.stop, indices, MLAANArguments)
+                str(block.index): make_auxiliary(
+                    self.base, self.stack, block.stop, indices, averaged_leaps(indices, MLAANArguments), MLAANArguments
+                )
                 for block, indices in zip(self.early, leaps, strict=True)
             }
         )
@@ -263,9 +265,7 @@ class Windows(Local):
 
     def after_step(self) -> None:
         for auxiliary in self.heads.values():
-            cast(LeapAuxiliary, auxiliary).update_averages(
-                dict(enumerate(self.stack.layers)), MLAANArguments.ema_decay
-            )
+            cast(LeapAuxiliary, auxiliary).update_averages(self.stack.layers, MLAANArguments.ema_decay)
 
 
 def make_setup(

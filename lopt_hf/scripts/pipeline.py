@@ -117,7 +117,7 @@ def chosen_method(arguments: Sequence[str]) -> str:
             with contextlib.suppress(yaml.YAMLError), open(given.config, encoding="utf-8") as file:
                 settings = yaml.safe_load(file)
                 given.method = settings.get("method") if isinstance(settings, dict) else None
-        return str(given.method)
+        return given.method or "lopt"
     return "lopt"
 
 

@@ -91,7 +91,7 @@ def test_distances_are_those_from_the_live_layers(tmp_path):
             parameter.zero_()
     expected = dict(zip(names, (0.5, 1.0, 0.5), strict=True))
     assert auxiliary.distances(layers) == pytest.approx(expected)
-    auxiliary.update_averages(dict(enumerate(layers)), decay=0.75)
+    auxiliary.update_averages(layers, decay=0.75)
     assert auxiliary.distances(layers)["average of layer 2"] == pytest.approx(0.5 * 0.75)
 
 

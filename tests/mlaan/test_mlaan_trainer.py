@@ -155,7 +155,7 @@ def test_a_trainer_is_freed_before_its_model(tmp_path):
 def test_memory_is_stated_and_checked(tmp_path, monkeypatch, caplog):
     trainer = make_mlaan_trainer(tmp_path, num_blocks=2, window=1, leap_layers=[2])
     layer = sum(p.numel() for p in trainer.stack.layers[3].parameters())
-    planned = memory.planned_bytes(trainer.stack.layers, [[2, 3]], 1, (400, 0), 4096)
+    planned = memory.planned_bytes(trainer.stack.layers, [[2, 3]], [[2]], (400, 0), 4096)
     assert planned == {"copies": 4 * 4 * 2 * layer, "translators": 4 * 4096 * 2, "averages": 4 * layer, "readout": 400}
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
     with pytest.raises(ValueError, match=r"need .* MB beside the model .* 0 MB that cpu has free.* Lower leap_layers"):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lopt_hf import PipelineConfig
+from lopt_hf import MLAANPipelineConfig, PipelineConfig
 
 
 def make(tmp_path, **settings):
@@ -44,3 +44,25 @@ def test_blocks_and_stages(tmp_path, given, expected):
 def test_bad_input(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         make(tmp_path, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_blocks": 2, "window": 2}, "window=2 is num_blocks, which is end-to-end training"),
+        ({"readout": "ema"}, "readout='ema' follows a norm and LM head"),
+        ({"split": "auto"}, "split='auto' does not know what an auxiliary costs"),
+        ({"ema_decay": 0.9}, "ema_decay=0.9 does nothing with one block per stage"),
+        ({"combine": "sum", "num_stages": 3}, "combine='sum' does nothing with one block per stage"),
+        ({"num_stages": 1}, "num_stages=1 must be an integer of at least 2"),
+    ],
+)
+def test_bad_input_of_mlaan(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        MLAANPipelineConfig(output_dir=str(tmp_path), **settings)
+
+
+def test_defaults_of_mlaan(tmp_path):
+    args = MLAANPipelineConfig(output_dir=str(tmp_path))
+    assert (args.num_blocks, args.num_stages, args.window) == (2, 2, 1)
+    assert MLAANPipelineConfig(output_dir=str(tmp_path), num_blocks=4, num_stages=2, ema_decay=0.9).ema_decay == 0.9
