@@ -67,6 +67,10 @@ class GradientBoundary:
     Mixture-of-experts models: the load-balancing loss of an early block's own routers joins its local loss, with the
     weight per layer that it has in end-to-end training; the task loss sees these routers' logits detached.
 
+    Attributes:
+        losses: Of the last micro-batch, the local losses of each early block.
+        around_backward: Makes a context for each backward that runs within the forward, to time it for instance.
+
     Args:
         model: A `transformers` causal language model (of a `PeftModel`, its base model).
         blocks: The cut of its decoder layers, from `split_layers`.
@@ -100,6 +104,7 @@ class GradientBoundary:
         self.mode = mode
         self.router_coefficient = router_coefficient
         self.losses: dict[int, list[torch.Tensor]] = {}
+        self.around_backward: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         self._joint_losses: list[torch.Tensor] = []
         self._active = False
         self._update_early = True
@@ -252,7 +257,7 @@ class GradientBoundary:
         # A checkpointed layer runs again in its backward; its outputs must not be collected a second time.
         token = _active_collector.set(None)
         try:
-            with torch.autocast(device_type, enabled=False):
+            with torch.autocast(device_type, enabled=False), self.around_backward():
                 yield
         finally:
             _active_collector.reset(token)

@@ -10,6 +10,7 @@ Shapes: B batch, T tokens, D hidden channels.
 import time
 import zlib
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ class PipelineMixin(StageCheckpointMixin, StageLogMixin):
         if not world.reports:
             self.remove_callback(PrinterCallback)
         self.timeline = Timeline(self.plan.index, args.timeline_steps)
+        self.boundary.around_backward = partial(self.timeline.span, "backward")
         self._input = None if self.plan.is_first else HiddenStateInput(self.stack.layers[self.plan.start])
         self._reducer = GradientReducer(group=world.data_group)
         self._receiver: ReceivingChannel | None = None
@@ -147,10 +149,6 @@ class PipelineMixin(StageCheckpointMixin, StageLogMixin):
             largest = torch.linalg.vector_norm(hidden_BTD.detach(), torch.inf)
             self._check_finite(f"the largest hidden state of stage {self.plan.index}", largest.item())
             self._sender.put(self._batch, hidden_BTD)
-
-    def _run_local_backward(self, index: int, loss: torch.Tensor) -> None:
-        with self.timeline.span("backward"):
-            super()._run_local_backward(index, loss)
 
     def _step_early_block(self, index: int) -> None:
         with self.timeline.span("optimizer"):
