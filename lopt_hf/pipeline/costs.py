@@ -5,8 +5,8 @@ Shapes: B batch, T tokens, D hidden channels.
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -59,6 +59,7 @@ class ModelCosts:
         embeddings: What runs before the layers: embeddings, masks, rotary angles.
         layers: Each decoder layer.
         objective: The local objective of one block, with its head.
+        objectives: In its place, where it depends on the block's end: by the first layer after the block.
         head: What runs after the layers: final norm, LM head, task loss.
         step_seconds: Clipping and the optimizer's step, per trainable parameter.
         accumulation_steps: Micro-batches of an optimizer step.
@@ -70,12 +71,13 @@ class ModelCosts:
     head: PartCost
     step_seconds: float
     accumulation_steps: int = 1
+    objectives: Mapping[int, PartCost] = field(default_factory=dict)
 
     def stage(self, start: int, stop: int) -> StageCost:
         """The cost of a stage that runs the layers `start` to `stop - 1`."""
         is_first, is_last = start == 0, stop == len(self.layers)
         parts = [*[self.embeddings] * is_first, *self.layers[start:stop], *[self.head] * is_last]
-        objective = PartCost(0.0, 0.0, 0) if is_last else self.objective
+        objective = PartCost(0.0, 0.0, 0) if is_last else self.objectives.get(stop, self.objective)
         num_trainable = sum(part.num_trainable for part in [*parts, objective])
         return StageCost(
             start,

@@ -6,20 +6,23 @@ block. So a stage with early blocks reads the whole model once, before training,
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from lopt_hf.blocks import Block
 from lopt_hf.mlaan.config import MLAANConfig
+from lopt_hf.mlaan.leaps import even_leaps, leap_counts
 from lopt_hf.mlaan.trainer import MLAANTrainer
 from lopt_hf.objectives import LocalObjective, ReconstructionObjective
 from lopt_hf.pipeline.config import PipelineArguments
+from lopt_hf.pipeline.costs import ModelCosts, PartCost
 from lopt_hf.pipeline.runner import PipelineMixin
 from lopt_hf.pipeline.stage import StagePlan, keep_stage, load_stage
 
-__all__ = ["MLAANPipelineConfig", "MLAANPipelineTrainer"]
+__all__ = ["MLAANPipelineConfig", "MLAANPipelineTrainer", "with_auxiliaries"]
 
 
 @dataclass
@@ -58,9 +61,10 @@ class MLAANPipelineConfig(PipelineArguments, MLAANConfig):
                 "readout='ema' follows a norm and LM head that only the last stage has; set it to 'frozen' or "
                 "'trainable'."
             )
-        if self.split == "auto":
+        if self.split == "auto" and self.split_at is None and self.leap_layers is not None:
             raise ValueError(
-                "split='auto' does not know what an auxiliary costs; give split_at, or set split to 'even'."
+                f"split='auto' with leap_layers={self.leap_layers}: the cut decides which layers follow a block; set "
+                "leap_share instead, or give split_at."
             )
 
 
@@ -130,6 +134,30 @@ class MLAANPipelineTrainer(PipelineMixin, MLAANTrainer):
 
     def _block_settings(self) -> dict[str, Any]:
         return super()._block_settings() | {"window_walls": self._walls()}
+
+
+def with_auxiliaries(costs: ModelCosts, args: MLAANPipelineConfig) -> ModelCosts:
+    """What a model's parts cost where early blocks learn by MLAAN; translators and averages are left out.
+
+    Args:
+        costs: The costs with the objective `"readout"`.
+        args: Training arguments.
+    """
+    num_layers = len(costs.layers)
+    num_losses = 2 if args.independent_weight else 1
+    recomputes = args.auxiliary_checkpointing and not args.activation_checkpointing  # whose costs have it already
+
+    def objective(stop: int) -> PartCost:
+        (count,) = leap_counts([Block(0, 0, stop), Block(1, stop, num_layers)], args.leap_share)
+        leapt = [costs.layers[index] for index in even_leaps(stop, num_layers, count)]
+        return PartCost(
+            forward=sum(layer.forward for layer in leapt) + num_losses * costs.objective.forward,
+            backward=sum(layer.backward + recomputes * layer.forward for layer in leapt)
+            + num_losses * costs.objective.backward,
+            num_trainable=sum(layer.num_trainable for layer in leapt),
+        )
+
+    return replace(costs, objectives={stop: objective(stop) for stop in range(1, num_layers)})
 
 
 def _learns_locally(plan: StagePlan) -> bool:

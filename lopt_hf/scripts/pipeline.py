@@ -37,7 +37,7 @@ from lopt_hf.pipeline.config import PipelineArguments, PipelineConfig
 from lopt_hf.pipeline.costs import measure_costs
 from lopt_hf.pipeline.health import PipelineError, report_failure, report_termination
 from lopt_hf.pipeline.launch import PipelineWorld, Rendezvous, describe, join, launch_command
-from lopt_hf.pipeline.mlaan import MLAANPipelineConfig, MLAANPipelineTrainer
+from lopt_hf.pipeline.mlaan import MLAANPipelineConfig, MLAANPipelineTrainer, with_auxiliaries
 from lopt_hf.pipeline.runner import PipelineMixin, PipelineTrainer
 from lopt_hf.pipeline.stage import plan_stages
 from lopt_hf.pretrained import resolve_model
@@ -139,7 +139,7 @@ def make_trainer(
     }
     config = AutoConfig.from_pretrained(checkpoint, revision=model_args.model_revision)
     num_layers = config.get_text_config(decoder=True).num_hidden_layers
-    if isinstance(args, PipelineConfig) and args.split == "auto" and args.split_at is None:
+    if args.split == "auto" and args.split_at is None:
         args.split_at = measured_split(checkpoint, args, model_args, world)
     plans = plan_stages(split_layers(num_layers, args.num_blocks, args.split_at), world.num_stages)
     plan = plans[world.stage]
@@ -156,14 +156,14 @@ def make_trainer(
     return trainer
 
 
-def measured_split(checkpoint: str, args: PipelineConfig, model_args: ModelConfig, world: PipelineWorld) -> list[int]:
+def measured_split(checkpoint: str, args: StageConfig, model_args: ModelConfig, world: PipelineWorld) -> list[int]:
     """Where to cut so that the slowest block is as fast as can be; one process measures, and all take its cut."""
     if world.rank == 0:
         costs = measure_costs(
             checkpoint,
             args.per_device_train_batch_size,
             args.max_length or 1024,  # TRL's default length
-            objective=args.local_objective,
+            objective="readout" if isinstance(args, MLAANPipelineConfig) else args.local_objective,
             autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
             device=args.device,
             accumulation_steps=args.gradient_accumulation_steps,
@@ -171,6 +171,8 @@ def measured_split(checkpoint: str, args: PipelineConfig, model_args: ModelConfi
             tied_embeddings=args.tied_embeddings,
             peft_config=get_peft_config(model_args),
         )
+        if isinstance(args, MLAANPipelineConfig):
+            costs = with_auxiliaries(costs, args)
         split = balanced_split(costs, args.num_blocks)
         print(format_split(costs, split), flush=True)
         world.store.set("split_at", json.dumps(split))

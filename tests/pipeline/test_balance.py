@@ -10,9 +10,11 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
+from lopt_hf import MLAANPipelineConfig
 from lopt_hf.pipeline import costs as costs_module
 from lopt_hf.pipeline.balance import balanced_split, format_split, stage_costs
 from lopt_hf.pipeline.costs import ModelCosts, PartCost, measure_costs
+from lopt_hf.pipeline.mlaan import with_auxiliaries
 from lopt_hf.pretrained import SMOLLM2_ID, resolve_model
 from tests.tiny import FAMILIES, make_model
 from tests.trainers.helpers import make_trainer
@@ -59,6 +61,18 @@ def test_what_a_stage_is_charged():
     assert (last.forward, last.backward, last.local) == (31.0, 62.0, 0.0)
     assert [stage.optimizer for stage in (first, middle, last)] == [1017 * 0.25, 27 * 0.25, 510 * 0.25]
     assert first.total == 101 + 202 + 11 + 1017 * 0.25
+
+
+def test_what_a_stage_with_an_auxiliary_is_charged(tmp_path):
+    """Half of the layers that follow, run again in their backward, and two losses."""
+    layer = PartCost(1.0, 2.0, 10)
+    costs = ModelCosts(NOTHING, (layer,) * 8, PartCost(5.0, 7.0, 0), NOTHING, step_seconds=1.0)
+    args = MLAANPipelineConfig(output_dir=str(tmp_path), leap_share=0.5, activation_checkpointing=False)
+    first, last = stage_costs(with_auxiliaries(costs, args), [2])
+    assert (first.local, first.optimizer) == (3 * (1 + 2 + 1) + 2 * (5 + 7), 20 + 30)
+    assert last.local == 0.0
+    args.independent_weight, args.auxiliary_checkpointing = 0.0, False
+    assert stage_costs(with_auxiliaries(costs, args), [2])[0].local == 3 * (1 + 2) + 5 + 7
 
 
 def test_a_head_that_costs_four_layers_moves_the_cut():

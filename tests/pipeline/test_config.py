@@ -51,7 +51,7 @@ def test_bad_input(tmp_path, settings, message):
     [
         ({"num_blocks": 2, "window": 2}, "window=2 is num_blocks, which is end-to-end training"),
         ({"readout": "ema"}, "readout='ema' follows a norm and LM head"),
-        ({"split": "auto"}, "split='auto' does not know what an auxiliary costs"),
+        ({"split": "auto", "leap_layers": [3]}, "split='auto' with leap_layers"),
         ({"ema_decay": 0.9}, "ema_decay=0.9 does nothing with one block per stage"),
         ({"combine": "sum", "num_stages": 3}, "combine='sum' does nothing with one block per stage"),
         ({"num_stages": 1}, "num_stages=1 must be an integer of at least 2"),
