@@ -251,10 +251,11 @@ def test_replicas_equal_one_process_with_the_same_global_batch(tmp_path, method)
             assert record[name] == pytest.approx(expected[name], rel=1e-5), name
 
 
-@pytest.mark.parametrize("name", ["saves", "LoRA, saves"])
-def test_an_exported_checkpoint_is_the_saved_model(finished, tmp_path, name):
+@pytest.mark.parametrize(("num_stages", "name"), [(4, "saves"), (4, "LoRA, saves"), (2, "MLAAN, saves")])
+def test_an_exported_checkpoint_is_the_saved_model(finished, tmp_path, num_stages, name):
     """The last checkpoint holds what the run ended with."""
-    export_checkpoint(finished(4) / name / "checkpoint-4", tmp_path / "model")
-    assert_equal(load_model(tmp_path / "model"), load_model(finished(4) / name))
+    saved = finished(num_stages) / name
+    export_checkpoint(saved / "checkpoint-4", tmp_path / "model")
+    assert_equal(load_model(tmp_path / "model"), load_model(saved))
     with pytest.raises(ValueError, match="exists"):
-        export_checkpoint(finished(4) / name / "checkpoint-4", tmp_path / "model")
+        export_checkpoint(saved / "checkpoint-4", tmp_path / "model")
