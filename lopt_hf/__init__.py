@@ -17,17 +17,17 @@ _EXPORTS = {
     "LoPTGRPOConfig": "lopt_hf.trainers.lopt_grpo_config",
     "LoPTGRPOTrainer": "lopt_hf.trainers.lopt_grpo_trainer",
     "LoPTTrainer": "lopt_hf.trainers.lopt_trainer",
-    "LocalBatch": "lopt_hf.objectives",
-    "LocalObjective": "lopt_hf.objectives",
+    "LocalBatch": "lopt_hf.local.objectives",
+    "LocalObjective": "lopt_hf.local.objectives",
     "MLAANConfig": "lopt_hf.mlaan.config",
-    "MLAANPipelineConfig": "lopt_hf.pipeline.mlaan",
-    "MLAANPipelineTrainer": "lopt_hf.pipeline.mlaan",
+    "MLAANPipelineConfig": "lopt_hf.pipeline.runtime.mlaan",
+    "MLAANPipelineTrainer": "lopt_hf.pipeline.runtime.mlaan",
     "MLAANTrainer": "lopt_hf.mlaan.trainer",
-    "PipelineConfig": "lopt_hf.pipeline.config",
-    "PipelineTrainer": "lopt_hf.pipeline.runner",
+    "PipelineConfig": "lopt_hf.pipeline.runtime.config",
+    "PipelineTrainer": "lopt_hf.pipeline.runtime.runner",
     "PlanSettings": "lopt_hf.planner.plan",
-    "ReadoutObjective": "lopt_hf.readout",
-    "ReconstructionObjective": "lopt_hf.objectives",
+    "ReadoutObjective": "lopt_hf.local.readout",
+    "ReconstructionObjective": "lopt_hf.local.objectives",
     "RepLConfig": "lopt_hf.repl.config",
     "RepLModel": "lopt_hf.repl.model",
     "RepLTrainer": "lopt_hf.repl.trainer",
@@ -62,14 +62,14 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from lopt_hf.local.objectives import LocalBatch, LocalObjective, ReconstructionObjective
+    from lopt_hf.local.readout import ReadoutObjective
     from lopt_hf.mlaan.config import MLAANConfig
     from lopt_hf.mlaan.trainer import MLAANTrainer
-    from lopt_hf.objectives import LocalBatch, LocalObjective, ReconstructionObjective
-    from lopt_hf.pipeline.config import PipelineConfig
-    from lopt_hf.pipeline.mlaan import MLAANPipelineConfig, MLAANPipelineTrainer
-    from lopt_hf.pipeline.runner import PipelineTrainer
+    from lopt_hf.pipeline.runtime.config import PipelineConfig
+    from lopt_hf.pipeline.runtime.mlaan import MLAANPipelineConfig, MLAANPipelineTrainer
+    from lopt_hf.pipeline.runtime.runner import PipelineTrainer
     from lopt_hf.planner.plan import PlanSettings, make_plan
-    from lopt_hf.readout import ReadoutObjective
     from lopt_hf.repl.config import RepLConfig
     from lopt_hf.repl.model import RepLModel, get_repl_model
     from lopt_hf.repl.trainer import RepLTrainer

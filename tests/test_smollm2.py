@@ -7,10 +7,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from lopt_hf import LoPTConfig, LoPTTrainer
-from lopt_hf.bench.saved_bytes import SavedBytes
+from lopt_hf.common.evaluation import answer_loss, general_text
+from lopt_hf.data.pretrained import SMOLLM2_ID, resolve_model
 from lopt_hf.data.word_problems import make_word_problems
-from lopt_hf.evaluation import answer_loss, general_text
-from lopt_hf.pretrained import SMOLLM2_ID, resolve_model
+from lopt_hf.meters.saved_bytes import SavedBytes
 from tests.trainers.helpers import one_step_gradients, training_args
 
 pytestmark = pytest.mark.slow

@@ -12,9 +12,9 @@ from peft import PeftModel
 from torch import nn
 from trl import SFTTrainer
 
-from lopt_hf.blocks import Block, find_decoder_stack, parameters_by_block
+from lopt_hf.local.blocks import Block, find_decoder_stack, parameters_by_block
 from lopt_hf.pipeline.events import new_figure
-from lopt_hf.pipeline.runner import PipelineTrainer
+from lopt_hf.pipeline.runtime.runner import PipelineTrainer
 from lopt_hf.trainers.lopt_mixin import LoPTMixin
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from typing import Any
 
 from lopt_hf.bench.pipeline_settings import METHODS, PipelineBenchSettings
 from lopt_hf.bench.processes import BenchWorkerError, run_together
-from lopt_hf.bench.report import describe_run, interquartile_range, mega, ratio_text, table
 from lopt_hf.bench.training import num_layers
+from lopt_hf.common.tables import describe_run, interquartile_range, mega, ratio_text, table
 
 __all__ = ["BenchWorkerError", "PipelineBenchReport", "PipelineResult", "run_pipeline_bench", "to_json", "to_markdown"]
 
@@ -105,7 +105,7 @@ def run_pipeline_bench(settings: PipelineBenchSettings, progress: bool = True) -
     from tqdm.auto import tqdm
 
     from lopt_hf.bench.pipeline_worker import HOST, MethodRun
-    from lopt_hf.pretrained import resolve_model
+    from lopt_hf.data.pretrained import resolve_model
 
     checkpoint = resolve_model(settings.model)
     split_at = _given_split(settings, checkpoint)
@@ -135,7 +135,7 @@ def run_pipeline_bench(settings: PipelineBenchSettings, progress: bool = True) -
 
 def _given_split(settings: PipelineBenchSettings, checkpoint: str) -> list[int] | None:
     """Checks that the model fits the settings; returns its cut unless that is to be measured."""
-    from lopt_hf.blocks import split_layers
+    from lopt_hf.local.blocks import split_layers
 
     layers = num_layers(settings.model, checkpoint, settings.seq_length)
     if settings.stages > layers:

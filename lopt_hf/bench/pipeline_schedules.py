@@ -17,11 +17,11 @@ from transformers import AutoTokenizer, PreTrainedModel, Trainer
 from trl.trainer.utils import add_fused_lm_head
 
 from lopt_hf.bench.pipeline_worker import HOST, MethodRun, Record, make_config, make_plans, make_rows, prepare
-from lopt_hf.bench.saved_bytes import SavedBytes
-from lopt_hf.blocks import find_decoder_stack
-from lopt_hf.pipeline.costs import SFT_OUTPUTS
-from lopt_hf.pipeline.stage import HiddenStateInput, StagePlan, load_stage
-from lopt_hf.pipeline.timeline import Timeline
+from lopt_hf.local.blocks import find_decoder_stack
+from lopt_hf.meters.saved_bytes import SavedBytes
+from lopt_hf.pipeline.runtime.stage import HiddenStateInput, StagePlan, load_stage
+from lopt_hf.pipeline.runtime.timeline import Timeline
+from lopt_hf.pipeline.split.costs import SFT_OUTPUTS
 
 __all__ = ["train_by_schedule"]
 

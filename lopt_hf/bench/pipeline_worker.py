@@ -24,16 +24,16 @@ from trl import SFTConfig, SFTTrainer
 
 from lopt_hf.bench.pipeline_settings import PipelineBenchSettings
 from lopt_hf.bench.processes import peak_resident_bytes
-from lopt_hf.bench.saved_bytes import SavedBytes
 from lopt_hf.bench.training import silence, token_rows
-from lopt_hf.blocks import find_decoder_stack, parameters_by_block, split_layers, untie_output_embeddings
-from lopt_hf.pipeline.balance import balanced_split, format_split
-from lopt_hf.pipeline.config import PipelineConfig
-from lopt_hf.pipeline.costs import measure_costs
-from lopt_hf.pipeline.launch import PipelineWorld, Rendezvous, join
-from lopt_hf.pipeline.runner import PipelineTrainer
-from lopt_hf.pipeline.stage import StagePlan, load_stage, plan_stages
-from lopt_hf.pipeline.timeline import WAITS, Timeline
+from lopt_hf.local.blocks import find_decoder_stack, parameters_by_block, split_layers, untie_output_embeddings
+from lopt_hf.meters.saved_bytes import SavedBytes
+from lopt_hf.pipeline.runtime.config import PipelineConfig
+from lopt_hf.pipeline.runtime.launch import PipelineWorld, Rendezvous, join
+from lopt_hf.pipeline.runtime.runner import PipelineTrainer
+from lopt_hf.pipeline.runtime.stage import StagePlan, load_stage, plan_stages
+from lopt_hf.pipeline.runtime.timeline import WAITS, Timeline
+from lopt_hf.pipeline.split.balance import balanced_split, format_split
+from lopt_hf.pipeline.split.costs import measure_costs
 from lopt_hf.trainers.lopt_config import LoPTConfig
 from lopt_hf.trainers.lopt_trainer import LoPTTrainer
 

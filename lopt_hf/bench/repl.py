@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from typing import Any
 
-from lopt_hf.bench.report import describe_run, interquartile_range
+from lopt_hf.common.tables import describe_run, interquartile_range
 
 __all__ = ["RepLBenchSettings", "RepLResult", "run_repl_bench", "to_json", "to_markdown"]
 
@@ -77,8 +77,8 @@ def run_repl_bench(settings: RepLBenchSettings) -> RepLResult:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lopt_hf.evaluation import general_text
-    from lopt_hf.pretrained import resolve_model
+    from lopt_hf.common.evaluation import general_text
+    from lopt_hf.data.pretrained import resolve_model
     from lopt_hf.repl.config import RepLConfig
     from lopt_hf.repl.experiment import make_variant
 

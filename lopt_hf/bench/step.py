@@ -15,10 +15,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from lopt_hf.bench.processes import GRACE_SECONDS, MALLOC, BenchWorkerError, changed_environment, death_of, failure_of
-from lopt_hf.bench.report import describe_run, interquartile_range, mega, ratio_text, table
 from lopt_hf.bench.step_settings import StepBenchSettings, StepRow, make_rows
 from lopt_hf.bench.step_worker import work
 from lopt_hf.bench.training import num_layers
+from lopt_hf.common.tables import describe_run, interquartile_range, mega, ratio_text, table
 
 __all__ = ["BenchWorkerError", "StepBenchSettings", "StepResult", "run_step_bench", "to_json", "to_markdown"]
 
@@ -85,7 +85,7 @@ def run_step_bench(settings: StepBenchSettings, progress: bool = True) -> list[S
     """
     from tqdm.auto import tqdm
 
-    from lopt_hf.pretrained import resolve_model
+    from lopt_hf.data.pretrained import resolve_model
 
     checkpoint = resolve_model(settings.model)
     _check_model(settings, checkpoint)

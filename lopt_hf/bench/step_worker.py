@@ -114,8 +114,8 @@ def _make_pacer(connection: Connection, losses: list[float]) -> "TrainerCallback
     import torch
     from transformers import TrainerCallback
 
-    from lopt_hf.bench.gradient_bytes import GradientBytes
-    from lopt_hf.bench.saved_bytes import SavedBytes
+    from lopt_hf.meters.gradient_bytes import GradientBytes
+    from lopt_hf.meters.saved_bytes import SavedBytes
 
     def now() -> float:
         if torch.accelerator.is_available():

@@ -7,7 +7,7 @@ import yaml
 from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
-from lopt_hf.mlaan.windows import LossWeights
+from lopt_hf.local.windows import LossWeights
 from lopt_hf.trainers.block_arguments import BlockLearningArguments
 
 __all__ = ["MLAANArguments", "MLAANConfig"]

@@ -6,12 +6,12 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, TrainerCallback
 
-from lopt_hf.mlaan.auxiliary import LeapAuxiliary
+from lopt_hf.local.methods.mlaan.auxiliary import LeapAuxiliary
+from lopt_hf.local.methods.mlaan.readouts import MovingReadoutObjective
+from lopt_hf.local.readout import IGNORED_LABEL
+from lopt_hf.local.windows import WindowBoundary
 from lopt_hf.mlaan.config import MLAANArguments
-from lopt_hf.mlaan.readouts import MovingReadoutObjective
 from lopt_hf.mlaan.setup import AuxiliarySetupMixin
-from lopt_hf.mlaan.windows import WindowBoundary
-from lopt_hf.readout import IGNORED_LABEL
 
 __all__ = ["MLAAN_PAPER", "MLAANMixin"]
 

@@ -9,15 +9,15 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from lopt_hf.blocks import DecoderStack
-from lopt_hf.mlaan.auxiliary import LeapAuxiliary
-from lopt_hf.mlaan.calibration import Calibration
+from lopt_hf.local.blocks import DecoderStack
+from lopt_hf.local.methods.mlaan.auxiliary import LeapAuxiliary
+from lopt_hf.local.methods.mlaan.calibration import Calibration
+from lopt_hf.local.methods.mlaan.leaps import check_leaps, even_leaps, last_leaps, leap_counts
+from lopt_hf.local.methods.mlaan.memory import check_memory, planned_bytes
+from lopt_hf.local.methods.mlaan.readouts import MovingReadoutObjective, TrainableReadoutObjective
+from lopt_hf.local.objectives import LocalObjective
+from lopt_hf.local.readout import ReadoutObjective
 from lopt_hf.mlaan.config import MLAANArguments
-from lopt_hf.mlaan.leaps import check_leaps, even_leaps, last_leaps, leap_counts
-from lopt_hf.mlaan.memory import check_memory, planned_bytes
-from lopt_hf.mlaan.readouts import MovingReadoutObjective, TrainableReadoutObjective
-from lopt_hf.objectives import LocalObjective
-from lopt_hf.readout import ReadoutObjective
 from lopt_hf.trainers.lopt_mixin import LoPTMixin
 
 __all__ = ["MAX_LOGITS", "AuxiliarySetupMixin", "averaged_leaps", "make_auxiliary"]

@@ -10,7 +10,7 @@ from time import perf_counter
 
 import torch
 
-from lopt_hf.retention.files import whole_file
+from lopt_hf.common.files import whole_file
 
 __all__ = ["DeviceSpeed", "measure_speed", "read_speed", "write_speed"]
 

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from lopt_hf.bench.report import describe_run, table
+from lopt_hf.common.tables import describe_run, table
 from lopt_hf.planner.memory import CATEGORIES
 from lopt_hf.planner.plan import Plan, PlanRow
 from lopt_hf.planner.units import GIB, gibibytes

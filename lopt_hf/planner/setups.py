@@ -11,18 +11,18 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from lopt_hf.blocks import find_decoder_stack, parameters_by_block, split_layers, untie_output_embeddings
-from lopt_hf.boundary import GradientBoundary, make_heads
-from lopt_hf.mlaan.auxiliary import LeapAuxiliary
+from lopt_hf.local.blocks import find_decoder_stack, parameters_by_block, split_layers, untie_output_embeddings
+from lopt_hf.local.boundary import GradientBoundary, make_heads
+from lopt_hf.local.methods.mlaan.auxiliary import LeapAuxiliary
+from lopt_hf.local.methods.mlaan.leaps import even_leaps, leap_counts
+from lopt_hf.local.objectives import ReconstructionObjective
+from lopt_hf.local.readout import ReadoutObjective
+from lopt_hf.local.windows import LossWeights, WindowBoundary
 from lopt_hf.mlaan.config import MLAANArguments
-from lopt_hf.mlaan.leaps import even_leaps, leap_counts
 from lopt_hf.mlaan.setup import MAX_LOGITS, averaged_leaps, make_auxiliary
-from lopt_hf.mlaan.windows import LossWeights, WindowBoundary
-from lopt_hf.objectives import ReconstructionObjective
-from lopt_hf.pipeline.stage import HiddenStateInput, StagePlan, keep_stage
+from lopt_hf.pipeline.runtime.stage import HiddenStateInput, StagePlan, keep_stage
 from lopt_hf.planner.strategies import REPL_EVERY, Strategy
 from lopt_hf.planner.task_loss import add_task_loss
-from lopt_hf.readout import ReadoutObjective
 from lopt_hf.repl.config import RepLConfig
 from lopt_hf.repl.model import get_repl_model
 

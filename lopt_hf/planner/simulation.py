@@ -26,8 +26,8 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lopt_hf.blocks import split_layers
-from lopt_hf.pipeline.stage import StagePlan, plan_stages
+from lopt_hf.local.blocks import split_layers
+from lopt_hf.pipeline.runtime.stage import StagePlan, plan_stages
 from lopt_hf.planner.setups import make_setup
 from lopt_hf.planner.step import Step, StepCost, Workload
 from lopt_hf.planner.strategies import Strategy

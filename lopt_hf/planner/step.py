@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from lopt_hf.bench.saved_bytes import SavedBytes
-from lopt_hf.blocks import find_decoder_stack
-from lopt_hf.distributed import GradientReducer
-from lopt_hf.pipeline.stage import StagePlan
+from lopt_hf.common.distributed import GradientReducer
+from lopt_hf.local.blocks import find_decoder_stack
+from lopt_hf.meters.saved_bytes import SavedBytes
+from lopt_hf.pipeline.runtime.stage import StagePlan
 from lopt_hf.planner.memory import MemoryMeter, Work
 from lopt_hf.planner.optimizers import DEFAULT_OPTIMIZER, make_optimizer
 from lopt_hf.planner.setups import EndToEnd

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from trl.kernels import chunked_logprob
 from trl.trainer.utils import add_fused_lm_head
 
-from lopt_hf import readout
-from lopt_hf.objectives import LocalBatch
+from lopt_hf.local import readout
+from lopt_hf.local.objectives import LocalBatch
 from lopt_hf.planner.memory import MemoryMeter
 
 __all__ = ["add_task_loss", "every_token_labelled", "few_chunks", "loss_as_on_gpu", "metered_loss"]

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lopt_hf.common.ridge import ChannelRidge, LinearRidge, SharedRidge
 from lopt_hf.repl.modeling_repl import find_layers, normalise
 from lopt_hf.repl.neighbours import Affine, Neighbour
 from lopt_hf.repl.operator_base import Operator
 from lopt_hf.repl.operators import Branches, Linear, prior_of
-from lopt_hf.ridge import ChannelRidge, LinearRidge, SharedRidge
 
 __all__ = ["block_influence", "calibrate"]
 

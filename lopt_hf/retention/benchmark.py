@@ -16,8 +16,8 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
+from lopt_hf.common.files import whole_file
 from lopt_hf.retention.deltas import ModelScores, entry_deltas, gain_delta, mean_delta
-from lopt_hf.retention.files import whole_file
 from lopt_hf.retention.heldout import HELDOUT_TASK, heldout_task
 from lopt_hf.retention.layer_drift import layer_drift
 from lopt_hf.retention.measuring import MeasuringSettings, measure_model

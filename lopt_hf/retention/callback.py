@@ -23,9 +23,9 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from lopt_hf.callbacks import TrainerBound
+from lopt_hf.common.callbacks import TrainerBound
+from lopt_hf.common.files import whole_file
 from lopt_hf.retention.deltas import ModelScores, entry_deltas, mean_delta
-from lopt_hf.retention.files import whole_file
 from lopt_hf.retention.measuring import SOFTMAX_DTYPE, MeasuringSettings, evaluate_tasks, identity_of_task
 from lopt_hf.retention.results import Delta
 from lopt_hf.retention.scores import TaskScores

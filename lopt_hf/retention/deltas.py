@@ -7,10 +7,7 @@ import numpy as np
 from lm_eval.api.task import Task
 from numpy.typing import NDArray
 
-from lopt_hf.retention.heldout import ANSWER_METRIC, HELDOUT_TASK, answer_scores
-from lopt_hf.retention.results import Delta
-from lopt_hf.retention.scores import TaskScores, metric_scores
-from lopt_hf.retention.statistics import (
+from lopt_hf.common.statistics import (
     Interval,
     MeanScores,
     Scores,
@@ -18,6 +15,9 @@ from lopt_hf.retention.statistics import (
     mcnemar,
     mean_interval,
 )
+from lopt_hf.retention.heldout import ANSWER_METRIC, HELDOUT_TASK, answer_scores
+from lopt_hf.retention.results import Delta
+from lopt_hf.retention.scores import TaskScores, metric_scores
 from lopt_hf.retention.suites import TaskEntry
 
 __all__ = [

@@ -9,7 +9,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask, Task
 from transformers import PreTrainedTokenizerBase
 
-from lopt_hf.retention.statistics import RatioScores
+from lopt_hf.common.statistics import RatioScores
 
 __all__ = ["ANSWER_METRIC", "HELDOUT_TASK", "answer_scores", "heldout_task"]
 

@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lopt_hf.blocks import find_decoder_stack
+from lopt_hf.local.blocks import find_decoder_stack
 from lopt_hf.retention.references import ModelReference
 
 __all__ = ["drift_by_layer", "layer_drift"]

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from lopt_hf.pretrained import resolve_model
+from lopt_hf.data.pretrained import resolve_model
 from lopt_hf.retention.scores import fingerprint
 
 __all__ = ["ModelReference", "load_tokenizer"]

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from lopt_hf.retention.files import whole_file
-from lopt_hf.retention.statistics import MeanScores, RatioScores, ResampledScores, Scores
+from lopt_hf.common.files import whole_file
+from lopt_hf.common.statistics import MeanScores, RatioScores, ResampledScores, Scores
 
 __all__ = ["ScoreCache", "TaskScores", "fingerprint", "infinite_perplexities", "metric_scores"]
 

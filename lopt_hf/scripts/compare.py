@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
+from lopt_hf.compare.experiment import GridMeasurement
+from lopt_hf.compare.grid import Grid, load_grid
+from lopt_hf.compare.grid_training import GridTrainingError, prepare_data, train_grid
 from lopt_hf.retention.benchmark import write_flips
-from lopt_hf.retention.experiment import GridMeasurement
-from lopt_hf.retention.grid import Grid, load_grid
-from lopt_hf.retention.grid_training import GridTrainingError, prepare_data, train_grid
-from lopt_hf.retention.report import write_report
-from lopt_hf.retention.tables import to_markdown
+from lopt_hf.retention.report.report import write_report
+from lopt_hf.retention.report.tables import to_markdown
 from lopt_hf.scripts.retention import exit_on_error
 
 __all__ = ["main", "make_parser"]

@@ -30,17 +30,17 @@ from transformers import AutoConfig
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from lopt_hf.blocks import split_layers
-from lopt_hf.pipeline.adapters import add_adapter
-from lopt_hf.pipeline.balance import balanced_split, format_split
-from lopt_hf.pipeline.config import PipelineArguments, PipelineConfig
-from lopt_hf.pipeline.costs import measure_costs
-from lopt_hf.pipeline.health import PipelineError, report_failure, report_termination
-from lopt_hf.pipeline.launch import PipelineWorld, Rendezvous, describe, join, launch_command
-from lopt_hf.pipeline.mlaan import MLAANPipelineConfig, MLAANPipelineTrainer, with_auxiliaries
-from lopt_hf.pipeline.runner import PipelineMixin, PipelineTrainer
-from lopt_hf.pipeline.stage import plan_stages
-from lopt_hf.pretrained import resolve_model
+from lopt_hf.data.pretrained import resolve_model
+from lopt_hf.local.blocks import split_layers
+from lopt_hf.pipeline.runtime.adapters import add_adapter
+from lopt_hf.pipeline.runtime.config import PipelineArguments, PipelineConfig
+from lopt_hf.pipeline.runtime.health import PipelineError, report_failure, report_termination
+from lopt_hf.pipeline.runtime.launch import PipelineWorld, Rendezvous, describe, join, launch_command
+from lopt_hf.pipeline.runtime.mlaan import MLAANPipelineConfig, MLAANPipelineTrainer, with_auxiliaries
+from lopt_hf.pipeline.runtime.runner import PipelineMixin, PipelineTrainer
+from lopt_hf.pipeline.runtime.stage import plan_stages
+from lopt_hf.pipeline.split.balance import balanced_split, format_split
+from lopt_hf.pipeline.split.costs import measure_costs
 from lopt_hf.scripts import pipeline_export, pipeline_simulate
 from lopt_hf.scripts.parsing import make_trl_parser, parse_or_exit
 from lopt_hf.scripts.sft import SFTDataArguments, load_split

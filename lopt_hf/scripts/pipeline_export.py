@@ -14,8 +14,15 @@ from typing import Any
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer
 
-from lopt_hf.pipeline.checkpoint import ADAPTER_CONFIG, INCOMPLETE, Manifest, assemble_model, load_weights, saved_names
-from lopt_hf.pipeline.stage import StagePlan, load_stage
+from lopt_hf.pipeline.runtime.checkpoint import (
+    ADAPTER_CONFIG,
+    INCOMPLETE,
+    Manifest,
+    assemble_model,
+    load_weights,
+    saved_names,
+)
+from lopt_hf.pipeline.runtime.stage import StagePlan, load_stage
 
 __all__ = ["export_checkpoint", "main", "make_parser"]
 

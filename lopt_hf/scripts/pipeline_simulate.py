@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lopt_hf.common.files import whole_file
 from lopt_hf.pipeline.events import chrome_trace, plot_timeline
-from lopt_hf.pipeline.schedule import SCHEDULES, ScheduleResult, UnfitWorkloadError, Workload, simulate
-from lopt_hf.pipeline.schedule_report import plot_scaling, to_json, to_markdown, to_validation_markdown
-from lopt_hf.pipeline.schedule_times import TimesSource, read_times
-from lopt_hf.retention.files import whole_file
+from lopt_hf.pipeline.simulator.schedule import SCHEDULES, ScheduleResult, UnfitWorkloadError, Workload, simulate
+from lopt_hf.pipeline.simulator.schedule_report import plot_scaling, to_json, to_markdown, to_validation_markdown
+from lopt_hf.pipeline.simulator.schedule_times import TimesSource, read_times
 
 __all__ = ["main", "make_parser"]
 
@@ -274,7 +274,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _measure(results: Sequence[ScheduleResult]) -> list[float]:
     # Only here, because of torch, which takes seconds to import.
-    from lopt_hf.pipeline.schedule_validation import ScheduleRunError, check_measurable, measure_schedules
+    from lopt_hf.pipeline.simulator.schedule_validation import ScheduleRunError, check_measurable, measure_schedules
 
     cases = [(result.schedule, result.workload) for result in results]
     for case in cases:

@@ -7,12 +7,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
+from lopt_hf.common.files import whole_file
 from lopt_hf.planner.device import DeviceSpeed, measure_speed, read_speed, write_speed
 from lopt_hf.planner.dimensions import load_config
 from lopt_hf.planner.plan import Plan, PlanSettings, make_plan
 from lopt_hf.planner.recipe import make_recipe
 from lopt_hf.planner.report import draw, to_json, to_markdown
-from lopt_hf.retention.files import whole_file
 from lopt_hf.scripts.settings import add_settings
 from lopt_hf.scripts.sft import WORD_PROBLEMS
 

@@ -23,15 +23,15 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
+from lopt_hf.common.evaluation import general_text
+from lopt_hf.common.statistics import Interval, RatioScores, difference_interval
 from lopt_hf.data.formats import load_sft_dataset, to_trl_format
-from lopt_hf.evaluation import general_text
-from lopt_hf.pretrained import resolve_model
+from lopt_hf.data.pretrained import resolve_model
 from lopt_hf.repl.config import RepLConfig
 from lopt_hf.repl.experiment import FULL, PLAIN, Row, cut_chunks, make_plain, make_row, make_variant, parse_variant
 from lopt_hf.repl.export import save_with_code
 from lopt_hf.repl.report import to_json, to_markdown
 from lopt_hf.repl.trainer import RepLTrainer
-from lopt_hf.retention.statistics import Interval, RatioScores, difference_interval
 from lopt_hf.scripts.parsing import make_trl_parser, parse_or_exit
 
 __all__ = ["RepLScriptArguments", "against_plain", "main", "make_parser"]

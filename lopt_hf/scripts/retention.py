@@ -20,13 +20,13 @@ from accelerate import PartialState
 from huggingface_hub import constants
 
 from lopt_hf.data.formats import load_sft_dataset, to_trl_format
-from lopt_hf.pretrained import SMOLLM2_ID
+from lopt_hf.data.pretrained import SMOLLM2_ID
 from lopt_hf.retention.benchmark import Candidate, RetentionBenchmark, flips, write_flips
 from lopt_hf.retention.measuring import MeasuringSettings
-from lopt_hf.retention.report import write_report
+from lopt_hf.retention.report.report import write_report
+from lopt_hf.retention.report.tables import to_markdown
 from lopt_hf.retention.scores import ScoreCache
 from lopt_hf.retention.suites import SUITES, SuiteTask, load_entries
-from lopt_hf.retention.tables import to_markdown
 
 __all__ = ["default_cache", "exit_on_error", "main", "make_parser", "read_heldout"]
 

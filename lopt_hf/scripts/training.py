@@ -11,9 +11,9 @@ from transformers import Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
+from lopt_hf.common.distributed import end_training
 from lopt_hf.data.formats import load_sft_dataset
-from lopt_hf.distributed import end_training
-from lopt_hf.pretrained import resolve_model
+from lopt_hf.data.pretrained import resolve_model
 from lopt_hf.scripts.parsing import parse_or_exit
 from lopt_hf.trainers.checkpoint import CheckpointMixin
 from lopt_hf.trainers.checks import check_output_dir

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
-from lopt_hf.blocks import Block, DecoderStack, parameters_by_block, untie_output_embeddings
+from lopt_hf.local.blocks import Block, DecoderStack, parameters_by_block, untie_output_embeddings
 from lopt_hf.trainers.lopt_config import LocalLearningArguments
 
 __all__ = ["BlockParametersMixin", "ClipGroup"]

@@ -12,7 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig
 from trl.data_utils import get_dataset_column_names
 
-from lopt_hf.blocks import find_decoder_stack, split_layers
+from lopt_hf.local.blocks import find_decoder_stack, split_layers
 
 __all__ = ["check_dataset", "check_model", "check_output_dir", "check_rewards", "check_sft_dataset"]
 

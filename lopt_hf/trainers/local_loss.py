@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lopt_hf.boundary import GradientBoundary
+from lopt_hf.local.boundary import GradientBoundary
 from lopt_hf.trainers.local_step import LocalStepMixin
 
 __all__ = ["LocalLossMixin"]

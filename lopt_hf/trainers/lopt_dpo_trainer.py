@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel, TrainingArguments
 from trl import DPOTrainer
 
-from lopt_hf.objectives import LocalObjective
+from lopt_hf.local.objectives import LocalObjective
 from lopt_hf.trainers.checks import check_dataset, check_model
 from lopt_hf.trainers.conversion import local_config
 from lopt_hf.trainers.lopt_dpo_config import LoPTDPOConfig

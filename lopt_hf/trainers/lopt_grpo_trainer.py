@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel, TrainingArguments
 from trl import GRPOTrainer
 
-from lopt_hf.objectives import LocalObjective
+from lopt_hf.local.objectives import LocalObjective
 from lopt_hf.trainers.checks import check_dataset, check_model, check_rewards
 from lopt_hf.trainers.conversion import local_config
 from lopt_hf.trainers.lopt_grpo_config import LoPTGRPOConfig

@@ -9,13 +9,13 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from transformers.utils import logging
 
-from lopt_hf.blocks import find_decoder_stack, split_layers
-from lopt_hf.boundary import GradientBoundary, make_heads
-from lopt_hf.callbacks import bind_callbacks
-from lopt_hf.distributed import GradientReducer
-from lopt_hf.drift import WeightDrift
-from lopt_hf.objectives import LocalObjective, ReconstructionObjective
-from lopt_hf.readout import ReadoutObjective
+from lopt_hf.common.callbacks import bind_callbacks
+from lopt_hf.common.distributed import GradientReducer
+from lopt_hf.local.blocks import find_decoder_stack, split_layers
+from lopt_hf.local.boundary import GradientBoundary, make_heads
+from lopt_hf.local.objectives import LocalObjective, ReconstructionObjective
+from lopt_hf.local.readout import ReadoutObjective
+from lopt_hf.meters.drift import WeightDrift
 from lopt_hf.trainers.block_optimizer import ZeroHeadGradients
 from lopt_hf.trainers.checkpoint import CheckpointMixin, read_local_state
 from lopt_hf.trainers.checks import check_output_dir

@@ -8,7 +8,7 @@ from lopt_hf.bench import processes
 from lopt_hf.bench.pipeline import PipelineBenchReport, PipelineResult, run_pipeline_bench, to_markdown
 from lopt_hf.bench.pipeline_settings import METHODS, PipelineBenchSettings
 from lopt_hf.bench.pipeline_worker import MethodRun, Record
-from lopt_hf.pipeline.timeline import Timeline
+from lopt_hf.pipeline.runtime.timeline import Timeline
 from lopt_hf.scripts.bench import main
 from tests.forkserver import forked_instead_of_spawned
 from tests.tiny import make_model, make_tokenizer

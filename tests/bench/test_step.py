@@ -12,7 +12,6 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lopt_hf.bench import step
-from lopt_hf.bench.report import interquartile_range
 from lopt_hf.bench.step import (
     BenchWorkerError,
     StepBenchSettings,
@@ -24,6 +23,7 @@ from lopt_hf.bench.step import (
     to_markdown,
 )
 from lopt_hf.bench.step_settings import make_rows
+from lopt_hf.common.tables import interquartile_range
 from lopt_hf.scripts.bench import main
 from tests.forkserver import forked_instead_of_spawned
 

@@ -4,9 +4,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
-from lopt_hf.blocks import find_decoder_stack, split_layers
-from lopt_hf.boundary import GradientBoundary, make_heads
-from lopt_hf.objectives import ReconstructionObjective
+from lopt_hf.local.blocks import find_decoder_stack, split_layers
+from lopt_hf.local.boundary import GradientBoundary, make_heads
+from lopt_hf.local.objectives import ReconstructionObjective
 from tests.tiny import make_model
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from lm_eval.models.huggingface import HFLM
 
 import tests.conftest  # noqa: F401  (offline, one thread)
-from lopt_hf.retention import report
+from lopt_hf.retention.report import report
 
 METHODS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lopt_hf.distributed import GradientReducer, ignored_by_ddp
+from lopt_hf.common.distributed import GradientReducer, ignored_by_ddp
 from tests.distributed.ddp_worker import EQUAL_TO_ONE, run
 
 

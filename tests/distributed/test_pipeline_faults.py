@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lopt_hf.pipeline.checkpoint import Manifest
+from lopt_hf.pipeline.runtime.checkpoint import Manifest
 from tests.distributed.pipeline_fault_worker import Fault
 from tests.distributed.pipeline_processes import (
     ADDRESSES,
@@ -78,7 +78,7 @@ def assert_resumes(inputs: Path, output_dir: Path, reference: Path, **settings: 
 KILLS = [
     (Fault("torch.distributed.isend", 6, ranks=(0,)), 0),  # between the header and the hidden states of a message
     (Fault(LAYER, 6, ranks=(1,)), 1),
-    (Fault("lopt_hf.pipeline.stage_checkpoint.save_optimizer_state", 2, ranks=(2,)), 2),
+    (Fault("lopt_hf.pipeline.runtime.stage_checkpoint.save_optimizer_state", 2, ranks=(2,)), 2),
 ]
 
 
@@ -92,9 +92,9 @@ def test_others_name_the_killed_stage_and_the_resumed_run_is_equal(tmp_path, inp
 
 def test_a_kill_before_the_rename_leaves_the_previous_checkpoint_the_last(tmp_path, inputs, reference):
     """All stages are written and the manifest too, but the folder has not got its name."""
-    fault = Fault("lopt_hf.pipeline.checkpoint.Manifest.write", 2, after=True)
+    fault = Fault("lopt_hf.pipeline.runtime.checkpoint.Manifest.write", 2, after=True)
     # Rank 2 has the longest stage to come after it, so it is the last one to write.
-    slow = Fault("lopt_hf.pipeline.stage_checkpoint.save_weights", 0, "slow_down", ranks=(2,), after=True)
+    slow = Fault("lopt_hf.pipeline.runtime.stage_checkpoint.save_weights", 0, "slow_down", ranks=(2,), after=True)
     codes, outputs = run(inputs, tmp_path / "out", faults=[fault, slow], timeout=LIMIT)
     assert_stopped(codes, outputs, "rank 2 (stage 2) is gone", dead=2)
     assert checkpoints(tmp_path / "out") == ["checkpoint-2"]
@@ -107,7 +107,7 @@ def test_a_kill_before_the_rename_leaves_the_previous_checkpoint_the_last(tmp_pa
 def test_a_kill_while_the_model_is_put_together_leaves_none_that_loads(tmp_path, inputs, reference):
     """Also none of two runs' parts; and the run that goes on from its last step trains no further one."""
     shutil.copytree(reference, tmp_path / "out", ignore=shutil.ignore_patterns("checkpoint-*"))
-    faults = [Fault("lopt_hf.pipeline.checkpoint.safe_open", 2)]
+    faults = [Fault("lopt_hf.pipeline.runtime.checkpoint.safe_open", 2)]
     codes, _ = run(inputs, tmp_path / "out", faults=faults, timeout=LIMIT, **IMPATIENT)
     assert sorted(codes) == [-9, 1, 1]
     assert not (tmp_path / "out/model.safetensors.index.json").exists()
@@ -128,7 +128,7 @@ EARLY = [
     ([Fault("lopt_hf.scripts.pipeline.join", ranks=(1,))], 1, "did not start within 6 s"),
     # Rank 2 waits for rank 1 to connect, is killed, and then rank 1 finds nobody; rank 0 has nothing to do with it.
     ([Fault(GROUP, 2, "kill_soon", (2,)), Fault(GROUP, 2, "pause", (1,))], 2, "has given no sign of life for 5 s"),
-    ([Fault("lopt_hf.pipeline.runner.load_stage", ranks=(1,))], 1, ""),  # silent, or gone if a channel is open
+    ([Fault("lopt_hf.pipeline.runtime.runner.load_stage", ranks=(1,))], 1, ""),  # silent, or gone if a channel is open
 ]
 
 
@@ -161,7 +161,7 @@ FAILURES = [
         "rank 0 (stage 0) failed: the largest hidden state of stage 0 is nan at step 2",
     ),
     (
-        Fault("lopt_hf.pipeline.stage_checkpoint.save_weights", 2, "fill_disk", (2,)),
+        Fault("lopt_hf.pipeline.runtime.stage_checkpoint.save_weights", 2, "fill_disk", (2,)),
         "rank 2 (stage 2) failed: [Errno 28] No space",
     ),
 ]
@@ -234,7 +234,7 @@ def test_a_slow_stage_does_not_fill_memory(tmp_path, inputs):
     """Over 500 steps no stage holds more hidden states than its channels do, and resident memory stays."""
     faults = [
         Fault(LAYER, 0, "slow_down", ranks=(2,)),
-        Fault("lopt_hf.pipeline.channel._Message", 0, "note_memory", after=True),
+        Fault("lopt_hf.pipeline.runtime.channel._Message", 0, "note_memory", after=True),
     ]
     settings = {"max_steps": 500, "save_strategy": "no", "per_device_train_batch_size": 16, "logging_steps": 100}
     codes, outputs = run(inputs, tmp_path / "out", faults=faults, **settings)

@@ -5,9 +5,9 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from lopt_hf import MLAANConfig, MLAANTrainer
+from lopt_hf.common.evaluation import general_text
+from lopt_hf.data.pretrained import SMOLLM2_ID, resolve_model
 from lopt_hf.data.word_problems import make_word_problems
-from lopt_hf.evaluation import general_text
-from lopt_hf.pretrained import SMOLLM2_ID, resolve_model
 from tests.test_smollm2 import PeakSavedBytes, all_threads, peak_saved_bytes  # noqa: F401  (all_threads: a fixture)
 from tests.trainers.helpers import training_args
 

@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from lopt_hf.mlaan.calibration import _tokens
-from lopt_hf.mlaan.translator import RELATIVE_RIDGE, Translator, TranslatorFit
+from lopt_hf.local.methods.mlaan.calibration import _tokens
+from lopt_hf.local.methods.mlaan.translator import RELATIVE_RIDGE, Translator, TranslatorFit
 from tests.mlaan.helpers import make_mlaan_trainer
 from tests.tiny import make_model
 

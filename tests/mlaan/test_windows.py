@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lopt_hf.blocks import split_layers
+from lopt_hf.local.blocks import split_layers
 from tests.mlaan.helpers import first_batch, gradients_of, make_mlaan_trainer, next_token_loss
 from tests.tiny import make_model
 from tests.trainers.helpers import make_stock_trainer, make_trainer, one_step_gradients

@@ -12,9 +12,9 @@ from torch.distributed.pipelining.schedules import (
     ScheduleInterleavedZeroBubble,
 )
 
-from lopt_hf.pipeline.schedule import SCHEDULES, StageTimes, UnfitWorkloadError, Workload, simulate
-from lopt_hf.pipeline.schedule_engine import Program, ScheduleDeadlockError, run_shared, run_unshared
-from lopt_hf.pipeline.schedule_orders import Kind, rounds_of
+from lopt_hf.pipeline.simulator.schedule import SCHEDULES, StageTimes, UnfitWorkloadError, Workload, simulate
+from lopt_hf.pipeline.simulator.schedule_engine import Program, ScheduleDeadlockError, run_shared, run_unshared
+from lopt_hf.pipeline.simulator.schedule_orders import Kind, rounds_of
 
 FORWARD, BACKWARD = 0.1, 0.2
 LETTERS = {"FORWARD": "F", "FULL_BACKWARD": "B", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}

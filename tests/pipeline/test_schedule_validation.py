@@ -2,8 +2,8 @@
 
 import pytest
 
-from lopt_hf.pipeline.schedule import SCHEDULES, StageTimes, Workload, simulate
-from lopt_hf.pipeline.schedule_validation import ScheduleRunError, measure_schedules
+from lopt_hf.pipeline.simulator.schedule import SCHEDULES, StageTimes, Workload, simulate
+from lopt_hf.pipeline.simulator.schedule_validation import ScheduleRunError, measure_schedules
 
 TOLERANCE = 0.15
 

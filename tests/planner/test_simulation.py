@@ -13,8 +13,8 @@ from transformers import AutoConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from lopt_hf import LoPTConfig, LoPTTrainer, MLAANConfig, MLAANTrainer, RepLConfig, get_repl_model
-from lopt_hf.bench.gradient_bytes import GradientBytes
-from lopt_hf.bench.saved_bytes import SavedBytes
+from lopt_hf.meters.gradient_bytes import GradientBytes
+from lopt_hf.meters.saved_bytes import SavedBytes
 from lopt_hf.planner import setups, simulation
 from lopt_hf.planner.memory import CATEGORIES
 from lopt_hf.planner.simulation import simulate

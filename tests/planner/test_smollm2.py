@@ -9,11 +9,11 @@ import torch
 
 from lopt_hf.bench.step import StepBenchSettings, run_step_bench
 from lopt_hf.bench.step_settings import METHODS
+from lopt_hf.data.pretrained import SMOLLM2_ID
 from lopt_hf.planner.dimensions import load_config
 from lopt_hf.planner.simulation import simulate
 from lopt_hf.planner.step import Workload
 from lopt_hf.planner.strategies import make_strategies
-from lopt_hf.pretrained import SMOLLM2_ID
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
-from lopt_hf.retention.grid import load_grid
+from lopt_hf.compare.grid import load_grid
 from lopt_hf.scripts import dpo, grpo, mlaan, pipeline, repl, sft
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lopt_hf import RepLConfig, get_repl_model
-from lopt_hf.pretrained import SMOLLM2_ID, resolve_model
+from lopt_hf.data.pretrained import SMOLLM2_ID, resolve_model
 from lopt_hf.repl.experiment import chunk_losses, cut_chunks, make_plain
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lopt_hf.retention.contrasts import MethodPoint, matched_contrasts, rate_contrasts
+from lopt_hf.compare.contrasts import MethodPoint, matched_contrasts, rate_contrasts
 from lopt_hf.retention.heldout import ANSWER_METRIC, HELDOUT_TASK
 from lopt_hf.retention.scores import TaskScores
 from lopt_hf.retention.suites import TaskEntry

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lopt_hf.retention.grid import Grid, load_grid
+from lopt_hf.compare.grid import Grid, load_grid
 
 SETTINGS: dict[str, Any] = {
     "model": "base",

@@ -1,4 +1,4 @@
-"""The loss of held-out answers is that of `lopt_hf.evaluation`, whatever is done to other tasks' prompts."""
+"""The loss of held-out answers is that of `lopt_hf.common.evaluation`, whatever is done to other tasks' prompts."""
 
 import math
 import sys
@@ -10,7 +10,7 @@ import torch
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from lopt_hf.evaluation import answer_loss
+from lopt_hf.common.evaluation import answer_loss
 from lopt_hf.retention.deltas import gain_delta, gain_scores
 from lopt_hf.retention.heldout import HELDOUT_TASK, heldout_task
 from lopt_hf.retention.measuring import MeasuringSettings, measure_model

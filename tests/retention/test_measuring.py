@@ -22,11 +22,11 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file, save_file
 
+from lopt_hf.common.statistics import MeanScores, RatioScores, ResampledScores
 from lopt_hf.retention import measuring
 from lopt_hf.retention.measuring import MeasuringSettings, measure_model
 from lopt_hf.retention.references import ModelReference
 from lopt_hf.retention.scores import ScoreCache, TaskScores, metric_scores
-from lopt_hf.retention.statistics import MeanScores, RatioScores, ResampledScores
 from lopt_hf.retention.suites import SuiteTask, load_entries
 from tests.retention.benchmark_tasks import NUM_ROWS, TASKS, rows_of, write_benchmark_tasks, write_rows
 from tests.retention.conftest import SavedModels

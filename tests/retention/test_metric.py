@@ -4,8 +4,8 @@ import evaluate
 import numpy as np
 import pytest
 
+from lopt_hf.common.statistics import MeanScores, mcnemar, paired_interval
 from lopt_hf.retention import METRIC_PATH
-from lopt_hf.retention.statistics import MeanScores, mcnemar, paired_interval
 
 
 def test_right_and_wrong_answers() -> None:

@@ -12,8 +12,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from scipy.stats import binomtest
 
-from lopt_hf.evaluation import general_text
-from lopt_hf.pretrained import SMOLLM2_ID, resolve_model
+from lopt_hf.common.evaluation import general_text
+from lopt_hf.data.pretrained import SMOLLM2_ID, resolve_model
 from lopt_hf.retention.tasks import load
 from tests.tiny import make_model, make_tokenizer
 

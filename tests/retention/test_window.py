@@ -5,7 +5,7 @@ import math
 import pytest
 from scipy import stats
 
-from lopt_hf.retention.window import fit_window
+from lopt_hf.retention.report.window import fit_window
 
 
 def points(*values: float, half_width: float = 0.0) -> list[tuple[float, float, float]]:

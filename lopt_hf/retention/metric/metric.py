@@ -6,7 +6,7 @@ from typing import Any
 import datasets
 import evaluate
 
-from lopt_hf.retention.statistics import MeanScores, mcnemar, paired_interval
+from lopt_hf.common.statistics import MeanScores, mcnemar, paired_interval
 
 __all__ = ["PairedRetention"]
 

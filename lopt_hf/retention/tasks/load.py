@@ -10,7 +10,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from lopt_hf.evaluation import general_text
+from lopt_hf.common.evaluation import general_text
 
 __all__ = ["knowledge", "language", "prose", "prose_documents"]
 
@@ -46,7 +46,7 @@ def prose_documents(text: str) -> list[str]:
     compare figures that were measured with the same version.
 
     Args:
-        text: Paragraphs separated by blank lines, as `lopt_hf.evaluation.general_text` gives them. A paragraph that
+        text: Paragraphs separated by blank lines, as `lopt_hf.common.evaluation.general_text` gives them. A paragraph that
             occurs again is left out, as the manual repeats whole sections under several topics.
     """
     documents, current = [], ""

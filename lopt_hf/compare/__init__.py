@@ -1,0 +1,1 @@
+"""Grids of runs: methods, learning rates and seeds, trained and measured on the same data."""

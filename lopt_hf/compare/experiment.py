@@ -1,0 +1,96 @@
+"""Measures every run of a grid, and reports methods over their seeds."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lopt_hf.compare.contrasts import MethodPoint, matched_contrasts, rate_contrasts
+from lopt_hf.compare.grid import Grid, GridRun
+from lopt_hf.compare.grid_training import heldout_rows, model_folder
+from lopt_hf.retention.benchmark import Candidate, RetentionBenchmark, flips
+from lopt_hf.retention.measuring import MeasuringSettings
+from lopt_hf.retention.results import Contrast, RetentionReport
+from lopt_hf.retention.scores import ScoreCache
+from lopt_hf.retention.suites import SuiteTask, load_entries
+
+__all__ = ["GridMeasurement", "point_label"]
+
+
+def point_label(method: str, learning_rate: float) -> str:
+    """Name of a method at a rate in tables and plots."""
+    return f"{method}, {learning_rate:g}"
+
+
+class GridMeasurement:
+    """Scores the models of a grid and compares methods.
+
+    Args:
+        grid: The settings; data must have been prepared (`prepare_data`).
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+        include_path = [] if grid.include_path is None else [Path(grid.include_path)]
+        self.benchmark = RetentionBenchmark(
+            grid.model,
+            load_entries([SuiteTask(name) for name in grid.tasks], include_path),
+            MeasuringSettings(samples=grid.samples, batch_size=grid.eval_batch_size, dtype=grid.eval_dtype),
+            ScoreCache(grid.output_path / "scores"),
+            heldout_rows(grid),
+        )
+
+    def report(self) -> RetentionReport:
+        """Compares all methods and rates, each over its seeds."""
+        runs = self.grid.runs()
+        points = list(dict.fromkeys((run.method, run.learning_rate) for run in runs))
+        candidates = [Candidate(point_label(*point), point[0], tuple(self._models(runs, *point))) for point in points]
+        report = self.benchmark.compare(candidates)
+        assert report is not None  # only distributed launches have other processes
+        return RetentionReport(
+            baseline=report.baseline,
+            models=report.models,
+            settings={**report.settings, **self._settings()},
+            confidence=report.confidence,
+            contrasts=tuple(self._contrasts(runs)),
+        )
+
+    def flips(self) -> Iterator[dict[str, Any]]:
+        """The samples that each run's model answers otherwise than the baseline, as `benchmark.flips`."""
+        before = self.benchmark.scores(self.benchmark.baseline.name)
+        for run in self.grid.runs():
+            label = f"{point_label(run.method, run.learning_rate)}, seed {run.seed}"
+            yield from flips(label, before, self.benchmark.scores(str(model_folder(self.grid, run))))
+
+    def _models(self, runs: Sequence[GridRun], method: str, learning_rate: float) -> list[str]:
+        chosen = [run for run in runs if (run.method, run.learning_rate) == (method, learning_rate)]
+        return [str(model_folder(self.grid, run)) for run in chosen]
+
+    def _points(self, runs: Sequence[GridRun], method: str) -> list[MethodPoint]:
+        rates = dict.fromkeys(run.learning_rate for run in runs if run.method == method)
+        return [
+            MethodPoint(
+                point_label(method, rate),
+                rate,
+                [self.benchmark.scores(model) for model in self._models(runs, method, rate)],
+            )
+            for rate in rates
+        ]
+
+    def _contrasts(self, runs: Sequence[GridRun]) -> list[Contrast]:
+        benchmark = self.benchmark
+        found: list[Contrast] = []
+        baseline = benchmark.scores(benchmark.baseline.name)
+        for first, second in self.grid.contrasts:
+            points = self._points(runs, first), self._points(runs, second)
+            found += rate_contrasts(*points, benchmark.entries, benchmark.confidence)
+            found += matched_contrasts(*points, baseline, benchmark.entries, benchmark.confidence)
+        return found
+
+    def _settings(self) -> dict[str, Any]:
+        grid = self.grid
+        return {
+            "train_dataset": f"{grid.train_dataset}, split {grid.train_split}: {grid.num_train} rows for each run",
+            "heldout_dataset": f"{grid.heldout_dataset}, split {grid.heldout_split}: {grid.num_heldout} rows",
+            "seeds": list(grid.seeds),
+            "training": dict(grid.training),
+        }

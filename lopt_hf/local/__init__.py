@@ -1,0 +1,1 @@
+"""Local learning as such: blocks, boundaries, objectives and methods, which know no trainer."""

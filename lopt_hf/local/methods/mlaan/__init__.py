@@ -1,0 +1,1 @@
+"""MLAAN: windows of blocks inside which gradients flow, and auxiliaries that leap to deeper layers."""

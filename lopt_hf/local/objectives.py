@@ -1,0 +1,126 @@
+"""Local objectives: what a block learns from where the task gradient does not reach it.
+
+Shapes: B batch, T tokens, D hidden channels.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+__all__ = ["LocalBatch", "LocalObjective", "ReconstructionHead", "ReconstructionObjective"]
+
+
+@dataclass(frozen=True)
+class LocalBatch:
+    """What a local objective may know of the batch besides the hidden states.
+
+    Attributes:
+        mask_BT: 1 for a token, 0 for padding; `None` where nothing is padded (packed, padding-free).
+        inputs: The trainer's batch (`input_ids`, `labels`, ...); TRL adds what it passes to the model.
+    """
+
+    mask_BT: torch.Tensor | None = None
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+
+
+class LocalObjective(Protocol):
+    """A loss on one block's output that trains this block alone.
+
+    The task loss still trains the last block. Pass an instance as `LoPTTrainer(..., local_objective=...)`; it is
+    called once per early block and micro-batch, in training only.
+
+    Example: keep each block close to the identity, without a head.
+
+    ```python
+    import torch
+    from lopt_hf import LocalBatch
+
+
+    class StayClose:
+        def make_head(self, hidden_size: int) -> torch.nn.Module:
+            return torch.nn.Identity()
+
+        def __call__(self, head, output_BTD, input_BTD, batch: LocalBatch) -> torch.Tensor:
+            return (head(output_BTD).float() - input_BTD.float()).square().mean()
+    ```
+    """
+
+    def make_head(self, hidden_size: int) -> nn.Module:
+        """Makes the trainable module that one block's loss needs, in fp32; it is dropped from the saved model.
+
+        The random state is seeded before the call, so that runs and ranks agree, and restored after it.
+
+        Args:
+            hidden_size: Width D of the hidden states.
+        """
+
+    def __call__(
+        self, head: nn.Module, output_BTD: torch.Tensor, input_BTD: torch.Tensor, batch: LocalBatch
+    ) -> torch.Tensor:
+        """Returns the scalar loss of one block.
+
+        Args:
+            head: What `make_head` made for this block.
+            output_BTD: The block's output, with its graph back to the block's parameters, in the model's dtype: cast
+                it to the head's (`output_BTD.to(head.weight.dtype)`).
+            input_BTD: The block's input, detached.
+            batch: Mask and inputs of the micro-batch.
+        """
+
+
+class ReconstructionHead(nn.Sequential):
+    """LoPT's head `g(h) = W2 GELU(W1 LayerNorm(h) + b1) + b2` of shape (B, T, D) -> (B, T, D).
+
+    Xavier-uniform weights at gain 0.1, zero biases (LoPT paper, Sec. 3; its code agrees). Training only.
+
+    Args:
+        hidden_size: Width D of the hidden states.
+        bottleneck: `W1` maps D to `D // bottleneck` channels.
+    """
+
+    def __init__(self, hidden_size: int, bottleneck: int) -> None:
+        narrow = max(1, hidden_size // bottleneck)
+        down, up = nn.Linear(hidden_size, narrow), nn.Linear(narrow, hidden_size)
+        for linear in (down, up):
+            nn.init.xavier_uniform_(linear.weight, gain=0.1)
+            nn.init.zeros_(linear.bias)
+        super().__init__(nn.LayerNorm(hidden_size), down, nn.GELU(), up)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def forward(self, h_BTD: torch.Tensor) -> torch.Tensor:
+        return super().forward(h_BTD.to(self.dtype))
+
+
+class ReconstructionObjective:
+    """Mean squared error, over tokens and channels in fp32, of reconstructing a block's input from its output.
+
+    LoPT paper, Sec. 3: `L_aux = mean (g(h_out) - sg(h_in))^2`.
+
+    Args:
+        bottleneck: Divisor of the head's inner width (paper: d -> d/4 -> d).
+        masked: Leave padding out of the mean (paper, App. L); `False` averages over it too, as the code does.
+    """
+
+    def __init__(self, bottleneck: int = 4, masked: bool = True) -> None:
+        self.bottleneck = bottleneck
+        self.masked = masked
+
+    def make_head(self, hidden_size: int) -> nn.Module:
+        return ReconstructionHead(hidden_size, self.bottleneck)
+
+    def __call__(
+        self, head: nn.Module, output_BTD: torch.Tensor, input_BTD: torch.Tensor, batch: LocalBatch
+    ) -> torch.Tensor:
+        reconstruction_BTD = head(output_BTD).float()
+        if not self.masked or batch.mask_BT is None:
+            return F.mse_loss(reconstruction_BTD, input_BTD.float())
+        error_BT = (reconstruction_BTD - input_BTD.float()).square().mean(dim=-1)
+        mask_BT = batch.mask_BT.to(error_BT.dtype)
+        return (error_BT * mask_BT).sum() / mask_BT.sum().clamp(min=1)

@@ -1,0 +1,210 @@
+"""Windows of blocks inside which gradients flow, with one forward per block: the model's own.
+
+Every block is a graph segment of its own, from a detached input to its output. The gradient of a window's loss at its
+last block's output (its cotangent) travels back through the window segment by segment; none is computed twice.
+
+Shapes: B batch, T tokens, D hidden channels.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lopt_hf.local.blocks import Block
+from lopt_hf.local.boundary import GradientBoundary, RunBackward
+from lopt_hf.local.layer_calls import LayerCall, record_layer_calls
+from lopt_hf.local.objectives import LocalBatch, LocalObjective
+
+__all__ = ["LossWeights", "WindowBoundary"]
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of a block's independent loss, on its own output, and of its cascaded one, behind its auxiliary."""
+
+    independent: float
+    cascaded: float
+
+
+@dataclass
+class _Segment:
+    """One block's part of the graph, which lives until the last window that contains the block is done."""
+
+    index: int
+    input_BTD: torch.Tensor | None  # None for the first block, before which nothing learns
+    output_BTD: torch.Tensor
+    balance: torch.Tensor | None  # load-balancing loss of the block's routers
+    cotangent_BTD: torch.Tensor | None = None  # of all losses so far, at the output
+
+    def add(self, cotangent_BTD: torch.Tensor) -> None:
+        self.cotangent_BTD = cotangent_BTD if self.cotangent_BTD is None else self.cotangent_BTD + cotangent_BTD
+
+    def hand_back(self, cotangent_BTD: torch.Tensor) -> torch.Tensor:
+        """The cotangent at the segment's input. The weights' gradients wait until all cotangents are summed."""
+        assert self.input_BTD is not None
+        return torch.autograd.grad(self.output_BTD, self.input_BTD, cotangent_BTD, retain_graph=True)[0]
+
+
+class WindowBoundary(GradientBoundary):
+    """Lets each loss train a window of adjacent blocks, and no others.
+
+    On the output of an early block stand two losses of the same objective: the independent one, whose gradient stays
+    in the block, and the cascaded one behind the block's auxiliary, whose gradient reaches the `window` blocks that
+    end there (all that there are, near the start). The task loss is the cascaded loss of the last window: `finish`,
+    after its backward, hands its gradient back through the early blocks of that window.
+
+    A block's graph is freed when the last window that contains it is done, so at most `window` of them live at a time.
+
+    A model may be here in part, with some of its blocks: windows that would begin before them begin with the first one
+    that is here, as they do near the start of the model.
+
+    Attributes:
+        when_done: Called with a block's index when its gradients and its auxiliary's are complete.
+        trains_blocks: Whether the local losses train the blocks, or their auxiliaries only.
+        window_losses: Of the last micro-batch, by name: `block_0/cascaded` and so on.
+
+    Args:
+        model: A `transformers` causal language model (of a `PeftModel`, its base model).
+        blocks: The cut of its decoder layers.
+        objective: The loss of hidden states, as a `LocalObjective`; the auxiliaries stand before it.
+        auxiliaries: For each block with losses of its own (its index, as text) what it learns through: a module that
+            is called with hidden states and the calls of the decoder's layers.
+        window: Number of adjacent blocks that a loss reaches, k of the paper.
+        weights: Weights of the two losses.
+        task_share: Factor of the task's gradient behind the last block: its head serves both losses, so the
+            independent share of the gradient stays in it.
+        router_coefficient: Weight of the load-balancing loss, which stays in each block; 0 without routers.
+        walls: Blocks before which no window begins that ends with them or later: the first ones of stages.
+        early_blocks: The early blocks that run in this process. Default: all but the last.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[Block],
+        objective: LocalObjective,
+        auxiliaries: nn.ModuleDict,
+        window: int,
+        weights: LossWeights,
+        task_share: float,
+        router_coefficient: float = 0.0,
+        walls: Sequence[int] = (),
+        early_blocks: Sequence[Block] | None = None,
+    ) -> None:
+        super().__init__(model, blocks, objective, auxiliaries, 1.0, "eager", router_coefficient, early_blocks)
+        self.window = window
+        # For each block the first one of the window that ends there, and the last one whose window contains it.
+        starts = [0, *walls]
+        self._begins = [
+            max(end - window + 1, *(start for start in starts if start <= end)) for end in range(len(blocks))
+        ]
+        self._ends = [
+            max(end for end, begin in enumerate(self._begins) if begin <= index <= end) for index in range(len(blocks))
+        ]
+        self.weights = weights
+        self.task_share = task_share
+        self.when_done: Callable[[int], None] | None = None
+        self.trains_blocks = True
+        self.window_losses: dict[str, list[torch.Tensor]] = {}
+        self._segments: dict[int, _Segment] = {}
+        self._boundary_BTD: torch.Tensor | None = None  # where the next block starts
+        self._calls: dict[int, LayerCall] = {}
+
+    def finish(self, run_backward: RunBackward) -> None:
+        """Hands the task's gradient back through its window. To be called after the task loss's backward.
+
+        Args:
+            run_backward: As for `training_forward`.
+        """
+        if self._boundary_BTD is None:
+            return
+        last, cotangent_BTD = len(self.blocks) - 1, self._boundary_BTD.grad
+        if cotangent_BTD is not None and self._begins[last] < last:
+            self._reach_back(last, last - 1, cotangent_BTD * self.task_share)
+        self._close(list(self._segments), run_backward)
+        self.reset()
+
+    def reset(self) -> None:
+        """Frees what a micro-batch that did not come to its end has left."""
+        self._segments = {}
+        self._boundary_BTD = None
+
+    def check_task_loss(self, loss: torch.Tensor) -> None:
+        """As the parent's; in a window over all blocks there is nothing that the task loss must not reach."""
+        if self.window < len(self.blocks):
+            super().check_task_loss(loss)
+
+    def _enter_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self._active and torch.is_grad_enabled():
+            if self._segments:
+                raise RuntimeError(
+                    "A micro-batch began before the last one was finished; call `finish` after its backward."
+                )
+            self._boundary_BTD = None
+            self.window_losses = {}
+            if len(self.heads):
+                self._calls = record_layer_calls(self.stack, args, kwargs)
+        super()._enter_decoder(module, args, kwargs)
+
+    def _leave_decoder(self, module: nn.Module, args: tuple, output: Any) -> None:
+        super()._leave_decoder(module, args, output)
+        self._calls = {}
+
+    def _leave_block(self, index: int, output_BTD: torch.Tensor) -> torch.Tensor:
+        segment = _Segment(index, self._boundary_BTD, output_BTD, self._load_balancing_loss())
+        self._segments[index] = segment
+        if self.window < len(self.blocks):
+            self._check_reach(index, output_BTD.sum())
+        if str(index) in self.heads:
+            self._learn(segment)
+        self._boundary_BTD = output_BTD.detach().requires_grad_()
+        return self._boundary_BTD
+
+    def _learn(self, segment: _Segment) -> None:
+        """Runs the losses that stand on a block's output, and what of the graph they complete."""
+        own_BTD, handed_BTD = (segment.output_BTD.detach().requires_grad_() for _ in range(2))
+        self._backward_now(segment.index, self._losses(segment.index, own_BTD, handed_BTD) * self._scale)
+        assert handed_BTD.grad is not None
+        assert self._run_backward is not None
+        with self._outside_the_forward(handed_BTD.device.type):
+            if self.trains_blocks:
+                self._reach_back(segment.index, segment.index, handed_BTD.grad)
+            if self.trains_blocks and own_BTD.grad is not None:
+                segment.add(own_BTD.grad)
+            self._close([i for i in self._segments if self._ends[i] == segment.index], self._run_backward)
+
+    def _losses(self, index: int, own_BTD: torch.Tensor, handed_BTD: torch.Tensor) -> torch.Tensor:
+        """The weighted sum of a block's two losses."""
+        batch = LocalBatch(mask_BT=self._local_mask(own_BTD), inputs=self._inputs)
+        auxiliary = self.heads[str(index)]
+        cascaded = self.objective(auxiliary, auxiliary(handed_BTD, self._calls), handed_BTD, batch)
+        self.window_losses[f"block_{index}/cascaded"] = [cascaded.detach()]
+        if not self.weights.independent:
+            return self.weights.cascaded * cascaded
+        independent = self.objective(auxiliary, own_BTD, own_BTD, batch)
+        self.window_losses[f"block_{index}/independent"] = [independent.detach()]
+        return self.weights.cascaded * cascaded + self.weights.independent * independent
+
+    def _reach_back(self, end: int, newest: int, cotangent_BTD: torch.Tensor) -> None:
+        """Takes the cotangent of the window that ends at block `end` from block `newest` to the window's first."""
+        oldest = self._begins[end]
+        for index in range(newest, oldest - 1, -1):
+            self._segments[index].add(cotangent_BTD)
+            if index > oldest:
+                cotangent_BTD = self._segments[index].hand_back(cotangent_BTD)
+
+    def _close(self, indices: Sequence[int], run_backward: RunBackward) -> None:
+        """Runs the backward of blocks that all their windows have reached, and frees their graphs."""
+        for index in indices:
+            segment = self._segments.pop(index)
+            balance = segment.balance if self.trains_blocks else None
+            if segment.cotangent_BTD is not None:
+                torch.autograd.backward(segment.output_BTD, segment.cotangent_BTD, retain_graph=balance is not None)
+            if balance is not None:
+                run_backward(index, balance * self._scale)
+            if self.when_done is not None:
+                self.when_done(index)

@@ -1,0 +1,1 @@
+"""What a training step keeps and moves: bytes saved for backward, bytes of gradients, drift of weights."""

@@ -1,0 +1,246 @@
+"""Checkpoints of a pipeline, and the stock model that its stages make together.
+
+A checkpoint is a folder with one sub-folder per stage. Each stage writes its own into a folder of another name; the
+one that is done last adds the manifest and gives the folder its name. So there is no moment at which all wait for each
+other, and a kill at any moment leaves the previous checkpoint the last one. All stages must see the same file system.
+"""
+
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import (
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+)
+
+from lopt_hf.local.blocks import Block
+from lopt_hf.pipeline.runtime.health import PeerMonitor
+from lopt_hf.pipeline.runtime.stage import StagePlan
+
+__all__ = [
+    "INCOMPLETE",
+    "Manifest",
+    "assemble_model",
+    "check_shared_folder",
+    "find_checkpoint",
+    "load_weights",
+    "publish_when_complete",
+    "remove_incomplete",
+    "save_weights",
+    "saved_names",
+]
+
+INCOMPLETE = "incomplete-"  # how the name of what is being written starts
+SHARED_FOLDER_SECONDS = 10.0  # ours: for a network disk to show what another host wrote
+MANIFEST_FILE = "pipeline.json"
+WEIGHTS_FILE = "weights.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+class Manifest:
+    """Which stages a checkpoint is of; it is written when all of them are complete.
+
+    Args:
+        folder: The checkpoint.
+
+    Raises:
+        ValueError: If the folder is not a complete checkpoint of a pipeline.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        path = self.folder / MANIFEST_FILE
+        if not path.is_file():
+            raise ValueError(
+                f"checkpoint={str(folder)!r} has no {MANIFEST_FILE}: it is not a complete checkpoint of a pipeline; "
+                "name another one."
+            )
+        self.content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+
+    @staticmethod
+    def write(folder: Path, plans: Sequence[StagePlan], details: Mapping[str, Any]) -> None:
+        """Writes the manifest of a finished checkpoint."""
+        stages = [{"name": plan.name, "blocks": [block.index for block in plan.blocks]} for plan in plans]
+        content = {"stages": stages, "num_layers": plans[0].num_layers, **details}
+        (folder / MANIFEST_FILE).write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises `ValueError` if the run that wrote the checkpoint had another value of a setting."""
+        if self.content[name] != value:
+            raise ValueError(
+                f"resume_from_checkpoint={str(self.folder)!r} was trained with {name}={self.content[name]}, but this "
+                f"run has {name}={value}; resume with the same, or start anew in another output_dir."
+            )
+
+    @property
+    def stage_folders(self) -> list[Path]:
+        return [self.folder / stage["name"] for stage in self.content["stages"]]
+
+    @property
+    def plans(self) -> list[StagePlan]:
+        """The stages that wrote the checkpoint."""
+        edges = [0, *self.content["split_at"], self.content["num_layers"]]
+        blocks = [Block(i, start, stop) for i, (start, stop) in enumerate(zip(edges[:-1], edges[1:], strict=True))]
+        stages = self.content["stages"]
+        return [
+            StagePlan(index, len(stages), tuple(blocks[i] for i in stage["blocks"]), edges[-1])
+            for index, stage in enumerate(stages)
+        ]
+
+    def folder_for(self, plan: StagePlan) -> Path:
+        """The stage's folder whose trainer state a stage goes on from: its own, if the stages are the same.
+
+        The last stage takes the last one's, which has the task's logs; another the one that had its first block.
+        """
+        if plan.is_last:
+            return self.stage_folders[-1]
+        first = plan.blocks[0].index
+        stages = self.content["stages"]
+        return next(self.folder / stage["name"] for stage in stages if first in stage["blocks"])
+
+
+def find_checkpoint(output_dir: str, resume_from_checkpoint: str | bool | None) -> str | None:
+    """The checkpoint's folder that `resume_from_checkpoint` means; `True` is the last one in `output_dir`."""
+    if not resume_from_checkpoint:
+        return None
+    if resume_from_checkpoint is not True:
+        return resume_from_checkpoint
+    last = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
+    if last is None:
+        raise ValueError(
+            f"resume_from_checkpoint=True, but output_dir={output_dir!r} has no checkpoint; leave it out."
+        )
+    return last
+
+
+def save_weights(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Writes weights under their own names."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_FILE)
+
+
+def saved_names(folder: Path) -> set[str]:
+    """The names of the weights in a stage's folder."""
+    with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+        return set(file.keys())
+
+
+@torch.no_grad()
+def load_weights(tensors: Mapping[str, torch.Tensor], folders: Iterable[Path], file_name: str = WEIGHTS_FILE) -> None:
+    """Copies weights into `tensors` from whichever folders hold them.
+
+    Raises:
+        ValueError: If one is in none of the folders.
+    """
+    missing = set(tensors)
+    for folder in folders:
+        if not (folder / file_name).is_file():
+            continue
+        with safe_open(folder / file_name, framework="pt") as file:
+            for name in missing & set(file.keys()):
+                tensors[name].copy_(file.get_tensor(name))
+            missing -= set(file.keys())
+    if missing:
+        raise ValueError(f"The checkpoint has no weights of {sorted(missing)[0]!r}; it is from another run.")
+
+
+def publish_when_complete(
+    store: dist.Store, staged: Path, final: Path, plans: Sequence[StagePlan], details: Any
+) -> bool:
+    """Notes that one more stage is written; the last one adds the manifest and renames the folder.
+
+    Args:
+        store: The store that all stages share.
+        staged: The folder that the stages write into, as `<incomplete folder>/<name>`.
+        final: Its name when it is complete.
+        plans: All stages.
+        details: Further content of the manifest.
+
+    Returns:
+        Whether this call made the checkpoint complete.
+    """
+    if store.add(f"saved/{final.name}", 1) < len(plans):
+        return False
+    Manifest.write(staged, plans, details)
+    replaced = staged.parent / f"{final.name}-replaced"
+    if final.exists():  # of the same step, from a run that was resumed from before it
+        os.replace(final, replaced)
+    os.replace(staged, final)
+    shutil.rmtree(staged.parent, ignore_errors=True)
+    return True
+
+
+def remove_incomplete(output_dir: Path) -> None:
+    """Removes what a run that was killed while it saved has left; the disk may be full of it."""
+    for folder in output_dir.glob(f"{INCOMPLETE}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_shared_folder(store: dist.Store, monitor: PeerMonitor, world_size: int, folder: Path) -> None:
+    """Makes sure that all processes mean the same folder by a path: on several hosts it must be on a shared disk.
+
+    Raises:
+        ValueError: If what rank 0 writes does not appear here.
+    """
+    if monitor.rank == 0:
+        mark = folder / f"{INCOMPLETE}mark-{uuid.uuid4().hex}"
+        mark.mkdir(parents=True)
+        store.set("mark", mark.name)
+    monitor.wait_for(store, "mark")
+    mark = folder / store.get("mark").decode()
+    end = time.monotonic() + SHARED_FOLDER_SECONDS
+    while not mark.is_dir():
+        if time.monotonic() > end:
+            raise ValueError(
+                f"output_dir={str(folder)!r} is not the same folder on rank {monitor.rank} as on rank 0, and a "
+                "checkpoint needs the parts of all stages in one; choose a folder that all hosts share."
+            )
+        time.sleep(0.1)
+    monitor.meet(store, "mark", world_size)
+    if monitor.rank == 0:
+        mark.rmdir()
+
+
+def assemble_model(stage_folders: Sequence[Path], output_dir: Path) -> None:
+    """Makes one stock checkpoint of what `save_pretrained` wrote for each stage; the weight files are moved, not read.
+
+    Args:
+        stage_folders: The stages' folders, in order, on the same file system as `output_dir`.
+        output_dir: Where the checkpoint goes.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    last = stage_folders[-1]
+    if (last / ADAPTER_CONFIG).is_file():
+        parts = [load_file(folder / ADAPTER_SAFE_WEIGHTS_NAME) for folder in stage_folders]
+        save_file({name: tensor for part in parts for name, tensor in part.items()}, last / "whole.safetensors")
+        os.replace(last / "whole.safetensors", output_dir / ADAPTER_SAFE_WEIGHTS_NAME)
+        os.replace(last / ADAPTER_CONFIG, output_dir / ADAPTER_CONFIG)
+        return
+    # Without an index a model cannot be loaded; with that of an earlier run's it would be loaded from parts of both.
+    (output_dir / SAFE_WEIGHTS_INDEX_NAME).unlink(missing_ok=True)
+    files = [file for folder in stage_folders for file in sorted(folder.glob("*.safetensors"))]
+    weight_map: dict[str, str] = {}
+    total_size = 0
+    for index, file in enumerate(files):
+        name = f"model-{index + 1:05d}-of-{len(files):05d}.safetensors"
+        with safe_open(file, framework="pt") as weights:
+            weight_map.update(dict.fromkeys(weights.keys(), name))
+        total_size += file.stat().st_size
+        os.replace(file, output_dir / name)
+    index_content = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    (last / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index_content, indent=2), encoding="utf-8")
+    for name in (CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME):  # the index last
+        if (last / name).is_file():
+            os.replace(last / name, output_dir / name)

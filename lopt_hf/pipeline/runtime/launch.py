@@ -1,0 +1,269 @@
+"""How the processes of a pipeline find each other: what `accelerate launch` set up, as stages and replicas."""
+
+import itertools
+import json
+import math
+import os
+import socket
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from lopt_hf.pipeline.runtime.health import PeerMonitor
+
+__all__ = ["PipelineWorld", "Rendezvous", "agree", "describe", "join", "launch_command"]
+
+# What tells accelerate and transformers that they are one of several processes. Each stage is a training run of its
+# own, which shares no batch and no gradient with the others, so they must not see the world.
+_WORLD_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "GROUP_WORLD_SIZE",
+    "ROLE_RANK",
+    "ROLE_WORLD_SIZE",
+)
+# Waiting for another process has no end of its own: a stage may take long. `PeerMonitor` notices who is gone.
+WAIT = timedelta(days=1)
+INTERFACE = "GLOO_SOCKET_IFNAME"  # gloo's own variable
+
+_REFUSED_ENGINES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """This process's place in the world that the launcher set up.
+
+    Attributes:
+        store: Key-value store that all processes share; the launcher's agent hosts it.
+        rank: Global rank.
+        world_size: Number of processes.
+        local_rank: Rank on this host; its device.
+    """
+
+    store: dist.Store
+    rank: int
+    world_size: int
+    local_rank: int
+
+    @classmethod
+    def from_environment(cls) -> "Rendezvous":
+        """Connects to the store, and takes the world out of the environment, so that the stage trains as one process.
+
+        Raises:
+            ValueError: If the process was not launched as one of several, or for an engine that shards the model.
+        """
+        for name in _REFUSED_ENGINES:
+            if os.environ.get(name, "false").lower() in ("1", "true"):
+                raise ValueError(
+                    f"{name}={os.environ[name]}: the pipeline cuts the model itself and does not combine with FSDP, "
+                    "DeepSpeed or Megatron; launch with an accelerate config without it."
+                )
+        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+            raise ValueError("RANK and WORLD_SIZE are not set; start the pipeline with `accelerate launch`.")
+        shared, rank, world_size = next(dist.rendezvous("env://"))
+        _choose_interface(os.environ["MASTER_ADDR"])
+        # The launcher's store outlives a restart; what an earlier attempt left in it must not count.
+        store = dist.PrefixStore(f"lopt_hf/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", shared)
+        store.set_timeout(WAIT)
+        local_rank = int(os.environ.get("LOCAL_RANK", rank))
+        for name in _WORLD_VARIABLES:
+            os.environ.pop(name, None)
+        return cls(store, rank, world_size, local_rank)
+
+
+@dataclass(frozen=True)
+class PipelineWorld:
+    """The processes of a run as a mesh of stages and replicas.
+
+    Attributes:
+        store: The store of the run.
+        rank: Global rank of this process.
+        mesh: Device mesh of the dimensions `stage` and `data`.
+        stage: Stage of this process.
+        replica: Which of the stage's data-parallel replicas it is.
+        previous: Group of this process and the one that sends to it, if there is one.
+        next: Group of this process and the one that it sends to, if there is one.
+        monitor: Watches the neighbours and the store.
+        runs: Numbers the training runs in this world.
+    """
+
+    store: dist.Store
+    rank: int
+    mesh: DeviceMesh
+    stage: int
+    replica: int
+    previous: dist.ProcessGroup | None
+    next: dist.ProcessGroup | None
+    monitor: PeerMonitor
+    runs: Iterator[int] = field(default_factory=itertools.count)
+
+    @property
+    def num_stages(self) -> int:
+        return self.mesh.size(0)
+
+    @property
+    def num_replicas(self) -> int:
+        return self.mesh.size(1)
+
+    def new_run_store(self) -> dist.Store:
+        """A part of the store for one more run; all processes must start their runs in the same order."""
+        return dist.PrefixStore(f"run/{next(self.runs)}", self.store)
+
+    @property
+    def reports(self) -> bool:
+        """Whether this process tells the user how the run goes: the first with the task loss."""
+        return self.stage == self.num_stages - 1 and self.replica == 0
+
+    @property
+    def data_group(self) -> dist.ProcessGroup:
+        """The replicas of this stage, over which its gradients are averaged."""
+        return self.mesh.get_group("data")
+
+    def rank_of(self, stage: int, replica: int | None = None) -> int:
+        """Global rank of a stage's process, by default of the same replica."""
+        return int(self.mesh.mesh[stage, self.replica if replica is None else replica])
+
+
+def describe(rank: int, data_parallel: int) -> str:
+    """What to call a process in a message."""
+    stage, replica = divmod(rank, data_parallel)
+    return f"rank {rank} (stage {stage}{f', replica {replica}' if data_parallel > 1 else ''})"
+
+
+def agree(store: dist.Store, monitor: PeerMonitor, world_size: int, topic: str, settings: Mapping[str, Any]) -> None:
+    """Makes sure that all processes were given the same; each waits for all others.
+
+    Args:
+        store: The store of the run.
+        monitor: What is asked for a failure while waiting.
+        world_size: Number of processes.
+        topic: What the settings are about, once in a run.
+        settings: Values that JSON can hold, by their names.
+
+    Raises:
+        ValueError: If this process has another value than rank 0.
+    """
+    key = f"agree/{topic}"
+    if monitor.rank == 0:
+        store.set(key, json.dumps(settings))
+    monitor.wait_for(store, key)
+    for name, first in json.loads(store.get(key)).items():
+        if settings[name] != first:
+            raise ValueError(
+                f"rank {monitor.rank} was given {name}={settings[name]!r}, but rank 0 {first!r}; give all processes "
+                "the same."
+            )
+    monitor.meet(store, key, world_size)
+
+
+def join(
+    rendezvous: Rendezvous,
+    num_stages: int,
+    data_parallel: int,
+    device_type: str,
+    peer_timeout: float,
+    start_timeout: float = math.inf,
+    settings: Mapping[str, Any] | None = None,
+) -> PipelineWorld:
+    """Sets up process groups: the world, each stage's replicas, and each pair of neighbours.
+
+    Args:
+        rendezvous: This process's place.
+        num_stages: Stages of the pipeline.
+        data_parallel: Replicas of each stage.
+        device_type: `"cpu"` (gloo) or `"cuda"` and the like (their own backend, untested; gloo for headers).
+        peer_timeout: Seconds of silence after which a process counts as lost.
+        start_timeout: Seconds that another process may take to start.
+        settings: What all processes must have been given alike.
+
+    Raises:
+        ValueError: If the launcher started another number of processes, or one of them has other settings.
+    """
+    needed = num_stages * data_parallel
+    if rendezvous.world_size != needed:
+        raise ValueError(
+            f"num_processes={rendezvous.world_size}, but num_stages={num_stages} x data_parallel={data_parallel} "
+            f"needs {needed}; launch {needed} processes, or change the stages."
+        )
+    stage, replica = divmod(rendezvous.rank, data_parallel)
+    neighbours = [other * data_parallel + replica for other in (stage - 1, stage + 1) if 0 <= other < num_stages]
+    replicas = [stage * data_parallel + other for other in range(data_parallel) if other != replica]
+    peers = {rank: describe(rank, data_parallel) for rank in (*neighbours, *replicas)}
+    monitor = PeerMonitor(rendezvous.store, rendezvous.rank, peers, peer_timeout, start_timeout)
+    agree(rendezvous.store, monitor, rendezvous.world_size, "arguments", settings or {})
+    backend = "gloo"
+    if device_type != "cpu":
+        torch.accelerator.set_device_index(rendezvous.local_rank)
+        backend = f"cpu:gloo,{device_type}:{dist.get_default_backend_for_device(device_type)}"
+    try:
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("world", rendezvous.store),
+            rank=rendezvous.rank,
+            world_size=rendezvous.world_size,
+            timeout=WAIT,
+        )
+        mesh = init_device_mesh(device_type, (num_stages, data_parallel), mesh_dim_names=("stage", "data"))
+        links = _link_stages(mesh, rendezvous.rank)
+    except RuntimeError as error:
+        advice = (
+            f" The network interface was {os.environ.get(INTERFACE)!r}; set {INTERFACE} on each host to the one "
+            "through which the hosts reach each other."
+        )
+        raise monitor.explain(error, describe(rendezvous.rank, data_parallel), advice) from error
+    return PipelineWorld(
+        rendezvous.store, rendezvous.rank, mesh, stage, replica, links.get(stage - 1), links.get(stage), monitor
+    )
+
+
+def _link_stages(mesh: DeviceMesh, rank: int) -> dict[int, dist.ProcessGroup]:
+    """The groups of this process and each neighbour, by the first stage of the two."""
+    # Every process takes part in making every group, also those that it is not in, in the same order.
+    links: dict[int, dist.ProcessGroup] = {}
+    for first in range(mesh.size(0) - 1):
+        for replica in range(mesh.size(1)):
+            pair = [int(mesh.mesh[first, replica]), int(mesh.mesh[first + 1, replica])]
+            group = dist.new_group(pair)
+            if rank in pair:
+                links[first] = group
+    return links
+
+
+def _choose_interface(main_address: str) -> None:
+    """Lets gloo listen where other hosts reach this one: at the interface through which it reaches the main one.
+
+    Gloo's own choice, the address of the host's name, is the loopback's on many systems.
+    """
+    if INTERFACE in os.environ:
+        return
+    family, kind, *_, address = socket.getaddrinfo(main_address, 1, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)  # sends nothing, and has the system choose the way
+        own = probe.getsockname()[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if own in [entry.address for entry in addresses]:
+            os.environ[INTERFACE] = name
+
+
+def launch_command(num_processes: int, arguments: Sequence[str], launcher_arguments: Sequence[str] = ()) -> list[str]:
+    """The `accelerate launch` command line that starts a pipeline on this host.
+
+    Args:
+        num_processes: Stages times replicas.
+        arguments: Arguments of the pipeline.
+        launcher_arguments: Further arguments of `accelerate launch`.
+    """
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    command += ["--num_processes", str(num_processes), "--num_machines", "1", "--mixed_precision", "no"]
+    command += ["--dynamo_backend", "no", "--main_process_port", "0", *launcher_arguments]
+    return [*command, "-m", "lopt_hf.scripts.pipeline", *arguments]

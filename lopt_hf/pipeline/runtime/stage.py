@@ -1,0 +1,326 @@
+"""One stage of the pipeline: a stock model of which this process holds a part.
+
+The model's own forward runs on every stage, so that masks, rotary embeddings, learned positions and sliding windows
+are the model's. Layers of other stages let their input through, and the first layer of the stage starts from the
+hidden states that were received. Weights that are not the stage's are never read.
+
+Shapes: B batch, T tokens, D hidden channels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lopt_hf.local.blocks import Block, DecoderStack, find_decoder_stack, is_before_the_layers, parameters_by_block
+
+__all__ = ["HiddenStateInput", "StagePlan", "keep_stage", "load_stage", "plan_stages"]
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """Which blocks a stage runs.
+
+    Attributes:
+        index: Position in the pipeline, from 0.
+        num_stages: Number of stages.
+        blocks: The stage's blocks, one or several neighbours.
+        num_layers: Number of decoder layers of the whole model.
+    """
+
+    index: int
+    num_stages: int
+    blocks: tuple[Block, ...]
+    num_layers: int
+
+    @property
+    def is_first(self) -> bool:
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.index == self.num_stages - 1
+
+    @property
+    def start(self) -> int:
+        return self.blocks[0].start
+
+    @property
+    def stop(self) -> int:
+        return self.blocks[-1].stop
+
+    @property
+    def name(self) -> str:
+        return f"stage-{self.index}"
+
+    def __str__(self) -> str:
+        indices = ", ".join(str(block.index) for block in self.blocks)
+        ends = " with the embeddings" * self.is_first + " with the LM head" * self.is_last
+        return f"stage {self.index}: block {indices}, layers {self.start} to {self.stop - 1}{ends}"
+
+
+def plan_stages(blocks: Sequence[Block], num_stages: int) -> list[StagePlan]:
+    """Gives each stage its blocks: neighbours, and as many layers as evenly as whole blocks allow.
+
+    Args:
+        blocks: The cut of the decoder.
+        num_stages: Number of stages, at most one per block.
+
+    Raises:
+        ValueError: If there are more stages than blocks, or fewer than two.
+    """
+    if not 2 <= num_stages <= len(blocks):
+        raise ValueError(
+            f"num_stages={num_stages} does not fit num_blocks={len(blocks)}: a stage runs one block or several; "
+            f"choose from 2 to {len(blocks)} stages, or raise num_blocks."
+        )
+    num_layers = blocks[-1].stop
+    plans: list[StagePlan] = []
+    first = 0
+    for index in range(num_stages):
+        left = num_stages - index - 1  # stages that still need a block each
+        target = num_layers * (index + 1) / num_stages
+        ends = range(first + 1, len(blocks) - left + 1)
+        last = len(blocks) if left == 0 else min(ends, key=lambda end: abs(blocks[end - 1].stop - target))
+        plans.append(StagePlan(index, num_stages, tuple(blocks[first:last]), num_layers))
+        first = last
+    return plans
+
+
+class HiddenStateInput:
+    """Puts received hidden states in place of what reaches the stage's first layer.
+
+    A stock model's layers before the stage only let through what its absent embeddings stand for, so nothing is lost.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.hidden_BTD: torch.Tensor | None = None
+        layer.register_forward_pre_hook(self._replace, with_kwargs=True, prepend=True)  # before the boundary
+
+    def _replace(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if self.hidden_BTD is None:
+            raise RuntimeError("This stage has no hidden states to start from; set `hidden_BTD` before each forward.")
+        # Each is used once: a stale one would be silently trained on.
+        hidden_BTD, self.hidden_BTD = self.hidden_BTD, None
+        return ((hidden_BTD, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden_BTD})
+
+
+def load_stage(
+    name_or_path: str, plan: StagePlan, keeps_readout: bool = False, **from_pretrained_kwargs: Any
+) -> PreTrainedModel:
+    """Loads the part of a causal language model that one stage runs.
+
+    `from_pretrained` of `transformers` loads it, so that sharded checkpoints, renamed weights and data types are as
+    everywhere; a weight of another stage is neither read nor allocated.
+
+    Args:
+        name_or_path: Hub id or local folder of the whole model's checkpoint.
+        plan: The stage.
+        keeps_readout: Also load the final norm and the LM head where the stage is not the last, frozen.
+        **from_pretrained_kwargs: For `from_pretrained`: `dtype`, `revision`, `attn_implementation` ...
+
+    Returns:
+        A model of the stock class. Its parameters have their usual names; those of other stages are not there.
+
+    Raises:
+        ValueError: If the model is no decoder-only language model, or has parameters that belong to no stage.
+    """
+    config = from_pretrained_kwargs.pop("config", None) or AutoConfig.from_pretrained(
+        name_or_path,
+        **{k: v for k, v in from_pretrained_kwargs.items() if k in ("revision", "trust_remote_code", "token")},
+    )
+    stock_class = _model_class(name_or_path, config)
+    keeps_head = plan.is_last or keeps_readout
+    tied = bool(config.get_text_config(decoder=True).tie_word_embeddings)
+
+    def make_partial(self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+        stock_class.__init__(self, config, *args, **kwargs)
+        # A tied head is found in the checkpoint under the embeddings' name only.
+        keeps_embeddings = plan.is_first or (tied and keeps_head)
+        _drop_other_stages(self, plan, keeps_embeddings, keeps_head)
+        if not (keeps_embeddings and keeps_head):
+            self.all_tied_weights_keys = {}
+
+    partial_class: Any = type(
+        stock_class.__name__,
+        (stock_class,),
+        {
+            "__init__": make_partial,
+            "__module__": stock_class.__module__,
+            "_keys_to_ignore_on_load_unexpected": [r"."],  # the other stages' weights
+        },
+    )
+    model: PreTrainedModel = partial_class.from_pretrained(name_or_path, config=config, **from_pretrained_kwargs)
+    model.__class__ = stock_class
+    _save_on_every_rank(model)
+    if tied and keeps_head and not plan.is_first:
+        embeddings: Any = model.get_input_embeddings()
+        model.set_input_embeddings(_AbsentEmbedding(embeddings, find_decoder_stack(model).hidden_size))
+        model.all_tied_weights_keys = {}
+    if keeps_readout and not plan.is_last:
+        _freeze_readout(model, plan)
+    _match_layer_outputs(model, plan)
+    return model
+
+
+def keep_stage(model: PreTrainedModel, plan: StagePlan) -> None:
+    """Takes everything out of a whole model that one stage does not run.
+
+    Args:
+        model: A causal language model. A head that shares the embeddings' weight goes on with it on its own stage.
+        plan: The stage.
+
+    Raises:
+        ValueError: If the model has parameters that belong to no stage.
+    """
+    _drop_other_stages(model, plan, keeps_embeddings=plan.is_first, keeps_head=plan.is_last)
+    model.all_tied_weights_keys = {}
+    _save_on_every_rank(model)
+    _match_layer_outputs(model, plan)
+
+
+def _save_on_every_rank(model: PreTrainedModel) -> None:
+    """`save_pretrained` would write on global rank 0 only, but every stage has its own part to write."""
+    model.should_save_on_this_rank = bool  # type: ignore[method-assign, assignment]
+
+
+def _freeze_readout(model: PreTrainedModel, plan: StagePlan) -> None:
+    head: Any = model.get_output_embeddings()
+    embeddings: Any = model.get_input_embeddings()
+    if plan.is_first and head.weight is embeddings.weight:  # the embeddings go on learning
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        model.all_tied_weights_keys = {}
+    # Numbered anew: where blocks of other stages come before, their own numbers would reach beyond these two.
+    parts = [Block(index=0, start=plan.start, stop=plan.stop), Block(1, plan.num_layers, plan.num_layers)]
+    for parameter in parameters_by_block(model, find_decoder_stack(model), parts)[-1].values():
+        parameter.requires_grad_(False)
+
+
+def _model_class(name_or_path: str, config: PretrainedConfig) -> type[PreTrainedModel]:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"model={name_or_path!r} ({type(config).__name__}) is no causal language model of transformers; the "
+            "pipeline needs one, and runs no remote code."
+        )
+    stock_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return stock_class[0] if isinstance(stock_class, tuple | list) else stock_class
+
+
+# ---- What stands where another stage's module was ----
+
+
+class _PassThrough(GradientCheckpointingLayer):
+    """A decoder layer of another stage."""
+
+    returns_tuple = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # nothing to checkpoint
+        return nn.Module.__call__(self, *args, **kwargs)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (hidden_states, None) if self.returns_tuple else hidden_states
+
+
+class _AbsentEmbedding(nn.Module):
+    """Stands for an embedding of another stage: zeros in the shape of the hidden states, without memory.
+
+    Not in the embedding's own width: where that differs (OPT), the projection behind it is absent too.
+    """
+
+    def __init__(self, embedding: nn.Embedding, hidden_size: int) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.num_embeddings = embedding.num_embeddings
+        self.dtype = embedding.weight.dtype
+
+    def forward(self, indices_BT: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        zero = torch.zeros((), dtype=self.dtype, device=indices_BT.device)
+        return zero.expand(*indices_BT.shape, self.hidden_size)
+
+
+class _Absent(nn.Module):
+    """Stands for a module of another stage that maps hidden states to hidden states."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return hidden_states
+
+
+def _drop_other_stages(model: PreTrainedModel, plan: StagePlan, keeps_embeddings: bool, keeps_head: bool) -> None:
+    stack = find_decoder_stack(model)
+    for index in range(len(stack.layers)):
+        if not plan.start <= index < plan.stop:
+            stack.layers[index] = _PassThrough()
+    for name, module in list(stack.decoder.named_children()):
+        if module is stack.layers or not any(True for _ in module.parameters()):
+            continue
+        is_before = is_before_the_layers(name, module)
+        keeps = (
+            (plan.is_first or (keeps_embeddings and module is model.get_input_embeddings()))
+            if is_before
+            else keeps_head
+        )
+        if not keeps:
+            setattr(stack.decoder, name, _stand_in(module, stack.hidden_size))
+    if not keeps_head:
+        model.set_output_embeddings(_Absent())
+    _check_only_own(model, stack, plan, keeps_head)
+
+
+def _stand_in(module: nn.Module, hidden_size: int) -> nn.Module:
+    return _AbsentEmbedding(module, hidden_size) if isinstance(module, nn.Embedding) else _Absent()
+
+
+def _check_only_own(model: PreTrainedModel, stack: DecoderStack, plan: StagePlan, keeps_head: bool) -> None:
+    """Raises if the model has parameters of which it is not known to which stage they belong."""
+    known = {id(parameter) for parameter in stack.decoder.parameters()}
+    if keeps_head:
+        known |= {id(parameter) for parameter in model.get_output_embeddings().parameters()}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in known:
+            raise ValueError(
+                f"model={type(model).__name__} has {name!r} outside its decoder and LM head, and no stage of a "
+                "pipeline would hold it; train this model in one process with `lopt-hf sft`."
+            )
+
+
+# ---- Layers that return a tuple ----
+
+
+class _FirstLayerReached(Exception):
+    def __init__(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.call = args, kwargs
+
+
+@torch.no_grad()
+def _match_layer_outputs(model: PreTrainedModel, plan: StagePlan) -> None:
+    """Lets the stand-ins return what the model's own layers do: hidden states, or a tuple that starts with them.
+
+    Falcon's layers, for instance, also return their attention weights. One token runs through one real layer, with
+    the arguments that the model itself passes to it.
+    """
+    stack = find_decoder_stack(model)
+
+    def stop(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        raise _FirstLayerReached(args, kwargs)
+
+    own = stack.layers[plan.start]
+    device = next(own.parameters()).device
+    handle = stack.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        tokens_BT = torch.zeros(1, 2, dtype=torch.long, device=device)
+        stack.decoder(input_ids=tokens_BT, attention_mask=torch.ones_like(tokens_BT), use_cache=False)
+        raise AssertionError("unreachable")
+    except _FirstLayerReached as reached:
+        args, kwargs = reached.call
+    finally:
+        handle.remove()
+    dtype = next(own.parameters()).dtype
+    hidden_BTD = torch.zeros(1, 2, stack.hidden_size, device=device, dtype=dtype)
+    output = own(hidden_BTD, *args[1:], **kwargs) if args else own(**{**kwargs, "hidden_states": hidden_BTD})
+    for layer in stack.layers:
+        if isinstance(layer, _PassThrough):
+            layer.returns_tuple = isinstance(output, tuple)

@@ -1,0 +1,1 @@
+"""Pipeline schedules simulated from measured times, without a model."""

@@ -1,0 +1,317 @@
+"""Simulation of pipeline schedules: local learning (PPLL) beside GPipe, 1F1B, interleaved 1F1B and zero bubble.
+
+The stage times are measured or given; what a schedule then costs is computed from the order of its actions, its
+messages and its waiting, without a GPU and for thousands of stages:
+
+    from lopt_hf.pipeline.simulator.schedule import StageTimes, Workload, simulate
+
+    times = StageTimes.equal(16, forward=0.1, backward=0.2)
+    print(simulate("1f1b", Workload(times, microbatches=32)).bubble)
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lopt_hf.pipeline.events import Event
+from lopt_hf.pipeline.simulator.schedule_engine import Floats, Timing, run_shared, run_unshared
+from lopt_hf.pipeline.simulator.schedule_orders import SCHEDULES, Kind, Orders, link_program, make_orders, rounds_of
+
+__all__ = [
+    "SCHEDULES",
+    "ScheduleResult",
+    "StageTimes",
+    "UnfitWorkloadError",
+    "Workload",
+    "closed_form_bubble",
+    "simulate",
+]
+
+
+class UnfitWorkloadError(ValueError):
+    """A schedule cannot run with so many micro-batches."""
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """What one micro-batch costs each stage, in seconds; one value for each stage in every field.
+
+    Attributes:
+        forward: Forward, on the last stage with the task loss.
+        backward: Backward with respect to inputs and weights.
+        local: Local objective of a stage that has one, forward and backward; only PPLL computes it.
+        optimizer: Optimizer step, once for all micro-batches of a step.
+    """
+
+    forward: tuple[float, ...]
+    backward: tuple[float, ...]
+    local: tuple[float, ...]
+    optimizer: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("forward", "backward", "local", "optimizer"):
+            values = getattr(self, name)
+            if len(values) != len(self.forward):
+                raise ValueError(
+                    f"{name}={list(values)} has {len(values)} values but forward has {len(self.forward)}; "
+                    "give one for each stage."
+                )
+            if not all(0 <= value < math.inf for value in values):
+                raise ValueError(f"{name}={list(values)}: times are finite and not negative.")
+        if not self.forward or not all(f + b > 0 for f, b in zip(self.forward, self.backward, strict=True)):
+            raise ValueError(
+                f"forward={list(self.forward)} and backward={list(self.backward)}: every stage needs some time for a "
+                "micro-batch."
+            )
+
+    @classmethod
+    def equal(
+        cls, stages: int, forward: float, backward: float, local: float = 0.0, optimizer: float = 0.0
+    ) -> "StageTimes":
+        """The same times for all stages; the last one has no local objective."""
+        last = (local,) * (stages - 1) + (0.0,)
+        return cls((forward,) * stages, (backward,) * stages, last, (optimizer,) * stages)
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.forward)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained, and on what.
+
+    Attributes:
+        times: Times of each stage. Where a rank holds several virtual stages, each has its even share.
+        microbatches: Micro-batches of an optimizer step.
+        message_bytes: Size of a micro-batch's hidden states, and of their gradients.
+        bandwidth: Of each rank's link to the next one, and of its link back, in bytes per second.
+        latency: Of each message, in seconds.
+        channel_depth: Hidden states that wait at each end of a PPLL channel, beside the one that is under way.
+        virtual_stages: Stages on each rank in `interleaved`.
+        cores: Cores that all stages share; default: a device for each stage.
+        weight_share: Part of the backward that computes gradients of weights, which `zero-bubble` puts off.
+    """
+
+    times: StageTimes
+    microbatches: int
+    message_bytes: float = 0.0
+    bandwidth: float = math.inf
+    latency: float = 0.0
+    channel_depth: int = 2  # ours, as in `PipelineConfig`
+    virtual_stages: int = 2  # ours: the smallest that interleaves
+    cores: float | None = None
+    weight_share: float = 0.5  # matrix products of inputs and of weights cost the same (arXiv 2401.10241, Sec. 2)
+
+    def __post_init__(self) -> None:
+        for name in ("microbatches", "channel_depth", "virtual_stages"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1.")
+        for name in ("message_bytes", "latency"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: must be finite and not negative.")
+        if not self.bandwidth > 0:
+            raise ValueError(f"bandwidth={self.bandwidth}: must be more than 0.")
+        if self.cores is not None and not self.cores > 0:
+            raise ValueError(f"cores={self.cores}: must be more than 0.")
+        if not 0 <= self.weight_share <= 1:
+            raise ValueError(f"weight_share={self.weight_share}: must be between 0 and 1.")
+
+
+@dataclass(frozen=True)
+class ScheduleResult:
+    """What a schedule makes of a workload, once the pipeline is full.
+
+    Attributes:
+        schedule: Name of the schedule.
+        workload: What was simulated.
+        step_seconds: Time from the end of one optimizer step to the end of the next.
+        fill_seconds: Time until the last stage begins its first micro-batch.
+        bubble: Share of the time in which each stage computes nothing.
+        closed_form_bubble: What `bubble` is with equal stages and no link cost; `None` where there is no formula.
+        peak_in_flight: Most micro-batches whose activations each stage holds at once; a virtual stage counts as its
+            part of the rank.
+    """
+
+    schedule: str
+    workload: Workload
+    step_seconds: float
+    fill_seconds: float
+    bubble: tuple[float, ...]
+    closed_form_bubble: float | None
+    peak_in_flight: tuple[float, ...]
+    _orders: Orders = field(repr=False, compare=False)
+    _timing: Timing = field(repr=False, compare=False)
+
+    @property
+    def microbatches_per_second(self) -> float:
+        return self.workload.microbatches / self.step_seconds
+
+    @property
+    def utilisation(self) -> float:
+        """Share of the devices' time in which they compute."""
+        return 1 - sum(self.bubble) / len(self.bubble)
+
+    @property
+    def speedup(self) -> float:
+        """Micro-batches per second relative to one device that trains all stages end-to-end."""
+        times = self.workload.times
+        each = sum(times.forward) + sum(times.backward)
+        return (self.workload.microbatches * each + sum(times.optimizer)) / self.step_seconds
+
+    def events(self, steps: int) -> Iterator[Event]:
+        """What the stages compute in the first steps, stage by stage.
+
+        Args:
+            steps: How many optimizer steps; end-to-end schedules have simulated two, ppll three or more.
+        """
+        orders, timing = self._orders, self._timing
+        ranks, actions = orders.kind_KA.shape
+        last = actions * steps * self.workload.microbatches // orders.num_microbatches
+        columns = (orders.kind_KA, orders.stage_KA, orders.microbatch_KA, timing.start, timing.end)
+        rows = zip(*(column.reshape(ranks, actions)[:, :last].flat for column in columns), strict=True)
+        for kind, stage, microbatch, start, end in rows:
+            if end > start:
+                rank, chunk = int(stage % ranks), int(stage // ranks)
+                yield Event(rank, Kind(kind).name.lower(), int(microbatch), float(start), float(end), chunk)
+
+
+def simulate(schedule: str, workload: Workload) -> ScheduleResult:
+    """Simulates a schedule.
+
+    Args:
+        schedule: A name of `SCHEDULES`.
+        workload: What is trained, and on what.
+
+    Raises:
+        ValueError: If there is no such schedule.
+        UnfitWorkloadError: If the micro-batches do not fit it.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule={schedule!r}: choose among {', '.join(SCHEDULES)}.")
+    chosen, ranks = SCHEDULES[schedule], workload.times.num_stages
+    chunks = workload.virtual_stages if chosen.has_virtual_stages else 1
+    _check_rounds(schedule, ranks, chunks, workload.microbatches)
+    steps = _steps(chosen.is_local, workload)
+    orders = make_orders(chosen, ranks, chunks, workload.microbatches, steps.total)
+    seconds_KA = _seconds(workload, chunks, orders, puts_weights_off=schedule == "zero-bubble")
+    transfer, latency = workload.message_bytes / workload.bandwidth, workload.latency
+    if chosen.is_local:  # its channel has one message under way at a time
+        transfer, latency = transfer + latency, 0.0
+    program = link_program(chosen, orders, seconds_KA, transfer, latency, workload.channel_depth)
+    timing = run_unshared(program) if workload.cores is None else run_shared(program, workload.cores)
+    return _result(schedule, workload, steps, orders, timing)
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """Optimizer steps of a run: before those that are measured, measured, and after them."""
+
+    before: int
+    measured: int
+    after: int
+
+    @property
+    def total(self) -> int:
+        return self.before + self.measured + self.after
+
+
+def _steps(is_local: bool, workload: Workload) -> _Steps:
+    """End-to-end steps are all alike from the second on; without a flush, the pipeline has to fill first."""
+    if not is_local:
+        return _Steps(1, 1, 0)
+    depth = workload.channel_depth
+    microbatches = 4 * depth
+    if workload.cores is not None:  # early and late stages must be measured while all others are at work, too
+        microbatches = max(microbatches, 2 * (depth + 2) * workload.times.num_stages)
+    each = math.ceil(microbatches / workload.microbatches)
+    return _Steps(each, each, each)
+
+
+def _check_rounds(schedule: str, ranks: int, chunks: int, microbatches: int) -> None:
+    rounds = rounds_of(ranks, microbatches)
+    if chunks > 1 and microbatches % rounds:
+        raise UnfitWorkloadError(
+            f"microbatches={microbatches} with stages={ranks}: {schedule} deals micro-batches out in {rounds} equal "
+            f"rounds; use a multiple of {ranks}."
+        )
+
+
+def _seconds(workload: Workload, chunks: int, orders: Orders, puts_weights_off: bool) -> Floats:
+    times = workload.times
+    weight = workload.weight_share if puts_weights_off else 0.0
+    backward_K = np.array(times.backward)
+    table = {
+        Kind.FORWARD: np.array(times.forward) / chunks,
+        Kind.BACKWARD: backward_K * (1 - weight) / chunks,
+        Kind.WEIGHT: backward_K * weight / chunks,
+        Kind.LOCAL: np.array(times.local),
+        Kind.OPTIMIZER: np.array(times.optimizer),
+    }
+    table_KN = np.stack([table[kind] for kind in Kind], axis=1)
+    return np.take_along_axis(table_KN, orders.kind_KA, axis=1)
+
+
+def _result(schedule: str, workload: Workload, steps: _Steps, orders: Orders, timing: Timing) -> ScheduleResult:
+    ranks, actions = orders.kind_KA.shape
+    start_KA, end_KA = timing.start.reshape(ranks, actions), timing.end.reshape(ranks, actions)
+    step_actions = actions // steps.total
+    first, last = steps.before * step_actions, (steps.before + steps.measured) * step_actions
+    # A step ends when its last stage has ended it: stage 0 end-to-end, the last one with local learning.
+    step_seconds = float(end_KA[:, last - 1].max() - end_KA[:, first - 1].max()) / steps.measured
+    busy_K = (end_KA - start_KA)[:, first:last].sum(axis=1) / steps.measured
+    is_first = (
+        (orders.stage_KA == orders.num_stages - 1) & (orders.microbatch_KA == 0) & (orders.kind_KA == Kind.FORWARD)
+    )
+    return ScheduleResult(
+        schedule=schedule,
+        workload=workload,
+        step_seconds=step_seconds,
+        fill_seconds=float(start_KA[is_first][0]),
+        bubble=tuple(np.maximum(0.0, 1 - busy_K / step_seconds).tolist()),
+        closed_form_bubble=closed_form_bubble(schedule, workload),
+        peak_in_flight=_peak_in_flight(orders, orders.num_stages // ranks),
+        _orders=orders,
+        _timing=timing,
+    )
+
+
+def _peak_in_flight(orders: Orders, chunks: int) -> tuple[float, ...]:
+    """Activations live from the forward to the end of the last backward of their micro-batch."""
+    has_weights = bool((orders.kind_KA == Kind.WEIGHT).any())
+    frees = orders.kind_KA == (Kind.WEIGHT if has_weights else Kind.BACKWARD)
+    change_KA = (orders.kind_KA == Kind.FORWARD).astype(np.int64) - frees
+    return tuple((change_KA.cumsum(axis=1).max(axis=1) / chunks).tolist())
+
+
+def closed_form_bubble(schedule: str, workload: Workload) -> float | None:
+    """The share of the time in which stages idle if all are equal and messages and optimizer steps cost nothing.
+
+    Sources: GPipe (arXiv 1811.06965, Sec. 2.3); 1F1B and interleaved (arXiv 2104.04473, Sec. 2.2), given there
+    relative to the computing time; zero bubble (arXiv 2401.10241, Tab. 1, ZB-H1). Local learning has none after the
+    fill.
+
+    Args:
+        schedule: A name of `SCHEDULES`.
+        workload: Of its times only the ratio of forward to backward counts, and that for `zero-bubble` only.
+
+    Returns:
+        The share; `None` where the formula does not hold: fewer micro-batches than stages for `zero-bubble`, and for
+        `interleaved` micro-batches that are no multiple of the stages.
+    """
+    stages, microbatches, idle = workload.times.num_stages, workload.microbatches, 1.0
+    if SCHEDULES[schedule].is_local:
+        return 0.0
+    if schedule == "interleaved":
+        if microbatches % stages:
+            return None
+        idle = 1 / workload.virtual_stages
+    if schedule == "zero-bubble":
+        if microbatches < stages:
+            return None
+        forward, backward = sum(workload.times.forward), sum(workload.times.backward)
+        weight = backward * workload.weight_share
+        idle = (forward + (backward - weight) - weight) / (forward + backward)
+    return (stages - 1) * idle / (microbatches + (stages - 1) * idle)

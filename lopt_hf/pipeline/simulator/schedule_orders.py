@@ -1,0 +1,273 @@
+"""What each rank of a pipeline does in which order, schedule by schedule, and what it waits for.
+
+Arrays have one row for each rank (K ranks) and one column for each action of the rank (A actions): `_KA`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Literal
+
+import numpy as np
+
+from lopt_hf.pipeline.simulator.schedule_engine import NO_MESSAGE, Floats, Integers, Program
+
+__all__ = ["Kind", "Orders", "SCHEDULES", "Schedule", "link_program", "make_orders", "rounds_of"]
+
+
+class Kind(IntEnum):
+    """What an action computes."""
+
+    FORWARD = 0
+    BACKWARD = 1  # where weights have an action of their own: with respect to the input only
+    WEIGHT = 2  # backward with respect to the weights
+    LOCAL = 3  # the local objective of a block, forward and backward
+    OPTIMIZER = 4
+
+
+@dataclass(frozen=True)
+class Orders:
+    """The actions of all ranks.
+
+    Attributes:
+        kind_KA: `Kind` of each action.
+        stage_KA: Stage it belongs to; with V virtual stages a rank r holds r, r + K, ..., r + (V - 1) K.
+        microbatch_KA: Its micro-batch, counted from the start of the run; of an optimizer step, the step's number.
+        num_stages: Stages of all ranks together.
+        num_microbatches: Micro-batches of the run.
+    """
+
+    kind_KA: Integers
+    stage_KA: Integers
+    microbatch_KA: Integers
+    num_stages: int
+    num_microbatches: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A schedule.
+
+    Attributes:
+        order: Makes (kind, local stage, micro-batch) of one rank for one optimizer step, without the step itself, from
+            rank, ranks, virtual stages and micro-batches; (3, actions).
+        receives: When a receive is posted: `on_use`, right before the rank waits for it; `ahead`, early enough never
+            to hold a message up; `bounded`, by the depth of the channel.
+        sends: When a rank waits for messages of its own: `one_ahead`, before the next may be sent; `at_step`, at the
+            end of the step; `bounded`, by the depth of the channel.
+        summary: What it is, in a line.
+        is_local: Whether stages learn locally: no gradient messages and no flush.
+        has_virtual_stages: Whether a rank may hold more than one stage.
+    """
+
+    order: Callable[[int, int, int, int], Integers]
+    receives: Literal["on_use", "ahead", "bounded"]
+    sends: Literal["one_ahead", "at_step", "bounded"]
+    summary: str
+    is_local: bool = False
+    has_virtual_stages: bool = False
+
+
+def _local_order(rank: int, ranks: int, chunks: int, microbatches: int) -> Integers:
+    return _rows(
+        np.tile([Kind.FORWARD, Kind.LOCAL, Kind.BACKWARD], microbatches), np.repeat(np.arange(microbatches), 3)
+    )
+
+
+def _gpipe_order(rank: int, ranks: int, chunks: int, microbatches: int) -> Integers:
+    both = np.arange(microbatches)
+    return _rows(np.repeat([Kind.FORWARD, Kind.BACKWARD], microbatches), np.concatenate([both, both]))
+
+
+def _one_forward_one_backward_order(rank: int, ranks: int, chunks: int, microbatches: int) -> Integers:
+    return _interleaved_order(rank, ranks, 1, microbatches, hops=1)
+
+
+def _interleaved_order(rank: int, ranks: int, chunks: int, microbatches: int, hops: int = 2) -> Integers:
+    """Forwards to fill, then forward and backward in turns, then the backwards that are left.
+
+    Megatron-LM's interleaved schedule (arXiv 2104.04473, Sec. 2.2) in the generalisation of torch's
+    `ScheduleInterleaved1F1B`, where a round need not be as many micro-batches as there are ranks.
+
+    Args:
+        hops: How many forwards more a rank starts with than the rank after it.
+    """
+    total, per_round = chunks * microbatches, microbatches // rounds_of(ranks, microbatches)
+    warmup = min((chunks - 1) * per_round + hops * (ranks - 1 - rank), total)
+    count = np.arange(total)
+    within = count % (per_round * chunks)
+    chunk, microbatch = within // per_round, count // (per_round * chunks) * per_round + within % per_round
+    rows = np.empty((3, 2 * total), dtype=np.int64)
+    is_forward = np.zeros(2 * total, dtype=bool)
+    is_forward[:warmup] = True
+    is_forward[warmup : 2 * total - warmup : 2] = True
+    rows[:, is_forward] = np.stack([np.full(total, Kind.FORWARD), chunk, microbatch])
+    rows[:, ~is_forward] = np.stack([np.full(total, Kind.BACKWARD), chunks - 1 - chunk, microbatch])
+    return rows
+
+
+def _zero_bubble_order(rank: int, ranks: int, chunks: int, microbatches: int) -> Integers:
+    """ZB-H1 (arXiv 2401.10241, Sec. 2.1): 1F1B whose backwards for the weights come `rank` backwards later."""
+    rows = _one_forward_one_backward_order(rank, ranks, chunks, microbatches)
+    backwards = np.flatnonzero(rows[0] == Kind.BACKWARD)
+    weights = np.concatenate([backwards[rank:], np.full(min(rank, microbatches), rows.shape[1] - 1)]) + 1
+    return np.insert(rows, weights, _rows(np.full(microbatches, Kind.WEIGHT), np.arange(microbatches)), axis=1)
+
+
+def rounds_of(ranks: int, microbatches: int) -> int:
+    """How many rounds an interleaved schedule divides the micro-batches of an optimizer step into."""
+    return max(1, microbatches // ranks)
+
+
+def _rows(kind: Integers, microbatch: Integers) -> Integers:
+    return np.stack([kind, np.zeros_like(kind), microbatch])
+
+
+# Receives and sends of the end-to-end schedules: `schedules.py` of torch 2.13's `torch.distributed.pipelining`.
+SCHEDULES = {
+    "ppll": Schedule(
+        _local_order, "bounded", "bounded", "local learning: only forward messages, no flush", is_local=True
+    ),
+    "gpipe": Schedule(_gpipe_order, "on_use", "at_step", "all forwards, then all backwards"),
+    "1f1b": Schedule(_one_forward_one_backward_order, "on_use", "one_ahead", "forwards and backwards in turns"),
+    "interleaved": Schedule(
+        _interleaved_order, "ahead", "at_step", "1F1B, several smaller stages on a rank", has_virtual_stages=True
+    ),
+    "zero-bubble": Schedule(
+        _zero_bubble_order, "ahead", "at_step", "1F1B, the backward of the weights put off (ZB-H1)"
+    ),
+}
+
+
+def make_orders(schedule: Schedule, ranks: int, chunks: int, microbatches: int, steps: int) -> Orders:
+    """Puts together what every rank does in a run.
+
+    Args:
+        schedule: One of `SCHEDULES`.
+        ranks: Devices (or processes) of the pipeline.
+        chunks: Stages on each rank.
+        microbatches: Micro-batches of an optimizer step.
+        steps: Optimizer steps of the run.
+    """
+    step_KXA = np.stack([schedule.order(rank, ranks, chunks, microbatches) for rank in range(ranks)])
+    kind_KA, chunk_KA, microbatch_KA = (
+        np.concatenate([step_KXA[:, row], np.full((ranks, 1), last)], axis=1)
+        for row, last in enumerate((Kind.OPTIMIZER, 0, 0))
+    )
+    actions = kind_KA.shape[1]
+    shift_A = np.repeat(np.arange(steps), actions) * np.tile(
+        np.where(kind_KA[0] == Kind.OPTIMIZER, 1, microbatches), steps
+    )
+    return Orders(
+        kind_KA=np.tile(kind_KA, (1, steps)),
+        stage_KA=np.tile(chunk_KA * ranks + np.arange(ranks)[:, None], (1, steps)),
+        microbatch_KA=np.tile(microbatch_KA, (1, steps)) + shift_A,
+        num_stages=ranks * chunks,
+        num_microbatches=steps * microbatches,
+    )
+
+
+def link_program(
+    schedule: Schedule,
+    orders: Orders,
+    seconds_KA: Floats,
+    transfer_seconds: float,
+    latency_seconds: float,
+    channel_depth: int,
+) -> Program:
+    """Adds the messages: who waits for which, and when sends and receives are posted.
+
+    Each rank has a link to the next rank for hidden states, and one to the rank before it for their gradients.
+
+    Args:
+        schedule: The schedule of `orders`.
+        orders: What each rank does.
+        seconds_KA: Time of each action.
+        transfer_seconds: Time for which a message occupies its link.
+        latency_seconds: Time that a message takes beyond that.
+        channel_depth: Messages that wait at each end of a link, beside the one that is under way, where `schedule`
+            bounds them.
+    """
+    ranks, actions = orders.kind_KA.shape
+    arrival_KA, own_KA = _messages(schedule, orders)
+    number_KA = np.arange(ranks * actions).reshape(ranks, actions)
+    stamps = np.zeros((2, 2 * orders.num_stages * orders.num_microbatches), dtype=np.int64)
+    stamps[0, own_KA[own_KA >= 0]] = 2 * number_KA[own_KA >= 0] + 2
+    stamps[1, arrival_KA[arrival_KA >= 0]] = _receive_stamps(schedule, orders, number_KA, channel_depth)[
+        arrival_KA >= 0
+    ]
+    queues = [np.where(orders.kind_KA == kind, own_KA, NO_MESSAGE) for kind in (Kind.FORWARD, Kind.BACKWARD)]
+    queue_LA = np.concatenate(queues)  # links forward, then links backward
+    sender_L = np.tile(np.arange(ranks), 2)
+    return Program(
+        rank_actions=np.arange(ranks + 1) * actions,
+        seconds=seconds_KA.reshape(-1),
+        arrival=arrival_KA.reshape(-1),
+        sent=_awaited_sends(schedule, orders, own_KA, channel_depth).reshape(-1),
+        link_messages=np.concatenate([[0], np.cumsum((queue_LA >= 0).sum(axis=1))]),
+        queue=queue_LA[queue_LA >= 0],
+        link_sender=sender_L,
+        link_receiver=(sender_L + np.repeat([1, -1], ranks)) % ranks,
+        send_stamp=stamps[0],
+        receive_stamp=stamps[1],
+        transfer_seconds=transfer_seconds,
+        latency_seconds=latency_seconds,
+    )
+
+
+def _messages(schedule: Schedule, orders: Orders) -> tuple[Integers, Integers]:
+    """The message that each action takes in, and the one that it sends."""
+    stage_KA, last = orders.stage_KA, orders.num_stages - 1
+    number_KA = stage_KA * orders.num_microbatches + orders.microbatch_KA
+    backward_KA = number_KA + orders.num_stages * orders.num_microbatches
+    is_forward, is_backward = orders.kind_KA == Kind.FORWARD, orders.kind_KA == Kind.BACKWARD
+    crosses = len(stage_KA) > 1  # stages on the same rank hand over without a message
+    to_back = crosses and not schedule.is_local
+    arrival_KA, own_KA = np.full_like(stage_KA, NO_MESSAGE), np.full_like(stage_KA, NO_MESSAGE)
+    step = orders.num_microbatches
+    np.copyto(arrival_KA, number_KA - step, where=is_forward & (stage_KA > 0) & crosses)
+    np.copyto(arrival_KA, backward_KA + step, where=is_backward & (stage_KA < last) & to_back)
+    np.copyto(own_KA, number_KA, where=is_forward & (stage_KA < last) & crosses)
+    np.copyto(own_KA, backward_KA, where=is_backward & (stage_KA > 0) & to_back)
+    return arrival_KA, own_KA
+
+
+def _receive_stamps(schedule: Schedule, orders: Orders, number_KA: Integers, channel_depth: int) -> Integers:
+    """The moment at which the receive of each action's message is posted."""
+    if schedule.receives == "ahead":
+        return np.zeros_like(number_KA)
+    if schedule.receives == "on_use":
+        end_of_previous_KA = 2 * number_KA
+        end_of_previous_KA[:, 0] = 0
+        return end_of_previous_KA
+    stamps_KA = np.zeros_like(number_KA)
+    forwards = np.flatnonzero(orders.kind_KA[0] == Kind.FORWARD)  # in the same columns on all ranks
+    ahead = channel_depth + 1
+    stamps_KA[:, forwards[ahead:]] = 2 * number_KA[:, forwards[:-ahead]] + 1
+    return stamps_KA
+
+
+def _awaited_sends(schedule: Schedule, orders: Orders, own_KA: Integers, channel_depth: int) -> Integers:
+    """The message of its own that a rank waits for before each action, as torch's runtimes do."""
+    one_before, two_before = _shifted(own_KA, 1), _shifted(own_KA, 2)
+    if schedule.sends == "one_ahead":
+        turns = orders.kind_KA != _shifted(orders.kind_KA, 1)
+        return np.where(turns, one_before, two_before)
+    if schedule.sends == "at_step":
+        return _last_sends_of_steps(orders, own_KA)
+    unfinished = channel_depth + 1
+    is_sent = (one_before >= 0) & (_shifted(orders.microbatch_KA, 1) >= unfinished)
+    return np.where(is_sent, one_before - unfinished, NO_MESSAGE)
+
+
+def _last_sends_of_steps(orders: Orders, own_KA: Integers) -> Integers:
+    """The optimizer step waits until all has been sent, the last backward message at the end."""
+    columns = np.where(own_KA >= 0, np.arange(own_KA.shape[1]), 0)
+    latest = np.take_along_axis(own_KA, np.maximum.accumulate(columns, axis=1), axis=1)
+    return np.where(orders.kind_KA == Kind.OPTIMIZER, latest, NO_MESSAGE)
+
+
+def _shifted(values_KA: Integers, columns: int) -> Integers:
+    shifted_KA = np.full_like(values_KA, NO_MESSAGE)
+    shifted_KA[:, columns:] = values_KA[:, :-columns]
+    return shifted_KA

@@ -1,0 +1,133 @@
+"""Where the times of a simulated pipeline's stages come from: the command line, or a file of measured ones."""
+
+import difflib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lopt_hf.pipeline.simulator.schedule import StageTimes
+
+__all__ = ["TimesSource", "read_times"]
+
+DEFAULT_STAGES = 4
+LISTS = ("forward", "backward", "local", "optimizer")
+NUMBERS = ("message_bytes", "tokens_per_microbatch")
+
+
+@dataclass(frozen=True)
+class TimesSource:
+    """Times of a pipeline whose number of stages may still be open.
+
+    Attributes:
+        forward, backward, local, optimizer: As in `StageTimes`; a single value is for all stages, except that the last
+            one has no local objective.
+        message_bytes: Size of a micro-batch's hidden states.
+        tokens_per_microbatch: Tokens of a micro-batch.
+        whole_model: The times are those of the whole model and shared out evenly. The local objective is not: each
+            stage but the last has one, however many there are.
+    """
+
+    forward: tuple[float, ...]
+    backward: tuple[float, ...]
+    local: tuple[float, ...] = (0.0,)
+    optimizer: tuple[float, ...] = (0.0,)
+    message_bytes: float = 0.0
+    tokens_per_microbatch: int | None = None
+    whole_model: bool = False
+
+    @property
+    def num_stages(self) -> int | None:
+        """The number of stages that the times are of; `None` if any number will do."""
+        longest = max(len(getattr(self, name)) for name in LISTS)
+        return None if self.whole_model or longest == 1 else longest
+
+    @property
+    def default_stages(self) -> int:
+        return self.num_stages or DEFAULT_STAGES
+
+    def of(self, stages: int) -> StageTimes:
+        """The times of that many stages.
+
+        Raises:
+            ValueError: If the times are those of another number of stages.
+        """
+        if stages < 1:
+            raise ValueError(f"stages={stages}: must be at least 1.")
+        if self.whole_model:
+            mean_local = _mean(self.local if len(self.local) == 1 else self.local[:-1])
+            forward, backward, optimizer = (
+                sum(values) / stages for values in (self.forward, self.backward, self.optimizer)
+            )
+            return StageTimes.equal(stages, forward, backward, mean_local, optimizer)
+        if self.num_stages not in (None, stages):
+            raise ValueError(
+                f"stages={stages}: the times are those of {self.num_stages} stages; give one time for all stages, or "
+                "share them out evenly with --whole-model."
+            )
+        local = self.local * (stages - 1) + (0.0,) if len(self.local) == 1 else self.local
+        return StageTimes(*(_each(values, stages) for values in (self.forward, self.backward, local, self.optimizer)))
+
+
+def _each(values: tuple[float, ...], stages: int) -> tuple[float, ...]:
+    return values * stages if len(values) == 1 else values
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def read_times(path: Path, whole_model: bool = False) -> TimesSource:
+    """Reads a file of measured times.
+
+    Args:
+        path: JSON: an object with lists `forward` and `backward`, and, if wanted, `local` and `optimizer`: seconds for
+            one micro-batch, one number for each stage; and numbers `message_bytes` and `tokens_per_microbatch`.
+        whole_model: See `TimesSource`.
+
+    Raises:
+        ValueError: If there is no such file, or something is wrong in it.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"times={path}: {error.strerror}; name a JSON file of measured times.") from error
+    except ValueError as error:
+        raise ValueError(f"times={path}: not JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f'times={path}: must be an object such as {{"forward": [0.1], "backward": [0.2]}}.')
+    _check_keys(path, content)
+    lists: dict[str, Any] = {name: _checked_list(path, name, content[name]) for name in LISTS if name in content}
+    if len({len(values) for values in lists.values()}) > 1:
+        lengths = ", ".join(f"{name} {len(values)}" for name, values in lists.items())
+        raise ValueError(f"times={path}: the lists have {lengths} numbers; give one for each stage in all of them.")
+    numbers: dict[str, Any] = {name: content[name] for name in NUMBERS if name in content}
+    for name, value in numbers.items():
+        _check_number(path, name, value)
+    return TimesSource(**lists, **numbers, whole_model=whole_model)
+
+
+def _check_keys(path: Path, content: dict[str, object]) -> None:
+    for key in content.keys() - {*LISTS, *NUMBERS}:
+        nearest = difflib.get_close_matches(key, [*LISTS, *NUMBERS], n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join([*LISTS, *NUMBERS])}."
+        raise ValueError(f"times={path}: unknown key {key!r}; {hint}")
+    for key in ("forward", "backward"):
+        if key not in content:
+            raise ValueError(f"times={path}: {key!r} is missing: a list with the seconds of each stage.")
+
+
+def _checked_list(path: Path, name: str, values: object) -> tuple[float, ...]:
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"times={path}: {name}={values!r} must be a list of seconds, one for each stage.")
+    for value in values:
+        _check_number(path, name, value)
+    return tuple(map(float, values))
+
+
+def _check_number(path: Path, name: str, value: object) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (is_number and 0 <= value < math.inf):  # type: ignore[operator]
+        raise ValueError(f"times={path}: {name} has {value!r}, which is no finite number of at least 0.")

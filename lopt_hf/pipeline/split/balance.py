@@ -1,0 +1,95 @@
+"""Where to cut a model into stages, so that the slowest is as fast as can be.
+
+```python
+costs = measure_costs("HuggingFaceTB/SmolLM2-135M-Instruct", batch_size=2, seq_length=128)
+split_at = balanced_split(costs, num_stages=2)
+print(format_split(costs, split_at))
+```
+"""
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+
+from lopt_hf.pipeline.split.costs import ModelCosts, StageCost
+
+__all__ = ["balanced_split", "format_split", "stage_costs"]
+
+COLUMNS = ("forward", "backward", "local", "optimizer", "total")
+
+
+def balanced_split(costs: ModelCosts, num_stages: int) -> list[int]:
+    """Finds the cut whose slowest stage is the fastest possible, and of such cuts the most even one.
+
+    Exact, by dynamic programming over contiguous cuts: the embeddings are on the first stage, a local objective on
+    each but the last, norm, LM head and task loss on the last. All stages work at the same time, so the slowest one
+    sets the pace of the pipeline.
+
+    Args:
+        costs: What the parts of the model cost.
+        num_stages: Number of stages, each of at least one layer.
+
+    Returns:
+        The first layer of every stage but the first: `split_at` of `LoPTConfig`.
+
+    Raises:
+        ValueError: If there are more stages than layers.
+    """
+    num_layers = len(costs.layers)
+    if not 1 <= num_stages <= num_layers:
+        raise ValueError(
+            f"num_stages={num_stages} does not fit a model with {num_layers} decoder layers; choose a number from 1 "
+            f"to {num_layers}."
+        )
+    seconds = {
+        (start, stop): costs.stage(start, stop).total
+        for start in range(num_layers)
+        for stop in range(start + 1, num_layers + 1)
+    }
+    pace, _ = _best_cut(seconds, num_layers, num_stages, max)
+    squares = {stage: value**2 if value <= pace else math.inf for stage, value in seconds.items()}
+    _, split_at = _best_cut(squares, num_layers, num_stages, operator.add)
+    return split_at
+
+
+def _best_cut(
+    charges: Mapping[tuple[int, int], float],
+    num_layers: int,
+    num_stages: int,
+    join: Callable[[float, float], float],
+) -> tuple[float, list[int]]:
+    """The cut with the least joint charge of its stages, each given by its first layer and the one after its last."""
+    best = {stop: (charges[0, stop], [0]) for stop in range(1, num_layers + 1)}
+    for stage in range(1, num_stages):
+        best = {
+            stop: min(
+                (join(best[start][0], charges[start, stop]), [*best[start][1], start]) for start in range(stage, stop)
+            )
+            for stop in range(stage + 1, num_layers + 1)
+        }
+    charge, starts = best[num_layers]
+    return charge, starts[1:]
+
+
+def stage_costs(costs: ModelCosts, split_at: Sequence[int]) -> list[StageCost]:
+    """What each stage of a cut costs.
+
+    Args:
+        costs: What the parts of the model cost.
+        split_at: The first layer of every stage but the first.
+    """
+    edges = [0, *split_at, len(costs.layers)]
+    return [costs.stage(start, stop) for start, stop in zip(edges[:-1], edges[1:], strict=True)]
+
+
+def format_split(costs: ModelCosts, split_at: Sequence[int]) -> str:
+    """A Markdown table of what each stage of a cut costs in milliseconds per micro-batch."""
+    stages = stage_costs(costs, split_at)
+    slowest = max(stage.total for stage in stages)
+    titles = ("stage", "layers", *(f"{name} (ms)" for name in COLUMNS), "of slowest")
+    lines = ["| " + " | ".join(titles) + " |", "| ---: | --- |" + " ---: |" * (len(COLUMNS) + 1)]
+    for index, stage in enumerate(stages):
+        milliseconds = (f"{1e3 * getattr(stage, name):,.1f}" for name in COLUMNS)
+        cells = [index, f"{stage.start}-{stage.stop - 1}", *milliseconds]
+        lines.append("| " + " | ".join(map(str, [*cells, f"{stage.total / slowest:.0%}"])) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,343 @@
+"""What one micro-batch costs each part of a model: measured with random weights, one part in memory at a time.
+
+Shapes: B batch, T tokens, D hidden channels.
+"""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftConfig, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from trl.trainer.utils import add_fused_lm_head
+
+from lopt_hf.local.blocks import find_decoder_stack, untie_output_embeddings
+from lopt_hf.local.objectives import LocalBatch, LocalObjective, ReconstructionObjective
+from lopt_hf.local.readout import ReadoutObjective, model_after_the_layers
+from lopt_hf.pipeline.split.stopwatch import LEAST_SECONDS, PartCost, Stopwatch, num_elements
+
+__all__ = ["ModelCosts", "PartCost", "StageCost", "measure_costs"]
+
+SFT_OUTPUTS = ("log_probs", "entropy", "is_top1")  # TRL 1.16, SFTTrainer: what its fused LM head computes
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What a stage of the pipeline costs, in seconds per micro-batch.
+
+    Attributes:
+        start: Its first decoder layer.
+        stop: The layer after its last.
+        forward: Its layers; on the first stage the embeddings, on the last the norm, the LM head and the task loss.
+        backward: Of the same.
+        local: The local objective, forward and backward; 0 on the last stage.
+        optimizer: Clipping and the optimizer's step, divided by the micro-batches of a step.
+    """
+
+    start: int
+    stop: int
+    forward: float
+    backward: float
+    local: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward + self.local + self.optimizer
+
+
+@dataclass(frozen=True)
+class ModelCosts:
+    """What the parts of a model cost.
+
+    Attributes:
+        embeddings: What runs before the layers: embeddings, masks, rotary angles.
+        layers: Each decoder layer.
+        objective: The local objective of one block, with its head.
+        objectives: In its place, where it depends on the block's end: by the first layer after the block.
+        head: What runs after the layers: final norm, LM head, task loss.
+        step_seconds: Clipping and the optimizer's step, per trainable parameter.
+        accumulation_steps: Micro-batches of an optimizer step.
+    """
+
+    embeddings: PartCost
+    layers: tuple[PartCost, ...]
+    objective: PartCost
+    head: PartCost
+    step_seconds: float
+    accumulation_steps: int = 1
+    objectives: Mapping[int, PartCost] = field(default_factory=dict)
+
+    def stage(self, start: int, stop: int) -> StageCost:
+        """The cost of a stage that runs the layers `start` to `stop - 1`."""
+        is_first, is_last = start == 0, stop == len(self.layers)
+        parts = [*[self.embeddings] * is_first, *self.layers[start:stop], *[self.head] * is_last]
+        objective = PartCost(0.0, 0.0, 0) if is_last else self.objectives.get(stop, self.objective)
+        num_trainable = sum(part.num_trainable for part in [*parts, objective])
+        return StageCost(
+            start,
+            stop,
+            forward=sum(part.forward for part in parts),
+            backward=sum(part.backward for part in parts),
+            local=objective.forward + objective.backward,
+            optimizer=self.step_seconds * num_trainable / self.accumulation_steps,
+        )
+
+
+def measure_costs(
+    model: str | PretrainedConfig | PreTrainedModel,
+    batch_size: int,
+    seq_length: int,
+    objective: str | LocalObjective = "reconstruction",
+    dtype: torch.dtype = torch.float32,
+    autocast: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    accumulation_steps: int = 1,
+    activation_checkpointing: bool = False,
+    tied_embeddings: str = "untie",
+    peft_config: PeftConfig | None = None,
+    make_optimizer: Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer] | None = None,
+    repeats: int = 5,
+    least_seconds: float = LEAST_SECONDS,
+) -> ModelCosts:
+    """Measures what each part of a causal language model costs a pipeline of local learners.
+
+    Only the configuration of the model is read. Its parts get random weights, one at a time, and are called as the
+    model itself calls them; layers of the same kind and shapes are measured once. At most the embeddings, or the LM
+    head, or one layer with its optimizer state is in memory. Every token counts as one with a label.
+
+    Measure with the number of threads (`torch.set_num_threads`) and the load that the stages will run with.
+
+    Args:
+        model: Hub id or folder, configuration, or a model for its configuration.
+        batch_size: Sequences of a micro-batch.
+        seq_length: Tokens of a sequence.
+        objective: `"reconstruction"`, `"readout"`, or a local objective.
+        dtype: Data type of the weights.
+        autocast: Data type of the arithmetic under autocast (the `bf16` of the training arguments); `None`: `dtype`.
+        device: Where to measure.
+        accumulation_steps: Micro-batches of an optimizer step.
+        activation_checkpointing: Whether the layers run a second time in the backward.
+        tied_embeddings: `"untie"` or `"freeze"`, see `LocalLearningArguments`; without effect on untied models.
+        peft_config: The adapter that is trained, if one is.
+        make_optimizer: Makes the optimizer of given parameters. Default: fused AdamW, as transformers.
+        repeats: Timed runs of each part, at least, of which the median counts. Ours: 5.
+        least_seconds: Time to spend on each part, at least.
+
+    Raises:
+        ValueError: If the model is no decoder-only language model, or if an argument is out of range.
+    """
+    for name, value in {"batch_size": batch_size, "seq_length": seq_length, "repeats": repeats}.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} is too low; it must be at least 1.")
+    if isinstance(objective, str) and objective not in ("reconstruction", "readout"):
+        raise ValueError(f"objective={objective!r} is unknown; choose 'reconstruction' or 'readout'.")
+    if tied_embeddings not in ("untie", "freeze"):
+        raise ValueError(f"tied_embeddings={tied_embeddings!r} is unknown; choose 'untie' or 'freeze'.")
+    skeleton = _skeleton(model, dtype, tied_embeddings, peft_config)
+    if activation_checkpointing:
+        skeleton.gradient_checkpointing_enable()
+    stopwatch = Stopwatch(torch.device(device), autocast, repeats, least_seconds)
+    optimizer = make_optimizer or _fused_adamw
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        bench = _Bench(skeleton, stopwatch, batch_size, seq_length)
+        embeddings, calls = bench.measure_embeddings()
+        layers, step_seconds = bench.measure_layers(calls, optimizer)
+        head, local = bench.measure_head(objective)
+    return ModelCosts(embeddings, layers, local, head, step_seconds, accumulation_steps)
+
+
+def _fused_adamw(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, fused=True)
+
+
+def _skeleton(
+    model: str | PretrainedConfig | PreTrainedModel,
+    dtype: torch.dtype,
+    tied_embeddings: str,
+    peft_config: PeftConfig | None,
+) -> PreTrainedModel:
+    """The whole model without memory, on the meta device."""
+    config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model
+    config = copy.deepcopy(config.config if isinstance(config, PreTrainedModel) else config)
+    with torch.device("meta"):
+        skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if peft_config is not None:
+        with torch.device("meta"):
+            get_peft_model(skeleton, peft_config)  # puts the adapters into the skeleton, and freezes the rest
+    elif tied_embeddings == "untie":
+        untie_output_embeddings(skeleton)
+    elif skeleton.get_output_embeddings().weight is skeleton.get_input_embeddings().weight:
+        skeleton.get_output_embeddings().weight.requires_grad_(False)
+    return skeleton.train()
+
+
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _FirstLayerReached(Exception):
+    """Ends a forward of the decoder."""
+
+
+class _Bench:
+    """Gives the parts of a skeleton weights, measures them and takes the weights away again."""
+
+    def __init__(self, skeleton: PreTrainedModel, stopwatch: Stopwatch, batch_size: int, seq_length: int) -> None:
+        self.skeleton = skeleton
+        self.stack = find_decoder_stack(skeleton)
+        self.stopwatch = stopwatch
+        vocabulary_size = skeleton.config.get_text_config(decoder=True).vocab_size
+        self.tokens_BT = torch.randint(vocabulary_size, (batch_size, seq_length), device=stopwatch.device)
+        self.mask_BT = torch.ones_like(self.tokens_BT)
+
+    @contextlib.contextmanager
+    def _present(self, modules: Iterable[nn.Module]) -> Iterator[list[nn.Parameter]]:
+        """Gives modules random weights and true buffers on the device, and yields their trainable parameters."""
+        modules = list(modules)
+        for module in modules:
+            module.to_empty(device=self.stopwatch.device)
+            for part in module.modules():
+                # What transformers itself calls for modules that it made on the meta device.
+                self.skeleton._init_weights(part)
+        yield [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+        for module in modules:
+            module.to("meta")
+            module.zero_grad()
+
+    def measure_embeddings(self) -> tuple[PartCost, list[_Call]]:
+        """Times what runs before the layers; also returns how the decoder calls each of its layers."""
+        with self._present(child for child in self.stack.decoder.children() if child is not self.stack.layers) as own:
+            calls = self._record_calls()
+            self.stopwatch.run(self._before_the_first_layer, own)
+            own = [parameter for parameter in own if parameter.grad is not None]  # not those after the layers
+            cost = self.stopwatch.measure(self._before_the_first_layer, own)
+        return cost, calls
+
+    def _run_decoder(self) -> None:
+        self.stack.decoder(input_ids=self.tokens_BT, attention_mask=self.mask_BT, use_cache=False)
+
+    def _before_the_first_layer(self) -> torch.Tensor:
+        reached: list[torch.Tensor] = []
+
+        def stop(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            reached.append(args[0] if args else kwargs["hidden_states"])
+            raise _FirstLayerReached
+
+        handle = self.stack.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
+        with contextlib.suppress(_FirstLayerReached):
+            self._run_decoder()
+        handle.remove()
+        return reached[0]
+
+    def _record_calls(self) -> list[_Call]:
+        """What the decoder passes to each layer: masks, rotary angles and positions differ between their kinds."""
+        calls: list[_Call] = []
+        for layer in self.stack.layers:
+            layer.forward = _Recorder(calls)
+        with torch.no_grad(), self.stopwatch.precision():
+            self._run_decoder()
+        for layer in self.stack.layers:
+            del layer.forward
+        return calls
+
+    def measure_layers(
+        self, calls: Sequence[_Call], make_optimizer: Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
+    ) -> tuple[tuple[PartCost, ...], float]:
+        """Times one layer of each kind, and the optimizer's step on it; returns the cost of every layer."""
+        costs: dict[Any, PartCost] = {}
+        step_seconds = 0.0
+        kinds = [_kind(layer) for layer in self.stack.layers]
+        for layer, kind, call in zip(self.stack.layers, kinds, calls, strict=True):
+            if kind in costs:
+                continue
+            with self._present([layer]) as own:
+                costs[kind] = self.stopwatch.measure(partial(_run_layer, layer, call), own)
+                if not step_seconds:
+                    step_seconds = self.stopwatch.measure_step(make_optimizer(own), own) / num_elements(own)
+        return tuple(costs[kind] for kind in kinds), step_seconds
+
+    def measure_head(self, objective: str | LocalObjective) -> tuple[PartCost, PartCost]:
+        """Times final norm, LM head and task loss as TRL's SFT trainer runs them, and the local objective."""
+        modules: list[nn.Module] = []
+
+        def take(own: nn.Module, empty: nn.Module) -> nn.Module:
+            modules.append(own)
+            return own
+
+        model: Any = model_after_the_layers(self.skeleton, take)
+        model.get_output_embeddings = self.skeleton.get_output_embeddings  # needs input embeddings to find it
+        add_fused_lm_head(model, outputs=SFT_OUTPUTS)
+        h_BTD = self._random_hidden_states()
+
+        def task_loss() -> torch.Tensor:
+            outputs = model(inputs_embeds=h_BTD, labels=self.tokens_BT, use_cache=False, fused_lm_head=True)
+            return -outputs.log_probs.sum() / self.tokens_BT.numel()
+
+        with self._present(modules) as own:
+            head = self.stopwatch.measure(task_loss, own)
+            for parameter in own:
+                parameter.requires_grad_(False)
+            local = self._measure_objective(objective)
+        return head, local
+
+    def _measure_objective(self, objective: str | LocalObjective) -> PartCost:
+        if objective == "reconstruction":
+            objective = ReconstructionObjective()
+        elif objective == "readout":
+            objective = ReadoutObjective.from_model(self.skeleton, copy=False)
+        assert not isinstance(objective, str)
+        local: LocalObjective = objective
+        head = local.make_head(self.stack.hidden_size).to(self.stopwatch.device)
+        output_BTD, input_BTD = self._random_hidden_states(), self._random_hidden_states().detach()
+        batch = LocalBatch(self.mask_BT, {"input_ids": self.tokens_BT, "labels": self.tokens_BT})
+        return self.stopwatch.measure(lambda: local(head, output_BTD, input_BTD, batch), list(head.parameters()))
+
+    def _random_hidden_states(self) -> torch.Tensor:
+        shape = (*self.tokens_BT.shape, self.stack.hidden_size)
+        dtype = self.skeleton.dtype
+        return torch.randn(shape, device=self.stopwatch.device, dtype=dtype, requires_grad=True)
+
+
+class _Recorder:
+    """Stands for a layer's forward: notes how it is called, and lets the hidden states through.
+
+    Some decoders take the first element of what a layer returns: a first axis of length one allows that.
+    """
+
+    def __init__(self, calls: list[_Call]) -> None:
+        self.calls = calls
+        self.shape: tuple[int, ...] | None = None
+
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if hidden_states.ndim == 4:
+            hidden_states = hidden_states[0]
+        self.calls.append(((hidden_states, *args), kwargs))
+        return hidden_states[None]
+
+
+def _run_layer(layer: nn.Module, call: _Call) -> torch.Tensor:
+    args, kwargs = call
+    output = layer(args[0].detach().requires_grad_(), *args[1:], **kwargs)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _kind(layer: nn.Module) -> Any:
+    """What makes two layers cost the same: modules, shapes, and every setting but the layer's own index."""
+    return tuple(
+        (
+            name,
+            type(module).__name__,
+            tuple((n, tuple(p.shape), p.dtype) for n, p in module.named_parameters(recurse=False)),
+            tuple(
+                (key, value)
+                for key, value in sorted(vars(module).items())
+                if key not in ("layer_idx", "layer_id") and isinstance(value, bool | int | float | str | None)
+            ),
+        )
+        for name, module in layer.named_modules()
+    )

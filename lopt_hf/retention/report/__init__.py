@@ -1,0 +1,1 @@
+"""What a retention benchmark found, as a page, tables and plots."""

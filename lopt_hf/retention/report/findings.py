@@ -1,0 +1,88 @@
+"""What a report says in words: for each model, what is detectably worse or better than the baseline."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lopt_hf.retention.report.tables import interval_text, signed_text, value_text
+from lopt_hf.retention.results import NO_CHANGE, Delta, ModelResult, RetentionReport
+
+__all__ = ["Finding", "Statement", "findings"]
+
+NO_BREAK_SPACE = "\u00a0"
+
+
+@dataclass(frozen=True)
+class Statement:
+    """One sentence: its first words, what follows, and the verdict, if it is one on a change that can be told."""
+
+    start: str
+    text: str
+    verdict: str = ""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is said of one model."""
+
+    label: str
+    statements: tuple[Statement, ...]
+
+
+def findings(report: RetentionReport) -> list[Finding]:
+    """One finding for each model, in their order."""
+    return [Finding(result.label, tuple(_statements(result))) for result in report.models]
+
+
+def _statements(result: ModelResult) -> list[Statement]:
+    statements = []
+    if result.gain:
+        verdict = result.gain.verdict
+        known = verdict if verdict in ("better", "worse") else ""
+        statements.append(Statement("Task trained on:", f"{verdict}; {_gain(result.gain)}.", known))
+    deltas = [*([result.mean] if result.mean else []), *result.deltas]
+    judged = [delta for delta in deltas if _has_interval(delta)]
+    for verdict in ("worse", "better"):
+        changed = [delta for delta in judged if delta.verdict == verdict]
+        if changed:
+            statements.append(Statement(f"{verdict.capitalize()}:", _by_task(changed, with_change=True), verdict))
+    same = [delta for delta in judged if delta.verdict == NO_CHANGE]
+    if judged and len(same) == len(judged):
+        statements.append(
+            Statement(
+                "No detectable change",
+                f"in any retention task (n{NO_BREAK_SPACE}={NO_BREAK_SPACE}{_samples(result.deltas)}).",
+            )
+        )
+    elif same:
+        statements.append(Statement("No detectable change:", _by_task(same)))
+    unjudged = [delta for delta in deltas if not _has_interval(delta)]
+    if unjudged:
+        statements.append(Statement("No interval, so nothing can be told:", _by_task(unjudged)))
+    return statements
+
+
+def _has_interval(delta: Delta) -> bool:
+    return not (math.isnan(delta.low) or math.isnan(delta.high))
+
+
+def _gain(gain: Delta) -> str:
+    return f"{gain.task} {gain.metric} {value_text(gain.baseline)} → {value_text(gain.value)}, {_change(gain)}"
+
+
+def _change(delta: Delta) -> str:
+    return f"{signed_text(delta.delta)} {interval_text(delta)}".replace(" ", NO_BREAK_SPACE)
+
+
+def _by_task(deltas: Sequence[Delta], with_change: bool = False) -> str:
+    """Tasks with their metrics, such as `piqa acc, acc_norm; wikitext word_perplexity.`"""
+    metrics: dict[str, list[str]] = {}
+    for delta in deltas:
+        text = f"{delta.metric} {_change(delta)}" if with_change else delta.metric
+        metrics.setdefault(delta.task, []).append(text)
+    return "; ".join(f"{task} {', '.join(texts)}" for task, texts in metrics.items()) + "."
+
+
+def _samples(deltas: Sequence[Delta]) -> str:
+    """Numbers of samples, each once."""
+    return ", ".join(f"{number} {task}" for task, number in {delta.task: delta.n for delta in deltas}.items())

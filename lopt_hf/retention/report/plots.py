@@ -1,0 +1,232 @@
+"""The plots of a retention report: what changed in each model, and which layers moved.
+
+Needs the optional extra `demo`, which brings matplotlib; it is imported on use.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lopt_hf.retention.report.measures import Measure, main_measures
+from lopt_hf.retention.report.window import Window, fit_window
+from lopt_hf.retention.results import Delta, ModelResult, RetentionReport
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["GroupStyle", "group_styles", "new_figure", "plot_deltas", "plot_drift", "plot_text"]
+
+# Okabe and Ito's palette without its yellow, which is faint on white, and three dark hues of Tol's "muted"
+COLORS = ("black", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933", "#332288")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")  # one fewer than colours, so that pairs do not repeat early
+PANELS_PER_ROW = 3
+MAX_CHARACTERS = 44
+INCHES_PER_CHARACTER = 0.075
+MAX_WIDTH = 14  # inches
+UNCHANGED = "#d9d9d9"
+HOLLOW: dict[str, Any] = {"markersize": 6, "markerfacecolor": "white", "markeredgewidth": 1.2, "zorder": 4}
+
+
+@dataclass(frozen=True)
+class GroupStyle:
+    """How the models of one group are drawn."""
+
+    color: str
+    marker: str
+
+
+def group_styles(report: RetentionReport) -> dict[str, GroupStyle]:
+    """A colour and a marker for each group, the same in all plots of a report."""
+    groups = dict.fromkeys(result.group for result in report.models)
+    return {
+        group: GroupStyle(COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)])
+        for number, group in enumerate(groups)
+    }
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure of that many inches.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+    except ImportError as error:
+        raise ImportError('The plots of a report need `matplotlib`: `pip install "lopt_hf[demo]"`.') from error
+    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(h_pad=0.1))
+
+
+def plot_text(text: str) -> str:
+    """A name as it stands on a plot: of long ones, such as paths, the end; dollar signs are no formulas there."""
+    short = text if len(text) <= MAX_CHARACTERS else f"…{text[1 - MAX_CHARACTERS :]}"
+    return short.replace("$", r"\$")
+
+
+def plot_deltas(report: RetentionReport) -> "Figure":
+    """Every change with its interval: one panel for each measure, gain and mean first, one row for each model.
+
+    Args:
+        report: What to draw. Single seeds are faint dots below the mean over them.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    measures = main_measures(report)
+    columns = 2 if len(measures) == 4 else min(PANELS_PER_ROW, len(measures))
+    rows = math.ceil(len(measures) / columns)
+    width = 1 + _label_width(report.models) + 2.8 * columns
+    figure = new_figure(width, height=0.2 + rows * (1.0 + 0.25 * len(report.models)))
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
+    for axes, measure in zip(panels, measures, strict=False):
+        _draw_deltas(axes, report, measure)
+    for axes in panels[len(measures) :]:
+        axes.remove()
+    return figure
+
+
+def _draw_deltas(axes: "Axes", report: RetentionReport, measure: Measure) -> None:
+    styles = group_styles(report)
+    found = {row: delta for row, result in enumerate(report.models) if (delta := measure.of(result))}
+    window = fit_window([(delta.delta, delta.low, delta.high) for delta in found.values()])
+    axes.set_xlim(window.low, window.high)
+    for row, delta in found.items():
+        result = report.models[row]
+        _draw_delta(axes, row, delta, window, styles[result.group])
+        of_seeds = [of_seed.delta for seed in result.seeds if (of_seed := measure.of(seed))]
+        color = styles[result.group].color
+        axes.plot(of_seeds, [row + 0.28] * len(of_seeds), ".", color=color, alpha=0.4, markersize=4)
+    axes.axvline(0, color="0.35", linewidth=0.9, zorder=0)
+    axes.locator_params(axis="x", nbins=5)
+    direction = "higher is better" if measure.higher_is_better else "lower is better"
+    axes.set_xlabel(f"change in {plot_text(measure.metric)} ({direction})")
+    axes.set_title(plot_text(measure.task) + " (task trained on)" * (measure.kind == "gain"), fontsize="medium")
+    axes.set_yticks(range(len(report.models)), [plot_text(result.label) for result in report.models])
+    axes.set_ylim(len(report.models) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "left", "right"]].set_visible(False)
+    _shade_groups(axes, report.models)
+
+
+def _draw_delta(axes: "Axes", row: int, delta: Delta, window: Window, style: GroupStyle) -> None:
+    """One change with its interval; beyond the panel it stands at the edge, hollow, with its value."""
+    axes.hlines(row, delta.low, delta.high, color=style.color, linewidth=1.6)
+    for end, arrow in ((delta.low, "<"), (delta.high, ">")):
+        if not (window.holds(end) or math.isnan(end)) and window.holds(delta.delta):
+            axes.plot(window.clamp(end), row, arrow, color=style.color, markersize=4, clip_on=False)
+    if window.holds(delta.delta) or math.isnan(delta.delta):
+        axes.plot(delta.delta, row, style.marker, color=style.color, markersize=5)
+        return
+    is_low = delta.delta < window.low
+    inner_end = delta.high if is_low else delta.low
+    interval = "" if math.isnan(inner_end) else f" [{delta.low:+.3g}, {delta.high:+.3g}]"
+    axes.plot(window.clamp(delta.delta), row, style.marker, color=style.color, clip_on=False, **HOLLOW)
+    axes.annotate(
+        f"{delta.delta:+.3g}{interval}",
+        (window.clamp(delta.delta if math.isnan(inner_end) else inner_end), row),
+        xytext=(8 if is_low else -8, 0),
+        textcoords="offset points",
+        ha="left" if is_low else "right",
+        va="center",
+        fontsize=7,
+        color="0.25",
+        in_layout=False,
+    )
+
+
+def _shade_groups(axes: "Axes", models: Sequence[ModelResult]) -> None:
+    """Grey bands behind every second group of neighbouring rows."""
+    is_shaded = False
+    for row, result in enumerate(models):
+        if row and result.group != models[row - 1].group:
+            is_shaded = not is_shaded
+        if is_shaded:
+            axes.axhspan(row - 0.5, row + 0.5, color="0.95", linewidth=0, zorder=-1)
+
+
+def plot_drift(report: RetentionReport) -> "Figure | None":
+    """How far each part of each model moved: rows are models, columns embeddings, layers and the rest.
+
+    Args:
+        report: What to draw.
+
+    Returns:
+        `None` if no model's drift was measured.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    models = [result for result in report.models if result.drift]
+    if not models:
+        return None
+    names = _drift_columns(models)
+    width = 1 + _label_width(models) + 0.23 * max(len(names), 24)
+    figure = new_figure(min(width, MAX_WIDTH), height=2.0 + 0.26 * len(models))
+    axes = figure.subplots()
+    _draw_drift(axes, [[result.drift.get(name, math.nan) for name in names] for result in models])
+    ticks = _drift_ticks(names)
+    axes.set_xticks(list(ticks), [plot_text(text) for text in ticks.values()], rotation=90)
+    axes.set_yticks(range(len(models)), [plot_text(result.label) for result in models])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return figure
+
+
+def _draw_drift(axes: "Axes", drift: Sequence[Sequence[float]]) -> None:
+    import numpy as np
+    from matplotlib.colors import ListedColormap, LogNorm
+    from matplotlib.patches import Patch
+
+    values = np.array(drift)
+    moved = values[values > 0]
+    low, high = (moved.min(), moved.max()) if moved.size else (1e-7, 1e-1)
+    norm = LogNorm(10.0 ** math.floor(math.log10(low)), 10.0 ** math.ceil(math.log10(high) + 1e-9))
+    axes.imshow(np.where(values == 0, 0, np.nan), cmap=ListedColormap([UNCHANGED]), aspect="auto")
+    image = axes.imshow(np.where(values > 0, values, np.nan), norm=norm, cmap="viridis", aspect="auto")
+    rows, columns = values.shape
+    axes.hlines(np.arange(rows - 1) + 0.5, -0.5, columns - 0.5, color="white", linewidth=1)
+    place = {"location": "top", "shrink": 0.7, "anchor": (0, 0), "aspect": 40, "pad": 0.45 / rows}
+    bar = axes.figure.colorbar(image, ax=axes, **place)
+    bar.set_label("relative drift ||W - W0|| / ||W0||")
+    if (values == 0).any():
+        patch = Patch(color=UNCHANGED, label="unchanged")
+        axes.legend(handles=[patch], loc="lower right", bbox_to_anchor=(1, 1), frameon=False, borderaxespad=0.1)
+
+
+def _label_width(models: Sequence[ModelResult]) -> float:
+    """Inches that the longest label takes."""
+    return INCHES_PER_CHARACTER * max(len(plot_text(result.label)) for result in models)
+
+
+def _drift_columns(models: Sequence[ModelResult]) -> list[str]:
+    """Names in the order of the forward pass: embeddings, layers by number, the rest as given."""
+    names = dict.fromkeys(name for result in models for name in result.drift)
+
+    def place(name: str) -> tuple[int, int]:
+        number = _layer_number(name)
+        if number is not None:
+            return 1, number
+        return (0, 0) if name.startswith("embed") else (2, 0)
+
+    return sorted(names, key=place)
+
+
+def _drift_ticks(names: Sequence[str]) -> dict[int, str]:
+    """Column -> what is written below it: layers by number, of many every fifth."""
+    numbers = [_layer_number(name) for name in names]
+    step = 1 if len(names) <= 20 else 5
+    return {
+        column: name if number is None else f"layer {number}"
+        for column, (name, number) in enumerate(zip(names, numbers, strict=True))
+        if number is None or number % step == 0
+    }
+
+
+def _layer_number(name: str) -> int | None:
+    match = re.fullmatch(r"(?:layers?[ ._]*)?(\d+)", name)
+    return int(match.group(1)) if match else None
