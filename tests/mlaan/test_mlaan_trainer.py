@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lopt_hf import MLAANConfig
-from lopt_hf.mlaan import memory
+from lopt_hf.local.methods.mlaan import memory
 from tests.mlaan.helpers import gradients_of, make_mlaan_trainer
 from tests.tiny import FAMILIES, make_model
 from tests.trainers.helpers import make_stock_trainer

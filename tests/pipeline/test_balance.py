@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 
 from lopt_hf import MLAANPipelineConfig
 from lopt_hf.data.pretrained import SMOLLM2_ID, resolve_model
-from lopt_hf.pipeline import costs as costs_module
 from lopt_hf.pipeline.runtime.mlaan import with_auxiliaries
+from lopt_hf.pipeline.split import costs as costs_module
 from lopt_hf.pipeline.split.balance import balanced_split, format_split, stage_costs
 from lopt_hf.pipeline.split.costs import ModelCosts, PartCost, measure_costs
 from tests.tiny import FAMILIES, make_model

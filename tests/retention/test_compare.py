@@ -12,7 +12,8 @@ import pytest
 import yaml
 from filelock import FileLock
 
-from lopt_hf.retention import grid_training, measuring
+from lopt_hf.compare import grid_training
+from lopt_hf.retention import measuring
 from lopt_hf.scripts import compare, sft
 from tests.retention.small_tasks import write_tasks
 from tests.tiny import make_model, make_tokenizer

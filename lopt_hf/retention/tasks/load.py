@@ -46,8 +46,8 @@ def prose_documents(text: str) -> list[str]:
     compare figures that were measured with the same version.
 
     Args:
-        text: Paragraphs separated by blank lines, as `lopt_hf.common.evaluation.general_text` gives them. A paragraph that
-            occurs again is left out, as the manual repeats whole sections under several topics.
+        text: Paragraphs separated by blank lines, as `lopt_hf.common.evaluation.general_text` gives them. A paragraph
+            that occurs again is left out, as the manual repeats whole sections under several topics.
     """
     documents, current = [], ""
     for paragraph in dict.fromkeys(map(_unwrapped, text.split("\n\n"))):
