@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from accelerate.utils import parse_flag_from_env
 
+from lopt_hf.common.arithmetic import pick_bf16
+
 __all__ = ["BlockLearningArguments"]
 
 # The arguments are mixed in before a config class; a type checker is told that they are one.
@@ -85,6 +87,8 @@ class BlockLearningArguments(ArgumentsBase):
         # that this is meant.
         if not torch.accelerator.is_available():
             self.use_cpu = True
+        if self.use_cpu:
+            self.bf16 = pick_bf16(self.bf16, self.fp16)
         super().__post_init__()
 
     @property
