@@ -14,9 +14,9 @@ from torch import nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoTokenizer, PreTrainedModel, Trainer
-from trl.trainer.utils import add_fused_lm_head
 
 from lopt_hf.bench.pipeline_worker import HOST, MethodRun, Record, make_config, make_plans, make_rows, prepare
+from lopt_hf.common.upstream.trl import add_fused_lm_head
 from lopt_hf.local.blocks import find_decoder_stack
 from lopt_hf.meters.saved_bytes import SavedBytes
 from lopt_hf.pipeline.runtime.stage import HiddenStateInput, StagePlan, load_stage

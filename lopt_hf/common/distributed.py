@@ -1,17 +1,15 @@
 """Gradient all-reduce for blocks whose backward the DDP reducer must not see."""
 
 import atexit
-import contextlib
 import gc
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["GradientReducer", "broadcast_parameters", "end_training", "ignored_by_ddp"]
+__all__ = ["GradientReducer", "broadcast_parameters", "end_training"]
 
 
 def end_training(trainer: Any) -> None:
@@ -27,21 +25,6 @@ def end_training(trainer: Any) -> None:
     trainer.accelerator.free_memory()
     gc.collect()
     trainer.end()
-
-
-@contextlib.contextmanager
-def ignored_by_ddp(model: nn.Module, names: Collection[str]) -> Iterator[None]:
-    """Lets DDP, when it wraps `model` in this block, leave the parameters with these names alone.
-
-    The marks are taken off again, so that whoever wraps the model next has all of it synchronised.
-    """
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
-    try:
-        yield
-    finally:
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ())
-        for name in names:
-            model.get_parameter(name)._ddp_ignored = False  # type: ignore[attr-defined]
 
 
 def broadcast_parameters(

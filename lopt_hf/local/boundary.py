@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-from transformers.utils.output_capturing import _active_collector
 
+from lopt_hf.common.upstream.transformers import active_collector as _active_collector
 from lopt_hf.local.blocks import Block, find_decoder_stack, parameters_by_block
 from lopt_hf.local.objectives import LocalBatch, LocalObjective
 

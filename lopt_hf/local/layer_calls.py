@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.utils.output_capturing import _active_collector
 
+from lopt_hf.common.upstream.transformers import active_collector as _active_collector
 from lopt_hf.local.blocks import DecoderStack
 
 __all__ = ["LayerCall", "record_layer_calls"]

@@ -14,12 +14,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from lopt_hf.common.upstream.torch import FakeTensorMode
 from lopt_hf.local.blocks import find_decoder_stack
 from lopt_hf.local.objectives import LocalBatch
 

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from lopt_hf.common.upstream.torch import storage_key
+
 __all__ = ["SavedBytes"]
 
 _StorageKey = tuple[torch.device, int]
@@ -113,5 +115,4 @@ def _tensors_of(module: nn.Module) -> tuple[torch.Tensor, ...]:
 
 
 def _storage_key(tensor: torch.Tensor) -> _StorageKey:
-    # Not its data's address, which a fake tensor does not have.
-    return tensor.device, tensor.untyped_storage()._cdata
+    return tensor.device, storage_key(tensor.untyped_storage())

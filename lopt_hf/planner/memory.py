@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
+
+from lopt_hf.common.upstream.torch import TorchDispatchMode, tree_iter
 
 __all__ = ["CATEGORIES", "MemoryMeter", "Work"]
 

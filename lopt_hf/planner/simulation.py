@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -26,6 +25,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lopt_hf.common.upstream.torch import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from lopt_hf.local.blocks import split_layers
 from lopt_hf.pipeline.runtime.stage import StagePlan, plan_stages
 from lopt_hf.planner.setups import make_setup

@@ -13,11 +13,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-import trl.trainer.utils
 from transformers import PreTrainedModel
-from trl.kernels import chunked_logprob
-from trl.trainer.utils import add_fused_lm_head
 
+from lopt_hf.common.upstream.trl import add_fused_lm_head, chunked_logprob, trainer_utils
 from lopt_hf.local import readout
 from lopt_hf.local.objectives import LocalBatch
 from lopt_hf.planner.memory import MemoryMeter
@@ -38,7 +36,7 @@ def metered_loss(meter: MemoryMeter) -> Iterator[None]:
     task_loss = _metered(chunked_logprob.ChunkedLogProbFunction, meter)
     local_loss = _metered(readout.ChunkedCrossEntropy, meter)
     with (
-        mock.patch.object(trl.trainer.utils, "_ChunkedLogProbFunction", task_loss),
+        mock.patch.object(trainer_utils, "_ChunkedLogProbFunction", task_loss),
         mock.patch.object(readout, "ChunkedCrossEntropy", local_loss),
     ):
         yield

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
 
+from lopt_hf.common.upstream.torch import forward_pre_hooks
 from lopt_hf.repl.calibration import block_influence, calibrate
 from lopt_hf.repl.calibration_data import make_batches
 from lopt_hf.repl.config import RepLConfig
@@ -100,7 +101,7 @@ class RepLModel:
     @property
     def hooks(self) -> list[SynthesisHook]:
         """The hooks that run the surrogates, from the lowest on."""
-        hooks = (hook for layer in find_layers(self) for hook in layer._forward_pre_hooks.values())  # type: ignore[arg-type]
+        hooks = (hook for layer in find_layers(self) for hook in forward_pre_hooks(layer))  # type: ignore[arg-type]
         return [hook for hook in hooks if isinstance(hook, SynthesisHook)]
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
+from lopt_hf.common.upstream.torch import remove_forward_pre_hooks
 from lopt_hf.repl.modeling_repl import SurrogateHook, find_layers
 from lopt_hf.repl.neighbours import Neighbour
 
@@ -102,8 +103,6 @@ def attach(layer: Any, surrogate: nn.Module, hook: SurrogateHook) -> None:
 
 def detach(layer: Any) -> None:
     """Takes a layer's surrogate and its hook away, if it has one."""
-    layer._modules.pop("surrogate", None)
-    hooks = [key for key, hook in layer._forward_pre_hooks.items() if isinstance(hook, SurrogateHook)]
-    for key in hooks:
-        del layer._forward_pre_hooks[key]
-        layer._forward_pre_hooks_with_kwargs.pop(key, None)
+    if "surrogate" in dict(layer.named_children()):
+        del layer.surrogate
+    remove_forward_pre_hooks(layer, SurrogateHook)

@@ -25,6 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lopt_hf.common.callbacks import TrainerBound
 from lopt_hf.common.files import whole_file
+from lopt_hf.common.upstream.lm_eval import set_process
 from lopt_hf.retention.deltas import ModelScores, entry_deltas, mean_delta
 from lopt_hf.retention.measuring import SOFTMAX_DTYPE, MeasuringSettings, evaluate_tasks, identity_of_task
 from lopt_hf.retention.results import Delta
@@ -215,7 +216,7 @@ def _wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trainer: T
     state = PartialState()
     if state.num_processes > 1:  # lm-eval takes a model in memory for the only one
         language_model.accelerator = trainer.accelerator
-        language_model._rank, language_model._world_size = state.process_index, state.num_processes
+        set_process(language_model, state.process_index, state.num_processes)
     return language_model
 
 

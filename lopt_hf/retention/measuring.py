@@ -24,6 +24,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from peft import PeftModel
 
+from lopt_hf.common.upstream.lm_eval import set_model, set_process
 from lopt_hf.retention.heldout import HELDOUT_TASK
 from lopt_hf.retention.references import ModelReference, load_tokenizer
 from lopt_hf.retention.scores import ScoreCache, TaskScores, infinite_perplexities
@@ -115,12 +116,11 @@ def load_language_model(reference: ModelReference, settings: MeasuringSettings) 
         tokenizer=load_tokenizer(reference),
     )
     if reference.adapter is not None:  # not by lm-eval, which cuts off embeddings beyond the tokenizer's size
-        model._model = PeftModel.from_pretrained(
-            model._model, reference.adapter, revision=reference.adapter_revision
-        ).eval()
+        adapted = PeftModel.from_pretrained(model.model, reference.adapter, revision=reference.adapter_revision)
+        set_model(model, adapted.eval())
     state = PartialState()
     if state.num_processes > 1 and model.world_size == 1:  # lm-eval shares samples out among accelerators only
-        model._rank, model._world_size = state.process_index, state.num_processes
+        set_process(model, state.process_index, state.num_processes)
     return model
 
 

@@ -10,6 +10,8 @@ from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
+from lopt_hf.common.upstream.lm_eval import filter_names
+
 __all__ = ["SUITES", "SuiteTask", "TaskEntry", "load_entries"]
 
 OFFLINE_TASKS = Path(__file__).parent / "tasks"
@@ -127,7 +129,7 @@ def _entries_of(wanted: SuiteTask, manager: TaskManager) -> list[TaskEntry]:
 
 
 def _group_metrics(group: Group) -> dict[str, bool]:
-    filters = dict.fromkeys(ensemble.name for task in group.get_all_tasks() for ensemble in task._filters)
+    filters = dict.fromkeys(name for task in group.get_all_tasks() for name in filter_names(task))
     return {
         f"{metric.metric},{name}": metric.weight_by_size
         for metric in group.aggregate_metric_list or ()

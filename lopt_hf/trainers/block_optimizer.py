@@ -10,7 +10,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from transformers import TrainerCallback
 
-from lopt_hf.common.distributed import GradientReducer, broadcast_parameters, ignored_by_ddp
+from lopt_hf.common.distributed import GradientReducer, broadcast_parameters
+from lopt_hf.common.upstream.torch import ignored_by_ddp
 from lopt_hf.local.boundary import GradientBoundary
 from lopt_hf.trainers.block_parameters import BlockParametersMixin, ClipGroup
 

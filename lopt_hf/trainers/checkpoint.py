@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from lopt_hf.common.upstream.trainers import TRAINER_STATE_NAME
 
 __all__ = ["CheckpointMixin", "read_local_state"]
 

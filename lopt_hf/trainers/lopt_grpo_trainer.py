@@ -10,8 +10,8 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel, TrainingArguments
-from trl import GRPOTrainer
 
+from lopt_hf.common.upstream.grpo import GRPOTrainer
 from lopt_hf.local.objectives import LocalObjective
 from lopt_hf.trainers.checks import check_dataset, check_model, check_rewards
 from lopt_hf.trainers.conversion import local_config

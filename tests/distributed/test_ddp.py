@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lopt_hf.common.distributed import GradientReducer, ignored_by_ddp
+from lopt_hf.common.distributed import GradientReducer
+from lopt_hf.common.upstream.torch import ignored_by_ddp
 from tests.distributed.ddp_worker import EQUAL_TO_ONE, run
 
 

@@ -14,8 +14,8 @@ import torch
 from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from trl.trainer.utils import add_fused_lm_head
 
+from lopt_hf.common.upstream.trl import add_fused_lm_head
 from lopt_hf.local.blocks import find_decoder_stack, untie_output_embeddings
 from lopt_hf.local.objectives import LocalBatch, LocalObjective, ReconstructionObjective
 from lopt_hf.local.readout import ReadoutObjective, model_after_the_layers
