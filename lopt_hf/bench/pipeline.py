@@ -9,13 +9,14 @@ import json
 import os
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from lopt_hf.bench.pipeline_settings import METHODS, PipelineBenchSettings
 from lopt_hf.bench.processes import BenchWorkerError, run_together
 from lopt_hf.bench.training import num_layers
+from lopt_hf.common.arithmetic import choose_arithmetic
 from lopt_hf.common.tables import describe_run, interquartile_range, mega, ratio_text, table
 
 __all__ = ["BenchWorkerError", "PipelineBenchReport", "PipelineResult", "run_pipeline_bench", "to_json", "to_markdown"]
@@ -78,11 +79,13 @@ class PipelineBenchReport:
     """The results of a run by method, and the cut that its pipelines have.
 
     Attributes:
+        dtype: Type of the arithmetic, `"float32"` or `"bfloat16"`.
         split_at: First layer of every stage but the first.
         expected: What each stage was expected to cost, as a table; empty where the cut was not measured.
         results: The results by the methods' keys.
     """
 
+    dtype: str
     split_at: list[int]
     expected: str
     results: dict[str, PipelineResult]
@@ -109,6 +112,7 @@ def run_pipeline_bench(settings: PipelineBenchSettings, progress: bool = True) -
 
     checkpoint = resolve_model(settings.model)
     split_at = _given_split(settings, checkpoint)
+    settings = replace(settings, dtype=choose_arithmetic(settings.dtype, "cpu").dtype)
     store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
     measured: dict[str, list[_Round]] = {method: [] for method in settings.methods}
     with (
@@ -130,7 +134,7 @@ def run_pipeline_bench(settings: PipelineBenchSettings, progress: bool = True) -
             measured[run.method].append(_measure(run, bar.update))
     baseline = _median_step(measured["lopt"]) if "lopt" in measured else None
     results = {method: _result(method, settings, rounds, baseline) for method, rounds in measured.items()}
-    return PipelineBenchReport(split_at, expected, results)
+    return PipelineBenchReport(settings.dtype, split_at, expected, results)
 
 
 def _given_split(settings: PipelineBenchSettings, checkpoint: str) -> list[int] | None:

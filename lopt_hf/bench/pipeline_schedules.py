@@ -35,7 +35,7 @@ class _StageModule(nn.Module):
         super().__init__()
         self.model = model
         self.plan = plan
-        self.autocast = run.settings.dtype == "bf16"
+        self.autocast = run.settings.dtype == "bfloat16"
         # As TRL counts them: the first token of a sequence is predicted from nothing.
         self.num_predicted = run.settings.batch_size * (run.settings.seq_length - 1)
         self.fused = run.settings.schedule_loss == "fused"

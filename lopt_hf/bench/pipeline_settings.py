@@ -5,6 +5,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from lopt_hf.bench.processes import MALLOC, MALLOC_HELP
+from lopt_hf.common.arithmetic import DTYPE_HELP, read_dtype
 
 __all__ = ["METHODS", "PipelineBenchSettings"]
 
@@ -18,7 +19,6 @@ METHODS = {
 _CHOICES: dict[str, tuple[str, ...]] = {
     "objective": ("reconstruction", "readout"),
     "split": ("auto", "even"),
-    "dtype": ("bf16", "fp32"),
     "malloc": tuple(MALLOC),
     "schedule_loss": ("fused", "logits"),
 }
@@ -60,12 +60,13 @@ class PipelineBenchSettings:
     steps: int = _option(3, "Timed steps per method and round.")
     warmup: int = _option(2, "Untimed steps before them; the last of them counts the saved bytes.")
     rounds: int = _option(2, "How often the methods take turns, each time in new processes.")
-    dtype: str = _option("fp32", "bf16 (autocast over fp32 weights) or fp32.")
+    dtype: str = _option("auto", f"{DTYPE_HELP} The weights are float32.")
     malloc: str = _option("keep", MALLOC_HELP)
     threads: int = _option(1, "CPU threads per process.")
     seed: int = _option(0, "Seed of the data order and of new weights.")
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", read_dtype(self.dtype))
         for name, smallest in _SMALLEST.items():
             if getattr(self, name) < smallest:
                 raise ValueError(f"{name}={getattr(self, name)} is too small; set it to {smallest} or more.")

@@ -139,7 +139,7 @@ def find_split(on_step: Callable[[], None], checkpoint: str, settings: PipelineB
         settings.micro_batch_size,
         settings.seq_length,
         objective=settings.objective,
-        autocast=torch.bfloat16 if settings.dtype == "bf16" else None,
+        autocast=torch.bfloat16 if settings.dtype == "bfloat16" else None,
         accumulation_steps=settings.microbatches,
     )
     split_at = balanced_split(costs, settings.stages)
@@ -190,7 +190,7 @@ def make_config(run: MethodRun) -> SFTConfig:
         "max_length": None,
         "train_sampling_strategy": "sequential",
         "lr_scheduler_type": "constant",  # methods run different numbers of steps; their losses stay comparable
-        "bf16": settings.dtype == "bf16",
+        "bf16": settings.dtype == "bfloat16",
         "use_cpu": True,
         "activation_checkpointing": False,
         "seed": settings.seed,

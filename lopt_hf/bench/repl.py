@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from typing import Any
 
+from lopt_hf.common.arithmetic import DTYPE_HELP, choose_arithmetic, read_dtype
 from lopt_hf.common.tables import describe_run, interquartile_range
 
 __all__ = ["RepLBenchSettings", "RepLResult", "run_repl_bench", "to_json", "to_markdown"]
@@ -35,9 +36,11 @@ class RepLBenchSettings:
     calibration_tokens: int = field(
         default=8192, metadata={"help": "Tokens to calibrate four layers on, chosen by block influence."}
     )
+    dtype: str = field(default="auto", metadata={"help": f"{DTYPE_HELP} The weights are of that type too."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads; torch's default if unset."})
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", read_dtype(self.dtype))
         for name, smallest in _SMALLEST.items():
             if getattr(self, name) < smallest:
                 raise ValueError(f"{name}={getattr(self, name)} is too small; set it to {smallest} or more.")
@@ -48,6 +51,7 @@ class RepLResult:
     """What was measured.
 
     Attributes:
+        dtype: Type of weights and arithmetic, `"float32"` or `"bfloat16"`.
         full_seconds: Seconds of each turn of the full model.
         folded_seconds: Seconds of each turn of the folded one.
         new_tokens: Tokens generated in a turn.
@@ -55,6 +59,7 @@ class RepLResult:
         replaced: How many layers the folded model has replaced, and of how many.
     """
 
+    dtype: str
     full_seconds: list[float]
     folded_seconds: list[float]
     new_tokens: int
@@ -84,9 +89,10 @@ def run_repl_bench(settings: RepLBenchSettings) -> RepLResult:
 
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    arithmetic = choose_arithmetic(settings.dtype, "cpu")
     name = resolve_model(settings.model)
     tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=arithmetic.torch_dtype).eval()
     config = RepLConfig(num_layers_to_replace=4, calibration_tokens=settings.calibration_tokens)
     _, seconds = make_variant(model, config, [general_text()], tokenizer)
     # What the surrogates start from changes no arithmetic.
@@ -102,7 +108,7 @@ def run_repl_bench(settings: RepLBenchSettings) -> RepLResult:
             if turn:
                 times[index].append(cost)
     counts = (model.config.num_hidden_layers - folded.config.num_hidden_layers, model.config.num_hidden_layers)
-    return RepLResult(*times, settings.tokens * settings.batch_size, seconds, counts)
+    return RepLResult(arithmetic.dtype, *times, settings.tokens * settings.batch_size, seconds, counts)
 
 
 def _generate(model: Any, prompts_BT: Any, tokens: int) -> float:

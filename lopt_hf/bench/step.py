@@ -18,6 +18,7 @@ from lopt_hf.bench.processes import GRACE_SECONDS, MALLOC, BenchWorkerError, cha
 from lopt_hf.bench.step_settings import StepBenchSettings, StepRow, make_rows
 from lopt_hf.bench.step_worker import work
 from lopt_hf.bench.training import num_layers
+from lopt_hf.common.arithmetic import choose_arithmetic
 from lopt_hf.common.tables import describe_run, interquartile_range, mega, ratio_text, table
 
 __all__ = ["BenchWorkerError", "StepBenchSettings", "StepResult", "run_step_bench", "to_json", "to_markdown"]
@@ -32,6 +33,7 @@ class StepResult:
 
     Attributes:
         method: Name of the row.
+        dtype: Type of the arithmetic, `"float32"` or `"bfloat16"`.
         peak_saved_bytes: Peak bytes that autograd keeps for backward in a step, see `SavedBytes`.
         saved_bytes_ratio: The same relative to `e2e` in this run; `None` without `e2e`.
         peak_gradient_bytes: Peak bytes that parameters hold in `.grad` in a step, see `GradientBytes`.
@@ -50,6 +52,7 @@ class StepResult:
     """
 
     method: str
+    dtype: str
     peak_saved_bytes: float
     saved_bytes_ratio: float | None
     peak_gradient_bytes: float
@@ -89,6 +92,7 @@ def run_step_bench(settings: StepBenchSettings, progress: bool = True) -> list[S
 
     checkpoint = resolve_model(settings.model)
     _check_model(settings, checkpoint)
+    settings = replace(settings, dtype=choose_arithmetic(settings.dtype).dtype)
     groups = _groups(make_rows(settings))
     total = sum(row.total_steps for group in groups for row in group)
     with (
@@ -99,7 +103,7 @@ def run_step_bench(settings: StepBenchSettings, progress: bool = True) -> list[S
         for group in groups:
             bar.set_description(f"loading: {group[-1].name}")
             measured.append(_measure(group, settings, checkpoint, folder, bar.set_description, bar.update))
-    return _results(measured)
+    return _results(measured, settings.dtype)
 
 
 def _groups(rows: list[StepRow]) -> list[list[StepRow]]:
@@ -225,7 +229,7 @@ class _Worker:
         return content
 
 
-def _results(groups: list[list[_Measured]]) -> list[StepResult]:
+def _results(groups: list[list[_Measured]], dtype: str) -> list[StepResult]:
     """One result for each row; what was measured of end-to-end training beside each method is put together."""
     common = min(len(measured.summary["losses"]) for group in groups for measured in group)
     baselines = [group[0] for group in groups if len(group) == 2]
@@ -233,16 +237,17 @@ def _results(groups: list[list[_Measured]]) -> list[StepResult]:
     if baselines:
         together = replace(baselines[0], timed_seconds=[s for base in baselines for s in base.timed_seconds])
         together.summary["peak_resident_bytes"] = max(base.summary["peak_resident_bytes"] for base in baselines)
-        results.append(_result(together, together, common))
+        results.append(_result(together, together, common, dtype))
     for group in groups:
         baseline = group[0] if group[0].row.method == "e2e" else None
-        results.append(_result(group[-1], baseline, common))
+        results.append(_result(group[-1], baseline, common, dtype))
     return results
 
 
-def _result(measured: _Measured, baseline: _Measured | None, common_step: int) -> StepResult:
+def _result(measured: _Measured, baseline: _Measured | None, common_step: int, dtype: str) -> StepResult:
     return StepResult(
         method=measured.row.name,
+        dtype=dtype,
         peak_saved_bytes=measured.peak_saved_bytes,
         saved_bytes_ratio=measured.peak_saved_bytes / baseline.peak_saved_bytes if baseline else None,
         peak_gradient_bytes=measured.peak_gradient_bytes,

@@ -4,13 +4,13 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 
 from lopt_hf.bench.processes import MALLOC, MALLOC_HELP
+from lopt_hf.common.arithmetic import DTYPE_HELP, read_dtype
 
 __all__ = ["LORA_RANK", "METHODS", "REPL_EVERY", "StepBenchSettings", "StepRow", "make_rows", "mlaan_window"]
 
 METHODS = ("e2e", "e2e_checkpointing", "lopt", "lopt_local_step", "freeze", "lora")
 CHOICES = (*METHODS, "mlaan", "repl")
 REPL_EVERY = 4  # RepL, arXiv 2605.19533: every 4th layer
-DTYPES = ("bf16", "fp32")
 EMBEDDINGS = ("untie", "freeze")
 CLIP_SCOPES = ("block", "part")  # those that local_step works with
 LORA_RANK = 16  # peft's documentation uses it throughout; LoRA, arXiv 2106.09685, Sec. 7.2: small ranks suffice
@@ -52,19 +52,19 @@ class StepBenchSettings:
         default=9, metadata={"help": "Timed steps per method; an interval n runs whole cycles of n, at least two."}
     )
     warmup: int = field(default=2, metadata={"help": "Untimed steps after the memory measurement."})
-    dtype: str = field(default="bf16", metadata={"help": "bf16 (autocast over fp32 weights) or fp32."})
+    dtype: str = field(default="auto", metadata={"help": f"{DTYPE_HELP} The weights are float32."})
     seed: int = field(default=0, metadata={"help": "Seed of the data order and of new weights."})
     malloc: str = field(default="keep", metadata={"help": MALLOC_HELP})
     threads: int | None = field(default=None, metadata={"help": "CPU threads per method; torch's default if unset."})
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", read_dtype(self.dtype))
         for name, smallest in _SMALLEST.items():
             value = getattr(self, name)
             if value is not None and value < smallest:
                 raise ValueError(f"{name}={value} is too small; set it to {smallest} or more.")
         choices = (
             ("methods", CHOICES, self.methods),
-            ("dtype", DTYPES, (self.dtype,)),
             ("tied_embeddings", EMBEDDINGS, (self.tied_embeddings,)),
             ("clip_scope", CLIP_SCOPES, self.clip_scope),
             ("malloc", tuple(MALLOC), (self.malloc,)),

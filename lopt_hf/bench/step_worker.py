@@ -64,7 +64,7 @@ def _make_trainer(row: StepRow, settings: StepBenchSettings, checkpoint: str, fo
         "max_length": None,
         "train_sampling_strategy": "sequential",
         "lr_scheduler_type": "constant",  # methods run different numbers of steps; their losses stay comparable
-        "bf16": settings.dtype == "bf16",
+        "bf16": settings.dtype == "bfloat16",
         "use_cpu": not torch.accelerator.is_available(),
         "gradient_checkpointing": row.method == "e2e_checkpointing",
         # what the non-reentrant form recomputes would stay unseen, see `SavedBytes`

@@ -10,15 +10,17 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch  # at run time where it is used: settings are read, and help is shown, without its second of import
 
 __all__ = ["DTYPE_HELP", "Arithmetic", "choose_arithmetic", "measure_arithmetic", "pick_bf16", "read_dtype"]
 
 logger = logging.getLogger(__name__)
 
-DTYPE_HELP = "auto (the faster of the two on this machine, measured), float32 or bfloat16."
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPE_HELP = "Arithmetic: auto, the faster on this machine by measuring (bfloat16 on a GPU), float32 or bfloat16."
+DTYPES = ("float32", "bfloat16")
 _SPELLINGS = {"fp32": "float32", "bf16": "bfloat16"}
 
 # Ours: the smallest product whose speed is close to that of a training step's; 30 ms where bfloat16 is emulated
@@ -45,9 +47,9 @@ class Arithmetic:
     gflops: Mapping[str, float] = field(hash=False)
 
     @property
-    def torch_dtype(self) -> torch.dtype:
+    def torch_dtype(self) -> "torch.dtype":
         """The type as torch's."""
-        return DTYPES[self.dtype]
+        return _torch_dtype(self.dtype)
 
     def __str__(self) -> str:
         return f"Arithmetic: {self.dtype} on {self.device}, {self.reason}."
@@ -123,7 +125,15 @@ def pick_bf16(bf16: bool | None, fp16: bool) -> bool:
     return bool(bf16)
 
 
+def _torch_dtype(name: str) -> "torch.dtype":
+    import torch
+
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
 def _device_at_hand() -> str:
+    import torch
+
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return "cpu" if accelerator is None else accelerator.type
 
@@ -139,16 +149,20 @@ def _measure_cpu() -> Arithmetic:
 
 def _seconds_per_product() -> dict[str, float]:
     """The shortest time of a product in each type: what else the machine does can only make it longer."""
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # on a busy machine several threads wait for each other a hundred times as long
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            return {name: _shortest(dtype) for name, dtype in DTYPES.items()}
+            return {name: _shortest(_torch_dtype(name)) for name in DTYPES}
     finally:
         torch.set_num_threads(threads)
 
 
-def _shortest(dtype: torch.dtype) -> float:
+def _shortest(dtype: "torch.dtype") -> float:
+    import torch
+
     a = torch.ones(_SIZE, _SIZE, dtype=dtype, device="cpu")  # drawn numbers would move the caller's seed
     times: list[float] = []
     while len(times) < _REPEATS and sum(times) < _SECONDS_PER_DTYPE:  # the first one prepares the kernel
@@ -166,6 +180,8 @@ def _ask_accelerator(device: str) -> Arithmetic:
 
 
 def _has_bfloat16(device: str) -> bool:
+    import torch
+
     if device in ("cuda", "xpu"):
         return bool(torch.get_device_module(device).is_bf16_supported(including_emulation=False))
     try:

@@ -8,7 +8,7 @@ what a folded RepL model saves where it is used.
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from lopt_hf.bench import pipeline, repl
 from lopt_hf.bench.pipeline_settings import PipelineBenchSettings
 from lopt_hf.bench.repl import RepLBenchSettings, run_repl_bench
 from lopt_hf.bench.step import BenchWorkerError, StepBenchSettings, run_step_bench, to_json, to_markdown
+from lopt_hf.common.arithmetic import choose_arithmetic
 from lopt_hf.scripts.settings import add_settings
 
 __all__ = ["main", "make_parser"]
@@ -111,19 +112,19 @@ def _add_options(parser: argparse.ArgumentParser, settings: Any) -> None:
 
 
 def _run_step(arguments: argparse.Namespace) -> None:
-    settings = _read_settings(arguments, StepBenchSettings)
+    settings = _choose_dtype(_read_settings(arguments, StepBenchSettings))
     results = run_step_bench(settings)
     _report(to_markdown(results), to_json(results, settings), arguments.output)
 
 
 def _run_pipeline(arguments: argparse.Namespace) -> None:
-    settings = _read_settings(arguments, PipelineBenchSettings)
+    settings = _choose_dtype(_read_settings(arguments, PipelineBenchSettings), "cpu")
     report = pipeline.run_pipeline_bench(settings)
     _report(pipeline.to_markdown(report), pipeline.to_json(report, settings), arguments.output)
 
 
 def _run_repl(arguments: argparse.Namespace) -> None:
-    settings = _read_settings(arguments, RepLBenchSettings)
+    settings = _choose_dtype(_read_settings(arguments, RepLBenchSettings), "cpu")
     result = run_repl_bench(settings)
     _report(repl.to_markdown(result), repl.to_json(result, settings), arguments.output)
 
@@ -132,6 +133,13 @@ def _read_settings(arguments: argparse.Namespace, settings: Any) -> Any:
     if arguments.output is not None and not arguments.output.absolute().parent.is_dir():
         raise ValueError(f"output={arguments.output}: its folder does not exist; create it or name another file.")
     return settings(**{setting.name: getattr(arguments, setting.name) for setting in fields(settings)})
+
+
+def _choose_dtype(settings: Any, device: str | None = None) -> Any:
+    """Says which arithmetic is chosen and why; the settings, with that in place of `"auto"`."""
+    arithmetic = choose_arithmetic(settings.dtype, device)
+    print(f"{arithmetic}\n", flush=True)
+    return replace(settings, dtype=arithmetic.dtype)
 
 
 def _report(markdown: str, text: str, output: Path | None) -> None:

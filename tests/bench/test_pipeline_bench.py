@@ -28,7 +28,7 @@ def report(tiny_model, tmp_path_factory):
     """All methods through the command, as JSON."""
     output = tmp_path_factory.mktemp("report") / "report.json"
     size = ["--micro-batch-size", "1", "--seq-length", "16"]
-    rounds = ["--rounds", "1", "--warmup", "1", "--steps", "2"]
+    rounds = ["--rounds", "1", "--warmup", "1", "--steps", "2", "--dtype", "float32"]
     with forked_instead_of_spawned(processes):
         main(["pipeline", "--model", str(tiny_model), *size, *rounds, "--output", str(output)])
     return json.loads(output.read_text())
@@ -39,6 +39,7 @@ def report(tiny_model, tmp_path_factory):
 
 def test_every_method_has_its_row(report):
     assert list(report["results"]) == list(METHODS)
+    assert report["dtype"] == report["settings"]["dtype"] == "float32"
     for result in report["results"].values():
         assert len(result["step_seconds"]) == 2
         assert result["tokens_per_second"] > 0
@@ -59,6 +60,7 @@ def test_loss_on_whole_logits_is_that_of_the_fused_head(report, tiny_model, tmp_
         model=str(tiny_model),
         methods=("1f1b",),
         schedule_loss="logits",
+        dtype="fp32",
         split_at=tuple(report["split_at"]),
         micro_batch_size=1,
         seq_length=16,
@@ -211,7 +213,7 @@ def test_markdown():
     ppll = make_result("ppll", tokens_per_second=190.0, speedup=1.9, waiting=[0.01, 0.025], saved_bytes=[100_000_000])
     gpipe = make_result("gpipe", core_share=0.5)
     results = {"lopt": make_result("lopt"), "ppll": ppll, "gpipe": gpipe}
-    lines = to_markdown(PipelineBenchReport([18], "", results)).splitlines()
+    lines = to_markdown(PipelineBenchReport("float32", [18], "", results)).splitlines()
     assert lines[2] == "| one process, local learning | 100 | 1.00 | 10.25 | 0.25 | 10.00 | - | 400 | 3,000 | 2.500 |"
     assert lines[3] == "| PPLL | 190 | 1.90 | 10.25 | 0.25 | 10.00 | 1.0%, 2.5% | 100 | 3,000 | 2.500 |"
     assert lines[6:] == [

@@ -23,6 +23,7 @@ from lopt_hf.bench.step import (
     to_markdown,
 )
 from lopt_hf.bench.step_settings import make_rows
+from lopt_hf.common.arithmetic import choose_arithmetic
 from lopt_hf.common.tables import interquartile_range
 from lopt_hf.scripts.bench import main
 from tests.forkserver import forked_instead_of_spawned
@@ -68,6 +69,7 @@ def run(tiny_model):
 def make_result(**values):
     result = {
         "method": "e2e",
+        "dtype": "bfloat16",
         "peak_saved_bytes": 962e6,
         "saved_bytes_ratio": 1.0,
         "peak_gradient_bytes": 538e6,
@@ -148,6 +150,7 @@ def test_report_of_a_run(run):
     report = json.loads(to_json(list(results.values()), settings))
     assert report["settings"]["seq_length"] == 32
     assert report["results"][0]["method"] == "e2e"
+    assert {result["dtype"] for result in report["results"]} == {choose_arithmetic().dtype}
     assert len(to_markdown(list(results.values())).splitlines()) == 2 + len(results)
 
 
@@ -193,7 +196,7 @@ def test_settings_that_do_not_fit_the_model(tiny_model, values, message):
         ({"methods": ("e2e", "loptt")}, "methods='loptt' is unknown, nearest is 'lopt'"),
         ({"methods": ("e2e", "e2e")}, "methods=.* each value once"),
         ({"methods": ()}, "methods=.* at least one"),
-        ({"dtype": "fp16"}, "dtype='fp16' is unknown, nearest is '.*'; use bf16, fp32"),
+        ({"dtype": "fp16"}, "dtype='fp16' is unknown; use auto, float32 or bfloat16"),
         ({"num_blocks": (1, 2)}, "num_blocks=.*2 blocks or more"),
         ({"local_update_interval": (0, 1)}, "local_update_interval=.*1 .*or more"),
         ({"split_at": (2, 3)}, r"split_at=\(2, 3\) cuts 3 blocks, but num_blocks=\(2, 4\); set num_blocks to 3 alone"),
@@ -222,6 +225,11 @@ def test_rows_of_the_defaults():
     assert rows["e2e"].timed_steps == 9
     assert rows["LoPT K=2, interval 4"].timed_steps == 8
     assert rows["LoPT K=2, interval 4"].total_steps == 4 + 2 + 8
+
+
+@pytest.mark.parametrize(("old", "name"), [("bf16", "bfloat16"), ("fp32", "float32")])
+def test_old_spelling_of_a_type(old, name):
+    assert StepBenchSettings(dtype=old).dtype == name
 
 
 def test_time_over_a_cycle():

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lopt_hf import RepLModel
+from lopt_hf.common.arithmetic import choose_arithmetic
 from lopt_hf.scripts import bench, repl
 from tests.repl.helpers import make_stock
 from tests.tiny import make_tokenizer
@@ -161,13 +162,19 @@ def test_a_bad_value_ends_the_command_before_the_model_is_loaded(folder, capsys)
     assert "branches=['vlaue'] must name" in capsys.readouterr().err
 
 
-def test_bench(folder, capsys):
+def test_bench(folder, capsys, tmp_path):
     options = ["--every", "2", "--tokens", "4", "--prompt-tokens", "8", "--rounds", "2", "--calibration-tokens", "512"]
     make_stock(num_hidden_layers=10).save_pretrained(folder / "deeper")
     make_tokenizer().save_pretrained(folder / "deeper")
     bench.main(["repl", "--model", str(folder / "deeper"), *options])
     table = capsys.readouterr().out
     assert "RepL, 4 of 10 layers, folded" in table and "Choosing and calibrating 4 layers" in table
+    assert table.startswith(str(choose_arithmetic(device="cpu")))
+    bench.main(
+        ["repl", "--model", str(folder / "deeper"), *options, "--dtype", "bf16", "--output", str(tmp_path / "x")]
+    )
+    report = json.loads((tmp_path / "x").read_text())
+    assert report["settings"]["dtype"] == report["result"]["dtype"] == "bfloat16"
 
 
 def test_bench_input(capsys):
