@@ -5,12 +5,12 @@ from difflib import get_close_matches
 
 from lopt_hf.bench.processes import MALLOC, MALLOC_HELP
 from lopt_hf.common.arithmetic import DTYPE_HELP, read_dtype
+from lopt_hf.common.compared_methods import REPL_EVERY, mlaan_window
 
-__all__ = ["LORA_RANK", "METHODS", "REPL_EVERY", "StepBenchSettings", "StepRow", "make_rows", "mlaan_window"]
+__all__ = ["LORA_RANK", "METHODS", "StepBenchSettings", "StepRow", "make_rows"]
 
 METHODS = ("e2e", "e2e_checkpointing", "lopt", "lopt_local_step", "freeze", "lora")
 CHOICES = (*METHODS, "mlaan", "repl")
-REPL_EVERY = 4  # RepL, arXiv 2605.19533: every 4th layer
 EMBEDDINGS = ("untie", "freeze")
 CLIP_SCOPES = ("block", "part")  # those that local_step works with
 LORA_RANK = 16  # peft's documentation uses it throughout; LoRA, arXiv 2106.09685, Sec. 7.2: small ranks suffice
@@ -109,11 +109,6 @@ class StepRow:
     @property
     def total_steps(self) -> int:
         return self.interval + self.warmup + self.timed_steps
-
-
-def mlaan_window(num_blocks: int) -> int:
-    """MLAAN's windows of two blocks (its code); of one where two would be the whole model."""
-    return min(2, num_blocks - 1)
 
 
 def make_rows(settings: StepBenchSettings) -> list[StepRow]:

@@ -8,8 +8,9 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from lopt_hf.bench.processes import FailuresTo, peak_resident_bytes
-from lopt_hf.bench.step_settings import LORA_RANK, REPL_EVERY, StepBenchSettings, StepRow, mlaan_window
+from lopt_hf.bench.step_settings import LORA_RANK, StepBenchSettings, StepRow
 from lopt_hf.bench.training import silence, token_rows
+from lopt_hf.common.compared_methods import REPL_EVERY, mlaan_window
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback

@@ -4,13 +4,12 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from lopt_hf.bench.step_settings import mlaan_window
+from lopt_hf.common.compared_methods import REPL_EVERY, mlaan_window
 from lopt_hf.repl.neighbours import check_family
 
 __all__ = ["STRATEGIES", "Strategy", "make_strategies"]
 
 END_TO_END = "end-to-end"
-REPL_EVERY = 4  # RepL, arXiv 2605.19533: every 4th layer
 STRATEGIES = ("e2e", "lopt", "lopt_local_step", "mlaan", "freeze", "lora", "repl", "ppll", "joint")
 DEFAULT_STRATEGIES = STRATEGIES[:-1]
 

@@ -4,7 +4,9 @@ from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
-__all__ = ["BRANCHES", "OPERATORS", "RepLConfig"]
+__all__ = ["BRANCHES", "OPERATORS", "UNFOLDED_MODEL_TYPE", "RepLConfig"]
+
+UNFOLDED_MODEL_TYPE = "repl_unfolded"  # in the config.json of a model whose surrogates still follow their neighbours
 
 OPERATORS = ("linear", "branches", "proj", "head", "mlp", "head+mlp")
 PLACEMENTS = ("block_influence", "every")

@@ -4,6 +4,8 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
+from lopt_hf.repl.config import UNFOLDED_MODEL_TYPE
+
 __all__ = ["RepLModelConfig"]
 
 
@@ -14,7 +16,7 @@ class RepLModelConfig(PreTrainedConfig):
     fields of `RepLConfig`.
     """
 
-    model_type = "repl_unfolded"
+    model_type = UNFOLDED_MODEL_TYPE
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -21,5 +21,5 @@ class FoldedRepLConfig(PreTrainedConfig):
         """Makes the config of the family that `config_dict["repl"]` names."""
         from .modeling_repl import make_folded_classes
 
-        config_class, _ = make_folded_classes(config_dict["repl"]["architecture"])
+        config_class, _ = make_folded_classes(config_dict["repl"]["architecture"], FoldedRepLConfig.model_type)
         return config_class.from_dict(config_dict, **kwargs)

@@ -12,8 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClas
 from lopt_hf.common.upstream.torch import forward_pre_hooks
 from lopt_hf.repl.calibration import block_influence, calibrate
 from lopt_hf.repl.calibration_data import make_batches
-from lopt_hf.repl.config import RepLConfig
-from lopt_hf.repl.configuration_dynamic import RepLModelConfig
+from lopt_hf.repl.config import UNFOLDED_MODEL_TYPE, RepLConfig
 from lopt_hf.repl.configuration_repl import FoldedRepLConfig
 from lopt_hf.repl.cost import SurrogateCost, cost_of, layer_cost
 from lopt_hf.repl.modeling_repl import (
@@ -69,7 +68,7 @@ class RepLModel:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **hub)
-        if config.model_type != RepLModelConfig.model_type:
+        if config.model_type != UNFOLDED_MODEL_TYPE:
             folded = config.model_type == FoldedRepLConfig.model_type
             raise ValueError(
                 f"{str(pretrained_model_name_or_path)!r} holds "
@@ -133,7 +132,7 @@ class RepLModel:
             surrogate.load_state_dict(operator.synthesise(hook.previous, hook.following))
             attach(layers[index], surrogate.eval(), SurrogateHook())
             folded[str(index)] = operator.spec
-        config_class, model_class = make_folded_classes(repl["architecture"])
+        config_class, model_class = make_folded_classes(repl["architecture"], FoldedRepLConfig.model_type)
         _change_class(self.config, config_class)
         self.config.repl = {**_origin(repl), "removed": repl["removed"], "surrogates": folded}
         self.__class__ = model_class
@@ -168,7 +167,7 @@ def _neighbours(
 @lru_cache
 def make_classes(architecture: str) -> tuple[Any, Any]:
     """The unfolded model's config class and model class of an architecture, registered with the auto classes."""
-    return family_classes(architecture, "RepL", RepLModelConfig.model_type, RepLModel)
+    return family_classes(architecture, "RepL", UNFOLDED_MODEL_TYPE, RepLModel)
 
 
 def get_repl_model(

@@ -1,6 +1,6 @@
 """Folded RepL models: some layers of a stock model are replaced by static surrogates.
 
-Copied beside exported checkpoints, for `trust_remote_code=True`: imports torch, transformers and its pair only.
+Copied beside exported checkpoints, for `trust_remote_code=True`: imports torch and transformers only.
 
 Shapes: B batch, T tokens, D hidden channels, I inner width of the MLP.
 """
@@ -15,8 +15,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-
-from .configuration_repl import FoldedRepLConfig
 
 __all__ = ["FoldedSurrogate", "SurrogateHook", "family_classes", "find_layers", "make_folded_classes"]
 
@@ -174,6 +172,11 @@ def family_classes(architecture: str, prefix: str, model_type: str, mixin: type)
 
 
 @lru_cache
-def make_folded_classes(architecture: str) -> tuple[Any, Any]:
-    """The folded model's config class and model class of an architecture, registered with the auto classes."""
-    return family_classes(architecture, "FoldedRepL", FoldedRepLConfig.model_type, FoldedModel)
+def make_folded_classes(architecture: str, model_type: str) -> tuple[Any, Any]:
+    """Makes the folded model's config class and model class, registered with the auto classes.
+
+    Args:
+        architecture: Name of a model class of `transformers`.
+        model_type: That of `FoldedRepLConfig`.
+    """
+    return family_classes(architecture, "FoldedRepL", model_type, FoldedModel)
