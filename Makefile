@@ -1,4 +1,4 @@
-.PHONY: demo test quality figures notebooks
+.PHONY: demo test check-fast test-changed types quality figures notebooks
 
 demo:  ## the main job on this machine: fine-tune SmolLM2-135M with LoPT, compare before and after
 	lopt-hf demo
@@ -6,10 +6,20 @@ demo:  ## the main job on this machine: fine-tune SmolLM2-135M with LoPT, compar
 test:  ## the default test suite
 	pytest
 
-quality:  ## lint, format, types
+check-fast:  ## lint, format, types and the tests of what differs from main, in under two minutes
 	ruff check .
 	ruff format --check .
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target types test-changed
+
+test-changed:
+	python tests/changed.py
+
+types:
 	mypy
+
+quality: types  ## lint, format, types
+	ruff check .
+	ruff format --check .
 
 figures:  ## the drawings in the README
 	python assets/draw_mechanism.py
