@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 NUM_LAYERS = 24
 ALLOWANCE = 80 * 2**20  # for what loading does beside: the threads that read, the index of the files
 
@@ -33,7 +33,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def measure(checkpoint: Path, dtype: str, num_stages: int, index: int = 0) -> dict[str, int]:
-    command = [sys.executable, "-m", "tests.pipeline.loading_memory", str(checkpoint), dtype]
+    command = [sys.executable, "-m", "tests.pipeline.runtime.loading_memory", str(checkpoint), dtype]
     command += [str(number) for number in (NUM_LAYERS, num_stages, index)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
