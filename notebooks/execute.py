@@ -16,10 +16,9 @@ from tempfile import TemporaryDirectory
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
 
-CELL_TIMEOUT = 300  # seconds; ours: the slowest notebook as a whole took 79 on two busy cores
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -32,7 +31,7 @@ def execute(path: Path) -> NotebookNode:
     with TemporaryDirectory() as folder:
         NotebookClient(
             notebook,
-            timeout=CELL_TIMEOUT,
+            timeout=None,  # a slow machine is no failure
             kernel_name="python3",
             resources={"metadata": {"path": folder}},
             extra_arguments=["--log-level=ERROR"],  # of the kernel itself
@@ -67,7 +66,7 @@ def main() -> None:
         began = time.monotonic()
         try:
             notebook = execute(path)
-        except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+        except (CellExecutionError, DeadKernelError) as error:
             sys.exit(f"{path.name} failed after {time.monotonic() - began:.0f} s:\n{error}")
         print(f"{path.name}: {time.monotonic() - began:.0f} s", flush=True)
         if options.write:

@@ -19,7 +19,7 @@ from lopt_hf.local.blocks import DecoderStack
 __all__ = ["LayerCall", "record_layer_calls"]
 
 # A copy keeps no keys and values of its own, and must not write into the model's.
-_CACHES = ("past_key_values", "past_key_value", "layer_past")
+_CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 
 
 class _StopForwardError(Exception):

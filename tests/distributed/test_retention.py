@@ -24,7 +24,7 @@ def launch(notes: Path, *options: object) -> list[dict[str, Any]]:
     """Runs two ranks, and returns what each was asked."""
     notes.mkdir()
     command = [*LAUNCH, "-m", "tests.distributed.retention_worker", str(notes)]
-    result = subprocess.run([*command, *map(str, options)], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    result = subprocess.run([*command, *map(str, options)], capture_output=True, text=True, cwd=ROOT, timeout=600)
     assert result.returncode == 0, result.stderr[-3000:]
     return [json.loads((notes / f"rank-{rank}.json").read_text()) for rank in range(2)]
 

@@ -52,7 +52,7 @@ def test_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path, kind, num
     make_resumable_trainer(tmp_path / "whole", kind, num_blocks, accumulation).train()
     killed = CONTEXT.Process(target=run_until_killed, args=(tmp_path / "killed", kind, num_blocks, accumulation, 6))
     killed.start()
-    killed.join(timeout=120)
+    killed.join(timeout=600)
     assert killed.exitcode == -signal.SIGKILL
     assert Path(get_last_checkpoint(tmp_path / "killed")).name == "checkpoint-4"
     make_resumable_trainer(tmp_path / "killed", kind, num_blocks, accumulation).train(resume_from_checkpoint=True)
