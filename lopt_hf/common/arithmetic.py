@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch  # at run time where it is used: settings are read, and help is shown, without its second of import
 
-__all__ = ["DTYPE_HELP", "Arithmetic", "choose_arithmetic", "measure_arithmetic", "pick_bf16", "read_dtype"]
+__all__ = [
+    "DTYPE_HELP",
+    "Arithmetic",
+    "choose_arithmetic",
+    "choose_for_saved",
+    "measure_arithmetic",
+    "pick_bf16",
+    "read_dtype",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +43,7 @@ class Arithmetic:
     """The type that matrix products are computed in, and why.
 
     Attributes:
-        dtype: `"float32"` or `"bfloat16"`.
+        dtype: `"float32"` or `"bfloat16"`; another only where weights were saved in it.
         device: Type of the device: `"cpu"`, `"cuda"` ...
         reason: Why this one, as a clause.
         gflops: Measured speed of each type in 10^9 operations per second; empty where nothing was measured.
@@ -51,19 +59,28 @@ class Arithmetic:
         """The type as torch's."""
         return _torch_dtype(self.dtype)
 
+    @property
+    def description(self) -> str:
+        """Which and why, as a part of a sentence."""
+        return f"{self.dtype} on {self.device}, {self.reason}"
+
     def __str__(self) -> str:
-        return f"Arithmetic: {self.dtype} on {self.device}, {self.reason}."
+        return f"Arithmetic: {self.description}."
 
 
-def read_dtype(text: str) -> str:
+def read_dtype(text: str, known: str = "auto, float32 or bfloat16") -> str:
     """The name of a type, `"auto"`, `"float32"` or `"bfloat16"`, from that or from the short `fp32` or `bf16`.
+
+    Args:
+        text: What the user wrote.
+        known: What the message says to use, where there is more.
 
     Raises:
         ValueError: If it is none of them.
     """
     name = _SPELLINGS.get(text, text)
     if name != "auto" and name not in DTYPES:
-        raise ValueError(f"dtype={text!r} is unknown; use auto, float32 or bfloat16.")
+        raise ValueError(f"dtype={text!r} is unknown; use {known}.")
     return name
 
 
@@ -102,6 +119,26 @@ def measure_arithmetic(device: str | None = None) -> Arithmetic:
     return _measure_cpu() if device == "cpu" else _ask_accelerator(device)
 
 
+def choose_for_saved(saved: str, what: str, device: str | None = None) -> Arithmetic:
+    """The type to load weights in that are measured as they were saved.
+
+    Args:
+        saved: Type that they were saved in, as torch calls it.
+        what: What was saved, for the reason.
+        device: Type of the device; default: the accelerator, or the CPU where there is none.
+
+    Returns:
+        That type, but float32 for bfloat16 where it is the faster: every bfloat16 number is one of float32. Never
+        bfloat16 for float32, since that would round the weights.
+    """
+    device = device or _device_at_hand()
+    if saved == "bfloat16":
+        measured = measure_arithmetic(device)
+        if measured.dtype != saved:
+            return measured
+    return Arithmetic(saved, device, f"as {what} was saved", {})
+
+
 def pick_bf16(bf16: bool | None, fp16: bool) -> bool:
     """What a training argument `bf16` should be on a CPU.
 
@@ -128,7 +165,8 @@ def pick_bf16(bf16: bool | None, fp16: bool) -> bool:
 def _torch_dtype(name: str) -> "torch.dtype":
     import torch
 
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def _device_at_hand() -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from lopt_hf.compare.contrasts import MethodPoint, matched_contrasts, rate_contrasts
 from lopt_hf.compare.grid import Grid, GridRun
-from lopt_hf.compare.grid_training import heldout_rows, model_folder
+from lopt_hf.compare.grid_training import arithmetic_argument, heldout_rows, model_folder, training_arithmetic
 from lopt_hf.retention.benchmark import Candidate, RetentionBenchmark, flips
 from lopt_hf.retention.measuring import MeasuringSettings
 from lopt_hf.retention.results import Contrast, RetentionReport
@@ -34,9 +34,20 @@ class GridMeasurement:
         self.benchmark = RetentionBenchmark(
             grid.model,
             load_entries([SuiteTask(name) for name in grid.tasks], include_path),
-            MeasuringSettings(samples=grid.samples, batch_size=grid.eval_batch_size, dtype=grid.eval_dtype),
+            MeasuringSettings(
+                samples=grid.samples,
+                batch_size=grid.eval_batch_size,
+                dtype=grid.dtype if grid.eval_dtype == "auto" else grid.eval_dtype,
+            ),
             ScoreCache(grid.output_path / "scores"),
             heldout_rows(grid),
+        )
+
+    def describe_arithmetic(self) -> str:
+        """In which types the grid trains and measures, and why, in one line."""
+        return (
+            f"Arithmetic: training in {training_arithmetic(self.grid).description} (where bf16 and fp16 are unset); "
+            f"measuring in {self.benchmark.arithmetic.description}."
         )
 
     def report(self) -> RetentionReport:
@@ -92,5 +103,5 @@ class GridMeasurement:
             "train_dataset": f"{grid.train_dataset}, split {grid.train_split}: {grid.num_train} rows for each run",
             "heldout_dataset": f"{grid.heldout_dataset}, split {grid.heldout_split}: {grid.num_heldout} rows",
             "seeds": list(grid.seeds),
-            "training": dict(grid.training),
+            "training": {**grid.training, **arithmetic_argument(grid, grid.training)},
         }

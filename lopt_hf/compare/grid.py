@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from lopt_hf.common.arithmetic import DTYPE_HELP, read_dtype
+
 __all__ = ["Grid", "GridRun", "load_grid"]
 
 # An option of a method that stands for another one: the early blocks' rate, as a share of the run's learning rate
@@ -93,11 +95,24 @@ class Grid:
     num_heldout: int = field(default=64, metadata={"help": "First rows of the held-out data."})
     workers: int = field(default=1, metadata={"help": "Runs at a time; on a CPU each takes its share of the cores."})
     eval_batch_size: int = field(default=16, metadata={"help": "Requests per forward when measuring."})
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": f"{DTYPE_HELP} Of training where neither bf16 nor fp16 is set for it, and of measuring where "
+            "eval_dtype is auto and this is not."
+        },
+    )
     eval_dtype: str = field(
-        default="auto", metadata={"help": "All models' weights when measuring; auto: as the base was saved."}
+        default="auto",
+        metadata={
+            "help": "All models' weights when measuring; auto: dtype, or where that is auto too as the base was "
+            "saved, but float32 where this machine is slower in bfloat16."
+        },
     )
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", read_dtype(self.dtype))
+        self._check_dtype()
         for name in ("methods", "learning_rates", "tasks", "seeds"):
             value = getattr(self, name)
             if not value:
@@ -122,6 +137,15 @@ class Grid:
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"methods: two labels make the same folder name {name!r}; change one of them.")
+
+    def _check_dtype(self) -> None:
+        for arguments in (self.training, *self.methods.values()):
+            for name in ("bf16", "fp16"):
+                if self.dtype != "auto" and arguments.get(name) is not None:
+                    raise ValueError(
+                        f"dtype={self.dtype!r} and {name}={arguments[name]!r} both say in which type to train; leave "
+                        "one of them out."
+                    )
 
     @property
     def output_path(self) -> Path:

@@ -18,6 +18,7 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lopt_hf.common.arithmetic import Arithmetic, choose_arithmetic
 from lopt_hf.common.files import whole_file
 from lopt_hf.compare.grid import Grid, GridRun
 from lopt_hf.data.formats import load_sft_dataset, to_trl_format
@@ -25,12 +26,14 @@ from lopt_hf.data.pretrained import resolve_model
 
 __all__ = [
     "GridTrainingError",
+    "arithmetic_argument",
     "check_trained_runs",
     "heldout_rows",
     "model_folder",
     "prepare_data",
     "run_folder",
     "train_grid",
+    "training_arithmetic",
 ]
 
 logger = logging.getLogger(__name__)
@@ -52,6 +55,18 @@ def run_folder(grid: Grid, run: GridRun) -> Path:
 def model_folder(grid: Grid, run: GridRun) -> Path:
     """Where a run's model is; it exists only once the run is complete."""
     return run_folder(grid, run) / "model"
+
+
+def training_arithmetic(grid: Grid) -> Arithmetic:
+    """The type that runs train in where their arguments leave it open."""
+    return choose_arithmetic(grid.dtype, "cpu" if grid.training.get("use_cpu") else None)
+
+
+def arithmetic_argument(grid: Grid, arguments: Mapping[str, Any]) -> dict[str, bool]:
+    """The argument that says it, for a run with such arguments; none where they say it themselves."""
+    if any(arguments.get(name) is not None for name in ("bf16", "fp16")):
+        return {}
+    return {"bf16": training_arithmetic(grid).dtype == "bfloat16"}
 
 
 def prepare_data(grid: Grid) -> None:
@@ -182,6 +197,7 @@ def _arguments(grid: Grid, run: GridRun, output_dir: Path) -> dict[str, Any]:
     """What the run's command is told."""
     return {
         **run.command_arguments,
+        **arithmetic_argument(grid, run.arguments),
         "model_name_or_path": resolve_model(grid.model),
         "dataset_name": str(grid.output_path / "data" / "train.jsonl"),
         "dataset_max_samples": grid.num_train,
@@ -194,6 +210,15 @@ def _check_trained(grid: Grid, run: GridRun) -> None:
     config = model.with_name("sft.yaml")
     stored = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
     now = yaml.safe_load(yaml.safe_dump(_arguments(grid, run, model)))
+    if config.is_file() and not stored.get("fp16"):
+        stored.setdefault("bf16", True)  # TRL's default, when a grid did not yet say it
+        if arithmetic_argument(grid, run.arguments) and stored["bf16"] != now["bf16"]:
+            before = "bfloat16" if stored["bf16"] else "float32"
+            raise ValueError(
+                f"run {run.name}: trained in {before}, but now it would be {training_arithmetic(grid).description}; "
+                f"set dtype to {before} to go on as it began, or another output_dir, or delete {model.parent} to "
+                "train anew."
+            )
     settings, trained = ({k: v for k, v in each.items() if k not in PLACES} for each in (now, stored))
     _check_same(settings, trained, f"run {run.name}", f"delete {model.parent}")
 

@@ -13,9 +13,11 @@ import lm_eval
 import torch
 import transformers
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
+from lopt_hf.common.arithmetic import Arithmetic, choose_arithmetic, choose_for_saved
 from lopt_hf.common.files import whole_file
 from lopt_hf.retention.deltas import ModelScores, entry_deltas, gain_delta, mean_delta
 from lopt_hf.retention.heldout import HELDOUT_TASK, heldout_task
@@ -81,7 +83,8 @@ class RetentionBenchmark:
                 )
         self.baseline = ModelReference.find(baseline)
         self.entries = list(entries)
-        self.settings = replace(settings, dtype=_saved_dtype(self.baseline)) if settings.dtype == "auto" else settings
+        self.arithmetic = _choose_arithmetic(settings.dtype, self.baseline)
+        self.settings = replace(settings, dtype=self.arithmetic.dtype)
         self.cache = cache
         self.confidence = confidence
         self._tokenizer = load_tokenizer(self.baseline)
@@ -211,6 +214,17 @@ class RetentionBenchmark:
             with whole_file(path) as partial:
                 partial.write_text(text, encoding="utf-8")
         return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _choose_arithmetic(dtype: str, baseline: ModelReference) -> Arithmetic:
+    """The type of all models; the first process's choice, where several measure the machine at once."""
+    if dtype == "auto":
+        chosen = choose_for_saved(_saved_dtype(baseline), "the baseline")
+    elif dtype == "float16":
+        chosen = replace(choose_arithmetic("float32"), dtype=dtype)
+    else:
+        chosen = choose_arithmetic(dtype)
+    return broadcast_object_list([chosen])[0]
 
 
 def _saved_dtype(reference: ModelReference) -> str:

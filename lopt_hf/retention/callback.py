@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from lopt_hf.common.arithmetic import choose_arithmetic
 from lopt_hf.common.callbacks import TrainerBound
 from lopt_hf.common.files import whole_file
 from lopt_hf.common.upstream.lm_eval import set_process
@@ -34,7 +36,10 @@ from lopt_hf.retention.suites import SUITES, SuiteTask, load_entries
 
 __all__ = ["RetentionCallback"]
 
+logger = logging.getLogger(__name__)
+
 BASELINE_FILE = "retention_baseline.json"
+MIXED_PRECISION = {"bf16": "bfloat16", "fp16": "float16"}  # accelerate's names
 BASELINE_FORMAT = 1  # to be raised whenever an older file can no longer be read
 
 
@@ -43,8 +48,8 @@ class RetentionCallback(TrainerBound):
 
     The untouched model is measured before the first step; then the same samples every `every_steps` steps and at the
     end. Logged are `retention/<task>/<metric>`, its change `..._delta` with the interval's ends `..._low` and
-    `..._high`, and `retention/mean_delta` with its ends. Training is not disturbed: with or without this callback it
-    gives the same weights.
+    `..._high`, and `retention/mean_delta` with its ends. The model computes as it trains, in bfloat16 or float32.
+    Training is not disturbed: with or without this callback it gives the same weights.
 
     ```python
     trainer.add_callback(RetentionCallback(tasks=["arc_easy", "piqa"], every_steps=200, limit=100))  # LoPT's trainers
@@ -83,6 +88,7 @@ class RetentionCallback(TrainerBound):
         wanted = SUITES["offline"] if tasks is None else [SuiteTask(name) for name in tasks]
         self.entries = load_entries(wanted, [] if include_path is None else [Path(include_path)])
         self.settings = MeasuringSettings(limit=limit, batch_size=batch_size, num_fewshot=num_fewshot)
+        self._dtype = "auto"
         self.every_steps = every_steps
         self.confidence = confidence
         self._baseline: ModelScores = {}
@@ -100,6 +106,7 @@ class RetentionCallback(TrainerBound):
         """
         path = Path(str(args.output_dir)) / BASELINE_FILE
         trainer = self.trainer
+        self._dtype = _dtype_of(kwargs["model"], trainer)
         self._measured_at = state.global_step
         if state.global_step > 0:
             self._baseline = self._read_baseline(path)
@@ -158,9 +165,10 @@ class RetentionCallback(TrainerBound):
         Trainer.log(trainer, logs)
         trainer.control.should_log = log_is_due  # logging takes it for done
 
-    def _comparable_settings(self) -> dict[str, int | None]:
+    def _comparable_settings(self) -> dict[str, int | str | None]:
         """What must be the same before and after; not the batch size, which a resumed run may have to lower."""
-        return {"limit": self.settings.limit, "num_fewshot": self.settings.num_fewshot}
+        settings = self.settings
+        return {"limit": settings.limit, "num_fewshot": settings.num_fewshot, "dtype": self._dtype}
 
     def _asked(self) -> dict[str, dict[str, Any]]:
         """What is asked by task, documents as a hash; as JSON gives it back."""
@@ -180,6 +188,9 @@ class RetentionCallback(TrainerBound):
                 f"{path} was written by another version of lopt_hf, and cannot be read by this one; resume with that "
                 "version, or without the callback, and compare afterwards with `lopt-hf retention`."
             )
+        if "dtype" not in stored["settings"]:
+            logger.warning("%s does not say its dtype; it is taken for %s.", path, self._dtype)
+            stored["settings"]["dtype"] = self._dtype
         for name, value in self._comparable_settings().items():
             if value != stored["settings"][name]:
                 raise ValueError(
@@ -204,14 +215,22 @@ def _change(name: str, delta: Delta) -> dict[str, float]:
     return {f"{name}_delta": delta.delta, f"{name}_low": delta.low, f"{name}_high": delta.high}
 
 
+def _dtype_of(model: PreTrainedModel, trainer: Trainer) -> str:
+    """The type that the model computes in, with a warning where that is the slower one on this machine."""
+    weights = str(model.dtype).removeprefix("torch.")
+    dtype = MIXED_PRECISION.get(trainer.accelerator.mixed_precision, weights)
+    if dtype == "bfloat16":
+        choose_arithmetic(dtype, trainer.accelerator.device.type)
+    return dtype
+
+
 def _wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trainer: Trainer, batch_size: int) -> HFLM:
-    mixed = {"bf16": "bfloat16", "fp16": "float16"}.get(trainer.accelerator.mixed_precision)
     language_model = HFLM(
         pretrained=model,
         tokenizer=copy.deepcopy(tokenizer),
         batch_size=batch_size,
         softmax_dtype=SOFTMAX_DTYPE,
-        mixed_precision_dtype=mixed,
+        mixed_precision_dtype=MIXED_PRECISION.get(trainer.accelerator.mixed_precision),
     )
     state = PartialState()
     if state.num_processes > 1:  # lm-eval takes a model in memory for the only one

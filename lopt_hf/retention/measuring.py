@@ -10,6 +10,7 @@ import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import cache as cache_calls
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from peft import PeftModel
 
+from lopt_hf.common.arithmetic import read_dtype
 from lopt_hf.common.upstream.lm_eval import set_model, set_process
 from lopt_hf.retention.heldout import HELDOUT_TASK
 from lopt_hf.retention.references import ModelReference, load_tokenizer
@@ -63,7 +65,11 @@ class MeasuringSettings:
     )
     batch_size: int = field(default=8, metadata={"help": "Requests per forward on each device."})
     dtype: str = field(
-        default="auto", metadata={"help": "All models' weights when measuring; auto: as the baseline was saved."}
+        default="auto",
+        metadata={
+            "help": "All models' weights when measuring: float32, bfloat16, float16, or auto: as the baseline was "
+            "saved, but float32 where this machine is slower in bfloat16."
+        },
     )
     apply_chat_template: bool = field(default=False, metadata={"help": "Put prompts into the model's chat template."})
     max_length: int | None = field(default=None, metadata={"help": "Longest input in tokens. Default: the model's."})
@@ -75,8 +81,8 @@ class MeasuringSettings:
                 raise ValueError(f"{name}={value} leaves nothing to measure; set it to 1 or more, or leave it out.")
         if self.num_fewshot is not None and self.num_fewshot < 0:
             raise ValueError(f"num_fewshot={self.num_fewshot} is negative; set it to 0 or more.")
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype={self.dtype!r} is unknown; use auto, float32, bfloat16 or float16.")
+        if self.dtype != "float16":
+            object.__setattr__(self, "dtype", read_dtype(self.dtype, "auto, float32, bfloat16 or float16"))
         for task, chosen in self.samples.items():
             if (chosen < 1) if isinstance(chosen, int) else (not chosen or min(chosen) < 0):
                 raise ValueError(f"samples of {task!r} are {chosen}; give how many (1 or more) or a list of numbers.")
@@ -170,6 +176,8 @@ def measure_model(
             (missing,) = broadcast_object_list([[task.task_name for task in look(tasks)]])
             if not missing:
                 continue
+            if settings.dtype != "auto":  # which is as each model was saved
+                _tell_of_other_types([identities[name] for name in missing], cache)
             language_model = language_model or load_language_model(reference, settings)
             asked = [task for task in tasks if task.task_name in missing]
             for name, scores in evaluate_tasks(language_model, asked, num_fewshot, settings, unfinished).items():
@@ -229,6 +237,25 @@ def evaluate_tasks(
     if results is None:
         return {}
     return {task.task_name: TaskScores.from_lm_eval(task, results) for task in tasks}
+
+
+def _tell_of_other_types(identities: Sequence[Mapping[str, Any]], cache: ScoreCache) -> None:
+    """Says that scores in another type are known, which are never put beside those of this one."""
+    wanted = identities[0]["dtype"]
+    for dtype in {"float32", "bfloat16", "float16"} - {wanted}:
+        if any(cache.path({**identity, "dtype": dtype}).is_file() for identity in identities):
+            _tell_of_other_type(str(cache.folder), dtype, wanted)
+
+
+@cache_calls  # once, not for every model
+def _tell_of_other_type(folder: str, known: str, wanted: str) -> None:
+    logger.warning(
+        "%s has scores in %s, which are left aside: these are in %s, for all models; dtype=%r would go on with them.",
+        folder,
+        known,
+        wanted,
+        known,
+    )
 
 
 class _LanguageModel(HFLM):

@@ -49,15 +49,17 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", type=Path, required=True, help="the YAML with the settings below")
     parser.add_argument("--output-dir", help="in place of the file's")
+    parser.add_argument("--dtype", metavar="NAME", help="auto, float32 or bfloat16, in place of the file's")
     parser.add_argument("--workers", type=int, help="fine-tuning runs at a time, in place of the file's")
     return parser
 
 
 def run(options: argparse.Namespace, command: str) -> None:
     """Trains, measures and reports; `command` is what was called, for the report."""
-    grid = load_grid(options.config, output_dir=options.output_dir, workers=options.workers)
+    grid = load_grid(options.config, output_dir=options.output_dir, workers=options.workers, dtype=options.dtype)
     prepare_data(grid)
     measurement = GridMeasurement(grid)  # before training: tasks that cannot be loaded are found at once
+    print(measurement.describe_arithmetic(), flush=True)
     train_grid(grid)
     report = measurement.report()
     report = replace(report, settings={"command": command, **report.settings})

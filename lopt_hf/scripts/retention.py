@@ -151,6 +151,8 @@ def run(options: argparse.Namespace, command: str) -> None:
         read_heldout(options.heldout_data, options.num_heldout),
         options.confidence,
     )
+    if PartialState().is_main_process:
+        print(benchmark.arithmetic, flush=True)
     report = benchmark.compare(candidates, with_drift=not options.no_drift)
     if report is None:  # not the first process
         return

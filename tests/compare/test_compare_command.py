@@ -15,6 +15,7 @@ from filelock import FileLock
 from lopt_hf.compare import grid_training
 from lopt_hf.retention import measuring
 from lopt_hf.scripts import compare, sft
+from tests.machine import set_machine
 from tests.retention.small_tasks import write_tasks
 from tests.tiny import make_model, make_tokenizer
 
@@ -173,6 +174,39 @@ def test_trained_runs_are_not_taken_for_those_of_other_settings(
     with pytest.raises(SystemExit, match=message):
         compare.main(["--config", str(config)])
     assert not trained_here
+
+
+def test_the_type_of_a_grid_is_kept(
+    config: Path, trained_here: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Begun where bfloat16 is fast, a grid goes on elsewhere in bfloat16 or not at all; likewise one of earlier days.
+
+    What those of earlier days were told left the type to TRL, whose default is bfloat16.
+    """
+    training = yaml.safe_load(config.read_text())["training"]
+    del training["bf16"]
+    change(config, training=training, seeds=[0])
+    grid = compare.load_grid(config)
+    grid_training.prepare_data(grid)
+    set_machine(monkeypatch, has_bfloat16=True)
+    grid_training.train_grid(grid)
+    trained = grid_training.run_folder(grid, grid.runs()[0]) / "sft.yaml"
+    told = yaml.safe_load(trained.read_text())
+    assert told["bf16"] is True
+    set_machine(monkeypatch, has_bfloat16=False)
+    for stored in (told, {name: value for name, value in told.items() if name != "bf16"}):
+        trained.write_text(yaml.safe_dump(stored))
+        with pytest.raises(SystemExit) as stopped:
+            compare.main(["--config", str(config)])
+        message = str(stopped.value)
+        assert "seed0: trained in bfloat16, but now it would be float32 on cpu" in message
+        assert "set dtype to bfloat16 to go on as it began" in message and "\n" not in message
+    capsys.readouterr()
+    compare.main(["--config", str(config), "--dtype", "bfloat16"])
+    assert "training in bfloat16 on cpu, as asked for" in capsys.readouterr().out
+    assert len(trained_here) == 2
+    report = json.loads((grid.output_path / "report.json").read_text())
+    assert report["settings"]["training"]["bf16"] is True and report["settings"]["dtype"] == "bfloat16"
 
 
 def test_a_moved_folder_is_used_again(config: Path, tmp_path: Path, trained_here: list[str]) -> None:

@@ -68,6 +68,8 @@ def test_overrides_replace_the_files_settings(tmp_path: Path) -> None:
         ({"methods": {"a": {"model_revision": "v2"}}}, "model_revision would train from one revision"),
         ({"methods": {"a b": {}, "a-b": {}}}, "same folder name 'a-b_lr0.0001_seed0'"),
         ({"contrasts": [["end-to-end", "LoRA"]]}, "must be two of the methods"),
+        ({"dtype": "int8"}, "dtype='int8' is unknown; use auto, float32 or bfloat16"),
+        ({"dtype": "bf16"}, "dtype='bfloat16' and bf16=False both say in which type to train; leave one of them out"),
     ],
 )
 def test_bad_settings(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -24,6 +24,7 @@ from lopt_hf.retention.references import ModelReference
 from lopt_hf.retention.results import RetentionReport
 from lopt_hf.retention.scores import ScoreCache, TaskScores
 from lopt_hf.retention.suites import SuiteTask, TaskEntry, load_entries
+from tests.machine import set_machine
 from tests.retention.conftest import SavedModels, save
 from tests.tiny import make_model, make_tokenizer
 
@@ -188,6 +189,37 @@ def test_all_are_measured_in_the_baselines_dtype(
     report = compare(benchmark, [Candidate("rounded", "rounded", (folder,))])
     assert types == [getattr(torch, expected)] * 2
     assert report.settings["dtype"] == expected
+
+
+@pytest.mark.parametrize(("has_bfloat16", "expected"), [(True, "bfloat16"), (False, "float32")])
+def test_baseline_saved_in_bfloat16_is_measured_in_the_faster_type(
+    models: SavedModels,
+    entries: list[TaskEntry],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    has_bfloat16: bool,
+    expected: str,
+) -> None:
+    """Which costs no accuracy: float32 holds every number of bfloat16."""
+    base = save(AutoModelForCausalLM.from_pretrained(models.base, dtype=torch.bfloat16), tmp_path / "base")
+    set_machine(monkeypatch, has_bfloat16)
+    benchmark = RetentionBenchmark(base, entries, MeasuringSettings(limit=2), ScoreCache(tmp_path / "cache"))
+    assert (benchmark.settings.dtype, benchmark.arithmetic.dtype) == (expected, expected)
+    report = compare(benchmark, [Candidate("tuned", "full", (models.tuned,))])
+    assert report.settings["dtype"] == expected
+
+
+def test_scores_in_another_type_are_left_aside_with_one_line(
+    models: SavedModels, entries: list[TaskEntry], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = []
+    for dtype in ("bfloat16", "float32"):
+        settings = MeasuringSettings(limit=2, dtype=dtype)
+        benchmark = make_benchmark(models, entries, tmp_path / "cache", settings=settings)
+        values.append(compare(benchmark, candidates_of(models)).models[0].deltas)
+    assert values[0] != values[1]
+    (message,) = [record.getMessage() for record in caplog.records if "left aside" in record.getMessage()]
+    assert "has scores in bfloat16, which are left aside: these are in float32" in message
 
 
 def test_padded_embeddings_leave_the_drift_out(

@@ -19,6 +19,7 @@ from lopt_hf.retention.measuring import MeasuringSettings, measure_model
 from lopt_hf.retention.references import ModelReference
 from lopt_hf.retention.scores import ScoreCache
 from lopt_hf.retention.suites import SuiteTask, load_entries
+from tests.machine import set_machine
 from tests.retention.conftest import save
 from tests.retention.small_tasks import write_tasks
 from tests.tiny import make_dataset, make_model, make_tokenizer
@@ -258,6 +259,53 @@ def test_resuming_with_other_questions_is_an_error(
     with pytest.raises(ValueError, match=message):
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(tmp_path / "out")))
     assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+@pytest.mark.parametrize(("bf16", "expected"), [(False, "float32"), (True, "bfloat16"), (None, None)])
+def test_computes_as_the_model_trains(
+    tmp_path: Path,
+    tasks: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    bf16: bool | None,
+    expected: str | None,
+    has_bfloat16: bool,
+) -> None:
+    """Which, unset, is the faster way; the type is kept with the beginning."""
+    set_machine(monkeypatch, has_bfloat16)
+    expected = expected or ("bfloat16" if has_bfloat16 else "float32")
+    trainer = make_stock_trainer(tmp_path / "out", max_steps=1, bf16=bf16) if bf16 else None
+    trainer = trainer or make_trainer(tmp_path / "out", max_steps=1, bf16=bf16)
+    seen: set[bool] = set()
+    trainer.model.model.layers[0].register_forward_pre_hook(
+        lambda module, inputs: None if module.training else seen.add(torch.is_autocast_enabled("cpu"))
+    )
+    trainer.add_callback(make_callback(tasks, trainer=trainer))
+    trainer.train()
+    assert seen == {expected == "bfloat16"}
+    stored = json.loads((tmp_path / "out" / "retention_baseline.json").read_text(encoding="utf-8"))
+    assert stored["settings"]["dtype"] == expected
+    assert ("GFLOP/s" in caplog.text) == (expected == "bfloat16" and not has_bfloat16)
+
+
+def test_resuming_in_another_type_is_an_error(tmp_path: Path, tasks: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Where the beginning does not say its type, the run goes on with a word."""
+    first = make_trainer(tmp_path / "out", max_steps=2, save_strategy="steps", save_steps=2)
+    first.add_callback(make_callback(tasks))
+    first.train()
+    trainer = make_trainer(tmp_path / "out", max_steps=4, bf16=True)
+    trainer.add_callback(make_callback(tasks))
+    with pytest.raises(ValueError, match="dtype=bfloat16, but .*json was measured with dtype=float32"):
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(tmp_path / "out")))
+    path = tmp_path / "out" / "retention_baseline.json"
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    del stored["settings"]["dtype"]
+    path.write_text(json.dumps(stored), encoding="utf-8")
+    trainer = make_trainer(tmp_path / "out", max_steps=3)
+    trainer.add_callback(make_callback(tasks))
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(tmp_path / "out")))
+    assert "does not say its dtype; it is taken for float32" in caplog.text
 
 
 def test_any_trainer(tmp_path: Path, tasks: Path) -> None:
