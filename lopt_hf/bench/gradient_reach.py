@@ -12,8 +12,8 @@ from peft import PeftModel
 from torch import nn
 from trl import SFTTrainer
 
+from lopt_hf.common.figures import draw_heat_map, new_figure
 from lopt_hf.local.blocks import Block, find_decoder_stack, parameters_by_block
-from lopt_hf.pipeline.events import new_figure
 from lopt_hf.pipeline.runtime.runner import PipelineTrainer
 from lopt_hf.trainers.lopt_mixin import LoPTMixin
 
@@ -186,19 +186,11 @@ def plot_gradient_reach(reaches: Mapping[str, GradientReach]) -> "Figure":
 
 
 def _draw_reach(axes: "Axes", reach: GradientReach, limits: tuple[float, float]) -> Any:
-    import numpy as np
-    from matplotlib.colors import ListedColormap, LogNorm
-
-    norms = np.array(reach.norms)
-    axes.imshow(np.zeros_like(norms), cmap=ListedColormap([NO_GRADIENT]), aspect="auto")
-    image = axes.imshow(np.where(norms > 0, norms, np.nan), norm=LogNorm(*limits), cmap="viridis", aspect="auto")
+    image = draw_heat_map(axes, reach.norms, limits, NO_GRADIENT, gap=1.5)
     step = 1 if len(reach.parts) <= 20 else 5
     named = [i for i, part in enumerate(reach.parts) if not part.isdigit() or int(part) % step == 0]
     first, *_, last = axes.set_xticks(named, [reach.parts[i] for i in named])
     first.label1.set_horizontalalignment("right")  # their names are wider than their columns
     last.label1.set_horizontalalignment("left")
     axes.set_yticks(range(len(reach.losses)), reach.losses)
-    axes.hlines(np.arange(len(norms) - 1) + 0.5, -0.5, norms.shape[1] - 0.5, color="white", linewidth=1.5)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
     return image

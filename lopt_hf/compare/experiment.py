@@ -8,7 +8,7 @@ from lopt_hf.compare.contrasts import MethodPoint, matched_contrasts, rate_contr
 from lopt_hf.compare.grid import Grid, GridRun
 from lopt_hf.compare.grid_training import arithmetic_argument, heldout_rows, model_folder, training_arithmetic
 from lopt_hf.retention.benchmark import Candidate, RetentionBenchmark, flips
-from lopt_hf.retention.measuring import MeasuringSettings
+from lopt_hf.retention.evaluation import EvaluationSettings
 from lopt_hf.retention.results import Contrast, RetentionReport
 from lopt_hf.retention.scores import ScoreCache
 from lopt_hf.retention.suites import SuiteTask, load_entries
@@ -34,7 +34,7 @@ class GridMeasurement:
         self.benchmark = RetentionBenchmark(
             grid.model,
             load_entries([SuiteTask(name) for name in grid.tasks], include_path),
-            MeasuringSettings(
+            EvaluationSettings(
                 samples=grid.samples,
                 batch_size=grid.eval_batch_size,
                 dtype=grid.dtype if grid.eval_dtype == "auto" else grid.eval_dtype,

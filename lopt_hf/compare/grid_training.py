@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lopt_hf.common.arithmetic import Arithmetic, choose_arithmetic
-from lopt_hf.common.files import whole_file
+from lopt_hf.common.files import atomic_file, write_text
 from lopt_hf.compare.grid import Grid, GridRun
 from lopt_hf.data.formats import load_sft_dataset, to_trl_format
 from lopt_hf.data.pretrained import resolve_model
@@ -120,8 +120,7 @@ def prepare_data(grid: Grid) -> None:
                 f"max_length={grid.training['max_length']}; lower the one or raise the other."
             )
     if is_stale:
-        with whole_file(record) as partial:
-            partial.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+        write_text(record, json.dumps(settings, indent=2))
 
 
 def heldout_rows(grid: Grid) -> list[dict[str, Any]]:
@@ -184,7 +183,7 @@ def _prepare(grid: Grid, name: str, target: Path) -> None:
         desc=f"{name}: rows within {max_length} tokens",
     )
     assert isinstance(fitting, Dataset)
-    with whole_file(target) as partial:
+    with atomic_file(target) as partial:
         fitting.to_json(partial)
 
 

@@ -8,18 +8,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lopt_hf.common.figures import OKABE_ITO, new_figure
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Event", "chrome_trace", "new_figure", "plot_timeline"]
+__all__ = ["Event", "chrome_trace", "plot_timeline"]
 
-# Okabe and Ito's palette
 COLORS = {
-    "forward": "#56B4E9",
-    "backward": "#D55E00",
-    "weight": "#E69F00",
-    "local": "#009E73",
+    "forward": OKABE_ITO["sky blue"],
+    "backward": OKABE_ITO["vermilion"],
+    "weight": OKABE_ITO["orange"],
+    "local": OKABE_ITO["green"],
     "optimizer": "#333333",
     "receive": "#DDDDDD",
     "send": "#BBBBBB",
@@ -135,16 +136,3 @@ def _add_legend(figure: "Figure", kinds: set[str]) -> None:
 
     handles = [Patch(color=color, label=kind) for kind, color in COLORS.items() if kind in kinds]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
-
-
-def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure of that many inches.
-
-    Raises:
-        ImportError: If matplotlib is missing.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('Plots need `matplotlib`: `pip install "lopt_hf[demo]"`.') from error
-    return Figure(figsize=(width, height), layout="constrained")

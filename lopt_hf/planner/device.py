@@ -10,7 +10,7 @@ from time import perf_counter
 
 import torch
 
-from lopt_hf.common.files import whole_file
+from lopt_hf.common.files import write_text
 
 __all__ = ["DeviceSpeed", "measure_speed", "read_speed", "write_speed"]
 
@@ -72,8 +72,7 @@ def _median_seconds(run: Callable[[], object]) -> float:
 
 def write_speed(speed: DeviceSpeed, path: Path) -> None:
     """Saves a measurement."""
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(asdict(speed), indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(asdict(speed), indent=2) + "\n")
 
 
 def read_speed(path: Path) -> DeviceSpeed:

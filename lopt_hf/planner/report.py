@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from lopt_hf.common.figures import OKABE_ITO, new_figure
 from lopt_hf.common.tables import describe_run, table
 from lopt_hf.planner.memory import CATEGORIES
 from lopt_hf.planner.plan import Plan, PlanRow
@@ -12,10 +13,10 @@ from lopt_hf.planner.units import GIB, gibibytes
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["draw", "to_json", "to_markdown"]
+__all__ = ["plot_plan", "to_json", "to_markdown"]
 
-# Okabe and Ito's palette, one colour for each category
-COLORS = ("#999999", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7")
+# One for each category
+COLORS = ("#999999", *(OKABE_ITO[name] for name in ("orange", "blue", "green", "vermilion", "purple")))
 GIGA = 1e9
 
 
@@ -105,14 +106,12 @@ def _row_values(row: PlanRow) -> dict[str, Any]:
     }
 
 
-def draw(plan: Plan) -> "Figure":
-    """A stacked bar for each strategy, and the device's memory as a line.
+def plot_plan(plan: Plan) -> "Figure":
+    """Plots a stacked bar for each strategy, and the device's memory as a line.
 
     Raises:
         ImportError: If matplotlib is missing.
     """
-    from lopt_hf.pipeline.events import new_figure
-
     figure = new_figure(9.0, 1.6 + 0.3 * len(plan.rows))
     axes = figure.subplots()
     marks = {id(plan.cheapest): " (cheapest)"}

@@ -18,11 +18,11 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig
 
 from lopt_hf.common.arithmetic import Arithmetic, choose_arithmetic, choose_for_saved
-from lopt_hf.common.files import whole_file
+from lopt_hf.common.files import atomic_file, write_text
 from lopt_hf.retention.deltas import ModelScores, entry_deltas, gain_delta, mean_delta
+from lopt_hf.retention.evaluation import EvaluationSettings, evaluate_model
 from lopt_hf.retention.heldout import HELDOUT_TASK, heldout_task
 from lopt_hf.retention.layer_drift import layer_drift
-from lopt_hf.retention.measuring import MeasuringSettings, measure_model
 from lopt_hf.retention.references import ModelReference, load_tokenizer
 from lopt_hf.retention.results import ModelResult, RetentionReport
 from lopt_hf.retention.scores import ScoreCache, fingerprint
@@ -68,7 +68,7 @@ class RetentionBenchmark:
         self,
         baseline: str,
         entries: Sequence[TaskEntry],
-        settings: MeasuringSettings,
+        settings: EvaluationSettings,
         cache: ScoreCache,
         heldout: Sequence[Mapping[str, Any]] = (),
         confidence: float = 0.95,
@@ -100,7 +100,7 @@ class RetentionBenchmark:
         """
         if model not in self._scores:
             reference = self.reference(model)
-            self._scores[model] = measure_model(reference, [*self._heldout, *self.entries], self.settings, self.cache)
+            self._scores[model] = evaluate_model(reference, [*self._heldout, *self.entries], self.settings, self.cache)
         return self._scores[model]
 
     def reference(self, model: str) -> ModelReference:
@@ -210,9 +210,7 @@ class RetentionBenchmark:
         pair = f"{reference.fingerprint()} {self.baseline.fingerprint()} in the model's dtype"
         path = self.cache.folder / f"drift-{hashlib.sha256(pair.encode()).hexdigest()[:20]}.json"
         if not path.is_file():
-            text = json.dumps(layer_drift(self.baseline, reference))
-            with whole_file(path) as partial:
-                partial.write_text(text, encoding="utf-8")
+            write_text(path, json.dumps(layer_drift(self.baseline, reference)))
         return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -291,7 +289,7 @@ def _device_name() -> str:
 def write_flips(rows: Iterator[Mapping[str, Any]], path: Path) -> int:
     """Writes rows as JSON lines, and returns how many."""
     count = 0
-    with whole_file(path) as partial, partial.open("w", encoding="utf-8") as file:
+    with atomic_file(path) as partial, partial.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row) + "\n")
             count += 1

@@ -26,10 +26,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lopt_hf.common.arithmetic import choose_arithmetic
 from lopt_hf.common.callbacks import TrainerBound
-from lopt_hf.common.files import whole_file
+from lopt_hf.common.files import write_text
 from lopt_hf.common.upstream.lm_eval import set_process
 from lopt_hf.retention.deltas import ModelScores, entry_deltas, mean_delta
-from lopt_hf.retention.measuring import SOFTMAX_DTYPE, MeasuringSettings, evaluate_tasks, identity_of_task
+from lopt_hf.retention.evaluation import SOFTMAX_DTYPE, EvaluationSettings, evaluate_tasks, task_identity
 from lopt_hf.retention.results import Delta
 from lopt_hf.retention.scores import TaskScores
 from lopt_hf.retention.suites import SUITES, SuiteTask, load_entries
@@ -87,7 +87,7 @@ class RetentionCallback(TrainerBound):
             raise ValueError(f"tasks={tasks!r} is one string; pass a list such as {tasks.split(',')}.")
         wanted = SUITES["offline"] if tasks is None else [SuiteTask(name) for name in tasks]
         self.entries = load_entries(wanted, [] if include_path is None else [Path(include_path)])
-        self.settings = MeasuringSettings(limit=limit, batch_size=batch_size, num_fewshot=num_fewshot)
+        self.settings = EvaluationSettings(limit=limit, batch_size=batch_size, num_fewshot=num_fewshot)
         self._dtype = "auto"
         self.every_steps = every_steps
         self.confidence = confidence
@@ -115,8 +115,7 @@ class RetentionCallback(TrainerBound):
         if PartialState().is_main_process:
             scores = {name: asdict(scores) for name, scores in self._baseline.items()}
             measured = {"settings": self._comparable_settings(), "asked": self._asked(), "scores": scores}
-            with whole_file(path) as partial:
-                partial.write_text(json.dumps({"format": BASELINE_FORMAT, **measured}), encoding="utf-8")
+            write_text(path, json.dumps({"format": BASELINE_FORMAT, **measured}))
         self._log(trainer, self._baseline)
 
     def on_step_end(
@@ -174,7 +173,7 @@ class RetentionCallback(TrainerBound):
         """What is asked by task, documents as a hash; as JSON gives it back."""
         number = self.settings.num_fewshot
         tasks = [task for entry in self.entries for task in entry.tasks]
-        return json.loads(json.dumps({t.task_name: identity_of_task(t, number, self.settings) for t in tasks}))
+        return json.loads(json.dumps({t.task_name: task_identity(t, number, self.settings) for t in tasks}))
 
     def _read_baseline(self, path: Path) -> ModelScores:
         if not path.is_file():

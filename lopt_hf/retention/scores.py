@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from lopt_hf.common.files import whole_file
+from lopt_hf.common.files import write_text
 from lopt_hf.common.statistics import MeanScores, RatioScores, ResampledScores, Scores
 
 __all__ = ["ScoreCache", "TaskScores", "fingerprint", "infinite_perplexities", "metric_scores"]
@@ -148,8 +148,7 @@ class ScoreCache:
             OSError: If there is no room; nothing written earlier is harmed.
         """
         text = json.dumps({"identity": identity, "scores": asdict(scores)}, default=str)
-        with whole_file(self.path(identity)) as path:
-            path.write_text(text, encoding="utf-8")
+        write_text(self.path(identity), text)
 
 
 def metric_scores(items: Sequence[Any], task: Task, metric: str) -> Scores:

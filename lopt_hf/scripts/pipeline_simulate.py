@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lopt_hf.common.files import whole_file
+from lopt_hf.common.figures import save_figure
+from lopt_hf.common.files import write_text
 from lopt_hf.pipeline.events import chrome_trace, plot_timeline
 from lopt_hf.pipeline.simulator.schedule import SCHEDULES, ScheduleResult, UnfitWorkloadError, Workload, simulate
 from lopt_hf.pipeline.simulator.schedule_report import plot_scaling, to_json, to_markdown, to_validation_markdown
@@ -43,7 +44,6 @@ examples:
 MAX_DRAWN_STAGES = 64
 MAX_DRAWN_PIPELINES = 8
 TIMELINE_STEPS = 2
-DOTS_PER_INCH = 150
 MEGA, GIGA, MILLI, MICRO, BITS_PER_BYTE = 1e6, 1e9, 1e-3, 1e-6, 8
 DEFAULT_FORWARD_SECONDS = 0.01  # ours: without messages only ratios of times matter
 BACKWARD_PER_FORWARD = 2.0  # a matrix product's backward is two (arXiv 2401.10241, Sec. 2)
@@ -233,11 +233,10 @@ def _draw_timeline(path: Path, results: Sequence[ScheduleResult]) -> None:
     for result in results:
         size = f", {result.workload.times.num_stages} stages, {result.workload.microbatches} micro-batches" * several
         pipelines[result.schedule + size] = list(result.events(TIMELINE_STEPS))
-    with whole_file(path) as partial:
-        if path.suffix == ".json":
-            partial.write_text(chrome_trace(pipelines))
-        else:
-            plot_timeline(pipelines).savefig(partial, format="png", dpi=DOTS_PER_INCH)
+    if path.suffix == ".json":
+        write_text(path, chrome_trace(pipelines))
+    else:
+        save_figure(plot_timeline(pipelines), path)
 
 
 def _simulate_all(schedules: Sequence[str], workloads: Sequence[Workload]) -> tuple[list[ScheduleResult], list[str]]:
@@ -290,13 +289,11 @@ def _write_files(
     arguments: argparse.Namespace, results: Sequence[ScheduleResult], measured: Sequence[float] | None
 ) -> None:
     if arguments.plot is not None:
-        with whole_file(arguments.plot) as partial:
-            plot_scaling(results).savefig(partial, format="png", dpi=DOTS_PER_INCH)
+        save_figure(plot_scaling(results), arguments.plot)
     if arguments.timeline is not None:
         _draw_timeline(arguments.timeline, results)
     if arguments.output is not None:
-        with whole_file(arguments.output) as partial:
-            partial.write_text(to_json(results, measured) + "\n")
+        write_text(arguments.output, to_json(results, measured) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

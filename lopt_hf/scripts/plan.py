@@ -7,12 +7,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
-from lopt_hf.common.files import whole_file
+from lopt_hf.common.figures import save_figure
+from lopt_hf.common.files import write_text
 from lopt_hf.planner.device import DeviceSpeed, measure_speed, read_speed, write_speed
 from lopt_hf.planner.dimensions import load_config
 from lopt_hf.planner.plan import Plan, PlanSettings, make_plan
 from lopt_hf.planner.recipe import make_recipe
-from lopt_hf.planner.report import draw, to_json, to_markdown
+from lopt_hf.planner.report import plot_plan, to_json, to_markdown
 from lopt_hf.scripts.settings import add_settings
 from lopt_hf.scripts.sft import WORD_PROBLEMS
 
@@ -44,7 +45,6 @@ examples:
   lopt-hf plan --model ./my-model --device-memory 24GB --optim adamw_8bit --write recipe.yaml --plot plan.png
   lopt-hf plan --model Qwen/Qwen3-4B --device-memory 80GiB --num-gpus 8 --strategies e2e,lopt,ppll
 """
-DOTS_PER_INCH = 150
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -114,18 +114,15 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _write_files(arguments: argparse.Namespace, plan: Plan) -> None:
     if arguments.output is not None:
-        with whole_file(arguments.output) as partial:
-            partial.write_text(to_json(plan) + "\n", encoding="utf-8")
+        write_text(arguments.output, to_json(plan) + "\n")
     if arguments.plot is not None:
-        with whole_file(arguments.plot) as partial:
-            draw(plan).savefig(partial, format="png", dpi=DOTS_PER_INCH)
+        save_figure(plot_plan(plan), arguments.plot)
     if arguments.write is None:
         return
     if plan.cheapest is None:
         raise ValueError(f"write={str(arguments.write)!r}: no strategy fits, so there is no recipe to write.")
     recipe = make_recipe(plan, plan.cheapest, arguments.dataset)
-    with whole_file(arguments.write) as partial:
-        partial.write_text(recipe.text, encoding="utf-8")
+    write_text(arguments.write, recipe.text)
     print(f"\nlopt-hf {recipe.command} --config {arguments.write}")
 
 

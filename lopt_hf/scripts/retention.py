@@ -22,7 +22,7 @@ from huggingface_hub import constants
 from lopt_hf.data.formats import load_sft_dataset, to_trl_format
 from lopt_hf.data.pretrained import SMOLLM2_ID
 from lopt_hf.retention.benchmark import Candidate, RetentionBenchmark, flips, write_flips
-from lopt_hf.retention.measuring import MeasuringSettings
+from lopt_hf.retention.evaluation import EvaluationSettings
 from lopt_hf.retention.report.report import write_report
 from lopt_hf.retention.report.tables import to_markdown
 from lopt_hf.retention.scores import ScoreCache
@@ -83,7 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
     what.add_argument("--num-heldout", type=int, default=64, help="first rows of it (default: %(default)s)")
     how = parser.add_argument_group("how")
     readers: dict[str, Any] = {"dtype": str}
-    for setting in fields(MeasuringSettings):
+    for setting in fields(EvaluationSettings):
         flag = f"--{setting.name.replace('_', '-')}"
         if setting.name == "apply_chat_template":
             how.add_argument(flag, action="store_true", help=setting.metadata["help"])
@@ -140,8 +140,8 @@ def run(options: argparse.Namespace, command: str) -> None:
     PartialState(cpu=not torch.accelerator.is_available(), timeout=DISTRIBUTED_TIMEOUT)
     check_report_folder(options.output_dir)
     candidates = [_candidate(text) for text in options.model]
-    settings = MeasuringSettings(
-        **{field.name: getattr(options, field.name) for field in fields(MeasuringSettings) if field.name != "samples"}
+    settings = EvaluationSettings(
+        **{field.name: getattr(options, field.name) for field in fields(EvaluationSettings) if field.name != "samples"}
     )
     benchmark = RetentionBenchmark(
         options.baseline,

@@ -13,7 +13,7 @@ import yaml
 from filelock import FileLock
 
 from lopt_hf.compare import grid_training
-from lopt_hf.retention import measuring
+from lopt_hf.retention import evaluation
 from lopt_hf.scripts import compare, sft
 from tests.machine import set_machine
 from tests.retention.small_tasks import write_tasks
@@ -112,7 +112,7 @@ def test_trains_measures_and_reports(
     def never(*_: Any) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(measuring, "load_language_model", never)
+    monkeypatch.setattr(evaluation, "load_language_model", never)
     compare.main(["--config", str(config)])
     assert len(trained_here) == 4
     again = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))

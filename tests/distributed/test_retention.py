@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lopt_hf.retention.measuring import MeasuringSettings, measure_model
+from lopt_hf.retention.evaluation import EvaluationSettings, evaluate_model
 from lopt_hf.retention.references import ModelReference
 from lopt_hf.retention.scores import ScoreCache, TaskScores
 from lopt_hf.retention.suites import SuiteTask, load_entries
@@ -52,17 +52,21 @@ def test_two_processes_score_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     base = make_model()
     folders = {"base": save(base, tmp_path / "base"), "tuned": save(moved(base), tmp_path / "tuned")}
     entries = load_entries([SuiteTask(name) for name in TASKS], [tasks])
-    settings, one, two = MeasuringSettings(dtype="float32"), ScoreCache(tmp_path / "one"), ScoreCache(tmp_path / "two")
+    settings, one, two = (
+        EvaluationSettings(dtype="float32"),
+        ScoreCache(tmp_path / "one"),
+        ScoreCache(tmp_path / "two"),
+    )
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(two, "put", interrupted)
-        measure_model(ModelReference.find(folders["base"]), [entries[1]], settings, two)
+        evaluate_model(ModelReference.find(folders["base"]), [entries[1]], settings, two)
     options = ["--baseline", folders["base"], "--model", f"tuned={folders['tuned']}", "--tasks", ",".join(TASKS)]
     options += ["--include-path", str(tasks), "--cache-dir", str(two.folder), "--output-dir", str(tmp_path / "out")]
     ranks = launch(tmp_path / "notes", *options)
 
     for folder in folders.values():
-        measure_model(ModelReference.find(folder), entries, settings, one)
+        evaluate_model(ModelReference.find(folder), entries, settings, one)
     by_one, by_two = in_cache(one.folder), in_cache(two.folder)
     assert len(by_one) == 6 and by_one.keys() == by_two.keys()
     for name, scores in by_one.items():
@@ -92,7 +96,7 @@ def test_a_callback_in_two_processes(two_processes: TwoProcesses, tmp_path: Path
     assert [row["step"] for row in rows] == [0, 2, 3]
     base = ModelReference.find(save(make_model(), tmp_path / "base"))
     entries = load_entries([SuiteTask("tiny_sums"), SuiteTask("tiny_text")], [two_processes.folder / "tasks"])
-    scores = measure_model(base, entries, MeasuringSettings(), ScoreCache(tmp_path / "cache"))
+    scores = evaluate_model(base, entries, EvaluationSettings(), ScoreCache(tmp_path / "cache"))
     assert rows[0]["retention/tiny_sums/acc"] == scores["tiny_sums"].values["acc,none"]
     expected = scores["tiny_text"].values["word_perplexity,none"]
     assert rows[0]["retention/tiny_text/word_perplexity"] == pytest.approx(expected, rel=1e-5)

@@ -15,11 +15,11 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM
 
 from lopt_hf.retention import benchmark as benchmark_module
-from lopt_hf.retention import measuring
+from lopt_hf.retention import evaluation
 from lopt_hf.retention.benchmark import Candidate, RetentionBenchmark, describe_machine, write_flips
+from lopt_hf.retention.evaluation import EvaluationSettings, evaluate_model, load_language_model
 from lopt_hf.retention.heldout import HELDOUT_TASK
 from lopt_hf.retention.layer_drift import layer_drift
-from lopt_hf.retention.measuring import MeasuringSettings, load_language_model, measure_model
 from lopt_hf.retention.references import ModelReference
 from lopt_hf.retention.results import RetentionReport
 from lopt_hf.retention.scores import ScoreCache, TaskScores
@@ -43,7 +43,7 @@ def entries(task_folder: Path) -> list[TaskEntry]:
 
 
 def make_benchmark(models: SavedModels, entries: list[TaskEntry], cache: Path, **options: Any) -> RetentionBenchmark:
-    settings = options.pop("settings", MeasuringSettings(limit=4, samples={"sums": [1, 5, 7]}))
+    settings = options.pop("settings", EvaluationSettings(limit=4, samples={"sums": [1, 5, 7]}))
     return RetentionBenchmark(models.base, entries, settings, ScoreCache(cache), **options)
 
 
@@ -64,7 +64,7 @@ def test_the_base_is_measured_first_and_all_on_the_same_samples(
     measured: list[tuple[str, dict[str, Any]]] = []
 
     def recording(reference: ModelReference, *arguments: Any) -> dict[str, TaskScores]:
-        scores = measure_model(reference, *arguments)
+        scores = evaluate_model(reference, *arguments)
         measured.append(
             (
                 reference.name,
@@ -73,7 +73,7 @@ def test_the_base_is_measured_first_and_all_on_the_same_samples(
         )
         return scores
 
-    monkeypatch.setattr(benchmark_module, "measure_model", recording)
+    monkeypatch.setattr(benchmark_module, "evaluate_model", recording)
     benchmark = make_benchmark(models, entries, tmp_path, heldout=HELDOUT)
     report = compare(benchmark, candidates_of(models))
     benchmark.scores(models.tuned)
@@ -156,9 +156,9 @@ def test_an_adapter_of_another_base_is_warned_of_once(
     """Not one whose base is a copy of the baseline, or the baseline under another path."""
     shutil.copytree(models.base, tmp_path / "copy")
     for baseline in (models.base, f"{models.base}/../base", str(tmp_path / "copy")):
-        RetentionBenchmark(baseline, entries, MeasuringSettings(), ScoreCache(tmp_path)).reference(models.adapter)
+        RetentionBenchmark(baseline, entries, EvaluationSettings(), ScoreCache(tmp_path)).reference(models.adapter)
     assert not caplog.records
-    benchmark = RetentionBenchmark(models.tuned, entries, MeasuringSettings(), ScoreCache(tmp_path))
+    benchmark = RetentionBenchmark(models.tuned, entries, EvaluationSettings(), ScoreCache(tmp_path))
     for _ in range(2):
         benchmark.reference(models.adapter)
     (record,) = caplog.records
@@ -184,8 +184,8 @@ def test_all_are_measured_in_the_baselines_dtype(
         types.append(language_model.model.dtype)
         return language_model
 
-    monkeypatch.setattr(measuring, "load_language_model", recording)
-    benchmark = make_benchmark(models, entries, tmp_path / "cache", settings=MeasuringSettings(limit=2, dtype=dtype))
+    monkeypatch.setattr(evaluation, "load_language_model", recording)
+    benchmark = make_benchmark(models, entries, tmp_path / "cache", settings=EvaluationSettings(limit=2, dtype=dtype))
     report = compare(benchmark, [Candidate("rounded", "rounded", (folder,))])
     assert types == [getattr(torch, expected)] * 2
     assert report.settings["dtype"] == expected
@@ -203,7 +203,7 @@ def test_baseline_saved_in_bfloat16_is_measured_in_the_faster_type(
     """Which costs no accuracy: float32 holds every number of bfloat16."""
     base = save(AutoModelForCausalLM.from_pretrained(models.base, dtype=torch.bfloat16), tmp_path / "base")
     set_machine(monkeypatch, has_bfloat16)
-    benchmark = RetentionBenchmark(base, entries, MeasuringSettings(limit=2), ScoreCache(tmp_path / "cache"))
+    benchmark = RetentionBenchmark(base, entries, EvaluationSettings(limit=2), ScoreCache(tmp_path / "cache"))
     assert (benchmark.settings.dtype, benchmark.arithmetic.dtype) == (expected, expected)
     report = compare(benchmark, [Candidate("tuned", "full", (models.tuned,))])
     assert report.settings["dtype"] == expected
@@ -214,7 +214,7 @@ def test_scores_in_another_type_are_left_aside_with_one_line(
 ) -> None:
     values = []
     for dtype in ("bfloat16", "float32"):
-        settings = MeasuringSettings(limit=2, dtype=dtype)
+        settings = EvaluationSettings(limit=2, dtype=dtype)
         benchmark = make_benchmark(models, entries, tmp_path / "cache", settings=settings)
         values.append(compare(benchmark, candidates_of(models)).models[0].deltas)
     assert values[0] != values[1]
@@ -268,7 +268,7 @@ def test_another_vocabulary(models: SavedModels, entries: list[TaskEntry], tmp_p
 def test_samples_of_a_task_that_is_not_measured(models: SavedModels, entries: list[TaskEntry], tmp_path: Path) -> None:
     """A misspelt name would otherwise measure everything."""
     with pytest.raises(ValueError, match="samples are given for 'smus', which is not measured; tasks are sums, texts"):
-        make_benchmark(models, entries, tmp_path, settings=MeasuringSettings(samples={"smus": 5}))
+        make_benchmark(models, entries, tmp_path, settings=EvaluationSettings(samples={"smus": 5}))
 
 
 @pytest.mark.parametrize(

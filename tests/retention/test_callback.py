@@ -15,7 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from lopt_hf import RetentionCallback
 from lopt_hf.retention.callback import _undisturbed
-from lopt_hf.retention.measuring import MeasuringSettings, measure_model
+from lopt_hf.retention.evaluation import EvaluationSettings, evaluate_model
 from lopt_hf.retention.references import ModelReference
 from lopt_hf.retention.scores import ScoreCache
 from lopt_hf.retention.suites import SuiteTask, load_entries
@@ -111,9 +111,9 @@ def test_an_adapter_is_measured(tmp_path: Path, tasks: Path) -> None:
     assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
     rows = [row for row in trainer.state.log_history if ACCURACY in row]
     save(trainer.model.merge_and_unload(), tmp_path / "merged")
-    settings, entries = MeasuringSettings(limit=8), load_entries([SuiteTask(name) for name in TASKS], [tasks])
+    settings, entries = EvaluationSettings(limit=8), load_entries([SuiteTask(name) for name in TASKS], [tasks])
     merged = ModelReference.find(str(tmp_path / "merged"))
-    scores = measure_model(merged, entries, settings, ScoreCache(tmp_path / "cache"))
+    scores = evaluate_model(merged, entries, settings, ScoreCache(tmp_path / "cache"))
     perplexities = [row["retention/tiny_text/word_perplexity"] for row in rows]
     assert perplexities[-1] == pytest.approx(scores["tiny_text"].values["word_perplexity,none"], rel=1e-4)
     assert perplexities[0] != pytest.approx(perplexities[-1], rel=1e-3)
@@ -168,8 +168,8 @@ def test_figures_are_those_of_the_stock_model(tmp_path: Path, tasks: Path) -> No
     trainer.save_model()
     rows = [row for row in trainer.state.log_history if ACCURACY in row]
     for folder, row in ((tmp_path / "base", rows[0]), (tmp_path / "out", rows[-1])):
-        settings = MeasuringSettings(limit=8, batch_size=8)
-        scores = measure_model(ModelReference.find(str(folder)), entries, settings, ScoreCache(tmp_path / "cache"))
+        settings = EvaluationSettings(limit=8, batch_size=8)
+        scores = evaluate_model(ModelReference.find(str(folder)), entries, settings, ScoreCache(tmp_path / "cache"))
         assert row[ACCURACY] == scores["tiny_sums"].values["acc,none"]
         expected = scores["tiny_text"].values["word_perplexity,none"]
         assert row["retention/tiny_text/word_perplexity"] == pytest.approx(expected, rel=1e-6)

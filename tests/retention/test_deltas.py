@@ -9,7 +9,7 @@ from lm_eval.tasks import TaskManager
 
 from lopt_hf.retention.benchmark import flips
 from lopt_hf.retention.deltas import entry_deltas, entry_metrics
-from lopt_hf.retention.measuring import MeasuringSettings, measure_model
+from lopt_hf.retention.evaluation import EvaluationSettings, evaluate_model
 from lopt_hf.retention.references import ModelReference
 from lopt_hf.retention.results import Delta
 from lopt_hf.retention.scores import ScoreCache, TaskScores
@@ -35,7 +35,7 @@ def groups_by_lm_eval(model: str, folder: Path, group: str) -> dict[str, Any]:
 
 
 def measured(model: str, entries: list[TaskEntry], cache: Path) -> dict[str, TaskScores]:
-    return measure_model(ModelReference.find(model), entries, MeasuringSettings(), ScoreCache(cache))
+    return evaluate_model(ModelReference.find(model), entries, EvaluationSettings(), ScoreCache(cache))
 
 
 def deltas_of(entry: TaskEntry, models: SavedModels, cache: Path) -> dict[str, Delta]:

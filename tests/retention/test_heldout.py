@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from lopt_hf.common.evaluation import answer_loss
 from lopt_hf.retention.deltas import gain_delta, gain_scores
+from lopt_hf.retention.evaluation import EvaluationSettings, evaluate_model
 from lopt_hf.retention.heldout import HELDOUT_TASK, heldout_task
-from lopt_hf.retention.measuring import MeasuringSettings, measure_model
 from lopt_hf.retention.references import ModelReference
 from lopt_hf.retention.scores import ScoreCache, TaskScores
 from lopt_hf.retention.suites import TaskEntry
@@ -40,7 +40,7 @@ def measured(
     model: str, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, cache: Path, **settings: Any
 ) -> dict[str, TaskScores]:
     entry = TaskEntry(HELDOUT_TASK, (heldout_task(rows, tokenizer),))
-    return measure_model(ModelReference.find(model), [entry], MeasuringSettings(**settings), ScoreCache(cache))
+    return evaluate_model(ModelReference.find(model), [entry], EvaluationSettings(**settings), ScoreCache(cache))
 
 
 def loss_of(model: str, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> float:

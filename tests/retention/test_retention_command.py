@@ -14,7 +14,7 @@ import pytest
 from lm_eval.api.model import CacheHook
 from lm_eval.tasks import TaskManager
 
-from lopt_hf.retention import measuring, suites
+from lopt_hf.retention import evaluation, suites
 from lopt_hf.scripts import retention
 from tests.retention.benchmark_tasks import write_benchmark_tasks
 from tests.retention.conftest import SavedModels, save
@@ -51,7 +51,7 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*_: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(measuring, "load_language_model", forbidden)
+    monkeypatch.setattr(evaluation, "load_language_model", forbidden)
 
 
 def run(arguments: Arguments, *flags: str) -> None:
@@ -103,7 +103,7 @@ def test_from_models_to_a_report(
     assert all(str(out / name) in printed for name in ("report.json", "report.html", "flips.jsonl"))
 
     written = {path.name: path.read_bytes() for path in out.iterdir() if path.suffix != ".png"}
-    monkeypatch.setattr(measuring, "load_language_model", None)
+    monkeypatch.setattr(evaluation, "load_language_model", None)
     monkeypatch.setattr(lm_eval, "simple_evaluate", None)
     run(arguments)
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.suffix != ".png"} == written

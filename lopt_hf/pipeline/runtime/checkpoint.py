@@ -26,6 +26,7 @@ from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
 )
 
+from lopt_hf.common.files import publish_folder
 from lopt_hf.local.blocks import Block
 from lopt_hf.pipeline.runtime.health import PeerMonitor
 from lopt_hf.pipeline.runtime.stage import StagePlan
@@ -174,11 +175,7 @@ def publish_when_complete(
     if store.add(f"saved/{final.name}", 1) < len(plans):
         return False
     Manifest.write(staged, plans, details)
-    replaced = staged.parent / f"{final.name}-replaced"
-    if final.exists():  # of the same step, from a run that was resumed from before it
-        os.replace(final, replaced)
-    os.replace(staged, final)
-    shutil.rmtree(staged.parent, ignore_errors=True)
+    publish_folder(staged, final)
     return True
 
 

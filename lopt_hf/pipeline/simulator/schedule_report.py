@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from lopt_hf.pipeline.events import new_figure
+from lopt_hf.common.figures import OKABE_ITO, new_figure
 from lopt_hf.pipeline.simulator.schedule import ScheduleResult
 
 if TYPE_CHECKING:
@@ -14,13 +14,12 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_scaling", "to_json", "to_markdown", "to_validation_markdown"]
 
-# Okabe and Ito's palette
 STYLES = {
-    "ppll": ("#009E73", "o"),
-    "gpipe": ("#D55E00", "s"),
-    "1f1b": ("#0072B2", "^"),
-    "interleaved": ("#CC79A7", "D"),
-    "zero-bubble": ("#E69F00", "v"),
+    "ppll": (OKABE_ITO["green"], "o"),
+    "gpipe": (OKABE_ITO["vermilion"], "s"),
+    "1f1b": (OKABE_ITO["blue"], "^"),
+    "interleaved": (OKABE_ITO["purple"], "D"),
+    "zero-bubble": (OKABE_ITO["orange"], "v"),
 }
 
 JSON_FIELDS = (

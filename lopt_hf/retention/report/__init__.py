@@ -1,1 +1,1 @@
-"""What a retention benchmark found, as a page, tables and plots."""
+"""Results of a retention benchmark as a page, tables and plots."""

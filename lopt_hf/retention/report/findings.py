@@ -1,4 +1,4 @@
-"""What a report says in words: for each model, what is detectably worse or better than the baseline."""
+"""Findings of a report in words: in what each model is detectably worse or better than the baseline."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ NO_BREAK_SPACE = "\u00a0"
 
 @dataclass(frozen=True)
 class Statement:
-    """One sentence: its first words, what follows, and the verdict, if it is one on a change that can be told."""
+    """One sentence: its first words, the rest, and the verdict `better` or `worse` on a detectable change."""
 
     start: str
     text: str
@@ -23,14 +23,14 @@ class Statement:
 
 @dataclass(frozen=True)
 class Finding:
-    """What is said of one model."""
+    """The statements about one model."""
 
     label: str
     statements: tuple[Statement, ...]
 
 
 def findings(report: RetentionReport) -> list[Finding]:
-    """One finding for each model, in their order."""
+    """Returns one finding for each model, in their order."""
     return [Finding(result.label, tuple(_statements(result))) for result in report.models]
 
 

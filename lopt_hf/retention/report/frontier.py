@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from lopt_hf.retention.report.measures import Measure, main_measures
-from lopt_hf.retention.report.plots import HOLLOW, GroupStyle, group_styles, new_figure, plot_text
-from lopt_hf.retention.report.window import Window, fit_window
+from lopt_hf.common.figures import new_figure
+from lopt_hf.retention.report.axis_range import AxisRange, fit_axis_range
+from lopt_hf.retention.report.outcomes import Outcome, main_outcomes
+from lopt_hf.retention.report.plots import HOLLOW, PANEL_PADDING, GroupStyle, group_styles, plot_text
 from lopt_hf.retention.results import ModelResult, RetentionReport
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.transforms import Bbox
 
-__all__ = ["frontier_labels", "pareto_frontier", "plot_frontier", "retention_measures"]
+__all__ = ["frontier_labels", "pareto_frontier", "plot_frontier", "retention_outcomes"]
 
 BASELINE = "baseline"
 BEYOND_EDGE = "beyond the edge: (gain, kept)"
@@ -41,40 +42,40 @@ class _Point:
 
 @dataclass(frozen=True)
 class _Panel:
-    """What one panel shows along both axes."""
+    """The ranges of a panel's axes."""
 
-    x: Window
-    y: Window
+    x: AxisRange
+    y: AxisRange
 
     @classmethod
     def around(cls, points: Sequence[_Point]) -> "_Panel":
         return cls(
-            fit_window([(point.x, *point.x_ends) for point in points]),
-            fit_window([(point.y, *point.y_ends) for point in points]),
+            fit_axis_range([(point.x, *point.x_ends) for point in points]),
+            fit_axis_range([(point.y, *point.y_ends) for point in points]),
         )
 
-    def holds(self, point: _Point) -> bool:
-        return self.x.holds(point.x) and self.y.holds(point.y)
+    def contains(self, point: _Point) -> bool:
+        return self.x.contains(point.x) and self.y.contains(point.y)
 
     def place(self, point: _Point) -> tuple[float, float]:
-        """Where a point is drawn: where it is, or at the edge."""
+        """Returns where a point is drawn: at its values, or at the panel's edge."""
         return self.x.clamp(point.x), self.y.clamp(point.y)
 
 
-def retention_measures(report: RetentionReport) -> list[Measure]:
-    """What gain is drawn against: the mean over tasks, and each task whose main metric is better when lower.
+def retention_outcomes(report: RetentionReport) -> list[Outcome]:
+    """Returns what gain is drawn against: the mean over tasks, and each task whose main metric is better when lower.
 
     Empty if the report has no gain.
     """
-    measures = main_measures(report)
-    if not measures or measures[0].kind != "gain":
+    outcomes = main_outcomes(report)
+    if not outcomes or outcomes[0].kind != "gain":
         return []
-    kept = [measure for measure in measures[1:] if measure.kind == "mean" or not measure.higher_is_better]
-    return [measure for measure in kept if _points(report, measure)]
+    kept = [outcome for outcome in outcomes[1:] if outcome.kind == "mean" or not outcome.higher_is_better]
+    return [outcome for outcome in kept if _points(report, outcome)]
 
 
 def pareto_frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other one beats, more being better in both coordinates, from left to right."""
+    """Returns the points that no other point beats in both coordinates, more being better, from left to right."""
     best = -math.inf
     frontier = []
     for x, y in sorted(set(points), reverse=True):
@@ -84,21 +85,21 @@ def pareto_frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, 
     return frontier[::-1]
 
 
-def frontier_labels(report: RetentionReport, measure: Measure) -> list[str]:
-    """The models on the Pareto frontier of gain and one of `retention_measures`, the baseline among them.
+def frontier_labels(report: RetentionReport, outcome: Outcome) -> list[str]:
+    """Returns the labels on the Pareto frontier of gain and one outcome, possibly with the baseline's.
 
     Args:
         report: What was measured.
-        measure: Measure of retention.
+        outcome: One of `retention_outcomes`.
     """
-    points = _points(report, measure)
+    points = _points(report, outcome)
     frontier = _frontier(points)
     named = [(0.0, 0.0, BASELINE), *((point.x, point.y, point.result.label) for point in points)]
     return [name for x, y, name in sorted(named) if (x, y) in frontier]
 
 
 def plot_frontier(report: RetentionReport) -> "Figure | None":
-    """Gain on the task trained on against retention: one panel for each measure of it, one point for each model.
+    """Plots the gain on the task trained on against retention: a panel for each outcome, a point for each model.
 
     Along both axes more is better, and the baseline is the origin. The Pareto frontier is that of the points; it knows
     nothing of their intervals. A model far from all others is drawn at the edge, hollow, with its values beside it.
@@ -112,50 +113,50 @@ def plot_frontier(report: RetentionReport) -> "Figure | None":
     Raises:
         ImportError: If matplotlib is missing.
     """
-    measures = retention_measures(report)
-    if not measures:
+    outcomes = retention_outcomes(report)
+    if not outcomes:
         return None
     styles = group_styles(report)
-    figure = new_figure(10, 4.8 * len(measures) + 0.2 * math.ceil(len(styles) / LEGEND_COLUMNS))
-    panels = figure.subplots(len(measures), 1, squeeze=False)[:, 0]
-    for axes, measure in zip(panels, measures, strict=True):
-        _draw_panel(axes, report, measure)
-    is_cut = any(
-        not _Panel.around(points).holds(point) for points in (_points(report, m) for m in measures) for point in points
-    )
+    height = 4.8 * len(outcomes) + 0.2 * math.ceil(len(styles) / LEGEND_COLUMNS)
+    figure = new_figure(10, height, PANEL_PADDING)
+    panels = figure.subplots(len(outcomes), 1, squeeze=False)[:, 0]
+    for axes, outcome in zip(panels, outcomes, strict=True):
+        _draw_panel(axes, report, outcome)
+    by_outcome = [_points(report, outcome) for outcome in outcomes]
+    is_cut = any(not _Panel.around(points).contains(point) for points in by_outcome for point in points)
     _draw_legend(figure, styles, any(result.seeds for result in report.models), is_cut)
     figure.draw_without_rendering()  # settles where the points are, and with them where a note has room
-    for axes, measure in zip(panels, measures, strict=True):
-        _write_notes(axes, _points(report, measure), styles)
+    for axes, points in zip(panels, by_outcome, strict=True):
+        _write_notes(axes, points, styles)
     return figure
 
 
-def _points(report: RetentionReport, measure: Measure) -> list[_Point]:
-    gain_measure = main_measures(report)[0]
+def _points(report: RetentionReport, outcome: Outcome) -> list[_Point]:
+    gain_outcome = main_outcomes(report)[0]
     points = []
     for result in report.models:
-        gained, kept = _oriented(result, gain_measure), _oriented(result, measure)
+        gained, kept = _oriented(result, gain_outcome), _oriented(result, outcome)
         if gained and kept:
-            of_seeds = [(_oriented(seed, gain_measure), _oriented(seed, measure)) for seed in result.seeds]
+            of_seeds = [(_oriented(seed, gain_outcome), _oriented(seed, outcome)) for seed in result.seeds]
             seeds = tuple((x[0], y[0]) for x, y in of_seeds if x and y)
             points.append(_Point(result, gained[0], kept[0], gained[1:], kept[1:], seeds))
     return points
 
 
-def _oriented(result: ModelResult, measure: Measure) -> tuple[float, float, float] | None:
+def _oriented(result: ModelResult, outcome: Outcome) -> tuple[float, float, float] | None:
     """Delta and the ends of its interval, with more as better; `None` without a delta that can be drawn."""
-    delta = measure.of(result)
+    delta = outcome.of(result)
     if delta is None or math.isnan(delta.delta):
         return None
-    return measure.sign * delta.delta, measure.sign * delta.low, measure.sign * delta.high
+    return outcome.sign * delta.delta, outcome.sign * delta.low, outcome.sign * delta.high
 
 
 def _frontier(points: Sequence[_Point]) -> list[tuple[float, float]]:
     return pareto_frontier([(0.0, 0.0), *((point.x, point.y) for point in points)])
 
 
-def _draw_panel(axes: "Axes", report: RetentionReport, measure: Measure) -> None:
-    points = _points(report, measure)
+def _draw_panel(axes: "Axes", report: RetentionReport, outcome: Outcome) -> None:
+    points = _points(report, outcome)
     panel = _Panel.around(points)
     axes.set(xlim=(panel.x.low, panel.x.high), ylim=(panel.y.low, panel.y.high))
     for group, style in group_styles(report).items():
@@ -163,8 +164,8 @@ def _draw_panel(axes: "Axes", report: RetentionReport, measure: Measure) -> None
         _draw_group(axes, of_group, panel, style)
     axes.plot(0, 0, "*", color="0.25", markersize=13, zorder=3)
     _draw_frontier(axes, _frontier(points))
-    axes.set_title(f"Gain against {plot_text(measure.task)}", fontsize="medium")
-    kept = f"change in {measure.metric}" if measure.higher_is_better else f"{measure.metric}, baseline minus model"
+    axes.set_title(f"Gain against {plot_text(outcome.task)}", fontsize="medium")
+    kept = f"change in {outcome.metric}" if outcome.higher_is_better else f"{outcome.metric}, baseline minus model"
     axes.set_xlabel("gain: held-out loss, baseline minus model\n(nats per token; right is better)")
     axes.set_ylabel(plot_text(kept) + "\n(up is better)")
     axes.grid(alpha=0.25)
@@ -173,10 +174,10 @@ def _draw_panel(axes: "Axes", report: RetentionReport, measure: Measure) -> None
 
 def _draw_group(axes: "Axes", points: Sequence[_Point], panel: _Panel, style: GroupStyle) -> None:
     for one, other in zip(points, points[1:], strict=False):
-        dots = "-" if panel.holds(one) and panel.holds(other) else ":"
+        dots = "-" if panel.contains(one) and panel.contains(other) else ":"
         axes.plot(*zip(panel.place(one), panel.place(other), strict=True), dots, color=style.color, linewidth=1)
     for point in points:
-        if not panel.holds(point):
+        if not panel.contains(point):
             axes.plot(*panel.place(point), style.marker, color=style.color, clip_on=False, **HOLLOW)
             continue
         axes.hlines(point.y, *point.x_ends, color=style.color, linewidth=0.8, alpha=0.5)
@@ -237,7 +238,7 @@ def _write_notes(axes: "Axes", points: Sequence[_Point], styles: dict[str, Group
     for group, style in styles.items():
         of_group = [point for point in points if point.result.group == group]
         for point, note in zip(of_group, _notes([point.result for point in of_group]), strict=True):
-            if not panel.holds(point):
+            if not panel.contains(point):
                 note = f"{note} ({point.x:.3g}, {point.y:.3g})".strip()
             if note:
                 taken.append(_write_note(axes, panel.place(point), plot_text(note), style, taken))

@@ -7,8 +7,8 @@ from html import escape
 from typing import Any
 
 from lopt_hf.retention.report.findings import Finding, Statement, findings
-from lopt_hf.retention.report.frontier import frontier_labels, retention_measures
-from lopt_hf.retention.report.measures import main_measures
+from lopt_hf.retention.report.frontier import frontier_labels, retention_outcomes
+from lopt_hf.retention.report.outcomes import main_outcomes
 from lopt_hf.retention.report.page_style import STYLE
 from lopt_hf.retention.report.tables import Cell, Table, level_text, make_tables
 from lopt_hf.retention.results import RetentionReport
@@ -23,7 +23,7 @@ BEYOND_EDGE = "What lies far from all others stands at the panel's edge, hollow,
 
 
 def render_page(report: RetentionReport, plots: Mapping[str, bytes]) -> str:
-    """The page, with style and plots inside it.
+    """Renders the page, with style and plots inside it.
 
     Args:
         report: What to show.
@@ -96,7 +96,7 @@ def _reading_guide(report: RetentionReport) -> str:
         "<b>Paired.</b> Every model answered the same samples as the baseline, and a delta is model minus baseline. "
         "How hard a sample is cancels, so small changes can be told that two separate scores would hide.",
         f"<b>{level} interval.</b> The range of changes that the samples are in line with, from resampling them; with "
-        "several seeds it also holds what varies between seeds.",
+        "several seeds it also contains what varies between seeds.",
         *([CONTRASTS] if report.contrasts else []),
         "<b>No detectable change</b> means that the interval includes zero. It does not mean that nothing changed: "
         "the interval's ends tell how large a change these samples could have missed.",
@@ -137,7 +137,7 @@ def _figure_html(report: RetentionReport, name: str, image: bytes) -> str:
 def _descriptions(report: RetentionReport) -> dict[str, tuple[str, str]]:
     """Caption and alternative text of each plot."""
     level = level_text(report.confidence)
-    names = ", ".join(f"{measure.task} {measure.metric}" for measure in main_measures(report))
+    names = ", ".join(f"{outcome.task} {outcome.metric}" for outcome in main_outcomes(report))
     dots = " Small dots are single seeds." if any(result.seeds for result in report.models) else ""
     return {
         "deltas.png": (
@@ -162,8 +162,8 @@ def _descriptions(report: RetentionReport) -> dict[str, tuple[str, str]]:
 
 def _frontier_lines(report: RetentionReport) -> list[str]:
     return [
-        f"On the frontier of {measure.task}, from the least gain: {'; '.join(frontier_labels(report, measure))}."
-        for measure in retention_measures(report)
+        f"On the frontier of {outcome.task}, from the least gain: {'; '.join(frontier_labels(report, outcome))}."
+        for outcome in retention_outcomes(report)
     ]
 
 

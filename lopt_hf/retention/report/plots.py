@@ -1,7 +1,4 @@
-"""The plots of a retention report: what changed in each model, and which layers moved.
-
-Needs the optional extra `demo`, which brings matplotlib; it is imported on use.
-"""
+"""Plots of a retention report: what changed in each model, and how far its layers moved."""
 
 import math
 import re
@@ -9,23 +6,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lopt_hf.retention.report.measures import Measure, main_measures
-from lopt_hf.retention.report.window import Window, fit_window
+from lopt_hf.common.figures import OKABE_ITO, draw_heat_map, new_figure
+from lopt_hf.retention.report.axis_range import AxisRange, fit_axis_range
+from lopt_hf.retention.report.outcomes import Outcome, main_outcomes
 from lopt_hf.retention.results import Delta, ModelResult, RetentionReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["GroupStyle", "group_styles", "new_figure", "plot_deltas", "plot_drift", "plot_text"]
+__all__ = ["GroupStyle", "group_styles", "plot_deltas", "plot_drift", "plot_text"]
 
-# Okabe and Ito's palette without its yellow, which is faint on white, and three dark hues of Tol's "muted"
-COLORS = ("black", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933", "#332288")
+COLORS = (
+    "black",
+    *(OKABE_ITO[name] for name in ("blue", "vermilion", "green", "purple", "orange", "sky blue")),
+    *("#882255", "#999933", "#332288"),  # three dark hues of Paul Tol's palette "muted"
+)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")  # one fewer than colours, so that pairs do not repeat early
 PANELS_PER_ROW = 3
 MAX_CHARACTERS = 44
 INCHES_PER_CHARACTER = 0.075
 MAX_WIDTH = 14  # inches
+PANEL_PADDING = 0.1  # inches
 UNCHANGED = "#d9d9d9"
 HOLLOW: dict[str, Any] = {"markersize": 6, "markerfacecolor": "white", "markeredgewidth": 1.2, "zorder": 4}
 
@@ -39,7 +41,7 @@ class GroupStyle:
 
 
 def group_styles(report: RetentionReport) -> dict[str, GroupStyle]:
-    """A colour and a marker for each group, the same in all plots of a report."""
+    """Returns a colour and a marker for each group, the same in all plots of a report."""
     groups = dict.fromkeys(result.group for result in report.models)
     return {
         group: GroupStyle(COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)])
@@ -47,28 +49,14 @@ def group_styles(report: RetentionReport) -> dict[str, GroupStyle]:
     }
 
 
-def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure of that many inches.
-
-    Raises:
-        ImportError: If matplotlib is missing.
-    """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-    except ImportError as error:
-        raise ImportError('The plots of a report need `matplotlib`: `pip install "lopt_hf[demo]"`.') from error
-    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(h_pad=0.1))
-
-
 def plot_text(text: str) -> str:
-    """A name as it stands on a plot: of long ones, such as paths, the end; dollar signs are no formulas there."""
+    """Shortens a name for a plot, to its end where it is long as paths are, and escapes dollar signs."""
     short = text if len(text) <= MAX_CHARACTERS else f"…{text[1 - MAX_CHARACTERS :]}"
     return short.replace("$", r"\$")
 
 
 def plot_deltas(report: RetentionReport) -> "Figure":
-    """Every change with its interval: one panel for each measure, gain and mean first, one row for each model.
+    """Plots every change with its interval: a panel for each outcome, gain and mean first, a row for each model.
 
     Args:
         report: What to draw. Single seeds are faint dots below the mean over them.
@@ -76,35 +64,35 @@ def plot_deltas(report: RetentionReport) -> "Figure":
     Raises:
         ImportError: If matplotlib is missing.
     """
-    measures = main_measures(report)
-    columns = 2 if len(measures) == 4 else min(PANELS_PER_ROW, len(measures))
-    rows = math.ceil(len(measures) / columns)
+    outcomes = main_outcomes(report)
+    columns = 2 if len(outcomes) == 4 else min(PANELS_PER_ROW, len(outcomes))
+    rows = math.ceil(len(outcomes) / columns)
     width = 1 + _label_width(report.models) + 2.8 * columns
-    figure = new_figure(width, height=0.2 + rows * (1.0 + 0.25 * len(report.models)))
+    figure = new_figure(width, 0.2 + rows * (1.0 + 0.25 * len(report.models)), PANEL_PADDING)
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
-    for axes, measure in zip(panels, measures, strict=False):
-        _draw_deltas(axes, report, measure)
-    for axes in panels[len(measures) :]:
+    for axes, outcome in zip(panels, outcomes, strict=False):
+        _draw_deltas(axes, report, outcome)
+    for axes in panels[len(outcomes) :]:
         axes.remove()
     return figure
 
 
-def _draw_deltas(axes: "Axes", report: RetentionReport, measure: Measure) -> None:
+def _draw_deltas(axes: "Axes", report: RetentionReport, outcome: Outcome) -> None:
     styles = group_styles(report)
-    found = {row: delta for row, result in enumerate(report.models) if (delta := measure.of(result))}
-    window = fit_window([(delta.delta, delta.low, delta.high) for delta in found.values()])
-    axes.set_xlim(window.low, window.high)
+    found = {row: delta for row, result in enumerate(report.models) if (delta := outcome.of(result))}
+    shown = fit_axis_range([(delta.delta, delta.low, delta.high) for delta in found.values()])
+    axes.set_xlim(shown.low, shown.high)
     for row, delta in found.items():
         result = report.models[row]
-        _draw_delta(axes, row, delta, window, styles[result.group])
-        of_seeds = [of_seed.delta for seed in result.seeds if (of_seed := measure.of(seed))]
+        _draw_delta(axes, row, delta, shown, styles[result.group])
+        of_seeds = [of_seed.delta for seed in result.seeds if (of_seed := outcome.of(seed))]
         color = styles[result.group].color
         axes.plot(of_seeds, [row + 0.28] * len(of_seeds), ".", color=color, alpha=0.4, markersize=4)
     axes.axvline(0, color="0.35", linewidth=0.9, zorder=0)
     axes.locator_params(axis="x", nbins=5)
-    direction = "higher is better" if measure.higher_is_better else "lower is better"
-    axes.set_xlabel(f"change in {plot_text(measure.metric)} ({direction})")
-    axes.set_title(plot_text(measure.task) + " (task trained on)" * (measure.kind == "gain"), fontsize="medium")
+    direction = "higher is better" if outcome.higher_is_better else "lower is better"
+    axes.set_xlabel(f"change in {plot_text(outcome.metric)} ({direction})")
+    axes.set_title(plot_text(outcome.task) + " (task trained on)" * (outcome.kind == "gain"), fontsize="medium")
     axes.set_yticks(range(len(report.models)), [plot_text(result.label) for result in report.models])
     axes.set_ylim(len(report.models) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
@@ -113,22 +101,22 @@ def _draw_deltas(axes: "Axes", report: RetentionReport, measure: Measure) -> Non
     _shade_groups(axes, report.models)
 
 
-def _draw_delta(axes: "Axes", row: int, delta: Delta, window: Window, style: GroupStyle) -> None:
+def _draw_delta(axes: "Axes", row: int, delta: Delta, shown: AxisRange, style: GroupStyle) -> None:
     """One change with its interval; beyond the panel it stands at the edge, hollow, with its value."""
     axes.hlines(row, delta.low, delta.high, color=style.color, linewidth=1.6)
     for end, arrow in ((delta.low, "<"), (delta.high, ">")):
-        if not (window.holds(end) or math.isnan(end)) and window.holds(delta.delta):
-            axes.plot(window.clamp(end), row, arrow, color=style.color, markersize=4, clip_on=False)
-    if window.holds(delta.delta) or math.isnan(delta.delta):
+        if not (shown.contains(end) or math.isnan(end)) and shown.contains(delta.delta):
+            axes.plot(shown.clamp(end), row, arrow, color=style.color, markersize=4, clip_on=False)
+    if shown.contains(delta.delta) or math.isnan(delta.delta):
         axes.plot(delta.delta, row, style.marker, color=style.color, markersize=5)
         return
-    is_low = delta.delta < window.low
+    is_low = delta.delta < shown.low
     inner_end = delta.high if is_low else delta.low
     interval = "" if math.isnan(inner_end) else f" [{delta.low:+.3g}, {delta.high:+.3g}]"
-    axes.plot(window.clamp(delta.delta), row, style.marker, color=style.color, clip_on=False, **HOLLOW)
+    axes.plot(shown.clamp(delta.delta), row, style.marker, color=style.color, clip_on=False, **HOLLOW)
     axes.annotate(
         f"{delta.delta:+.3g}{interval}",
-        (window.clamp(delta.delta if math.isnan(inner_end) else inner_end), row),
+        (shown.clamp(delta.delta if math.isnan(inner_end) else inner_end), row),
         xytext=(8 if is_low else -8, 0),
         textcoords="offset points",
         ha="left" if is_low else "right",
@@ -150,7 +138,7 @@ def _shade_groups(axes: "Axes", models: Sequence[ModelResult]) -> None:
 
 
 def plot_drift(report: RetentionReport) -> "Figure | None":
-    """How far each part of each model moved: rows are models, columns embeddings, layers and the rest.
+    """Plots how far each part of each model moved: rows are models, columns embeddings, layers and the rest.
 
     Args:
         report: What to draw.
@@ -166,34 +154,31 @@ def plot_drift(report: RetentionReport) -> "Figure | None":
         return None
     names = _drift_columns(models)
     width = 1 + _label_width(models) + 0.23 * max(len(names), 24)
-    figure = new_figure(min(width, MAX_WIDTH), height=2.0 + 0.26 * len(models))
+    figure = new_figure(min(width, MAX_WIDTH), 2.0 + 0.26 * len(models), PANEL_PADDING)
     axes = figure.subplots()
     _draw_drift(axes, [[result.drift.get(name, math.nan) for name in names] for result in models])
     ticks = _drift_ticks(names)
     axes.set_xticks(list(ticks), [plot_text(text) for text in ticks.values()], rotation=90)
     axes.set_yticks(range(len(models)), [plot_text(result.label) for result in models])
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
     return figure
 
 
 def _draw_drift(axes: "Axes", drift: Sequence[Sequence[float]]) -> None:
-    import numpy as np
-    from matplotlib.colors import ListedColormap, LogNorm
     from matplotlib.patches import Patch
 
-    values = np.array(drift)
-    moved = values[values > 0]
-    low, high = (moved.min(), moved.max()) if moved.size else (1e-7, 1e-1)
-    norm = LogNorm(10.0 ** math.floor(math.log10(low)), 10.0 ** math.ceil(math.log10(high) + 1e-9))
-    axes.imshow(np.where(values == 0, 0, np.nan), cmap=ListedColormap([UNCHANGED]), aspect="auto")
-    image = axes.imshow(np.where(values > 0, values, np.nan), norm=norm, cmap="viridis", aspect="auto")
-    rows, columns = values.shape
-    axes.hlines(np.arange(rows - 1) + 0.5, -0.5, columns - 0.5, color="white", linewidth=1)
-    place = {"location": "top", "shrink": 0.7, "anchor": (0, 0), "aspect": 40, "pad": 0.45 / rows}
+    moved = [value for row in drift for value in row if value > 0] or [1e-7, 1e-1]
+    limits = 10.0 ** math.floor(math.log10(min(moved))), 10.0 ** math.ceil(math.log10(max(moved)) + 1e-9)
+    image = draw_heat_map(axes, drift, limits, UNCHANGED, gap=1)
+    place: dict[str, Any] = {
+        "location": "top",
+        "shrink": 0.7,
+        "anchor": (0, 0),
+        "aspect": 40,
+        "pad": 0.45 / len(drift),
+    }
     bar = axes.figure.colorbar(image, ax=axes, **place)
     bar.set_label("relative drift ||W - W0|| / ||W0||")
-    if (values == 0).any():
+    if any(value == 0 for row in drift for value in row):
         patch = Patch(color=UNCHANGED, label="unchanged")
         axes.legend(handles=[patch], loc="lower right", bbox_to_anchor=(1, 1), frameon=False, borderaxespad=0.1)
 

@@ -1,9 +1,10 @@
-"""Writes what a retention benchmark found: as JSON, as the tables that lm-eval prints, as plots and as one page."""
+"""Writes a retention report: as JSON, as the tables that lm-eval prints, as plots and as one page."""
 
 from io import BytesIO
 from pathlib import Path
 
-from lopt_hf.common.files import whole_file
+from lopt_hf.common.figures import DPI
+from lopt_hf.common.files import atomic_file, write_text
 from lopt_hf.retention.report.frontier import plot_frontier
 from lopt_hf.retention.report.page import render_page
 from lopt_hf.retention.report.plots import plot_deltas, plot_drift
@@ -12,12 +13,11 @@ from lopt_hf.retention.results import RetentionReport
 
 __all__ = ["to_html", "to_markdown", "write_report"]
 
-DPI = 150
 PLOTS = {"deltas.png": plot_deltas, "frontier.png": plot_frontier, "drift.png": plot_drift}
 
 
 def to_html(report: RetentionReport) -> str:
-    """A report as one page with findings, plots and tables; it loads nothing.
+    """Renders a report as one page with findings, plots and tables, which loads nothing.
 
     Args:
         report: What to show.
@@ -25,7 +25,7 @@ def to_html(report: RetentionReport) -> str:
     Raises:
         ImportError: If matplotlib is missing.
     """
-    return render_page(report, _draw(report))
+    return render_page(report, _render_plots(report))
 
 
 def write_report(report: RetentionReport, folder: Path) -> list[Path]:
@@ -45,24 +45,22 @@ def write_report(report: RetentionReport, folder: Path) -> list[Path]:
         ImportError: If matplotlib is missing; `report.json` and `report.md` are written all the same.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with whole_file(folder / "report.json") as path:
+    with atomic_file(folder / "report.json") as path:
         report.save(path)
-    with whole_file(folder / "report.md") as path:
-        path.write_text(to_markdown(report), encoding="utf-8")
-    plots = _draw(report)
+    write_text(folder / "report.md", to_markdown(report))
+    plots = _render_plots(report)
     page = render_page(report, plots)
     for name in PLOTS:
         if name in plots:
-            with whole_file(folder / name) as path:
+            with atomic_file(folder / name) as path:
                 path.write_bytes(plots[name])
         else:
             (folder / name).unlink(missing_ok=True)  # of an earlier report
-    with whole_file(folder / "report.html") as path:
-        path.write_text(page, encoding="utf-8")
+    write_text(folder / "report.html", page)
     return [folder / name for name in ("report.json", "report.md", "report.html", *plots)]
 
 
-def _draw(report: RetentionReport) -> dict[str, bytes]:
+def _render_plots(report: RetentionReport) -> dict[str, bytes]:
     """The plots as PNG files by name, without those that there is nothing to draw for."""
     images = {}
     for name, plot in PLOTS.items():

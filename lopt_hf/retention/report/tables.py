@@ -7,7 +7,7 @@ from typing import NamedTuple
 from pytablewriter import MarkdownTableWriter
 from pytablewriter.typehint import String
 
-from lopt_hf.retention.report.measures import main_measures
+from lopt_hf.retention.report.outcomes import main_outcomes
 from lopt_hf.retention.results import Contrast, Delta, ModelResult, RetentionReport
 
 __all__ = [
@@ -29,7 +29,7 @@ NOTHING = "-"
 
 
 class Cell(NamedTuple):
-    """One entry of a table; `verdict` is that of the delta it shows, if it shows one."""
+    """A cell of a table, with the verdict of the delta that it shows, if it shows one."""
 
     text: str
     verdict: str = ""
@@ -44,7 +44,7 @@ class Table:
     rows: tuple[tuple[Cell, ...], ...]
 
     def to_markdown(self) -> str:
-        """A heading and a table by lm-eval's own writer."""
+        """Returns a heading and the table, by lm-eval's own writer."""
         writer = MarkdownTableWriter()
         writer.headers = [_markdown(header) for header in self.headers]
         writer.type_hints = [String] * len(self.headers)  # or 0.5000 becomes 0.5
@@ -53,7 +53,7 @@ class Table:
 
 
 def to_markdown(report: RetentionReport) -> str:
-    """The tables of a report: an overview if there are many models or seeds, one for each model, and the contrasts.
+    """Returns the tables of a report as Markdown: an overview of many models or seeds, each model, and the contrasts.
 
     Args:
         report: What to show.
@@ -62,7 +62,7 @@ def to_markdown(report: RetentionReport) -> str:
 
 
 def make_tables(report: RetentionReport) -> list[Table]:
-    """The tables that `to_markdown` shows."""
+    """Returns the tables that `to_markdown` shows."""
     with_seeds = any(result.seeds for result in report.models)
     overview = [overview_table(report)] if with_seeds or len(report.models) > MANY_MODELS else []
     contrasts = [contrast_table(report)] if report.contrasts else []
@@ -70,22 +70,22 @@ def make_tables(report: RetentionReport) -> list[Table]:
 
 
 def overview_table(report: RetentionReport) -> Table:
-    """One row for each model: gain, mean, and the main metric of each task, each as delta with interval."""
-    measures = main_measures(report)
+    """Returns a table with one row for each model: gain, mean, and each task's main metric, as delta with interval."""
+    outcomes = main_outcomes(report)
     with_seeds = any(result.seeds for result in report.models)
-    headers = ["Model", *(f"{measure.task} {measure.metric} {measure.arrow}" for measure in measures)]
+    headers = ["Model", *(f"{outcome.task} {outcome.metric} {outcome.arrow}" for outcome in outcomes)]
     rows = []
     for result in report.models:
         cells = [Cell(result.label)]
-        for measure in measures:
-            cells.append(_gain_cell(result.gain) if measure.kind == "gain" else _delta_cell(measure.of(result)))
+        for outcome in outcomes:
+            cells.append(_gain_cell(result.gain) if outcome.kind == "gain" else _delta_cell(outcome.of(result)))
         rows.append((*cells, Cell(_count(result.seeds))) if with_seeds else tuple(cells))
     title = f"Overview: change from {report.baseline}, {level_text(report.confidence)} interval"
     return Table(title, (*headers, "Seeds") if with_seeds else tuple(headers), tuple(rows))
 
 
 def model_table(result: ModelResult, confidence: float) -> Table:
-    """Everything that was measured of one model: the task trained on, the mean over tasks, each task and metric.
+    """Returns all results of one model: the task trained on, the mean over tasks, each task and metric.
 
     Args:
         result: The model.
@@ -112,29 +112,29 @@ def model_table(result: ModelResult, confidence: float) -> Table:
 
 
 def contrast_table(report: RetentionReport) -> Table:
-    """The differences between methods that were trained with the same seeds."""
+    """Returns the table of differences between methods that were trained with the same seeds."""
     headers = ("First", "Second", "Task", "Metric", "", "Difference", f"{level_text(report.confidence)} interval")
     rows = tuple(_contrast_row(contrast) for contrast in report.contrasts)
     return Table("Differences between methods: first minus second", (*headers, "Seeds", "Better"), rows)
 
 
 def value_text(value: float) -> str:
-    """Four decimals, as lm-eval prints them; `-` for nan."""
+    """Formats a value with four decimals, as lm-eval does; nan as `-`."""
     return NOTHING if math.isnan(value) else f"{value:.4f}"
 
 
 def signed_text(value: float) -> str:
-    """A difference, with its sign; `-` for nan."""
+    """Formats a difference with its sign; nan as `-`."""
     return NOTHING if math.isnan(value) else f"{round(value, 4) + 0.0:+.4f}"  # + 0.0: no negative zero
 
 
 def level_text(confidence: float) -> str:
-    """Such as `95 %`."""
+    """Formats a confidence level, such as `95 %`."""
     return f"{100 * confidence:g} %"
 
 
 def interval_text(entry: Delta | Contrast) -> str:
-    """The confidence interval in brackets; `-` if there is none."""
+    """Formats the confidence interval in brackets; as `-` if there is none."""
     if math.isnan(entry.low) or math.isnan(entry.high):
         return NOTHING
     return f"[{signed_text(entry.low)}, {signed_text(entry.high)}]"

@@ -13,8 +13,8 @@ import pytest
 
 from lopt_hf.retention.report import report as report_module
 from lopt_hf.retention.report.findings import findings
-from lopt_hf.retention.report.frontier import frontier_labels, pareto_frontier, plot_frontier, retention_measures
-from lopt_hf.retention.report.measures import main_measures
+from lopt_hf.retention.report.frontier import frontier_labels, pareto_frontier, plot_frontier, retention_outcomes
+from lopt_hf.retention.report.outcomes import main_outcomes
 from lopt_hf.retention.report.plots import plot_deltas, plot_drift
 from lopt_hf.retention.report.report import to_html, to_markdown, write_report
 from lopt_hf.retention.report.tables import make_tables
@@ -306,7 +306,7 @@ def test_pareto_frontier(points, frontier):
 
 
 def test_frontier_of_a_report(grid):
-    by_mean, by_perplexity = retention_measures(grid)
+    by_mean, by_perplexity = retention_outcomes(grid)
     assert (by_mean.kind, by_perplexity.task) == ("mean", "wikitext")
     labels = frontier_labels(grid, by_mean)
     assert labels[0] == "baseline"
@@ -319,7 +319,7 @@ def test_plot_of_deltas(grid):
     panels = figure.axes
     assert [axes.get_title() for axes in panels] == [
         "held-out answers (task trained on)",
-        *(measure.task for measure in main_measures(grid)[1:]),
+        *(outcome.task for outcome in main_outcomes(grid)[1:]),
     ]
     directions = [re.search(r"\((\w+) is better", axes.get_xlabel()).group(1) for axes in panels]
     assert directions == ["lower", "higher", "lower", "higher", "higher"]
@@ -329,14 +329,14 @@ def test_plot_of_deltas(grid):
 
 def test_a_ruined_model_stands_at_the_edge_with_its_values(grid):
     """In each plot of it; all others are where they are."""
-    measure = main_measures(grid)[2]
+    outcome = main_outcomes(grid)[2]
     axes = plot_deltas(grid).axes[2]
-    ruined = measure.of(grid.models[1])
+    ruined = outcome.of(grid.models[1])
     assert [text.get_text() for text in axes.texts] == [f"{ruined.delta:+.3g} [{ruined.low:+.3g}, {ruined.high:+.3g}]"]
     hollow = [line for line in axes.lines if line.get_markerfacecolor() == "white"]
     assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in hollow] == [(axes.get_xlim()[1], 1)]
     filled = {line.get_ydata()[0]: line.get_xdata()[0] for line in axes.lines if line.get_markersize() == 5}
-    assert filled == {row: measure.of(model).delta for row, model in enumerate(grid.models) if row != 1}
+    assert filled == {row: outcome.of(model).delta for row, model in enumerate(grid.models) if row != 1}
 
     axes = plot_frontier(grid).axes[1]
     assert f"0.0001 ({-grid.models[1].gain.delta:.3g}, {-ruined.delta:.3g})" in {
@@ -351,9 +351,9 @@ def test_a_ruined_model_stands_at_the_edge_with_its_values(grid):
 
 def test_an_infinite_perplexity_is_drawn(grid):
     """At the edge, as `inf`; what is no number is left out."""
-    measure = main_measures(grid)[2]
+    outcome = main_outcomes(grid)[2]
     first, second, third = grid.models[:3]
-    endless = replace(measure.of(first), value=math.inf, delta=math.inf, low=NAN, high=NAN)
+    endless = replace(outcome.of(first), value=math.inf, delta=math.inf, low=NAN, high=NAN)
     models = (
         replace(first, deltas=(*first.deltas[:2], endless)),
         replace(second, deltas=(*second.deltas[:2], replace(endless, delta=NAN))),

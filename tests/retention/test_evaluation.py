@@ -23,15 +23,15 @@ from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file, save_file
 
 from lopt_hf.common.statistics import MeanScores, RatioScores, ResampledScores
-from lopt_hf.retention import measuring
-from lopt_hf.retention.measuring import MeasuringSettings, measure_model
+from lopt_hf.retention import evaluation
+from lopt_hf.retention.evaluation import EvaluationSettings, evaluate_model
 from lopt_hf.retention.references import ModelReference
 from lopt_hf.retention.scores import ScoreCache, TaskScores, metric_scores
 from lopt_hf.retention.suites import SuiteTask, load_entries
 from tests.retention.benchmark_tasks import NUM_ROWS, TASKS, rows_of, write_benchmark_tasks, write_rows
 from tests.retention.conftest import SavedModels
 
-SETTINGS = MeasuringSettings()
+SETTINGS = EvaluationSettings()
 SCORES = {
     "acc,none": MeanScores,
     "acc_norm,none": MeanScores,
@@ -67,10 +67,10 @@ def by_us(
     folder: Path,
     cache: Path,
     tasks: Sequence[str] = TASKS,
-    settings: MeasuringSettings = SETTINGS,
+    settings: EvaluationSettings = SETTINGS,
 ) -> dict[str, TaskScores]:
     entries = load_entries([SuiteTask(name) for name in tasks], [folder])
-    return measure_model(ModelReference.find(model), entries, settings, ScoreCache(cache))
+    return evaluate_model(ModelReference.find(model), entries, settings, ScoreCache(cache))
 
 
 def only_metrics(values: dict[str, Any]) -> dict[str, float]:
@@ -116,14 +116,14 @@ def no_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def forbidden(*_: Any) -> None:
         raise AssertionError("a model was loaded although everything was known")
 
-    return lambda: monkeypatch.setattr(measuring, "load_language_model", forbidden)
+    return lambda: monkeypatch.setattr(evaluation, "load_language_model", forbidden)
 
 
 @pytest.mark.parametrize("limit", [None, 4])
 def test_values_are_lm_evals(models: SavedModels, task_folder: Path, tmp_path: Path, limit: int | None) -> None:
     """Of every kind of task; and each metric follows from the per-sample entries, also from those in the cache."""
     expected = by_lm_eval(models.base, task_folder, TASKS, limit=limit)
-    settings = MeasuringSettings(limit=limit)
+    settings = EvaluationSettings(limit=limit)
     measured = by_us(models.base, task_folder, tmp_path, settings=settings)
     from_cache = by_us(models.base, task_folder, tmp_path, settings=settings)
     assert measured == from_cache
@@ -145,8 +145,8 @@ def test_values_are_lm_evals(models: SavedModels, task_folder: Path, tmp_path: P
 def test_sums_of_a_bf16_model_are_not_rounded_to_bf16(models: SavedModels, task_folder: Path, tmp_path: Path) -> None:
     """What lm-eval's own default does, which hides small changes of perplexity."""
     entries = load_entries([SuiteTask("texts")], [task_folder])
-    settings = MeasuringSettings(dtype="bfloat16")
-    scores = measure_model(ModelReference.find(models.base), entries, settings, ScoreCache(tmp_path))
+    settings = EvaluationSettings(dtype="bfloat16")
+    scores = evaluate_model(ModelReference.find(models.base), entries, settings, ScoreCache(tmp_path))
     sums = torch.tensor([item[0] for item in scores["texts"].metrics["word_perplexity,none"]])
     assert (sums.bfloat16().float() != sums).any()
 
@@ -158,14 +158,14 @@ def test_a_perplexity_that_no_float_holds_is_infinite(diverged: str, task_folder
             by_lm_eval(diverged, task_folder, [name])
     entries = load_entries([SuiteTask(name) for name in TASKS], [task_folder])
     reference, cache = ModelReference.find(diverged), ScoreCache(tmp_path)
-    scores = measure_model(reference, entries, SETTINGS, cache)
+    scores = evaluate_model(reference, entries, SETTINGS, cache)
     assert not any("aggregation" in vars(task) for entry in entries for task in entry.tasks)
     assert scores["texts"].values["word_perplexity,none"] == math.inf
     assert scores["endings"].values["perplexity,none"] == math.inf
     assert math.isfinite(scores["texts"].values["bits_per_byte,none"])
     expected = by_lm_eval(diverged, task_folder, ["sums"])["sums"]
     assert scores["sums"].values == pytest.approx(only_metrics(expected), rel=1e-6)
-    assert measure_model(reference, entries, SETTINGS, cache) == scores  # also from a file
+    assert evaluate_model(reference, entries, SETTINGS, cache) == scores  # also from a file
 
 
 def test_two_filters_keep_their_own_responses(models: SavedModels, task_folder: Path, tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_exactly_the_samples_asked_for(
 ) -> None:
     """In the task's order and once each, also if the list is neither sorted nor without duplicates."""
     numbers = list(range(wanted)) if isinstance(wanted, int) else sorted(set(wanted))
-    settings = MeasuringSettings(samples={"sums": wanted}, limit=2)
+    settings = EvaluationSettings(samples={"sums": wanted}, limit=2)
     scores = by_us(models.base, task_folder, tmp_path, ["sums", "words"], settings)
     assert [sample["doc_id"] for sample in scores["sums"].samples] == numbers
     rows = rows_of("sums")
@@ -208,9 +208,9 @@ def test_exactly_the_samples_asked_for(
 def test_more_samples_than_there_are(models: SavedModels, task_folder: Path, tmp_path: Path) -> None:
     """A number beyond the end is an error, before a model is loaded; a limit beyond it means all."""
     with pytest.raises(ValueError, match="samples of 'sums' name number 12, but it has 12, counted from 0"):
-        by_us(models.base, task_folder, tmp_path, ["sums"], MeasuringSettings(samples={"sums": [0, 12]}))
+        by_us(models.base, task_folder, tmp_path, ["sums"], EvaluationSettings(samples={"sums": [0, 12]}))
     assert not list(tmp_path.iterdir())
-    everything = by_us(models.base, task_folder, tmp_path, ["sums"], MeasuringSettings(limit=99))
+    everything = by_us(models.base, task_folder, tmp_path, ["sums"], EvaluationSettings(limit=99))
     assert everything == by_us(models.base, task_folder, tmp_path, ["sums"])
 
 
@@ -229,7 +229,7 @@ def test_more_samples_than_there_are(models: SavedModels, task_folder: Path, tmp
 )
 def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        MeasuringSettings(**settings)
+        EvaluationSettings(**settings)
 
 
 def test_a_second_run_loads_no_model(
@@ -330,11 +330,11 @@ def test_other_settings_are_measured_anew(
         replace(SETTINGS, max_length=32),
     ]
     reference, cache = ModelReference.find(models.base), ScoreCache(tmp_path)
-    first = [measure_model(reference, entries, settings, cache)["sums"] for settings in all_settings]
+    first = [evaluate_model(reference, entries, settings, cache)["sums"] for settings in all_settings]
     assert evaluated == ["sums"] * len(all_settings)
     assert len({json.dumps(scores.metrics) for scores in first}) == len(all_settings)
     assert [scores.num_fewshot for scores in first[:3]] == [0, 2, 0]
-    assert [measure_model(reference, entries, settings, cache)["sums"] for settings in all_settings] == first
+    assert [evaluate_model(reference, entries, settings, cache)["sums"] for settings in all_settings] == first
     assert evaluated == ["sums"] * len(all_settings)
 
 
@@ -345,7 +345,7 @@ def test_examples_count_only_where_they_are_shown(models: SavedModels, tmp_path:
         text = (tasks / "examples.jsonl").read_text()
         (tasks / "examples.jsonl").write_text(text.replace("so 5", example))
         for num_fewshot in (0, 2):
-            settings = MeasuringSettings(num_fewshot=num_fewshot)
+            settings = EvaluationSettings(num_fewshot=num_fewshot)
             by_us(models.base, tasks, tmp_path / "cache", ["words"], settings)
         assert evaluated == ["words"] * times
 
@@ -365,10 +365,10 @@ def test_an_unchanged_function_of_a_task_is_recognised(
     one, other = (entries[0].tasks[0].dump_config()["process_docs"] for entries in (first, second))
     assert one != other and "0x" in one
     reference, cache = ModelReference.find(models.base), ScoreCache(tmp_path / "cache")
-    scores = measure_model(reference, first, SETTINGS, cache)
+    scores = evaluate_model(reference, first, SETTINGS, cache)
     assert len(scores["sums"]) == 4
     no_model_is_loaded()
-    assert measure_model(reference, second, SETTINGS, cache) == scores
+    assert evaluate_model(reference, second, SETTINGS, cache) == scores
 
 
 def test_only_an_added_task_is_measured(
@@ -386,12 +386,12 @@ def test_a_tasks_number_of_examples_is_the_suites(models: SavedModels, task_fold
     wanted = [SuiteTask("sums", 3), SuiteTask("words"), SuiteTask("endings", 1)]
     entries = load_entries(wanted, [task_folder])
     reference, cache = ModelReference.find(models.base), ScoreCache(tmp_path)
-    for settings, expected in [(SETTINGS, [3, 0, 1]), (MeasuringSettings(num_fewshot=2), [2, 2, 2])]:
-        scores = measure_model(reference, entries, settings, cache)
+    for settings, expected in [(SETTINGS, [3, 0, 1]), (EvaluationSettings(num_fewshot=2), [2, 2, 2])]:
+        scores = evaluate_model(reference, entries, settings, cache)
         assert [scores[task.name].num_fewshot for task in wanted] == expected
     assert [entry.tasks[0].get_config("num_fewshot") for entry in entries] == [None] * 3
     expected_scores = by_lm_eval(models.base, task_folder, ["sums"], num_fewshot=3)["sums"]
-    scores = measure_model(reference, entries, SETTINGS, cache)
+    scores = evaluate_model(reference, entries, SETTINGS, cache)
     assert scores["sums"].values == pytest.approx(only_metrics(expected_scores), rel=1e-6)
 
 
@@ -405,7 +405,7 @@ def test_a_killed_run_goes_on_in_the_middle_of_a_task(
     calls: int,
 ) -> None:
     """Killed at a forward, it later asks only what has no answer yet, and ends where an unbroken run does."""
-    names, settings = ["sums", "words", "generated"], MeasuringSettings(batch_size=4)
+    names, settings = ["sums", "words", "generated"], EvaluationSettings(batch_size=4)
     expected = by_us(models.base, task_folder, tmp_path / "unbroken", names, settings)
     kept: list[str] = []
     add_partial, original = CacheHook.add_partial, getattr(HFLM, method)

@@ -34,11 +34,11 @@ from lopt_hf.retention.suites import TaskEntry
 
 __all__ = [
     "SOFTMAX_DTYPE",
-    "MeasuringSettings",
+    "EvaluationSettings",
     "evaluate_tasks",
-    "identity_of_task",
+    "task_identity",
     "load_language_model",
-    "measure_model",
+    "evaluate_model",
 ]
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ SOFTMAX_DTYPE = "float32"
 
 
 @dataclass(frozen=True)
-class MeasuringSettings:
+class EvaluationSettings:
     """How every model is measured.
 
     Raises:
@@ -108,7 +108,7 @@ class MeasuringSettings:
         return sorted(set(chosen))  # in lm-eval's order, whose sample numbers are right for sorted lists only
 
 
-def load_language_model(reference: ModelReference, settings: MeasuringSettings) -> HFLM:
+def load_language_model(reference: ModelReference, settings: EvaluationSettings) -> HFLM:
     """Loads a model for lm-eval, on one device or on those of `accelerate launch`."""
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     model = _LanguageModel(
@@ -130,8 +130,8 @@ def load_language_model(reference: ModelReference, settings: MeasuringSettings) 
     return model
 
 
-def measure_model(
-    reference: ModelReference, entries: Iterable[TaskEntry], settings: MeasuringSettings, cache: ScoreCache
+def evaluate_model(
+    reference: ModelReference, entries: Iterable[TaskEntry], settings: EvaluationSettings, cache: ScoreCache
 ) -> dict[str, TaskScores]:
     """Scores a model on every task; loads it only if something is not in the cache.
 
@@ -149,13 +149,13 @@ def measure_model(
         OSError: If there is no room for a task's scores; those of earlier tasks are kept.
     """
     state = PartialState()
-    how = {"model": reference.fingerprint(), **_identity_of_settings(settings)}
+    how = {"model": reference.fingerprint(), **_settings_identity(settings)}
     by_fewshot: dict[int | None, list[Task]] = {}
     for entry in entries:
         num_fewshot = settings.num_fewshot if settings.num_fewshot is not None else entry.num_fewshot
         by_fewshot.setdefault(num_fewshot, []).extend(entry.tasks)
     identities = {
-        task.task_name: {**how, **identity_of_task(task, num_fewshot, settings)}
+        task.task_name: {**how, **task_identity(task, num_fewshot, settings)}
         for num_fewshot, tasks in by_fewshot.items()
         for task in tasks
     }
@@ -192,7 +192,7 @@ def evaluate_tasks(
     language_model: HFLM,
     tasks: Sequence[Task],
     num_fewshot: int | None,
-    settings: MeasuringSettings,
+    settings: EvaluationSettings,
     unfinished: Path | None = None,
 ) -> dict[str, TaskScores]:
     """Scores a loaded model on tasks.
@@ -272,7 +272,7 @@ class _LanguageModel(HFLM):
             self._world_size = world_size
 
 
-def _identity_of_settings(settings: MeasuringSettings) -> dict[str, Any]:
+def _settings_identity(settings: EvaluationSettings) -> dict[str, Any]:
     """What decides a model's scores besides the model and the task."""
     used = {"batch_size", "dtype", "apply_chat_template", "max_length"}
     return {
@@ -284,7 +284,7 @@ def _identity_of_settings(settings: MeasuringSettings) -> dict[str, Any]:
     }
 
 
-def identity_of_task(task: Task, num_fewshot: int | None, settings: MeasuringSettings) -> dict[str, Any]:
+def task_identity(task: Task, num_fewshot: int | None, settings: EvaluationSettings) -> dict[str, Any]:
     """What is asked: the task's configuration, the very samples, and what examples are drawn from."""
     indices = settings.indices(task)
     documents = task.eval_docs
