@@ -277,7 +277,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def _device_name() -> str:
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         instructions = torch.backends.cpu.get_cpu_capability()
         return f"CPU, {platform.machine()} with {instructions}, {torch.get_num_threads()} threads"

@@ -110,7 +110,7 @@ class EvaluationSettings:
 
 def load_language_model(reference: ModelReference, settings: EvaluationSettings) -> HFLM:
     """Loads a model for lm-eval, on one device or on those of `accelerate launch`."""
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model = _LanguageModel(
         pretrained=reference.base,
         revision=reference.revision or "main",

@@ -72,7 +72,7 @@ def check_options(options: argparse.Namespace) -> None:
 def measure(model_path: str, rows: Sequence[dict[str, Any]], label: str) -> Measurement:
     """Loads a stock checkpoint in bf16 and measures it."""
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16).eval()
-    model.to(torch.accelerator.current_accelerator() or "cpu")
+    model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     asked = rows[:EXACT_MATCH_PROBLEMS]

@@ -287,13 +287,26 @@ def test_confidence(models: SavedModels, entries: list[TaskEntry], tmp_path: Pat
         make_benchmark(models, entries, tmp_path, confidence=confidence)
 
 
+def _build_for_gpus_without_one(check_available: bool = False) -> torch.device | None:
+    """What `torch.accelerator.current_accelerator` says on a machine without a GPU, of a torch that could use one."""
+    return None if check_available else torch.device("cuda")
+
+
+def test_a_build_for_gpus_computes_on_the_cpu_of_a_machine_without_one(
+    models: SavedModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", _build_for_gpus_without_one)
+    model = load_language_model(ModelReference.find(models.base), EvaluationSettings())
+    assert model.device.type == model.model.device.type == "cpu"
+
+
 def test_the_machine_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fully enough to tell why bf16 is fast on one CPU and slow on another."""
     with monkeypatch.context() as patch:
-        patch.setattr(torch.accelerator, "current_accelerator", lambda: None)
+        patch.setattr(torch.accelerator, "current_accelerator", _build_for_gpus_without_one)
         patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
         patch.setattr(torch, "get_num_threads", lambda: 6)
         assert describe_machine()["device"] == f"CPU, {platform.machine()} with AVX512, 6 threads"
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
     assert describe_machine()["device"] == "NVIDIA H100"
