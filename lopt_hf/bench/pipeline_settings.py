@@ -1,11 +1,11 @@
 """What `lopt-hf bench pipeline` measures: the settings."""
 
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
 from lopt_hf.bench.processes import MALLOC, MALLOC_HELP
 from lopt_hf.common.arithmetic import DTYPE_HELP, read_dtype
+from lopt_hf.common.settings import check_choices, check_distinct, check_lowest
 
 __all__ = ["METHODS", "PipelineBenchSettings"]
 
@@ -17,6 +17,7 @@ METHODS = {
     "e2e": "one process, end-to-end",
 }
 _CHOICES: dict[str, tuple[str, ...]] = {
+    "methods": tuple(METHODS),
     "objective": ("reconstruction", "readout"),
     "split": ("auto", "even"),
     "malloc": tuple(MALLOC),
@@ -67,15 +68,9 @@ class PipelineBenchSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", read_dtype(self.dtype))
-        for name, smallest in _SMALLEST.items():
-            if getattr(self, name) < smallest:
-                raise ValueError(f"{name}={getattr(self, name)} is too small; set it to {smallest} or more.")
-        for name, allowed in _CHOICES.items():
-            _check_choice(name, getattr(self, name), allowed)
-        for method in self.methods:
-            _check_choice("methods", method, tuple(METHODS))
-        if not self.methods or len(set(self.methods)) < len(self.methods):
-            raise ValueError(f"methods={self.methods} must name at least one value, and each value once.")
+        check_lowest(self, _SMALLEST)
+        check_choices(self, _CHOICES)
+        check_distinct("methods", self.methods)
         if "1f1b" in self.methods and self.microbatches < self.stages:
             raise ValueError(
                 f"microbatches={self.microbatches}: torch's Schedule1F1B needs at least as many as stages="
@@ -93,9 +88,3 @@ class PipelineBenchSettings:
     def environment(self) -> dict[str, str]:
         """Variables of every process that is measured."""
         return {"OMP_NUM_THREADS": str(self.threads)} | MALLOC[self.malloc]
-
-
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        nearest = get_close_matches(value, allowed, n=1, cutoff=0.0)[0]
-        raise ValueError(f"{name}={value!r} is unknown, nearest is {nearest!r}; use {', '.join(allowed)}.")

@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import Any
 
 from lopt_hf.common.arithmetic import DTYPE_HELP, choose_arithmetic, read_dtype
+from lopt_hf.common.settings import check_lowest
 from lopt_hf.common.tables import describe_run, interquartile_range
 
 __all__ = ["RepLBenchSettings", "RepLResult", "run_repl_bench", "to_json", "to_markdown"]
@@ -41,9 +42,7 @@ class RepLBenchSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", read_dtype(self.dtype))
-        for name, smallest in _SMALLEST.items():
-            if getattr(self, name) < smallest:
-                raise ValueError(f"{name}={getattr(self, name)} is too small; set it to {smallest} or more.")
+        check_lowest(self, _SMALLEST)
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,23 @@
 """What `lopt-hf bench step` measures: the settings, and the rows of the table that follow from them."""
 
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 
 from lopt_hf.bench.processes import MALLOC, MALLOC_HELP
 from lopt_hf.common.arithmetic import DTYPE_HELP, read_dtype
 from lopt_hf.common.compared_methods import REPL_EVERY, mlaan_window
+from lopt_hf.common.settings import check_choices, check_distinct, check_lowest
 
 __all__ = ["LORA_RANK", "METHODS", "StepBenchSettings", "StepRow", "make_rows"]
 
 METHODS = ("e2e", "e2e_checkpointing", "lopt", "lopt_local_step", "freeze", "lora")
-CHOICES = (*METHODS, "mlaan", "repl")
-EMBEDDINGS = ("untie", "freeze")
-CLIP_SCOPES = ("block", "part")  # those that local_step works with
 LORA_RANK = 16  # peft's documentation uses it throughout; LoRA, arXiv 2106.09685, Sec. 7.2: small ranks suffice
 _IN_PARTS = {"block": "", "part": ", in parts"}
+_CHOICES = {
+    "methods": (*METHODS, "mlaan", "repl"),
+    "tied_embeddings": ("untie", "freeze"),
+    "clip_scope": ("block", "part"),  # those that local_step works with
+    "malloc": tuple(MALLOC),
+}
 _SMALLEST = {"batch_size": 1, "seq_length": 2, "steps": 1, "warmup": 0, "seed": 0, "threads": 1}
 
 
@@ -29,7 +32,7 @@ class StepBenchSettings:
     model: str = field(
         default="HuggingFaceTB/SmolLM2-135M-Instruct", metadata={"help": "Hub id or local folder of a causal LM."}
     )
-    methods: tuple[str, ...] = field(default=METHODS, metadata={"help": f"Any of {', '.join(CHOICES)}."})
+    methods: tuple[str, ...] = field(default=METHODS, metadata={"help": f"Any of {', '.join(_CHOICES['methods'])}."})
     num_blocks: tuple[int, ...] = field(
         default=(2, 4), metadata={"help": "Blocks of the lopt and mlaan rows; freeze takes the first."}
     )
@@ -59,25 +62,10 @@ class StepBenchSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", read_dtype(self.dtype))
-        for name, smallest in _SMALLEST.items():
-            value = getattr(self, name)
-            if value is not None and value < smallest:
-                raise ValueError(f"{name}={value} is too small; set it to {smallest} or more.")
-        choices = (
-            ("methods", CHOICES, self.methods),
-            ("tied_embeddings", EMBEDDINGS, (self.tied_embeddings,)),
-            ("clip_scope", CLIP_SCOPES, self.clip_scope),
-            ("malloc", tuple(MALLOC), (self.malloc,)),
-        )
-        for name, allowed, chosen in choices:
-            for value in chosen:
-                if value not in allowed:
-                    nearest = get_close_matches(value, allowed, n=1, cutoff=0.0)[0]
-                    raise ValueError(f"{name}={value!r} is unknown, nearest is {nearest!r}; use {', '.join(allowed)}.")
+        check_lowest(self, _SMALLEST)
+        check_choices(self, _CHOICES)
         for name in ("methods", "num_blocks", "clip_scope", "local_update_interval"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise ValueError(f"{name}={values} must name at least one value, and each value once.")
+            check_distinct(name, getattr(self, name))
         if min(self.num_blocks) < 2:
             raise ValueError(f"num_blocks={self.num_blocks}: a decoder is cut into 2 blocks or more; drop the others.")
         if self.split_at is not None and self.num_blocks != (len(self.split_at) + 1,):

@@ -3,13 +3,13 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lopt_hf.common.arithmetic import DTYPE_HELP, read_dtype
+from lopt_hf.common.settings import check_lowest, suggest
 
 __all__ = ["Grid", "GridRun", "load_grid"]
 
@@ -117,9 +117,7 @@ class Grid:
             value = getattr(self, name)
             if not value:
                 raise ValueError(f"{name}={value!r} is empty; name at least one.")
-        for name in ("num_train", "num_heldout", "workers", "eval_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is too small; set it to 1 or more.")
+        check_lowest(self, dict.fromkeys(("num_train", "num_heldout", "workers", "eval_batch_size"), 1))
         if "max_length" not in self.training:
             raise ValueError("training.max_length is missing; set it: longer rows are left out of every run's data.")
         for setting in ("output_dir", "dataset_name", "model_name_or_path", "seed"):
@@ -192,9 +190,7 @@ def load_grid(path: Path, **overrides: Any) -> Grid:
     settings.update({name: value for name, value in overrides.items() if value is not None})
     known = {setting.name: setting for setting in fields(Grid)}
     for name in settings.keys() - known.keys():
-        nearest = get_close_matches(name, known, n=1)
-        hint = f" (did you mean {nearest[0]!r}?)" if nearest else f"; known are {', '.join(known)}"
-        raise ValueError(f"config={path}: unknown setting {name!r}{hint}.")
+        raise ValueError(f"config={path}: unknown setting {name!r} ({suggest(name, known)}).")
     required = list(known)[: list(known).index("include_path")]
     missing = [name for name in required if name not in settings]
     if missing:

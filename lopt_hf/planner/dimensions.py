@@ -4,11 +4,12 @@ The table holds the models of the papers and of the recipes, so that planning wo
 (dropout, norms' epsilons, positions) changes neither memory nor arithmetic.
 """
 
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
+
+from lopt_hf.common.settings import nearest
 
 __all__ = ["KNOWN_MODELS", "load_config"]
 
@@ -75,8 +76,8 @@ def load_config(name_or_path: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        nearest = get_close_matches(name_or_path, KNOWN_MODELS, n=1, cutoff=0.3)
-        hint = f" (nearest: {nearest[0]})" if nearest else ""
+        found = nearest(name_or_path, KNOWN_MODELS, cutoff=0.3)
+        hint = f" (nearest: {found[0]})" if found else ""
         raise ValueError(
             f"model={name_or_path!r} is no folder with a config.json, no model that a reachable hub or its cache has, "
             f"and not in the built-in table{hint}; pass a folder, or one of {', '.join(KNOWN_MODELS)}."

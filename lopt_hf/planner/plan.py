@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
+from lopt_hf.common.settings import check_choices, check_lowest
 from lopt_hf.planner.device import DeviceSpeed
 from lopt_hf.planner.dimensions import load_config
 from lopt_hf.planner.optimizers import DEFAULT_OPTIMIZER, OPTIMIZERS
@@ -18,6 +18,12 @@ from lopt_hf.planner.units import read_bytes
 __all__ = ["Plan", "PlanRow", "PlanSettings", "make_plan"]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_CHOICES = {
+    "dtype": tuple(DTYPES),
+    "optim": tuple(OPTIMIZERS),
+    "strategies": STRATEGIES,
+    "tied_embeddings": ("untie", "freeze"),
+}
 _SMALLEST = {"batch_size": 1, "seq_length": 2, "accumulation_steps": 1, "lora_r": 1, "num_gpus": 1}
 
 
@@ -58,24 +64,12 @@ class PlanSettings:
     def __post_init__(self) -> None:
         if isinstance(self.device_memory, str):
             object.__setattr__(self, "device_memory", read_bytes("device_memory", self.device_memory))
-        for name, smallest in _SMALLEST.items():
-            if getattr(self, name) < smallest:
-                raise ValueError(f"{name}={getattr(self, name)} is too small; set it to {smallest} or more.")
+        check_lowest(self, _SMALLEST)
         if not 0 <= self.headroom < 1:
             raise ValueError(f"headroom={self.headroom} must be a share of the device, from 0 to below 1.")
         if not self.num_blocks or min(self.num_blocks) < 2 or len(set(self.num_blocks)) < len(self.num_blocks):
             raise ValueError(f"num_blocks={self.num_blocks} must name numbers of 2 or more, and each once.")
-        choices = {
-            "dtype": (tuple(DTYPES), (self.dtype,)),
-            "optim": (tuple(OPTIMIZERS), (self.optim,)),
-            "strategies": (STRATEGIES, self.strategies),
-            "tied_embeddings": (("untie", "freeze"), (self.tied_embeddings,)),
-        }
-        for name, (allowed, chosen) in choices.items():
-            for value in chosen:
-                if value not in allowed:
-                    nearest = get_close_matches(value, allowed, n=1, cutoff=0.0)[0]
-                    raise ValueError(f"{name}={value!r} is unknown, nearest is {nearest!r}; use {', '.join(allowed)}.")
+        check_choices(self, _CHOICES)
 
     @property
     def device_bytes(self) -> int:

@@ -1,8 +1,9 @@
 """What `get_repl_model` does, as arguments."""
 
 from dataclasses import asdict, dataclass, field
-from difflib import get_close_matches
 from typing import Any
+
+from lopt_hf.common.settings import check_choices, check_lowest
 
 __all__ = ["BRANCHES", "OPERATORS", "UNFOLDED_MODEL_TYPE", "RepLConfig"]
 
@@ -112,15 +113,8 @@ class RepLConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, allowed in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                nearest = get_close_matches(str(value), allowed, n=1, cutoff=0.0)[0]
-                raise ValueError(f"{name}={value!r} is unknown, nearest is {nearest!r}; use {', '.join(allowed)}.")
-        for name, smallest in _SMALLEST.items():
-            value = getattr(self, name)
-            if value < smallest:
-                raise ValueError(f"{name}={value} is too small; set it to {smallest} or more.")
+        check_choices(self, _CHOICES)
+        check_lowest(self, _SMALLEST)
         for name in ("ridge", "distillation_weight"):
             value = getattr(self, name)
             if not 0 <= value < float("inf"):

@@ -27,6 +27,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from lopt_hf.common.arithmetic import choose_arithmetic
 from lopt_hf.common.callbacks import TrainerBound
 from lopt_hf.common.files import write_text
+from lopt_hf.common.settings import check_at_least
 from lopt_hf.common.upstream.lm_eval import set_process
 from lopt_hf.retention.deltas import ModelScores, entry_deltas, mean_delta
 from lopt_hf.retention.evaluation import SOFTMAX_DTYPE, EvaluationSettings, evaluate_tasks, task_identity
@@ -81,8 +82,7 @@ class RetentionCallback(TrainerBound):
         confidence: float = 0.95,
         trainer: Trainer | None = None,
     ) -> None:
-        if every_steps is not None and every_steps < 1:
-            raise ValueError(f"every_steps={every_steps} must be 1 or more; leave it out to measure both ends only.")
+        check_at_least("every_steps", every_steps, 1)
         if isinstance(tasks, str):
             raise ValueError(f"tasks={tasks!r} is one string; pass a list such as {tasks.split(',')}.")
         wanted = SUITES["offline"] if tasks is None else [SuiteTask(name) for name in tasks]

@@ -26,6 +26,7 @@ from lm_eval.tasks import TaskManager
 from peft import PeftModel
 
 from lopt_hf.common.arithmetic import read_dtype
+from lopt_hf.common.settings import check_at_least
 from lopt_hf.common.upstream.lm_eval import set_model, set_process
 from lopt_hf.retention.heldout import HELDOUT_TASK
 from lopt_hf.retention.references import ModelReference, load_tokenizer
@@ -76,11 +77,8 @@ class EvaluationSettings:
 
     def __post_init__(self) -> None:
         for name in ("limit", "batch_size", "max_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} leaves nothing to measure; set it to 1 or more, or leave it out.")
-        if self.num_fewshot is not None and self.num_fewshot < 0:
-            raise ValueError(f"num_fewshot={self.num_fewshot} is negative; set it to 0 or more.")
+            check_at_least(name, getattr(self, name), 1, "leaves nothing to measure")
+        check_at_least("num_fewshot", self.num_fewshot, 0, "is negative")
         if self.dtype != "float16":
             object.__setattr__(self, "dtype", read_dtype(self.dtype, "auto, float32, bfloat16 or float16"))
         for task, chosen in self.samples.items():

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 
 from datasets.exceptions import DatasetsError
@@ -10,6 +9,7 @@ from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
+from lopt_hf.common.settings import nearest
 from lopt_hf.common.upstream.lm_eval import filter_names
 
 __all__ = ["SUITES", "SuiteTask", "TaskEntry", "load_entries"]
@@ -92,8 +92,8 @@ def load_entries(wanted: Sequence[SuiteTask], include_path: Sequence[Path] = ())
     entries: list[TaskEntry] = []
     for task in wanted:
         if task.name not in manager.task_index:
-            nearest = get_close_matches(task.name, manager.all_tasks, n=3)
-            hint = f"; nearest are {', '.join(nearest)}" if nearest else ""
+            found = nearest(task.name, manager.all_tasks, count=3)
+            hint = f"; nearest are {', '.join(found)}" if found else ""
             raise ValueError(f"task {task.name!r} is unknown{hint}. `lm-eval ls tasks` lists lm-eval's own.")
         entries += _entries_of(task, manager)
     seen: set[str] = set()

@@ -1,7 +1,6 @@
 """Parsers of the commands that take a YAML, with errors of one line."""
 
 import argparse
-import difflib
 import re
 import sys
 from collections.abc import Sequence
@@ -9,6 +8,8 @@ from typing import Any
 
 import yaml
 from trl import TrlParser
+
+from lopt_hf.common.settings import nearest
 
 __all__ = ["make_trl_parser", "parse_or_exit"]
 
@@ -74,6 +75,6 @@ def _explain(parser: TrlParser, error: Exception) -> str:
     known = [action.dest for action in parser._actions]
     hints = []
     for key in unknown:
-        nearest = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
-        hints.append(f"{key!r}" + (f" (did you mean {nearest[0]!r}?)" if nearest else ""))
+        found = nearest(key.replace("-", "_"), known)
+        hints.append(f"{key!r}" + (f" (did you mean {found[0]!r}?)" if found else ""))
     return f"unknown {place}: {', '.join(hints)}; remove it or correct its name."

@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_se
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 from lopt_hf.common.evaluation import general_text
+from lopt_hf.common.settings import check_distinct, check_lowest
 from lopt_hf.common.statistics import Interval, RatioScores, difference_interval
 from lopt_hf.data.formats import load_sft_dataset, to_trl_format
 from lopt_hf.data.pretrained import resolve_model
@@ -70,11 +71,8 @@ class RepLScriptArguments:
     )
 
     def __post_init__(self) -> None:
-        for name, smallest in (("eval_chunks", 2), ("eval_chunk_length", 2)):
-            if getattr(self, name) < smallest:
-                raise ValueError(f"{name}={getattr(self, name)} is too small; set it to {smallest} or more.")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds={self.seeds} must name at least one seed, and each once.")
+        check_lowest(self, {"eval_chunks": 2, "eval_chunk_length": 2})
+        check_distinct("seeds", self.seeds)
         if isinstance(self.scratch, str):
             self.scratch = _json_object("scratch", self.scratch)
         if self.scratch is not None and self.dataset_name is None:

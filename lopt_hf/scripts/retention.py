@@ -19,6 +19,7 @@ import torch
 from accelerate import PartialState
 from huggingface_hub import constants
 
+from lopt_hf.common.settings import check_at_least
 from lopt_hf.data.formats import load_sft_dataset, to_trl_format
 from lopt_hf.data.pretrained import SMOLLM2_ID
 from lopt_hf.retention.benchmark import Candidate, RetentionBenchmark, flips, write_flips
@@ -116,8 +117,7 @@ def read_heldout(source: str | None, count: int) -> list[Mapping[str, Any]]:
     """
     if source is None:
         return []
-    if count < 1:
-        raise ValueError(f"num_heldout={count} leaves nothing to measure; set it to 1 or more.")
+    check_at_least("num_heldout", count, 1, "leaves nothing to measure")
     rows = list(to_trl_format(load_sft_dataset(source)).take(count))
     if not rows[0].keys() >= {"prompt", "completion"} or isinstance(rows[0]["prompt"], str):
         raise ValueError(

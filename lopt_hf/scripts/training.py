@@ -12,6 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from lopt_hf.common.distributed import end_training
+from lopt_hf.common.settings import check_at_least
 from lopt_hf.data.formats import load_sft_dataset
 from lopt_hf.data.pretrained import resolve_model
 from lopt_hf.scripts.parsing import parse_or_exit
@@ -103,8 +104,7 @@ def draw(dataset: Dataset | IterableDataset, max_samples: int | None, seed: int)
     """
     if max_samples is None:
         return dataset
-    if max_samples < 1:
-        raise ValueError(f"dataset_max_samples={max_samples} leaves nothing to train on; give at least 1.")
+    check_at_least("dataset_max_samples", max_samples, 1, "leaves nothing to train on")
     return dataset.shuffle(seed=seed).take(max_samples)
 
 

@@ -1,6 +1,5 @@
 """Where the times of a simulated pipeline's stages come from: the command line, or a file of measured ones."""
 
-import difflib
 import json
 import math
 from collections.abc import Sequence
@@ -8,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lopt_hf.common.settings import suggest
 from lopt_hf.pipeline.simulator.schedule import StageTimes
 
 __all__ = ["TimesSource", "read_times"]
@@ -111,9 +111,7 @@ def read_times(path: Path, whole_model: bool = False) -> TimesSource:
 
 def _check_keys(path: Path, content: dict[str, object]) -> None:
     for key in content.keys() - {*LISTS, *NUMBERS}:
-        nearest = difflib.get_close_matches(key, [*LISTS, *NUMBERS], n=1)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join([*LISTS, *NUMBERS])}."
-        raise ValueError(f"times={path}: unknown key {key!r}; {hint}")
+        raise ValueError(f"times={path}: unknown key {key!r}; {suggest(key, (*LISTS, *NUMBERS))}")
     for key in ("forward", "backward"):
         if key not in content:
             raise ValueError(f"times={path}: {key!r} is missing: a list with the seconds of each stage.")

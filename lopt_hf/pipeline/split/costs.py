@@ -15,6 +15,7 @@ from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from lopt_hf.common.settings import check_at_least, check_choice
 from lopt_hf.common.upstream.trl import add_fused_lm_head
 from lopt_hf.local.blocks import find_decoder_stack, untie_output_embeddings
 from lopt_hf.local.objectives import LocalBatch, LocalObjective, ReconstructionObjective
@@ -133,12 +134,10 @@ def measure_costs(
         ValueError: If the model is no decoder-only language model, or if an argument is out of range.
     """
     for name, value in {"batch_size": batch_size, "seq_length": seq_length, "repeats": repeats}.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} is too low; it must be at least 1.")
+        check_at_least(name, value, 1, "is too low")
     if isinstance(objective, str) and objective not in ("reconstruction", "readout"):
         raise ValueError(f"objective={objective!r} is unknown; choose 'reconstruction' or 'readout'.")
-    if tied_embeddings not in ("untie", "freeze"):
-        raise ValueError(f"tied_embeddings={tied_embeddings!r} is unknown; choose 'untie' or 'freeze'.")
+    check_choice("tied_embeddings", tied_embeddings, ("untie", "freeze"))
     skeleton = _skeleton(model, dtype, tied_embeddings, peft_config)
     if activation_checkpointing:
         skeleton.gradient_checkpointing_enable()

@@ -1,0 +1,68 @@
+"""A wrong setting is told by its field, its value and the fix."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from lopt_hf.common.settings import (
+    check_at_least,
+    check_choice,
+    check_choices,
+    check_distinct,
+    check_lowest,
+    nearest,
+    suggest,
+)
+
+
+@dataclass
+class Settings:
+    dtype: str = "float32"
+    methods: tuple[str, ...] = ("lopt", "e2e")
+    steps: int = 1
+    limit: int | None = None
+
+
+CHOICES = {"dtype": ("float32", "bfloat16"), "methods": ("lopt", "e2e", "lora")}
+LOWEST = {"steps": 1, "limit": 1}
+
+
+def test_good_settings_pass():
+    for settings in (Settings(), Settings("bfloat16", ("lora",), 5, 3), Settings(methods=())):
+        check_choices(settings, CHOICES)
+        check_lowest(settings, LOWEST)
+    check_distinct("methods", ("lopt", "e2e"))
+
+
+@pytest.mark.parametrize(
+    ("check", "message"),
+    [
+        (
+            lambda: check_choice("dtype", "float3", CHOICES["dtype"]),
+            "dtype='float3' is unknown, nearest is 'float32'; ",
+        ),
+        (lambda: check_choice("dtype", "?", CHOICES["dtype"]), "dtype='[?]' .*; use float32, bfloat16[.]"),
+        (lambda: check_choice("dtype", None, CHOICES["dtype"]), "dtype=None is unknown"),
+        (lambda: check_choices(Settings(dtype="bfloat"), CHOICES), "dtype='bfloat' is unknown"),
+        (lambda: check_choices(Settings(methods=("lopt", "lor")), CHOICES), "methods='lor' .* nearest is 'lora'"),
+        (lambda: check_at_least("steps", 0, 1), "steps=0 is too small; set it to 1 or more[.]"),
+        (lambda: check_at_least("ratio", float("nan"), 0), "ratio=nan is too small"),
+        (lambda: check_at_least("limit", 0, 1, "leaves nothing to measure"), "limit=0 leaves nothing to measure; set"),
+        (lambda: check_lowest(Settings(steps=0), LOWEST), "steps=0 is too small"),
+        (lambda: check_lowest(Settings(limit=-1), LOWEST), "limit=-1 is too small"),
+        (lambda: check_distinct("methods", ()), r"methods=\(\) must name at least one value"),
+        (lambda: check_distinct("methods", ("a", "b", "a")), "each value once"),
+    ],
+)
+def test_bad_settings_are_explained(check, message):
+    with pytest.raises(ValueError, match=message):
+        check()
+
+
+def test_similar_names_are_found():
+    assert nearest("num_blcks", ["num_blocks", "seed"]) == ["num_blocks"]
+    assert nearest("zzz", ["num_blocks", "seed"]) == []
+    assert nearest("zzz", ["num_blocks", "seed"], cutoff=0.0) != []
+    assert nearest("arc", ["arc_easy", "arc_hard", "piqa"], count=2, cutoff=0.5) == ["arc_hard", "arc_easy"]
+    assert suggest("sed", ["num_blocks", "seed"]) == "did you mean 'seed'?"
+    assert suggest("zzz", ["num_blocks", "seed"]) == "known are num_blocks, seed"
