@@ -1,10 +1,13 @@
-.PHONY: demo test check-fast test-changed types quality figures notebooks
+.PHONY: demo test check-fast gpu-check test-changed types quality figures notebooks
 
 demo:  ## the main job on this machine: fine-tune SmolLM2-135M with LoPT, compare before and after
 	lopt-hf demo
 
 test:  ## the default test suite
 	pytest
+
+gpu-check:  ## memory, speed and equality on this machine's GPU, in eight minutes; without one a test of itself
+	python -m lopt_hf.scripts.bench gpu --output-dir out/gpu-check
 
 check-fast:  ## lint, format, types and the tests of what differs from main, in under two minutes
 	ruff check .

@@ -7,13 +7,16 @@ import json
 import statistics
 from dataclasses import asdict, dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lopt_hf.common.arithmetic import DTYPE_HELP, choose_arithmetic, read_dtype
 from lopt_hf.common.settings import check_lowest
 from lopt_hf.common.tables import describe_run, interquartile_range
 
-__all__ = ["RepLBenchSettings", "RepLResult", "run_repl_bench", "to_json", "to_markdown"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["RepLBenchSettings", "RepLResult", "run_repl_bench", "time_generation", "to_json", "to_markdown"]
 
 _SMALLEST = {"every": 2, "tokens": 1, "prompt_tokens": 1, "batch_size": 1, "rounds": 1, "calibration_tokens": 512}
 
@@ -100,19 +103,41 @@ def run_repl_bench(settings: RepLBenchSettings) -> RepLResult:
     text = tokenizer(general_text(), add_special_tokens=False, verbose=False)["input_ids"]
     shape = (settings.batch_size, settings.prompt_tokens)
     prompts = torch.tensor(text[: shape[0] * shape[1]]).view(shape)
-    times: tuple[list[float], list[float]] = ([], [])
-    for turn in range(settings.rounds + 1):
-        for index in (0, 1) if turn % 2 else (1, 0):  # neither always goes first
-            cost = _generate((model, folded)[index], prompts, settings.tokens)
-            if turn:
-                times[index].append(cost)
+    times = time_generation((model, folded), prompts, settings.tokens, settings.rounds)
     counts = (model.config.num_hidden_layers - folded.config.num_hidden_layers, model.config.num_hidden_layers)
     return RepLResult(arithmetic.dtype, *times, settings.tokens * settings.batch_size, seconds, counts)
 
 
-def _generate(model: Any, prompts_BT: Any, tokens: int) -> float:
+def time_generation(
+    models: tuple[Any, Any], prompts_BT: "torch.Tensor", tokens: int, rounds: int
+) -> tuple[list[float], list[float]]:
+    """Lets two models generate in turns, after one untimed turn of each.
+
+    Args:
+        models: Causal language models.
+        prompts_BT: What they go on from.
+        tokens: Tokens to generate, no fewer.
+        rounds: Timed turns.
+
+    Returns:
+        Seconds of each turn, of either model.
+    """
+    times: tuple[list[float], list[float]] = ([], [])
+    for turn in range(rounds + 1):
+        for index in (0, 1) if turn % 2 else (1, 0):  # neither always goes first
+            cost = _generate(models[index], prompts_BT, tokens)
+            if turn:
+                times[index].append(cost)
+    return times
+
+
+def _generate(model: Any, prompts_BT: "torch.Tensor", tokens: int) -> float:
+    import torch
+
     start = perf_counter()
     model.generate(prompts_BT, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+    if prompts_BT.device.type != "cpu":
+        torch.accelerator.synchronize()
     return perf_counter() - start
 
 

@@ -2,17 +2,21 @@
 
 `step` compares methods step by step: bytes saved for backward, bytes of gradients, time, resident memory. `pipeline`
 compares the pipeline of local learners with the same learning in one process, and with GPipe and 1F1B. `repl` measures
-what a folded RepL model saves where it is used.
+what a folded RepL model saves where it is used. `gpu` checks on a GPU what the package claims about one.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from lopt_hf.bench import pipeline, repl
+from lopt_hf.bench.gpu.check import run_gpu_check
+from lopt_hf.bench.gpu.report import to_markdown as gpu_to_markdown
+from lopt_hf.bench.gpu.settings import GpuCheckSettings
+from lopt_hf.bench.gpu.training import Workload
 from lopt_hf.bench.pipeline_settings import PipelineBenchSettings
 from lopt_hf.bench.repl import RepLBenchSettings, run_repl_bench
 from lopt_hf.bench.step import BenchWorkerError, StepBenchSettings, run_step_bench, to_json, to_markdown
@@ -72,6 +76,21 @@ PIPELINE_EXAMPLE = """\
 example:
   lopt-hf bench pipeline --stages 2 --microbatches 4 --output pipeline.json
 """
+GPU_DESCRIPTION = """\
+Check on this machine's GPU, in at most eight minutes and without a network, what the package claims about one, and
+write gpu_check.json and gpu_check.md. Each part runs in a process of its own with a time limit; files are written as
+results come.
+
+  steps       peak memory, bytes saved for backward and tokens per second of end-to-end training, LoPT, LoRA and
+              freezing, on models with random weights, beside what `lopt-hf plan` says
+  equality    eager, joint and local step change the weights alike; in fp32 as on the CPU; in bf16 and fp16
+  sharded     FSDP2 with one process, against no sharding
+  generation  speed of a folded RepL model
+  options     activation offloading, Liger kernels, flex and flash attention, torch_compile: alike with LoPT
+
+Without a GPU it runs on the CPU with tiny sizes, as a test of itself. The status is 1 if something failed, was not
+reached in time, or differed; targets that are missed are shown and change nothing.
+"""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -103,6 +122,17 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_options(repl_parser, RepLBenchSettings)
     repl_parser.set_defaults(run=_run_repl, parser=repl_parser)
+    gpu_parser = commands.add_parser(
+        "gpu",
+        help="memory, speed and equality of training on a GPU, by method",
+        description=GPU_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_settings(gpu_parser, GpuCheckSettings)
+    gpu_parser.add_argument(
+        "--output-dir", type=Path, metavar="FOLDER", required=True, help="Where the files go; older ones are replaced."
+    )
+    gpu_parser.set_defaults(run=_run_gpu, parser=gpu_parser)
     return parser
 
 
@@ -129,9 +159,60 @@ def _run_repl(arguments: argparse.Namespace) -> None:
     _report(repl.to_markdown(result), repl.to_json(result, settings), arguments.output)
 
 
+def _run_gpu(arguments: argparse.Namespace) -> None:
+    results = run_gpu_check(
+        _make_settings(arguments, GpuCheckSettings), arguments.output_dir, _load_config, _measure_device, _Plan
+    )
+    print(gpu_to_markdown(results))
+    if results.problems:
+        raise BenchWorkerError(f"{len(results.problems)} problems: {results.problems[0]}")
+
+
+def _load_config(name: str) -> dict[str, Any]:
+    from lopt_hf.planner.dimensions import load_config
+
+    config: dict[str, Any] = load_config(name).to_dict()
+    return config
+
+
+def _measure_device(folder: Path) -> dict[str, Any]:
+    from lopt_hf.planner.prediction import measure_device
+
+    return measure_device(folder)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The plan of a model for what is trained on a device; made where it is called, since its imports take long."""
+
+    model: str
+    workload: Workload
+    device_memory: int
+
+    def __call__(self, folder: Path) -> dict[str, Any]:
+        from lopt_hf.planner.plan import PlanSettings
+        from lopt_hf.planner.prediction import Prediction
+
+        on_gpu = self.workload.device == "cuda"
+        settings = PlanSettings(
+            model=self.model,
+            device_memory=self.device_memory,
+            batch_size=self.workload.batch_size,
+            seq_length=self.workload.seq_length,
+            optim=self.workload.optim,
+            strategies=("e2e", "lopt", "lopt_local_step", "freeze", "lora") if on_gpu else ("e2e", "lopt"),
+            num_blocks=(2, 4, 8) if on_gpu else (2,),
+        )
+        return Prediction(self.workload.config, settings)(folder)
+
+
 def _read_settings(arguments: argparse.Namespace, settings: Any) -> Any:
     if arguments.output is not None and not arguments.output.absolute().parent.is_dir():
         raise ValueError(f"output={arguments.output}: its folder does not exist; create it or name another file.")
+    return _make_settings(arguments, settings)
+
+
+def _make_settings(arguments: argparse.Namespace, settings: Any) -> Any:
     return settings(**{setting.name: getattr(arguments, setting.name) for setting in fields(settings)})
 
 

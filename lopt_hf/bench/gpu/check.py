@@ -1,0 +1,86 @@
+"""The whole check: runs it, and keeps its JSON file and its table up to date as results come."""
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from lopt_hf.bench.gpu.checklist import make_parts, make_sizes
+from lopt_hf.bench.gpu.parts import Outcome
+from lopt_hf.bench.gpu.report import Results, to_json, to_markdown
+from lopt_hf.bench.gpu.runner import run_parts
+from lopt_hf.bench.gpu.settings import GpuCheckSettings
+from lopt_hf.bench.gpu.training import Workload
+from lopt_hf.common.files import whole_file
+
+__all__ = ["run_gpu_check"]
+
+JSON_FILE, TABLE_FILE, LOG_FILE = "gpu_check.json", "gpu_check.md", "gpu_check.log"
+Config = Mapping[str, Any]
+Run = Callable[[Path], dict[str, Any]]
+
+
+def run_gpu_check(
+    settings: GpuCheckSettings,
+    folder: Path,
+    load_config: Callable[[str], Config],
+    measure_device: Run,
+    predict: Callable[[str, Workload, int], Run],
+) -> Results:
+    """Runs a check and writes `gpu_check.json`, `gpu_check.md` and what the processes printed to a folder.
+
+    Args:
+        settings: What to measure.
+        folder: Where the files go; those of an earlier check are replaced.
+        load_config: Finds a model's configuration by its name.
+        measure_device: Measures the device's speed, as a case's `run`.
+        predict: Makes a case's `run` that plans a model, given its name, what is trained, and the device's bytes.
+
+    Returns:
+        Everything that was measured.
+
+    Raises:
+        ValueError: If a model is unknown.
+    """
+    device = _device(settings)
+    known = {name: load_config(name) for name in settings.models} if device["type"] == "cuda" else {}
+    sizes = make_sizes(settings, device["type"], known)
+    predictions = {name: predict(name, sizes.workload(name), device["memory"]) for name in sizes.models}
+    parts = make_parts(settings, sizes, measure_device, predictions)
+    results = Results(settings, device, parts)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / LOG_FILE).write_bytes(b"")
+    start = monotonic()
+
+    def report(outcome: Outcome) -> None:
+        results.outcomes.append(outcome)
+        results.seconds = monotonic() - start
+        _write(folder, results)
+        text = f"{outcome.part}: {outcome.case}: {outcome.status}, {outcome.seconds:.1f} s {outcome.reason}"
+        print(text.rstrip(), file=sys.stderr, flush=True)
+
+    run_parts(parts, settings.limit, folder / LOG_FILE, report)
+    return results
+
+
+def _device(settings: GpuCheckSettings) -> dict[str, Any]:
+    """What is measured; asking for it takes no memory on the GPU."""
+    import torch
+
+    if settings.device == "cpu" or not torch.cuda.is_available():
+        return {"type": "cpu", "name": "CPU", "memory": 2**30}
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "type": "cuda",
+        "name": properties.name,
+        "memory": properties.total_memory,
+        "capability": f"{properties.major}.{properties.minor}",
+        "cuda": torch.version.cuda,
+    }
+
+
+def _write(folder: Path, results: Results) -> None:
+    for name, text in ((JSON_FILE, to_json(results)), (TABLE_FILE, to_markdown(results))):
+        with whole_file(folder / name) as partial:
+            partial.write_text(text + "\n", encoding="utf-8")
