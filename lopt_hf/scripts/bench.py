@@ -16,7 +16,7 @@ from lopt_hf.bench import pipeline, repl
 from lopt_hf.bench.gpu.check import run_gpu_check
 from lopt_hf.bench.gpu.report import to_markdown as gpu_to_markdown
 from lopt_hf.bench.gpu.settings import GpuCheckSettings
-from lopt_hf.bench.gpu.training import Workload
+from lopt_hf.bench.gpu.workload import Workload
 from lopt_hf.bench.pipeline_settings import PipelineBenchSettings
 from lopt_hf.bench.repl import RepLBenchSettings, run_repl_bench
 from lopt_hf.bench.step import BenchWorkerError, StepBenchSettings, run_step_bench, to_json, to_markdown

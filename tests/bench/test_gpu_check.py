@@ -258,7 +258,8 @@ def test_rows_are_known_to_the_plan():
     [
         ({"parts": ("step",)}, "parts='step' is unknown, nearest is 'steps'"),
         ({"device": "gpu"}, "device='gpu' is unknown"),
-        ({"models": ()}, "at least one model"),
+        ({"models": ()}, r"models=\(\) must name at least one value"),
+        ({"parts": ("steps", "steps")}, "each value once"),
         ({"limit": 0}, "limit=0 is too small"),
     ],
 )

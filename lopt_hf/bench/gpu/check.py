@@ -11,8 +11,8 @@ from lopt_hf.bench.gpu.parts import Outcome
 from lopt_hf.bench.gpu.report import Results, to_json, to_markdown
 from lopt_hf.bench.gpu.runner import run_parts
 from lopt_hf.bench.gpu.settings import GpuCheckSettings
-from lopt_hf.bench.gpu.training import Workload
-from lopt_hf.common.files import whole_file
+from lopt_hf.bench.gpu.workload import Workload
+from lopt_hf.common.files import write_text
 
 __all__ = ["run_gpu_check"]
 
@@ -82,5 +82,4 @@ def _device(settings: GpuCheckSettings) -> dict[str, Any]:
 
 def _write(folder: Path, results: Results) -> None:
     for name, text in ((JSON_FILE, to_json(results)), (TABLE_FILE, to_markdown(results))):
-        with whole_file(folder / name) as partial:
-            partial.write_text(text + "\n", encoding="utf-8")
+        write_text(folder / name, text + "\n")

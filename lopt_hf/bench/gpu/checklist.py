@@ -11,8 +11,9 @@ from lopt_hf.bench.gpu.parts import Case, Part
 from lopt_hf.bench.gpu.rows import OPTION_ROWS, STEP_ROWS, UPDATE_ROWS, OptionRow, UpdateRow
 from lopt_hf.bench.gpu.settings import GpuCheckSettings
 from lopt_hf.bench.gpu.sharded import Sharded
-from lopt_hf.bench.gpu.training import Training, Workload
+from lopt_hf.bench.gpu.training import Training
 from lopt_hf.bench.gpu.updates import Comparison
+from lopt_hf.bench.gpu.workload import Workload
 
 __all__ = ["TINY", "Sizes", "make_parts", "make_sizes"]
 
@@ -24,6 +25,7 @@ _DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # torch's documentation
 _NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 _REPL_EVERY = 4  # RepL, arXiv 2605.19533
 _BLOCKS = 4
+_FSDP2_TOLERANCE = 1e-4  # fp32, other kernels for norm and optimizer
 
 
 def _qwen2(hidden: int, layers: int, heads: int, key_value_heads: int, inner: int, vocabulary: int) -> dict[str, Any]:
@@ -116,7 +118,9 @@ def make_parts(
         chosen += [_steps(name, sizes) for name in models[1:]]
     for name in ("sharded", "generation", "options"):
         chosen += parts[name] if name in settings.parts else []
-    return chosen if sizes.device == "cuda" else [replace(part, threads=1) for part in chosen]
+    if sizes.device == "cuda":
+        return chosen
+    return [replace(part, threads=1, environment={**part.environment, **_NO_GPU}) for part in chosen]
 
 
 def _plan(model: str, prediction: Any, limit: float) -> Part:
@@ -175,21 +179,20 @@ def _option_run(row: OptionRow, plain: Training) -> Training:
 def _sharded(sizes: Sizes) -> Part:
     """Runs of one process, and the same under FSDP2; then what a step of the smallest model costs there."""
     plain = Training(sizes.equality, weights="float32", precision="no", metered=False)
-    methods: Sequence[tuple[str, Mapping[str, Any]]] = (("end-to-end", {}), ("LoPT K=4", {"num_blocks": _BLOCKS}))
-    cases = [
-        Case(f"{name}, not sharded", replace(plain, options=options, saved_as=f"not sharded {name}"))
-        for name, options in methods
-    ]
-    compared = {
-        f"{name}, FSDP2": replace(plain, options=options, comparison=Comparison(f"not sharded {name}", 1e-4))
-        for name, options in methods
-    }
     smallest = list(sizes.models)[-1]
-    workload = sizes.workload(smallest)
-    measured = {
-        f"{name}, FSDP2, {smallest}": Training(workload, options, "float32", "bf16", metered=False)
-        for name, options in (*methods, ("LoPT K=2", {"num_blocks": 2}))
+    whole = Training(sizes.workload(smallest), weights="float32", metered=False, sharded=True)
+    methods: Sequence[tuple[str, Mapping[str, Any]]] = (("end-to-end", {}), ("LoPT K=4", {"num_blocks": _BLOCKS}))
+    cases = [Case(name, replace(plain, options=options, saved_as=f"plain {name}")) for name, options in methods]
+    runs = {
+        f"{name}, FSDP2": replace(
+            plain,
+            options=options,
+            # The log has the sum of all losses where their backward is one.
+            comparison=Comparison(f"plain {name}", _FSDP2_TOLERANCE, of_losses="num_blocks" not in options),
+            sharded=True,
+        )
+        for name, options in methods
     }
-    runs = {**compared, **measured}
+    runs |= {f"{smallest}: {name}, FSDP2": replace(whole, options=options) for name, options in methods}
     cases += [Case(name, Sharded(tuple(runs.values()), index, FSDP2), ("cuda",)) for index, name in enumerate(runs)]
     return Part("FSDP2", "updates", tuple(cases), 90, _DETERMINISTIC)

@@ -3,17 +3,15 @@
 import statistics
 from itertools import chain
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
+from lopt_hf.bench.gpu.workload import Workload
 from lopt_hf.common.tables import interquartile_range
 from lopt_hf.meters.gradient_bytes import GradientBytes
 from lopt_hf.meters.saved_bytes import SavedBytes
-
-if TYPE_CHECKING:
-    from lopt_hf.bench.gpu.training import Workload
 
 __all__ = ["StepCosts"]
 
@@ -34,7 +32,7 @@ class StepCosts(TrainerCallback):
         losses: The logged loss of each step.
     """
 
-    def __init__(self, device: str, workload: "Workload", cycle: int, metered: bool) -> None:
+    def __init__(self, device: str, workload: Workload, cycle: int, metered: bool) -> None:
         self.losses: list[float] = []
         self._on_cuda = device == "cuda"
         self._warmup, self._cycle, self._tokens = workload.warmup, cycle, workload.tokens

@@ -1,11 +1,13 @@
 """What `lopt-hf bench gpu` can be told."""
 
 from dataclasses import dataclass, field
-from difflib import get_close_matches
+
+from lopt_hf.common.settings import check_choices, check_distinct, check_lowest
 
 __all__ = ["PARTS", "GpuCheckSettings"]
 
 PARTS = ("steps", "equality", "sharded", "generation", "options")
+DEVICES = ("auto", "cpu")
 _SMALLEST = {"limit": 1, "batch_size": 1, "seq_length": 2, "steps": 1}
 
 
@@ -38,13 +40,7 @@ class GpuCheckSettings:
     )
 
     def __post_init__(self) -> None:
-        for name, smallest in _SMALLEST.items():
-            if getattr(self, name) < smallest:
-                raise ValueError(f"{name}={getattr(self, name)} is too small; set it to {smallest} or more.")
-        if not self.models or len(set(self.models)) < len(self.models):
-            raise ValueError(f"models={self.models} must name at least one model, and each once.")
-        for name, allowed, chosen in (("parts", PARTS, self.parts), ("device", ("auto", "cpu"), (self.device,))):
-            for value in chosen:
-                if value not in allowed:
-                    nearest = get_close_matches(value, allowed, n=1, cutoff=0.0)[0]
-                    raise ValueError(f"{name}={value!r} is unknown, nearest is {nearest!r}; use {', '.join(allowed)}.")
+        check_lowest(self, _SMALLEST)
+        check_distinct("models", self.models)
+        check_distinct("parts", self.parts)
+        check_choices(self, {"parts": PARTS, "device": DEVICES})

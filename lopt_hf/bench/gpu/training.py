@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lopt_hf.bench.gpu.updates import Comparison, compare, save_updates
+from lopt_hf.bench.gpu.workload import Workload
 from lopt_hf.bench.step_settings import LORA_RANK
 
 if TYPE_CHECKING:
@@ -17,44 +18,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
     from trl import SFTTrainer
 
-__all__ = ["Training", "Workload", "import_trainers", "make_model", "make_tokenizer"]
+__all__ = ["Training", "import_trainers", "make_model", "make_tokenizer"]
 
 _RESERVED = 3  # ids of the tokenizer's own tokens
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What every run of a part trains, and for how long.
-
-    Attributes:
-        config: The model's configuration, `model_type` included.
-        batch_size: Sequences of a step.
-        seq_length: Tokens of a sequence; there is no padding.
-        warmup: Steps before anything is measured.
-        steps: Timed steps, or cycles of them where steps differ.
-        optim: Name in `TrainingArguments.optim`.
-        learning_rate: Constant.
-        device: `"cuda"` or `"cpu"`.
-        is_made_on_cpu: Make the weights on the CPU, so that they are the same on every device.
-        deterministic: Ask torch for the same bits every time, where a kernel can.
-        seed: Of weights, heads and tokens.
-    """
-
-    config: Mapping[str, Any]
-    batch_size: int
-    seq_length: int
-    warmup: int
-    steps: int
-    optim: str
-    learning_rate: float
-    device: str
-    is_made_on_cpu: bool = False
-    deterministic: bool = False
-    seed: int = 0
-
-    @property
-    def tokens(self) -> int:
-        return self.batch_size * self.seq_length
 
 
 @dataclass(frozen=True)
@@ -73,6 +39,7 @@ class Training:
         saved_as: Keeps how the weights changed under this name, to compare with.
         comparison: What to compare with.
         metered: Whether the meters look at a cycle of steps; they cannot look into sharded weights.
+        sharded: Whether an engine is to shard the weights.
     """
 
     workload: Workload
@@ -86,6 +53,7 @@ class Training:
     saved_as: str | None = None
     comparison: Comparison | None = None
     metered: bool = True
+    sharded: bool = False
 
     @property
     def total_steps(self) -> int:
@@ -109,6 +77,7 @@ class Training:
         keeps_updates = bool(self.saved_as or self.comparison)
         start = _weights(trainer) if keeps_updates else {}
         trainer.train()
+        self._check_engine(trainer)
         values = costs.values()
         if keeps_updates:
             updates = {name: weight - start[name] for name, weight in _weights(trainer).items()}
@@ -117,6 +86,13 @@ class Training:
             if self.comparison:
                 values |= compare(folder, self.comparison, updates, costs.losses)
         return values
+
+    def _check_engine(self, trainer: "SFTTrainer") -> None:
+        from torch.distributed.tensor import DTensor
+
+        weights = trainer.accelerator.unwrap_model(trainer.model).parameters()
+        if self.sharded and not any(isinstance(weight, DTensor) for weight in weights):
+            raise RuntimeError("no weight is sharded: accelerate took another engine than it was launched with")
 
     def _make_trainer(self, folder: Path) -> "SFTTrainer":
         from peft import LoraConfig
