@@ -17,7 +17,7 @@ from lopt_hf.bench.pipeline_settings import METHODS, PipelineBenchSettings
 from lopt_hf.bench.processes import BenchWorkerError, run_together
 from lopt_hf.bench.training import num_layers
 from lopt_hf.common.arithmetic import choose_arithmetic
-from lopt_hf.common.tables import describe_run, interquartile_range, mega, ratio_text, table
+from lopt_hf.common.tables import describe_run, interquartile_range, markdown_table, mega, ratio_text
 
 __all__ = ["BenchWorkerError", "PipelineBenchReport", "PipelineResult", "run_pipeline_bench", "to_json", "to_markdown"]
 
@@ -226,16 +226,16 @@ def to_markdown(report: PipelineBenchReport) -> str:
     """The results as a table, and what the gain is made of; MB is 10^6 bytes."""
     header = ["method", "tokens/s", "x one process", "step (s)", "IQR (s)", "CPU per step (s), by stage"]
     header += ["waiting, by stage", "first stage: saved for backward (MB)", "peak RSS, by stage (MB)", "loss"]
-    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    rows = []
     for result in report.results.values():
         cells = [result.method, f"{result.tokens_per_second:,.0f}", ratio_text(result.speedup)]
         cells += [f"{statistics.median(result.step_seconds):.2f}", f"{result.step_seconds_iqr:.2f}"]
         cells += [", ".join(f"{seconds:.2f}" for seconds in result.cpu_seconds)]
         cells += [", ".join(f"{share:.1%}" for share in result.waiting) or "-"]
         cells += [mega(result.saved_bytes[0]), ", ".join(map(mega, result.peak_resident_bytes))]
-        lines.append([*cells, f"{result.loss:.3f}"])
+        rows.append([*cells, f"{result.loss:.3f}"])
     notes = [*_comparisons(report.results), *_warnings(report.results)]
-    return "\n".join([table(lines), *[""] * bool(notes), *notes])
+    return "\n".join([markdown_table(header, rows), *[""] * bool(notes), *notes])
 
 
 def _comparisons(results: dict[str, PipelineResult]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lopt_hf.common.arithmetic import DTYPE_HELP, choose_arithmetic, read_dtype
 from lopt_hf.common.settings import check_lowest
-from lopt_hf.common.tables import describe_run, interquartile_range
+from lopt_hf.common.tables import describe_run, interquartile_range, markdown_table
 
 if TYPE_CHECKING:
     import torch
@@ -142,14 +142,15 @@ def _generate(model: Any, prompts_BT: "torch.Tensor", tokens: int) -> float:
 
 
 def to_markdown(result: RepLResult) -> str:
-    """The result as a table."""
-    lines = ["| model | tokens/s (median) | seconds per turn, IQR | x full model |", "| --- | ---: | ---: | ---: |"]
+    """Returns the result as a table."""
+    rows = []
     names = ("full model", "RepL, {} of {} layers, folded".format(*result.replaced))
     ratios = (1.0, result.speedup)
     for name, seconds, ratio in zip(names, (result.full_seconds, result.folded_seconds), ratios, strict=True):
         speed, spread = result.new_tokens / statistics.median(seconds), interquartile_range(seconds)
-        lines.append(f"| {name} | {speed:.1f} | {spread:.3f} | {ratio:.2f} |")
-    return "\n".join([*lines, "", f"Choosing and calibrating 4 layers: {result.calibration_seconds:.0f} s"])
+        rows.append([name, f"{speed:.1f}", f"{spread:.3f}", f"{ratio:.2f}"])
+    table = markdown_table(["model", "tokens/s (median)", "seconds per turn, IQR", "x full model"], rows)
+    return "\n".join([table, "", f"Choosing and calibrating 4 layers: {result.calibration_seconds:.0f} s"])
 
 
 def to_json(result: RepLResult, settings: RepLBenchSettings) -> str:

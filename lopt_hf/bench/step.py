@@ -19,7 +19,7 @@ from lopt_hf.bench.step_settings import StepBenchSettings, StepRow, make_rows
 from lopt_hf.bench.step_worker import work
 from lopt_hf.bench.training import num_layers
 from lopt_hf.common.arithmetic import choose_arithmetic
-from lopt_hf.common.tables import describe_run, interquartile_range, mega, ratio_text, table
+from lopt_hf.common.tables import describe_run, interquartile_range, markdown_table, mega, ratio_text
 
 __all__ = ["BenchWorkerError", "StepBenchSettings", "StepResult", "run_step_bench", "to_json", "to_markdown"]
 
@@ -278,7 +278,7 @@ def to_markdown(results: Sequence[StepResult]) -> str:
     header += ["time per step (s)", "x e2e", "IQR (s)", "peak RSS (MB)"]
     header += ["peak CUDA (MB)"] if with_cuda else []
     header += [f"loss at step {results[0].final_loss_step}" if results else "loss"]
-    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    rows = []
     for result in results:
         cells = [result.method, mega(result.peak_saved_bytes), ratio_text(result.saved_bytes_ratio)]
         cells += [mega(result.peak_gradient_bytes), ratio_text(result.gradient_bytes_ratio)]
@@ -289,8 +289,8 @@ def to_markdown(results: Sequence[StepResult]) -> str:
         ]
         cells += [mega(result.peak_resident_bytes)]
         cells += [mega(result.peak_cuda_bytes)] if with_cuda else []
-        lines.append([*cells, f"{result.final_loss:.3f}"])
-    return table(lines)
+        rows.append([*cells, f"{result.final_loss:.3f}"])
+    return markdown_table(header, rows)
 
 
 def to_json(results: Sequence[StepResult], settings: StepBenchSettings) -> str:

@@ -1,4 +1,4 @@
-"""What the benchmarks' reports share."""
+"""Tables in Markdown, their figures, and the circumstances of a measurement."""
 
 import os
 import platform
@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-__all__ = ["describe_run", "interquartile_range", "mega", "ratio_text", "table"]
+__all__ = ["describe_run", "interquartile_range", "markdown_table", "mega", "ratio_text"]
 
 PACKAGES = ("lopt_hf", "torch", "transformers", "trl", "peft", "accelerate")
 
 
 def describe_run(settings: "DataclassInstance") -> dict[str, Any]:
-    """The settings, the versions and the machine of a measurement, ready for JSON."""
+    """Returns the settings, the versions and the machine of a measurement, ready for JSON."""
     return {
         "settings": {setting.name: getattr(settings, setting.name) for setting in fields(settings)},
         "versions": {package: _version(package) for package in PACKAGES},
@@ -33,20 +33,43 @@ def _version(package: str) -> str | None:
 
 
 def interquartile_range(values: Sequence[float]) -> float:
+    """Returns the distance between the quartiles; 0 for a single value."""
     if len(values) == 1:
         return 0.0
     quartiles = statistics.quantiles(values, n=4, method="inclusive")
     return quartiles[2] - quartiles[0]
 
 
-def table(lines: Sequence[Sequence[str]]) -> str:
-    """Markdown of rows of cells; the second row holds the alignments."""
+def markdown_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: Sequence[int] = (0,), pad: bool = False
+) -> str:
+    """Makes a table in Markdown.
+
+    Args:
+        header: Titles of the columns.
+        rows: The cells of each row.
+        text_columns: Numbers of the columns that are aligned left; the others are aligned right.
+        pad: Fill cells with spaces, so that the columns stand below each other in plain text.
+    """
+    lines = [header, ["---" if column in text_columns else "---:" for column in range(len(header))], *rows]
+    if pad:
+        widths = [max(len(row[column]) for row in lines) for column in range(len(header))]
+        lines[1] = [rule.rjust(width, "-") for rule, width in zip(lines[1], widths, strict=True)]
+        lines = [
+            [
+                cell.ljust(width) if column in text_columns else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+            ]
+            for cells in lines
+        ]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def mega(size: float | None) -> str:
+    """Formats a size in units of 10^6; `None` as `-`."""
     return "-" if size is None else f"{size / 1e6:,.0f}"
 
 
 def ratio_text(ratio: float | None) -> str:
+    """Formats a ratio with two decimals; `None` as `-`."""
     return "-" if ratio is None else f"{ratio:.2f}"

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from lopt_hf.common.figures import OKABE_ITO, new_figure
-from lopt_hf.common.tables import describe_run, table
+from lopt_hf.common.tables import describe_run, markdown_table, ratio_text
 from lopt_hf.planner.memory import CATEGORIES
 from lopt_hf.planner.plan import Plan, PlanRow
 from lopt_hf.planner.units import GIB, gibibytes
@@ -23,13 +23,12 @@ GIGA = 1e9
 def to_markdown(plan: Plan) -> str:
     """The table, in GiB per device, and the sentences that a reader needs with it."""
     header = ["strategy", *CATEGORIES, "**peak**", "saved for backward", "fits", "GFLOP/token", "time x e2e"]
-    lines = [header, ["---", *["---:"] * len(CATEGORIES), "---:", "---:", "---", "---:", "---:"]]
-    return "\n".join([table(lines + [_cells(plan, row) for row in plan.rows]), "", *_notes(plan)])
+    table = markdown_table(header, [_cells(plan, row) for row in plan.rows], (0, header.index("fits")))
+    return "\n".join([table, "", *_notes(plan)])
 
 
 def _cells(plan: Plan, row: PlanRow) -> list[str]:
     name = f"**{row.strategy.name}** (cheapest)" if row is plan.cheapest else row.strategy.name
-    relative = "-" if row.relative_time is None else f"{row.relative_time:.2f}"
     return [
         name,
         *(gibibytes(row.cost.peak[category]) for category in CATEGORIES),
@@ -37,7 +36,7 @@ def _cells(plan: Plan, row: PlanRow) -> list[str]:
         "-" if row.cost.saved_bytes is None else gibibytes(row.cost.saved_bytes),
         "yes" if row.fits else "no",
         f"{row.flops_per_token / GIGA:,.2f}",
-        relative,
+        ratio_text(row.relative_time),
     ]
 
 

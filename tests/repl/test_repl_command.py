@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from lopt_hf import RepLModel
 from lopt_hf.common.arithmetic import choose_arithmetic
+from lopt_hf.repl import comparison
 from lopt_hf.scripts import bench, repl
 from tests.repl.helpers import make_stock
 from tests.tiny import make_tokenizer
@@ -92,7 +93,7 @@ def test_from_scratch_every_seed_starts_its_models_from_the_same_weights(folder,
         started.append((seed, {name: weight.clone() for name, weight in model.state_dict().items()}))
         return model
 
-    monkeypatch.setattr(repl, "heal", train_nothing)
+    monkeypatch.setattr(comparison, "heal", train_nothing)
     scratch = {
         "scratch": '{"hidden_size": 16}',
         "placement": "every",

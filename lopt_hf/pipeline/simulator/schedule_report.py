@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from lopt_hf.common.figures import OKABE_ITO, new_figure
+from lopt_hf.common.tables import markdown_table
 from lopt_hf.pipeline.simulator.schedule import ScheduleResult
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def to_markdown(results: Sequence[ScheduleResult], tokens_per_microbatch: int | 
         cells += [_percent(1 - result.utilisation), _percent(max(result.bubble)), _percent(result.closed_form_bubble)]
         cells += [f"{max(result.peak_in_flight):g}", _milliseconds(result.fill_seconds)]
         rows.append(cells)
-    return f"{_table(header, rows)}\n\n{LEGEND}"
+    return f"{markdown_table(header, rows, pad=True)}\n\n{LEGEND}"
 
 
 def to_validation_markdown(results: Sequence[ScheduleResult], measured: Sequence[float]) -> str:
@@ -85,17 +86,7 @@ def to_validation_markdown(results: Sequence[ScheduleResult], measured: Sequence
         cells = [result.schedule, str(result.workload.times.num_stages), str(result.workload.microbatches)]
         difference = seconds / result.step_seconds - 1
         rows.append([*cells, _milliseconds(result.step_seconds), _milliseconds(seconds), f"{difference:+.1%}"])
-    return _table(header, rows)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(cells[column]) for cells in (header, *rows)) for column in range(len(header))]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = [
-        [cells[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))]
-        for cells in (header, *rows)
-    ]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (lines[0], rule, *lines[1:]))
+    return markdown_table(header, rows, pad=True)
 
 
 def _milliseconds(seconds: float) -> str:

@@ -11,6 +11,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 
+from lopt_hf.common.tables import markdown_table
 from lopt_hf.pipeline.split.costs import ModelCosts, StageCost
 
 __all__ = ["balanced_split", "format_split", "stage_costs"]
@@ -87,9 +88,9 @@ def format_split(costs: ModelCosts, split_at: Sequence[int]) -> str:
     stages = stage_costs(costs, split_at)
     slowest = max(stage.total for stage in stages)
     titles = ("stage", "layers", *(f"{name} (ms)" for name in COLUMNS), "of slowest")
-    lines = ["| " + " | ".join(titles) + " |", "| ---: | --- |" + " ---: |" * (len(COLUMNS) + 1)]
+    rows = []
     for index, stage in enumerate(stages):
         milliseconds = (f"{1e3 * getattr(stage, name):,.1f}" for name in COLUMNS)
-        cells = [index, f"{stage.start}-{stage.stop - 1}", *milliseconds]
-        lines.append("| " + " | ".join(map(str, [*cells, f"{stage.total / slowest:.0%}"])) + " |")
-    return "\n".join(lines)
+        cells = [str(index), f"{stage.start}-{stage.stop - 1}", *milliseconds]
+        rows.append([*cells, f"{stage.total / slowest:.0%}"])
+    return markdown_table(titles, rows, text_columns=(1,))

@@ -1,0 +1,214 @@
+"""RepL beside the full model and plain removal of the same layers, before and after training, on the same text."""
+
+import copy
+import json
+import sys
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+from trl import ModelConfig
+
+from lopt_hf.common.evaluation import general_text
+from lopt_hf.common.files import write_text
+from lopt_hf.common.settings import check_distinct, check_lowest
+from lopt_hf.data.pretrained import resolve_model
+from lopt_hf.repl.config import RepLConfig
+from lopt_hf.repl.experiment import FULL, PLAIN, Row, cut_chunks, make_plain, make_row, make_variant, parse_variant
+from lopt_hf.repl.export import save_with_code
+from lopt_hf.repl.healing import HealingConfig, heal, healing_data, read_text
+from lopt_hf.repl.report import to_json, to_markdown
+
+__all__ = ["Comparison", "ComparisonArguments", "check_output_dir"]
+
+REPORT = "report.json"
+
+
+@dataclass
+class ComparisonArguments:
+    """Texts to calibrate on, to heal with and to evaluate on, and what is compared.
+
+    Parameters:
+        dataset_name: Healing data: a `.txt` file, or what `lopt-hf sft` takes. Without it there is no healing.
+        calibration_text: A `.txt` file; default: the first half of the prose that every Python carries.
+        eval_text: A `.txt` file to measure perplexity on; default: the other half.
+        eval_chunks: Number of pieces of it, spread evenly.
+        eval_chunk_length: Tokens of each piece.
+        compare: Further operators to measure untrained, as `operator` or `operator:init`.
+        seeds: Seeds of the healing runs.
+        scratch: Changes to the model's config. With it nothing is pretrained: for every seed the full model, plain
+            removal and RepL are trained from the same random weights (the paper's language experiment).
+    """
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Healing data: .txt, .jsonl, hub id."})
+    calibration_text: str | None = field(default=None, metadata={"help": "A .txt file to calibrate on."})
+    eval_text: str | None = field(default=None, metadata={"help": "A .txt file to measure perplexity on."})
+    eval_chunks: int = field(default=32, metadata={"help": "Pieces of the text to measure perplexity on."})
+    eval_chunk_length: int = field(default=256, metadata={"help": "Tokens of each piece."})
+    compare: list[str] = field(
+        default_factory=list, metadata={"help": "Further operators beside it, as 'operator' or 'operator:init'."}
+    )
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds of the healing runs."})
+    scratch: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Start from random weights; JSON with changes to the model's config, '{}' for none."},
+    )
+
+    def __post_init__(self) -> None:
+        check_lowest(self, {"eval_chunks": 2, "eval_chunk_length": 2})
+        check_distinct("seeds", self.seeds)
+        if isinstance(self.scratch, str):
+            self.scratch = _json_object("scratch", self.scratch)
+        if self.scratch is not None and self.dataset_name is None:
+            raise ValueError(
+                "scratch without dataset_name leaves nothing to train on; give a .txt file or a data set."
+            )
+        if self.scratch is not None and self.compare:
+            raise ValueError(f"compare={self.compare} measures untrained models; leave it out where scratch is set.")
+
+
+def _json_object(option: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{option}={text!r} is no JSON object; write it like '{{\"num_hidden_layers\": 12}}'.")
+    return value
+
+
+def check_scratch(config: RepLConfig) -> None:
+    """Checks that nothing is to be fitted to random weights.
+
+    Raises:
+        ValueError: If the initialisation or the placement of surrogates would be.
+    """
+    if config.init == "calibrate":
+        raise ValueError("init='calibrate' has nothing to imitate in random weights; use 'paper' or 'skip'.")
+    if config.placement == "block_influence" and config.layers_to_replace is None:
+        raise ValueError("placement='block_influence' says nothing of random weights; use 'every' or name the layers.")
+
+
+def read_texts(script_args: ComparisonArguments) -> tuple[str, str]:
+    """Reads the texts to calibrate and to evaluate on; where none is given, halves of Python's documentation."""
+    prose = general_text()
+    given = (script_args.calibration_text, script_args.eval_text)
+    halves = (prose[: len(prose) // 2], prose[len(prose) // 2 :])
+    names = ("calibration_text", "eval_text")
+    calibration, evaluation = (
+        half if name is None else read_text(name, option)
+        for name, half, option in zip(given, halves, names, strict=True)
+    )
+    return calibration, evaluation
+
+
+@dataclass
+class Comparison:
+    """A comparison: its models are evaluated one after the other, and their results collected in `rows`."""
+
+    script_args: ComparisonArguments
+    config: RepLConfig
+    args: HealingConfig
+    model_args: ModelConfig
+
+    def __post_init__(self) -> None:
+        self.name = resolve_model(str(self.model_args.model_name_or_path))
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(self.name)
+        if self.script_args.scratch is not None:
+            check_scratch(self.config)
+        self.calibration, evaluation = read_texts(self.script_args)
+        length, count = self.script_args.eval_chunk_length, self.script_args.eval_chunks
+        self.chunks_BT = cut_chunks(self.tokenizer, evaluation, length, count)
+        self.rows: list[Row] = []
+
+    def measure(self, name: str, model: Any, **facts: Any) -> None:
+        """Evaluates a model and adds its row."""
+        row = make_row(name, model, self.chunks_BT, **facts)
+        self.rows.append(row)
+        seed = "" if row.seed is None else f" (seed {row.seed})"
+        print(f"{name}{seed}: {row.mean_loss:.4f} nats/token", file=sys.stderr)
+
+    def run(self) -> None:
+        """Trains and evaluates all models, and saves the RepL model and the report."""
+        self.save(self.from_pretrained() if self.script_args.scratch is None else self.from_scratch())
+
+    def from_pretrained(self) -> Any:
+        """Evaluates the models and, where there are data to heal with, heals them; returns the first RepL model."""
+        model = AutoModelForCausalLM.from_pretrained(self.name, dtype=self.model_args.dtype or torch.float32)
+        self.measure(FULL, model)
+        repl, seconds = make_variant(model, self.config, [self.calibration], self.tokenizer)
+        removed = repl.config.repl["removed"]
+        self.measure(PLAIN, make_plain(model, removed), removed=removed)
+        self.measure(_name(self.config), repl, seconds=seconds, removed=removed)
+        for text in self.script_args.compare:
+            other = parse_variant(text, replace(self.config, num_layers_to_replace=None, layers_to_replace=removed))
+            variant, seconds = make_variant(model, other, [self.calibration], self.tokenizer)
+            self.measure(_name(other), variant, seconds=seconds, removed=removed)
+        if self.script_args.dataset_name is None:
+            return repl
+        trained = []
+        for seed in self.script_args.seeds:
+            self.train(PLAIN, make_plain(model, removed), seed, removed)
+            trained.append(self.train(_name(self.config), copy.deepcopy(repl), seed, removed))
+        return trained[0]
+
+    def from_scratch(self) -> Any:
+        """Trains the three models of every seed; returns the first RepL model."""
+        changes: Any = self.script_args.scratch
+        model_config = AutoConfig.from_pretrained(self.name, **changes)
+        trained = []
+        for seed in self.script_args.seeds:
+            set_seed(seed)
+            model = AutoModelForCausalLM.from_config(model_config, dtype=self.model_args.dtype or torch.float32)
+            repl, _ = make_variant(model, self.config, None, self.tokenizer)
+            removed = repl.config.repl["removed"]
+            self.train(PLAIN, make_plain(model, removed), seed, removed)
+            trained.append(self.train(_name(self.config), repl, seed, removed))
+            self.train(FULL, model, seed, [])
+        return trained[0]
+
+    def train(self, name: str, model: Any, seed: int, removed: list[int]) -> Any:
+        """Trains a model, adds its row and returns it."""
+        start = perf_counter()
+        trained = heal(model, seed, self.dataset, self.args, self.model_args, self.tokenizer)
+        self.measure(name, trained, seed=seed, seconds=perf_counter() - start, removed=removed)
+        return trained
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """The data that the models are trained on."""
+        return healing_data(str(self.script_args.dataset_name), self.tokenizer, self.args.max_length or 512)
+
+    def save(self, repl: Any) -> None:
+        """Writes `unfolded`, `folded`, the report as JSON and its table as Markdown."""
+        folder = Path(str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        repl.save_pretrained(folder / "unfolded")
+        save_with_code(repl.merge_and_unload(), folder / "folded")
+        for name in ("unfolded", "folded"):
+            self.tokenizer.save_pretrained(folder / name)
+        settings = {"script": asdict(self.script_args), "repl": self.config.to_dict(), "sft": self.args.to_dict()}
+        settings["model"] = str(self.model_args.model_name_or_path)
+        write_text(folder / "report.md", to_markdown(self.rows) + "\n")
+        write_text(folder / REPORT, to_json(self.rows, settings) + "\n")
+
+
+def _name(config: RepLConfig) -> str:
+    detail = f" {config.coefficients}" if config.operator == "branches" else ""
+    return f"{config.operator}{detail}, {config.init}"
+
+
+def check_output_dir(output_dir: str) -> None:
+    """Checks that a run overwrites nothing.
+
+    Raises:
+        ValueError: If the folder holds another run's report or models.
+    """
+    for name in (REPORT, "report.md", "unfolded", "folded"):
+        if (Path(output_dir) / name).exists():
+            raise ValueError(f"output_dir={output_dir!r} holds another run's {name}; choose another output_dir.")
