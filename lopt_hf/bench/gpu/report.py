@@ -9,7 +9,7 @@ from lopt_hf.bench.gpu.parts import Outcome, Part
 from lopt_hf.bench.gpu.rows import BASELINE, STEP_ROWS
 from lopt_hf.bench.gpu.settings import GpuCheckSettings
 from lopt_hf.bench.gpu.targets import Target, find_targets, plan_row, ratio
-from lopt_hf.common.tables import describe_run, ratio_text, table
+from lopt_hf.common.tables import describe_run, markdown_table, ratio_text
 
 __all__ = ["Results", "to_json", "to_markdown"]
 
@@ -106,12 +106,13 @@ def _sections(results: Results) -> Iterator[str]:
 
 
 def _targets(targets: Sequence[Target]) -> str:
-    lines = [["target", "asked for", "measured", "met"], ["---", "---:", "---:", "---"]]
+    rows = []
     for target in targets:
         measured = "-" if target.measured is None else f"{target.measured:.3f}"
         met = {None: "not measured", True: "yes", False: "**no**"}[target.is_met]
-        lines.append([target.name, f"<= {target.limit:g}", measured, met])
-    return f"## Targets\n\n{table(lines)}\n"
+        rows.append([target.name, f"<= {target.limit:g}", measured, met])
+    table = markdown_table(["target", "asked for", "measured", "met"], rows, text_columns=(0, 3))
+    return f"## Targets\n\n{table}\n"
 
 
 def _device_table(results: Results, part: Part, outcomes: list[Outcome]) -> str:
@@ -129,7 +130,7 @@ def _steps_table(results: Results, part: Part, outcomes: list[Outcome]) -> str:
     header = ["method", "peak (GiB)", "plan (GiB)", "plan / peak", "reserved (GiB)"]
     header += ["saved for backward (GiB)", "x e2e", "forward's growth (GiB)", "x e2e"]
     header += ["s/step", "x e2e", "plan x e2e", "tokens/s"]
-    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    rows = []
     plan = next(iter(results.of(f"Plan {part.name}").values()), None)
     by_name = {outcome.case: outcome for outcome in outcomes}
     baseline = by_name.get(BASELINE)
@@ -139,10 +140,10 @@ def _steps_table(results: Results, part: Part, outcomes: list[Outcome]) -> str:
         expected = planned["cost"]["peak_bytes"] if planned else None
         if not values:
             needs = f"{_row_of_words(outcome)}{f' (plan: {_gib(expected)} GiB)' if expected else ''}"
-            lines.append([outcome.case, needs, *[""] * (len(header) - 2)])
+            rows.append([outcome.case, needs, *[""] * (len(header) - 2)])
             continue
         peak = values["peak_bytes"]
-        lines.append(
+        rows.append(
             [
                 outcome.case,
                 _gib(peak),
@@ -166,17 +167,17 @@ def _steps_table(results: Results, part: Part, outcomes: list[Outcome]) -> str:
         "backward is what the package's meter counts; the forward's growth is what it takes beyond weights and "
         "optimizer, less gradients, by the allocator. Time: median of synchronised steps."
     )
-    return f"{table(lines)}\n\n{note}"
+    return f"{markdown_table(header, rows)}\n\n{note}"
 
 
 def _updates_table(results: Results, part: Part, outcomes: list[Outcome]) -> str:
     header = ["run", "compared with", "difference", "of the losses", "tolerance", "equal"]
     header += ["s/step", "peak (GiB)", "tokens/s"]
-    lines = [header, ["---", "---", *["---:"] * 3, "---", *["---:"] * 3]]
+    rows = []
     for outcome in outcomes:
         values = outcome.values
         if not values:
-            lines.append([outcome.case, _row_of_words(outcome), *[""] * (len(header) - 2)])
+            rows.append([outcome.case, _row_of_words(outcome), *[""] * (len(header) - 2)])
             continue
         compared = ["-"] * 5
         if "is_equal" in values:
@@ -185,9 +186,9 @@ def _updates_table(results: Results, part: Part, outcomes: list[Outcome]) -> str
             numbers = [f"{values[key]:.1e}" if key in values else "-" for key in keys]
             compared = [values["compared_with"], *numbers, equal]
         costs = [f"{values['step_seconds']:.4f}", _gib(values["peak_bytes"]), f"{values['tokens_per_second']:,.0f}"]
-        lines.append([outcome.case, *compared, *costs])
+        rows.append([outcome.case, *compared, *costs])
     note = "Difference: of the changes that two runs made to the weights, relative, where it is largest."
-    return f"{table(lines)}\n\n{note}"
+    return f"{markdown_table(header, rows, text_columns=(0, 1, 5))}\n\n{note}"
 
 
 def _generation_table(results: Results, part: Part, outcomes: list[Outcome]) -> str:
@@ -195,10 +196,11 @@ def _generation_table(results: Results, part: Part, outcomes: list[Outcome]) -> 
     if not values:
         return _row_of_words(outcomes[0])
     folded = f"RepL, {values['replaced']} of {values['layers']} layers replaced, folded"
-    lines = [["model", "tokens/s", "x full model"], ["---", "---:", "---:"]]
-    lines.append(["full model", f"{values['full_tokens_per_second']:.1f}", "1.00"])
-    lines.append([folded, f"{values['folded_tokens_per_second']:.1f}", f"{values['speedup']:.2f}"])
-    return table(lines)
+    rows = [
+        ["full model", f"{values['full_tokens_per_second']:.1f}", "1.00"],
+        [folded, f"{values['folded_tokens_per_second']:.1f}", f"{values['speedup']:.2f}"],
+    ]
+    return markdown_table(["model", "tokens/s", "x full model"], rows)
 
 
 _TABLES = {
