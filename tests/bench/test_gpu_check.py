@@ -189,7 +189,7 @@ def step(name, **values):
 
 def plan(**peaks):
     rows = [
-        {"strategy": {"name": name}, "cost": {"peak_bytes": peak}, "relative_time": 1.0}
+        {"strategy": {"name": name}, "cost": {"peak_bytes": peak}, "step_seconds": None, "relative_time": 1.0}
         for name, peak in peaks.items()
     ]
     return Outcome("Plan model", "plan", "done", 1.0, {"rows": rows})

@@ -1,12 +1,15 @@
 """The whole check: runs it, and keeps its JSON file and its table up to date as results come."""
 
+import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from lopt_hf.bench.gpu.checklist import make_parts, make_sizes
+from lopt_hf.bench.gpu.checklist import make_parts, make_sizes, one_gpu
 from lopt_hf.bench.gpu.parts import Outcome
 from lopt_hf.bench.gpu.report import Results, to_json, to_markdown
 from lopt_hf.bench.gpu.runner import run_parts
@@ -17,6 +20,15 @@ from lopt_hf.common.files import write_text
 __all__ = ["run_gpu_check"]
 
 JSON_FILE, TABLE_FILE, LOG_FILE = "gpu_check.json", "gpu_check.md", "gpu_check.log"
+_ASK = """
+import json, torch
+found = None
+if torch.cuda.is_available():
+    gpu = torch.cuda.get_device_properties(0)
+    found = {"type": "cuda", "name": gpu.name, "memory": gpu.total_memory, "cuda": torch.version.cuda}
+    found["capability"] = f"{gpu.major}.{gpu.minor}"
+print(json.dumps(found))
+"""
 Config = Mapping[str, Any]
 Run = Callable[[Path], dict[str, Any]]
 
@@ -65,19 +77,15 @@ def run_gpu_check(
 
 
 def _device(settings: GpuCheckSettings) -> dict[str, Any]:
-    """What is measured; asking for it takes no memory on the GPU."""
-    import torch
-
-    if settings.device == "cpu" or not torch.cuda.is_available():
-        return {"type": "cpu", "name": "CPU", "memory": 2**30}
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "type": "cuda",
-        "name": properties.name,
-        "memory": properties.total_memory,
-        "capability": f"{properties.major}.{properties.minor}",
-        "cuda": torch.version.cuda,
-    }
+    """What is measured. A process of its own asks: whoever does may hold some of the GPU's memory from then on."""
+    cpu = {"type": "cpu", "name": "CPU", "memory": 2**30}
+    if settings.device == "cpu":
+        return cpu
+    asked = subprocess.run(
+        [sys.executable, "-c", _ASK], env={**os.environ, **one_gpu()}, capture_output=True, text=True, check=True
+    )
+    found: dict[str, Any] | None = json.loads(asked.stdout)
+    return cpu if found is None else found
 
 
 def _write(folder: Path, results: Results) -> None:

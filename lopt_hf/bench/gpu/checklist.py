@@ -1,6 +1,7 @@
 """The parts of a check, for a GPU at full size, or for a CPU at a tiny one as a test of the check itself."""
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from lopt_hf.bench.gpu.training import Training
 from lopt_hf.bench.gpu.updates import Comparison
 from lopt_hf.bench.gpu.workload import Workload
 
-__all__ = ["TINY", "Sizes", "make_parts", "make_sizes"]
+__all__ = ["TINY", "Sizes", "make_parts", "make_sizes", "one_gpu"]
 
 TINY = "tiny"
 FSDP2 = Path(lopt_hf.__file__).parents[1] / "recipes/accelerate_configs/fsdp2_8.yaml"
@@ -85,7 +86,7 @@ def make_sizes(settings: GpuCheckSettings, device: str, models: Mapping[str, Map
         return Sizes(device, {TINY: TINY_CONFIG}, tiny, compared, compared, generation)
     steps = Workload({}, settings.batch_size, settings.seq_length, 2, settings.steps, settings.optim, 1e-5, device)
     small = Workload(_qwen2(256, 8, 8, 4, 704, 4096), 4, 128, 0, 7, "sgd", 0.5, device, True, True)
-    wide = replace(small, config=_qwen2(896, 8, 14, 2, 4864, 32768), batch_size=4, seq_length=512, warmup=1)
+    wide = replace(small, config=_qwen2(896, 8, 14, 2, 4864, 8192), batch_size=4, seq_length=512, warmup=1)
     smallest = models[settings.models[-1]]
     return Sizes(device, models, steps, small, wide, Generation(smallest, _REPL_EVERY, 1, 128, 64, 5, device))
 
@@ -106,31 +107,36 @@ def make_parts(
         "equality": [_equality(sizes)],
         "sharded": [_sharded(sizes)],
         "generation": [Part("RepL", "generation", (Case("generation", sizes.generation),), 60)],
-        "options": [_options(sizes)],
+        "options": _options(sizes),
     }
     planned = "steps" in settings.parts
     chosen = [Part("Device", "device", (Case("calibration", measure_device),), 60)] if planned else []
     if planned:
         chosen += [_plan(name, predictions[name], settings.limit) for name in models]
-        chosen += [_steps(models[0], sizes)]
+        chosen += [_steps(models[0], sizes, 150)]
     chosen += parts["equality"] if "equality" in settings.parts else []
     if planned:
-        chosen += [_steps(name, sizes) for name in models[1:]]
+        chosen += [_steps(name, sizes, 90) for name in models[1:]]
     for name in ("sharded", "generation", "options"):
         chosen += parts[name] if name in settings.parts else []
     if sizes.device == "cuda":
-        return chosen
+        return [replace(part, environment={**one_gpu(), **part.environment}) for part in chosen]
     return [replace(part, threads=1, environment={**part.environment, **_NO_GPU}) for part in chosen]
+
+
+def one_gpu() -> dict[str, str]:
+    """The variable that leaves the first of the machine's GPUs alone: a trainer would use all of them."""
+    return {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
 
 
 def _plan(model: str, prediction: Any, limit: float) -> Part:
     return Part(f"Plan {model}", "plan", (Case("plan", prediction),), limit, _NO_GPU, in_background=True)
 
 
-def _steps(model: str, sizes: Sizes) -> Part:
+def _steps(model: str, sizes: Sizes, limit: float) -> Part:
     workload = sizes.workload(model)
     cases = [Case(row.name, Training(workload, row.options, lora=row.lora, cycle=row.cycle)) for row in STEP_ROWS]
-    return Part(model, "steps", tuple(cases), 150, _ALLOCATOR)
+    return Part(model, "steps", tuple(cases), limit, _ALLOCATOR)
 
 
 def _equality(sizes: Sizes) -> Part:
@@ -151,28 +157,38 @@ def _update_run(row: UpdateRow, workload: Workload) -> Training:
     )
 
 
-def _options(sizes: Sizes) -> Part:
-    """First LoPT with each option; then end-to-end training with it, which tells whose fault a failure is."""
-    cases: list[Case] = []
+def _options(sizes: Sizes) -> list[Part]:
+    """LoPT with each option, then end-to-end training with it, which tells whose fault a failure is."""
+    together = [row for row in OPTION_ROWS if row.apart is None]
+    parts = [Part("Options", "updates", tuple(_option_cases(together, sizes, True)), 75, _DETERMINISTIC)]
+    for row in OPTION_ROWS:
+        if row.apart is not None:
+            cases = tuple(_option_cases([row], sizes, False))
+            parts.append(Part(f"Options: {row.name}", "updates", cases, row.apart, _DETERMINISTIC))
+    return parts
+
+
+def _option_cases(rows: Sequence[OptionRow], sizes: Sizes, with_references: bool) -> Iterator[Case]:
     for method, blocks in (("LoPT K=4", {"num_blocks": _BLOCKS}), ("end-to-end", {})):
-        for precision in ("no", "bf16"):
-            rows = [row for row in OPTION_ROWS if row.precision == precision]
-            needs = () if precision == "no" else tuple({need for row in rows for need in row.needs})
-            name = f"{method}, {'fp32' if precision == 'no' else precision}"
+        for precision, title in (("no", "fp32"), ("bf16", "bf16")):
+            name = f"{method}, {title}"
             # torch.compile traces the meters' hooks, and stops there.
             plain = Training(sizes.options, blocks, "float32", precision, saved_as=name, metered=False)
-            cases.append(Case(name, plain, needs))
-            cases += [Case(f"{name}: {row.name}", _option_run(row, plain), row.needs) for row in rows]
-    return Part("Options", "updates", tuple(cases), 120, _DETERMINISTIC)
+            if with_references:
+                yield Case(name, plain)
+            for row in rows:
+                if row.precision == precision:
+                    yield Case(f"{name}: {row.name}", _option_run(row, plain), row.needs)
 
 
 def _option_run(row: OptionRow, plain: Training) -> Training:
     assert plain.saved_as is not None
-    # Of other kernels for the same sums: some rounding in fp32, a bf16 number's in bf16.
-    tolerance = 1e-3 if row.precision == "no" else 5e-2
-    comparison = Comparison(plain.saved_as, tolerance)
     return replace(
-        plain, options={**plain.options, **row.options}, attention=row.attention, saved_as=None, comparison=comparison
+        plain,
+        options={**plain.options, **row.options},
+        attention=row.attention,
+        saved_as=None,
+        comparison=Comparison(plain.saved_as, row.tolerance),
     )
 
 

@@ -129,7 +129,7 @@ def _steps_table(results: Results, part: Part, outcomes: list[Outcome]) -> str:
     settings = results.settings
     header = ["method", "peak (GiB)", "plan (GiB)", "plan / peak", "reserved (GiB)"]
     header += ["saved for backward (GiB)", "x e2e", "forward's growth (GiB)", "x e2e"]
-    header += ["s/step", "x e2e", "plan x e2e", "tokens/s"]
+    header += ["s/step", "x e2e", "plan (s)", "plan x e2e", "tokens/s"]
     rows = []
     plan = next(iter(results.of(f"Plan {part.name}").values()), None)
     by_name = {outcome.case: outcome for outcome in outcomes}
@@ -156,6 +156,7 @@ def _steps_table(results: Results, part: Part, outcomes: list[Outcome]) -> str:
                 ratio_text(ratio(outcome, baseline, "activation_bytes")),
                 f"{values['step_seconds']:.4f}",
                 _thousandths(ratio(outcome, baseline, "step_seconds")),
+                f"{planned['step_seconds']:.4f}" if planned and planned["step_seconds"] else "-",
                 ratio_text(planned["relative_time"]) if planned else "-",
                 f"{values['tokens_per_second']:,.0f}",
             ]

@@ -86,25 +86,27 @@ _ADAM = {"optim": "adamw_torch_fused", "learning_rate": 1e-3}
 _LOCAL_STEP = {"local_step": True}
 _JOINT = {"local_backward": "joint"}
 _PARTS = {"local_step": True, "clip_scope": "part"}
-# Tolerances: twice the same arithmetic gives the same bits; another order of additions differs by some rounding.
+# Relative differences, ours: another order of additions differs by some rounding, which a step of AdamW makes larger
+# where a gradient is near zero. What is wrong differs by far more than any of them.
+_FP32, _ADAM_FP32, _OTHER_DEVICE, _HALF = 1e-5, 1e-3, 1e-3, 1e-2
 UPDATE_ROWS = (
     UpdateRow("fp32: eager", "float32", "no"),
-    UpdateRow("fp32: eager, again", "float32", "no", 1e-6),
-    UpdateRow("fp32: joint", "float32", "no", 1e-5, _JOINT),
-    UpdateRow("fp32: local step", "float32", "no", 1e-6, _LOCAL_STEP),
-    UpdateRow("fp32: eager, checkpointing", "float32", "no", 1e-5, _REENTRANT),
-    UpdateRow("fp32: eager, non-reentrant checkpointing", "float32", "no", 1e-5, {"gradient_checkpointing": True}),
-    UpdateRow("fp32: eager on the CPU", "float32", "no", 1e-3, on_cpu=True, needs=("cuda",)),
+    UpdateRow("fp32: eager, again", "float32", "no", _FP32),
+    UpdateRow("fp32: joint", "float32", "no", _FP32, _JOINT),
+    UpdateRow("fp32: local step", "float32", "no", _FP32, _LOCAL_STEP),
+    UpdateRow("fp32: eager, checkpointing", "float32", "no", _FP32, _REENTRANT),
+    UpdateRow("fp32: eager, non-reentrant checkpointing", "float32", "no", _FP32, {"gradient_checkpointing": True}),
     UpdateRow("fp32, AdamW: eager", "float32", "no", None, _ADAM),
-    UpdateRow("fp32, AdamW: local step", "float32", "no", 1e-6, _ADAM | _LOCAL_STEP),
+    UpdateRow("fp32, AdamW: local step", "float32", "no", _ADAM_FP32, _ADAM | _LOCAL_STEP),
     UpdateRow("bf16 autocast: eager", "float32", "bf16"),
-    UpdateRow("bf16 autocast: joint", "float32", "bf16", 1e-2, _JOINT),
-    UpdateRow("bf16 autocast: local step", "float32", "bf16", 1e-6, _LOCAL_STEP),
+    UpdateRow("bf16 autocast: joint", "float32", "bf16", _HALF, _JOINT),
+    UpdateRow("bf16 autocast: local step", "float32", "bf16", _HALF, _LOCAL_STEP),
     UpdateRow("bf16 weights: eager", "bfloat16", "bf16"),
-    UpdateRow("bf16 weights: joint", "bfloat16", "bf16", 2e-2, _JOINT),
-    UpdateRow("bf16 weights: local step", "bfloat16", "bf16", 1e-6, _LOCAL_STEP),
+    UpdateRow("bf16 weights: joint", "bfloat16", "bf16", _HALF, _JOINT),
+    UpdateRow("bf16 weights: local step", "bfloat16", "bf16", _HALF, _LOCAL_STEP),
     UpdateRow("fp16 autocast: eager", "float32", "fp16", needs=("cuda",)),
-    UpdateRow("fp16 autocast: joint", "float32", "fp16", 1e-2, _JOINT, needs=("cuda",)),
+    UpdateRow("fp16 autocast: joint", "float32", "fp16", _HALF, _JOINT, needs=("cuda",)),
+    UpdateRow("fp32: eager on the CPU", "float32", "no", _OTHER_DEVICE, on_cpu=True, needs=("cuda",)),
 )
 
 
@@ -118,6 +120,7 @@ class OptionRow:
         attention: `attn_implementation` of the model.
         needs: See `Case`.
         precision: `"no"` where the option allows: there a difference shows.
+        apart: Seconds for a part of its own, for what changes the process for good or takes long.
     """
 
     name: str
@@ -125,12 +128,18 @@ class OptionRow:
     attention: str = "sdpa"
     needs: tuple[str, ...] = ()
     precision: str = "no"
+    apart: float | None = None
+
+    @property
+    def tolerance(self) -> float:
+        """Other kernels for the same sums differ by some rounding, in fp32 or in bf16."""
+        return 1e-3 if self.precision == "no" else 5e-2
 
 
 OPTION_ROWS = (
     OptionRow("activation offloading", {"activation_offloading": True}, needs=("cuda",)),
-    OptionRow("Liger kernels", {"use_liger_kernel": True}, needs=("cuda", "liger_kernel")),
     OptionRow("flex attention", attention="flex_attention", needs=("cuda",)),
     OptionRow("flash attention 2", attention="flash_attention_2", needs=("cuda", "flash_attn"), precision="bf16"),
-    OptionRow("torch_compile", {"torch_compile": True}, needs=("cuda",)),
+    OptionRow("Liger kernels", {"use_liger_kernel": True}, needs=("cuda", "liger_kernel"), apart=45),
+    OptionRow("torch_compile", {"torch_compile": True}, needs=("cuda",), apart=120),
 )

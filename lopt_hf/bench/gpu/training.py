@@ -69,7 +69,6 @@ class Training:
 
         from lopt_hf.bench.gpu.costs import StepCosts
 
-        torch.set_float32_matmul_precision("highest")  # no TF32: fp32 is the reference
         torch.use_deterministic_algorithms(self.workload.deterministic, warn_only=True)
         trainer = self._make_trainer(folder)
         costs = StepCosts(self.device, self.workload, self.cycle, self.metered)
@@ -129,6 +128,7 @@ class Training:
             "lr_scheduler_type": "constant",
             "bf16": self.precision == "bf16",
             "fp16": self.precision == "fp16",
+            "tf32": False,  # fp32 is what others are compared with; torch_compile would turn it on
             "use_cpu": self.device == "cpu",
             "gradient_checkpointing": False,
             "seed": self.workload.seed,

@@ -89,6 +89,7 @@ def _clean() -> int:
         return 0
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
+    torch.cuda.reset_accumulated_memory_stats()
     return torch.cuda.memory_allocated()
 
 
