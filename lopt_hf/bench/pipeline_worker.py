@@ -28,7 +28,7 @@ from lopt_hf.bench.training import silence, token_rows
 from lopt_hf.local.blocks import find_decoder_stack, parameters_by_block, split_layers, untie_output_embeddings
 from lopt_hf.meters.saved_bytes import SavedBytes
 from lopt_hf.pipeline.runtime.config import PipelineConfig
-from lopt_hf.pipeline.runtime.launch import PipelineWorld, Rendezvous, join
+from lopt_hf.pipeline.runtime.launch import PipelineWorld, Rendezvous, init_world
 from lopt_hf.pipeline.runtime.runner import PipelineTrainer
 from lopt_hf.pipeline.runtime.stage import StagePlan, load_stage, plan_stages
 from lopt_hf.pipeline.runtime.timeline import WAITS, Timeline
@@ -149,7 +149,7 @@ def find_split(on_step: Callable[[], None], checkpoint: str, settings: PipelineB
 def train(on_step: Callable[[], None], rank: int, run: MethodRun) -> Record:
     """Trains by one of the package's or TRL's trainers."""
     prepare(run.settings)
-    world = _join(rank, run) if run.method == "ppll" else None
+    world = _init_world(rank, run) if run.method == "ppll" else None
     trainer = _make_trainer(run, world)
     trainer.remove_callback(PrinterCallback)
     record = Record()
@@ -167,10 +167,10 @@ def train(on_step: Callable[[], None], rank: int, run: MethodRun) -> Record:
     return record.finish(run, timeline)
 
 
-def _join(rank: int, run: MethodRun) -> PipelineWorld:
+def _init_world(rank: int, run: MethodRun) -> PipelineWorld:
     store = dist.TCPStore(HOST, run.port, is_master=False)
     rendezvous = Rendezvous(dist.PrefixStore(run.folder, store), rank, run.settings.stages, rank)
-    return join(rendezvous, run.settings.stages, 1, "cpu", PEER_TIMEOUT_SECONDS)
+    return init_world(rendezvous, run.settings.stages, 1, "cpu", PEER_TIMEOUT_SECONDS)
 
 
 def _most_queued_bytes(settings: PipelineBenchSettings, hidden_size: int) -> int:

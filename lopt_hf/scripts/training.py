@@ -1,6 +1,5 @@
 """What the training commands share: data and method arguments, resuming, and a run from parsing to the saved model."""
 
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,10 +7,10 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import Trainer, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from lopt_hf.common.distributed import end_training
+from lopt_hf.common.resuming import find_checkpoint
 from lopt_hf.common.settings import check_at_least
 from lopt_hf.data.formats import load_sft_dataset
 from lopt_hf.data.pretrained import resolve_model
@@ -22,11 +21,10 @@ from lopt_hf.trainers.checks import check_output_dir
 __all__ = [
     "DataArguments",
     "MethodArguments",
-    "draw",
     "load_rows",
     "prepare",
-    "resumed_checkpoint",
     "run_training",
+    "subsample",
 ]
 
 LoadSplit = Callable[[Any, str, int], Any]
@@ -96,8 +94,8 @@ def load_rows(
     return splits[split]
 
 
-def draw(dataset: Dataset | IterableDataset, max_samples: int | None, seed: int) -> Dataset | IterableDataset:
-    """Keeps `max_samples` rows of a shuffled data set.
+def subsample(dataset: Dataset | IterableDataset, max_samples: int | None, seed: int) -> Dataset | IterableDataset:
+    """Draws `max_samples` rows from a data set; all, in their order, where it is `None`.
 
     Raises:
         ValueError: If `max_samples` is not positive.
@@ -136,7 +134,7 @@ def prepare(
     evaluates = args.eval_strategy != "no"
     train_dataset = load_split(script_args, script_args.dataset_train_split, args.seed)
     given: dict[str, Any] = {
-        "train_dataset": draw(train_dataset, script_args.dataset_max_samples, args.seed),
+        "train_dataset": subsample(train_dataset, script_args.dataset_max_samples, args.seed),
         "eval_dataset": load_split(script_args, script_args.dataset_test_split, args.seed) if evaluates else None,
         "peft_config": get_peft_config(model_args),
         "quantization_config": get_quantization_config(model_args),
@@ -158,7 +156,7 @@ def run_training(
     """
     script_args, args, model_args = parse_or_exit(parser, argv)
     try:
-        checkpoint = resumed_checkpoint(args)
+        checkpoint = find_checkpoint(str(args.output_dir), args.resume_from_checkpoint)
         check_output_dir(args.output_dir, checkpoint)
         trainer: Any = make_trainer(script_args, args, model_args)
         if checkpoint is not None and isinstance(trainer, CheckpointMixin):
@@ -173,25 +171,3 @@ def run_training(
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}")
     end_training(trainer)
-
-
-def resumed_checkpoint(args: Any) -> str | None:
-    """The folder that `resume_from_checkpoint` means: `true` is the last checkpoint in output_dir, `auto` too if any.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    value = str(args.resume_from_checkpoint or "false")
-    if value.lower() == "false":
-        return None
-    wants_last = value.lower() in ("true", "auto")
-    folder = str(args.output_dir) if wants_last else value
-    checkpoint = folder if os.path.isdir(folder) else None
-    if checkpoint is not None and wants_last:
-        checkpoint = get_last_checkpoint(folder)
-    if checkpoint is None and value.lower() != "auto":
-        raise ValueError(
-            f"resume_from_checkpoint={value}: there is no checkpoint at {folder!r}; name a checkpoint's folder, or "
-            "leave it out to start anew ('auto' goes on from the last checkpoint if there is one)."
-        )
-    return checkpoint

@@ -14,7 +14,7 @@ import tests.conftest  # noqa: F401  (offline, one thread)
 from lopt_hf.local.blocks import split_layers
 from lopt_hf.pipeline.runtime.adapters import add_adapter
 from lopt_hf.pipeline.runtime.config import PipelineConfig
-from lopt_hf.pipeline.runtime.launch import PipelineWorld, Rendezvous, join
+from lopt_hf.pipeline.runtime.launch import PipelineWorld, Rendezvous, init_world
 from lopt_hf.pipeline.runtime.mlaan import MLAANPipelineConfig, MLAANPipelineTrainer
 from lopt_hf.pipeline.runtime.runner import PipelineTrainer
 from lopt_hf.pipeline.runtime.stage import plan_stages
@@ -48,7 +48,7 @@ def run(
 
 def main(arguments: Sequence[str]) -> None:
     num_stages, data_parallel = int(arguments[0]), int(arguments[1])
-    world = join(Rendezvous.from_environment(), num_stages, data_parallel, "cpu", peer_timeout=60.0)
+    world = init_world(Rendezvous.from_environment(), num_stages, data_parallel, "cpu", peer_timeout=60.0)
     for line in Path(arguments[2]).read_text().splitlines():
         run(world, **json.loads(line))
     dist.barrier()

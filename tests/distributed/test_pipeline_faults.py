@@ -125,7 +125,7 @@ def test_a_killed_replica_is_named(tmp_path, inputs):
 
 GROUP = "torch.distributed.new_group"
 EARLY = [
-    ([Fault("lopt_hf.scripts.pipeline.join", ranks=(1,))], 1, "did not start within 6 s"),
+    ([Fault("lopt_hf.pipeline.runtime.run.init_world", ranks=(1,))], 1, "did not start within 6 s"),
     # Rank 2 waits for rank 1 to connect, is killed, and then rank 1 finds nobody; rank 0 has nothing to do with it.
     ([Fault(GROUP, 2, "kill_soon", (2,)), Fault(GROUP, 2, "pause", (1,))], 2, "has given no sign of life for 5 s"),
     ([Fault("lopt_hf.pipeline.runtime.runner.load_stage", ranks=(1,))], 1, ""),  # silent, or gone if a channel is open

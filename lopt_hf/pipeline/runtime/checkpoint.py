@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import (
     ADAPTER_SAFE_WEIGHTS_NAME,
     CONFIG_NAME,
@@ -36,7 +35,6 @@ __all__ = [
     "Manifest",
     "assemble_model",
     "check_shared_folder",
-    "find_checkpoint",
     "load_weights",
     "publish_when_complete",
     "remove_incomplete",
@@ -111,20 +109,6 @@ class Manifest:
         first = plan.blocks[0].index
         stages = self.content["stages"]
         return next(self.folder / stage["name"] for stage in stages if first in stage["blocks"])
-
-
-def find_checkpoint(output_dir: str, resume_from_checkpoint: str | bool | None) -> str | None:
-    """The checkpoint's folder that `resume_from_checkpoint` means; `True` is the last one in `output_dir`."""
-    if not resume_from_checkpoint:
-        return None
-    if resume_from_checkpoint is not True:
-        return resume_from_checkpoint
-    last = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
-    if last is None:
-        raise ValueError(
-            f"resume_from_checkpoint=True, but output_dir={output_dir!r} has no checkpoint; leave it out."
-        )
-    return last
 
 
 def save_weights(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
@@ -205,7 +189,7 @@ def check_shared_folder(store: dist.Store, monitor: PeerMonitor, world_size: int
                 "checkpoint needs the parts of all stages in one; choose a folder that all hosts share."
             )
         time.sleep(0.1)
-    monitor.meet(store, "mark", world_size)
+    monitor.barrier(store, "mark", world_size)
     if monitor.rank == 0:
         mark.rmdir()
 

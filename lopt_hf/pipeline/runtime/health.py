@@ -115,15 +115,20 @@ class PeerMonitor:
             self.check()
             time.sleep(POLL_SECONDS)
 
-    def meet(self, store: dist.Store, place: str, world_size: int) -> None:
-        """Waits until all processes have come here; a collective would not tell who is missing.
+    def barrier(self, store: dist.Store, name: str, world_size: int) -> None:
+        """Waits until all processes have come to this point; a collective would not tell who is missing.
+
+        Args:
+            store: The store that all processes share.
+            name: Name of the point, unique in a run.
+            world_size: Number of processes.
 
         Raises:
             PipelineError: If the pipeline is broken.
         """
-        if store.add(f"meet/{place}", 1) == world_size:
-            store.set(f"meet/{place}/all", "")
-        self.wait_for(store, f"meet/{place}/all")
+        if store.add(f"barrier/{name}", 1) == world_size:
+            store.set(f"barrier/{name}/all", "")
+        self.wait_for(store, f"barrier/{name}/all")
 
     def finish(self) -> None:
         """Says good-bye: from now on silence means that this process is done."""

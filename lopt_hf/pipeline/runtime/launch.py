@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lopt_hf.pipeline.runtime.health import PeerMonitor
 
-__all__ = ["PipelineWorld", "Rendezvous", "agree", "describe", "join", "launch_command"]
+__all__ = ["PipelineWorld", "Rendezvous", "check_same", "init_world", "launch_command", "rank_name"]
 
 # What tells accelerate and transformers that they are one of several processes. Each stage is a training run of its
 # own, which shares no batch and no gradient with the others, so they must not see the world.
@@ -134,26 +134,28 @@ class PipelineWorld:
         return int(self.mesh.mesh[stage, self.replica if replica is None else replica])
 
 
-def describe(rank: int, data_parallel: int) -> str:
-    """What to call a process in a message."""
+def rank_name(rank: int, data_parallel: int) -> str:
+    """Returns what a process is called in messages."""
     stage, replica = divmod(rank, data_parallel)
     return f"rank {rank} (stage {stage}{f', replica {replica}' if data_parallel > 1 else ''})"
 
 
-def agree(store: dist.Store, monitor: PeerMonitor, world_size: int, topic: str, settings: Mapping[str, Any]) -> None:
-    """Makes sure that all processes were given the same; each waits for all others.
+def check_same(
+    store: dist.Store, monitor: PeerMonitor, world_size: int, topic: str, settings: Mapping[str, Any]
+) -> None:
+    """Checks that all processes have the same settings; each waits for all others.
 
     Args:
         store: The store of the run.
-        monitor: What is asked for a failure while waiting.
+        monitor: Knows of failures elsewhere.
         world_size: Number of processes.
-        topic: What the settings are about, once in a run.
-        settings: Values that JSON can hold, by their names.
+        topic: Name of this comparison, unique in a run.
+        settings: Values that JSON can hold, by name.
 
     Raises:
         ValueError: If this process has another value than rank 0.
     """
-    key = f"agree/{topic}"
+    key = f"same/{topic}"
     if monitor.rank == 0:
         store.set(key, json.dumps(settings))
     monitor.wait_for(store, key)
@@ -163,10 +165,10 @@ def agree(store: dist.Store, monitor: PeerMonitor, world_size: int, topic: str, 
                 f"rank {monitor.rank} was given {name}={settings[name]!r}, but rank 0 {first!r}; give all processes "
                 "the same."
             )
-    monitor.meet(store, key, world_size)
+    monitor.barrier(store, key, world_size)
 
 
-def join(
+def init_world(
     rendezvous: Rendezvous,
     num_stages: int,
     data_parallel: int,
@@ -175,7 +177,7 @@ def join(
     start_timeout: float = math.inf,
     settings: Mapping[str, Any] | None = None,
 ) -> PipelineWorld:
-    """Sets up process groups: the world, each stage's replicas, and each pair of neighbours.
+    """Initialises the process groups: the world, each stage's replicas, and each pair of neighbours.
 
     Args:
         rendezvous: This process's place.
@@ -184,7 +186,7 @@ def join(
         device_type: `"cpu"` (gloo) or `"cuda"` and the like (their own backend, untested; gloo for headers).
         peer_timeout: Seconds of silence after which a process counts as lost.
         start_timeout: Seconds that another process may take to start.
-        settings: What all processes must have been given alike.
+        settings: Arguments that must be the same on all processes.
 
     Raises:
         ValueError: If the launcher started another number of processes, or one of them has other settings.
@@ -198,9 +200,9 @@ def join(
     stage, replica = divmod(rendezvous.rank, data_parallel)
     neighbours = [other * data_parallel + replica for other in (stage - 1, stage + 1) if 0 <= other < num_stages]
     replicas = [stage * data_parallel + other for other in range(data_parallel) if other != replica]
-    peers = {rank: describe(rank, data_parallel) for rank in (*neighbours, *replicas)}
+    peers = {rank: rank_name(rank, data_parallel) for rank in (*neighbours, *replicas)}
     monitor = PeerMonitor(rendezvous.store, rendezvous.rank, peers, peer_timeout, start_timeout)
-    agree(rendezvous.store, monitor, rendezvous.world_size, "arguments", settings or {})
+    check_same(rendezvous.store, monitor, rendezvous.world_size, "arguments", settings or {})
     backend = "gloo"
     if device_type != "cpu":
         torch.accelerator.set_device_index(rendezvous.local_rank)
@@ -220,7 +222,7 @@ def join(
             f" The network interface was {os.environ.get(INTERFACE)!r}; set {INTERFACE} on each host to the one "
             "through which the hosts reach each other."
         )
-        raise monitor.explain(error, describe(rendezvous.rank, data_parallel), advice) from error
+        raise monitor.explain(error, rank_name(rendezvous.rank, data_parallel), advice) from error
     return PipelineWorld(
         rendezvous.store, rendezvous.rank, mesh, stage, replica, links.get(stage - 1), links.get(stage), monitor
     )

@@ -25,13 +25,14 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from lopt_hf.common.distributed import GradientReducer, broadcast_parameters
+from lopt_hf.common.resuming import find_checkpoint
 from lopt_hf.local.blocks import Block, split_layers
 from lopt_hf.local.objectives import LocalObjective, ReconstructionObjective
 from lopt_hf.local.readout import ReadoutObjective
 from lopt_hf.pipeline.runtime.channel import BatchId, ReceivingChannel, SendingChannel
-from lopt_hf.pipeline.runtime.checkpoint import Manifest, check_shared_folder, find_checkpoint, remove_incomplete
+from lopt_hf.pipeline.runtime.checkpoint import Manifest, check_shared_folder, remove_incomplete
 from lopt_hf.pipeline.runtime.config import PipelineArguments, PipelineConfig
-from lopt_hf.pipeline.runtime.launch import PipelineWorld, agree
+from lopt_hf.pipeline.runtime.launch import PipelineWorld, check_same
 from lopt_hf.pipeline.runtime.stage import HiddenStateInput, StagePlan, load_stage, plan_stages
 from lopt_hf.pipeline.runtime.stage_checkpoint import StageCheckpointMixin
 from lopt_hf.pipeline.runtime.stage_logs import StageCallback, StageLogMixin
@@ -202,7 +203,7 @@ class PipelineMixin(StageCheckpointMixin, StageLogMixin):
         self.store = self.world.new_run_store()
         folder = find_checkpoint(str(output_dir), resume_from_checkpoint)
         shared = self.store, self.world.monitor, self.world.mesh.size()
-        agree(*shared, "checkpoint", {"resume_from_checkpoint": folder})
+        check_same(*shared, "checkpoint", {"resume_from_checkpoint": folder})
         if self.world.rank == 0:
             remove_incomplete(output_dir)
         check_shared_folder(*shared, output_dir)

@@ -57,14 +57,15 @@ def _best_cut(
     charges: Mapping[tuple[int, int], float],
     num_layers: int,
     num_stages: int,
-    join: Callable[[float, float], float],
+    combine: Callable[[float, float], float],
 ) -> tuple[float, list[int]]:
-    """The cut with the least joint charge of its stages, each given by its first layer and the one after its last."""
+    """Finds the cut with the least combined charge of its stages, which are given by first layer and end."""
     best = {stop: (charges[0, stop], [0]) for stop in range(1, num_layers + 1)}
     for stage in range(1, num_stages):
         best = {
             stop: min(
-                (join(best[start][0], charges[start, stop]), [*best[start][1], start]) for start in range(stage, stop)
+                (combine(best[start][0], charges[start, stop]), [*best[start][1], start])
+                for start in range(stage, stop)
             )
             for stop in range(stage + 1, num_layers + 1)
         }

@@ -1,0 +1,204 @@
+"""A run of the pipeline: all stages launched on this host, and one stage from its arguments to the saved model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from lopt_hf.common.resuming import find_checkpoint
+from lopt_hf.data.pretrained import resolve_model
+from lopt_hf.local.blocks import split_layers
+from lopt_hf.pipeline.runtime.adapters import add_adapter
+from lopt_hf.pipeline.runtime.config import PipelineArguments, PipelineConfig
+from lopt_hf.pipeline.runtime.health import PipelineError, report_termination
+from lopt_hf.pipeline.runtime.launch import PipelineWorld, Rendezvous, init_world, launch_command, rank_name
+from lopt_hf.pipeline.runtime.mlaan import MLAANPipelineConfig, MLAANPipelineTrainer, with_auxiliaries
+from lopt_hf.pipeline.runtime.runner import PipelineMixin, PipelineTrainer
+from lopt_hf.pipeline.runtime.stage import plan_stages
+from lopt_hf.pipeline.split.balance import balanced_split, format_split
+from lopt_hf.pipeline.split.costs import measure_costs
+
+__all__ = ["StageConfig", "launch_stages", "make_trainer", "run_stage"]
+
+StageConfig = PipelineConfig | MLAANPipelineConfig
+
+# Prefixes of the names of arguments that may differ from host to host, or that only one process reads
+_OF_A_HOST = (
+    "output_dir",
+    "resume_from_checkpoint",  # its meaning is compared when the checkpoint is looked for
+    "model_name_or_path",
+    "chat_template_path",
+    "dataset_num_proc",
+    "dataloader_",
+    "use_cpu",
+    "local_rank",
+    "log_level",
+    "log_on_each_node",
+    "disable_tqdm",
+    "report_to",
+    "run_name",
+    "project",
+    "trackio_",
+    "hub_",
+    "push_to_hub",
+)
+
+
+def make_trainer(
+    args: StageConfig, model_args: ModelConfig, world: PipelineWorld, load_dataset: Callable[[], Any]
+) -> PipelineMixin:
+    """Loads this stage's part of the model and builds its trainer.
+
+    Args:
+        args: Training arguments.
+        model_args: Which model, and its adapter.
+        world: The processes of the run.
+        load_dataset: Loads the training set; called once the model is there.
+
+    Raises:
+        ValueError: If the model is missing, or is to be quantised.
+    """
+    if model_args.model_name_or_path is None:
+        raise ValueError("model_name_or_path is missing; give a hub id or a local folder.")
+    if get_quantization_config(model_args) is not None:
+        raise ValueError("load_in_4bit and load_in_8bit do not work in a pipeline yet; leave them out.")
+    checkpoint = resolve_model(model_args.model_name_or_path)
+    overrides: Any = args.model_init_kwargs or {}
+    kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **overrides,
+    }
+    config = AutoConfig.from_pretrained(checkpoint, revision=model_args.model_revision)
+    num_layers = config.get_text_config(decoder=True).num_hidden_layers
+    if args.split == "auto" and args.split_at is None:
+        args.split_at = _measured_split(checkpoint, args, model_args, world)
+    plans = plan_stages(split_layers(num_layers, args.num_blocks, args.split_at), world.num_stages)
+    plan = plans[world.stage]
+    if world.rank == 0:
+        print("\n".join(str(plan) for plan in plans))
+    trainer_class: Any = MLAANPipelineTrainer if isinstance(args, MLAANPipelineConfig) else PipelineTrainer
+    model: Any = trainer_class.load_part(checkpoint, plan, args, **kwargs)
+    peft_config = get_peft_config(model_args)
+    if peft_config is not None:
+        model = add_adapter(model, peft_config, args.seed)
+    trainer: PipelineMixin = trainer_class(model, args, world=world, train_dataset=load_dataset())
+    return trainer
+
+
+def _measured_split(checkpoint: str, args: StageConfig, model_args: ModelConfig, world: PipelineWorld) -> list[int]:
+    """Finds the cut whose slowest block is the fastest; one process measures, and all take its cut."""
+    if world.rank == 0:
+        costs = measure_costs(
+            checkpoint,
+            args.per_device_train_batch_size,
+            args.max_length or 1024,  # TRL's default length
+            objective="readout" if isinstance(args, MLAANPipelineConfig) else args.local_objective,
+            autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+            device=args.device,
+            accumulation_steps=args.gradient_accumulation_steps,
+            activation_checkpointing=bool(args.activation_checkpointing),
+            tied_embeddings=args.tied_embeddings,
+            peft_config=get_peft_config(model_args),
+        )
+        if isinstance(args, MLAANPipelineConfig):
+            costs = with_auxiliaries(costs, args)
+        split = balanced_split(costs, args.num_blocks)
+        print(format_split(costs, split), flush=True)
+        world.store.set("split_at", json.dumps(split))
+    return list(json.loads(world.store.get("split_at")))
+
+
+def _settings_of_all(args: PipelineArguments, model_args: ModelConfig) -> dict[str, str]:
+    """Returns the arguments that all processes must share, as text by name: those that are not about a host."""
+    values = [(f.name, getattr(group, f.name)) for group in (args, model_args) for f in fields(group)]
+    return {name: str(value) for name, value in values if not name.startswith(_OF_A_HOST)}
+
+
+def run_stage(
+    args: StageConfig, model_args: ModelConfig, rendezvous: Rendezvous, load_dataset: Callable[[], Any]
+) -> None:
+    """Trains one stage to the end and saves the model together with the others.
+
+    Args:
+        args: Training arguments.
+        model_args: Which model, and its adapter.
+        rendezvous: This process's place among the launched ones.
+        load_dataset: Loads the training set.
+
+    Raises:
+        ValueError: If the processes were given different arguments, or another number of them was launched.
+        PipelineError: If this stage or another fails; all have been told.
+    """
+    assert args.num_stages is not None
+    world = init_world(
+        rendezvous,
+        args.num_stages,
+        args.data_parallel,
+        args.device.type,
+        args.peer_timeout,
+        args.start_timeout,
+        _settings_of_all(args, model_args),
+    )
+    name = rank_name(world.rank, world.num_replicas)
+    report_termination(world.monitor, name)
+    try:
+        trainer = make_trainer(args, model_args, world, load_dataset)
+        trainer.train(resume_from_checkpoint=find_checkpoint(str(args.output_dir), args.resume_from_checkpoint))
+        trainer.save_model(args.output_dir)
+        if args.push_to_hub and world.reports:
+            trainer.push_model()
+        world.monitor.barrier(world.store, "end", world.mesh.size())  # the store's host leaves last
+    except PipelineError:
+        raise
+    except Exception as error:
+        raise world.monitor.explain(error, name) from error
+    world.monitor.finish()
+    dist.destroy_process_group()
+    if world.reports:
+        print(f"Model saved to {args.output_dir}")
+
+
+def launch_stages(args: PipelineArguments, arguments: Sequence[str], devices: str | None = None) -> int:
+    """Starts all stages on this host by `accelerate launch`, and waits for them.
+
+    Args:
+        args: Training arguments.
+        arguments: The command line that each stage is given.
+        devices: Ids of the accelerators to use, such as `0,1`. Default: all.
+
+    Returns:
+        The launcher's exit status.
+    """
+    assert args.num_stages is not None
+    options = [] if devices is None else ["--gpu_ids", devices]
+    command = launch_command(args.num_stages * args.data_parallel, arguments, options)
+    # In a session of its own, so that a signal reaches the launcher once: it ends the stages, and must be let do so.
+    launcher = subprocess.Popen(command, start_new_session=True)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: launcher.send_signal(number))
+    code = launcher.wait()
+    if code != 0:
+        print(_how_to_go_on(args), file=sys.stderr)
+    return code
+
+
+def _how_to_go_on(args: PipelineArguments) -> str:
+    output_dir = str(args.output_dir)
+    last = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
+    found = "no checkpoint was saved" if last is None else f"the last checkpoint is {last}"
+    return (
+        f"lopt-hf pipeline: the run has not ended; {found}. The same command with --resume_from_checkpoint auto "
+        f"{'starts anew' if last is None else 'goes on from it'}."
+    )
