@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lopt_hf.bench.gpu.training import Training
+from lopt_hf.bench.gpu.worker import clean
 
 __all__ = ["Sharded", "main"]
 
@@ -72,6 +73,7 @@ def main(folder: Path, first: int) -> None:
     silence()
     for index, run in enumerate(pickle.loads((folder / "sharded.pickle").read_bytes())[first:], start=first):
         print(f"--- sharded run {index}", file=sys.stderr, flush=True)
+        clean()
         _result(folder, index).write_text(json.dumps(run(folder)))
 
 

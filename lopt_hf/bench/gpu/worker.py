@@ -15,7 +15,7 @@ from types import TracebackType
 from lopt_hf.bench.gpu.parts import Case, Outcome, Part
 from lopt_hf.bench.processes import FailuresTo
 
-__all__ = ["work"]
+__all__ = ["clean", "work"]
 
 
 def work(connection: Connection, part: Part, first: int, folder: str, log: str) -> None:
@@ -63,7 +63,7 @@ def _run(case: Case, part: Part, folder: Path) -> Outcome:
         what = " and ".join("a CUDA device" if need == "cuda" else need for need in missing)
         return Outcome(part.name, case.name, "skipped", reason=f"needs {what}")
     start = perf_counter()
-    left_over = _clean()
+    left_over = clean()
     with _Failure() as failure:
         values = {**case.run(folder), "left_over_bytes": left_over}
     seconds = perf_counter() - start
@@ -79,7 +79,7 @@ def _is_there(need: str) -> bool:
     return torch.cuda.is_available() if need == "cuda" else importlib.util.find_spec(need) is not None
 
 
-def _clean() -> int:
+def clean() -> int:
     """Frees what the case before has left; returns the bytes on the GPU that cannot be."""
     import torch
 
