@@ -1,29 +1,130 @@
-"""With which arguments a decoder calls its layers, so that a copy of a deeper layer can run before the layer itself.
+"""How a stock decoder calls its layers: where hidden states stand in a call, and recording the calls of a forward.
+
+Decoders pass hidden states by position or as `hidden_states=`, and some layers (Falcon's) return a tuple that starts
+with them. What a layer is given besides depends on the architecture and on the layer (sliding windows, local and
+global rotary embeddings), and only the decoder knows it.
 
 Shapes: B batch, T tokens, D hidden channels.
 """
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 
 from lopt_hf.common.upstream.transformers import active_collector as _active_collector
 from lopt_hf.local.blocks import DecoderStack
 
-__all__ = ["LayerCall", "record_layer_calls"]
+__all__ = [
+    "LayerCall",
+    "evaluating",
+    "hidden_of",
+    "output_hidden",
+    "record_layer_calls",
+    "stop_at",
+    "stop_behind",
+    "with_hidden",
+    "with_output_hidden",
+]
 
 # A copy keeps no keys and values of its own, and must not write into the model's.
 _CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a layer, as a forward pre-hook gets and returns them
+
+
+def hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """Returns the hidden states (B, T, D) that a layer is called with."""
+    hidden_BTD: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden_BTD
+
+
+def with_hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any], hidden_BTD: torch.Tensor) -> Call:
+    """Returns the arguments of a layer's call with other hidden states."""
+    return ((hidden_BTD, *args[1:]), dict(kwargs)) if args else (args, {**kwargs, "hidden_states": hidden_BTD})
+
+
+def output_hidden(output: Any) -> torch.Tensor:
+    """Returns the hidden states (B, T, D) in what a layer returned."""
+    hidden_BTD: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden_BTD
+
+
+def with_output_hidden(output: Any, hidden_BTD: torch.Tensor) -> Any:
+    """Returns a layer's output with other hidden states in it."""
+    return (hidden_BTD, *output[1:]) if isinstance(output, tuple) else hidden_BTD
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts a model in evaluation mode for a while; afterwards every module trains as it did."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
 
 class _StopForwardError(Exception):
-    """Ends a forward once the last layer's arguments are known."""
+    """Ends a forward from inside a layer."""
+
+
+@contextmanager
+def stop_at(layer: nn.Module) -> Iterator[list[Call]]:
+    """Ends the forwards that run in this block where they reach a layer, before it runs.
+
+    Args:
+        layer: The layer that is not to run.
+
+    Yields:
+        A list that gets the arguments of the call that was stopped.
+    """
+    calls: list[Call] = []
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append((args, kwargs))
+        raise _StopForwardError
+
+    with _until_stopped(layer.register_forward_pre_hook(stop, with_kwargs=True)):
+        yield calls
+
+
+@contextmanager
+def stop_behind(layer: nn.Module) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Ends the forwards that run in this block when a layer has run.
+
+    Args:
+        layer: The last layer to run.
+
+    Yields:
+        A list that gets the hidden states before and behind the layer, (B, T, D) each.
+    """
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        seen.append((hidden_of(args, kwargs), output_hidden(output)))
+        raise _StopForwardError
+
+    with _until_stopped(layer.register_forward_hook(stop, with_kwargs=True)):
+        yield seen
+
+
+@contextmanager
+def _until_stopped(handle: RemovableHandle) -> Iterator[None]:
+    try:
+        yield
+    except _StopForwardError:
+        pass
+    finally:
+        handle.remove()
 
 
 @dataclass(frozen=True)
@@ -43,18 +144,15 @@ class LayerCall:
     def __call__(self, layer: nn.Module, h_BTD: torch.Tensor) -> torch.Tensor:
         """The layer's output for other hidden states than those it was called with."""
         if self.hidden_is_named:
-            output = layer(*self.args, hidden_states=h_BTD, **self.kwargs)
-        else:
-            output = layer(h_BTD, *self.args, **self.kwargs)
-        return output[0] if isinstance(output, tuple) else output  # Falcon's also return attention weights
+            return output_hidden(layer(*self.args, hidden_states=h_BTD, **self.kwargs))
+        return output_hidden(layer(h_BTD, *self.args, **self.kwargs))
 
 
 @torch.no_grad()
 def record_layer_calls(stack: DecoderStack, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[int, LayerCall]:
     """Runs the decoder's own forward with layers that only write down how they are called.
 
-    What a layer is given depends on the architecture and on the layer (sliding windows, local and global rotary
-    embeddings), and only the decoder knows it. The random state is left as it was.
+    A copy of a deeper layer can run by such a call before the layer itself. The random state is left as it was.
 
     Args:
         stack: The decoder.
@@ -69,9 +167,8 @@ def record_layer_calls(stack: DecoderStack, args: tuple[Any, ...], kwargs: Mappi
     devices = {p.device for p in stack.decoder.parameters() if p.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=[device.index for device in devices]), _recording(stack.layers, calls):
-            stack.decoder.forward(*args, **kwargs)
-    except _StopForwardError:
-        pass
+            with suppress(_StopForwardError):
+                stack.decoder.forward(*args, **kwargs)
     finally:
         _active_collector.reset(token)
     return calls
@@ -109,6 +206,6 @@ class _Recorder:
         self.calls[self.index] = LayerCall(rest, named, hidden_is_named)
         if self.is_last:
             raise _StopForwardError
-        hidden_BTD: torch.Tensor = kwargs["hidden_states"] if hidden_is_named else args[0]
+        hidden_BTD = hidden_of(() if hidden_is_named else args, kwargs)
         # Some decoders take the first element of what a layer returns, which a first axis of length one allows.
         return hidden_BTD.reshape(1, *hidden_BTD.shape[-3:])

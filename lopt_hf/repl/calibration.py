@@ -4,7 +4,7 @@ Shapes: N tokens, D hidden channels, K features.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lopt_hf.common.ridge import ChannelRidge, LinearRidge, SharedRidge
+from lopt_hf.local.layer_calls import evaluating, hidden_of, stop_behind
 from lopt_hf.repl.modeling_repl import find_layers, normalise
 from lopt_hf.repl.neighbours import Affine, Neighbour
 from lopt_hf.repl.operator_base import Operator
@@ -22,10 +23,6 @@ __all__ = ["block_influence", "calibrate"]
 
 Batches = Sequence[Mapping[str, torch.Tensor]]
 TOKENS_AT_ONCE = 512  # bounds the memory of the features of all branches; no effect on the result
-
-
-class _StopForward(Exception):
-    """Ends a forward at the layer of interest."""
 
 
 @torch.no_grad()
@@ -53,7 +50,7 @@ def calibrate(
     """
     layers = find_layers(model)
     start, below = 0, None  # what is below layer `start` is done: its output follows from the files
-    with _evaluating(model), TemporaryDirectory() as folder:
+    with evaluating(model), TemporaryDirectory() as folder:
         for index in sorted(operators):
             fit = _make_fit(operators[index], *neighbours[index], ridge)
             for number, batch in enumerate(batches):
@@ -73,7 +70,7 @@ def block_influence(model: PreTrainedModel, batches: Batches) -> list[float]:
     layers = find_layers(model)
     totals = [0.0] * len(layers)
     tokens = [0] * len(layers)
-    with _evaluating(model):
+    with evaluating(model):
         for batch in batches:
             mask = _kept_tokens(batch)
 
@@ -93,7 +90,7 @@ def block_influence(model: PreTrainedModel, batches: Batches) -> list[float]:
 @contextmanager
 def _watching(layer: nn.Module, index: int, record: Any) -> Iterator[None]:
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> None:
-        record(index, args[0] if args else kwargs["hidden_states"], output)
+        record(index, hidden_of(args, kwargs), output)
 
     handle = layer.register_forward_hook(hook, with_kwargs=True)
     try:
@@ -131,16 +128,6 @@ def _through(below: tuple[Operator, tuple[Neighbour, Neighbour]], h_BTD: torch.T
     return operator(h_BTD, *beside)
 
 
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
 def _forward(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> None:
     inputs = {name: value.to(model.device) for name, value in batch.items()}
     uses_cache = "use_cache" in model.config.get_text_config().to_dict()
@@ -159,20 +146,14 @@ def _input_and_output(
     model: PreTrainedModel, layer: nn.Module, batch: Mapping[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A layer's input and output; the forward ends there."""
-    seen: list[torch.Tensor] = []
-
-    def record(index: int, h_BTD: torch.Tensor, output_BTD: torch.Tensor) -> None:
-        seen.extend((h_BTD, output_BTD))
-        raise _StopForward
-
-    with _watching(layer, 0, record), suppress(_StopForward):
+    with stop_behind(layer) as seen:
         _forward(model, batch)
-    if not all(torch.isfinite(value).all() for value in seen):
+    if not all(torch.isfinite(value).all() for value in seen[0]):
         raise FloatingPointError(
             "The hidden states of the calibration data are not finite, so nothing can be fitted to them; load "
             "the model in another dtype, or check the data."
         )
-    return seen[0], seen[1]
+    return seen[0]
 
 
 def _add(fit: Any, h_BTD: torch.Tensor, output_BTD: torch.Tensor, mask_BT: torch.Tensor | None) -> None:

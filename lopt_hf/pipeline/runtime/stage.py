@@ -17,6 +17,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConf
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lopt_hf.local.blocks import Block, DecoderStack, find_decoder_stack, is_before_the_layers, parameters_by_block
+from lopt_hf.local.layer_calls import stop_at, with_hidden
 
 __all__ = ["HiddenStateInput", "StagePlan", "keep_stage", "load_stage", "plan_stages"]
 
@@ -106,7 +107,7 @@ class HiddenStateInput:
             raise RuntimeError("This stage has no hidden states to start from; set `hidden_BTD` before each forward.")
         # Each is used once: a stale one would be silently trained on.
         hidden_BTD, self.hidden_BTD = self.hidden_BTD, None
-        return ((hidden_BTD, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden_BTD})
+        return with_hidden(args, kwargs, hidden_BTD)
 
 
 def load_stage(
@@ -290,11 +291,6 @@ def _check_only_own(model: PreTrainedModel, stack: DecoderStack, plan: StagePlan
 # ---- Layers that return a tuple ----
 
 
-class _FirstLayerReached(Exception):
-    def __init__(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.call = args, kwargs
-
-
 @torch.no_grad()
 def _match_layer_outputs(model: PreTrainedModel, plan: StagePlan) -> None:
     """Lets the stand-ins return what the model's own layers do: hidden states, or a tuple that starts with them.
@@ -304,23 +300,14 @@ def _match_layer_outputs(model: PreTrainedModel, plan: StagePlan) -> None:
     """
     stack = find_decoder_stack(model)
 
-    def stop(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        raise _FirstLayerReached(args, kwargs)
-
     own = stack.layers[plan.start]
-    device = next(own.parameters()).device
-    handle = stack.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        tokens_BT = torch.zeros(1, 2, dtype=torch.long, device=device)
+    weight = next(own.parameters())
+    tokens_BT = torch.zeros(1, 2, dtype=torch.long, device=weight.device)
+    with stop_at(stack.layers[0]) as reached:
         stack.decoder(input_ids=tokens_BT, attention_mask=torch.ones_like(tokens_BT), use_cache=False)
-        raise AssertionError("unreachable")
-    except _FirstLayerReached as reached:
-        args, kwargs = reached.call
-    finally:
-        handle.remove()
-    dtype = next(own.parameters()).dtype
-    hidden_BTD = torch.zeros(1, 2, stack.hidden_size, device=device, dtype=dtype)
-    output = own(hidden_BTD, *args[1:], **kwargs) if args else own(**{**kwargs, "hidden_states": hidden_BTD})
+    hidden_BTD = torch.zeros(1, 2, stack.hidden_size, device=weight.device, dtype=weight.dtype)
+    args, kwargs = with_hidden(*reached[0], hidden_BTD)
+    output = own(*args, **kwargs)
     for layer in stack.layers:
         if isinstance(layer, _PassThrough):
             layer.returns_tuple = isinstance(output, tuple)

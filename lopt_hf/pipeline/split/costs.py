@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from lopt_hf.common.settings import check_at_least, check_choice
 from lopt_hf.common.upstream.trl import add_fused_lm_head
 from lopt_hf.local.blocks import find_decoder_stack, untie_output_embeddings
+from lopt_hf.local.layer_calls import LayerCall, hidden_of, record_layer_calls, stop_at
 from lopt_hf.local.objectives import LocalBatch, LocalObjective, ReconstructionObjective
 from lopt_hf.local.readout import ReadoutObjective, model_after_the_layers
 from lopt_hf.pipeline.split.stopwatch import LEAST_SECONDS, PartCost, Stopwatch, num_elements
@@ -176,13 +177,6 @@ def _skeleton(
     return skeleton.train()
 
 
-_Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-class _FirstLayerReached(Exception):
-    """Ends a forward of the decoder."""
-
-
 class _Bench:
     """Gives the parts of a skeleton weights, measures them and takes the weights away again."""
 
@@ -208,44 +202,27 @@ class _Bench:
             module.to("meta")
             module.zero_grad()
 
-    def measure_embeddings(self) -> tuple[PartCost, list[_Call]]:
+    def measure_embeddings(self) -> tuple[PartCost, list[LayerCall]]:
         """Times what runs before the layers; also returns how the decoder calls each of its layers."""
         with self._present(child for child in self.stack.decoder.children() if child is not self.stack.layers) as own:
-            calls = self._record_calls()
+            inputs = {"input_ids": self.tokens_BT, "attention_mask": self.mask_BT, "use_cache": False}
+            with self.stopwatch.precision():
+                calls = record_layer_calls(self.stack, (), inputs)
             self.stopwatch.run(self._before_the_first_layer, own)
             own = [parameter for parameter in own if parameter.grad is not None]  # not those after the layers
             cost = self.stopwatch.measure(self._before_the_first_layer, own)
-        return cost, calls
+        return cost, [calls[index] for index in range(len(self.stack.layers))]
 
     def _run_decoder(self) -> None:
         self.stack.decoder(input_ids=self.tokens_BT, attention_mask=self.mask_BT, use_cache=False)
 
     def _before_the_first_layer(self) -> torch.Tensor:
-        reached: list[torch.Tensor] = []
-
-        def stop(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            reached.append(args[0] if args else kwargs["hidden_states"])
-            raise _FirstLayerReached
-
-        handle = self.stack.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
-        with contextlib.suppress(_FirstLayerReached):
+        with stop_at(self.stack.layers[0]) as reached:
             self._run_decoder()
-        handle.remove()
-        return reached[0]
-
-    def _record_calls(self) -> list[_Call]:
-        """What the decoder passes to each layer: masks, rotary angles and positions differ between their kinds."""
-        calls: list[_Call] = []
-        for layer in self.stack.layers:
-            layer.forward = _Recorder(calls)
-        with torch.no_grad(), self.stopwatch.precision():
-            self._run_decoder()
-        for layer in self.stack.layers:
-            del layer.forward
-        return calls
+        return hidden_of(*reached[0])
 
     def measure_layers(
-        self, calls: Sequence[_Call], make_optimizer: Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
+        self, calls: Sequence[LayerCall], make_optimizer: Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
     ) -> tuple[tuple[PartCost, ...], float]:
         """Times one layer of each kind, and the optimizer's step on it; returns the cost of every layer."""
         costs: dict[Any, PartCost] = {}
@@ -255,7 +232,7 @@ class _Bench:
             if kind in costs:
                 continue
             with self._present([layer]) as own:
-                costs[kind] = self.stopwatch.measure(partial(_run_layer, layer, call), own)
+                costs[kind] = self.stopwatch.measure(partial(call, layer, self._random_hidden_states()), own)
                 if not step_seconds:
                     step_seconds = self.stopwatch.measure_step(make_optimizer(own), own) / num_elements(own)
         return tuple(costs[kind] for kind in kinds), step_seconds
@@ -300,29 +277,6 @@ class _Bench:
         shape = (*self.tokens_BT.shape, self.stack.hidden_size)
         dtype = self.skeleton.dtype
         return torch.randn(shape, device=self.stopwatch.device, dtype=dtype, requires_grad=True)
-
-
-class _Recorder:
-    """Stands for a layer's forward: notes how it is called, and lets the hidden states through.
-
-    Some decoders take the first element of what a layer returns: a first axis of length one allows that.
-    """
-
-    def __init__(self, calls: list[_Call]) -> None:
-        self.calls = calls
-        self.shape: tuple[int, ...] | None = None
-
-    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if hidden_states.ndim == 4:
-            hidden_states = hidden_states[0]
-        self.calls.append(((hidden_states, *args), kwargs))
-        return hidden_states[None]
-
-
-def _run_layer(layer: nn.Module, call: _Call) -> torch.Tensor:
-    args, kwargs = call
-    output = layer(args[0].detach().requires_grad_(), *args[1:], **kwargs)
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _kind(layer: nn.Module) -> Any:

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 from lopt_hf import MLAANPipelineConfig
 from lopt_hf.data.pretrained import SMOLLM2_ID, resolve_model
+from lopt_hf.local.layer_calls import LayerCall
 from lopt_hf.pipeline.runtime.mlaan import with_auxiliaries
 from lopt_hf.pipeline.split import costs as costs_module
 from lopt_hf.pipeline.split.balance import balanced_split, format_split, stage_costs
@@ -143,9 +144,9 @@ def test_of_an_adapter_only_its_own_parameters_train(objective):
 )
 def test_layers_of_one_kind_are_measured_once(family, overrides, kinds, monkeypatch):
     measured = []
-    run_layer = costs_module._run_layer
+    run_layer = LayerCall.__call__
     monkeypatch.setattr(
-        costs_module, "_run_layer", lambda layer, call: measured.append(id(layer)) or run_layer(layer, call)
+        LayerCall, "__call__", lambda call, layer, *hidden: measured.append(id(layer)) or run_layer(call, layer, *hidden)
     )
     quick(make_model(family, **overrides))
     assert len(set(measured)) == kinds

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lopt_hf.local.blocks import DecoderStack, find_decoder_stack
-from lopt_hf.local.layer_calls import LayerCall, record_layer_calls
+from lopt_hf.local.layer_calls import LayerCall, evaluating, hidden_of, output_hidden, record_layer_calls
 from lopt_hf.local.methods.mlaan.auxiliary import Gap, LeapAuxiliary
 from lopt_hf.local.methods.mlaan.leaps import calibrated_leaps
 from lopt_hf.local.methods.mlaan.translator import TranslatorFit
@@ -136,7 +136,7 @@ class Calibration:
         decoder, layers = self.stack.decoder, self.stack.layers
         inputs = {name: batch[name] for name in _DECODER_INPUTS if batch.get(name) is not None}
         inputs_BTD: dict[int, torch.Tensor] = {}
-        with _evaluating(self.model):
+        with evaluating(self.model):
             calls = record_layer_calls(self.stack, (), inputs)
             with _watching(layers, indices, inputs_BTD):
                 decoder(**inputs)
@@ -158,27 +158,17 @@ def _tokens(batch: Mapping[str, Any], h_BTD: torch.Tensor) -> tuple[torch.Tensor
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-@contextmanager
 def _watching(layers: nn.ModuleList, indices: Sequence[int], seen: dict[int, torch.Tensor]) -> Iterator[None]:
     """Keeps the inputs of layers by their index; index `len(layers)` is the output of the last."""
 
     def before(index: int) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            seen[index] = args[0] if args else kwargs["hidden_states"]
+            seen[index] = hidden_of(args, kwargs)
 
         return hook
 
     def after(module: nn.Module, args: tuple, output: Any) -> None:
-        seen[len(layers)] = output[0] if isinstance(output, tuple) else output
+        seen[len(layers)] = output_hidden(output)
 
     handles = [layers[-1].register_forward_hook(after)]
     handles += [
