@@ -11,20 +11,20 @@ from lopt_hf.repl.registration import register_when_transformers_is_loaded
 __version__ = "0.1.0.dev0"
 
 _EXPORTS = {
-    "LoPTConfig": "lopt_hf.trainers.lopt_config",
-    "LoPTDPOConfig": "lopt_hf.trainers.lopt_dpo_config",
-    "LoPTDPOTrainer": "lopt_hf.trainers.lopt_dpo_trainer",
-    "LoPTGRPOConfig": "lopt_hf.trainers.lopt_grpo_config",
-    "LoPTGRPOTrainer": "lopt_hf.trainers.lopt_grpo_trainer",
-    "LoPTTrainer": "lopt_hf.trainers.lopt_trainer",
+    "LoPTConfig": "lopt_hf.trainers.configs",
+    "LoPTDPOConfig": "lopt_hf.trainers.configs",
+    "LoPTDPOTrainer": "lopt_hf.trainers.dpo",
+    "LoPTGRPOConfig": "lopt_hf.trainers.configs",
+    "LoPTGRPOTrainer": "lopt_hf.trainers.grpo",
+    "LoPTTrainer": "lopt_hf.trainers.sft",
     "LocalBatch": "lopt_hf.local.objectives",
     "LocalObjective": "lopt_hf.local.objectives",
-    "MLAANConfig": "lopt_hf.mlaan.config",
-    "MLAANPipelineConfig": "lopt_hf.pipeline.runtime.mlaan",
-    "MLAANPipelineTrainer": "lopt_hf.pipeline.runtime.mlaan",
-    "MLAANTrainer": "lopt_hf.mlaan.trainer",
+    "MLAANConfig": "lopt_hf.trainers.configs",
+    "MLAANPipelineConfig": "lopt_hf.pipeline.runtime.config",
+    "MLAANPipelineTrainer": "lopt_hf.pipeline.runtime.trainer",
+    "MLAANTrainer": "lopt_hf.trainers.sft",
     "PipelineConfig": "lopt_hf.pipeline.runtime.config",
-    "PipelineTrainer": "lopt_hf.pipeline.runtime.runner",
+    "PipelineTrainer": "lopt_hf.pipeline.runtime.trainer",
     "PlanSettings": "lopt_hf.planner.plan",
     "ReadoutObjective": "lopt_hf.local.readout",
     "ReconstructionObjective": "lopt_hf.local.objectives",
@@ -64,22 +64,17 @@ __all__ = [
 if TYPE_CHECKING:
     from lopt_hf.local.objectives import LocalBatch, LocalObjective, ReconstructionObjective
     from lopt_hf.local.readout import ReadoutObjective
-    from lopt_hf.mlaan.config import MLAANConfig
-    from lopt_hf.mlaan.trainer import MLAANTrainer
-    from lopt_hf.pipeline.runtime.config import PipelineConfig
-    from lopt_hf.pipeline.runtime.mlaan import MLAANPipelineConfig, MLAANPipelineTrainer
-    from lopt_hf.pipeline.runtime.runner import PipelineTrainer
+    from lopt_hf.pipeline.runtime.config import MLAANPipelineConfig, PipelineConfig
+    from lopt_hf.pipeline.runtime.trainer import MLAANPipelineTrainer, PipelineTrainer
     from lopt_hf.planner.plan import PlanSettings, make_plan
     from lopt_hf.repl.config import RepLConfig
     from lopt_hf.repl.model import RepLModel, get_repl_model
     from lopt_hf.repl.trainer import RepLTrainer
     from lopt_hf.retention.callback import RetentionCallback
-    from lopt_hf.trainers.lopt_config import LoPTConfig
-    from lopt_hf.trainers.lopt_dpo_config import LoPTDPOConfig
-    from lopt_hf.trainers.lopt_dpo_trainer import LoPTDPOTrainer
-    from lopt_hf.trainers.lopt_grpo_config import LoPTGRPOConfig
-    from lopt_hf.trainers.lopt_grpo_trainer import LoPTGRPOTrainer
-    from lopt_hf.trainers.lopt_trainer import LoPTTrainer
+    from lopt_hf.trainers.configs import LoPTConfig, LoPTDPOConfig, LoPTGRPOConfig, MLAANConfig
+    from lopt_hf.trainers.dpo import LoPTDPOTrainer
+    from lopt_hf.trainers.grpo import LoPTGRPOTrainer
+    from lopt_hf.trainers.sft import LoPTTrainer, MLAANTrainer
 
 register_when_transformers_is_loaded()
 

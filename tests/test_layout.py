@@ -8,8 +8,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import pytest
-
 import lopt_hf
 
 PACKAGE = Path(lopt_hf.__file__).parent
@@ -22,7 +20,6 @@ LAYERS = (
     {"retention", "pipeline.runtime"},
     {"pipeline.split"},
     {"pipeline"},
-    {"mlaan"},
     {"trainers", "repl"},
     {"local"},
     {"meters", "data"},
@@ -154,7 +151,6 @@ def test_no_lines_stand_twice():
     assert repeated_runs(texts) == []
 
 
-@pytest.mark.xfail(strict=True, reason="local learning is still spread over mixins")
 def test_trainers_have_few_bases():
     names = [name for name in lopt_hf.__all__ if name.endswith("Trainer")]
     trainers = [getattr(lopt_hf, name) for name in names]

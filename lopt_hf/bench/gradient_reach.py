@@ -14,8 +14,9 @@ from trl import SFTTrainer
 
 from lopt_hf.common.figures import draw_heat_map, new_figure
 from lopt_hf.local.blocks import Block, find_decoder_stack, parameters_by_block
-from lopt_hf.pipeline.runtime.runner import PipelineTrainer
-from lopt_hf.trainers.lopt_mixin import LoPTMixin
+from lopt_hf.local.hooks import BoundaryEvents, MicroBatch
+from lopt_hf.pipeline.runtime.trainer import PipelineTrainer
+from lopt_hf.trainers.mixin import LocalLearningMixin
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,7 +94,7 @@ def _check(trainer: Any) -> None:
 
 def _losses(trainer: Any) -> dict[str, int]:
     """Each loss's name and the index of its block."""
-    if not isinstance(trainer, LoPTMixin):
+    if not isinstance(trainer, LocalLearningMixin):
         return {"task loss": 0}
     local = {f"local loss, block {index}": int(index) for index in trainer.local_heads}
     return {**local, "task loss": len(trainer.blocks) - 1}
@@ -115,14 +116,15 @@ def _backward(trainer: Any, inputs: Mapping[str, Any], only: int) -> None:
     def run_backward(index: int, loss: torch.Tensor) -> None:
         (loss if index == only else loss * 0).backward()
 
-    if not isinstance(trainer, LoPTMixin):
+    if not isinstance(trainer, LocalLearningMixin):
         run_backward(only, _task_loss(trainer, inputs))
         return
     updates: bool = trainer.args.train_early_blocks
-    with trainer.boundary.training_forward(run_backward, update_early_blocks=updates, inputs=inputs):
+    micro_batch = MicroBatch(BoundaryEvents(run_backward), trains_early_blocks=updates, inputs=inputs)
+    with trainer.boundary.training_forward(micro_batch):
         loss = _task_loss(trainer, inputs)
     run_backward(len(trainer.blocks) - 1, loss)
-    trainer.boundary.finish(run_backward)
+    trainer.boundary.finish(micro_batch)
 
 
 def _task_loss(trainer: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
@@ -139,24 +141,24 @@ def _norm(parameters: Sequence[nn.Parameter]) -> float:
 @contextmanager
 def _undisturbed(trainer: Any) -> Iterator[Any]:
     """Evaluation mode (no dropout) and separate backwards; all is put back afterwards. Gives what clears gradients."""
-    is_local = isinstance(trainer, LoPTMixin)
+    is_local = isinstance(trainer, LocalLearningMixin)
     parameters = [*trainer.model.parameters(), *(trainer.local_heads.parameters() if is_local else ())]
     gradients = [parameter.grad for parameter in parameters]
-    mode, training = (trainer.boundary.mode if is_local else None), trainer.model.training
+    training, is_joint = trainer.model.training, is_local and trainer.boundary.mode == "joint"
 
     def clear() -> None:
         for parameter in parameters:
             parameter.grad = None
 
     trainer.model.eval()
-    if is_local:
+    if is_joint:
         trainer.boundary.mode = "eager"
     try:
         yield clear
     finally:
         trainer.model.train(training)
-        if is_local:
-            trainer.boundary.mode = mode
+        if is_joint:
+            trainer.boundary.mode = "joint"
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
 

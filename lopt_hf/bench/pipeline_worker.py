@@ -29,13 +29,13 @@ from lopt_hf.local.blocks import find_decoder_stack, parameters_by_block, split_
 from lopt_hf.meters.saved_bytes import SavedBytes
 from lopt_hf.pipeline.runtime.config import PipelineConfig
 from lopt_hf.pipeline.runtime.launch import PipelineWorld, Rendezvous, init_world
-from lopt_hf.pipeline.runtime.runner import PipelineTrainer
 from lopt_hf.pipeline.runtime.stage import StagePlan, load_stage, plan_stages
 from lopt_hf.pipeline.runtime.timeline import WAITS, Timeline
+from lopt_hf.pipeline.runtime.trainer import PipelineTrainer
 from lopt_hf.pipeline.split.balance import balanced_split, format_split
 from lopt_hf.pipeline.split.costs import measure_costs
-from lopt_hf.trainers.lopt_config import LoPTConfig
-from lopt_hf.trainers.lopt_trainer import LoPTTrainer
+from lopt_hf.trainers.configs import LoPTConfig
+from lopt_hf.trainers.sft import LoPTTrainer
 
 __all__ = ["MethodRun", "Record", "find_split", "make_config", "make_plans", "make_rows", "prepare", "train"]
 

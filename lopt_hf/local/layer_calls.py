@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 
-from lopt_hf.common.upstream.transformers import active_collector as _active_collector
+from lopt_hf.common.upstream.transformers import active_collector
 from lopt_hf.local.blocks import DecoderStack
 
 __all__ = [
@@ -163,14 +163,14 @@ def record_layer_calls(stack: DecoderStack, args: tuple[Any, ...], kwargs: Mappi
         For each layer how it is called.
     """
     calls: dict[int, LayerCall] = {}
-    token = _active_collector.set(None)  # nothing that happens here is an output of the model
+    token = active_collector.set(None)  # nothing that happens here is an output of the model
     devices = {p.device for p in stack.decoder.parameters() if p.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=[device.index for device in devices]), _recording(stack.layers, calls):
             with suppress(_StopForwardError):
                 stack.decoder.forward(*args, **kwargs)
     finally:
-        _active_collector.reset(token)
+        active_collector.reset(token)
     return calls
 
 

@@ -6,8 +6,9 @@ Shapes: B batch, T tokens, N tokens that count in the loss, D hidden channels, V
 import copy as copying
 import functools
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,9 +28,8 @@ __all__ = [
     "ChunkedCrossEntropy",
     "Readout",
     "ReadoutObjective",
-    "counted_tokens",
+    "TokenLoss",
     "frozen_copy",
-    "in_chunks",
     "model_after_the_layers",
     "unadapted",
 ]
@@ -52,6 +52,9 @@ class ReadoutObjective:
 
     Logits exist for one chunk of tokens at a time. Their gradient is taken in the forward (the readout is frozen, so
     only the hidden states need one), which saves recomputing them; the backward multiplies it.
+
+    Attributes:
+        token_loss: How the loss is computed; whoever simulates it has another.
 
     Args:
         readout: Frozen module, from (1, N, D) hidden states of the last layer's kind to (1, N, V) logits.
@@ -77,6 +80,7 @@ class ReadoutObjective:
             )
         self.readout = readout
         self.tokens_per_chunk = tokens_per_chunk
+        self.token_loss = TokenLoss()
 
     @classmethod
     def from_model(cls, model: PreTrainedModel, copy: bool = True, max_logits: int = MAX_LOGITS) -> "ReadoutObjective":
@@ -113,32 +117,12 @@ class ReadoutObjective:
     def __call__(
         self, head: nn.Module, output_BTD: torch.Tensor, input_BTD: torch.Tensor, batch: LocalBatch
     ) -> torch.Tensor:
-        hidden_ND, labels_N = counted_tokens(output_BTD, batch)
-        total = ChunkedCrossEntropy.apply(hidden_ND, labels_N, self.readout, self.tokens_per_chunk)
+        hidden_ND, labels_N = self.token_loss.counted(output_BTD, batch)
+        total = self.token_loss.total(hidden_ND, labels_N, self.readout, self.tokens_per_chunk)
         return total / max(1, labels_N.numel())
 
 
-def counted_tokens(output_BTD: torch.Tensor, batch: LocalBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """The hidden states (N, D) before each token that has a label, and these labels (N,).
-
-    Raises:
-        ValueError: If the batch has not a label for each token.
-    """
-    labels_BT = batch.inputs.get("labels")
-    if labels_BT is None or labels_BT.shape != output_BTD.shape[:2]:
-        found = "none" if labels_BT is None else f"{tuple(labels_BT.shape)}"
-        raise ValueError(
-            f"a local loss through the LM head needs a label for each of the {tuple(output_BTD.shape[:2])} tokens, "
-            f"but the batch has {found}; use a collator that makes `labels`, or local_objective='reconstruction'."
-        )
-    labels_BT = labels_BT[:, 1:].to(output_BTD.device)
-    counts_BT = labels_BT != IGNORED_LABEL
-    return output_BTD[:, :-1][counts_BT], labels_BT[counts_BT]
-
-
-def in_chunks(size: int, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Tensors of the same length, so many of their entries at a time."""
-    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
+Chunks = Callable[..., Iterable[tuple[torch.Tensor, ...]]]  # of tensors of the same length
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -146,12 +130,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: torch.Tensor, labels_N: torch.Tensor, readout: nn.Module, tokens_per_chunk: int
+        ctx: Any, hidden_ND: torch.Tensor, labels_N: torch.Tensor, readout: nn.Module, chunks: Chunks
     ) -> torch.Tensor:
         device = next(readout.parameters()).device  # of the last block, where a model is spread over several
         total = torch.zeros((), device=hidden_ND.device)
         gradient_ND = torch.empty_like(hidden_ND)
-        for hidden, labels, gradient in in_chunks(tokens_per_chunk, hidden_ND, labels_N, gradient_ND):
+        for hidden, labels, gradient in chunks(hidden_ND, labels_N, gradient_ND):
             hidden = hidden.detach().to(device).requires_grad_(ctx.needs_input_grad[0])
             with torch.set_grad_enabled(ctx.needs_input_grad[0]):
                 logits = readout(hidden[None])[0]
@@ -168,6 +152,37 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
         (gradient_ND,) = ctx.saved_tensors
         return gradient_ND * scale.to(gradient_ND.dtype), None, None, None
+
+
+class TokenLoss:
+    """Cross-entropy of next tokens through a readout, whose logits exist for one chunk of tokens at a time."""
+
+    def counted(self, output_BTD: torch.Tensor, batch: LocalBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the hidden states (N, D) before each token that has a label, and these labels (N,).
+
+        Raises:
+            ValueError: If the batch has not a label for each token.
+        """
+        labels_BT = batch.inputs.get("labels")
+        if labels_BT is None or labels_BT.shape != output_BTD.shape[:2]:
+            found = "none" if labels_BT is None else f"{tuple(labels_BT.shape)}"
+            raise ValueError(
+                f"a local loss through the LM head needs a label for each of the {tuple(output_BTD.shape[:2])} "
+                "tokens, "
+                f"but the batch has {found}; use a collator that makes `labels`, or local_objective='reconstruction'."
+            )
+        labels_BT = labels_BT[:, 1:].to(output_BTD.device)
+        counts_BT = labels_BT != IGNORED_LABEL
+        return output_BTD[:, :-1][counts_BT], labels_BT[counts_BT]
+
+    def chunks(self, size: int, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Yields tensors of the same length, `size` of their entries at a time."""
+        return zip(*(tensor.split(size) for tensor in tensors), strict=True)
+
+    def total(self, hidden_ND: torch.Tensor, labels_N: torch.Tensor, readout: nn.Module, size: int) -> torch.Tensor:
+        """Returns the sum over the tokens, through a frozen readout, `size` tokens at a time."""
+        total: torch.Tensor = ChunkedCrossEntropy.apply(hidden_ND, labels_N, readout, partial(self.chunks, size))
+        return total
 
 
 @dataclass

@@ -6,7 +6,7 @@ last block's output (its cotangent) travels back through the window segment by s
 Shapes: B batch, T tokens, D hidden channels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lopt_hf.local.blocks import Block
-from lopt_hf.local.boundary import GradientBoundary, RunBackward
+from lopt_hf.local.hooks import BlockBoundary, MicroBatch, cut
 from lopt_hf.local.layer_calls import LayerCall, record_layer_calls
-from lopt_hf.local.objectives import LocalBatch, LocalObjective
+from lopt_hf.local.objectives import LocalObjective
 
 __all__ = ["LossWeights", "WindowBoundary"]
 
@@ -49,7 +49,7 @@ class _Segment:
         return torch.autograd.grad(self.output_BTD, self.input_BTD, cotangent_BTD, retain_graph=True)[0]
 
 
-class WindowBoundary(GradientBoundary):
+class WindowBoundary(BlockBoundary):
     """Lets each loss train a window of adjacent blocks, and no others.
 
     On the output of an early block stand two losses of the same objective: the independent one, whose gradient stays
@@ -63,7 +63,6 @@ class WindowBoundary(GradientBoundary):
     that is here, as they do near the start of the model.
 
     Attributes:
-        when_done: Called with a block's index when its gradients and its auxiliary's are complete.
         trains_blocks: Whether the local losses train the blocks, or their auxiliaries only.
         window_losses: Of the last micro-batch, by name: `block_0/cascaded` and so on.
 
@@ -78,7 +77,7 @@ class WindowBoundary(GradientBoundary):
         task_share: Factor of the task's gradient behind the last block: its head serves both losses, so the
             independent share of the gradient stays in it.
         router_coefficient: Weight of the load-balancing loss, which stays in each block; 0 without routers.
-        walls: Blocks before which no window begins that ends with them or later: the first ones of stages.
+        stage_starts: First blocks of stages of a pipeline; no window crosses from one stage into the next.
         early_blocks: The early blocks that run in this process. Default: all but the last.
     """
 
@@ -92,13 +91,13 @@ class WindowBoundary(GradientBoundary):
         weights: LossWeights,
         task_share: float,
         router_coefficient: float = 0.0,
-        walls: Sequence[int] = (),
+        stage_starts: Sequence[int] = (),
         early_blocks: Sequence[Block] | None = None,
     ) -> None:
-        super().__init__(model, blocks, objective, auxiliaries, 1.0, "eager", router_coefficient, early_blocks)
+        super().__init__(model, blocks, objective, auxiliaries, router_coefficient, early_blocks)
         self.window = window
         # For each block the first one of the window that ends there, and the last one whose window contains it.
-        starts = [0, *walls]
+        starts = [0, *stage_starts]
         self._begins = [
             max(end - window + 1, *(start for start in starts if start <= end)) for end in range(len(blocks))
         ]
@@ -107,79 +106,83 @@ class WindowBoundary(GradientBoundary):
         ]
         self.weights = weights
         self.task_share = task_share
-        self.when_done: Callable[[int], None] | None = None
         self.trains_blocks = True
         self.window_losses: dict[str, list[torch.Tensor]] = {}
         self._segments: dict[int, _Segment] = {}
         self._boundary_BTD: torch.Tensor | None = None  # where the next block starts
         self._calls: dict[int, LayerCall] = {}
 
-    def finish(self, run_backward: RunBackward) -> None:
-        """Hands the task's gradient back through its window. To be called after the task loss's backward.
-
-        Args:
-            run_backward: As for `training_forward`.
-        """
-        if self._boundary_BTD is None:
-            return
-        last, cotangent_BTD = len(self.blocks) - 1, self._boundary_BTD.grad
-        if cotangent_BTD is not None and self._begins[last] < last:
-            self._reach_back(last, last - 1, cotangent_BTD * self.task_share)
-        self._close(list(self._segments), run_backward)
-        self.reset()
-
-    def reset(self) -> None:
-        """Frees what a micro-batch that did not come to its end has left."""
-        self._segments = {}
-        self._boundary_BTD = None
+    def named_losses(self) -> dict[str, list[torch.Tensor]]:
+        return self.window_losses
 
     def check_task_loss(self, loss: torch.Tensor) -> None:
         """As the parent's; in a window over all blocks there is nothing that the task loss must not reach."""
         if self.window < len(self.blocks):
             super().check_task_loss(loss)
 
-    def _enter_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self._active and torch.is_grad_enabled():
-            if self._segments:
-                raise RuntimeError(
-                    "A micro-batch began before the last one was finished; call `finish` after its backward."
-                )
-            self._boundary_BTD = None
-            self.window_losses = {}
-            if len(self.heads):
-                self._calls = record_layer_calls(self.stack, args, kwargs)
-        super()._enter_decoder(module, args, kwargs)
+    def finish(self, micro_batch: MicroBatch) -> None:
+        """Hands the task's gradient back through its window. To be called after the task loss's backward.
 
-    def _leave_decoder(self, module: nn.Module, args: tuple, output: Any) -> None:
-        super()._leave_decoder(module, args, output)
+        Args:
+            micro_batch: The one that `training_forward` was given.
+        """
+        if self._boundary_BTD is None:
+            return
+        last, cotangent_BTD = len(self.blocks) - 1, self._boundary_BTD.grad
+        if cotangent_BTD is not None and self._begins[last] < last:
+            self._reach_back(last, last - 1, cotangent_BTD * self.task_share)
+        self._close(list(self._segments), micro_batch)
+        self.abandon()
+
+    def abandon(self) -> None:
+        self._segments = {}
+        self._boundary_BTD = None
+
+    def enter_decoder(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if self._segments:
+            raise RuntimeError(
+                "A micro-batch began before the last one was finished; call `finish` after its backward."
+            )
+        self._boundary_BTD = None
+        self.window_losses = {}
+        if len(self.heads):
+            self._calls = record_layer_calls(self.stack, args, kwargs)
+
+    def leave_decoder(self) -> None:
         self._calls = {}
 
-    def _leave_block(self, index: int, output_BTD: torch.Tensor) -> torch.Tensor:
-        segment = _Segment(index, self._boundary_BTD, output_BTD, self._load_balancing_loss())
+    def enter_block(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        if not hidden_BTD.requires_grad and self.model.is_activation_checkpointing:
+            return cut(hidden_BTD)  # reentrant checkpointing gives no gradient unless an input requires one
+        return hidden_BTD
+
+    def leave_block(self, index: int, output_BTD: torch.Tensor) -> torch.Tensor:
+        segment = _Segment(index, self._boundary_BTD, output_BTD, self.load_balancing_loss())
         self._segments[index] = segment
         if self.window < len(self.blocks):
-            self._check_reach(index, output_BTD.sum())
+            self.check_reach(index, output_BTD.sum())
         if str(index) in self.heads:
             self._learn(segment)
-        self._boundary_BTD = output_BTD.detach().requires_grad_()
+        self._boundary_BTD = cut(output_BTD)
         return self._boundary_BTD
 
     def _learn(self, segment: _Segment) -> None:
         """Runs the losses that stand on a block's output, and what of the graph they complete."""
-        own_BTD, handed_BTD = (segment.output_BTD.detach().requires_grad_() for _ in range(2))
-        self._backward_now(segment.index, self._losses(segment.index, own_BTD, handed_BTD) * self._scale)
-        assert handed_BTD.grad is not None
-        assert self._run_backward is not None
-        with self._outside_the_forward(handed_BTD.device.type):
+        own_BTD, handed_BTD = cut(segment.output_BTD), cut(segment.output_BTD)
+        loss = self._losses(segment.index, own_BTD, handed_BTD) * self.micro_batch.scale
+        with self.outside_the_forward(handed_BTD.device.type):
+            self.micro_batch.events.run_backward(segment.index, loss)
+            del loss
+            assert handed_BTD.grad is not None
             if self.trains_blocks:
                 self._reach_back(segment.index, segment.index, handed_BTD.grad)
             if self.trains_blocks and own_BTD.grad is not None:
                 segment.add(own_BTD.grad)
-            self._close([i for i in self._segments if self._ends[i] == segment.index], self._run_backward)
+            self._close([i for i in self._segments if self._ends[i] == segment.index], self.micro_batch)
 
     def _losses(self, index: int, own_BTD: torch.Tensor, handed_BTD: torch.Tensor) -> torch.Tensor:
         """The weighted sum of a block's two losses."""
-        batch = LocalBatch(mask_BT=self._local_mask(own_BTD), inputs=self._inputs)
+        batch = self.local_batch(own_BTD)
         auxiliary = self.heads[str(index)]
         cascaded = self.objective(auxiliary, auxiliary(handed_BTD, self._calls), handed_BTD, batch)
         self.window_losses[f"block_{index}/cascaded"] = [cascaded.detach()]
@@ -197,7 +200,7 @@ class WindowBoundary(GradientBoundary):
             if index > oldest:
                 cotangent_BTD = self._segments[index].hand_back(cotangent_BTD)
 
-    def _close(self, indices: Sequence[int], run_backward: RunBackward) -> None:
+    def _close(self, indices: Sequence[int], micro_batch: MicroBatch) -> None:
         """Runs the backward of blocks that all their windows have reached, and frees their graphs."""
         for index in indices:
             segment = self._segments.pop(index)
@@ -205,6 +208,5 @@ class WindowBoundary(GradientBoundary):
             if segment.cotangent_BTD is not None:
                 torch.autograd.backward(segment.output_BTD, segment.cotangent_BTD, retain_graph=balance is not None)
             if balance is not None:
-                run_backward(index, balance * self._scale)
-            if self.when_done is not None:
-                self.when_done(index)
+                micro_batch.events.run_backward(index, balance * micro_batch.scale)
+            micro_batch.events.on_block_done(index)

@@ -1,38 +1,35 @@
-"""What each strategy does to a model, and its forward: as the trainers do it, by the same parts of the package.
+"""What each strategy does to a model, and its forward; local learning by the learner that trainers run.
 
 Shapes: B batch, T tokens, D hidden channels.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, cast
+import contextlib
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
-from lopt_hf.local.blocks import find_decoder_stack, parameters_by_block, split_layers, untie_output_embeddings
-from lopt_hf.local.boundary import GradientBoundary, make_heads
-from lopt_hf.local.methods.mlaan.auxiliary import LeapAuxiliary
-from lopt_hf.local.methods.mlaan.leaps import even_leaps, leap_counts
-from lopt_hf.local.objectives import ReconstructionObjective
+from lopt_hf.common.distributed import GradientReducer
+from lopt_hf.local.arguments import LocalArguments
+from lopt_hf.local.blocks import find_decoder_stack
+from lopt_hf.local.heads import LocalHeads
+from lopt_hf.local.learner import LearnerEvents, LocalLearner
+from lopt_hf.local.methods.mlaan.method import MLAANArguments
 from lopt_hf.local.readout import ReadoutObjective
-from lopt_hf.local.windows import LossWeights, WindowBoundary
-from lopt_hf.mlaan.config import MLAANArguments
-from lopt_hf.mlaan.setup import MAX_LOGITS, averaged_leaps, make_auxiliary
-from lopt_hf.pipeline.runtime.stage import HiddenStateInput, StagePlan, keep_stage
+from lopt_hf.pipeline.runtime.stage import HiddenStateInput, StagePlan, keep_stage, separate_stage_embeddings
+from lopt_hf.planner.memory import MemoryMeter
 from lopt_hf.planner.strategies import REPL_EVERY, Strategy
-from lopt_hf.planner.task_loss import add_task_loss
+from lopt_hf.planner.task_loss import PlannedTokenLoss, add_task_loss
 from lopt_hf.repl.config import RepLConfig
 from lopt_hf.repl.model import get_repl_model
 
-__all__ = ["EndToEnd", "Local", "Windows", "make_setup"]
+__all__ = ["EndToEnd", "Local", "make_setup"]
 
-RECONSTRUCTION_WEIGHT = 10.0  # LoPT paper, Sec. 3. Like the seed, it changes no memory
-SEED = 0
 LORA_ALPHA_PER_RANK = 2  # TRL's defaults are 32 and 16
-
-BlockDone = Callable[[int], None]  # told a block's index when all of its gradients are there
 
 
 class EndToEnd:
@@ -48,17 +45,15 @@ class EndToEnd:
         model: What is called: the same, or its PEFT wrapper.
         heads: What is trained besides the model.
         frozen: What is neither of the model nor trained.
-        steps_early: Whether an early block takes its optimizer step when its gradients are there.
         reentrant: The form of activation checkpointing.
     """
 
-    steps_early = False
     reentrant = True  # of the two forms the one that `SavedBytes` can see into; the other keeps the same tensors
 
     def __init__(self, model: PreTrainedModel, strategy: Strategy, lora_r: int = 0) -> None:
         self.base = model
         self.model: Any = model
-        self.heads = nn.ModuleDict()
+        self.heads: nn.ModuleDict = LocalHeads()
         self.frozen = nn.ModuleList()
         if strategy.method == "repl":
             # What the surrogates start from changes no arithmetic.
@@ -80,25 +75,30 @@ class EndToEnd:
     def _add_loss(self) -> None:
         add_task_loss(self.base)
 
-    def begin(self) -> None:
-        """Does what needs the weights to be there, if only as fake tensors."""
+    def begin(self, meter: MemoryMeter, events: LearnerEvents, reducer: GradientReducer | None) -> None:
+        """Does what needs the weights to be there, if only as fake tensors.
+
+        Args:
+            meter: What counts memory and work.
+            events: What a learner asks of the step.
+            reducer: What averages gradients that DDP does not see, with several devices.
+        """
 
     @property
-    def clip_groups(self) -> list[list[nn.Parameter]]:
-        """The parameters whose gradients are clipped together, group by group."""
-        return [list(self.model.parameters())]
-
-    @property
-    def early_groups(self) -> int:
-        """How many of these groups, from the first on, DDP does not see: `GradientReducer` averages them."""
-        return 0
+    def seen_by_ddp(self) -> list[nn.Parameter]:
+        """The parameters whose gradients DDP averages itself."""
+        return list(self.model.parameters())
 
     @property
     def trainable(self) -> list[nn.Parameter]:
         """Everything that the optimizer gets."""
-        return [parameter for group in self.clip_groups for parameter in group if parameter.requires_grad]
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    def forward(self, inputs: Mapping[str, Any], done: BlockDone) -> torch.Tensor | None:
+    def micro_batch(self, synchronises: bool) -> contextlib.AbstractContextManager[None]:
+        """Makes the context of a micro-batch's forward and backward; the last one of a step synchronises."""
+        return contextlib.nullcontext()
+
+    def forward(self, inputs: Mapping[str, Any], synchronises: bool) -> torch.Tensor | None:
         """Runs a micro-batch's forward and the local backwards in it; returns the loss that is left, if any."""
         outputs = self.model(**inputs, use_cache=False, fused_lm_head=True)
         return -outputs.log_probs.sum() / outputs.label_mask.sum()
@@ -111,169 +111,106 @@ class EndToEnd:
     def finish(self) -> None:
         """Ends a micro-batch, after the backward of the loss that `forward` returned."""
 
+    def clip(self, max_norm: float) -> None:
+        """Clips the gradients of a step."""
+        clip_grad_norm_(list(self.model.parameters()), max_norm)
+
     def after_step(self) -> None:
         """Does what follows an optimizer step."""
 
 
 class Local(EndToEnd):
-    """Training by local losses, as `LoPTTrainer` does it: all of a model, or the part of one that a stage holds.
-
-    Args:
-        model: The model.
-        strategy: Its blocks, and whether the early ones learn.
-        tied_embeddings: See `LocalLearningArguments`.
-        stage: The stage to hold, of a pipeline.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, strategy: Strategy, tied_embeddings: str, stage: StagePlan | None
-    ) -> None:
-        self.stage = stage
-        self._separate_embeddings(model, tied_embeddings)
-        if stage is not None:
-            keep_stage(model, stage)
-        super().__init__(model, strategy)
-        self.stack = find_decoder_stack(model)
-        self.blocks = split_layers(len(self.stack.layers), strategy.num_blocks)
-        self.early = [block for block in self.blocks[:-1] if stage is None or block in stage.blocks]
-        self.learns = strategy.method != "freeze"
-        if not self.learns:
-            for block in self._owned()[:-1]:
-                for parameter in block.values():
-                    parameter.requires_grad_(False)
-        self.mode: Literal["eager", "joint"] = "joint" if strategy.method == "joint" else "eager"
-        self.steps_early = strategy.method == "lopt_local_step"
-        self.heads = self._make_heads()
-        self.input = None
-        if stage is not None and not stage.is_first:
-            self.input = HiddenStateInput(self.stack.layers[stage.start])
-
-    def _make_heads(self) -> nn.ModuleDict:
-        learning = self.early if self.learns else []
-        return make_heads(ReconstructionObjective(), self.stack.hidden_size, self.blocks, SEED, only=learning)
-
-    def begin(self) -> None:
-        self.boundary = self._make_boundary()
-
-    def _make_boundary(self) -> GradientBoundary:
-        return GradientBoundary(
-            self.base,
-            self.blocks,
-            ReconstructionObjective(),
-            self.heads,
-            RECONSTRUCTION_WEIGHT / (len(self.blocks) - 1),
-            self.mode,
-            early_blocks=self.early,
-        )
-
-    @staticmethod
-    def _separate_embeddings(model: PreTrainedModel, tied_embeddings: str) -> None:
-        if tied_embeddings == "untie":
-            untie_output_embeddings(model)
-            return
-        embeddings: Any = model.get_input_embeddings()
-        head: Any = model.get_output_embeddings()
-        if head.weight is embeddings.weight:
-            head.weight.requires_grad_(False)
-
-    def _add_loss(self) -> None:
-        if self.stage is None or self.stage.is_last:
-            super()._add_loss()
-
-    def _owned(self) -> list[dict[str, nn.Parameter]]:
-        return parameters_by_block(self.model, self.stack, self.blocks)
-
-    @property
-    def clip_groups(self) -> list[list[nn.Parameter]]:
-        groups = [list(block.values()) for block in self._owned()]
-        for index, head in self.heads.items():
-            groups[int(index)].extend(head.parameters())
-        return groups
-
-    @property
-    def early_groups(self) -> int:
-        # The released code has one backward, and DDP averages everything.
-        return len(self.blocks) - 1 if self.mode == "eager" else 0
-
-    def forward(self, inputs: Mapping[str, Any], done: BlockDone) -> torch.Tensor | None:
-        def run_backward(index: int, loss: torch.Tensor) -> None:
-            loss.backward()
-            done(index)
-
-        if self.input is not None:
-            shape = (*inputs["input_ids"].shape, self.stack.hidden_size)
-            dtype = next(self.model.parameters()).dtype
-            hidden_BTD = torch.empty(shape, dtype=dtype)
-            self.input.hidden_BTD = hidden_BTD.requires_grad_(self.base.is_activation_checkpointing)
-        with self.boundary.training_forward(run_backward, 1.0, self.learns, inputs):
-            if self.stage is not None and not self.stage.is_last:
-                self.base.base_model(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False)
-                return None
-            loss = super().forward(inputs, done)
-        joint_loss = self.boundary.joint_loss()
-        return loss if joint_loss is None or loss is None else loss + joint_loss
-
-
-class Windows(Local):
-    """Training in windows of blocks, as `MLAANTrainer` does it with the defaults of `MLAANArguments`.
+    """Training by a method of local learning: all of a model, or the part of one that a stage holds.
 
     What comes before training (choosing leaps, fitting translators) needs less than a step, and is not simulated.
 
     Args:
         model: The model.
-        strategy: Its blocks, and how many of them a loss reaches.
-        tied_embeddings: See `MLAANArguments`.
+        strategy: Which method, and its arguments.
+        settings: The method's arguments.
+        stage: The stage to hold, of a pipeline.
     """
 
-    boundary: WindowBoundary
+    learner: LocalLearner
 
-    def __init__(self, model: PreTrainedModel, strategy: Strategy, tied_embeddings: str) -> None:
-        self.window = strategy.window
-        self.reentrant = self.window == 1  # a wider one hands cotangents back, which the reentrant form cannot
-        super().__init__(model, strategy, tied_embeddings, stage=None)
+    def __init__(
+        self, model: PreTrainedModel, strategy: Strategy, settings: LocalArguments, stage: StagePlan | None
+    ) -> None:
+        self.stage = stage
+        self.settings = settings
+        if isinstance(settings, MLAANArguments):
+            self.reentrant = settings.window == 1  # a wider one hands cotangents back, which that form cannot
+        if stage is not None:
+            separate_stage_embeddings(model, settings.tied_embeddings)
+            keep_stage(model, stage)
+        super().__init__(model, strategy)
+        self.input = None
+        if stage is not None and not stage.is_first:
+            self.input = HiddenStateInput(find_decoder_stack(model).layers[stage.start])
 
-    def _make_heads(self) -> nn.ModuleDict:
-        counts = leap_counts(self.blocks, MLAANArguments.leap_share)
-        leaps = [
-            even_leaps(block.stop, len(self.stack.layers), count)
-            for block, count in zip(self.early, counts, strict=True)
-        ]
-        return nn.ModuleDict(
-            {
-                str(block.index): make_auxiliary(
-                    self.base, self.stack, block.stop, indices, averaged_leaps(indices, MLAANArguments), MLAANArguments
-                )
-                for block, indices in zip(self.early, leaps, strict=True)
-            }
-        )
+    def _add_loss(self) -> None:
+        if self.stage is None or self.stage.is_last:
+            super()._add_loss()
 
-    def _make_boundary(self) -> WindowBoundary:
-        objective = ReadoutObjective.from_model(self.base, max_logits=MAX_LOGITS)
-        self.frozen.append(objective.readout)
-        weights = LossWeights(MLAANArguments.independent_weight, MLAANArguments.cascaded_weight)
-        return WindowBoundary(
-            self.base, self.blocks, objective, self.heads, self.window, weights, task_share=weights.cascaded
-        )
+    def begin(self, meter: MemoryMeter, events: LearnerEvents, reducer: GradientReducer | None) -> None:
+        early = None
+        if self.stage is not None:
+            early = [block.index for block in self.stage.blocks if block.index < self.settings.num_blocks - 1]
+        self.learner = LocalLearner(self.model, self.settings, early_blocks=early, events=events)
+        self.heads = self.learner.heads
+        objective: Any = self.learner.boundary.objective
+        if isinstance(objective, ReadoutObjective):
+            self.frozen.append(objective.readout)
+            objective.token_loss = PlannedTokenLoss(meter)
+        # Local losses that wait for the task's have one backward with it, and DDP averages everything.
+        if reducer is not None and not self._is_joint:
+            self.learner.reduce_by(reducer, range(len(self.learner.blocks) - 1))
 
-    def forward(self, inputs: Mapping[str, Any], done: BlockDone) -> torch.Tensor | None:
-        self.boundary.when_done = done  # a block's gradients are complete when its last window is
-        return super().forward(inputs, lambda index: None)
+    @property
+    def _is_joint(self) -> bool:
+        return self.learner.boundary.mode == "joint"
+
+    @property
+    def seen_by_ddp(self) -> list[nn.Parameter]:
+        learners = self.learner.learners() if self._is_joint else self.learner.learners()[-1:]
+        return [parameter for block in learners for parameter in block]
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        return [p for block in self.learner.learners() for p in block if p.requires_grad]
+
+    def micro_batch(self, synchronises: bool) -> contextlib.AbstractContextManager[None]:
+        return self.learner.stepping_in_backward(synchronises)
+
+    def forward(self, inputs: Mapping[str, Any], synchronises: bool) -> torch.Tensor | None:
+        if self.input is not None:
+            shape = (*inputs["input_ids"].shape, self.learner.stack.hidden_size)
+            hidden_BTD = torch.empty(shape, dtype=next(self.model.parameters()).dtype)
+            self.input.hidden_BTD = hidden_BTD.requires_grad_(self.base.is_activation_checkpointing)
+        with self.learner.forward(inputs, step=0, synchronises=synchronises):
+            if self.stage is not None and not self.stage.is_last:
+                self.base.base_model(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False)
+                return None
+            loss = super().forward(inputs, synchronises)
+        assert loss is not None
+        return self.learner.with_joint_loss(loss)
 
     def finish(self) -> None:
-        self.boundary.finish(lambda index, loss: loss.backward())
-        self.boundary.when_done = None
+        self.learner.after_backward()
+
+    def clip(self, max_norm: float) -> None:
+        self.learner.wait_for_averages()
+        self.learner.clip(max_norm)
 
     def after_step(self) -> None:
-        for auxiliary in self.heads.values():
-            cast(LeapAuxiliary, auxiliary).update_averages(self.stack.layers, MLAANArguments.ema_decay)
+        self.learner.after_step()
 
 
 def make_setup(
     model: PreTrainedModel, strategy: Strategy, lora_r: int, tied_embeddings: str, stage: StagePlan | None = None
 ) -> EndToEnd:
     """Prepares a model for a strategy; it is changed in place."""
-    if strategy.num_blocks == 1:
+    settings = strategy.local_arguments(tied_embeddings)
+    if settings is None:
         return EndToEnd(model, strategy, lora_r)
-    if strategy.method == "mlaan":
-        return Windows(model, strategy, tied_embeddings)
-    return Local(model, strategy, tied_embeddings, stage)
+    return Local(model, strategy, settings, stage)

@@ -31,7 +31,7 @@ from lopt_hf.pipeline.runtime.stage import StagePlan, plan_stages
 from lopt_hf.planner.setups import make_setup
 from lopt_hf.planner.step import Step, StepCost, Workload
 from lopt_hf.planner.strategies import Strategy
-from lopt_hf.planner.task_loss import every_token_labelled, few_chunks, loss_as_on_gpu, metered_loss
+from lopt_hf.planner.task_loss import loss_as_on_gpu, metered_loss
 
 __all__ = ["simulate"]
 
@@ -86,12 +86,10 @@ def _simulate_stage(
         model = _make_model(config, workload.dtype)
         setup = make_setup(model, strategy, workload.lora_r, workload.tied_embeddings, stage)
     with FakeTensorMode():
-        _give_fake_memory(setup.model, setup.heads)
-        setup.begin()
+        _give_fake_memory(setup.model)
         step = Step(setup, workload, stage)
         loss_costs = loss_as_on_gpu(step.meter) if on_gpu else contextlib.nullcontext()
-        meter = step.meter
-        with loss_costs, metered_loss(meter), every_token_labelled(), few_chunks(meter), meter:
+        with loss_costs, metered_loss(step.meter), step.meter:
             step.run()
             return step.measure()
 

@@ -3,21 +3,21 @@
 Shapes: B batch, T tokens, D hidden channels.
 """
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.utils import clip_grad_norm_
 
 from lopt_hf.common.distributed import GradientReducer
 from lopt_hf.local.blocks import find_decoder_stack
+from lopt_hf.local.learner import LearnerEvents
 from lopt_hf.meters.saved_bytes import SavedBytes
 from lopt_hf.pipeline.runtime.stage import StagePlan
 from lopt_hf.planner.memory import MemoryMeter, Work
 from lopt_hf.planner.optimizers import DEFAULT_OPTIMIZER, make_optimizer
 from lopt_hf.planner.setups import EndToEnd
-from lopt_hf.trainers.local_step import stepping_only
 
 __all__ = ["Step", "StepCost", "Workload"]
 
@@ -36,7 +36,7 @@ class Workload:
         lora_r: Rank of the adapters in the strategies that have them.
         num_gpus: Devices; more than one train data-parallel by DDP, or as stages of a pipeline.
         accumulation_steps: Micro-batches of an optimizer step.
-        tied_embeddings: `"untie"` or `"freeze"`, see `LocalLearningArguments`.
+        tied_embeddings: `"untie"` or `"freeze"`, see `LocalArguments`.
         channel_depth: Hidden states that may wait at each end of a link of the pipeline, see `PipelineConfig`.
     """
 
@@ -114,8 +114,15 @@ class Step:
         self.setup = setup
         self.workload = workload
         self.meter = MemoryMeter()
-        self.optimizer = make_optimizer(workload.optim, setup.trainable, setup.model)
         self.reducer = _LoneReducer(self.meter) if workload.num_gpus > 1 and stage is None else None
+        events = LearnerEvents(
+            around_step=self._stepping_early,
+            check_finite=lambda name, value: None,  # there are no values
+            optimizer=lambda: self.optimizer,
+        )
+        setup.begin(self.meter, events, self.reducer)
+        self.optimizer = make_optimizer(workload.optim, setup.trainable, setup.model)
+        self._measure_steps_of(self.optimizer)
         tokens_BT = torch.zeros(workload.batch_size, workload.seq_length, dtype=torch.long)
         self.inputs = {"input_ids": tokens_BT, "labels": tokens_BT, "attention_mask": torch.ones_like(tokens_BT)}
         modules = nn.ModuleList([setup.model, setup.heads, setup.frozen])
@@ -136,8 +143,20 @@ class Step:
             return [torch.empty(shape, dtype=self.workload.dtype)]
         if self.reducer is None:
             return []
-        seen = [p for group in self.setup.clip_groups[self.setup.early_groups :] for p in group if p.requires_grad]
-        return [torch.empty_like(parameter) for parameter in seen]
+        return [torch.empty_like(parameter) for parameter in self.setup.seen_by_ddp if parameter.requires_grad]
+
+    def _measure_steps_of(self, optimizer: torch.optim.Optimizer) -> None:
+        """Counts what the optimizer's steps hold as its own."""
+        region = contextlib.ExitStack()
+        optimizer.register_step_pre_hook(lambda *_: region.enter_context(self.meter.region("optimizer")))
+        optimizer.register_step_post_hook(lambda *_: region.close())
+
+    @contextlib.contextmanager
+    def _stepping_early(self) -> Iterator[None]:
+        """Counts the work of an early block's step apart from that of its micro-batch."""
+        before = self.meter.work
+        yield
+        self.stepping += self.meter.work - before
 
     def run(self) -> None:
         """One optimizer step, as the trainers' loop does it."""
@@ -145,43 +164,19 @@ class Step:
         self.setup.heads.zero_grad()
         self.stepping = Work()
         for micro_batch in range(micro_batches):
-            self.is_last_micro_batch = micro_batch == micro_batches - 1
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = self.setup.forward(self.inputs, self._finish_block)
-            if loss is not None:
-                loss.backward()
-            del loss
-            self.setup.finish()
+            synchronises = micro_batch == micro_batches - 1
+            with self.setup.micro_batch(synchronises):
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = self.setup.forward(self.inputs, synchronises)
+                if loss is not None:
+                    loss.backward()
+                del loss
+                self.setup.finish()
         self.micro_batches_work = self.meter.work - self.stepping
-        if self.reducer is not None:
-            self.reducer.wait()
-        for group in self.setup.clip_groups:
-            clip_grad_norm_(group, MAX_GRAD_NORM)
-        with self.meter.region("optimizer"):
-            self.optimizer.step()
+        self.setup.clip(MAX_GRAD_NORM)
+        self.optimizer.step()
         self.setup.after_step()
         self.setup.model.zero_grad()
-
-    def _finish_block(self, index: int) -> None:
-        """What a trainer does with an early block whose gradients are there."""
-        if not self.is_last_micro_batch:
-            return
-        if self.reducer is not None:
-            self.reducer.start(self.setup.clip_groups[index])
-        if self.setup.steps_early:
-            before = self.meter.work
-            self._step_block(self.setup.clip_groups[index])
-            self.stepping += self.meter.work - before
-
-    def _step_block(self, parameters: list[nn.Parameter]) -> None:
-        """As `LocalStepMixin` does it."""
-        if self.reducer is not None:
-            self.reducer.wait()
-        clip_grad_norm_(parameters, MAX_GRAD_NORM)
-        with self.meter.region("optimizer"), stepping_only(self.optimizer, parameters):
-            self.optimizer.step()
-        for parameter in parameters:
-            parameter.grad = None
 
     def measure(self) -> StepCost:
         """Runs a step and returns what it costs."""

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from lopt_hf.common.compared_methods import REPL_EVERY, mlaan_window
+from lopt_hf.local.arguments import LocalArguments
+from lopt_hf.local.methods.lopt import LoPTArguments
+from lopt_hf.local.methods.mlaan.method import MLAANArguments
 from lopt_hf.repl.neighbours import check_family
 
 __all__ = ["STRATEGIES", "Strategy", "make_strategies"]
@@ -25,6 +28,7 @@ class Strategy:
         checkpointing: Whether activations are recomputed in the backward.
         num_stages: Devices that share one copy of the model.
         window: Blocks that a loss of MLAAN reaches.
+        settings: Arguments of another method of local learning, whose row this is.
     """
 
     name: str
@@ -33,6 +37,25 @@ class Strategy:
     checkpointing: bool = False
     num_stages: int = 1
     window: int = 1
+    settings: LocalArguments | None = None
+
+    def local_arguments(self, tied_embeddings: str) -> LocalArguments | None:
+        """The arguments of the row's method of local learning; `None` where one loss trains the model.
+
+        Args:
+            tied_embeddings: See `LocalArguments`.
+        """
+        if self.settings is not None or self.num_blocks == 1:
+            return self.settings
+        if self.method == "mlaan":
+            return MLAANArguments(num_blocks=self.num_blocks, window=self.window, tied_embeddings=tied_embeddings)
+        return LoPTArguments(
+            num_blocks=self.num_blocks,
+            tied_embeddings=tied_embeddings,
+            local_backward="joint" if self.method == "joint" else "eager",
+            local_step=self.method == "lopt_local_step",
+            train_early_blocks=self.method != "freeze",
+        )
 
     @property
     def trains_all(self) -> bool:

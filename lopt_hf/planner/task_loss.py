@@ -1,4 +1,4 @@
-"""The task loss, and that of MLAAN's early blocks, on a batch of which only the shape is known.
+"""The task loss, and the local losses through a readout, on a batch of which only the shape is known.
 
 The task loss as TRL's SFT trainer computes it, in the form that it has on a GPU.
 
@@ -9,18 +9,20 @@ elsewhere plain torch makes copies of the tile in fp32, which no GPU would ever 
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
+from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from lopt_hf.common.upstream.trl import add_fused_lm_head, chunked_logprob, trainer_utils
-from lopt_hf.local import readout
 from lopt_hf.local.objectives import LocalBatch
+from lopt_hf.local.readout import ChunkedCrossEntropy, TokenLoss
 from lopt_hf.planner.memory import MemoryMeter
 
-__all__ = ["add_task_loss", "every_token_labelled", "few_chunks", "loss_as_on_gpu", "metered_loss"]
+__all__ = ["PlannedTokenLoss", "add_task_loss", "loss_as_on_gpu", "metered_loss"]
 
 SFT_OUTPUTS = ("log_probs", "entropy", "is_top1")  # TRL 1.16, SFTTrainer
 
@@ -32,14 +34,23 @@ def add_task_loss(model: PreTrainedModel) -> None:
 
 @contextlib.contextmanager
 def metered_loss(meter: MemoryMeter) -> Iterator[None]:
-    """Lets the meter count what LM head and loss hold as `"logits"`."""
+    """Lets the meter count what LM head and task loss hold as `"logits"`."""
     task_loss = _metered(chunked_logprob.ChunkedLogProbFunction, meter)
-    local_loss = _metered(readout.ChunkedCrossEntropy, meter)
-    with (
-        mock.patch.object(trainer_utils, "_ChunkedLogProbFunction", task_loss),
-        mock.patch.object(readout, "ChunkedCrossEntropy", local_loss),
-    ):
+    with _replaced(trainer_utils, _ChunkedLogProbFunction=task_loss):
         yield
+
+
+@contextlib.contextmanager
+def _replaced(module: ModuleType, **names: Any) -> Iterator[None]:
+    """Gives names of one of TRL's modules other values for a while."""
+    originals = {name: getattr(module, name) for name in names}
+    try:
+        for name, value in names.items():
+            setattr(module, name, value)
+        yield
+    finally:
+        for name, value in originals.items():
+            setattr(module, name, value)
 
 
 def _metered(original: type[torch.autograd.Function], meter: MemoryMeter) -> type[torch.autograd.Function]:
@@ -57,34 +68,37 @@ def _metered(original: type[torch.autograd.Function], meter: MemoryMeter) -> typ
     return Metered
 
 
-@contextlib.contextmanager
-def every_token_labelled() -> Iterator[None]:
-    """Lets the local losses take a label for every token; which ones have one cannot be read off a fake tensor."""
+class PlannedTokenLoss(TokenLoss):
+    """The local losses' cross-entropy on fake tensors: every token has a label, and only some chunks are computed.
 
-    def tokens(output_BTD: torch.Tensor, batch: LocalBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    Which tokens have a label cannot be read off a fake tensor. Of the chunks the first two and the last are computed;
+    those between cost what the second does.
+
+    Args:
+        meter: What counts the logits as such.
+    """
+
+    def __init__(self, meter: MemoryMeter) -> None:
+        self.meter = meter
+        self._function: Any = _metered(ChunkedCrossEntropy, meter)
+
+    def counted(self, output_BTD: torch.Tensor, batch: LocalBatch) -> tuple[torch.Tensor, torch.Tensor]:
         labels_BT = batch.inputs["labels"][:, 1:]
         rows_BT, positions_BT = torch.meshgrid(*map(torch.arange, labels_BT.shape), indexing="ij")
         where = rows_BT.flatten(), positions_BT.flatten()
         return output_BTD[:, :-1][where], labels_BT[where]
 
-    with mock.patch.object(readout, "counted_tokens", tokens):
-        yield
-
-
-@contextlib.contextmanager
-def few_chunks(meter: MemoryMeter) -> Iterator[None]:
-    """Lets the local losses compute their first two chunks and the last; those between cost what the second does."""
-
-    def chunks(size: int, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-        all_chunks = list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
+    def chunks(self, size: int, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+        all_chunks = list(super().chunks(size, *tensors))
         for chunk in all_chunks[:2]:
-            before = meter.work
+            before = self.meter.work
             yield chunk
-        meter.work += (meter.work - before) * len(all_chunks[2:-1])
+        self.meter.work += (self.meter.work - before) * len(all_chunks[2:-1])
         yield from all_chunks[2:][-1:]
 
-    with mock.patch.object(readout, "in_chunks", chunks):
-        yield
+    def total(self, hidden_ND: torch.Tensor, labels_N: torch.Tensor, readout: nn.Module, size: int) -> torch.Tensor:
+        total: torch.Tensor = self._function.apply(hidden_ND, labels_N, readout, partial(self.chunks, size))
+        return total
 
 
 @contextlib.contextmanager
@@ -97,9 +111,5 @@ def loss_as_on_gpu(meter: MemoryMeter) -> Iterator[None]:
     def add_product(acc: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
         meter.count_product(left, right)
 
-    with (
-        mock.patch.object(chunked_logprob, "_forward_tile", fold),
-        mock.patch.object(chunked_logprob, "_backward_tile", fold),
-        mock.patch.object(chunked_logprob, "_addmm_fp32", add_product),
-    ):
+    with _replaced(chunked_logprob, _forward_tile=fold, _backward_tile=fold, _addmm_fp32=add_product):
         yield

@@ -20,8 +20,8 @@ from lopt_hf.bench.step import StepBenchSettings, StepResult, run_step_bench, to
 from lopt_hf.common.evaluation import answer_loss, general_text, generate_answers, text_loss
 from lopt_hf.data.pretrained import SMOLLM2_ID, resolve_model
 from lopt_hf.data.word_problems import extract_answer, make_word_problems
-from lopt_hf.trainers.lopt_config import LoPTConfig
-from lopt_hf.trainers.lopt_trainer import LoPTTrainer
+from lopt_hf.trainers.configs import LoPTConfig
+from lopt_hf.trainers.sft import LoPTTrainer
 
 __all__ = ["main", "make_parser"]
 

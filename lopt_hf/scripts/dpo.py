@@ -18,9 +18,8 @@ from lopt_hf.data.arithmetic import make_arithmetic_pairs
 from lopt_hf.scripts.parsing import make_trl_parser
 from lopt_hf.scripts.training import DataArguments, MethodArguments, load_rows, prepare, run_training
 from lopt_hf.trainers.checks import check_dataset
-from lopt_hf.trainers.conversion import convert_config
-from lopt_hf.trainers.lopt_dpo_config import LoPTDPOConfig
-from lopt_hf.trainers.lopt_dpo_trainer import LAYOUTS, LoPTDPOTrainer
+from lopt_hf.trainers.configs import LoPTDPOConfig, convert_config
+from lopt_hf.trainers.dpo import LAYOUTS, LoPTDPOTrainer
 
 __all__ = ["DPOScriptArguments", "main", "make_parser"]
 

@@ -23,9 +23,8 @@ from lopt_hf.data.questions import to_questions
 from lopt_hf.scripts.parsing import make_trl_parser
 from lopt_hf.scripts.training import DataArguments, MethodArguments, load_rows, prepare, run_training
 from lopt_hf.trainers.checks import check_rewards
-from lopt_hf.trainers.conversion import convert_config
-from lopt_hf.trainers.lopt_grpo_config import LoPTGRPOConfig
-from lopt_hf.trainers.lopt_grpo_trainer import LoPTGRPOTrainer
+from lopt_hf.trainers.configs import LoPTGRPOConfig, convert_config
+from lopt_hf.trainers.grpo import LoPTGRPOTrainer
 
 __all__ = ["GRPOScriptArguments", "find_reward", "main", "make_parser"]
 

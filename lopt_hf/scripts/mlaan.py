@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 from trl import ModelConfig, TrlParser
 
-from lopt_hf.mlaan.config import MLAANConfig
-from lopt_hf.mlaan.trainer import MLAANTrainer
 from lopt_hf.scripts.parsing import make_trl_parser
 from lopt_hf.scripts.sft import SFTDataArguments, load_split
 from lopt_hf.scripts.training import prepare, run_training
+from lopt_hf.trainers.configs import MLAANConfig
+from lopt_hf.trainers.sft import MLAANTrainer
 
 __all__ = ["main", "make_parser", "make_trainer"]
 

@@ -23,10 +23,9 @@ import yaml
 from datasets import Dataset, IterableDataset
 from trl import ModelConfig, TrlParser
 
-from lopt_hf.pipeline.runtime.config import PipelineConfig
+from lopt_hf.pipeline.runtime.config import MLAANPipelineConfig, PipelineConfig
 from lopt_hf.pipeline.runtime.health import PipelineError, report_failure
 from lopt_hf.pipeline.runtime.launch import Rendezvous
-from lopt_hf.pipeline.runtime.mlaan import MLAANPipelineConfig
 from lopt_hf.pipeline.runtime.run import launch_stages, run_stage
 from lopt_hf.scripts import pipeline_export, pipeline_simulate
 from lopt_hf.scripts.parsing import make_trl_parser, parse_or_exit

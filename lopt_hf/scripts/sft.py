@@ -17,9 +17,8 @@ from lopt_hf.data.formats import to_trl_format
 from lopt_hf.data.word_problems import make_word_problems
 from lopt_hf.scripts.parsing import make_trl_parser
 from lopt_hf.scripts.training import DataArguments, MethodArguments, load_rows, prepare, run_training
-from lopt_hf.trainers.conversion import convert_config
-from lopt_hf.trainers.lopt_config import LoPTConfig
-from lopt_hf.trainers.lopt_trainer import LoPTTrainer
+from lopt_hf.trainers.configs import LoPTConfig, convert_config
+from lopt_hf.trainers.sft import LoPTTrainer
 
 __all__ = ["WORD_PROBLEMS", "SFTDataArguments", "SFTScriptArguments", "load_split", "main", "make_parser"]
 

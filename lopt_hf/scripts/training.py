@@ -15,8 +15,8 @@ from lopt_hf.common.settings import check_at_least
 from lopt_hf.data.formats import load_sft_dataset
 from lopt_hf.data.pretrained import resolve_model
 from lopt_hf.scripts.parsing import parse_or_exit
-from lopt_hf.trainers.checkpoint import CheckpointMixin
 from lopt_hf.trainers.checks import check_output_dir
+from lopt_hf.trainers.mixin import LocalLearningMixin
 
 __all__ = [
     "DataArguments",
@@ -159,7 +159,7 @@ def run_training(
         checkpoint = find_checkpoint(str(args.output_dir), args.resume_from_checkpoint)
         check_output_dir(args.output_dir, checkpoint)
         trainer: Any = make_trainer(script_args, args, model_args)
-        if checkpoint is not None and isinstance(trainer, CheckpointMixin):
+        if checkpoint is not None and isinstance(trainer, LocalLearningMixin):
             trainer.check_checkpoint(checkpoint)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"{parser.prog}: {error}")

@@ -14,7 +14,7 @@ from trl.data_utils import get_dataset_column_names
 
 from lopt_hf.local.blocks import find_decoder_stack, split_layers
 
-__all__ = ["check_dataset", "check_model", "check_output_dir", "check_rewards", "check_sft_dataset"]
+__all__ = ["check_dataset", "check_fsdp", "check_model", "check_output_dir", "check_rewards", "check_sft_dataset"]
 
 # What `GRPOTrainer` (TRL 1.16) calls a reward function with besides the training set's columns, but for these two
 _REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -36,6 +36,24 @@ def check_output_dir(output_dir: str, resume_from_checkpoint: str | bool | None)
         raise ValueError(
             f"output_dir={output_dir!r} holds another run's checkpoints (the last is {os.path.basename(last)!r}); "
             "continue that run with resume_from_checkpoint=True, or choose another output_dir."
+        )
+
+
+def check_fsdp(trainer: Any) -> None:
+    """Raises if FSDP is set up in a way that local learning does not work with.
+
+    Raises:
+        ValueError: With the fix.
+    """
+    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    if plugin is not None and plugin.activation_checkpointing:
+        raise ValueError(
+            "fsdp_activation_checkpointing=True runs the decoder layers' hooks a second time in the backward; set it "
+            "to false and use activation_checkpointing=True, which does not."
+        )
+    if plugin is not None and plugin.fsdp_version == 1 and trainer.args.clip_scope != "global":
+        raise ValueError(
+            f"clip_scope={trainer.args.clip_scope!r} needs FSDP2; set fsdp_version to 2, or clip_scope to 'global'."
         )
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lopt_hf.bench.gradient_reach import GradientReach, measure_gradient_reach, plot_gradient_reach
-from tests.mlaan.helpers import make_mlaan_trainer
+from tests.local.methods.mlaan.helpers import make_mlaan_trainer
 from tests.tiny import make_model
 from tests.trainers.helpers import make_stock_trainer, make_trainer
 

@@ -12,8 +12,7 @@ from trl import SFTConfig
 
 from lopt_hf.common import arithmetic
 from lopt_hf.common.arithmetic import choose_arithmetic, measure_arithmetic, pick_bf16, read_dtype
-from lopt_hf.trainers.conversion import convert_config
-from lopt_hf.trainers.lopt_config import LoPTConfig
+from lopt_hf.trainers.configs import LoPTConfig, convert_config
 
 # The instructions of a CPU without AVX-512: bfloat16 is emulated there
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}

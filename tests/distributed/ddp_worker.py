@@ -17,7 +17,7 @@ import tests.conftest  # noqa: F401  (offline, one thread)
 from lopt_hf import LoPTTrainer, RetentionCallback
 from lopt_hf.common.distributed import end_training
 from tests.distributed.fsdp_gradients import assert_sharded_gradients_are_those_of_the_whole_model
-from tests.mlaan.helpers import make_mlaan_trainer
+from tests.local.methods.mlaan.helpers import make_mlaan_trainer
 from tests.repl.helpers import make_repl
 from tests.repl.test_training import make_trainer as make_repl_trainer
 from tests.repl.test_training import snapshot as snapshot_of_model

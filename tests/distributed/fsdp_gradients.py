@@ -5,7 +5,9 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 from lopt_hf.local.blocks import find_decoder_stack, split_layers
-from lopt_hf.local.boundary import GradientBoundary, make_heads
+from lopt_hf.local.boundary import GradientBoundary
+from lopt_hf.local.heads import LocalHeads
+from lopt_hf.local.hooks import MicroBatch
 from lopt_hf.local.objectives import ReconstructionObjective
 from tests.tiny import make_model
 
@@ -16,7 +18,7 @@ def joint_gradients(shard: bool, rows: torch.Tensor) -> dict[str, torch.Tensor]:
     stack = find_decoder_stack(model)
     objective = ReconstructionObjective()
     blocks = split_layers(4, 2)
-    heads = make_heads(objective, stack.hidden_size, blocks, seed=0)
+    heads = LocalHeads.make(objective, stack.hidden_size, blocks, seed=0)
     model.add_module("local_heads", heads)
     boundary = GradientBoundary(model, blocks, objective, heads, 10.0, "joint")
     if shard:
@@ -24,7 +26,7 @@ def joint_gradients(shard: bool, rows: torch.Tensor) -> dict[str, torch.Tensor]:
             fully_shard(layer)
         fully_shard(model)
     model.train()
-    with boundary.training_forward(run_backward=lambda index, loss: None):
+    with boundary.training_forward(MicroBatch()):
         loss = model(input_ids=rows, labels=rows).loss
     (loss + boundary.joint_loss()).backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}

@@ -13,11 +13,10 @@ from transformers import AutoConfig
 import tests.conftest  # noqa: F401  (offline, one thread)
 from lopt_hf.local.blocks import split_layers
 from lopt_hf.pipeline.runtime.adapters import add_adapter
-from lopt_hf.pipeline.runtime.config import PipelineConfig
+from lopt_hf.pipeline.runtime.config import MLAANPipelineConfig, PipelineConfig
 from lopt_hf.pipeline.runtime.launch import PipelineWorld, Rendezvous, init_world
-from lopt_hf.pipeline.runtime.mlaan import MLAANPipelineConfig, MLAANPipelineTrainer
-from lopt_hf.pipeline.runtime.runner import PipelineTrainer
 from lopt_hf.pipeline.runtime.stage import plan_stages
+from lopt_hf.pipeline.runtime.trainer import MLAANPipelineTrainer, PipelineTrainer
 from tests.distributed.pipeline_fault_worker import become_rank
 from tests.tiny import make_dataset, make_tokenizer
 from tests.trainers.helpers import training_args

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from lopt_hf import LoPTConfig, LoPTTrainer, MLAANConfig, MLAANTrainer
 from lopt_hf.local.blocks import split_layers
+from lopt_hf.local.learner import LocalLearner
 from lopt_hf.pipeline.runtime.launch import launch_command
 from lopt_hf.pipeline.runtime.stage import plan_stages
 from lopt_hf.scripts.pipeline_export import export_checkpoint
@@ -128,12 +128,9 @@ class StagesInOneProcess(MLAANTrainer):
         self.plans = plan_stages(split_layers(num_layers, args.num_blocks, args.split_at), num_stages)
         super().__init__(model, args, **given)
 
-    def _walls(self) -> list[int]:
-        return [plan.blocks[0].index for plan in self.plans]
-
-    def _averaged(self, stop: int, leaps: Sequence[int]) -> list[int]:
-        end = next(plan.stop for plan in self.plans if plan.start < stop <= plan.stop)
-        return [index for index in super()._averaged(stop, leaps) if index < end]
+    def _make_learner(self, method: Any, **options: Any) -> LocalLearner:
+        starts = [plan.blocks[0].index for plan in self.plans]
+        return super()._make_learner(method, stage_starts=starts, **options)
 
 
 def run_one_process(folder: Path, output_dir: Path, settings: dict[str, Any]) -> dict[str, torch.Tensor]:

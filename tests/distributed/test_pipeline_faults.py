@@ -128,7 +128,11 @@ EARLY = [
     ([Fault("lopt_hf.pipeline.runtime.run.init_world", ranks=(1,))], 1, "did not start within 6 s"),
     # Rank 2 waits for rank 1 to connect, is killed, and then rank 1 finds nobody; rank 0 has nothing to do with it.
     ([Fault(GROUP, 2, "kill_soon", (2,)), Fault(GROUP, 2, "pause", (1,))], 2, "has given no sign of life for 5 s"),
-    ([Fault("lopt_hf.pipeline.runtime.runner.load_stage", ranks=(1,))], 1, ""),  # silent, or gone if a channel is open
+    (
+        [Fault("lopt_hf.pipeline.runtime.trainer.load_stage", ranks=(1,))],
+        1,
+        "",
+    ),  # silent, or gone if a channel is open
 ]
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lopt_hf.local.blocks import split_layers
-from lopt_hf.local.boundary import make_heads
+from lopt_hf.local.heads import LocalHeads
 from lopt_hf.local.objectives import LocalBatch, ReconstructionHead, ReconstructionObjective
 
 
@@ -34,15 +34,15 @@ def test_heads_leave_the_global_random_state_alone():
     expected = torch.rand(1)
     torch.manual_seed(3)
     blocks = split_layers(6, 3)
-    heads = make_heads(ReconstructionObjective(), 8, blocks, seed=1)
+    heads = LocalHeads.make(ReconstructionObjective(), 8, blocks, seed=1)
     assert torch.equal(torch.rand(1), expected)
     assert not torch.equal(heads["0"][1].weight, heads["1"][1].weight)
 
 
 def test_a_head_does_not_depend_on_which_others_are_kept():
     blocks = split_layers(6, 3)
-    heads = make_heads(ReconstructionObjective(), 8, blocks, seed=1)
-    alone = make_heads(ReconstructionObjective(), 8, blocks, seed=1, only=[blocks[1]])
+    heads = LocalHeads.make(ReconstructionObjective(), 8, blocks, seed=1)
+    alone = LocalHeads.make(ReconstructionObjective(), 8, blocks, seed=1, only=[blocks[1]])
     assert list(alone) == ["1"]
     assert torch.equal(alone["1"][1].weight, heads["1"][1].weight)
 

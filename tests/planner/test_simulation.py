@@ -1,6 +1,5 @@
 """What the simulation predicts, beside what real trainers do with real tensors."""
 
-import contextlib
 import copy
 import gc
 from dataclasses import replace
@@ -13,13 +12,15 @@ from transformers import AutoConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from lopt_hf import LoPTConfig, LoPTTrainer, MLAANConfig, MLAANTrainer, RepLConfig, get_repl_model
+from lopt_hf.local.methods.mlaan import method as mlaan_method
+from lopt_hf.local.readout import TokenLoss
 from lopt_hf.meters.gradient_bytes import GradientBytes
 from lopt_hf.meters.saved_bytes import SavedBytes
-from lopt_hf.planner import setups, simulation
 from lopt_hf.planner.memory import CATEGORIES
 from lopt_hf.planner.simulation import simulate
 from lopt_hf.planner.step import Workload
 from lopt_hf.planner.strategies import DEFAULT_STRATEGIES, REPL_EVERY, STRATEGIES, Strategy, make_strategies
+from lopt_hf.planner.task_loss import PlannedTokenLoss
 from tests.tiny import FAMILIES, VOCABULARY, make_model, make_tokenizer
 from tests.trainers.helpers import training_args
 
@@ -267,9 +268,9 @@ def test_weights_that_mlaan_adds():
 
 
 def test_chunks_that_are_not_run_cost_what_others_do(monkeypatch):
-    monkeypatch.setattr(setups, "MAX_LOGITS", 12 * len(VOCABULARY))  # of 62 tokens 12 at a time, the last time 2
+    monkeypatch.setattr(mlaan_method, "MAX_LOGITS", 12 * len(VOCABULARY))  # of 62 tokens 12 at a time, the last time 2
     few = simulate(tiny_config(), Strategy("MLAAN", "mlaan", 2), WORKLOAD)
-    monkeypatch.setattr(simulation, "few_chunks", lambda meter: contextlib.nullcontext())
+    monkeypatch.setattr(PlannedTokenLoss, "chunks", TokenLoss.chunks)
     assert simulate(tiny_config(), Strategy("MLAAN", "mlaan", 2), WORKLOAD) == few
 
 

@@ -83,7 +83,7 @@ def test_blocks_count_the_layers_that_are_left(tmp_path):
     """Four of six layers are left: two in each block, each with its own surrogate, and no gradient crosses."""
     trainer = make_trainer(LoPTTrainer, tmp_path, make_repl(operator="branches"), num_blocks=2)
     assert [(block.start, block.stop) for block in trainer.blocks] == [(0, 2), (2, 4)]
-    early, late = trainer._owned()
+    early, late = trainer.learner.owned()
     assert "model.layers.1.surrogate.coefficients" in early and "model.layers.3.surrogate.coefficients" in late
     trainer.train()  # the boundary checks the reach of the first losses
 

@@ -14,7 +14,7 @@ INPUT_IDS = torch.arange(3, 27).reshape(2, 12)
 
 def owner_names(trainer):
     """For each block the names of the gradients that belong to it."""
-    owned = [set(block) for block in trainer._owned()]
+    owned = [set(block) for block in trainer.learner.owned()]
     for index, head in trainer.local_heads.items():
         owned[int(index)] |= {f"head.{index}.{name}" for name, _ in head.named_parameters()}
     return owned

@@ -128,7 +128,7 @@ def test_several_gradient_forwards_in_a_step(tmp_path, mode):
     whole = make_grpo(tmp_path / "1", None, WithFixedCompletions, local_backward=mode)
     gradients = [one_step_gradients(trainer) for trainer in (halves, whole)]
     assert [len(trainer.boundary.losses[0]) for trainer in (halves, whole)] == [2, 1]
-    for name in halves._owned()[-1]:
+    for name in halves.learner.owned()[-1]:
         torch.testing.assert_close(gradients[0][name], gradients[1][name], rtol=1e-4, atol=1e-7)
     halves.train()
     assert all(torch.isfinite(weight).all() for weight in snapshot(halves).values())
@@ -139,8 +139,7 @@ def test_heads_do_not_reach_vllm(tmp_path, sharded):
     """TRL's own walk over the weights, with a client that records what it is sent."""
     trainer = make_grpo(tmp_path)
     if sharded:  # as under FSDP
-        trainer._heads_in_model = True
-        trainer.model.add_module("local_heads", trainer.local_heads)
+        trainer.local_heads.attach(trainer.model)
     sent = []
 
     class Client:

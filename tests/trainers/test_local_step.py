@@ -10,7 +10,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from lopt_hf import LoPTTrainer
-from lopt_hf.trainers.local_step import stepping_only
+from lopt_hf.local.stepping import stepping_only
 from tests.tiny import FAMILIES, make_model
 from tests.trainers.helpers import make_trainer, snapshot
 from tests.trainers.test_resume import CLOCK, assert_equal, final_state
@@ -81,7 +81,7 @@ def test_every_option(tmp_path, settings):
 def test_gradients_are_gone_when_the_next_block_starts(tmp_path):
     """Block j's are there when its own backward is done, and None when block j+1's forward starts."""
     trainer = make_trainer(tmp_path, make_model("gpt2"), **SETTINGS, local_step=True)
-    groups, alive = trainer._learners(), []
+    groups, alive = trainer.learner.learners(), []
     held = lambda: [any(p.grad is not None for p in group) for group in groups]  # noqa: E731
 
     for block in trainer.blocks:
@@ -101,7 +101,7 @@ def test_gradients_are_gone_when_the_next_block_starts(tmp_path):
 def test_parts_of_a_block_are_not_in_memory_together(tmp_path, family):
     """The LM head's gradient is gone when its block's layers get theirs, an early block's before the embeddings'."""
     trainer = make_trainer(tmp_path, make_model(family), **SETTINGS, local_step=True, clip_scope="part")
-    groups = trainer._clip_groups()
+    groups = trainer.learner.groups()
     assert [(group.block, len(group.parameters) > 0) for group in groups] == [
         (0, True), (0, True), (1, True), (1, False), (2, True), (2, True)
     ]  # fmt: skip
@@ -123,7 +123,7 @@ def test_parts_are_clipped_apart(tmp_path):
 
     class Watch(TrainerCallback):
         def on_pre_optimizer_step(self, *args, **kwargs):
-            groups = [[p.grad for p in group.parameters] for group in trainer._clip_groups() if group.parameters]
+            groups = [[p.grad for p in group.parameters] for group in trainer.learner.groups() if group.parameters]
             norms.extend(torch.nn.utils.get_total_norm(gradients).item() for gradients in groups)
 
     trainer.add_callback(Watch())
@@ -134,7 +134,7 @@ def test_parts_are_clipped_apart(tmp_path):
 def test_gradients_stay_while_they_accumulate(tmp_path, caplog):
     trainer = make_trainer(tmp_path, **SETTINGS, gradient_accumulation_steps=2, local_step=True)
     assert "local_step=True saves no memory with gradient_accumulation_steps=2" in caplog.text
-    first, alive = trainer._learners()[0], []
+    first, alive = trainer.learner.learners()[0], []
     trainer.stack.layers[trainer.blocks[1].start].register_forward_pre_hook(
         lambda *_: alive.append(all(p.grad is not None for p in first))
     )

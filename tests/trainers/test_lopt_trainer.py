@@ -243,10 +243,10 @@ def test_reconstruction_mask(tmp_path, mask):
 @every_kind
 def test_early_learning_rate(kind, tmp_path):
     trainer = make_trainer(tmp_path, early_learning_rate=0.0, num_blocks=2, kind=kind)
-    early = {name for block in trainer._owned()[:-1] for name in block}
+    early = {name for block in trainer.learner.owned()[:-1] for name in block}
     still = unmoved(trainer)
     assert early <= still and "head.0.1.weight" in still
-    assert not still & set(trainer._owned()[-1])
+    assert not still & set(trainer.learner.owned()[-1])
     rates = {group["initial_lr"] for group in trainer.optimizer.param_groups}
     assert rates == {0.0, 1e-3}
 
@@ -272,9 +272,9 @@ def test_local_update_interval(kind, tmp_path):
     trainer.stack.layers[1].mlp.register_forward_hook(record)
     trainer.add_callback(Watch())
     trainer.train()
-    early = {name for block in trainer._owned()[:-1] for name in block}
+    early = {name for block in trainer.learner.owned()[:-1] for name in block}
     assert [bool(step & early) for step in moved] == [True, False, False, True, False]
-    assert all(step >= set(trainer._owned()[-1]) for step in moved)
+    assert all(step >= set(trainer.learner.owned()[-1]) for step in moved)
     assert graphs == [True, False, False, True, False]
     assert len(logged(trainer, "local_loss/block_0")) == 2
 
@@ -284,7 +284,7 @@ def test_freeze_control(kind, tmp_path):
     trainer = make_trainer(tmp_path, make_model("gpt2"), train_early_blocks=False, kind=kind)
     start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     assert unmoved(trainer) == set()  # of what is trainable
-    for name in trainer._owned()[0]:
+    for name in trainer.learner.owned()[0]:
         assert torch.equal(start[name], trainer.model.get_parameter(name)), name
     assert len(trainer.local_heads) == 0 and "local_loss/block_0" not in trainer.state.log_history[0]
 
@@ -305,7 +305,7 @@ def test_clip_scope(tmp_path, scope):
 
     class Watch(TrainerCallback):
         def on_pre_optimizer_step(self, *args, **kwargs):
-            for index, group in enumerate(trainer._learners()):
+            for index, group in enumerate(trainer.learner.learners()):
                 norms[index] = torch.nn.utils.get_total_norm([p.grad for p in group]).item()
 
     trainer.add_callback(Watch())
@@ -322,7 +322,7 @@ def test_log_drift(tmp_path):
     trainer = make_trainer(tmp_path, log_drift=True, logging_steps=1)
     start = snapshot(trainer)
     trainer.train()
-    names = trainer._owned()[0]
+    names = trainer.learner.owned()[0]
     moved = math.sqrt(sum((trainer.model.get_parameter(n) - start[n]).square().sum().item() for n in names))
     expected = moved / math.sqrt(sum(start[n].square().sum().item() for n in names))
     assert logged(trainer, "drift/block_0")[-1] == pytest.approx(expected, rel=1e-4)

@@ -40,7 +40,7 @@ def test_a_blocks_gradient_is_that_of_the_stock_model_cut_off_after_it(family, c
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
     gradients = one_step_gradients(trainer)
-    for stock, block, owned in zip(stocks, trainer.blocks, trainer._owned(), strict=True):
+    for stock, block, owned in zip(stocks, trainer.blocks, trainer.learner.owned(), strict=True):
         stock(**inputs).loss.backward()
         for name in owned:
             expected, gradient = stock.get_parameter(name).grad, gradients[name]

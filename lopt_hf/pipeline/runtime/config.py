@@ -1,11 +1,17 @@
-"""Arguments of the pipeline: those of every method (`PipelineArguments`), and with LoPT's (`PipelineConfig`)."""
+"""Arguments of the pipeline, alone and joined to those of the methods."""
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from lopt_hf.trainers.block_arguments import BlockLearningArguments
-from lopt_hf.trainers.lopt_config import LoPTConfig
+from lopt_hf.trainers.configs import LoPTConfig, MLAANConfig
 
-__all__ = ["PipelineArguments", "PipelineConfig"]
+__all__ = ["MLAANPipelineConfig", "PipelineArguments", "PipelineConfig"]
+
+# The arguments are mixed in before a config class; a type checker is told that they are one.
+if TYPE_CHECKING:
+    from lopt_hf.trainers.configs import LocalTrainingArguments as ArgumentsBase
+else:
+    ArgumentsBase = object
 
 # Arguments of the parents that would need more than the stage has, or that reach into another stage's modules.
 _UNSUPPORTED: dict[str, tuple[object, str]] = {
@@ -20,8 +26,8 @@ _UNSUPPORTED: dict[str, tuple[object, str]] = {
 
 
 @dataclass
-class PipelineArguments(BlockLearningArguments):
-    """Arguments that the pipeline adds to a method's config; mix it in before the config class.
+class PipelineArguments(ArgumentsBase):
+    """Arguments that the pipeline adds to a method's config: `class Mine(PipelineArguments, MyConfig)`.
 
     Source: PPLL, arXiv 2411.12780 ("paper"); its code and ZeroLock (arXiv 2608.07974) are named where they differ.
 
@@ -124,3 +130,46 @@ class PipelineConfig(PipelineArguments, LoPTConfig):
         super()._check_pipeline()
         if self.local_backward == "joint":
             raise ValueError("local_backward='joint' needs all blocks in one process; set it to 'auto' or 'eager'.")
+
+
+@dataclass
+class MLAANPipelineConfig(PipelineArguments, MLAANConfig):
+    """Configuration of [`MLAANPipelineTrainer`]: every argument of [`MLAANConfig`] and those of the pipeline.
+
+    A window that would begin on an earlier stage begins with the first block of its own, so with one block per stage
+    every window is of one block. A moving average stands beside copies of layers of the same stage only: what later
+    stages learn does not travel backwards, so the copy of a layer of theirs trains alone.
+
+    Parameters:
+        window: As in `MLAANConfig`, inside a stage. Ours: 1, since a stage has one block by default.
+    """
+
+    window: int = field(
+        default=1,
+        metadata={"help": "Number of adjacent blocks that a loss reaches, at most those of its stage (ours: 1)."},
+    )
+
+    def _check_pipeline(self) -> None:
+        super()._check_pipeline()
+        if self.window == self.num_blocks:
+            raise ValueError(
+                f"window={self.window} is num_blocks, which is end-to-end training: its gradients cross stages; lower "
+                "window, or train in one process."
+            )
+        for name in ("ema_decay", "ema_layers", "combine"):
+            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if self.num_stages == self.num_blocks and value != default:
+                raise ValueError(
+                    f"{name}={value!r} does nothing with one block per stage, where no leapt layer is on the stage of "
+                    "its block; leave it out, or set num_blocks above num_stages."
+                )
+        if self.readout == "ema":
+            raise ValueError(
+                "readout='ema' follows a norm and LM head that only the last stage has; set it to 'frozen' or "
+                "'trainable'."
+            )
+        if self.split == "auto" and self.split_at is None and self.leap_layers is not None:
+            raise ValueError(
+                f"split='auto' with leap_layers={self.leap_layers}: the cut decides which layers follow a block; set "
+                "leap_share instead, or give split_at."
+            )

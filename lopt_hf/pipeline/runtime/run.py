@@ -19,12 +19,12 @@ from lopt_hf.common.resuming import find_checkpoint
 from lopt_hf.data.pretrained import resolve_model
 from lopt_hf.local.blocks import split_layers
 from lopt_hf.pipeline.runtime.adapters import add_adapter
-from lopt_hf.pipeline.runtime.config import PipelineArguments, PipelineConfig
+from lopt_hf.pipeline.runtime.config import MLAANPipelineConfig, PipelineArguments, PipelineConfig
 from lopt_hf.pipeline.runtime.health import PipelineError, report_termination
 from lopt_hf.pipeline.runtime.launch import PipelineWorld, Rendezvous, init_world, launch_command, rank_name
-from lopt_hf.pipeline.runtime.mlaan import MLAANPipelineConfig, MLAANPipelineTrainer, with_auxiliaries
-from lopt_hf.pipeline.runtime.runner import PipelineMixin, PipelineTrainer
 from lopt_hf.pipeline.runtime.stage import plan_stages
+from lopt_hf.pipeline.runtime.trainer import MLAANPipelineTrainer, PipelineTrainer, StageTrainer
+from lopt_hf.pipeline.split.auxiliaries import with_auxiliaries
 from lopt_hf.pipeline.split.balance import balanced_split, format_split
 from lopt_hf.pipeline.split.costs import measure_costs
 
@@ -56,7 +56,7 @@ _OF_A_HOST = (
 
 def make_trainer(
     args: StageConfig, model_args: ModelConfig, world: PipelineWorld, load_dataset: Callable[[], Any]
-) -> PipelineMixin:
+) -> StageTrainer:
     """Loads this stage's part of the model and builds its trainer.
 
     Args:
@@ -93,7 +93,7 @@ def make_trainer(
     peft_config = get_peft_config(model_args)
     if peft_config is not None:
         model = add_adapter(model, peft_config, args.seed)
-    trainer: PipelineMixin = trainer_class(model, args, world=world, train_dataset=load_dataset())
+    trainer: StageTrainer = trainer_class(model, args, world=world, train_dataset=load_dataset())
     return trainer
 
 

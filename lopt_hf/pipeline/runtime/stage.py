@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lopt_hf.local.blocks import Block, DecoderStack, find_decoder_stack, is_before_the_layers, parameters_by_block
 from lopt_hf.local.layer_calls import stop_at, with_hidden
 
-__all__ = ["HiddenStateInput", "StagePlan", "keep_stage", "load_stage", "plan_stages"]
+__all__ = ["HiddenStateInput", "StagePlan", "keep_stage", "load_stage", "plan_stages", "separate_stage_embeddings"]
 
 
 @dataclass(frozen=True)
@@ -166,6 +166,23 @@ def load_stage(
         _freeze_readout(model, plan)
     _match_layer_outputs(model, plan)
     return model
+
+
+def separate_stage_embeddings(model: PreTrainedModel, tied_embeddings: str) -> None:
+    """Separates an input embedding and an LM head that share a weight, which are on two stages.
+
+    Args:
+        model: A stage's part, or the whole model.
+        tied_embeddings: `"untie"` lets each learn by itself, `"freeze"` freezes both.
+    """
+    text_config = model.config.get_text_config(decoder=True)
+    if not text_config.tie_word_embeddings:
+        return
+    if tied_embeddings == "untie":  # two stages have a weight each already
+        text_config.tie_word_embeddings = model.config.tie_word_embeddings = False
+        return
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        module.requires_grad_(False)
 
 
 def keep_stage(model: PreTrainedModel, plan: StagePlan) -> None:

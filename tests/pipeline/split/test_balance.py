@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model
 from lopt_hf import MLAANPipelineConfig
 from lopt_hf.data.pretrained import SMOLLM2_ID, resolve_model
 from lopt_hf.local.layer_calls import LayerCall
-from lopt_hf.pipeline.runtime.mlaan import with_auxiliaries
 from lopt_hf.pipeline.split import costs as costs_module
+from lopt_hf.pipeline.split.auxiliaries import with_auxiliaries
 from lopt_hf.pipeline.split.balance import balanced_split, format_split, stage_costs
 from lopt_hf.pipeline.split.costs import ModelCosts, PartCost, measure_costs
 from tests.tiny import FAMILIES, make_model
@@ -146,7 +146,9 @@ def test_layers_of_one_kind_are_measured_once(family, overrides, kinds, monkeypa
     measured = []
     run_layer = LayerCall.__call__
     monkeypatch.setattr(
-        LayerCall, "__call__", lambda call, layer, *hidden: measured.append(id(layer)) or run_layer(call, layer, *hidden)
+        LayerCall,
+        "__call__",
+        lambda call, layer, *hidden: measured.append(id(layer)) or run_layer(call, layer, *hidden),
     )
     quick(make_model(family, **overrides))
     assert len(set(measured)) == kinds

@@ -131,9 +131,11 @@ def _distance(module: nn.Module, live: nn.Module) -> float:
 
 def copy_layer(model: PreTrainedModel, layer: nn.Module) -> nn.Module:
     """A layer with copies of the trainable weights, which shares the frozen ones and the model's configuration."""
-    frozen = (parameter for parameter in layer.parameters() if not parameter.requires_grad)
-    shared = [*frozen, *layer.buffers(), model.config, model.config.get_text_config(decoder=True)]
-    made: nn.Module = copy.deepcopy(layer, {id(value): value for value in shared})
+    shared = [*layer.buffers(), model.config, model.config.get_text_config(decoder=True)]
+    copies = {id(value): value for value in shared}
+    for parameter in layer.parameters():
+        copies[id(parameter)] = nn.Parameter(parameter.detach().clone()) if parameter.requires_grad else parameter
+    made: nn.Module = copy.deepcopy(layer, copies)
     for module in made.modules():  # hooks are the live layer's
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()

@@ -17,9 +17,8 @@ from lopt_hf.local.readout import (
     MAX_LOGITS,
     Readout,
     ReadoutObjective,
-    counted_tokens,
+    TokenLoss,
     frozen_copy,
-    in_chunks,
     model_after_the_layers,
     unadapted,
 )
@@ -66,6 +65,7 @@ class TrainableReadoutObjective:
     def __init__(self, model: PreTrainedModel) -> None:
         self._make = functools.partial(_trainable_readout, model)
         self.tokens_per_chunk = max(1, MAX_LOGITS // model.config.get_text_config(decoder=True).vocab_size)
+        self.token_loss = TokenLoss()
 
     def make_head(self, hidden_size: int) -> nn.Module:
         """A trainable copy of the model's norm and LM head, as it is at this moment."""
@@ -74,9 +74,9 @@ class TrainableReadoutObjective:
     def __call__(
         self, head: Any, output_BTD: torch.Tensor, input_BTD: torch.Tensor, batch: LocalBatch
     ) -> torch.Tensor:
-        hidden_ND, labels_N = counted_tokens(output_BTD, batch)
+        hidden_ND, labels_N = self.token_loss.counted(output_BTD, batch)
         total = hidden_ND.sum() * 0.0
-        for hidden, labels in in_chunks(self.tokens_per_chunk, hidden_ND, labels_N):
+        for hidden, labels in self.token_loss.chunks(self.tokens_per_chunk, hidden_ND, labels_N):
             total = total + checkpoint(_cross_entropy, head.readout, hidden, labels, use_reentrant=False)
         return total / max(1, labels_N.numel())
 

@@ -12,7 +12,7 @@ from lopt_hf.local.blocks import find_decoder_stack, split_layers
 from lopt_hf.local.layer_calls import record_layer_calls
 from lopt_hf.local.methods.mlaan.auxiliary import copy_layer
 from lopt_hf.local.methods.mlaan.leaps import calibrated_leaps, check_leaps, even_leaps, leap_counts
-from tests.mlaan.helpers import first_batch, gradients_of, make_mlaan_trainer, next_token_loss
+from tests.local.methods.mlaan.helpers import first_batch, gradients_of, make_mlaan_trainer, next_token_loss
 from tests.tiny import FAMILIES, make_model
 
 
@@ -61,7 +61,7 @@ def test_averages_follow_the_closed_form(tmp_path, readout):
     )
     weights = dict(trainer.model.named_parameters())
     expected = {name: weights[name].detach().clone() for name in names}
-    update = trainer._update_averages
+    update = trainer.learner.after_step
     updated_at = []
 
     def follow():
@@ -70,7 +70,7 @@ def test_averages_follow_the_closed_form(tmp_path, readout):
             expected[name] = decay * expected[name] + (1 - decay) * weights[name].detach()
         update()
 
-    trainer._update_averages = follow
+    trainer.learner.after_step = follow
     trainer.train()
     assert updated_at == list(range(steps))  # once for each step, which is counted afterwards
     averages = dict(trainer.local_heads["0"].named_parameters())
@@ -120,7 +120,7 @@ def test_with_lora_copies_share_the_frozen_weights(tmp_path):
     for made in (auxiliary.copies["3"], auxiliary.averages["3"]):
         for name, parameter in made.named_parameters():
             assert (parameter is live[name]) == ("lora_" not in name)
-    saved = trainer._heads_state()
+    saved = trainer.learner.state()
     assert saved and all("lora_" in name or "translators" in name for name in saved)
 
 

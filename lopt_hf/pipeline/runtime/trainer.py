@@ -1,4 +1,4 @@
-"""The trainer of one stage: what every stage does (`PipelineMixin`), and that of LoPT (`PipelineTrainer`).
+"""The trainer of one stage, by any method of local learning.
 
 Each stage is a training run of its own, of a stock trainer on its part of the model: it builds the same batches from
 the same seed, has its own optimizer, scheduler and clipping, and exchanges nothing with the others but hidden states,
@@ -7,9 +7,11 @@ which go forward only.
 Shapes: B batch, T tokens, D hidden channels.
 """
 
+import inspect
 import time
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,45 +22,75 @@ from accelerate.data_loader import prepare_data_loader
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PrinterCallback
+from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import SAFE_WEIGHTS_NAME
+from trl import SFTTrainer
 
 from lopt_hf.common.distributed import GradientReducer, broadcast_parameters
 from lopt_hf.common.resuming import find_checkpoint
-from lopt_hf.local.blocks import Block, split_layers
-from lopt_hf.local.objectives import LocalObjective, ReconstructionObjective
-from lopt_hf.local.readout import ReadoutObjective
+from lopt_hf.local.blocks import split_layers
+from lopt_hf.local.layer_calls import output_hidden
+from lopt_hf.local.learner import LearnerEvents, LocalLearner
+from lopt_hf.local.methods.base import Method
+from lopt_hf.local.methods.lopt import LoPT
+from lopt_hf.local.objectives import LocalObjective
 from lopt_hf.pipeline.runtime.channel import BatchId, ReceivingChannel, SendingChannel
 from lopt_hf.pipeline.runtime.checkpoint import Manifest, check_shared_folder, remove_incomplete
-from lopt_hf.pipeline.runtime.config import PipelineArguments, PipelineConfig
+from lopt_hf.pipeline.runtime.config import MLAANPipelineConfig, PipelineConfig
 from lopt_hf.pipeline.runtime.launch import PipelineWorld, check_same
-from lopt_hf.pipeline.runtime.stage import HiddenStateInput, StagePlan, load_stage, plan_stages
-from lopt_hf.pipeline.runtime.stage_checkpoint import StageCheckpointMixin
-from lopt_hf.pipeline.runtime.stage_logs import StageCallback, StageLogMixin
+from lopt_hf.pipeline.runtime.logs import StageCallback, add_figures, collect_start_losses, collect_timelines
+from lopt_hf.pipeline.runtime.stage import (
+    HiddenStateInput,
+    StagePlan,
+    keep_stage,
+    load_stage,
+    plan_stages,
+    separate_stage_embeddings,
+)
+from lopt_hf.pipeline.runtime.stage_checkpoint import (
+    load_stage_optimizer,
+    load_stage_weights,
+    push_model,
+    save_stage,
+    save_stage_model,
+)
 from lopt_hf.pipeline.runtime.timeline import Timeline
-from lopt_hf.trainers.lopt_trainer import LoPTTrainer
+from lopt_hf.trainers.checks import check_model, check_sft_dataset
+from lopt_hf.trainers.mixin import LocalLearningMixin
 
-__all__ = ["PipelineMixin", "PipelineTrainer"]
+__all__ = ["MLAANPipelineTrainer", "PipelineTrainer", "StageTrainer"]
 
 
-class PipelineMixin(StageCheckpointMixin, StageLogMixin):
-    """Makes a trainer with blocks that of one stage of a pipeline; put it before the trainer in the list of bases.
+class StageTrainer(LocalLearningMixin, SFTTrainer):
+    """Trainer for one stage of a pipeline of local learners (PPLL, https://huggingface.co/papers/2411.12780).
 
-    The config class must mix in `PipelineArguments` in the same way. The model is one stage's part, its input comes
-    from the previous stage and its output goes to the next one right after the forward.
+    The model is one stage's part, its input comes from the previous stage and its output goes to the next one right
+    after the forward. A run of K stages ends with the weights of the run in one process.
 
     Args:
-        model: The stage's part of the model, PEFT-wrapped or not.
-        args: Training arguments, the same on every stage.
+        model: What `load_part` returns, PEFT-wrapped or not.
+        args: Training arguments, the same on every stage: `PipelineArguments` mixed in before a method's config.
         world: The processes of the run.
-        **kwargs: The trainer's other arguments.
+        method: The method. Default: the one that the arguments are of.
+        **kwargs: The keyword arguments of `SFTTrainer`.
     """
 
+    _tag_names = ["trl", "sft", "ppll", "local-learning"]
+    _name = "PPLL"
+
     args: Any
+    lr_scheduler: Any
+    _manifest: Manifest | None = None  # of the checkpoint that the run goes on from
 
     def __init__(
-        self, model: PreTrainedModel | PeftModel, args: PipelineArguments, *, world: PipelineWorld, **kwargs: Any
+        self,
+        model: PreTrainedModel | PeftModel,
+        args: Any,
+        *,
+        world: PipelineWorld,
+        method: Method | None = None,
+        **kwargs: Any,
     ) -> None:
         self.world = world
         part: Any = model
@@ -66,15 +98,17 @@ class PipelineMixin(StageCheckpointMixin, StageLogMixin):
         num_layers = base_model.config.get_text_config(decoder=True).num_hidden_layers
         self.plans = plan_stages(split_layers(num_layers, args.num_blocks, args.split_at), world.num_stages)
         self.plan = self.plans[world.stage]
+        self.timeline = Timeline(self.plan.index, args.timeline_steps)
         if not world.reports:
             args.disable_tqdm, args.report_to, args.push_to_hub = True, [], False
-        super().__init__(part, args, **kwargs)
+        given = inspect.signature(SFTTrainer.__init__).bind_partial(self, part, args, **kwargs).arguments
+        check_model(part, args, given.get("peft_config"), given.get("quantization_config"))
+        check_sft_dataset(given.get("train_dataset"), args, given.get("formatting_func"))
+        super().__init__(part, args, method=method, **kwargs)
+        collect_start_losses(self)
         if not world.reports:
             self.remove_callback(PrinterCallback)
-        self.timeline = Timeline(self.plan.index, args.timeline_steps)
-        self.boundary.around_backward = partial(self.timeline.span, "backward")
         self._input = None if self.plan.is_first else HiddenStateInput(self.stack.layers[self.plan.start])
-        self._reducer = GradientReducer(group=world.data_group)
         self._receiver: ReceivingChannel | None = None
         self._sender: SendingChannel | None = None
         self._batch = BatchId(0, 0, 0)
@@ -87,19 +121,41 @@ class PipelineMixin(StageCheckpointMixin, StageLogMixin):
 
     # ---- What this stage is ----
 
-    def _early_blocks_here(self) -> list[Block]:
-        return [block for block in self.plan.blocks if block in self.blocks[:-1]]
+    @staticmethod
+    def load_part(checkpoint: str, plan: StagePlan, args: Any, **kwargs: Any) -> PreTrainedModel:
+        """Loads what a stage needs to begin: its part, or the whole model where its early blocks are made from it.
 
-    def _separate_embeddings(self, base_model: PreTrainedModel) -> None:
-        config = base_model.config
-        if not config.get_text_config(decoder=True).tie_word_embeddings:
-            return
-        if self.args.tied_embeddings == "untie":  # they are apart already, on two stages
-            config.get_text_config(decoder=True).tie_word_embeddings = False
-            config.tie_word_embeddings = False
-            return
-        for module in (base_model.get_input_embeddings(), base_model.get_output_embeddings()):
-            module.requires_grad_(False)
+        Args:
+            checkpoint: Hub id or local folder of the whole model's checkpoint.
+            plan: The stage.
+            args: Training arguments.
+            **kwargs: For `from_pretrained`.
+        """
+        method: Method = args.make_method()
+        if _needs_model(plan, method, args):
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(checkpoint, **kwargs)
+            return model
+        return load_stage(checkpoint, plan, keeps_readout=method.stage_needs(args) == "readout", **kwargs)
+
+    def _make_learner(self, method: Method | None, **options: Any) -> LocalLearner:
+        base_model: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        separate_stage_embeddings(base_model, self.args.tied_embeddings)
+        learner = super()._make_learner(
+            method,
+            early_blocks=[block.index for block in self.plan.blocks if block.index < self.args.num_blocks - 1],
+            stage_starts=[plan.blocks[0].index for plan in self.plans],
+            **options,
+        )
+        if _needs_model(self.plan, learner.method, self.args):
+            keep_stage(base_model, self.plan)
+        return learner
+
+    def _learner_events(self, **others: Any) -> LearnerEvents:
+        return super()._learner_events(
+            around_backward=partial(self.timeline.span, "backward"),
+            around_step=partial(self.timeline.span, "optimizer"),
+            **others,
+        )
 
     # ---- One micro-batch ----
 
@@ -118,7 +174,7 @@ class PipelineMixin(StageCheckpointMixin, StageLogMixin):
             with self.timeline.span("receive"):
                 hidden_BTD = self._receiver.get(self._batch)
             # Reentrant checkpointing gives no gradient unless an input requires one.
-            self._input.hidden_BTD = hidden_BTD.requires_grad_(self._base_model().is_activation_checkpointing)
+            self._input.hidden_BTD = hidden_BTD.requires_grad_(self.learner.base_model.is_activation_checkpointing)
         with self.timeline.span("forward"):
             if not self.plan.is_last:
                 return self._run_blocks(inputs, num_items_in_batch)
@@ -132,28 +188,22 @@ class PipelineMixin(StageCheckpointMixin, StageLogMixin):
 
     def _run_blocks(self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
         """Runs the stage's blocks, whose local losses are all that it learns from."""
-        scale, update = self._local_scale(inputs, num_items_in_batch), self._updates_early_blocks()
         arguments = {name: value for name, value in inputs.items() if name != "labels"}
         if self.aux_loss_enabled:
             arguments["output_router_logits"] = True
-        with self.boundary.training_forward(self._run_local_backward, scale, update, inputs):
-            with self.accelerator.autocast():
-                self._base_model().base_model(**arguments, use_cache=False)
+        with self._local_forward(inputs, num_items_in_batch), self.accelerator.autocast():
+            self.learner.base_model.base_model(**arguments, use_cache=False)
         return torch.zeros((), device=self.args.device, requires_grad=True)
 
     def _send(self, layer: nn.Module, args: tuple, output: Any) -> None:
         if self._sender is None:
             return
-        hidden_BTD = output[0] if isinstance(output, tuple) else output
+        hidden_BTD = output_hidden(output)
         with self.timeline.span("send"):
             # Here and not where it arrives: the cause is to be named by the stage that made it.
             largest = torch.linalg.vector_norm(hidden_BTD.detach(), torch.inf)
             self._check_finite(f"the largest hidden state of stage {self.plan.index}", largest.item())
             self._sender.put(self._batch, hidden_BTD)
-
-    def _step_early_block(self, index: int) -> None:
-        with self.timeline.span("optimizer"):
-            super()._step_early_block(index)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -163,18 +213,17 @@ class PipelineMixin(StageCheckpointMixin, StageLogMixin):
 
     # ---- Replicas ----
 
-    def _reduces_early_gradients(self) -> bool:
-        return self.world.num_replicas > 1
-
-    def _clip(self, max_norm: float) -> Any:
-        if self.plan.is_last and self.world.num_replicas > 1:
-            self._reducer.start(self._learners()[-1])
-        return super()._clip(max_norm)
-
-    def _synchronise_start(self) -> None:
+    def _share_gradients(self) -> None:
+        if self.world.num_replicas == 1:
+            return
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         source = self.world.rank_of(self.world.stage, 0)
         broadcast_parameters([*trainable, *self.local_heads.parameters()], source, self.world.data_group)
+        reducer = GradientReducer(group=self.world.data_group)
+        self.learner.reduce_by(reducer, [block.index for block in self.plan.blocks])
+
+    def _num_counted_processes(self) -> int:
+        return self.world.num_replicas
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         loader: Any = super()._get_dataloader(*args, **kwargs)
@@ -217,7 +266,7 @@ class PipelineMixin(StageCheckpointMixin, StageLogMixin):
             if end is not None:
                 end.close()
         self._sender = self._receiver = None
-        self._collect_timelines()
+        collect_timelines(self)
         return output
 
     def _open_channels(self) -> None:
@@ -232,51 +281,94 @@ class PipelineMixin(StageCheckpointMixin, StageLogMixin):
         if self.world.next is not None:
             self._sender = SendingChannel(self.world.rank_of(self.plan.index + 1), self.world.next, **shared)
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self.model.training:
+            add_figures(self, logs)
+        super().log(logs, start_time)
 
-class PipelineTrainer(PipelineMixin, LoPTTrainer):
-    """Trainer for one stage of PPLL, pipelined local learning (https://huggingface.co/papers/2411.12780).
+    # ---- Checkpoints and the saved model ----
 
-    What differs from [`LoPTTrainer`]: the model is one stage's part, its input comes from the previous stage and its
-    output goes to the next one right after the forward. A K-stage run ends with the weights of the one-process run.
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.world.replica == 0:
+            save_stage(self)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        assert self._manifest is not None and self._resumed is not None
+        self._resumed = replace(self._resumed, metrics_since_log=load_stage_weights(self, self._manifest))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            assert self._manifest is not None
+            load_stage_optimizer(self, self._manifest, checkpoint)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Makes one stock checkpoint of all stages; every process must call it, and waits until it is complete.
+
+        Args:
+            output_dir: Where it goes. Default: `args.output_dir`.
+            _internal_call: As in the parent.
+        """
+        target = Path(output_dir or self.args.output_dir)
+        save_stage_model(self, target)
+        if self.world.reports:
+            self.create_model_card(model_name=target.name)
+
+    def push_model(self) -> None:
+        """Uploads the saved model to the hub, without the checkpoints; for the process that reports."""
+        push_model(self)
+
+
+class PipelineTrainer(StageTrainer):
+    """Trainer for one stage of a pipeline whose early blocks learn by LoPT.
 
     Args:
         model: The stage's part of the model, from `load_part`, PEFT-wrapped or not.
         args: Training arguments, the same on every stage.
         world: The processes of the run.
-        **kwargs: The other arguments of `LoPTTrainer`.
+        local_objective: The early blocks' objective. Default: the one that `args.local_objective` names.
+        **kwargs: The keyword arguments of `SFTTrainer`.
     """
-
-    _tag_names = ["trl", "sft", "ppll", "local-learning"]
-    _name = "PPLL"
 
     args: PipelineConfig
 
-    @staticmethod
-    def load_part(checkpoint: str, plan: StagePlan, args: PipelineConfig, **kwargs: Any) -> PreTrainedModel:
-        """Loads what a stage trains, and the frozen norm and LM head where its objective reads through them.
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        args: PipelineConfig,
+        *,
+        world: PipelineWorld,
+        local_objective: LocalObjective | None = None,
+        **kwargs: Any,
+    ) -> None:
+        method = None if local_objective is None else LoPT(local_objective)
+        super().__init__(model, args, world=world, method=method, **kwargs)
 
-        Args:
-            checkpoint: Hub id or local folder of the whole model's checkpoint.
-            plan: The stage.
-            args: Training arguments.
-            **kwargs: For `from_pretrained`.
-        """
-        return load_stage(checkpoint, plan, keeps_readout=args.local_objective == "readout", **kwargs)
 
-    def _make_objective(self, base_model: PreTrainedModel) -> LocalObjective:
-        if self.args.local_objective != "readout":
-            return super()._make_objective(base_model)
-        # Only the last stage trains norm and head; the others hold them frozen, and need no copy.
-        objective = ReadoutObjective.from_model(base_model, copy=self.plan.is_last)
-        self._readout_fingerprint = objective.fingerprint
-        # Without an early block here nothing learns from it, and a copy of the head is large.
-        return objective if self.early_blocks else ReconstructionObjective()
+class MLAANPipelineTrainer(StageTrainer):
+    """Trainer for one stage of a pipeline whose early blocks learn by MLAAN (https://huggingface.co/papers/2406.16633).
 
-    def _block_settings(self) -> dict[str, Any]:
-        settings = super()._block_settings()
-        if self.args.local_objective == "readout":
-            settings |= {"local_objective": ReadoutObjective.__name__, "readout": self._readout_fingerprint}
-        return settings
+    Windows and averages are as `MLAANPipelineConfig` says; a run ends with the weights of a run in one process with
+    the same windows and averages. An auxiliary is made of copies of deeper layers, and its translators are fitted to
+    what the stock model does behind the block: so a stage with early blocks reads the whole model once, and then keeps
+    its own part.
+
+    Args:
+        model: What `load_part` returns, PEFT-wrapped or not.
+        args: Training arguments, the same on every stage.
+        world: The processes of the run.
+        **kwargs: The keyword arguments of `SFTTrainer`.
+    """
+
+    _tag_names = ["trl", "sft", "ppll", "mlaan", "local-learning"]
+    _name = "PPLL with MLAAN"
+
+    args: MLAANPipelineConfig
+
+
+def _needs_model(plan: StagePlan, method: Method, args: Any) -> bool:
+    """Whether a stage begins with the whole model: its early blocks, if it has some, are made from it."""
+    has_early_blocks = not plan.is_last or len(plan.blocks) > 1
+    return has_early_blocks and method.stage_needs(args) == "model"
 
 
 def _checksum(inputs: Mapping[str, Any]) -> int:

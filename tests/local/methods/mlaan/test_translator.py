@@ -5,7 +5,7 @@ import torch
 
 from lopt_hf.local.methods.mlaan.calibration import _tokens
 from lopt_hf.local.methods.mlaan.translator import RELATIVE_RIDGE, Translator, TranslatorFit
-from tests.mlaan.helpers import make_mlaan_trainer
+from tests.local.methods.mlaan.helpers import make_mlaan_trainer
 from tests.tiny import make_model
 
 
@@ -56,11 +56,11 @@ def test_calibrate_chooses_the_layers_with_the_lowest_loss(tmp_path):
     model = make_model(num_hidden_layers=8, seed=1)
     chosen = make_mlaan_trainer(tmp_path, model, leap="calibrate", **settings).local_heads["0"].leaps
     trainer = make_mlaan_trainer(tmp_path, model, leap="last", **settings)
-    calibration = trainer._make_calibration(trainer.model)
+    calibration = trainer.learner.method.setup.make_calibration()
     calibration.fitted = calibration.measured
     losses = {}
     for first in range(2, 7):
-        auxiliary = trainer._make_auxiliary(trainer.model, 2, [first, 7])
+        auxiliary = trainer.learner.method.setup.make_auxiliary(2, [first, 7])
         calibration.fit([auxiliary])
         losses[first, 7] = calibration.losses({2: auxiliary})[1][2]
     assert chosen == min(losses, key=losses.get)
@@ -78,7 +78,7 @@ def test_padding_does_not_count_and_each_sequence_has_a_first_token():
 
 def test_the_start_is_measured_on_batches_that_nothing_was_fitted_to(tmp_path):
     trainer = make_mlaan_trainer(tmp_path)
-    calibration = trainer._make_calibration(trainer.model)
+    calibration = trainer.learner.method.setup.make_calibration()
     assert calibration.fitted and calibration.measured
     assert not any(fitted is measured for fitted in calibration.fitted for measured in calibration.measured)
 
@@ -90,5 +90,5 @@ def test_calibration_leaves_the_random_state_and_the_models_mode(tmp_path):
     trainer = make_mlaan_trainer(tmp_path, model)
     torch.manual_seed(5)
     batches = list(trainer._calibration_batches())
-    trainer._make_calibration(trainer.model).losses({})
+    trainer.learner.method.setup.make_calibration().losses({})
     assert torch.equal(torch.rand(3), expected) and model.training and batches

@@ -1,26 +1,23 @@
 """Arguments of learning block by block, whatever the early blocks learn from."""
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-import torch
-from accelerate.utils import parse_flag_from_env
+from lopt_hf.local.blocks import Block
+from lopt_hf.local.methods.base import Method
+from lopt_hf.local.run_facts import RunFacts
 
-from lopt_hf.common.arithmetic import pick_bf16
-
-__all__ = ["BlockLearningArguments"]
-
-# The arguments are mixed in before a config class; a type checker is told that they are one.
-if TYPE_CHECKING:
-    from transformers import TrainingArguments as ArgumentsBase
-else:
-    ArgumentsBase = object
+__all__ = ["LocalArguments"]
 
 
 @dataclass
-class BlockLearningArguments(ArgumentsBase):
-    """Arguments of every trainer that cuts a decoder into blocks; each method's arguments are a subclass.
+class LocalArguments(ABC):
+    """Arguments of every method that cuts a decoder into blocks; each method's arguments are a subclass.
+
+    They check nothing when they are made, since a trainer's config, of which they are a part, checks them in order:
+    `check` first, then `check_run`.
 
     Sources: LoPT, arXiv 2605.04913 v3 ("paper"), and its released code, HumyuShi/LoPT commit d4cb99e ("code").
 
@@ -41,6 +38,11 @@ class BlockLearningArguments(ArgumentsBase):
     Raises:
         ValueError: If a value is out of range; the message names field, value and fix.
     """
+
+    # What only some methods leave open.
+    train_early_blocks: ClassVar[bool] = True
+    local_step: ClassVar[bool] = False
+    local_update_interval: ClassVar[int] = 1
 
     # Extended by each method: the lowest value of a number (whole if it is), and what must be one of its `choices`.
     _lowest: ClassVar[dict[str, float]] = {"num_blocks": 2, "early_learning_rate": 0.0}
@@ -78,38 +80,41 @@ class BlockLearningArguments(ArgumentsBase):
         metadata={"help": "Log each block's relative weight drift from the start; keeps a copy of the weights."},
     )
 
-    def __post_init__(self) -> None:
-        # First of all: transformers' own checks need the engine that they are for to be installed.
+    @abstractmethod
+    def make_method(self) -> Method:
+        """Makes the method that these arguments are of."""
+
+    def check(self) -> None:
+        """Checks the values alone.
+
+        Raises:
+            ValueError: If one is out of range; the message names field, value and fix.
+        """
         self._check_ranges()
         self._check_choices()
-        self._check_engine()
-        # transformers refuses bf16, the default of TRL's configs, on a machine without an accelerator unless told
-        # that this is meant.
-        if not torch.accelerator.is_available():
-            self.use_cpu = True
-        if self.use_cpu:
-            self.bf16 = pick_bf16(self.bf16, self.fp16)
-        super().__post_init__()
 
-    @property
-    def sharding_engine(self) -> str | None:
-        """`"FSDP"` or `"DeepSpeed"` if the run shards the model, as its arguments or `accelerate launch` say."""
-        if self.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
-            return "FSDP"
-        if self.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-            return "DeepSpeed"
-        return None
+    def check_run(self, run: RunFacts) -> None:
+        """Checks the values against the run that they are for.
 
-    def _check_engine(self) -> None:
-        engine = self.sharding_engine
-        if engine == "DeepSpeed" and self.clip_scope != "global":
+        Raises:
+            ValueError: If one does not work in such a run; the message names field, value and fix.
+        """
+        if run.engine == "DeepSpeed" and self.clip_scope != "global":
             raise ValueError(
                 f"clip_scope={self.clip_scope!r} does not work under DeepSpeed, which clips; set it to 'global'."
             )
-        if engine is not None and self.log_drift:
+        if run.engine is not None and self.log_drift:
             raise ValueError(
-                f"log_drift=True does not work under {engine}, which shards the weights; set it to False."
+                f"log_drift=True does not work under {run.engine}, which shards the weights; set it to False."
             )
+
+    def nothing_trainable(self, block: Block) -> str:
+        """The message for an early block of which no parameter is trainable."""
+        return (
+            f"num_blocks={self.num_blocks}: no parameter of block {block.index} (layers {block.start} to "
+            f"{block.stop - 1}) is trainable, as after freezing it or with an adapter on later layers only; make "
+            "parameters of the block trainable, or lower num_blocks."
+        )
 
     def _check_ranges(self) -> None:
         for name, bound in self._lowest.items():

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from lopt_hf import MLAANConfig
 from lopt_hf.local.methods.mlaan import memory
-from tests.mlaan.helpers import gradients_of, make_mlaan_trainer
+from tests.local.methods.mlaan.helpers import gradients_of, make_mlaan_trainer
 from tests.tiny import FAMILIES, make_model
 from tests.trainers.helpers import make_stock_trainer
 

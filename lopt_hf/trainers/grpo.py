@@ -1,8 +1,6 @@
-"""LoPT on TRL's GRPO trainer."""
+"""Local learning on TRL's GRPO trainer."""
 
-import contextlib
 import inspect
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +10,100 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel, TrainingArguments
 
 from lopt_hf.common.upstream.grpo import GRPOTrainer
+from lopt_hf.local.methods.base import Method
+from lopt_hf.local.methods.lopt import LOPT_PAPER, LoPT
 from lopt_hf.local.objectives import LocalObjective
 from lopt_hf.trainers.checks import check_dataset, check_model, check_rewards
-from lopt_hf.trainers.conversion import local_config
-from lopt_hf.trainers.lopt_grpo_config import LoPTGRPOConfig
-from lopt_hf.trainers.lopt_mixin import LOPT_PAPER, LoPTMixin
+from lopt_hf.trainers.configs import LoPTGRPOConfig, local_config
+from lopt_hf.trainers.mixin import LocalLearningMixin
 from lopt_hf.trainers.reference import check_synchronised_reference, match_reference
 
-__all__ = ["LoPTGRPOTrainer"]
+__all__ = ["LoPTGRPOTrainer", "LocalGRPOTrainer"]
 
 LAYOUTS = ({"prompt"},)
 
 
-class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
+class LocalGRPOTrainer(LocalLearningMixin, GRPOTrainer):
+    """Trainer for GRPO by any method of local learning.
+
+    The clipped policy loss trains the last block; early blocks learn as the method says, on prompts and sampled
+    completions. Generation, old log-probabilities and reference forwards are the stock model's, and a checkpoint holds
+    completions that are still to be trained on.
+
+    Args:
+        model: Model id, local folder, or a `transformers` causal language model, PEFT-wrapped or not.
+        reward_funcs: Reward functions or models, as `GRPOTrainer` takes them; `lopt_hf.rewards` has two.
+        args: Training arguments that mix in a method's (`LocalTrainingArguments`).
+        *grpo_args: The remaining positional arguments of `GRPOTrainer`.
+        method: The method. Default: the one that the arguments are of.
+        **grpo_kwargs: The keyword arguments of `GRPOTrainer`.
+    """
+
+    _tag_names = ["trl", "grpo", "local-learning"]
+    _name = "Local GRPO"
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        reward_funcs: Any = None,
+        args: Any = None,
+        *grpo_args: Any,
+        method: Method | None = None,
+        **grpo_kwargs: Any,
+    ) -> None:
+        parameters = inspect.signature(GRPOTrainer.__init__)
+        given = parameters.bind_partial(self, model, reward_funcs, args, *grpo_args, **grpo_kwargs).arguments
+        check_model(model, args, given.get("peft_config"), given.get("quantization_config"))
+        check_dataset(given.get("train_dataset"), LAYOUTS)
+        check_rewards(reward_funcs, given.get("train_dataset"))
+        _check_vllm(model, args, given.get("peft_config"))
+        check_synchronised_reference(args.sync_ref_model, args.sharding_engine)
+        super().__init__(model, reward_funcs, args, *grpo_args, method=method, **grpo_kwargs)
+        if args.sync_ref_model:
+            match_reference(self.learner.base_model, self.accelerator.unwrap_model(self.ref_model))
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        # vLLM is sent every parameter of the model before it generates, and knows none of the heads.
+        with self.learner.heads.hidden(self.learner.base_model):
+            return super()._generate_single_turn(*args, **kwargs)
+
+    # ---- Checkpoints: the parent forgets what it has generated and not yet trained on ----
+
+    def _save_local_state(self, staged: Path, final: Path) -> None:
+        super()._save_local_state(staged, final)
+        state = {
+            "step": self._step,
+            "num_processes": self.accelerator.num_processes,
+            "inputs": self._buffered_inputs if self._step % self._steps_per_batch() else None,
+        }
+        staged.mkdir(parents=True, exist_ok=True)  # on a host whose disk the first process does not see
+        torch.save(state, staged / self._generation_file())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = Path(resume_from_checkpoint, self._generation_file())
+        state = torch.load(path, map_location=self.args.device, weights_only=True) if path.is_file() else {}
+        if state.get("num_processes") == self.accelerator.num_processes:  # otherwise generate anew, as the parent
+            self._step, self._buffered_inputs = state["step"], state["inputs"]
+
+    def _steps_per_batch(self) -> int:
+        """Forward and backward passes from one generation to the next."""
+        return self.args.steps_per_generation * self.num_iterations
+
+    def _generation_file(self) -> str:
+        return f"generation_{self.accelerator.process_index}.pt"
+
+
+class LoPTGRPOTrainer(LocalGRPOTrainer):
     """Trainer for GRPO with LoPT's gradient boundary (https://huggingface.co/papers/2605.04913).
 
     The clipped policy loss trains the last block; every earlier block learns to keep its input (prompts and sampled
     completions) reconstructible from its output. Generation, old log-probabilities and reference forwards are the
     stock model's.
 
-    What changes with respect to [`~trl.GRPOTrainer`] is what `LoPTMixin` adds, and that a checkpoint holds completions
-    that are still to be trained on; every argument of the parent is accepted and means the same, and the saved model
-    is a stock checkpoint.
+    What changes with respect to [`~trl.GRPOTrainer`] is what local learning adds, and that a checkpoint holds
+    completions that are still to be trained on; every argument of the parent is accepted and means the same, and the
+    saved model is a stock checkpoint.
 
     Args:
         model: Model id, local folder, or a `transformers` causal language model, PEFT-wrapped or not.
@@ -75,47 +145,8 @@ class LoPTGRPOTrainer(LoPTMixin, GRPOTrainer):
         **grpo_kwargs: Any,
     ) -> None:
         args = local_config(model, args, LoPTGRPOConfig, "LoPT-GRPO")
-        parameters = inspect.signature(GRPOTrainer.__init__)
-        given = parameters.bind_partial(self, model, reward_funcs, args, *grpo_args, **grpo_kwargs).arguments
-        check_model(model, args, given.get("peft_config"), given.get("quantization_config"))
-        check_dataset(given.get("train_dataset"), LAYOUTS)
-        check_rewards(reward_funcs, given.get("train_dataset"))
-        _check_vllm(model, args, given.get("peft_config"))
-        check_synchronised_reference(args.sync_ref_model, args.sharding_engine)
-        super().__init__(model, reward_funcs, args, *grpo_args, local_objective=local_objective, **grpo_kwargs)
-        if args.sync_ref_model:
-            match_reference(self._base_model(), self.accelerator.unwrap_model(self.ref_model))
-
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        # vLLM is sent every parameter of the model before it generates, and knows none of the heads.
-        with _hidden_heads(self._base_model()) if self._heads_in_model else contextlib.nullcontext():
-            return super()._generate_single_turn(*args, **kwargs)
-
-    # ---- Checkpoints: the parent forgets what it has generated and not yet trained on ----
-
-    def _save_local_state(self, staged: Path, final: Path) -> None:
-        super()._save_local_state(staged, final)
-        state = {
-            "step": self._step,
-            "num_processes": self.accelerator.num_processes,
-            "inputs": self._buffered_inputs if self._step % self._steps_per_batch() else None,
-        }
-        staged.mkdir(parents=True, exist_ok=True)  # on a host whose disk the first process does not see
-        torch.save(state, staged / self._generation_file())
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        path = Path(resume_from_checkpoint, self._generation_file())
-        state = torch.load(path, map_location=self.args.device, weights_only=True) if path.is_file() else {}
-        if state.get("num_processes") == self.accelerator.num_processes:  # otherwise generate anew, as the parent
-            self._step, self._buffered_inputs = state["step"], state["inputs"]
-
-    def _steps_per_batch(self) -> int:
-        """Forward and backward passes from one generation to the next."""
-        return self.args.steps_per_generation * self.num_iterations
-
-    def _generation_file(self) -> str:
-        return f"generation_{self.accelerator.process_index}.pt"
+        method = None if local_objective is None else LoPT(local_objective)
+        super().__init__(model, reward_funcs, args, *grpo_args, method=method, **grpo_kwargs)
 
 
 def _check_vllm(model: str | PreTrainedModel, args: LoPTGRPOConfig, peft_config: Any) -> None:
@@ -128,13 +159,3 @@ def _check_vllm(model: str | PreTrainedModel, args: LoPTGRPOConfig, peft_config:
             "use_vllm=True with tied_embeddings='untie': the model's embedding and LM head are one weight, of which "
             "vLLM keeps one copy and drops what the LM head has learned; set tied_embeddings to 'freeze'."
         )
-
-
-@contextlib.contextmanager
-def _hidden_heads(model: nn.Module) -> Iterator[None]:
-    """Takes the heads off a model that carries them for its engine's sake."""
-    heads = model._modules.pop("local_heads")
-    try:
-        yield
-    finally:
-        model._modules["local_heads"] = heads

@@ -30,7 +30,7 @@ def gradients_of(trainer: Any, inputs: dict[str, torch.Tensor] | None = None) ->
     trainer.current_gradient_accumulation_steps = 1
     trainer.compute_loss(trainer.model, inputs or first_batch(trainer)).backward()
     if isinstance(trainer, MLAANTrainer):
-        trainer.boundary.finish(trainer._run_local_backward)
+        trainer.learner.after_backward()
         heads = {f"head.{n}": p.grad for n, p in trainer.local_heads.named_parameters()}
         return {**{n: p.grad for n, p in trainer.model.named_parameters()}, **heads}
     return {n: p.grad for n, p in trainer.model.named_parameters()}

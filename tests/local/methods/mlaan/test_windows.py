@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lopt_hf.local.blocks import split_layers
-from tests.mlaan.helpers import first_batch, gradients_of, make_mlaan_trainer, next_token_loss
+from tests.local.methods.mlaan.helpers import first_batch, gradients_of, make_mlaan_trainer, next_token_loss
 from tests.tiny import make_model
 from tests.trainers.helpers import make_stock_trainer, make_trainer, one_step_gradients
 
@@ -18,7 +18,7 @@ class ByHand:
         self.trainer, self.inputs = trainer, inputs
         self.model = trainer.model
         self.blocks = split_layers(LAYERS, trainer.args.num_blocks)
-        self.readout = trainer._objective.readout
+        self.readout = trainer.boundary.objective.readout
 
     def run(self, layer, h_BTD):
         mask = self.inputs["attention_mask"]
@@ -135,8 +135,8 @@ def test_reach_of_one_loss(tmp_path, window, blocks):
     trainer.boundary.task_share = 0.0
     gradients = gradients_of(trainer)
     reached = {name for name, gradient in gradients.items() if gradient is not None and gradient.any()}
-    of_the_task = set(trainer._owned()[-1])
-    assert reached - of_the_task == {name for index in blocks for name in trainer._owned()[index]} | auxiliary
+    of_the_task = set(trainer.learner.owned()[-1])
+    assert reached - of_the_task == {name for index in blocks for name in trainer.learner.owned()[index]} | auxiliary
 
 
 @pytest.mark.parametrize("window", [1, 2, 3])
@@ -159,7 +159,7 @@ def test_the_routers_balance_stays_in_each_block_and_is_scaled(tmp_path):
         trainer.model.train()
         trainer.current_gradient_accumulation_steps = steps
         trainer.compute_loss(trainer.model, first_batch(trainer)).backward()
-        trainer.boundary.finish(trainer._run_local_backward)
+        trainer.learner.after_backward()
         balance[steps, coefficient] = trainer.stack.layers[0].mlp.gate.weight.grad
     expected = one_step_gradients(make_trainer(tmp_path, make_model("mixtral"), reconstruction_weight=0.0))
     expected = expected["model.layers.0.mlp.gate.weight"]
@@ -183,6 +183,6 @@ def test_warm_up_trains_the_auxiliaries_only(tmp_path):
     heads = {name: parameter.detach().clone() for name, parameter in trainer.local_heads.named_parameters()}
     trainer.train()
     moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == set(trainer._owned()[-1])
+    assert moved == set(trainer.learner.owned()[-1])
     learning = {name: p for name, p in trainer.local_heads.named_parameters() if p.requires_grad}
     assert learning and not any(torch.equal(p, heads[name]) for name, p in learning.items())

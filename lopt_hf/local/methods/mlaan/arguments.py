@@ -1,21 +1,20 @@
-"""Arguments of MLAAN, alone (`MLAANArguments`) and with TRL's SFT arguments (`MLAANConfig`)."""
+"""What a user can choose of MLAAN."""
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import yaml
-from transformers.training_args import OptimizerNames
-from trl import SFTConfig
 
+from lopt_hf.local.arguments import LocalArguments
+from lopt_hf.local.run_facts import NEXT_TOKEN_MISFITS, RunFacts
 from lopt_hf.local.windows import LossWeights
-from lopt_hf.trainers.block_arguments import BlockLearningArguments
 
-__all__ = ["MLAANArguments", "MLAANConfig"]
+__all__ = ["MLAANSettings"]
 
 
 @dataclass
-class MLAANArguments(BlockLearningArguments):
-    """Arguments that MLAAN adds to a TRL trainer's config; mix it in before the config class.
+class MLAANSettings(LocalArguments):
+    """Fields of `MLAANArguments`, and their checks; those of `LocalArguments` are among them.
 
     Sources: MLAAN, arXiv 2406.16633 ("paper"), and its released code, Wendy231015/MLAAN ("code"). Both train
     convolutional networks from scratch; "ours" is what language models that are trained already need.
@@ -52,7 +51,7 @@ class MLAANArguments(BlockLearningArguments):
         ValueError: If a value is out of range, or under an engine that must see one backward per step.
     """
 
-    _lowest: ClassVar[dict[str, float]] = BlockLearningArguments._lowest | {
+    _lowest: ClassVar[dict[str, float]] = LocalArguments._lowest | {
         "window": 1,
         "leap_share": 0.0,
         "ema_decay": 0.0,
@@ -67,13 +66,8 @@ class MLAANArguments(BlockLearningArguments):
         "ema_layers",
         "translator",
         "readout",
-        *BlockLearningArguments._chosen,
+        *LocalArguments._chosen,
     )
-    # What LoPT leaves open and MLAAN doesn't.
-    train_early_blocks: ClassVar[bool] = True
-    local_step: ClassVar[bool] = False
-    local_update_interval: ClassVar[int] = 1
-
     num_blocks: int = field(
         default=4, metadata={"help": "Number of blocks the decoder layers are cut into (ours: 4)."}
     )
@@ -165,22 +159,22 @@ class MLAANArguments(BlockLearningArguments):
             return 1.0
         return self.cascaded_weight / (self.independent_weight + self.cascaded_weight)
 
-    def _check_engine(self) -> None:
-        engine = self.sharding_engine
-        if engine is None and self.optim in ("lomo", "adalomo"):
-            engine = f"optim={OptimizerNames(self.optim).value!r}"
-        if engine is not None:
+    def check_run(self, run: RunFacts) -> None:
+        if run.task in NEXT_TOKEN_MISFITS:
             raise ValueError(
-                f"MLAAN does not work under {engine}, which must see one backward per step; train in one process or "
-                "with DDP (recipes/accelerate_configs/ddp_2.yaml), with another optimizer."
+                f"method='mlaan' does not fit {run.task}: {NEXT_TOKEN_MISFITS[run.task]}; set it to 'lopt'."
             )
-        checkpointing = self.gradient_checkpointing_kwargs or {}
-        reentrant = isinstance(checkpointing, dict) and checkpointing.get("use_reentrant", False)
-        if self.window > 1 and self.gradient_checkpointing and reentrant:
+        if run.wants_one_backward is not None:
+            raise ValueError(
+                f"MLAAN does not work under {run.wants_one_backward}, which must see one backward per step; train in "
+                "one process or with DDP (recipes/accelerate_configs/ddp_2.yaml), with another optimizer."
+            )
+        if self.window > 1 and run.reentrant_checkpointing:
             raise ValueError(
                 f"window={self.window} does not work with reentrant activation checkpointing, which gives a block's "
                 "input no gradient by itself; leave use_reentrant out, or set it to False."
             )
+        super().check_run(run)
 
     def _check_ranges(self) -> None:
         super()._check_ranges()
@@ -228,11 +222,3 @@ def _is_leap(entry: Any) -> bool:
     if isinstance(entry, list):
         return all(isinstance(index, int) for index in entry)
     return isinstance(entry, int) and entry >= 0
-
-
-@dataclass
-class MLAANConfig(MLAANArguments, SFTConfig):
-    """Configuration of [`MLAANTrainer`]: every argument of [`~trl.SFTConfig`] and those of MLAAN.
-
-    On a machine without an accelerator `use_cpu` is set, so that the defaults run.
-    """

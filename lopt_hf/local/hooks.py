@@ -1,0 +1,305 @@
+"""The hooks that a boundary has on a stock decoder, whatever its losses are.
+
+The model's own forward is never re-implemented. Shapes: B batch, T tokens, D hidden channels.
+"""
+
+import contextlib
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from lopt_hf.common.upstream.transformers import active_collector
+from lopt_hf.local.blocks import Block, find_decoder_stack, parameters_by_block
+from lopt_hf.local.heads import HEADS_NAME
+from lopt_hf.local.layer_calls import hidden_of, output_hidden, with_hidden, with_output_hidden
+from lopt_hf.local.objectives import LocalBatch, LocalObjective
+
+__all__ = ["BlockBoundary", "BoundaryEvents", "MicroBatch"]
+
+
+def _run_backward(index: int, loss: torch.Tensor) -> None:
+    loss.backward()  # type: ignore[no-untyped-call]
+
+
+def _nothing(index: int) -> None:
+    """Nothing follows."""
+
+
+@dataclass(frozen=True)
+class BoundaryEvents:
+    """What a boundary calls back while a micro-batch runs.
+
+    Attributes:
+        run_backward: Runs the backward of a block's weighted loss; called with the block's index and the loss.
+        on_block_done: Called with a block's index when its gradients and its head's are complete.
+        around_backward: Makes a context for each backward that runs within the forward, to time it for instance.
+    """
+
+    run_backward: Callable[[int, torch.Tensor], None] = _run_backward
+    on_block_done: Callable[[int], None] = _nothing
+    around_backward: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The micro-batch that a boundary works on.
+
+    Attributes:
+        events: What to call back.
+        scale: Factor of the local losses that run their backward in the forward.
+        trains_early_blocks: Without it the early blocks run without gradients: no local loss, no graph.
+        inputs: The trainer's batch, for the local objective.
+    """
+
+    events: BoundaryEvents = field(default_factory=BoundaryEvents)
+    scale: float = 1.0
+    trains_early_blocks: bool = True
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+
+
+class BlockBoundary(ABC):
+    """Hooks on a decoder that turn the end of every early block into a boundary.
+
+    Between `with boundary.training_forward(...)` and its end, every gradient-enabled forward of the model calls
+    `leave_block` with each early block's output, and goes on from what it returns. Outside of it, and wherever
+    gradients are disabled (evaluation, generation, reference models), the hooks do nothing, so outputs are
+    bit-identical to the stock model's.
+
+    Attributes:
+        mode: Whether local backwards run in the forward (`"eager"`), or wait for the task's (`"joint"`).
+
+    Args:
+        model: A `transformers` causal language model (of a `PeftModel`, its base model).
+        blocks: The cut of its decoder layers, from `split_layers`.
+        objective: The local objective of the early blocks.
+        heads: The heads of the early blocks that run in this process, by block index as text.
+        router_coefficient: Weight of the load-balancing loss; 0 where the model has no routers.
+        early_blocks: The early blocks that run in this process. Default: all but the last.
+    """
+
+    mode: Literal["eager", "joint"] = "eager"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[Block],
+        objective: LocalObjective,
+        heads: nn.ModuleDict,
+        router_coefficient: float = 0.0,
+        early_blocks: Sequence[Block] | None = None,
+    ) -> None:
+        self.model = model
+        self.stack = find_decoder_stack(model)
+        self.blocks = list(blocks)
+        self.early_blocks = list(blocks[:-1]) if early_blocks is None else list(early_blocks)
+        self.objective = objective
+        self.heads = heads
+        self.router_coefficient = router_coefficient
+        self.micro_batch = MicroBatch()
+        self._active = False
+        self._in_forward = False
+        self._mask_BT: torch.Tensor | None = None
+        self._routers_seen = 0
+        self._unchecked = set(range(len(self.blocks)))
+        self._handles = self._install_hooks()
+
+    def _install_hooks(self) -> list[RemovableHandle]:
+        decoder, layers = self.stack.decoder, self.stack.layers
+        handles = [
+            decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True),
+            decoder.register_forward_hook(self._leave_decoder, always_call=True),
+        ]
+        for block in self.early_blocks:
+            handles.append(layers[block.start].register_forward_pre_hook(self._enter_block, with_kwargs=True))
+            leave = partial(self._leave_block, block.index)
+            handles.append(layers[block.stop - 1].register_forward_hook(leave))
+        return handles
+
+    def remove(self) -> None:
+        """Takes the hooks off the model, which is then a stock model again."""
+        for handle in self._handles:
+            handle.remove()
+
+    # ---- One micro-batch ----
+
+    @contextlib.contextmanager
+    def training_forward(self, micro_batch: MicroBatch) -> Iterator[None]:
+        """Switches the boundary on for the forwards of one micro-batch.
+
+        Args:
+            micro_batch: What they are given, and what to call back.
+        """
+        self.micro_batch = micro_batch
+        self.begin()
+        self._active = True
+        try:
+            yield
+        finally:
+            self._active = False
+            # The hooks live as long as the model; they must not keep a trainer and its optimizer alive.
+            self.micro_batch = MicroBatch()
+
+    def begin(self) -> None:
+        """Prepares for a micro-batch."""
+
+    @abstractmethod
+    def named_losses(self) -> dict[str, list[torch.Tensor]]:
+        """Returns the last micro-batch's local losses by name, such as `block_0`; one for each forward."""
+
+    def joint_loss(self) -> torch.Tensor | None:
+        """Returns what of the last micro-batch's local losses is to be added to the task loss, if anything."""
+        return None
+
+    def check_task_loss(self, loss: torch.Tensor) -> None:
+        """Raises `RuntimeError` if the first task loss reaches a parameter of an early block."""
+        self.check_reach(len(self.blocks) - 1, loss)
+
+    def finish(self, micro_batch: MicroBatch) -> None:
+        """Ends a micro-batch; to be called after the task loss's backward.
+
+        Args:
+            micro_batch: The one that `training_forward` was given.
+        """
+
+    def abandon(self) -> None:
+        """Frees what a micro-batch that did not come to its end has left."""
+
+    # ---- What a boundary does: the subclasses ----
+
+    def enter_decoder(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Begins a forward of the decoder with these arguments."""
+
+    def leave_decoder(self) -> None:
+        """Ends a forward of the decoder, also one in which an error was raised."""
+
+    def enter_block(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """Returns the hidden states that an early block starts from, given those that reach it."""
+        return hidden_BTD
+
+    @abstractmethod
+    def leave_block(self, index: int, output_BTD: torch.Tensor) -> torch.Tensor:
+        """Returns the hidden states that the next block starts from, given an early block's output."""
+
+    # ---- The hooks ----
+
+    def _enter_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._in_forward = self._active and torch.is_grad_enabled()
+        if not self._in_forward:
+            return
+        self.enter_decoder(args, kwargs)
+        mask = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments.get("attention_mask")
+        self._mask_BT = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+        self._routers_seen = 0
+        if self.early_blocks and not self.micro_batch.trains_early_blocks:
+            # Ends at the last boundary; `_leave_decoder` also restores it should a layer raise before.
+            torch.set_grad_enabled(False)
+
+    def _leave_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._in_forward:
+            torch.set_grad_enabled(True)
+        self._in_forward = False
+        self._mask_BT = None
+        self.leave_decoder()
+
+    def _enter_block(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._in_forward or not self.micro_batch.trains_early_blocks:
+            return None
+        hidden_BTD = hidden_of(args, kwargs)
+        entered_BTD = self.enter_block(hidden_BTD)
+        return None if entered_BTD is hidden_BTD else with_hidden(args, kwargs, entered_BTD)
+
+    def _leave_block(self, index: int, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not self._in_forward:
+            return None
+        output_BTD = output_hidden(output)
+        if self.micro_batch.trains_early_blocks:
+            return with_output_hidden(output, self.leave_block(index, output_BTD))
+        if index != len(self.blocks) - 2:
+            return None
+        torch.set_grad_enabled(True)
+        return with_output_hidden(output, cut(output_BTD))
+
+    # ---- For the subclasses ----
+
+    def local_batch(self, hidden_BTD: torch.Tensor) -> LocalBatch:
+        """Makes what a local objective may know of the micro-batch, on the device of these hidden states."""
+        mask_BT = self._mask_BT
+        if mask_BT is not None:
+            mask_BT = mask_BT.to(hidden_BTD.device) if mask_BT.shape == hidden_BTD.shape[:2] else None
+        return LocalBatch(mask_BT, self.micro_batch.inputs)
+
+    def load_balancing_loss(self) -> torch.Tensor | None:
+        """Returns the load-balancing loss of the routers that ran since the last boundary, whose logits it detaches.
+
+        It joins an early block's local loss with the weight per layer that it has in end-to-end training; the task
+        loss sees these routers' logits detached.
+        """
+        collected = active_collector.get() or {}
+        logits = collected.get("router_logits")
+        if not logits or self.router_coefficient == 0.0:
+            return None
+        own = tuple(logits[self._routers_seen :])
+        self._routers_seen = len(logits)
+        logits[:] = [layer_logits.detach() for layer_logits in logits]
+        config = self.model.config.get_text_config(decoder=True)
+        share = self.router_coefficient * len(own) / len(self.stack.layers)
+        loss = load_balancing_loss_func(own, config.num_experts, config.num_experts_per_tok, self._mask_BT)
+        return share * torch.as_tensor(loss)
+
+    @contextlib.contextmanager
+    def outside_the_forward(self, device_type: str) -> Iterator[None]:
+        """Makes a context for a backward within the model's forward: nothing of the forward's state applies to it."""
+        # A checkpointed layer runs again in its backward; its outputs must not be collected a second time.
+        token = active_collector.set(None)
+        try:
+            with torch.autocast(device_type, enabled=False), self.micro_batch.events.around_backward():
+                yield
+        finally:
+            active_collector.reset(token)
+        # Autocast keeps its low-precision copies of the block's weights until the forward ends.
+        if torch.is_autocast_enabled(device_type):
+            torch.clear_autocast_cache()
+
+    def check_reach(self, index: int, loss: torch.Tensor) -> None:
+        """Raises if the first loss of a block reaches a parameter of another block; costs nothing where it doesn't.
+
+        Raises:
+            RuntimeError: If it does; the message names the parameter.
+        """
+        if index not in self._unchecked or not loss.requires_grad:
+            return
+        self._unchecked.discard(index)
+        owned = parameters_by_block(self.model, self.stack, self.blocks)
+        foreign = {
+            name: parameter
+            for other, parameters in enumerate(owned)
+            for name, parameter in parameters.items()
+            if other != index and parameter.requires_grad and f"{HEADS_NAME}." not in name
+        }
+        if not foreign:
+            return
+        gradients = torch.autograd.grad(loss, list(foreign.values()), retain_graph=True, allow_unused=True)
+        reached = [name for name, gradient in zip(foreign, gradients, strict=True) if gradient is not None]
+        if reached:
+            raise RuntimeError(
+                f"The loss of block {index} reaches {reached[0]!r}, which belongs to another block. The blocks of "
+                f"{type(self.model).__name__} share weights (inputs for every layer, as in Gemma 3n, for instance), "
+                "and local learning cannot separate them; please report the architecture."
+            )
+
+
+def cut(hidden_BTD: torch.Tensor) -> torch.Tensor:
+    """Returns hidden states through which no gradient passes, and that take one themselves.
+
+    Without `requires_grad_` reentrant checkpointing would silently freeze everything above the boundary.
+    """
+    return hidden_BTD.detach().requires_grad_()

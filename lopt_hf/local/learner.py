@@ -1,0 +1,451 @@
+"""Local learning of one model as an object: its blocks, their boundaries and heads, and what a step does with them.
+
+A trainer, a stage of a pipeline and the planner run the same object, so that what is planned is what is trained.
+"""
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from lopt_hf.common.distributed import GradientReducer
+from lopt_hf.local.blocks import (
+    Block,
+    find_decoder_stack,
+    parameters_by_block,
+    split_layers,
+    untie_output_embeddings,
+)
+from lopt_hf.local.heads import LocalHeads
+from lopt_hf.local.hooks import BoundaryEvents, MicroBatch
+from lopt_hf.local.methods.base import Batches, Method
+from lopt_hf.local.run_facts import RunFacts
+from lopt_hf.local.stepping import ClipGroup, GradientsComplete, stepping_only
+
+__all__ = ["LearnerEvents", "LocalLearner"]
+
+logger = logging.getLogger(__name__)
+
+
+def _run_backward(loss: torch.Tensor) -> None:
+    loss.backward()  # type: ignore[no-untyped-call]
+
+
+def _check_finite(name: str, value: torch.Tensor | float) -> None:
+    if not math.isfinite(value):
+        raise FloatingPointError(f"{name} is {value}; lower the learning rate.")
+
+
+@dataclass(frozen=True)
+class LearnerEvents:
+    """What a learner asks of whoever runs its steps; the defaults are those of a bare loop in one process.
+
+    Attributes:
+        run_backward: Runs the backward of a loss, scaled as the optimizer expects gradients.
+        around_backward: Makes a context for each backward that runs within the forward, to time it for instance.
+        around_step: Makes a context for the clipping and the step of a part of the model.
+        check_finite: Raises if a figure, given with its name, is not finite.
+        optimizer: Returns the optimizer that `step_block` steps.
+        autocast: Makes the context in which the model computes.
+        calibration_batches: Gives batches of training data before training; without it nothing is calibrated.
+        say: Tells the user a line.
+    """
+
+    run_backward: Callable[[torch.Tensor], None] = _run_backward
+    around_backward: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    around_step: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    check_finite: Callable[[str, torch.Tensor | float], None] = _check_finite
+    optimizer: Callable[[], Any] | None = None
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    calibration_batches: Batches | None = None
+    say: Callable[[str], None] = logger.warning
+
+
+class LocalLearner:
+    """Local learning of a causal language model, which is changed in place: hooks, untied or frozen weights.
+
+    A micro-batch is
+
+    ```python
+    with learner.forward(inputs, step=0):
+        loss = learner.with_joint_loss(model(**inputs).loss)
+    loss.backward()
+    learner.after_backward()
+    ```
+
+    and a step ends with `learner.clip(max_norm)`, the optimizer's step and `learner.after_step()`.
+
+    Attributes:
+        base_model: The model that has the decoder: of a `PeftModel`, what it wraps.
+        stack: Its decoder.
+        blocks: The cut of its decoder layers.
+        early_blocks: The early blocks that run in this process.
+        heads: What the early blocks learn through; they are to be trained with the model.
+        boundary: The boundaries between the blocks.
+
+    Args:
+        model: A `transformers` causal language model, PEFT-wrapped or not, or a stage's part of one.
+        settings: The method's arguments.
+        method: The method. Default: the one that the arguments are of.
+        early_blocks: Indices of the early blocks that run in this process. Default: all but the last.
+        events: What to ask of whoever runs the steps.
+        run: What the method must know of the run.
+        stage_starts: First blocks of the stages of a pipeline; no gradient passes from one stage to another.
+        seed: What the heads are drawn from.
+        device: Where the norms of gradients go, and the heads of blocks that are not on their own device yet.
+        router_coefficient: Weight of the load-balancing loss; 0 where the model has no routers.
+        max_grad_norm: Where `step_block` clips a group's gradient; 0 does not clip.
+
+    Raises:
+        ValueError: If the model has no single decoder stack, if the cut does not fit it, or if the settings leave an
+            early block nothing to train.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Any,
+        method: Method | None = None,
+        early_blocks: Sequence[int] | None = None,
+        events: LearnerEvents | None = None,
+        *,
+        run: RunFacts | None = None,
+        stage_starts: Sequence[int] = (),
+        seed: int = 0,
+        device: torch.device | None = None,
+        router_coefficient: float = 0.0,
+        max_grad_norm: float = 1.0,
+    ) -> None:
+        self.model = model
+        self.base_model = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+        self.settings = settings
+        self.method: Method = method or settings.make_method()
+        self.events = events or LearnerEvents()
+        self.run = run or RunFacts()
+        self.stage_starts = list(stage_starts)
+        self.seed = seed
+        self.device = device or torch.device("cpu")
+        self.router_coefficient = router_coefficient
+        self.max_grad_norm = max_grad_norm if max_grad_norm > 0 else math.inf
+        self.stack = find_decoder_stack(self.base_model)
+        self.blocks = split_layers(len(self.stack.layers), settings.num_blocks, settings.split_at)
+        here = range(len(self.blocks) - 1) if early_blocks is None else early_blocks
+        self.early_blocks = [self.blocks[index] for index in here]
+        self._prepare_model()
+        objective = self.method.make_objective(self)
+        self.heads = self.method.make_heads(self, objective)
+        for block in self.learning_blocks:
+            if str(block.index) in self.heads:
+                self.place(self.heads[str(block.index)], block)
+        self.boundary = self.method.make_boundary(self, objective, self.heads)
+        self._make_fingerprint: Callable[[], dict[str, Any]] = partial(self.method.fingerprint, self, objective)
+        if not self.early_blocks:  # nothing here learns from the objective, and a copy of an LM head is large
+            fingerprint = self._make_fingerprint()
+            self._make_fingerprint = fingerprint.copy
+        self._micro_batch = MicroBatch()
+        self._reducer: GradientReducer | None = None
+        self._reduced: frozenset[int] = frozenset()  # the blocks whose gradients the reducer averages
+        self._started: set[int] = set()  # those of them that it averages already, in the step under way
+        self._synchronises = True
+        self._stepped_norms: dict[str, torch.Tensor] = {}  # of the groups that have taken the step under way, by name
+
+    def _prepare_model(self) -> None:
+        if self.method.separates_embeddings(self):
+            separate_embeddings(self.base_model, self.settings.tied_embeddings)
+        if not self.settings.train_early_blocks:
+            for parameter in self.early_parameters():
+                parameter.requires_grad_(False)
+        owned = self.owned()
+        for block in self.learning_blocks:
+            if not any(parameter.requires_grad for parameter in owned[block.index].values()):
+                raise ValueError(self.settings.nothing_trainable(block))
+
+    # ---- What a method may use of the events ----
+
+    @property
+    def calibration_batches(self) -> Batches | None:
+        """Gives batches of training data before training; without it nothing is to be calibrated."""
+        return self.events.calibration_batches
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Makes the context in which the model computes."""
+        return self.events.autocast()
+
+    def say(self, line: str) -> None:
+        """Tells the user a line."""
+        self.events.say(line)
+
+    # ---- The model's parameters ----
+
+    @property
+    def learning_blocks(self) -> list[Block]:
+        """The early blocks of this process, if they learn."""
+        return self.early_blocks if self.settings.train_early_blocks else []
+
+    def stage_stop(self, block: Block) -> int:
+        """The layer behind the last one of the stage that a block is of; without a pipeline that of the model."""
+        later = (self.blocks[start].start for start in self.stage_starts if start > block.index)
+        return min(later, default=self.blocks[-1].stop)
+
+    def owned(self) -> list[dict[str, nn.Parameter]]:
+        """For each block its parameters by their names in `model`."""
+        return parameters_by_block(self.model, self.stack, self.blocks)
+
+    def early_parameters(self) -> list[nn.Parameter]:
+        """The parameters of all blocks but the last."""
+        return [parameter for block in self.owned()[:-1] for parameter in block.values()]
+
+    def learners(self) -> list[list[nn.Parameter]]:
+        """For each block the parameters that its gradients are for: its own and its head's."""
+        groups = [[p for n, p in block.items() if not LocalHeads.is_name_of_head(n)] for block in self.owned()]
+        for index, head in self.heads.items():
+            groups[int(index)].extend(head.parameters())
+        return groups
+
+    def groups(self) -> list[ClipGroup]:
+        """What is clipped and stepped together; of a block's groups the one first that a backward completes first."""
+        learners = self.learners()
+        if self.settings.clip_scope != "part":
+            return [ClipGroup(f"block {index}", index, parameters) for index, parameters in enumerate(learners)]
+        in_layers = {id(p) for module in (*self.stack.layers, self.heads) for p in module.parameters()}
+        groups: list[ClipGroup] = []
+        for index, parameters in enumerate(learners):
+            inside, outside = ([p for p in parameters if (id(p) in in_layers) is where] for where in (True, False))
+            layers = ClipGroup(f"block {index}'s layers", index, inside)
+            others = ClipGroup(f"block {index} but its layers", index, outside)
+            groups += [others, layers] if index == len(learners) - 1 else [layers, others]
+        return groups
+
+    def device_of(self, block: Block) -> torch.device:
+        """Where a block ends: a model may be spread over devices, or not yet be on its own (FSDP)."""
+        device = next(self.stack.layers[block.stop - 1].parameters()).device
+        return self.device if device.type in ("cpu", "meta") else device
+
+    def place(self, module: nn.Module, block: Block) -> None:
+        """Moves a block's head to where the block ends, unless it is there."""
+        device = self.device_of(block)
+        if any(tensor.device.type != device.type or tensor.device != device for tensor in module.parameters()):
+            module.to(device)
+
+    # ---- A micro-batch ----
+
+    @contextlib.contextmanager
+    def forward(
+        self, inputs: Mapping[str, Any], step: int, scale: float = 1.0, synchronises: bool = True
+    ) -> Iterator[None]:
+        """Switches the boundaries on for the forwards of one micro-batch.
+
+        Args:
+            inputs: The micro-batch, for the local objective.
+            step: The optimizer step, counted from 0.
+            scale: Factor of the local losses whose backward runs in the forward, see `Method.local_scale`.
+            synchronises: Whether it is the step's last micro-batch, whose gradients are averaged and stepped.
+        """
+        self._synchronises = synchronises
+        self.method.begin_micro_batch(self, step)
+        events = BoundaryEvents(self._run_backward, self._finish_block, self.events.around_backward)
+        self._micro_batch = MicroBatch(events, scale, self.method.trains_early_blocks(self, step), inputs)
+        with self.boundary.training_forward(self._micro_batch):
+            yield
+
+    def with_joint_loss(self, loss: torch.Tensor, share: float = 1.0) -> torch.Tensor:
+        """Returns the loss whose backward is left to run: the task's, and local losses that wait for it.
+
+        Args:
+            loss: The task loss of the last `forward`.
+            share: Factor of the local losses, if the task loss has one already.
+
+        Raises:
+            RuntimeError: If the first task loss reaches a parameter of an early block.
+        """
+        self.boundary.check_task_loss(loss)
+        joint_loss = self.boundary.joint_loss()
+        return loss if joint_loss is None else loss + joint_loss * share
+
+    def after_backward(self) -> None:
+        """Ends a micro-batch after the backward of the loss that was left."""
+        self.boundary.finish(self._micro_batch)
+
+    @contextlib.contextmanager
+    def stepping_in_backward(self, synchronises: bool) -> Iterator[None]:
+        """Lets what can step in the middle of a backward do so, in this block; afterwards the micro-batch is over.
+
+        With `local_step` and `clip_scope="part"` a group steps as soon as its gradients are complete, if others of its
+        block's are still to be made: the LM head before the gradients of its block's layers are made, an early
+        block's layers before those of the embeddings.
+
+        Args:
+            synchronises: As in `forward`.
+        """
+        waiting: list[GradientsComplete] = []
+        # Where gradients are averaged they are complete after that, which is after the backward.
+        if self.settings.local_step and synchronises and self._reducer is None:
+            waiting = [
+                GradientsComplete(group.parameters, partial(self._step_group, group))
+                for group, next_group in pairwise(self.groups())
+                if group.block == next_group.block
+            ]
+        try:
+            yield
+        finally:
+            for completion in waiting:
+                completion.remove()
+            self.boundary.abandon()
+            self._micro_batch = MicroBatch()
+
+    def losses(self) -> dict[str, list[torch.Tensor]]:
+        """The local losses of the last micro-batch by name, one for each forward."""
+        return self.boundary.named_losses()
+
+    def _run_backward(self, index: int, loss: torch.Tensor) -> None:
+        if self.settings.local_step and self._synchronises:
+            self._check_first_backward(index)
+        if index in self._started and self._reducer is not None:
+            self._reducer.wait()  # before a further forward of this micro-batch adds to what is being averaged
+        self.events.run_backward(loss)
+
+    def _finish_block(self, index: int) -> None:
+        """Averages, and with `local_step` steps, an early block whose gradients are complete."""
+        if not self._synchronises:
+            return
+        self._average(index)
+        if self.settings.local_step:
+            self.step_block(index)
+
+    # ---- Averages over processes ----
+
+    def reduce_by(self, reducer: GradientReducer, blocks: Iterable[int]) -> None:
+        """Averages gradients over processes from now on.
+
+        Args:
+            reducer: What averages them.
+            blocks: The blocks whose gradients it averages, those of early ones as soon as they are complete.
+        """
+        self._reducer, self._reduced = reducer, frozenset(blocks)
+
+    def _average(self, index: int) -> None:
+        if self._reducer is not None and index in self._reduced:
+            self._reducer.start(self.learners()[index])
+            self._started.add(index)
+
+    def wait_for_averages(self) -> None:
+        """Averages what is not being averaged yet, and waits for all of it; to be called before gradients are read."""
+        if self._reducer is None:
+            return
+        for index in sorted(self._reduced - self._started):
+            self._average(index)
+        self._reducer.wait()
+        self._started.clear()
+
+    # ---- The step ----
+
+    def clip(self, max_norm: float) -> torch.Tensor:
+        """Clips each group's gradients, once `wait_for_averages` has ended; returns the norm of all of them before."""
+        norms = [self._clip_group(group, max_norm) for group in self.groups()]
+        return torch.linalg.vector_norm(torch.stack(norms))
+
+    def step_block(self, index: int) -> None:
+        """Averages, clips and applies what has not stepped yet of a block's gradients, and frees them.
+
+        There is one torch optimizer as ever: a step of some parameters is a call of it that sees their gradients
+        only. So optimizer, scheduler and checkpoints are what they are without, and clipping apart leaves nothing by
+        which one step could change another's.
+        """
+        with self.events.around_step():
+            if self._reducer is not None:
+                self._reducer.wait()
+            for group in self.groups():
+                if group.block == index and group.name not in self._stepped_norms:
+                    self._step_group(group)
+
+    def _step_group(self, group: ClipGroup) -> None:
+        assert self.events.optimizer is not None
+        norm = self._clip_group(group, self.max_grad_norm)
+        self.events.check_finite(f"grad_norm of {group.name}", norm)
+        optimizer = self.events.optimizer()
+        with stepping_only(optimizer, group.parameters):
+            optimizer.step()
+        for parameter in group.parameters:
+            parameter.grad = None
+        self._stepped_norms[group.name] = norm
+
+    def _clip_group(self, group: ClipGroup, max_norm: float) -> torch.Tensor:
+        if group.name in self._stepped_norms:
+            return self._stepped_norms.pop(group.name)
+        return group.clip(max_norm).to(self.device)
+
+    def _check_first_backward(self, index: int) -> None:
+        if any(group.block == index and group.name in self._stepped_norms for group in self.groups()):
+            raise RuntimeError(
+                f"local_step=True: block {index} runs forward with gradients a second time after its step. This "
+                "trainer's loss takes several forwards for each micro-batch; set local_step to False."
+            )
+
+    def after_step(self) -> None:
+        """Does what follows every optimizer step."""
+        self.method.after_step(self)
+
+    def begin_run(self) -> None:
+        """Forgets the step that an exception ended."""
+        self._stepped_norms.clear()
+        self._started.clear()
+
+    # ---- What is saved ----
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The weights of local learning that the model does not have: a resumed run needs them."""
+        return self.heads.own_state()
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Loads what `state` returned.
+
+        Raises:
+            ValueError: If a weight is missing.
+        """
+        self.heads.load_own_state(state)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The settings, as JSON, without whose equality a run cannot go on from a checkpoint."""
+        return {
+            **self._make_fingerprint(),
+            "num_blocks": len(self.blocks),
+            "split_at": [block.start for block in self.blocks[1:]],
+            "has_early_learning_rate": self.settings.early_learning_rate is not None,
+        }
+
+
+def separate_embeddings(model: PreTrainedModel, tied_embeddings: str) -> None:
+    """Keeps the task's gradient out of an input embedding that shares its weight with the LM head.
+
+    Args:
+        model: The model; nothing is done where the two are apart, or do not learn.
+        tied_embeddings: `"untie"` gives the head a copy, `"freeze"` freezes both.
+
+    Raises:
+        ValueError: If the weight to copy has been sharded already.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    shared = {id(parameter) for parameter in embeddings.parameters()}
+    tied = [p for p in model.get_output_embeddings().parameters() if id(p) in shared and p.requires_grad]  # type: ignore[union-attr]
+    if not tied:
+        return
+    if tied_embeddings == "freeze":
+        for parameter in tied:
+            parameter.requires_grad_(False)
+    elif is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "tied_embeddings='untie' does not work under DeepSpeed ZeRO-3, which has already sharded the weight to "
+            "copy; set it to 'freeze', or use ZeRO-2."
+        )
+    else:
+        untie_output_embeddings(model)

@@ -1,0 +1,275 @@
+"""LoPT: no gradient crosses a boundary, and every early block learns from a local objective on its own output."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from lopt_hf.local.arguments import LocalArguments
+from lopt_hf.local.blocks import Block
+from lopt_hf.local.boundary import GradientBoundary
+from lopt_hf.local.heads import LocalHeads
+from lopt_hf.local.methods.base import Learner, Method
+from lopt_hf.local.objectives import LocalObjective, ReconstructionObjective
+from lopt_hf.local.readout import ReadoutObjective
+from lopt_hf.local.run_facts import NEXT_TOKEN_MISFITS, RunFacts
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["LOPT_PAPER", "LoPT", "LoPTArguments"]
+
+LOPT_PAPER = {
+    "title": "Rethinking Local Learning: A Cheaper and Faster Recipe for LLM Post-Training",
+    "id": "2605.04913",
+    # docstyle-ignore
+    "citation": """\
+@article{shi2026lopt,
+    title  = {{Rethinking Local Learning: A Cheaper and Faster Recipe for LLM Post-Training}},
+    author = {Shi, Hengyu and Han, Tianyang and Wang, Peizhe and Wang, Zhiling and others},
+    year   = 2026,
+    eprint = {arXiv:2605.04913},
+}""",
+}
+
+
+@dataclass
+class LoPTArguments(LocalArguments):
+    """Arguments of LoPT; those of `LocalArguments` are among them.
+
+    Sources: LoPT, arXiv 2605.04913 v3 ("paper"), and its released code, HumyuShi/LoPT commit d4cb99e ("code").
+
+    Parameters:
+        local_objective: What the early blocks learn from. `"reconstruction"`: to keep their input recoverable (paper,
+            Sec. 3). `"readout"`: the next token, read through the model's final norm and LM head as they were at the
+            start, at weight 1 for every block (ZeroLock's form, arXiv 2608.07974); the `reconstruction_*` arguments
+            do not apply; for supervised fine-tuning only. An objective that is passed to the trainer takes the place
+            of both.
+        reconstruction_weight: lambda, the weight of the mean local loss over the early blocks. Paper, Sec. 3: 10.
+        reconstruction_bottleneck: Divisor of the reconstruction head's inner width. Paper, Sec. 3: 4.
+        reconstruction_mask: Which positions count in the local loss: `"attention"` leaves padding out (paper, App. L),
+            `"none"` counts it too (code).
+        local_backward: `"eager"` runs each block's local backward in the forward, as soon as the block is done
+            (paper, App. L), which frees its activations; `"joint"` adds the local losses to the task loss (code).
+            `"auto"` picks eager where it works: one process or DDP.
+        local_update_interval: Update the early blocks at every n-th optimizer step only; at the others they run
+            without gradients, which saves the arithmetic too. Ours; paper and code update at every step.
+        local_step: Let an early block take its optimizer step right after its local backward, and free its gradients
+            before the next block runs (paper, App. L): the gradients of one block are in memory at a time, not those
+            of all; with `clip_scope="part"` less still. The weights end the same, bit for bit, unless a block reads
+            another's weights (RepL's operators that do, next to a boundary). No use with `gradient_accumulation_steps`
+            above 1: gradients that accumulate have to stay. Under DDP the step waits for the average of the block's
+            gradients, which otherwise overlaps the next blocks. Callbacks (`on_pre_optimizer_step`) come when the last
+            block is about to step, and the early ones have; step hooks of the optimizer run once for each block. Off,
+            as in the released code.
+        train_early_blocks: `False` freezes early blocks and embeddings (paper's control experiment).
+
+    Raises:
+        ValueError: If a value is out of range; the message names field, value and fix.
+    """
+
+    _lowest: ClassVar[dict[str, float]] = LocalArguments._lowest | {
+        "reconstruction_weight": 0.0,
+        "reconstruction_bottleneck": 1,
+        "local_update_interval": 1,
+    }
+    _chosen: ClassVar[tuple[str, ...]] = (
+        "local_objective",
+        "reconstruction_mask",
+        "local_backward",
+        *LocalArguments._chosen,
+    )
+
+    local_objective: str = field(
+        default="reconstruction",
+        metadata={
+            "help": "What the early blocks learn from: 'reconstruction' of their input (paper, Sec. 3), or 'readout', "
+            "the next token through the model's own norm and head, frozen as at the start (ZeroLock).",
+            "choices": ["reconstruction", "readout"],
+        },
+    )
+    reconstruction_weight: float = field(
+        default=10.0, metadata={"help": "Weight (lambda) of the mean local loss (paper, Sec. 3: 10)."}
+    )
+    reconstruction_bottleneck: int = field(
+        default=4, metadata={"help": "Divisor of the reconstruction head's inner width (paper, Sec. 3: 4)."}
+    )
+    reconstruction_mask: str = field(
+        default="attention",
+        metadata={
+            "help": "Positions that count in the local loss: 'attention' leaves padding out (paper, App. L), 'none' "
+            "counts it too (released code).",
+            "choices": ["attention", "none"],
+        },
+    )
+    local_backward: str = field(
+        default="auto",
+        metadata={
+            "help": "'eager' runs a block's local backward as soon as the block is done and frees its activations "
+            "(paper, App. L), 'joint' adds the local losses to the task loss (released code), 'auto' is eager where "
+            "it works: one process or DDP.",
+            "choices": ["auto", "eager", "joint"],
+        },
+    )
+    local_update_interval: int = field(  # type: ignore[misc]  # of the class where it is not a choice
+        default=1,
+        metadata={
+            "help": "Update the early blocks at every n-th optimizer step only; at the others they run without "
+            "gradients (ours; paper: 1)."
+        },
+    )
+    local_step: bool = field(  # type: ignore[misc]  # of the class where it is not a choice
+        default=False,
+        metadata={
+            "help": "Step each early block right after its local backward and free its gradients before the next "
+            "block runs (paper, App. L): the same weights with one block's gradients in memory at a time."
+        },
+    )
+    train_early_blocks: bool = field(  # type: ignore[misc]  # of the class where it is not a choice
+        default=True, metadata={"help": "Set to False to freeze early blocks and embeddings (paper's control)."}
+    )
+
+    def make_method(self) -> "LoPT":
+        return LoPT()
+
+    def check_run(self, run: RunFacts) -> None:
+        self._check_objective(run)
+        self.pick_local_backward(run)
+        super().check_run(run)
+        self._check_local_step(run)
+
+    def nothing_trainable(self, block: Block) -> str:
+        return (
+            f"train_early_blocks=True, but no parameter of block {block.index} (layers {block.start} to "
+            f"{block.stop - 1}) is trainable, as after freezing it or with an adapter on later layers only; set "
+            "train_early_blocks to False, or make parameters of the block trainable."
+        )
+
+    def pick_local_backward(self, run: RunFacts) -> Literal["eager", "joint"]:
+        """Resolves `local_backward="auto"` to `"eager"` or `"joint"`.
+
+        Raises:
+            ValueError: If `"eager"` is asked for where the engine or the optimizer must see one backward per step.
+        """
+        if self.local_backward == "eager" and run.wants_one_backward is not None:
+            raise ValueError(
+                f"local_backward='eager' does not work under {run.wants_one_backward}, which must see one backward "
+                "per step; set local_backward to 'joint' or leave it at 'auto'."
+            )
+        return "joint" if self.local_backward == "joint" or run.wants_one_backward is not None else "eager"
+
+    def _check_objective(self, run: RunFacts) -> None:
+        if self.local_objective != "readout":
+            return
+        if run.task in NEXT_TOKEN_MISFITS:
+            raise ValueError(
+                f"local_objective='readout' does not fit {run.task}: {NEXT_TOKEN_MISFITS[run.task]}; set it to "
+                "'reconstruction'."
+            )
+        for name in ("reconstruction_weight", "reconstruction_bottleneck", "reconstruction_mask"):
+            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if value != default:
+                raise ValueError(
+                    f"{name}={value!r} does nothing with local_objective='readout', whose weight is 1 and which "
+                    "counts the tokens that have a label; leave it out, or set local_objective to 'reconstruction'."
+                )
+        if run.engine is not None:
+            raise ValueError(
+                f"local_objective='readout' does not work under {run.engine}, which shards the norm and head that it "
+                "reads through; set it to 'reconstruction'."
+            )
+
+    def _check_local_step(self, run: RunFacts) -> None:
+        if not self.local_step:
+            return
+        optim = f"optim={run.optim!r}"
+        joint = self.pick_local_backward(run) == "joint"
+        conflicts = [
+            (self.clip_scope == "global", "clip_scope='global', one norm of all blocks; set clip_scope to 'block'"),
+            (self.local_backward == "joint", "local_backward='joint', one backward for all; set it to 'eager'"),
+            (run.engine is not None, f"{run.engine}, which must see one backward per step; use one process or DDP"),
+            (joint, f"{optim}, which must see one backward per step; choose another"),
+            (run.optim.endswith("layerwise"), f"{optim}, which steps in the backward; choose another"),
+            (not self.train_early_blocks, "train_early_blocks=False, which leaves it nothing to do; set it to True"),
+            (run.may_save_in_mid_step, "enable_jit_checkpoint=True, which may save in mid-step; set it to False"),
+            (run.is_fp16, "fp16, where an overflow in one block skips the step of all; use bf16"),
+        ]
+        for exists, conflict in conflicts:
+            if exists:
+                raise ValueError(f"local_step=True does not work with {conflict}, or set local_step to False.")
+
+
+class LoPT(Method):
+    """Local learning with one objective on each early block's output (https://huggingface.co/papers/2605.04913).
+
+    Args:
+        objective: The early blocks' objective. Default: the one that the arguments name.
+    """
+
+    def __init__(self, objective: LocalObjective | None = None) -> None:
+        self.objective = objective
+
+    def stage_needs(self, settings: LoPTArguments) -> Literal["part", "readout", "model"]:
+        return "readout" if settings.local_objective == "readout" else "part"
+
+    def make_objective(self, learner: Learner) -> LocalObjective:
+        settings: LoPTArguments = learner.settings
+        if self.objective is not None:
+            return self.objective
+        if settings.local_objective == "readout":
+            return ReadoutObjective.from_model(learner.base_model)
+        return ReconstructionObjective(
+            settings.reconstruction_bottleneck, masked=settings.reconstruction_mask == "attention"
+        )
+
+    def make_boundary(self, learner: Learner, objective: LocalObjective, heads: LocalHeads) -> GradientBoundary:
+        settings: LoPTArguments = learner.settings
+        mode = settings.pick_local_backward(learner.run)
+        if settings.local_backward == "auto" and mode == "eager":
+            logger.info("local_backward='auto' is 'eager': each block's activations are freed when it is done.")
+        weight = settings.reconstruction_weight / (len(learner.blocks) - 1)
+        if isinstance(objective, ReadoutObjective):
+            weight = 1.0  # ZeroLock: a block learns the next token as the last one does
+        return GradientBoundary(
+            learner.base_model,
+            learner.blocks,
+            objective,
+            heads,
+            weight,
+            mode,
+            learner.router_coefficient,
+            learner.early_blocks,
+        )
+
+    def warnings(self, learner: Learner) -> Iterator[str]:
+        settings: LoPTArguments = learner.settings
+        if settings.local_backward == "auto" and settings.pick_local_backward(learner.run) == "joint":
+            yield (
+                f"local_backward='auto' is 'joint' under {learner.run.engine or learner.run.optim}: the early blocks' "
+                "activations are kept until the common backward."
+            )
+        yield from super().warnings(learner)
+
+    def rate_advice(self, learner: Learner, learning_rate: float) -> str | None:
+        """Warns of the paper's one rate for all blocks: it undoes what early ones knew, if no step is rounded away."""
+        settings: LoPTArguments = learner.settings
+        if settings.early_learning_rate is not None or not settings.train_early_blocks:
+            return None
+        if not any(p.dtype == torch.float32 and p.requires_grad for p in learner.early_parameters()):
+            return None
+        return (
+            f"early_learning_rate is unset, so the early blocks learn at learning_rate={learning_rate:g} as in the "
+            "paper. In fp32 weights that can undo what they knew, since AdamW's step does not shrink with their small "
+            f"gradient. Consider early_learning_rate={learning_rate / 10:g}; measured in recipes/smollm2-135m."
+        )
+
+    def fingerprint(self, learner: Learner, objective: LocalObjective) -> dict[str, Any]:
+        settings: LoPTArguments = learner.settings
+        return {
+            "local_objective": type(objective).__name__,
+            "readout": objective.fingerprint if isinstance(objective, ReadoutObjective) else None,
+            "reconstruction_bottleneck": settings.reconstruction_bottleneck,
+            "tied_embeddings": settings.tied_embeddings,
+            "train_early_blocks": settings.train_early_blocks,
+        }

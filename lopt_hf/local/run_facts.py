@@ -1,0 +1,39 @@
+"""What a method of local learning must know of the run that it is used in."""
+
+from dataclasses import dataclass
+
+__all__ = ["NEXT_TOKEN_MISFITS", "RunFacts"]
+
+# Why early blocks cannot learn the next token of what a trainer for preferences or policies runs forward.
+NEXT_TOKEN_MISFITS = {
+    "DPO": "early blocks would learn the rejected answers as they learn the chosen ones",
+    "GRPO": "early blocks would learn to repeat every completion, whatever its reward",
+}
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a method of local learning must know of the run that it is used in; the default is a bare loop.
+
+    Attributes:
+        task: `"SFT"`, `"DPO"` or `"GRPO"`.
+        engine: `"FSDP"` or `"DeepSpeed"` if the run shards the model.
+        optim: The optimizer's name, of `TrainingArguments.optim`.
+        is_fp16: Whether gradients are scaled for fp16.
+        reentrant_checkpointing: Whether activations are checkpointed in the reentrant form.
+        may_save_in_mid_step: Whether a checkpoint may be written when a signal comes.
+    """
+
+    task: str = "SFT"
+    engine: str | None = None
+    optim: str = "adamw_torch_fused"
+    is_fp16: bool = False
+    reentrant_checkpointing: bool = False
+    may_save_in_mid_step: bool = False
+
+    @property
+    def wants_one_backward(self) -> str | None:
+        """What must see one backward per step, if anything: the engine, or the optimizer."""
+        if self.engine is None and self.optim in ("lomo", "adalomo"):
+            return f"optim={self.optim!r}"
+        return self.engine

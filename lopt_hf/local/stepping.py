@@ -1,0 +1,99 @@
+"""Stepping an optimizer part by part: which gradients are clipped together, and steps that see some gradients only."""
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_
+
+__all__ = ["ClipGroup", "GradientsComplete", "set_learning_rate", "stepping_only"]
+
+
+@dataclass(frozen=True)
+class ClipGroup:
+    """Parameters whose gradients are clipped together.
+
+    Attributes:
+        name: What they are, for messages; each group of a model has another.
+        block: Index of the block that owns them.
+        parameters: The parameters, frozen ones included.
+    """
+
+    name: str
+    block: int
+    parameters: list[nn.Parameter]
+
+    def clip(self, max_norm: float) -> torch.Tensor:
+        """Clips the group's gradients; returns their norm before."""
+        norm = clip_grad_norm_(self.parameters, max_norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+class GradientsComplete:
+    """Calls a function once, when a backward has added to the gradient of each of some parameters.
+
+    Args:
+        parameters: The parameters; frozen ones are passed over.
+        call: What to call, in the backward. Not called if a parameter has no part in the loss.
+    """
+
+    def __init__(self, parameters: Collection[nn.Parameter], call: Callable[[], None]) -> None:
+        learning = [parameter for parameter in parameters if parameter.requires_grad]
+        self._missing = {id(parameter) for parameter in learning}
+        self._call = call
+        self._handles = [parameter.register_post_accumulate_grad_hook(self._arrive) for parameter in learning]
+
+    def _arrive(self, parameter: torch.Tensor) -> None:
+        if not self._missing:
+            return
+        self._missing.discard(id(parameter))
+        if not self._missing:
+            self._call()
+
+    def remove(self) -> None:
+        """Stops waiting."""
+        for handle in self._handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def stepping_only(optimizer: torch.optim.Optimizer, parameters: Collection[nn.Parameter]) -> Iterator[None]:
+    """Lets an optimizer, stepped in this block, see the gradients of some of its parameters only.
+
+    Those of the others are hidden and not left out, since some optimizers know a parameter by its place in its group.
+    The groups are copies: what an optimizer counts there (schedule-free's steps) is to be counted once, by the step
+    of the last block.
+
+    Args:
+        optimizer: Any optimizer that passes over parameters without a gradient.
+        parameters: Those that may move.
+    """
+    members = {id(parameter) for parameter in parameters}
+    groups: list[dict[str, Any]] = optimizer.param_groups
+    others = [p for group in groups for p in group["params"] if id(p) not in members and p.grad is not None]
+    hidden = [parameter.grad for parameter in others]
+    for parameter in others:
+        parameter.grad = None
+    optimizer.param_groups = [dict(group) for group in groups]
+    try:
+        yield
+    finally:
+        optimizer.param_groups = groups
+        for parameter, gradient in zip(others, hidden, strict=True):
+            parameter.grad = gradient
+
+
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, parameters: Collection[nn.Parameter], learning_rate: float
+) -> None:
+    """Moves parameters of an optimizer to groups of their own that have another learning rate."""
+    members = {id(parameter) for parameter in parameters}
+    for group in list(optimizer.param_groups):
+        chosen = [parameter for parameter in group["params"] if id(parameter) in members]
+        if chosen:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in members]
+            optimizer.add_param_group({**group, "params": chosen, "lr": learning_rate})

@@ -1,1 +1,0 @@
-"""MLAAN: windows of blocks inside which gradients flow, and auxiliaries that leap to deeper layers."""

@@ -1,0 +1,138 @@
+"""One log of all stages: what each tells of itself, at the same step, in the record of the one that reports."""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+from lopt_hf.pipeline.events import Event, chrome_trace, plot_timeline
+from lopt_hf.pipeline.runtime.stage import StagePlan
+
+__all__ = [
+    "StageCallback",
+    "add_figures",
+    "collect_start_losses",
+    "collect_timelines",
+    "is_of_own_block",
+    "share_logs",
+]
+
+
+def add_figures(trainer: Any, logs: dict[str, float]) -> None:
+    """Adds to a log of training this stage's figures and, on the process that reports, those of the others.
+
+    They go through the rendezvous store, not the channels. The last stage waits for them: when it logs a step, the
+    others are done with it or nearly so.
+
+    Args:
+        trainer: The stage's trainer.
+        logs: What it is about to log.
+    """
+    if trainer.world.num_replicas > 1:
+        _average_over_replicas(trainer, logs)
+    logs.update(
+        {f"pipeline/stage_{trainer.plan.index}/{name}": value for name, value in trainer.timeline.summary().items()}
+    )
+    if trainer.world.reports:
+        for stage in range(trainer.plan.index):
+            key = _log_key(trainer, stage)
+            trainer.world.monitor.wait_for(trainer.store, key)
+            logs.update(json.loads(trainer.store.get(key)))
+            trainer.store.delete_key(key)
+
+
+def share_logs(trainer: Any, logs: Mapping[str, Any]) -> None:
+    """Hands a stage's figures, at the step of the log, to the process that reports."""
+    shared = {n: v for n, v in logs.items() if is_of_own_block(trainer.plan, n) or n.startswith("pipeline/")}
+    if "grad_norm" in logs:
+        shared[f"pipeline/stage_{trainer.plan.index}/grad_norm"] = logs["grad_norm"]
+    trainer.store.set(_log_key(trainer, trainer.plan.index), json.dumps(shared))
+
+
+def is_of_own_block(plan: StagePlan, name: str) -> bool:
+    """Tells whether a logged figure is of one of a stage's blocks, such as `local_loss/block_0`."""
+    kind, _, rest = name.partition("/")
+    own = [f"block_{block.index}" for block in plan.blocks]
+    return kind in ("local_loss", "drift") and rest.partition("/")[0] in own
+
+
+def _log_key(trainer: Any, stage: int) -> str:
+    return f"log/{trainer.state.global_step}/{stage}"
+
+
+def _average_over_replicas(trainer: Any, logs: dict[str, float]) -> None:
+    metrics = trainer._metrics["train"]
+    names = sorted(metrics)
+    means = [sum(metrics[name]) / len(metrics[name]) for name in names]
+    values = torch.tensor([logs["loss"], *means], dtype=torch.float64)
+    dist.all_reduce(values, group=trainer.world.data_group)
+    totals = dict(zip(names, values[1:].tolist(), strict=True))
+    logs["loss"] = values[0].item() / trainer.world.num_replicas
+    for name, total in totals.items():
+        metrics[name] = [total if name == "num_tokens" else total / trainer.world.num_replicas]
+
+
+def collect_start_losses(trainer: Any) -> None:
+    """Hands the losses before training to the process that reports, which logs them."""
+    world = trainer.world
+    store = world.new_run_store()
+    if world.replica != 0:
+        return
+    store.set(str(trainer.plan.index), json.dumps(trainer.start_losses))
+    if world.reports:
+        for plan in trainer.plans:
+            world.monitor.wait_for(store, str(plan.index))
+            trainer.start_losses.update(json.loads(store.get(str(plan.index))))
+
+
+def collect_timelines(trainer: Any) -> None:
+    """Hands what the stages recorded to the process that reports, which writes it as a picture and a trace."""
+    if trainer.args.timeline_steps == 0 or trainer.world.replica != 0:
+        return
+    trainer.store.set(f"timeline/{trainer.plan.index}", json.dumps([vars(event) for event in trainer.timeline.events]))
+    if not trainer.world.reports:
+        return
+    keys = [f"timeline/{plan.index}" for plan in trainer.plans]
+    for key in keys:
+        trainer.world.monitor.wait_for(trainer.store, key)
+    texts = [trainer.store.get(key) for key in keys]
+    events = [Event(**event) for text in texts for event in json.loads(text)]
+    origin = min(event.start for event in events)
+    events = [replace(event, start=event.start - origin, end=event.end - origin) for event in events]
+    output_dir = Path(trainer.args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    title = f"{len(trainer.plans)} stages, first {trainer.args.timeline_steps} steps"
+    (output_dir / "timeline.json").write_text(chrome_trace({title: events}), encoding="utf-8")
+    plot_timeline({title: events}).savefig(output_dir / "timeline.png", dpi=150)
+
+
+class StageCallback(TrainerCallback):
+    """Counts micro-batches, times the optimizer's step, and hands on the logs."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.started = 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.micro_batch = 0
+
+    def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.micro_batch += 1
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.timeline.add("optimizer", self.started, time.perf_counter())
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        if logs is not None and "loss" in logs and not self.trainer.plan.is_last and self.trainer.world.replica == 0:
+            share_logs(self.trainer, logs)

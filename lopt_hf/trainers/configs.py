@@ -1,0 +1,191 @@
+"""Training arguments: those of a method of local learning joined to a TRL trainer's config."""
+
+import os
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+from accelerate.utils import parse_flag_from_env
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.training_args import OptimizerNames
+from trl import DPOConfig, GRPOConfig, SFTConfig
+from trl.trainer.utils import get_config_model_id
+
+from lopt_hf.common.arithmetic import pick_bf16
+from lopt_hf.local.methods.lopt import LoPTArguments
+from lopt_hf.local.methods.mlaan.method import MLAANArguments
+from lopt_hf.local.run_facts import RunFacts
+
+__all__ = [
+    "LoPTConfig",
+    "LoPTDPOConfig",
+    "LoPTGRPOConfig",
+    "LocalTrainingArguments",
+    "MLAANConfig",
+    "convert_config",
+    "local_config",
+]
+
+# The arguments are mixed in before a config class; a type checker is told that they are one.
+if TYPE_CHECKING:
+    from lopt_hf.local.arguments import LocalArguments
+
+    class ArgumentsBase(LocalArguments, TrainingArguments):
+        """Both sides of the join."""
+else:
+    ArgumentsBase = object
+
+ConfigT = TypeVar("ConfigT", bound=TrainingArguments)
+
+
+@dataclass
+class LocalTrainingArguments(ArgumentsBase):
+    """Joins a method's arguments to a TRL config: `class Mine(LocalTrainingArguments, MyArguments, SFTConfig)`.
+
+    It checks the method's arguments first, alone and against the run. On a machine without an accelerator `use_cpu`
+    is set, so that the defaults run, and `bf16`, where nobody has said, is the faster of the two types.
+
+    Raises:
+        ValueError: If a value is out of range, or does not work in this run; the message names field, value and fix.
+    """
+
+    _task: ClassVar[str] = "SFT"
+
+    def __post_init__(self) -> None:
+        # First of all: transformers' own checks need the engine that they are for to be installed.
+        self.check()
+        self.check_run(self.run_facts)
+        # transformers refuses bf16, the default of TRL's configs, on a machine without an accelerator unless told
+        # that this is meant.
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        if self.use_cpu:
+            self.bf16 = pick_bf16(self.bf16, self.fp16)
+        super().__post_init__()
+
+    @property
+    def sharding_engine(self) -> str | None:
+        """`"FSDP"` or `"DeepSpeed"` if the run shards the model, as its arguments or `accelerate launch` say."""
+        if self.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
+            return "FSDP"
+        if self.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+            return "DeepSpeed"
+        return None
+
+    @property
+    def run_facts(self) -> RunFacts:
+        """What the method must know of the run."""
+        launched_as = os.environ.get("ACCELERATE_MIXED_PRECISION")  # counts where neither fp16 nor bf16 is set
+        checkpointing: Any = self.gradient_checkpointing_kwargs
+        reentrant = isinstance(checkpointing, dict) and checkpointing.get("use_reentrant", False)
+        return RunFacts(
+            task=self._task,
+            engine=self.sharding_engine,
+            optim=OptimizerNames(self.optim).value,
+            is_fp16=bool(self.fp16 or (self.bf16 is False and launched_as == "fp16")),
+            reentrant_checkpointing=bool(self.gradient_checkpointing and reentrant),
+            may_save_in_mid_step=self.enable_jit_checkpoint,
+        )
+
+
+@dataclass
+class LoPTConfig(LocalTrainingArguments, LoPTArguments, SFTConfig):
+    """Configuration of [`LoPTTrainer`]: every argument of [`~trl.SFTConfig`] and those of LoPT."""
+
+
+@dataclass
+class MLAANConfig(LocalTrainingArguments, MLAANArguments, SFTConfig):
+    """Configuration of [`MLAANTrainer`]: every argument of [`~trl.SFTConfig`] and those of MLAAN."""
+
+
+@dataclass
+class LoPTDPOConfig(LocalTrainingArguments, LoPTArguments, DPOConfig):
+    """Configuration of [`LoPTDPOTrainer`]: every argument of [`~trl.DPOConfig`] and those of LoPT.
+
+    The LoPT paper has no DPO; the defaults besides LoPT's are TRL's.
+
+    Raises:
+        ValueError: If a value is out of range, or if `local_objective` is `"readout"`.
+    """
+
+    _task: ClassVar[str] = "DPO"
+
+
+@dataclass
+class LoPTGRPOConfig(LocalTrainingArguments, LoPTArguments, GRPOConfig):
+    """Configuration of [`LoPTGRPOTrainer`]: every argument of [`~trl.GRPOConfig`] and those of LoPT.
+
+    Where TRL's default is not the paper's, the paper's is the default here.
+
+    Parameters:
+        learning_rate: Paper: 5e-6. Its released script has 1e-6, as TRL.
+        num_generations: Completions per prompt. Paper: 4.
+        temperature: Of sampling. Paper: 0.7.
+        top_p: Of sampling. Paper: 0.95.
+        epsilon: Where the probability ratio is clipped. Paper: 0.2, as TRL.
+        beta: Weight of the KL divergence from the reference model. Paper: 0, no reference model, as TRL.
+        loss_type: How the tokens' losses are averaged. Code: `"grpo"`, over each completion first.
+
+    Raises:
+        ValueError: If a value is out of range, or if `local_objective` is `"readout"`.
+    """
+
+    _task: ClassVar[str] = "GRPO"
+
+    learning_rate: float = field(
+        default=5e-6, metadata={"help": "The initial learning rate for AdamW (paper: 5e-6; released script: 1e-6)."}
+    )
+    num_generations: int | None = field(
+        default=4,
+        metadata={
+            "help": "Completions per prompt (paper: 4). The number of processes times per_device_train_batch_size "
+            "times gradient_accumulation_steps must be a multiple of it."
+        },
+    )
+    temperature: float = field(default=0.7, metadata={"help": "Temperature of sampling (paper: 0.7)."})
+    top_p: float = field(
+        default=0.95, metadata={"help": "Sample from the likeliest tokens that sum to this probability (paper: 0.95)."}
+    )
+    epsilon: float = field(default=0.2, metadata={"help": "Where the probability ratio is clipped (paper: 0.2)."})
+    beta: float = field(
+        default=0.0, metadata={"help": "Weight of the KL divergence from a reference model (paper: 0, none)."}
+    )
+    loss_type: str = field(
+        default="grpo",
+        metadata={
+            "help": "How the tokens' losses are averaged: 'grpo' over each completion first (released script), or "
+            "another of GRPOConfig's, such as 'dapo', TRL's default."
+        },
+    )
+
+
+def convert_config(args: TrainingArguments, config_class: type[ConfigT]) -> ConfigT:
+    """Makes a config of another class with the same values; what the class does not know is left out.
+
+    Args:
+        args: Arguments that have been through their class's checks.
+        config_class: The class to make, such as `SFTConfig` of a `LoPTConfig`, or the other way round.
+    """
+    known = {f.name for f in fields(config_class) if f.init}
+    # Not by `to_dict`, which hides every field whose name ends in `_token`.
+    values: dict[str, Any] = {f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name in known}
+    if values.get("steps_per_generation") is not None:
+        values.pop("generation_batch_size")  # GRPOConfig has computed one from the other, and takes one only
+    return config_class(**values)
+
+
+def local_config(
+    model: str | PreTrainedModel, args: TrainingArguments | None, config_class: type[ConfigT], suffix: str
+) -> ConfigT:
+    """The arguments of a trainer with local learning, from what a user passed as `args`.
+
+    Args:
+        model: The model, whose name begins the default output folder.
+        args: A config of this class, of its parent in TRL, or none.
+        config_class: The class that the trainer needs.
+        suffix: The end of the default output folder's name.
+    """
+    if args is None:
+        model_id = model if isinstance(model, str) else get_config_model_id(model.config)
+        return config_class(f"{model_id.split('/')[-1]}-{suffix}")
+    return args if isinstance(args, config_class) else convert_config(args, config_class)

@@ -1,0 +1,404 @@
+"""Local learning in a trainer of transformers or TRL: the overrides, each of which calls `self.learner`."""
+
+import contextlib
+import math
+import weakref
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import TrainerCallback
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
+from transformers.utils import logging
+
+from lopt_hf.common.callbacks import bind_callbacks
+from lopt_hf.common.distributed import GradientReducer, broadcast_parameters
+from lopt_hf.common.upstream.torch import ignored_by_ddp
+from lopt_hf.common.upstream.trainers import TRAINER_STATE_NAME
+from lopt_hf.data.sampling import spread_batches
+from lopt_hf.local.blocks import Block, DecoderStack
+from lopt_hf.local.heads import LocalHeads
+from lopt_hf.local.hooks import BlockBoundary
+from lopt_hf.local.learner import LearnerEvents, LocalLearner
+from lopt_hf.local.methods.base import Method
+from lopt_hf.local.stepping import set_learning_rate
+from lopt_hf.meters.drift import WeightDrift
+from lopt_hf.trainers.checkpoint import ResumeState, StagedCheckpoint, load_heads, save_heads
+from lopt_hf.trainers.checks import check_fsdp, check_output_dir
+
+__all__ = ["LocalLearningMixin"]
+
+# The mixin stands before a trainer in the list of base classes; a type checker is told that it is one.
+if TYPE_CHECKING:
+    from transformers import Trainer as TrainerBase
+else:
+    TrainerBase = object
+
+logger = logging.get_logger(__name__)
+
+
+class LocalLearningMixin(TrainerBase):
+    """Adds local learning to a TRL trainer; put it before the trainer in the list of base classes.
+
+    The config class must mix in `LocalTrainingArguments` and a method's arguments in the same way. What is added: the
+    boundaries on the model, the heads in the optimizer, clipping per block, the all-reduce of the early blocks'
+    gradients under DDP, `local_loss/block_i` and `drift/block_i` in the logs, and exact resuming.
+
+    Attributes:
+        learner: What learns locally; everything that is not a trainer's own is there.
+        start_losses: The local losses before training by name, where the method measures them.
+
+    Args:
+        method: The method. Default: the one that the arguments are of.
+        *trainer_args: Positional arguments of the TRL trainer.
+        **trainer_kwargs: Keyword arguments of the TRL trainer.
+
+    Raises:
+        ValueError: If the model has no single decoder stack, or if an option does not work under the engine (FSDP,
+            DeepSpeed) that the run is launched with.
+    """
+
+    args: Any
+    model: Any
+    optimizer: Any
+    aux_loss_enabled: bool  # TRL's
+    router_aux_loss_coef: float  # TRL's
+    _metrics: dict[str, Any]  # TRL's
+    _total_train_tokens: int  # TRL's
+    _name: str  # TRL's, of the method
+
+    _staging: Path | None = None  # while a checkpoint is being written
+    _resumed: ResumeState | None = None  # from `train(resume_from_checkpoint=...)` to the first epoch
+
+    def __init__(self, *trainer_args: Any, method: Method | None = None, **trainer_kwargs: Any) -> None:
+        super().__init__(*trainer_args, **trainer_kwargs)
+        bind_callbacks(self.callback_handler.callbacks, self)
+        check_fsdp(self)
+        self._reducer = GradientReducer()
+        self._heads_in_model = self.args.sharding_engine is not None
+        self.learner = self._make_learner(method)
+        self.start_losses = dict(self.learner.method.start_losses())
+        weakref.finalize(self, self.learner.boundary.remove)
+        if self._heads_in_model:  # the engine shards, steps and saves what is in the model
+            self.learner.heads.attach(self.learner.base_model)
+        self._warn()
+        self.add_callback(_LearnerCallback(self))
+        self._drift = WeightDrift(self.learner.owned()) if self.args.log_drift else None
+        self._owns_output_dir = False
+
+    def _make_learner(self, method: Method | None, **options: Any) -> LocalLearner:
+        return LocalLearner(
+            self.accelerator.unwrap_model(self.model),
+            self.args,
+            method,
+            events=self._learner_events(),
+            run=self.args.run_facts,
+            seed=self.args.seed,
+            device=self.args.device,
+            router_coefficient=self.router_aux_loss_coef if self.aux_loss_enabled else 0.0,
+            max_grad_norm=self.args.max_grad_norm,
+            **options,
+        )
+
+    def _learner_events(self, **others: Any) -> LearnerEvents:
+        return LearnerEvents(
+            run_backward=self.accelerator.backward,
+            check_finite=self._check_finite,
+            optimizer=lambda: self.optimizer,
+            autocast=self.accelerator.autocast,
+            calibration_batches=self._calibration_batches,
+            say=self._say,
+            **others,
+        )
+
+    # ---- The learner's parts, by the names that they have always had ----
+
+    @property
+    def stack(self) -> DecoderStack:
+        """The model's decoder."""
+        return self.learner.stack
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The cut of its layers."""
+        return self.learner.blocks
+
+    @property
+    def boundary(self) -> BlockBoundary:
+        """The boundaries between the blocks."""
+        return self.learner.boundary
+
+    @property
+    def local_heads(self) -> LocalHeads:
+        """What the early blocks learn through, by block index as text."""
+        return self.learner.heads
+
+    # ---- Before training ----
+
+    def add_callback(self, callback: Any) -> None:
+        """As the parent's; a callback that logs through its trainer is told which it is."""
+        super().add_callback(callback)
+        bind_callbacks(self.callback_handler.callbacks, self)
+
+    def _say(self, line: str) -> None:
+        if self.accelerator.is_main_process:
+            logger.warning(line)  # what nobody asked for, but must know; the level is what is shown by default
+
+    def _warn(self) -> None:
+        args = self.args
+        for warning in self.learner.method.warnings(self.learner):
+            logger.warning(warning)
+        if args.early_learning_rate is not None and self.optimizer is not None:
+            raise ValueError(
+                f"early_learning_rate={args.early_learning_rate} has no effect on an optimizer of your own; give the "
+                "early blocks a parameter group with that rate, and leave early_learning_rate unset."
+            )
+        if self.optimizer is None and not isinstance(self.model, PeftModel):
+            advice = self.learner.method.rate_advice(self.learner, args.learning_rate)
+            if advice is not None:
+                logger.warning(advice)
+        if args.local_step and args.gradient_accumulation_steps > 1:
+            logger.warning(
+                f"local_step=True saves no memory with gradient_accumulation_steps="
+                f"{args.gradient_accumulation_steps}: the gradients of all blocks are kept until the last of its "
+                "micro-batches. Raise per_device_train_batch_size instead, if it fits."
+            )
+
+    def _calibration_batches(self) -> Iterator[dict[str, Any]]:
+        """Batches of training rows spread over the data set; neither their order nor the random state is touched."""
+        with torch.random.fork_rng(devices=[]):
+            for rows in spread_batches(self.train_dataset, self.args.per_device_train_batch_size):
+                yield self._prepare_inputs(self.data_collator(rows))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        is_new = self.optimizer is None
+        heads, target = self.learner.heads, self.model if model is None else model
+        with contextlib.nullcontext() if self._heads_in_model else heads.attached(target):
+            optimizer = super().create_optimizer(model)
+        present = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        missing = [p for p in heads.parameters() if p.requires_grad and id(p) not in present]
+        if missing:  # an optimizer of the user's own
+            optimizer.param_groups[0]["params"].extend(missing)  # not a new group: a scheduler may know the groups
+        if is_new and self.args.early_learning_rate is not None:
+            early = [parameter for block in self.learner.learners()[:-1] for parameter in block]
+            set_learning_rate(optimizer, early, self.args.early_learning_rate)
+        return optimizer
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, Any]:
+        # The early blocks' gradients are ready inside the forward, or do not follow from the forward's output; DDP's
+        # reducer would wait for them, or see them twice. `GradientReducer` averages them instead.
+        with ignored_by_ddp(self.model, [name for block in self.learner.owned()[:-1] for name in block]):
+            prepared = super()._prepare_for_training(*args, **kwargs)
+        self._share_gradients()
+        return prepared
+
+    def _share_gradients(self) -> None:
+        """Gives all ranks the same start of what DDP does not broadcast, and averages what it does not see."""
+        if self.accelerator.num_processes > 1 and not self._heads_in_model:
+            broadcast_parameters([*self.learner.early_parameters(), *self.learner.heads.parameters()])
+            self.learner.reduce_by(self._reducer, range(len(self.blocks) - 1))
+
+    # ---- The step ----
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with self.learner.stepping_in_backward(self.accelerator.sync_gradients):
+            loss = super().training_step(*args, **kwargs)
+            self._check_finite("loss", loss.item())
+            self._log_losses(self.learner.losses())
+            self.learner.after_backward()
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        if not self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with self._local_forward(inputs, num_items_in_batch):
+            result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        share = 1 / self.current_gradient_accumulation_steps if self._is_scaled(num_items_in_batch) else 1.0
+        loss = self.learner.with_joint_loss(result[0] if return_outputs else result, share)
+        return (loss, result[1]) if return_outputs else loss
+
+    @contextlib.contextmanager
+    def _local_forward(self, inputs: dict[str, Any], num_items: torch.Tensor | int | None) -> Iterator[None]:
+        """Lets the forwards of a micro-batch learn locally."""
+        steps = self.current_gradient_accumulation_steps
+        scale = self.learner.method.local_scale(inputs, num_items, steps, self._num_counted_processes())
+        with self.learner.forward(inputs, self.state.global_step, scale, self.accelerator.sync_gradients):
+            yield
+
+    def _num_counted_processes(self) -> int:
+        """Over how many processes the tokens of a step are counted, and their gradients averaged."""
+        return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+
+    def _is_scaled(self, num_items_in_batch: torch.Tensor | int | None) -> bool:
+        """Whether the task loss is already divided by the accumulation steps; `Trainer` divides one that is not."""
+        if self.loss_is_scaled_for_ga is not None:  # DPO: no; GRPO: yes
+            return self.loss_is_scaled_for_ga
+        return (
+            self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        ) or self.compute_loss_func is not None
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor | float:
+        return self._clip(self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> Any:
+        norm = self._clip(math.inf) if grad_norm is None else grad_norm
+        # A gradient scaler skips the step by itself.
+        if norm is not None and self.accelerator.scaler is None:
+            self._check_finite("grad_norm", float(norm))
+        return norm
+
+    def _clip(self, max_norm: float) -> Any:
+        """Clips the gradients as `clip_scope` says; returns the norm of all of them before."""
+        self.learner.wait_for_averages()
+        if self.args.clip_scope == "global":
+            heads = [] if self._heads_in_model else self.learner.heads.parameters()
+            return self.accelerator.clip_grad_norm_([*self.model.parameters(), *heads], max_norm)
+        self.accelerator.unscale_gradients()
+        return self.learner.clip(max_norm)
+
+    def _check_finite(self, name: str, figure: torch.Tensor | float) -> None:
+        value = float(figure)
+        if not math.isfinite(value):
+            weights = "weights that have not stepped yet" if self.args.local_step else "weights"
+            raise FloatingPointError(
+                f"{name} is {value} at step {self.state.global_step + 1}. Training stops before this step changes the "
+                f"{weights}; the checkpoints in output_dir={self.args.output_dir!r} are from before. Lower "
+                "learning_rate or early_learning_rate, or raise warmup_steps, and resume."
+            )
+
+    # ---- The run ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        if not self._owns_output_dir:
+            check_output_dir(self.args.output_dir, resume_from_checkpoint)
+        self._owns_output_dir = True
+        output_dir = self.args.output_dir
+        checkpoint = get_last_checkpoint(output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        if checkpoint:
+            self._resumed = self.check_checkpoint(checkpoint)
+        self.learner.begin_run()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._drift is not None and self.model.training:
+            for index, drift in enumerate(self._drift.measure(self.learner.owned())):
+                self._metrics["train"][f"drift/block_{index}"].append(drift)
+        super().log(logs, start_time)
+
+    def _log_losses(self, losses: Mapping[str, list[torch.Tensor]]) -> None:
+        """Logs the mean of each list over all ranks as `local_loss/<name>`."""
+        if not losses:
+            return
+        means = torch.stack([torch.stack(values).mean().to(self.args.device) for values in losses.values()])
+        for name, value in zip(losses, self.accelerator.reduce(means, reduction="mean").tolist(), strict=True):
+            self._check_finite(f"local_loss/{name}", value)
+            self._metrics["train"][f"local_loss/{name}"].append(value)
+
+    # ---- Checkpoints ----
+
+    def check_checkpoint(self, checkpoint: str) -> ResumeState:
+        """Reads what this trainer needs to go on from a checkpoint.
+
+        Raises:
+            ValueError: If another kind of trainer wrote it, or one with other block settings.
+        """
+        return ResumeState.read(checkpoint, self._name, self.learner.fingerprint())
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_dir = self._get_output_dir(trial)
+        staged = StagedCheckpoint(run_dir, self.state.global_step, self.accelerator)
+        with staged.writing():
+            self._staging = staged.folder.parent
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            self._save_local_state(staged.folder, staged.final)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(staged.final))
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=run_dir,
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # The parent pushes in the background while it saves: wait until the folder has its final name.
+        if self._staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_local_state(self, staged: Path, final: Path) -> None:
+        loss_since_log = self.accelerator.gather(self._tr_loss.reshape(1)).tolist()
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(final)  # on every rank: each loads the best model at the end
+        if not self.args.should_save:
+            return
+        if not self._heads_in_model:
+            save_heads(self.learner.state(), staged)
+        ResumeState(
+            trainer=self._name,
+            settings=self.learner.fingerprint(),
+            total_train_tokens=self._total_train_tokens,
+            metrics_since_log=self._metrics["train"],
+            loss_since_log=loss_since_log,
+            last_logged_step=self._globalstep_last_logged,
+        ).write(staged)
+        if self.state.best_global_step == self.state.global_step:
+            self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.check_checkpoint(resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self._heads_in_model:
+            self.learner.load_state(load_heads(resume_from_checkpoint))
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # The parent starts these at zero when it resumes between two logs.
+        if self._resumed is not None:
+            state, self._resumed = self._resumed, None
+            self._total_train_tokens = state.total_train_tokens
+            self._metrics["train"].update(state.metrics_since_log)
+            self._globalstep_last_logged = state.last_logged_step
+            if len(state.loss_since_log) == self.args.world_size:
+                self._tr_loss += state.loss_since_log[self.args.process_index]
+        if self.state.global_step >= self.state.max_steps:  # the parent would train a step before it looks
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Any] | None = None) -> None:
+        if state_dict is not None:
+            state_dict = {name: value for name, value in state_dict.items() if not LocalHeads.is_name_of_head(name)}
+        super()._save(output_dir, state_dict)
+
+
+class _LearnerCallback(TrainerCallback):
+    """Does for the learner what the training loop does for the model, and logs the losses at the start."""
+
+    def __init__(self, trainer: LocalLearningMixin) -> None:
+        self._trainer = weakref.proxy(trainer)  # the trainer holds the callback
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        losses = self._trainer.start_losses
+        if losses and state.global_step == 0:
+            self._trainer.log({f"local_loss/{name}/start": loss for name, loss in losses.items()})
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._trainer.learner.heads.zero_grad()  # as the loop's `model.zero_grad()`
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self._trainer.learner.after_step()
