@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-__all__ = ["GradientReducer", "broadcast_parameters", "end_training"]
+__all__ = ["GradientReducer", "broadcast_parameters", "end_training", "new_group"]
 
 
 def end_training(trainer: Any) -> None:
@@ -35,6 +35,16 @@ def broadcast_parameters(
         dist.broadcast(parameter.data, src=source, group=group)
 
 
+def new_group(ranks: list[int] | None = None) -> dist.ProcessGroup:
+    """Makes a process group. Every process must call it, also one outside, which must not use what it gets.
+
+    Args:
+        ranks: The members. Default: all.
+    """
+    group: Any = dist.new_group(ranks)  # from torch 2.14 on its type names what a process outside gets, too
+    return group
+
+
 class GradientReducer:
     """Averages gradients over all ranks in buckets, asynchronously.
 
@@ -55,7 +65,7 @@ class GradientReducer:
     def start(self, parameters: Iterable[nn.Parameter]) -> None:
         """Starts averaging the gradients of those parameters that have one, the same on every rank."""
         if self._group is None:
-            self._group = dist.new_group()
+            self._group = new_group()
             atexit.register(_close, self._group)
         for gradients in self._buckets(parameters):
             flat = torch.cat([gradient.reshape(-1) for gradient in gradients]).div_(dist.get_world_size(self._group))

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from lopt_hf.common.distributed import new_group
 from lopt_hf.pipeline.runtime.health import PeerMonitor
 
 __all__ = ["PipelineWorld", "Rendezvous", "check_same", "init_world", "launch_command", "rank_name"]
@@ -235,7 +236,7 @@ def _link_stages(mesh: DeviceMesh, rank: int) -> dict[int, dist.ProcessGroup]:
     for first in range(mesh.size(0) - 1):
         for replica in range(mesh.size(1)):
             pair = [int(mesh.mesh[first, replica]), int(mesh.mesh[first + 1, replica])]
-            group = dist.new_group(pair)
+            group = new_group(pair)
             if rank in pair:
                 links[first] = group
     return links

@@ -20,6 +20,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from torch.distributed.pipelining.schedules import ScheduleInterleavedZeroBubble
 from torch.multiprocessing.spawn import ProcessException
 
+from lopt_hf.common.distributed import new_group
 from lopt_hf.pipeline.runtime.channel import BatchId, ReceivingChannel, SendingChannel
 from lopt_hf.pipeline.runtime.health import PeerMonitor
 from lopt_hf.pipeline.simulator.schedule import Workload
@@ -102,7 +103,7 @@ def _work(rank: int, ranks: int, port: int, output: Path, cases: list[tuple[str,
     torch.set_num_threads(1)
     store = dist.TCPStore(HOST, port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
-    links = [dist.new_group([sender, sender + 1]) for sender in range(ranks - 1)]
+    links = [new_group([sender, sender + 1]) for sender in range(ranks - 1)]
     monitor = PeerMonitor(store, rank, {}, PEER_TIMEOUT_SECONDS)
     seconds = [_measure(schedule, workload, links, monitor) for schedule, workload in cases]
     if rank == 0:
