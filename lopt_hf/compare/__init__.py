@@ -1,1 +1,1 @@
-"""Grids of runs: methods, learning rates and seeds, trained and measured on the same data."""
+"""Comparison of training runs: grids over methods, learning rates and seeds, and curves of what runs logged."""

@@ -13,7 +13,7 @@ from lopt_hf.retention.results import Contrast, RetentionReport
 from lopt_hf.retention.scores import ScoreCache
 from lopt_hf.retention.suites import SuiteTask, load_entries
 
-__all__ = ["GridMeasurement", "point_label"]
+__all__ = ["GridEvaluation", "point_label"]
 
 
 def point_label(method: str, learning_rate: float) -> str:
@@ -21,7 +21,7 @@ def point_label(method: str, learning_rate: float) -> str:
     return f"{method}, {learning_rate:g}"
 
 
-class GridMeasurement:
+class GridEvaluation:
     """Scores the models of a grid and compares methods.
 
     Args:

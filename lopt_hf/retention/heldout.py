@@ -9,9 +9,11 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask, Task
 from transformers import PreTrainedTokenizerBase
 
+from lopt_hf.common.settings import check_at_least
 from lopt_hf.common.statistics import RatioScores
+from lopt_hf.data.formats import load_sft_dataset, to_trl_format
 
-__all__ = ["ANSWER_METRIC", "HELDOUT_TASK", "answer_scores", "heldout_task"]
+__all__ = ["ANSWER_METRIC", "HELDOUT_TASK", "answer_scores", "heldout_task", "load_heldout_rows"]
 
 HELDOUT_TASK = "held-out answers"
 ANSWER_METRIC = "log_likelihood,none"
@@ -48,6 +50,26 @@ def heldout_task(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokeniz
             "metadata": {"version": 1},
         }
     )
+
+
+def load_heldout_rows(source: str, count: int) -> list[Mapping[str, Any]]:
+    """Loads the first rows of held-out data.
+
+    Args:
+        source: Hub id or local file, in any layout of `lopt-hf sft`.
+        count: How many rows.
+
+    Raises:
+        ValueError: If it does not hold prompts and completions as messages.
+    """
+    check_at_least("num_heldout", count, 1, "leaves nothing to measure")
+    rows = list(to_trl_format(load_sft_dataset(source)).take(count))
+    if not rows[0].keys() >= {"prompt", "completion"} or isinstance(rows[0]["prompt"], str):
+        raise ValueError(
+            f"heldout_data={source} has the columns {sorted(rows[0])}; the loss of answers needs prompts and "
+            "completions as messages, or one of the question-and-answer layouts of lopt-hf sft."
+        )
+    return rows
 
 
 def answer_scores(log_likelihoods: Sequence[float], num_tokens: Sequence[int]) -> RatioScores:

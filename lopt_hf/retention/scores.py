@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
+from huggingface_hub import constants
 from lm_eval.api import metrics as lm_eval_metrics
 from lm_eval.api.task import Task
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ from transformers.utils.hub import extract_commit_hash
 from lopt_hf.common.files import write_text
 from lopt_hf.common.statistics import MeanScores, RatioScores, ResampledScores, Scores
 
-__all__ = ["ScoreCache", "TaskScores", "fingerprint", "infinite_perplexities", "metric_scores"]
+__all__ = ["DEFAULT_CACHE", "ScoreCache", "TaskScores", "fingerprint", "infinite_perplexities", "metric_scores"]
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +95,9 @@ class TaskScores:
 
     def __len__(self) -> int:
         return len(self.samples)
+
+
+DEFAULT_CACHE = Path(constants.HF_HOME) / "lopt_hf" / "retention"
 
 
 class ScoreCache:

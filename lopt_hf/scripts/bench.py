@@ -8,7 +8,7 @@ what a folded RepL model saves where it is used. `gpu` checks on a GPU what the 
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from lopt_hf.bench.pipeline_settings import PipelineBenchSettings
 from lopt_hf.bench.repl import RepLBenchSettings, run_repl_bench
 from lopt_hf.bench.step import BenchWorkerError, StepBenchSettings, run_step_bench, to_json, to_markdown
 from lopt_hf.common.arithmetic import choose_arithmetic
-from lopt_hf.scripts.settings import add_settings
+from lopt_hf.common.files import write_text
+from lopt_hf.scripts.settings import add_settings, check_output_folders, read_settings
 
 __all__ = ["main", "make_parser"]
 
@@ -161,7 +162,7 @@ def _run_repl(arguments: argparse.Namespace) -> None:
 
 def _run_gpu(arguments: argparse.Namespace) -> None:
     results = run_gpu_check(
-        _make_settings(arguments, GpuCheckSettings), arguments.output_dir, _load_config, _measure_device, _Plan
+        read_settings(arguments, GpuCheckSettings), arguments.output_dir, _load_config, _measure_device, _Plan
     )
     print(gpu_to_markdown(results))
     if results.problems:
@@ -207,13 +208,8 @@ class _Plan:
 
 
 def _read_settings(arguments: argparse.Namespace, settings: Any) -> Any:
-    if arguments.output is not None and not arguments.output.absolute().parent.is_dir():
-        raise ValueError(f"output={arguments.output}: its folder does not exist; create it or name another file.")
-    return _make_settings(arguments, settings)
-
-
-def _make_settings(arguments: argparse.Namespace, settings: Any) -> Any:
-    return settings(**{setting.name: getattr(arguments, setting.name) for setting in fields(settings)})
+    check_output_folders(arguments, ("output",))
+    return read_settings(arguments, settings)
 
 
 def _choose_dtype(settings: Any, device: str | None = None) -> Any:
@@ -228,7 +224,7 @@ def _report(markdown: str, text: str, output: Path | None) -> None:
     if output is None:
         print(f"\n{text}")
     else:
-        output.write_text(text + "\n")
+        write_text(output, text + "\n")
         print(f"{output} has every step's numbers.", file=sys.stderr)
 
 

@@ -12,16 +12,13 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
-from lopt_hf.compare.experiment import GridMeasurement
+from lopt_hf.compare.experiment import GridEvaluation
 from lopt_hf.compare.grid import Grid, load_grid
 from lopt_hf.compare.grid_training import GridTrainingError, prepare_data, train_grid
-from lopt_hf.retention.benchmark import write_flips
-from lopt_hf.retention.report.report import write_report
-from lopt_hf.retention.report.tables import to_markdown
-from lopt_hf.scripts.retention import exit_on_error
+from lopt_hf.scripts.retention import exit_on_error, write_results
 
 __all__ = ["main", "make_parser"]
 
@@ -38,7 +35,7 @@ methods x learning rates x seeds of them.
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of this command."""
+    """Makes the parser of this command."""
     lines = (f"  {setting.name:<16} {setting.metadata['help']}" for setting in fields(Grid))
     settings = "\n".join(textwrap.fill(line, 110, subsequent_indent=" " * 19) for line in lines)
     parser = argparse.ArgumentParser(
@@ -55,18 +52,18 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace, command: str) -> None:
-    """Trains, measures and reports; `command` is what was called, for the report."""
+    """Trains and evaluates the grid, and writes and prints the report.
+
+    Args:
+        options: Parsed arguments.
+        command: The command line, for the report.
+    """
     grid = load_grid(options.config, output_dir=options.output_dir, workers=options.workers, dtype=options.dtype)
     prepare_data(grid)
-    measurement = GridMeasurement(grid)  # before training: tasks that cannot be loaded are found at once
-    print(measurement.describe_arithmetic(), flush=True)
+    evaluation = GridEvaluation(grid)  # before training: tasks that cannot be loaded are found at once
+    print(evaluation.describe_arithmetic(), flush=True)
     train_grid(grid)
-    report = measurement.report()
-    report = replace(report, settings={"command": command, **report.settings})
-    written = write_report(report, grid.output_path)
-    write_flips(measurement.flips(), grid.output_path / "flips.jsonl")
-    print(f"\n{to_markdown(report)}\n")
-    print("\n".join(map(str, (*written, grid.output_path / "flips.jsonl"))))
+    write_results(evaluation.report(), evaluation.flips(), grid.output_path, command)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -10,22 +10,18 @@ which brings matplotlib.
 """
 
 import argparse
-import json
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
+from lopt_hf.common.figures import save_figure
+from lopt_hf.compare.curves import Curve, plot_curves, read_curve, to_markdown
 
-__all__ = ["main", "make_parser", "read_curve"]
-
-Curve = dict[int, float]  # step -> value
+__all__ = ["main", "make_parser"]
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of this command."""
+    """Makes the parser of this command."""
     parser = argparse.ArgumentParser(
         prog="lopt-hf curves", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -46,83 +42,6 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_curve(output_dir: str, metric: str) -> Curve:
-    """What a run logged of a metric, by step.
-
-    Args:
-        output_dir: The run's folder, or one of its checkpoints.
-        metric: Its name in the log.
-
-    Raises:
-        ValueError: If the folder holds no log, or the log does not hold the metric.
-    """
-    folders = [Path(output_dir)]
-    if folders[0].is_dir() and (last := get_last_checkpoint(output_dir)) is not None:
-        folders.append(Path(last))  # of a run that has not ended
-    files = [path for folder in folders if (path := folder / TRAINER_STATE_NAME).is_file()]
-    if not files:
-        raise ValueError(f"--run {output_dir}: there is no {TRAINER_STATE_NAME}; give the output_dir of a run.")
-    rows = json.loads(files[0].read_text(encoding="utf-8"))["log_history"]
-    curve = {row["step"]: row[metric] for row in rows if row.get(metric) is not None}
-    if not curve:
-        known = ", ".join(sorted({name for row in rows for name in row} - {"step", "epoch"}))
-        raise ValueError(f"--metric {metric}: the log of {output_dir} does not have it; choose from {known}.")
-    return curve
-
-
-def smoothed(curve: Curve, window: int) -> Curve:
-    """The mean of the last `window` values at each step."""
-    steps, values = list(curve), list(curve.values())
-    return {step: statistics.fmean(values[max(0, i + 1 - window) : i + 1]) for i, step in enumerate(steps)}
-
-
-def mean_curve(curves: Sequence[Curve]) -> Curve:
-    """The mean at the steps that all curves have."""
-    shared = sorted(set.intersection(*(set(curve) for curve in curves)))
-    return {step: statistics.fmean(curve[step] for curve in curves) for step in shared}
-
-
-def summary(label: str, curves: Sequence[Curve], part: int) -> str:
-    """A line of a table: the means over the runs' beginnings and ends, and of each run's difference."""
-    starts = [statistics.fmean(list(curve.values())[:part]) for curve in curves]
-    ends = [statistics.fmean(list(curve.values())[-part:]) for curve in curves]
-    rises = [end - start for start, end in zip(starts, ends, strict=True)]
-    seeds = ", ".join(f"{rise:+.3f}" for rise in rises)
-    start, end, rise = (statistics.fmean(values) for values in (starts, ends, rises))
-    return f"| {label} | {start:.3f} | {end:.3f} | {rise:+.3f} | {seeds} |"
-
-
-def draw(groups: dict[str, list[Curve]], metric: str, window: int, output: Path) -> None:
-    """Writes the plot.
-
-    Raises:
-        ImportError: If matplotlib is missing.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('Curves need `matplotlib`: `pip install "lopt_hf[demo]"`.') from error
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axes = figure.subplots()
-    for number, (label, curves) in enumerate(groups.items()):
-        color = f"C{number}"
-        for curve in curves if len(curves) > 1 else ():
-            axes.plot(*_xy(smoothed(curve, window)), color=color, alpha=0.3, linewidth=0.8)
-        name = f"{label} (mean of {len(curves)})" if len(curves) > 1 else label
-        axes.plot(*_xy(smoothed(mean_curve(curves), window)), color=color, linewidth=1.8, label=name)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel(metric + (f", mean of {window}" if window > 1 else ""))
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=150)
-
-
-def _xy(curve: Curve) -> tuple[list[int], list[float]]:
-    return list(curve), list(curve.values())
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Draws the curves and prints the means.
 
@@ -140,13 +59,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             if not separator:
                 raise ValueError(f"--run {run} must be LABEL=OUTPUT_DIR.")
             groups.setdefault(label, []).append(read_curve(folder, options.metric))
-        draw(groups, options.metric, options.smooth, options.output)
+        save_figure(plot_curves(groups, options.metric, options.smooth), options.output)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"lopt-hf curves: {error}")
-    print(f"| {options.metric} | first {options.part} | last {options.part} | change | of each run |")
-    print("| --- | ---: | ---: | ---: | --- |")
-    for label, curves in groups.items():
-        print(summary(label, curves, options.part))
+    print(to_markdown(groups, options.metric, options.part))
     print(f"Curves drawn to {options.output}")
 
 

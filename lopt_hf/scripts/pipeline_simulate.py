@@ -6,14 +6,21 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from lopt_hf.common.figures import save_figure
 from lopt_hf.common.files import write_text
 from lopt_hf.pipeline.events import chrome_trace, plot_timeline
-from lopt_hf.pipeline.simulator.schedule import SCHEDULES, ScheduleResult, UnfitWorkloadError, Workload, simulate
-from lopt_hf.pipeline.simulator.schedule_report import plot_scaling, to_json, to_markdown, to_validation_markdown
+from lopt_hf.pipeline.simulator.schedule import SCHEDULES, ScheduleResult, Workload, simulate_all
+from lopt_hf.pipeline.simulator.schedule_report import (
+    make_timelines,
+    plot_scaling,
+    to_json,
+    to_markdown,
+    to_validation_markdown,
+)
 from lopt_hf.pipeline.simulator.schedule_times import TimesSource, read_times
+from lopt_hf.scripts.settings import OneLineParser, check_output_folders
 
 __all__ = ["main", "make_parser"]
 
@@ -49,11 +56,6 @@ DEFAULT_FORWARD_SECONDS = 0.01  # ours: without messages only ratios of times ma
 BACKWARD_PER_FORWARD = 2.0  # a matrix product's backward is two (arXiv 2401.10241, Sec. 2)
 
 
-class _OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def _list_of(kind: Callable[[str], object], example: str) -> Callable[[str], tuple]:
     def read(text: str) -> tuple:
         try:
@@ -74,7 +76,7 @@ _names = _list_of(str, "ppll,1f1b")
 def make_parser() -> argparse.ArgumentParser:
     """Makes the parser of `lopt-hf pipeline simulate`."""
     schedules = "".join(f"  {name:<12} {schedule.summary}\n" for name, schedule in SCHEDULES.items())
-    parser = _OneLineParser(
+    parser = OneLineParser(
         prog="lopt-hf pipeline simulate",
         description=DESCRIPTION + schedules,
         epilog=EPILOG,
@@ -220,48 +222,11 @@ def _check_drawing(arguments: argparse.Namespace, workloads: Sequence[Workload])
         )
 
 
-def _check_output(arguments: argparse.Namespace) -> None:
-    for name in ("plot", "timeline", "output"):
-        path = getattr(arguments, name)
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ValueError(f"{name}={path}: its folder does not exist; create it or name another file.")
-
-
-def _draw_timeline(path: Path, results: Sequence[ScheduleResult]) -> None:
-    several = len({(r.workload.times.num_stages, r.workload.microbatches) for r in results}) > 1
-    pipelines = {}
-    for result in results:
-        size = f", {result.workload.times.num_stages} stages, {result.workload.microbatches} micro-batches" * several
-        pipelines[result.schedule + size] = list(result.events(TIMELINE_STEPS))
-    if path.suffix == ".json":
-        write_text(path, chrome_trace(pipelines))
-    else:
-        save_figure(plot_timeline(pipelines), path)
-
-
-def _simulate_all(schedules: Sequence[str], workloads: Sequence[Workload]) -> tuple[list[ScheduleResult], list[str]]:
-    """All results, and why some are missing: of many sizes, some may not fit a schedule.
-
-    Raises:
-        ValueError: If there is no result at all.
-    """
-    results, reasons = [], []
-    for workload in workloads:
-        for schedule in schedules:
-            try:
-                results.append(simulate(schedule, workload))
-            except UnfitWorkloadError as error:
-                reasons.append(error)
-    if not results:
-        raise reasons[0]
-    return results, [str(reason) for reason in reasons]
-
-
 def _run(arguments: argparse.Namespace) -> None:
-    _check_output(arguments)
+    check_output_folders(arguments, ("plot", "timeline", "output"))
     workloads, tokens = _workloads(arguments), _source(arguments).tokens_per_microbatch
     _check_drawing(arguments, workloads)
-    results, left_out = _simulate_all(arguments.schedule, workloads)
+    results, left_out = simulate_all(arguments.schedule, workloads)
     measured = _measure(results) if arguments.validate else None
     print(to_markdown(results, tokens))
     for reason in left_out:
@@ -291,7 +256,11 @@ def _write_files(
     if arguments.plot is not None:
         save_figure(plot_scaling(results), arguments.plot)
     if arguments.timeline is not None:
-        _draw_timeline(arguments.timeline, results)
+        timelines = make_timelines(results, TIMELINE_STEPS)
+        if arguments.timeline.suffix == ".json":
+            write_text(arguments.timeline, chrome_trace(timelines))
+        else:
+            save_figure(plot_timeline(timelines), arguments.timeline)
     if arguments.output is not None:
         write_text(arguments.output, to_json(results, measured) + "\n")
 

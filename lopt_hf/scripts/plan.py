@@ -3,9 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import NoReturn
 
 from lopt_hf.common.figures import save_figure
 from lopt_hf.common.files import write_text
@@ -14,7 +12,7 @@ from lopt_hf.planner.dimensions import load_config
 from lopt_hf.planner.plan import Plan, PlanSettings, make_plan
 from lopt_hf.planner.recipe import make_recipe
 from lopt_hf.planner.report import plot_plan, to_json, to_markdown
-from lopt_hf.scripts.settings import add_settings
+from lopt_hf.scripts.settings import OneLineParser, add_settings, check_output_folders, read_settings
 from lopt_hf.scripts.sft import WORD_PROBLEMS
 
 __all__ = ["main", "make_parser"]
@@ -47,14 +45,9 @@ examples:
 """
 
 
-class _OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def make_parser() -> argparse.ArgumentParser:
     """Makes the parser of `lopt-hf plan`."""
-    parser = _OneLineParser(
+    parser = OneLineParser(
         prog="lopt-hf plan",
         description=DESCRIPTION,
         epilog=EPILOG,
@@ -80,14 +73,12 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
 
 
 def _check_files(arguments: argparse.Namespace) -> None:
-    for option in ("write", "output", "plot", "calibrate"):
-        path: Path | None = getattr(arguments, option)
-        if path is None:
-            continue
-        if path.exists():
-            raise ValueError(f"{option}={str(path)!r} exists and is not overwritten; choose another name.")
-        if not path.absolute().parent.is_dir():
-            raise ValueError(f"{option}={str(path)!r}: its folder does not exist; make it, or name another file.")
+    names = ("write", "output", "plot", "calibrate")
+    for name in names:
+        path: Path | None = getattr(arguments, name)
+        if path is not None and path.exists():
+            raise ValueError(f"{name}={str(path)!r} exists and is not overwritten; choose another name.")
+    check_output_folders(arguments, names)
     if arguments.calibrate is not None and arguments.calibration is not None:
         raise ValueError("calibrate measures and calibration reads a speed; give one of them.")
 
@@ -104,7 +95,7 @@ def _speed(arguments: argparse.Namespace) -> DeviceSpeed | None:
 
 def _run(arguments: argparse.Namespace) -> None:
     _check_files(arguments)
-    settings = PlanSettings(**{setting.name: getattr(arguments, setting.name) for setting in fields(PlanSettings)})
+    settings = read_settings(arguments, PlanSettings)
     config = load_config(settings.model)  # before anything that takes time
     speed = _speed(arguments)
     plan = make_plan(settings, config, speed, progress=lambda name: print(f"simulating {name} ...", file=sys.stderr))

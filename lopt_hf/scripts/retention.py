@@ -9,7 +9,7 @@ import errno
 import logging
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -17,19 +17,18 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from huggingface_hub import constants
 
-from lopt_hf.common.settings import check_at_least
-from lopt_hf.data.formats import load_sft_dataset, to_trl_format
 from lopt_hf.data.pretrained import SMOLLM2_ID
 from lopt_hf.retention.benchmark import Candidate, RetentionBenchmark, flips, write_flips
 from lopt_hf.retention.evaluation import EvaluationSettings
-from lopt_hf.retention.report.report import write_report
+from lopt_hf.retention.heldout import load_heldout_rows
+from lopt_hf.retention.report.report import check_report_folder, write_report
 from lopt_hf.retention.report.tables import to_markdown
-from lopt_hf.retention.scores import ScoreCache
+from lopt_hf.retention.results import RetentionReport
+from lopt_hf.retention.scores import DEFAULT_CACHE, ScoreCache
 from lopt_hf.retention.suites import SUITES, SuiteTask, load_entries
 
-__all__ = ["default_cache", "exit_on_error", "main", "make_parser", "read_heldout"]
+__all__ = ["exit_on_error", "main", "make_parser", "write_results"]
 
 # A rank may wait for another's long answers; lm-eval sets the same, but `run` has brought them together before
 DISTRIBUTED_TIMEOUT = timedelta(weeks=52)
@@ -50,7 +49,7 @@ suites:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of this command."""
+    """Makes the parser of this command."""
     parser = argparse.ArgumentParser(
         prog="lopt-hf retention",
         description=__doc__,
@@ -104,29 +103,6 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def default_cache() -> Path:
-    """Where scores are kept unless told otherwise."""
-    return Path(constants.HF_HOME) / "lopt_hf" / "retention"
-
-
-def read_heldout(source: str | None, count: int) -> list[Mapping[str, Any]]:
-    """The first rows of held-out data; none without a source.
-
-    Raises:
-        ValueError: If there are no prompts and completions in it.
-    """
-    if source is None:
-        return []
-    check_at_least("num_heldout", count, 1, "leaves nothing to measure")
-    rows = list(to_trl_format(load_sft_dataset(source)).take(count))
-    if not rows[0].keys() >= {"prompt", "completion"} or isinstance(rows[0]["prompt"], str):
-        raise ValueError(
-            f"heldout_data={source} has the columns {sorted(rows[0])}; the loss of answers needs prompts and "
-            "completions as messages, or one of the question-and-answer layouts of lopt-hf sft."
-        )
-    return rows
-
-
 def exit_on_error(command: str, error: Exception) -> None:
     """Ends the process with one clear line; what was finished stays in the cache."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -135,7 +111,12 @@ def exit_on_error(command: str, error: Exception) -> None:
 
 
 def run(options: argparse.Namespace, command: str) -> None:
-    """Measures, prints and writes the report; `command` is what was called, for the report."""
+    """Evaluates the models, and writes and prints the report.
+
+    Args:
+        options: Parsed arguments.
+        command: The command line, for the report.
+    """
     # Without an accelerator, accelerate has to be told that launched processes belong together
     PartialState(cpu=not torch.accelerator.is_available(), timeout=DISTRIBUTED_TIMEOUT)
     check_report_folder(options.output_dir)
@@ -147,8 +128,8 @@ def run(options: argparse.Namespace, command: str) -> None:
         options.baseline,
         load_entries(_wanted(options.suite, options.tasks), options.include_path),
         settings,
-        ScoreCache(options.cache_dir or default_cache()),
-        read_heldout(options.heldout_data, options.num_heldout),
+        ScoreCache(options.cache_dir or DEFAULT_CACHE),
+        [] if options.heldout_data is None else load_heldout_rows(options.heldout_data, options.num_heldout),
         options.confidence,
     )
     if PartialState().is_main_process:
@@ -156,21 +137,25 @@ def run(options: argparse.Namespace, command: str) -> None:
     report = benchmark.compare(candidates, with_drift=not options.no_drift)
     if report is None:  # not the first process
         return
-    report = replace(report, settings={"command": command, **report.settings})
-    written = write_report(report, options.output_dir)
     before = benchmark.scores(benchmark.baseline.name)
     rows = (row for c in candidates for row in flips(c.label, before, benchmark.scores(c.models[0])))
-    write_flips(rows, options.output_dir / "flips.jsonl")
+    write_results(report, rows, options.output_dir, command)
+
+
+def write_results(report: RetentionReport, rows: Iterator[Mapping[str, Any]], folder: Path, command: str) -> None:
+    """Writes and prints a report, and writes the samples whose answers changed.
+
+    Args:
+        report: The report.
+        rows: From `benchmark.flips`.
+        folder: Where the files go.
+        command: The command line, for the report.
+    """
+    report = replace(report, settings={"command": command, **report.settings})
+    written = [*write_report(report, folder), folder / "flips.jsonl"]
+    write_flips(rows, written[-1])
     print(f"\n{to_markdown(report)}\n")
-    print("\n".join(str(path) for path in (*written, options.output_dir / "flips.jsonl")))
-
-
-def check_report_folder(folder: Path) -> None:
-    """Raises `ValueError` for a folder that holds somebody's files and no report."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir={folder} is a file; name a folder.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "report.json").is_file():
-        raise ValueError(f"output_dir={folder} is not empty and holds no earlier report; name another folder.")
+    print("\n".join(map(str, written)))
 
 
 def _wanted(suite: str | None, tasks: str | None) -> list[SuiteTask]:

@@ -1,11 +1,22 @@
-"""Command-line options made from the fields of a settings dataclass."""
+"""Command lines of settings dataclasses: options made from their fields, files to write, errors of one line."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
-__all__ = ["add_settings"]
+__all__ = ["OneLineParser", "add_settings", "check_output_folders", "read_settings"]
+
+SettingsT = TypeVar("SettingsT")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with status 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def _integers(text: str) -> tuple[int, ...]:
@@ -57,3 +68,29 @@ def _default_text(default: Any) -> str:
     if default is None:
         return ""
     return f" Default: {','.join(map(str, default)) if isinstance(default, tuple) else default}"
+
+
+def read_settings(arguments: argparse.Namespace, settings: type[SettingsT]) -> SettingsT:
+    """Makes settings of parsed arguments.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+    names = [setting.name for setting in fields(settings)]  # type: ignore[arg-type]
+    return settings(**{name: getattr(arguments, name) for name in names})
+
+
+def check_output_folders(arguments: argparse.Namespace, names: Sequence[str]) -> None:
+    """Checks before anything takes time that files can be written.
+
+    Args:
+        arguments: Parsed arguments.
+        names: Those that are paths of files to write, or `None`.
+
+    Raises:
+        ValueError: If a file's folder does not exist.
+    """
+    for name in names:
+        path: Path | None = getattr(arguments, name)
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ValueError(f"{name}={path}: its folder does not exist; create it or name another file.")

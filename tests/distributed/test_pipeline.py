@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, set_seed
 from lopt_hf import LoPTConfig, LoPTTrainer, MLAANConfig, MLAANTrainer
 from lopt_hf.local.blocks import split_layers
 from lopt_hf.local.learner import LocalLearner
+from lopt_hf.pipeline.runtime.export import export_checkpoint
 from lopt_hf.pipeline.runtime.launch import launch_command
 from lopt_hf.pipeline.runtime.stage import plan_stages
-from lopt_hf.scripts.pipeline_export import export_checkpoint
 from tests.distributed.pipeline_processes import Processes
 from tests.distributed.pipeline_worker import make_lora, run_rank
 from tests.tiny import make_dataset, make_model, make_tokenizer

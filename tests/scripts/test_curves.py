@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from lopt_hf.scripts.curves import main, mean_curve, read_curve, smoothed
+from lopt_hf.compare.curves import mean_curve, read_curve, smoothed
+from lopt_hf.scripts.curves import main
 
 
 def write_run(folder, rewards, metric="reward"):

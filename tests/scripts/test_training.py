@@ -7,8 +7,8 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from lopt_hf import cli
+from lopt_hf.compare.curves import read_curve
 from lopt_hf.scripts import dpo, grpo, sft
-from lopt_hf.scripts.curves import read_curve
 from tests.tiny import make_model, make_tokenizer
 
 COMMANDS = {

@@ -10,7 +10,7 @@ messages and its waiting, without a GPU and for thousands of stages:
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,6 +27,7 @@ __all__ = [
     "Workload",
     "closed_form_bubble",
     "simulate",
+    "simulate_all",
 ]
 
 
@@ -203,6 +204,32 @@ def simulate(schedule: str, workload: Workload) -> ScheduleResult:
     program = link_program(chosen, orders, seconds_KA, transfer, latency, workload.channel_depth)
     timing = run_unshared(program) if workload.cores is None else run_shared(program, workload.cores)
     return _result(schedule, workload, steps, orders, timing)
+
+
+def simulate_all(schedules: Sequence[str], workloads: Sequence[Workload]) -> tuple[list[ScheduleResult], list[str]]:
+    """Simulates every schedule on every workload that fits it.
+
+    Args:
+        schedules: Names of `SCHEDULES`.
+        workloads: What is trained, and on what.
+
+    Returns:
+        The results, and for each pair that is missing why.
+
+    Raises:
+        ValueError: If there is no such schedule, or no result at all.
+    """
+    results: list[ScheduleResult] = []
+    reasons: list[UnfitWorkloadError] = []
+    for workload in workloads:
+        for schedule in schedules:
+            try:
+                results.append(simulate(schedule, workload))
+            except UnfitWorkloadError as error:
+                reasons.append(error)
+    if not results:
+        raise reasons[0]
+    return results, [str(reason) for reason in reasons]
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from lopt_hf.common.figures import OKABE_ITO, new_figure
 from lopt_hf.common.tables import markdown_table
+from lopt_hf.pipeline.events import Event
 from lopt_hf.pipeline.simulator.schedule import ScheduleResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_scaling", "to_json", "to_markdown", "to_validation_markdown"]
+__all__ = ["make_timelines", "plot_scaling", "to_json", "to_markdown", "to_validation_markdown"]
 
 STYLES = {
     "ppll": (OKABE_ITO["green"], "o"),
@@ -115,6 +116,21 @@ def _row(result: ScheduleResult) -> dict[str, Any]:
     workload = asdict(result.workload)
     workload["bandwidth"] = None if workload["bandwidth"] == float("inf") else workload["bandwidth"]
     return {"schedule": result.schedule, **{name: getattr(result, name) for name in JSON_FIELDS}, "workload": workload}
+
+
+def make_timelines(results: Sequence[ScheduleResult], steps: int) -> dict[str, list[Event]]:
+    """Returns what the stages compute in the first steps, by a title that tells the results apart.
+
+    Args:
+        results: What was simulated.
+        steps: How many optimizer steps, see `ScheduleResult.events`.
+    """
+    several = len({(r.workload.times.num_stages, r.workload.microbatches) for r in results}) > 1
+    timelines = {}
+    for result in results:
+        size = f", {result.workload.times.num_stages} stages, {result.workload.microbatches} micro-batches" * several
+        timelines[result.schedule + size] = list(result.events(steps))
+    return timelines
 
 
 def plot_scaling(results: Sequence[ScheduleResult]) -> "Figure":

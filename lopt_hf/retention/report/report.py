@@ -11,7 +11,7 @@ from lopt_hf.retention.report.plots import plot_deltas, plot_drift
 from lopt_hf.retention.report.tables import to_markdown
 from lopt_hf.retention.results import RetentionReport
 
-__all__ = ["to_html", "to_markdown", "write_report"]
+__all__ = ["check_report_folder", "to_html", "to_markdown", "write_report"]
 
 PLOTS = {"deltas.png": plot_deltas, "frontier.png": plot_frontier, "drift.png": plot_drift}
 
@@ -26,6 +26,18 @@ def to_html(report: RetentionReport) -> str:
         ImportError: If matplotlib is missing.
     """
     return render_page(report, _render_plots(report))
+
+
+def check_report_folder(folder: Path) -> None:
+    """Checks that a report may be written into a folder.
+
+    Raises:
+        ValueError: If it is a file, or holds other files and no earlier report.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir={folder} is a file; name a folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "report.json").is_file():
+        raise ValueError(f"output_dir={folder} is not empty and holds no earlier report; name another folder.")
 
 
 def write_report(report: RetentionReport, folder: Path) -> list[Path]:
