@@ -156,6 +156,7 @@ def changed_environment(changes: Mapping[str, str]) -> Iterator[None]:
 
 
 def peak_resident_bytes() -> int:
+    """Returns the peak resident memory of this process in bytes."""
     status = Path("/proc/self/status")
     if status.exists():
         # Not `ru_maxrss`: on Linux it starts from the resident memory of the process that spawned this one.

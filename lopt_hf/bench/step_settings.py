@@ -96,10 +96,13 @@ class StepRow:
 
     @property
     def total_steps(self) -> int:
+        """Optimizer steps of the row: one cycle for the memory, the warm-up, the timed ones."""
         return self.interval + self.warmup + self.timed_steps
 
 
 def make_rows(settings: StepBenchSettings) -> list[StepRow]:
+    """Returns the rows of the table that settings ask for, in their order."""
+
     def row(name: str, method: str, num_blocks: int = settings.num_blocks[0], interval: int = 1) -> StepRow:
         cycles = settings.steps if interval == 1 else max(2, settings.steps // interval)
         return StepRow(name, method, num_blocks, interval, settings.warmup, cycles * interval)

@@ -20,6 +20,15 @@ __all__ = ["work"]
 
 
 def work(connection: Connection, row: StepRow, settings: StepBenchSettings, checkpoint: str, folder: str) -> None:
+    """Trains one method in this process, a step at each word of the parent, and sends what it cost.
+
+    Args:
+        connection: The pipe to the parent.
+        row: The method.
+        settings: What is measured.
+        checkpoint: The model's folder or hub id.
+        folder: Where a trainer may write.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle: it ends its processes
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL would report each trainer made here as a user's run
     with FailuresTo(connection):

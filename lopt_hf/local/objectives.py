@@ -92,6 +92,7 @@ class ReconstructionHead(nn.Sequential):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Data type of the head's weights."""
         return next(self.parameters()).dtype
 
     def forward(self, h_BTD: torch.Tensor) -> torch.Tensor:
@@ -113,6 +114,7 @@ class ReconstructionObjective:
         self.masked = masked
 
     def make_head(self, hidden_size: int) -> nn.Module:
+        """Makes a bottleneck MLP."""
         return ReconstructionHead(hidden_size, self.bottleneck)
 
     def __call__(

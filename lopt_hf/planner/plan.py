@@ -83,6 +83,7 @@ class PlanSettings:
 
     @property
     def workload(self) -> Workload:
+        """The step to simulate."""
         return Workload(
             batch_size=self.batch_size,
             seq_length=self.seq_length,

@@ -81,6 +81,7 @@ class StepCost:
 
     @property
     def peak_bytes(self) -> int:
+        """Bytes at the peak, of all categories."""
         return sum(self.peak.values())
 
 

@@ -222,6 +222,7 @@ class Neighbour:
         return NormWeights(weight, bias)
 
     def attention_norm(self) -> NormWeights:
+        """Returns the weights of the norm before the attention."""
         return self._norm(self.layout.attention_norm)
 
     def output(self) -> Affine:
@@ -259,6 +260,7 @@ class Neighbour:
         return Affine(output.weight @ value.weight, bias)
 
     def mlp(self) -> MLPWeights:
+        """Returns the weights of the MLP with its norms."""
         layout = self.layout
         up, gate = self._affine(layout.up), None
         if layout.packs_gate:

@@ -80,6 +80,12 @@ class Operator(nn.Module):
 
 
 def make_spec(neighbour: Neighbour, **changes: Any) -> dict[str, Any]:
+    """Makes the spec of a `FoldedSurrogate` that adds nothing, with some changes.
+
+    Args:
+        neighbour: A neighbour, whose sizes and norm it has.
+        **changes: Entries of the spec that differ.
+    """
     spec = {
         "hidden_size": neighbour.output().weight.shape[0],
         "norm": neighbour.norm_kind,
@@ -94,6 +100,7 @@ def make_spec(neighbour: Neighbour, **changes: Any) -> dict[str, Any]:
 
 
 def mlp_spec(neighbour: Neighbour) -> dict[str, Any]:
+    """Makes the spec of a `FoldedMLP` like a neighbour's MLP."""
     mlp = neighbour.mlp()
     return {
         "norm": neighbour.norm_kind,
@@ -108,14 +115,17 @@ def mlp_spec(neighbour: Neighbour) -> dict[str, Any]:
 
 
 def mean(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+    """Returns the mean of two tensors; `None` if one is missing."""
     return None if a is None or b is None else (a + b) / 2
 
 
 def mean_affine(a: Affine, b: Affine) -> Affine:
+    """Returns the mean of two linear maps."""
     return Affine((a.weight + b.weight) / 2, mean(a.bias, b.bias))
 
 
 def tensors_of(name: str, affine: Affine) -> Tensors:
+    """Returns a linear map's tensors under the names that they have in a module called `name`."""
     weight = {f"{name}.weight": affine.weight}
     return weight if affine.bias is None else {**weight, f"{name}.bias": affine.bias}
 
@@ -135,12 +145,22 @@ def mean_mlp(previous: Neighbour, following: Neighbour, scale: torch.Tensor | No
 
 
 def run_mean_mlp(operator: Operator, h_ND: torch.Tensor, previous: Neighbour, following: Neighbour) -> torch.Tensor:
+    """Runs the mean of the neighbours' MLPs, without adding it to `h_ND`."""
     mlp: Any = operator._folded[0].mlp
     tensors = {name.removeprefix("mlp."): tensor for name, tensor in mean_mlp(previous, following).items()}
     return functional_call(mlp, tensors, (h_ND,))
 
 
 def check_square(name: str, neighbour: Neighbour) -> None:
+    """Checks that a neighbour's output projection is square.
+
+    Args:
+        name: What needs it, for the error.
+        neighbour: The neighbour.
+
+    Raises:
+        ValueError: If it is not.
+    """
     rows, columns = neighbour.output().weight.shape
     if rows != columns:
         raise ValueError(

@@ -39,6 +39,7 @@ class DistillationMixin(TrainerBase):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
+        """Adds the weighted distance to the trainer's loss."""
         repl_model = self._repl_model()
         weight = repl_model.config.repl["config"]["distillation_weight"]
         if weight == 0 or not self.model.training:

@@ -174,6 +174,7 @@ class LocalLearningMixin(TrainerBase):
                 yield self._prepare_inputs(self.data_collator(rows))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Makes the optimizer, heads included, with `early_learning_rate` for the early blocks."""
         is_new = self.optimizer is None
         heads, target = self.learner.heads, self.model if model is None else model
         with contextlib.nullcontext() if self._heads_in_model else heads.attached(target):
@@ -204,6 +205,7 @@ class LocalLearningMixin(TrainerBase):
     # ---- The step ----
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Runs a micro-batch with the local backward of each block, and logs the local losses."""
         with self.learner.stepping_in_backward(self.accelerator.sync_gradients):
             loss = super().training_step(*args, **kwargs)
             self._check_finite("loss", loss.item())
@@ -218,6 +220,7 @@ class LocalLearningMixin(TrainerBase):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
+        """Computes the task loss, and the local losses while the model trains."""
         if not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with self._local_forward(inputs, num_items_in_batch):
@@ -278,6 +281,12 @@ class LocalLearningMixin(TrainerBase):
     # ---- The run ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Trains, from a checkpoint if one is given.
+
+        Raises:
+            ValueError: If the checkpoint is of another method or other block settings, or if a new run's `output_dir`
+                holds another run's checkpoints.
+        """
         if not self._owns_output_dir:
             check_output_dir(self.args.output_dir, resume_from_checkpoint)
         self._owns_output_dir = True
@@ -289,6 +298,7 @@ class LocalLearningMixin(TrainerBase):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds each block's drift to the logs where `log_drift` is set."""
         if self._drift is not None and self.model.training:
             for index, drift in enumerate(self._drift.measure(self.learner.owned())):
                 self._metrics["train"][f"drift/block_{index}"].append(drift)

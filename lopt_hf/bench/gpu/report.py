@@ -44,6 +44,7 @@ class Results:
 
     @property
     def on_gpu(self) -> bool:
+        """Whether a GPU was measured."""
         return bool(self.device["type"] == "cuda")
 
     @property

@@ -31,6 +31,7 @@ class Target:
 
     @property
     def is_met(self) -> bool | None:
+        """Whether the target is met; `None` if it was not measured."""
         return None if self.measured is None else self.measured <= self.limit
 
 

@@ -57,10 +57,12 @@ class Training:
 
     @property
     def total_steps(self) -> int:
+        """Optimizer steps of a run: warm-up, a cycle for the memory, and the timed cycles."""
         return self.workload.warmup + self.cycle * (1 + self.workload.steps)
 
     @property
     def device(self) -> str:
+        """Type of the device that the run is on."""
         return "cpu" if self.on_cpu else self.workload.device
 
     def __call__(self, folder: Path) -> dict[str, Any]:

@@ -39,4 +39,5 @@ class Workload:
 
     @property
     def tokens(self) -> int:
+        """Tokens of a step."""
         return self.batch_size * self.seq_length

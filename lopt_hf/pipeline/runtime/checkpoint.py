@@ -86,6 +86,7 @@ class Manifest:
 
     @property
     def stage_folders(self) -> list[Path]:
+        """The stages' folders, in their order."""
         return [self.folder / stage["name"] for stage in self.content["stages"]]
 
     @property

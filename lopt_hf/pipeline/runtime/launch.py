@@ -110,10 +110,12 @@ class PipelineWorld:
 
     @property
     def num_stages(self) -> int:
+        """Number of stages."""
         return self.mesh.size(0)
 
     @property
     def num_replicas(self) -> int:
+        """Number of data-parallel replicas of each stage."""
         return self.mesh.size(1)
 
     def new_run_store(self) -> dist.Store:

@@ -40,22 +40,27 @@ class StagePlan:
 
     @property
     def is_first(self) -> bool:
+        """Whether the stage has the embeddings."""
         return self.index == 0
 
     @property
     def is_last(self) -> bool:
+        """Whether the stage has the final norm, the LM head and the task loss."""
         return self.index == self.num_stages - 1
 
     @property
     def start(self) -> int:
+        """Index of its first decoder layer."""
         return self.blocks[0].start
 
     @property
     def stop(self) -> int:
+        """Index of the layer after its last."""
         return self.blocks[-1].stop
 
     @property
     def name(self) -> str:
+        """Name of the stage's folder in a checkpoint."""
         return f"stage-{self.index}"
 
     def __str__(self) -> str:

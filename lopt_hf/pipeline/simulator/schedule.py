@@ -77,6 +77,7 @@ class StageTimes:
 
     @property
     def num_stages(self) -> int:
+        """Number of stages."""
         return len(self.forward)
 
 
@@ -148,6 +149,7 @@ class ScheduleResult:
 
     @property
     def microbatches_per_second(self) -> float:
+        """Throughput of the whole pipeline."""
         return self.workload.microbatches / self.step_seconds
 
     @property

@@ -46,6 +46,7 @@ class TimesSource:
 
     @property
     def default_stages(self) -> int:
+        """Number of stages to simulate where none is given."""
         return self.num_stages or DEFAULT_STAGES
 
     def of(self, stages: int) -> StageTimes:

@@ -50,6 +50,7 @@ class StageCost:
 
     @property
     def total(self) -> float:
+        """Seconds per micro-batch in all."""
         return self.forward + self.backward + self.local + self.optimizer
 
 

@@ -50,9 +50,11 @@ class Stopwatch:
     least_seconds: float
 
     def precision(self) -> torch.autocast:
+        """Makes the autocast context that a part runs in."""
         return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
 
     def now(self) -> float:
+        """Returns the time in seconds, once the device has done its work."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
         return perf_counter()
@@ -64,6 +66,7 @@ class Stopwatch:
         return PartCost(forward_seconds, backward_seconds, num_elements(parameters))
 
     def run(self, forward: Callable[[], torch.Tensor], parameters: Sequence[nn.Parameter]) -> tuple[float, float]:
+        """Runs a forward and its backward once; returns the seconds of each."""
         for parameter in parameters:
             parameter.grad = None
         if self.device.type == "cpu":
