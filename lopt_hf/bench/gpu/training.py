@@ -155,7 +155,7 @@ class Training:
 def import_trainers() -> None:
     """Imports what takes long, so that it takes none of the part's time."""
     import lopt_hf.bench.gpu.costs
-    import lopt_hf.trainers.lopt_trainer  # noqa: F401
+    import lopt_hf.trainers.sft  # noqa: F401
 
 
 def make_model(
