@@ -17,12 +17,20 @@ _EXPORTS = {
     "LoPTGRPOConfig": "lopt_hf.trainers.configs",
     "LoPTGRPOTrainer": "lopt_hf.trainers.grpo",
     "LoPTTrainer": "lopt_hf.trainers.sft",
+    "LocalArguments": "lopt_hf.local.arguments",
     "LocalBatch": "lopt_hf.local.objectives",
+    "LocalDPOTrainer": "lopt_hf.trainers.dpo",
+    "LocalGRPOTrainer": "lopt_hf.trainers.grpo",
+    "LocalLearner": "lopt_hf.local.learner",
     "LocalObjective": "lopt_hf.local.objectives",
+    "LocalSFTTrainer": "lopt_hf.trainers.sft",
+    "LocalTrainingArguments": "lopt_hf.trainers.configs",
     "MLAANConfig": "lopt_hf.trainers.configs",
     "MLAANPipelineConfig": "lopt_hf.pipeline.runtime.config",
     "MLAANPipelineTrainer": "lopt_hf.pipeline.runtime.trainer",
     "MLAANTrainer": "lopt_hf.trainers.sft",
+    "Method": "lopt_hf.local.methods.base",
+    "PipelineArguments": "lopt_hf.pipeline.runtime.config",
     "PipelineConfig": "lopt_hf.pipeline.runtime.config",
     "PipelineTrainer": "lopt_hf.pipeline.runtime.trainer",
     "PlanSettings": "lopt_hf.planner.plan",
@@ -32,6 +40,7 @@ _EXPORTS = {
     "RepLModel": "lopt_hf.repl.model",
     "RepLTrainer": "lopt_hf.repl.trainer",
     "RetentionCallback": "lopt_hf.retention.callback",
+    "StageTrainer": "lopt_hf.pipeline.runtime.trainer",
     "get_repl_model": "lopt_hf.repl.model",
     "make_plan": "lopt_hf.planner.plan",
 }
@@ -42,12 +51,20 @@ __all__ = [
     "LoPTGRPOConfig",
     "LoPTGRPOTrainer",
     "LoPTTrainer",
+    "LocalArguments",
     "LocalBatch",
+    "LocalDPOTrainer",
+    "LocalGRPOTrainer",
+    "LocalLearner",
     "LocalObjective",
+    "LocalSFTTrainer",
+    "LocalTrainingArguments",
     "MLAANConfig",
     "MLAANPipelineConfig",
     "MLAANPipelineTrainer",
     "MLAANTrainer",
+    "Method",
+    "PipelineArguments",
     "PipelineConfig",
     "PipelineTrainer",
     "PlanSettings",
@@ -57,24 +74,28 @@ __all__ = [
     "RepLModel",
     "RepLTrainer",
     "RetentionCallback",
+    "StageTrainer",
     "get_repl_model",
     "make_plan",
 ]
 
 if TYPE_CHECKING:
+    from lopt_hf.local.arguments import LocalArguments
+    from lopt_hf.local.learner import LocalLearner
+    from lopt_hf.local.methods.base import Method
     from lopt_hf.local.objectives import LocalBatch, LocalObjective, ReconstructionObjective
     from lopt_hf.local.readout import ReadoutObjective
-    from lopt_hf.pipeline.runtime.config import MLAANPipelineConfig, PipelineConfig
-    from lopt_hf.pipeline.runtime.trainer import MLAANPipelineTrainer, PipelineTrainer
+    from lopt_hf.pipeline.runtime.config import MLAANPipelineConfig, PipelineArguments, PipelineConfig
+    from lopt_hf.pipeline.runtime.trainer import MLAANPipelineTrainer, PipelineTrainer, StageTrainer
     from lopt_hf.planner.plan import PlanSettings, make_plan
     from lopt_hf.repl.config import RepLConfig
     from lopt_hf.repl.model import RepLModel, get_repl_model
     from lopt_hf.repl.trainer import RepLTrainer
     from lopt_hf.retention.callback import RetentionCallback
-    from lopt_hf.trainers.configs import LoPTConfig, LoPTDPOConfig, LoPTGRPOConfig, MLAANConfig
-    from lopt_hf.trainers.dpo import LoPTDPOTrainer
-    from lopt_hf.trainers.grpo import LoPTGRPOTrainer
-    from lopt_hf.trainers.sft import LoPTTrainer, MLAANTrainer
+    from lopt_hf.trainers.configs import LocalTrainingArguments, LoPTConfig, LoPTDPOConfig, LoPTGRPOConfig, MLAANConfig
+    from lopt_hf.trainers.dpo import LocalDPOTrainer, LoPTDPOTrainer
+    from lopt_hf.trainers.grpo import LocalGRPOTrainer, LoPTGRPOTrainer
+    from lopt_hf.trainers.sft import LocalSFTTrainer, LoPTTrainer, MLAANTrainer
 
 register_when_transformers_is_loaded()
 

@@ -15,7 +15,8 @@ from typing import Any
 from trl import DPOConfig, DPOTrainer, ModelConfig, TrlParser
 
 from lopt_hf.data.arithmetic import make_arithmetic_pairs
-from lopt_hf.scripts.parsing import make_trl_parser
+from lopt_hf.local.run_facts import NEXT_TOKEN_MISFITS
+from lopt_hf.scripts.parsing import make_trl_parser, refuse_method
 from lopt_hf.scripts.training import DataArguments, MethodArguments, load_rows, prepare, run_training
 from lopt_hf.trainers.checks import check_dataset
 from lopt_hf.trainers.configs import LoPTDPOConfig, convert_config
@@ -65,6 +66,7 @@ def make_trainer(script_args: DPOScriptArguments, args: LoPTDPOConfig, model_arg
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains, saves and, if asked to, pushes a model."""
+    refuse_method("dpo", argv, {"mlaan": f"{NEXT_TOKEN_MISFITS['DPO']}; use 'lopt' or 'e2e'"})
     run_training(make_parser(), argv, make_trainer)
 
 

@@ -20,7 +20,8 @@ from trl.import_utils import is_math_verify_available
 
 from lopt_hf.data.arithmetic import make_arithmetic
 from lopt_hf.data.questions import to_questions
-from lopt_hf.scripts.parsing import make_trl_parser
+from lopt_hf.local.run_facts import NEXT_TOKEN_MISFITS
+from lopt_hf.scripts.parsing import make_trl_parser, refuse_method
 from lopt_hf.scripts.training import DataArguments, MethodArguments, load_rows, prepare, run_training
 from lopt_hf.trainers.checks import check_rewards
 from lopt_hf.trainers.configs import LoPTGRPOConfig, convert_config
@@ -117,6 +118,7 @@ def make_trainer(script_args: GRPOScriptArguments, args: LoPTGRPOConfig, model_a
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains, saves and, if asked to, pushes a model."""
+    refuse_method("grpo", argv, {"mlaan": f"{NEXT_TOKEN_MISFITS['GRPO']}; use 'lopt' or 'e2e'"})
     run_training(make_parser(), argv, make_trainer)
 
 

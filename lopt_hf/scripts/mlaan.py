@@ -1,4 +1,4 @@
-"""Supervised fine-tuning with MLAAN.
+"""Supervised fine-tuning with MLAAN: another name of `lopt-hf sft --method mlaan`.
 
 ```bash
 lopt-hf mlaan --config recipes/smollm2-135m/mlaan/k4.yaml
@@ -7,33 +7,24 @@ accelerate launch --config_file recipes/accelerate_configs/ddp_2.yaml -m lopt_hf
 ```
 """
 
+import sys
 from collections.abc import Sequence
 
-from trl import ModelConfig, TrlParser
+from trl import TrlParser
 
-from lopt_hf.scripts.parsing import make_trl_parser
-from lopt_hf.scripts.sft import SFTDataArguments, load_split
-from lopt_hf.scripts.training import prepare, run_training
-from lopt_hf.trainers.configs import MLAANConfig
-from lopt_hf.trainers.sft import MLAANTrainer
+from lopt_hf.scripts import sft
 
-__all__ = ["main", "make_parser", "make_trainer"]
+__all__ = ["main", "make_parser"]
 
 
 def make_parser() -> TrlParser:
-    """The parser of this command: data, training and model arguments, and `--config file.yaml`."""
-    return make_trl_parser("mlaan", __doc__, SFTDataArguments, MLAANConfig, ModelConfig)
-
-
-def make_trainer(script_args: SFTDataArguments, args: MLAANConfig, model_args: ModelConfig) -> MLAANTrainer:
-    """Builds the trainer from parsed arguments."""
-    model, given = prepare(script_args, args, model_args, load_split)
-    return MLAANTrainer(model, args, **given)
+    """Makes the parser of this command: that of `lopt-hf sft --method mlaan`."""
+    return sft.make_parser("mlaan", "mlaan")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains, saves and, if asked to, pushes a model."""
-    run_training(make_parser(), argv, make_trainer)
+    sft.main(["--method", "mlaan", *(sys.argv[1:] if argv is None else argv)], command="mlaan")
 
 
 if __name__ == "__main__":

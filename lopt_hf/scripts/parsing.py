@@ -1,9 +1,11 @@
 """Parsers of the commands that take a YAML, with errors of one line."""
 
 import argparse
+import contextlib
+import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -11,7 +13,7 @@ from trl import TrlParser
 
 from lopt_hf.common.settings import nearest
 
-__all__ = ["make_trl_parser", "parse_or_exit"]
+__all__ = ["chosen_method", "make_trl_parser", "parse_or_exit", "refuse_method"]
 
 CONFIG_HELP = "`--config recipe.yaml` reads any of these options from a file; the command line wins over it."
 
@@ -43,6 +45,40 @@ def make_trl_parser(command: str, description: str | None, *dataclass_types: typ
         description=f"{description}\n{CONFIG_HELP}",
         formatter_class=_HelpFormatter,
     )
+
+
+def chosen_method(argv: Sequence[str] | None) -> str:
+    """Returns the method that a command line or its YAML names, whose options have to be parsed; `"lopt"` if none.
+
+    Args:
+        argv: Arguments without the program's name; default: those of the process.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--method")
+    parser.add_argument("--config")
+    with contextlib.suppress(argparse.ArgumentError):  # the whole parser says what is wrong
+        given, _ = parser.parse_known_args(arguments)
+        if given.method is None and given.config is not None and os.path.isfile(given.config):
+            with contextlib.suppress(yaml.YAMLError), open(given.config, encoding="utf-8") as file:
+                settings = yaml.safe_load(file)
+                given.method = settings.get("method") if isinstance(settings, dict) else None
+        return given.method or "lopt"
+    return "lopt"
+
+
+def refuse_method(command: str, argv: Sequence[str] | None, reasons: Mapping[str, str]) -> None:
+    """Ends the process with one clear line where a command is asked for a method that cannot work with it.
+
+    Args:
+        command: The name after `lopt-hf`.
+        argv: Arguments without the program's name; default: those of the process.
+        reasons: Why not, by the method's name.
+    """
+    method = chosen_method(argv)
+    if method in reasons:
+        print(f"lopt-hf {command}: error: method={method!r} does not work here: {reasons[method]}.", file=sys.stderr)
+        sys.exit(2)
 
 
 def parse_or_exit(parser: TrlParser, argv: Sequence[str] | None) -> tuple[Any, ...]:

@@ -12,14 +12,11 @@ lopt-hf pipeline simulate --help                                              # 
 Launched by `accelerate launch`, a process is one stage; otherwise the command starts all stages on this host.
 """
 
-import argparse
-import contextlib
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import yaml
 from datasets import Dataset, IterableDataset
 from trl import ModelConfig, TrlParser
 
@@ -28,7 +25,7 @@ from lopt_hf.pipeline.runtime.health import PipelineError, report_failure
 from lopt_hf.pipeline.runtime.launch import Rendezvous
 from lopt_hf.pipeline.runtime.run import launch_stages, run_stage
 from lopt_hf.scripts import pipeline_export, pipeline_simulate
-from lopt_hf.scripts.parsing import make_trl_parser, parse_or_exit
+from lopt_hf.scripts.parsing import chosen_method, make_trl_parser, parse_or_exit, refuse_method
 from lopt_hf.scripts.sft import SFTDataArguments, load_split
 from lopt_hf.scripts.training import subsample
 
@@ -58,6 +55,12 @@ class LaunchArguments:
     )
 
 
+_REFUSED_METHODS = {
+    "e2e": "end-to-end training sends gradients back from stage to stage, and this pipeline's messages go forward "
+    "only; train in one process with `lopt-hf sft --method e2e`"
+}
+
+
 def make_parser(method: str = "lopt") -> TrlParser:
     """Makes the parser of this command: data, training, model and launch arguments, and `--config file.yaml`.
 
@@ -66,21 +69,6 @@ def make_parser(method: str = "lopt") -> TrlParser:
     """
     config_class = MLAANPipelineConfig if method == "mlaan" else PipelineConfig
     return make_trl_parser("pipeline", __doc__, SFTDataArguments, config_class, ModelConfig, LaunchArguments)
-
-
-def chosen_method(arguments: Sequence[str]) -> str:
-    """Returns the method that a command line or its YAML names, whose options have to be parsed."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--method")
-    parser.add_argument("--config")
-    with contextlib.suppress(argparse.ArgumentError):  # the whole parser says what is wrong
-        given, _ = parser.parse_known_args(arguments)
-        if given.method is None and given.config is not None and os.path.isfile(given.config):
-            with contextlib.suppress(yaml.YAMLError), open(given.config, encoding="utf-8") as file:
-                settings = yaml.safe_load(file)
-                given.method = settings.get("method") if isinstance(settings, dict) else None
-        return given.method or "lopt"
-    return "lopt"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -92,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in SUBCOMMANDS:
         return SUBCOMMANDS[arguments[0]](arguments[1:])
+    refuse_method("pipeline", arguments, _REFUSED_METHODS)
     if "RANK" not in os.environ:
         _, args, _, launch_args = parse_or_exit(make_parser(chosen_method(arguments)), arguments)
         sys.exit(launch_stages(args, arguments, launch_args.devices))

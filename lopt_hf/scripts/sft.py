@@ -1,7 +1,9 @@
-"""Supervised fine-tuning with LoPT.
+"""Supervised fine-tuning with local learning.
 
 ```bash
 lopt-hf sft --config recipes/smollm2-135m/sft/lopt_k2.yaml
+lopt-hf sft --method mlaan --config recipes/smollm2-135m/mlaan/k4.yaml
+lopt-hf sft --method mlaan --help                                              # the options of that method
 lopt-hf sft --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name tatsu-lab/alpaca --output_dir out
 accelerate launch --config_file recipes/accelerate_configs/ddp_2.yaml -m lopt_hf.scripts.sft --config ...
 ```
@@ -15,10 +17,10 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
 
 from lopt_hf.data.formats import to_trl_format
 from lopt_hf.data.word_problems import make_word_problems
-from lopt_hf.scripts.parsing import make_trl_parser
+from lopt_hf.scripts.parsing import chosen_method, make_trl_parser
 from lopt_hf.scripts.training import DataArguments, MethodArguments, load_rows, prepare, run_training
-from lopt_hf.trainers.configs import LoPTConfig, convert_config
-from lopt_hf.trainers.sft import LoPTTrainer
+from lopt_hf.trainers.configs import LoPTConfig, MLAANConfig, convert_config
+from lopt_hf.trainers.sft import LoPTTrainer, MLAANTrainer
 
 __all__ = ["WORD_PROBLEMS", "SFTDataArguments", "SFTScriptArguments", "load_split", "main", "make_parser"]
 
@@ -50,9 +52,15 @@ class SFTScriptArguments(MethodArguments, SFTDataArguments):
     """Which data to train on, and by which method."""
 
 
-def make_parser() -> TrlParser:
-    """The parser of this command: script, training and model arguments, and `--config file.yaml`."""
-    return make_trl_parser("sft", __doc__, SFTScriptArguments, LoPTConfig, ModelConfig)
+def make_parser(method: str = "lopt", command: str = "sft") -> TrlParser:
+    """Makes the parser of this command: script, training and model arguments, and `--config file.yaml`.
+
+    Args:
+        method: The method whose training arguments it takes.
+        command: The name after `lopt-hf`.
+    """
+    config_class = MLAANConfig if method == "mlaan" else LoPTConfig
+    return make_trl_parser(command, __doc__, SFTScriptArguments, config_class, ModelConfig)
 
 
 def load_split(script_args: DataArguments, split: str, seed: int) -> Any:
@@ -60,17 +68,25 @@ def load_split(script_args: DataArguments, split: str, seed: int) -> Any:
     return to_trl_format(load_rows(script_args, split, seed, GENERATED))
 
 
-def make_trainer(script_args: SFTScriptArguments, args: LoPTConfig, model_args: ModelConfig) -> SFTTrainer:
+def make_trainer(
+    script_args: SFTScriptArguments, args: LoPTConfig | MLAANConfig, model_args: ModelConfig
+) -> SFTTrainer:
     """Builds the trainer of `method` from parsed arguments."""
     model, given = prepare(script_args, args, model_args, load_split)
     if script_args.method == "e2e":
         return SFTTrainer(model, convert_config(args, SFTConfig), **given)
-    return LoPTTrainer(model, args, **given)
+    trainer_class = MLAANTrainer if script_args.method == "mlaan" else LoPTTrainer
+    return trainer_class(model, args, **given)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Trains, saves and, if asked to, pushes a model."""
-    run_training(make_parser(), argv, make_trainer)
+def main(argv: Sequence[str] | None = None, command: str = "sft") -> None:
+    """Trains, saves and, if asked to, pushes a model.
+
+    Args:
+        argv: Arguments without the program's name; default: those of the process.
+        command: The name after `lopt-hf`.
+    """
+    run_training(make_parser(chosen_method(argv), command), argv, make_trainer)
 
 
 if __name__ == "__main__":

@@ -53,12 +53,17 @@ class MethodArguments:
     """By which method to train.
 
     Parameters:
-        method: `"lopt"`, or `"e2e"` for TRL's own trainer with the same arguments.
+        method: `"lopt"` or `"mlaan"`, each with options of its own, or `"e2e"` for TRL's own trainer with the
+            arguments of `"lopt"`.
     """
 
     method: str = field(
         default="lopt",
-        metadata={"help": "'lopt', or 'e2e' for TRL's plain end-to-end trainer.", "choices": ["lopt", "e2e"]},
+        metadata={
+            "help": "'lopt', 'mlaan' (supervised only; `--method mlaan --help` shows its options), or 'e2e' for TRL's "
+            "plain end-to-end trainer.",
+            "choices": ["lopt", "mlaan", "e2e"],
+        },
     )
 
 

@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType
 
 from lopt_hf.compare.grid import load_grid
 from lopt_hf.scripts import dpo, grpo, mlaan, pipeline, repl, sft
+from lopt_hf.scripts.parsing import chosen_method
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"
@@ -109,7 +110,7 @@ def parse(path: Path, task: str = "sft") -> dict[str, Any]:
         warnings.simplefilter("error", FutureWarning)
         warnings.simplefilter("error", DeprecationWarning)
         command = ["--config", str(path)]
-        parser = pipeline.make_parser(pipeline.chosen_method(command)) if task == "pipeline" else PARSERS[task]()
+        parser = pipeline.make_parser(chosen_method(command)) if task == "pipeline" else PARSERS[task]()
         parsed = parser.parse_args_and_config(command)
     return {key: value for arguments in parsed for key, value in vars(arguments).items()}
 

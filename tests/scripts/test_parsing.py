@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from lopt_hf.scripts import pipeline
-from lopt_hf.scripts.parsing import make_trl_parser, parse_or_exit
+from lopt_hf.scripts.parsing import chosen_method, make_trl_parser, parse_or_exit
 
 
 @dataclass
@@ -55,11 +55,11 @@ def test_the_pipelines_method_decides_which_options_there_are(tmp_path):
     config = tmp_path / "recipe.yaml"
     config.write_text("method: mlaan\nwindow: 1\noutput_dir: out")
     for arguments in (["--config", str(config)], ["--method=mlaan", "--window", "1", "--output_dir", "out"]):
-        parser = pipeline.make_parser(pipeline.chosen_method(arguments))
+        parser = pipeline.make_parser(chosen_method(arguments))
         _, args, _, launch = parser.parse_args_and_config(arguments)
         assert (args.window, args.num_stages, launch.method) == (1, 2, "mlaan")
     for arguments in ([], ["--method", "lopt", "--config", str(config)], ["--config", "nowhere.yaml"], ["--method"]):
-        assert pipeline.chosen_method(arguments) == "lopt"
+        assert chosen_method(arguments) == "lopt"
 
 
 def test_a_methods_options_are_not_anothers(capsys):

@@ -63,6 +63,31 @@ def test_a_run(tmp_path, command, method):
         assert any("rewards/token_reward/mean" in row for row in log)
 
 
+@pytest.mark.parametrize("command", ["sft", "mlaan"])
+def test_mlaan_is_a_method_of_sft(tmp_path, command):
+    method = {"method": "mlaan"} if command == "sft" else {}
+    given = arguments(tmp_path, "sft", **method, num_blocks=2, window=1, calibration_tokens=64)
+    cli.main([command, *given])
+    log = json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"]
+    assert any("local_loss/block_0/cascaded" in row for row in log)
+
+
+@pytest.mark.parametrize(
+    ("command", "method", "reason"),
+    [
+        ("dpo", "mlaan", "early blocks would learn the rejected answers as they learn the chosen ones"),
+        ("grpo", "mlaan", "early blocks would learn to repeat every completion, whatever its reward"),
+        ("pipeline", "e2e", "end-to-end training sends gradients back from stage to stage"),
+    ],
+)
+def test_a_method_that_cannot_work_is_refused_with_the_reason(capsys, command, method, reason):
+    with pytest.raises(SystemExit) as refused:
+        cli.main([command, "--method", method, "--window", "2"])
+    error = capsys.readouterr().err
+    assert refused.value.code == 2 and error.count("\n") == 1
+    assert f"lopt-hf {command}: error: method={method!r}" in error and reason in error
+
+
 @pytest.mark.parametrize("command", ["dpo", "grpo"])
 def test_a_run_goes_on(tmp_path, command):
     saving = {"save_strategy": "steps", "save_steps": 1, "resume_from_checkpoint": "auto"}
