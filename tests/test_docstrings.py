@@ -36,24 +36,26 @@ def test_everything_public_has_a_docstring():
     assert [name for module in map(importlib.import_module, names) for name in undocumented(module)] == []
 
 
+class Documented:
+    """A class."""
+
+    def method(self):
+        """Does something."""
+
+
+class Overriding(Documented):
+    """A class that documents nothing of its own."""
+
+    def method(self):
+        pass
+
+    def other(self):
+        pass
+
+    @property
+    def value(self):
+        return 1
+
+
 def test_what_has_none_is_found():
-    class Documented:
-        """A class."""
-
-        def method(self):
-            """A method."""
-
-    class Overriding(Documented):
-        """A class."""
-
-        def method(self):
-            pass
-
-        def other(self):
-            pass
-
-        @property
-        def value(self):
-            return 1
-
     assert list(undocumented_methods(Overriding)) == ["other", "value"]
