@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DTYPE_HELP",
     "Arithmetic",
+    "arithmetic_of",
     "choose_arithmetic",
     "choose_for_saved",
     "measure_arithmetic",
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 DTYPE_HELP = "Arithmetic: auto, the faster on this machine by measuring (bfloat16 on a GPU), float32 or bfloat16."
 DTYPES = ("float32", "bfloat16")
-_SPELLINGS = {"fp32": "float32", "bf16": "bfloat16"}
+_SPELLINGS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 # Ours: the smallest product whose speed is close to that of a training step's; 30 ms where bfloat16 is emulated
 _SIZE = 256
@@ -139,6 +140,21 @@ def choose_for_saved(saved: str, what: str, device: str | None = None) -> Arithm
     return Arithmetic(saved, device, f"as {what} was saved", {})
 
 
+def arithmetic_of(mixed_precision: str, weights: str, device: str) -> Arithmetic:
+    """The type that a run computes in, with a warning where it is the slower one.
+
+    Args:
+        mixed_precision: As accelerate has it: `"no"`, `"bf16"`, `"fp16"` ...
+        weights: Type of the weights, as torch calls it.
+        device: Type of the device.
+    """
+    dtype = weights if mixed_precision == "no" else _SPELLINGS.get(mixed_precision, mixed_precision)
+    if dtype not in DTYPES:
+        return Arithmetic(dtype, device, "as asked for", {})
+    measured = measure_arithmetic(device)
+    return measured if measured.dtype == dtype else choose_arithmetic(dtype, device)
+
+
 def pick_bf16(bf16: bool | None, fp16: bool) -> bool:
     """What a training argument `bf16` should be on a CPU.
 
@@ -172,7 +188,7 @@ def _torch_dtype(name: str) -> "torch.dtype":
 def _device_at_hand() -> str:
     import torch
 
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     return "cpu" if accelerator is None else accelerator.type
 
 

@@ -14,6 +14,7 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import ModelConfig
 
+from lopt_hf.common.arithmetic import DTYPE_HELP, arithmetic_of
 from lopt_hf.common.evaluation import general_text
 from lopt_hf.common.files import write_text
 from lopt_hf.common.settings import check_distinct, check_lowest
@@ -24,7 +25,7 @@ from lopt_hf.repl.export import save_with_code
 from lopt_hf.repl.healing import HealingConfig, heal, healing_data, read_text
 from lopt_hf.repl.report import to_json, to_markdown
 
-__all__ = ["Comparison", "ComparisonArguments", "check_output_dir"]
+__all__ = ["Comparison", "ComparisonArguments", "ComparisonModelConfig", "check_output_dir"]
 
 REPORT = "report.json"
 
@@ -72,6 +73,25 @@ class ComparisonArguments:
             raise ValueError(f"compare={self.compare} measures untrained models; leave it out where scratch is set.")
 
 
+@dataclass
+class ComparisonModelConfig(ModelConfig):
+    """`ModelConfig` whose `dtype` also decides on the arithmetic of training.
+
+    Parameters:
+        dtype: Of the weights, which are in float32 with `"auto"`. In training `"float32"` switches `bf16` off, unless
+            that is given; with `"auto"` the faster arithmetic is chosen.
+    """
+
+    dtype: str | None = field(
+        default="auto",
+        metadata={
+            "help": f"{DTYPE_HELP} Weights are in this type; with auto in float32, and only the arithmetic of "
+            "training is chosen.",
+            "choices": ["auto", "float32", "bfloat16", "float16"],
+        },
+    )
+
+
 def _json_object(option: str, text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
@@ -117,6 +137,10 @@ class Comparison:
     model_args: ModelConfig
 
     def __post_init__(self) -> None:
+        is_open = self.model_args.dtype in ("auto", None)
+        self.dtype = "float32" if is_open else str(self.model_args.dtype)
+        if self.dtype == "float32" and not is_open and self.args.leaves_dtype_open:
+            self.args = replace(self.args, bf16=False)
         self.name = resolve_model(str(self.model_args.model_name_or_path))
         self.tokenizer: Any = AutoTokenizer.from_pretrained(self.name)
         if self.script_args.scratch is not None:
@@ -125,6 +149,12 @@ class Comparison:
         length, count = self.script_args.eval_chunk_length, self.script_args.eval_chunks
         self.chunks_BT = cut_chunks(self.tokenizer, evaluation, length, count)
         self.rows: list[Row] = []
+
+    def describe_arithmetic(self) -> str:
+        """Says in which types models are trained and evaluated, and why, in one line."""
+        arithmetic = arithmetic_of(str(self.args.mixed_precision), self.dtype, self.args.device.type)
+        training = "" if self.script_args.dataset_name is None else f"training in {arithmetic.description}; "
+        return f"Arithmetic: {training}perplexity in {self.dtype}, as the weights."
 
     def measure(self, name: str, model: Any, **facts: Any) -> None:
         """Evaluates a model and adds its row."""
@@ -139,7 +169,7 @@ class Comparison:
 
     def from_pretrained(self) -> Any:
         """Evaluates the models and, where there are data to heal with, heals them; returns the first RepL model."""
-        model = AutoModelForCausalLM.from_pretrained(self.name, dtype=self.model_args.dtype or torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(self.name, dtype=getattr(torch, self.dtype))
         self.measure(FULL, model)
         repl, seconds = make_variant(model, self.config, [self.calibration], self.tokenizer)
         removed = repl.config.repl["removed"]
@@ -164,7 +194,7 @@ class Comparison:
         trained = []
         for seed in self.script_args.seeds:
             set_seed(seed)
-            model = AutoModelForCausalLM.from_config(model_config, dtype=self.model_args.dtype or torch.float32)
+            model = AutoModelForCausalLM.from_config(model_config, dtype=getattr(torch, self.dtype))
             repl, _ = make_variant(model, self.config, None, self.tokenizer)
             removed = repl.config.repl["removed"]
             self.train(PLAIN, make_plain(model, removed), seed, removed)
@@ -194,6 +224,7 @@ class Comparison:
             self.tokenizer.save_pretrained(folder / name)
         settings = {"script": asdict(self.script_args), "repl": self.config.to_dict(), "sft": self.args.to_dict()}
         settings["model"] = str(self.model_args.model_name_or_path)
+        settings["arithmetic"] = self.describe_arithmetic()
         write_text(folder / "report.md", to_markdown(self.rows) + "\n")
         write_text(folder / REPORT, to_json(self.rows, settings) + "\n")
 

@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
+from lopt_hf.common.arithmetic import pick_bf16
 from lopt_hf.data.formats import load_sft_dataset, to_trl_format
 from lopt_hf.repl.trainer import RepLTrainer
 
@@ -17,7 +18,10 @@ __all__ = ["HealingConfig", "heal", "healing_data", "read_text"]
 
 @dataclass
 class HealingConfig(SFTConfig):
-    """`SFTConfig` without activation checkpointing, and with `use_cpu` set on a machine without an accelerator."""
+    """`SFTConfig` without activation checkpointing, and for a machine without an accelerator.
+
+    There `use_cpu` is set, and `bf16`, if it is left out, to what is the faster.
+    """
 
     activation_checkpointing: bool | None = field(  # ours: fewer layers keep fewer activations
         default=False, metadata={"help": "Recompute activations in the backward instead of keeping them."}
@@ -27,6 +31,9 @@ class HealingConfig(SFTConfig):
         # transformers refuses bf16, the default of TRL's configs, on such a machine unless told that this is meant.
         if not torch.accelerator.is_available():
             self.use_cpu = True
+        self.leaves_dtype_open = self.bf16 is None and not self.fp16
+        if self.use_cpu:
+            self.bf16 = pick_bf16(self.bf16, self.fp16)
         super().__post_init__()
 
 

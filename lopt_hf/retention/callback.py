@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from lopt_hf.common.arithmetic import choose_arithmetic
+from lopt_hf.common.arithmetic import arithmetic_of
 from lopt_hf.common.callbacks import TrainerBound
 from lopt_hf.common.files import write_text
 from lopt_hf.common.settings import check_at_least
@@ -40,7 +40,7 @@ __all__ = ["RetentionCallback"]
 logger = logging.getLogger(__name__)
 
 BASELINE_FILE = "retention_baseline.json"
-MIXED_PRECISION = {"bf16": "bfloat16", "fp16": "float16"}  # accelerate's names
+MIXED_PRECISION = {"bf16": "bfloat16", "fp16": "float16"}  # accelerate's names, and torch's
 BASELINE_FORMAT = 1  # to be raised whenever an older file can no longer be read
 
 
@@ -106,7 +106,9 @@ class RetentionCallback(TrainerBound):
         """
         path = Path(str(args.output_dir)) / BASELINE_FILE
         trainer = self.trainer
-        self._dtype = _dtype_of(kwargs["model"], trainer)
+        weights = str(kwargs["model"].dtype).removeprefix("torch.")
+        accelerator = trainer.accelerator
+        self._dtype = arithmetic_of(accelerator.mixed_precision, weights, accelerator.device.type).dtype
         self._measured_at = state.global_step
         if state.global_step > 0:
             self._baseline = self._read_baseline(path)
@@ -212,15 +214,6 @@ class RetentionCallback(TrainerBound):
 
 def _change(name: str, delta: Delta) -> dict[str, float]:
     return {f"{name}_delta": delta.delta, f"{name}_low": delta.low, f"{name}_high": delta.high}
-
-
-def _dtype_of(model: PreTrainedModel, trainer: Trainer) -> str:
-    """The type that the model computes in, with a warning where that is the slower one on this machine."""
-    weights = str(model.dtype).removeprefix("torch.")
-    dtype = MIXED_PRECISION.get(trainer.accelerator.mixed_precision, weights)
-    if dtype == "bfloat16":
-        choose_arithmetic(dtype, trainer.accelerator.device.type)
-    return dtype
 
 
 def _wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trainer: Trainer, batch_size: int) -> HFLM:

@@ -2,42 +2,43 @@
 
 SmolLM2-135M-Instruct learns generated arithmetic word problems with LoPT; then the same measurements before and after:
 loss and exact match on held-out problems, loss on general English, and what a step costs beside end-to-end training.
+That step is measured first, and as many follow as fit in --minutes.
 """
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lopt_hf.bench.step import StepBenchSettings, StepResult, run_step_bench, to_markdown
+from lopt_hf.bench.step import StepBenchSettings, StepResult, run_step_bench
+from lopt_hf.common.arithmetic import DTYPE_HELP, Arithmetic, choose_arithmetic
 from lopt_hf.common.evaluation import answer_loss, general_text, generate_answers, text_loss
+from lopt_hf.common.files import write_text
 from lopt_hf.data.pretrained import SMOLLM2_ID, resolve_model
 from lopt_hf.data.word_problems import extract_answer, make_word_problems
+from lopt_hf.scripts.demo_report import Measurement, Training, plot_curves, report
 from lopt_hf.trainers.configs import LoPTConfig
 from lopt_hf.trainers.sft import LoPTTrainer
 
 __all__ = ["main", "make_parser"]
 
 BATCH_SIZE = 8
-HELD_OUT = 64
-EXACT_MATCH_PROBLEMS = 32
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One model on the held-out problems and on general English; losses in nats per token."""
-
-    answer_loss: float
-    exact_matches: int
-    general_text_loss: float
-    example: str
+HELD_OUT = 32
+TEXT_CHUNKS = 4  # of 512 tokens
+# The step that is measured beside end-to-end training: half the tokens of one with 8 problems
+BENCH_SEQUENCES, BENCH_TOKENS = 4, 128
+TOKENS_PER_PROBLEM = 128  # padded to the longest of a batch; ours, rounded up from what the problems have
+FEWEST_STEPS, MOST_STEPS = 12, 240  # ours: 8 steps just halve the loss; more than these belong into a real run
+FEW_PROBLEMS = 2  # of a step, where FEWEST_STEPS whole ones do not fit
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -45,7 +46,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lopt-hf demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of 8 problems (default: %(default)s)")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=8,
+        help=f"time for everything after installing, within which there are as many steps of {BATCH_SIZE} problems as "
+        f"fit, {MOST_STEPS} at most (default: %(default)g)",
+    )
+    parser.add_argument("--steps", type=int, help="optimizer steps, however long they take")
+    parser.add_argument("--dtype", default="auto", help=f"{DTYPE_HELP} (default: %(default)s)")
     parser.add_argument("--output-dir", type=Path, default=Path("lopt-demo"), help="new folder (default: %(default)s)")
     parser.add_argument("--model", default=SMOLLM2_ID, help="hub id or local folder (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="peak rate (default: %(default)s)")
@@ -63,36 +72,85 @@ def make_parser() -> argparse.ArgumentParser:
 
 def check_options(options: argparse.Namespace) -> None:
     """Raises `ValueError` for options that cannot work, before anything is loaded."""
-    if options.steps < 1:
+    if options.steps is not None and options.steps < 1:
         raise ValueError(f"--steps {options.steps} trains nothing; give at least 1.")
+    if not options.minutes > 0:
+        raise ValueError(f"--minutes {options.minutes:g} is no time; give more than 0, such as 8.")
     if options.output_dir.exists() and (not options.output_dir.is_dir() or any(options.output_dir.iterdir())):
         raise ValueError(f"--output-dir {options.output_dir} is not empty; name a new folder, or remove it.")
 
 
-def measure(model_path: str, rows: Sequence[dict[str, Any]], label: str) -> Measurement:
-    """Loads a stock checkpoint in bf16 and measures it."""
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16).eval()
+def measure(model_path: str, rows: Sequence[dict[str, Any]], dtype: torch.dtype, label: str) -> Measurement:
+    """Loads a stock checkpoint in a type and measures it."""
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype).eval()
     model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    asked = rows[:EXACT_MATCH_PROBLEMS]
-    answers = generate_answers(model, tokenizer, [row["prompt"] for row in asked], description=f"answering, {label}")
-    matches = sum(extract_answer(text) == row["answer"] for text, row in zip(answers, asked, strict=True))
+    prompts = [row["prompt"] for row in rows]
+    answers = generate_answers(model, tokenizer, prompts, batch_size=HELD_OUT, description=f"answering, {label}")
+    matches = sum(extract_answer(text) == row["answer"] for text, row in zip(answers, rows, strict=True))
     return Measurement(
         answer_loss=answer_loss(model, tokenizer, rows),
         exact_matches=matches,
-        general_text_loss=text_loss(model, tokenizer, general_text(), num_chunks=8),
+        problems=len(rows),
+        general_text_loss=text_loss(model, tokenizer, general_text(), num_chunks=TEXT_CHUNKS),
         example=answers[0],
     )
 
 
-def train(model_path: str, dataset: Dataset, options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_step(model_path: str, num_blocks: int, dtype: str) -> list[StepResult]:
+    """Measures what a step costs, end-to-end and with LoPT."""
+    return run_step_bench(
+        StepBenchSettings(
+            model=model_path,
+            methods=("e2e", "lopt"),
+            num_blocks=(num_blocks,),
+            local_update_interval=(1,),
+            batch_size=BENCH_SEQUENCES,
+            seq_length=BENCH_TOKENS,
+            steps=3,
+            warmup=1,
+            dtype=dtype,
+        )
+    )
+
+
+def plan_training(options: argparse.Namespace, step_seconds: float, seconds_left: float) -> Training:
+    """Chooses as many steps as fit, or where these are too few the fewest, with fewer problems in each.
+
+    Args:
+        options: The command's.
+        step_seconds: Time of a step of `BATCH_SIZE` problems.
+        seconds_left: Time for all of them.
+    """
+    rate = f"at {step_seconds:.1f} s per step of {BATCH_SIZE} problems"
+    if options.steps is not None:
+        return Training(options.steps, BATCH_SIZE, f"{options.steps} steps, as asked for, {rate}.")
+    fitting = max(0, int(seconds_left / step_seconds))
+    if fitting >= FEWEST_STEPS:
+        note = f"as many as fit into {options.minutes:g} minutes" if fitting <= MOST_STEPS else "which is the most"
+        return Training(min(fitting, MOST_STEPS), BATCH_SIZE, f"{min(fitting, MOST_STEPS)} steps, {note}, {rate}.")
+    enough = math.ceil(options.minutes + (FEWEST_STEPS * step_seconds - seconds_left) / 60)
+    return Training(
+        FEWEST_STEPS,
+        FEW_PROBLEMS,
+        f"This machine is too slow for a meaningful run in {options.minutes:g} minutes: {rate} there is time for "
+        f"{fitting}, and fewer than {FEWEST_STEPS} teach too little. Instead come {FEWEST_STEPS} steps of "
+        f"{FEW_PROBLEMS} problems, to show that everything works; what they teach says nothing of the method. "
+        f"Whole steps need --minutes {enough}.",
+    )
+
+
+def train(
+    model_path: str, dataset: Dataset, options: argparse.Namespace, training: Training, arithmetic: Arithmetic
+) -> list[dict[str, Any]]:
     """Fine-tunes with LoPT, saves a stock checkpoint in `<output_dir>/model`, and returns the log history."""
     args = LoPTConfig(
         output_dir=str(options.output_dir / "model"),
         num_blocks=options.num_blocks,
-        max_steps=options.steps,
-        per_device_train_batch_size=BATCH_SIZE,
+        max_steps=training.steps,
+        per_device_train_batch_size=training.batch_size,
+        bf16=arithmetic.dtype == "bfloat16",
         learning_rate=options.learning_rate,
         early_learning_rate=options.early_learning_rate,
         lr_scheduler_type="cosine",
@@ -103,101 +161,46 @@ def train(model_path: str, dataset: Dataset, options: argparse.Namespace) -> lis
         report_to="none",
         seed=options.seed,
     )
-    trainer = LoPTTrainer(model_path, args, train_dataset=dataset.select_columns(["prompt", "completion"]))
+    rows = dataset.select(range(training.steps * training.batch_size)).select_columns(["prompt", "completion"])
+    trainer = LoPTTrainer(model_path, args, train_dataset=rows)
     trainer.train()
     trainer.save_model()
     return trainer.state.log_history
 
 
-def comparison(before: Measurement, after: Measurement) -> str:
-    """The before-and-after table in markdown."""
-    rows = [
-        ("loss of held-out answers, nats/token", f"{before.answer_loss:.3f}", f"{after.answer_loss:.3f}"),
-        (
-            f"exact match on {EXACT_MATCH_PROBLEMS} held-out problems",
-            f"{before.exact_matches}/{EXACT_MATCH_PROBLEMS}",
-            f"{after.exact_matches}/{EXACT_MATCH_PROBLEMS}",
-        ),
-        (
-            "loss on general English, nats/token",
-            f"{before.general_text_loss:.3f}",
-            f"{after.general_text_loss:.3f}",
-        ),
-    ]
-    lines = ["| | before | after |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
-    return "\n".join(lines)
-
-
-def plot_curves(log_history: list[dict[str, Any]], before: Measurement, after: Measurement, path: Path) -> None:
-    """Draws task loss and local losses over the steps, and the held-out loss at both ends."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    task, local = figure.subplots(1, 2)
-    rows = [row for row in log_history if "loss" in row]
-    steps = [row["step"] for row in rows]
-    task.plot(steps, [row["loss"] for row in rows], color="tab:blue", label="training")
-    task.plot([0, steps[-1]], [before.answer_loss, after.answer_loss], "o", color="tab:red", label="held out")
-    task.set(title="Task loss (last block)", xlabel="optimizer step", ylabel="nats per answer token")
-    task.legend()
-    for name in sorted(key for key in rows[0] if key.startswith("local_loss/")):
-        local.plot(steps, [row[name] for row in rows], label=name.removeprefix("local_loss/"))
-    local.set(title="Reconstruction loss (early blocks)", xlabel="optimizer step", ylabel="mean squared error")
-    local.legend()
-    for axes in (task, local):
-        axes.grid(alpha=0.3)
-        axes.set_ylim(bottom=0)
-    figure.savefig(path, dpi=150)
-
-
-def report(
-    options: argparse.Namespace,
-    question: str,
-    before: Measurement,
-    after: Measurement,
-    costs: list[StepResult],
-) -> str:
-    """The text that the command ends with; also kept as `report.md`."""
-    folder = options.output_dir
-    return (
-        f"## LoPT, {options.num_blocks} blocks, {options.steps} steps of {BATCH_SIZE} problems, learning rate "
-        f"{options.learning_rate:g} (early block: {options.early_learning_rate:g})\n\n"
-        f"{comparison(before, after)}\n\n"
-        "## One training step beside end-to-end, measured now in the same run\n\n"
-        f"{to_markdown(costs)}\n\n"
-        f"## One held-out problem\n\n{question}\n\n"
-        f"Before: {before.example.strip()}\n\nAfter: {after.example.strip()}\n\n"
-        f"Model: {folder / 'model'} (stock checkpoint)\nCurves: {folder / 'curves.png'}\n"
-        f"Report: {folder / 'report.md'}, figures: {folder / 'report.json'}\n"
-        f"What it kept: lopt-hf retention --baseline {options.model} --model {folder / 'model'}\n"
-    )
-
-
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace, arithmetic: Arithmetic) -> None:
     """Runs the demo from loading to report."""
-    check_options(options)
+    start = perf_counter()
+    print(arithmetic, flush=True)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     model_path = resolve_model(options.model)
-    problems = make_word_problems(max(options.steps * BATCH_SIZE, BATCH_SIZE), HELD_OUT, options.seed)
+    problems = make_word_problems((options.steps or MOST_STEPS) * BATCH_SIZE, HELD_OUT, options.seed)
     rows = list(problems["test"])
-    costs = run_step_bench(
-        StepBenchSettings(
-            model=model_path,
-            methods=("e2e", "lopt"),
-            num_blocks=(options.num_blocks,),
-            local_update_interval=(1,),
-            steps=5,
-        )
-    )
-    before = measure(model_path, rows, "before")
-    log_history = train(model_path, problems["train"], options)
-    after = measure(str(options.output_dir / "model"), rows, "after")
+    measuring = perf_counter()
+    before = measure(model_path, rows, arithmetic.torch_dtype, "before")
+    measuring = perf_counter() - measuring
+    costs = measure_step(model_path, options.num_blocks, arithmetic.dtype)
+    step_seconds = costs[-1].step_seconds * BATCH_SIZE * TOKENS_PER_PROBLEM / (BENCH_SEQUENCES * BENCH_TOKENS)
+    seconds_left = 60 * options.minutes - (perf_counter() - start) - measuring  # which is done once more at the end
+    training = plan_training(options, step_seconds, seconds_left)
+    print(training.note, flush=True)
+    log_history = train(model_path, problems["train"], options, training, arithmetic)
+    after = measure(str(options.output_dir / "model"), rows, arithmetic.torch_dtype, "after")
     plot_curves(log_history, before, after, options.output_dir / "curves.png")
-    text = report(options, rows[0]["prompt"][-1]["content"], before, after, costs)
-    (options.output_dir / "report.md").write_text(text, encoding="utf-8")
-    figures = {"before": asdict(before), "after": asdict(after), "step": [asdict(cost) for cost in costs]}
-    (options.output_dir / "report.json").write_text(json.dumps(figures, indent=2), encoding="utf-8")
-    print(f"\n{text}")
+    question, step = rows[0]["prompt"][-1]["content"], f"{BENCH_SEQUENCES} x {BENCH_TOKENS} tokens"
+    text = report(options, training, arithmetic, question, before, after, costs, step)
+    write_text(options.output_dir / "report.md", text)
+    seconds = perf_counter() - start
+    figures = {
+        "arithmetic": asdict(arithmetic),
+        "training": asdict(training),
+        "before": asdict(before),
+        "after": asdict(after),
+        "step": [asdict(cost) for cost in costs],
+        "seconds": seconds,
+    }
+    write_text(options.output_dir / "report.json", json.dumps(figures, indent=2))
+    print(f"\n{text}\n{seconds / 60:.1f} minutes in all, {training.steps} steps.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -206,9 +209,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: Arguments without the program's name; default: those of the process.
     """
-    options = make_parser().parse_args(argv)
+    parser = make_parser()
+    options = parser.parse_args(argv)
     try:
-        run(options)
+        check_options(options)
+        arithmetic = choose_arithmetic(options.dtype)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        run(options, arithmetic)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"lopt-hf demo: {error}")
 

@@ -83,7 +83,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     refuse_method("pipeline", arguments, _REFUSED_METHODS)
     if "RANK" not in os.environ:
         _, args, _, launch_args = parse_or_exit(make_parser(chosen_method(arguments)), arguments)
-        sys.exit(launch_stages(args, arguments, launch_args.devices))
+        # Chosen here, or each stage would time the machine while the others start
+        dtype = [] if args.fp16 else ["--bf16", str(args.bf16).lower()]
+        sys.exit(launch_stages(args, [*arguments, *dtype], launch_args.devices))
     try:
         rendezvous = Rendezvous.from_environment()
     except ValueError as error:

@@ -11,9 +11,9 @@ it can be trained on (`unfolded`) and folded for use (`folded`), in `output_dir`
 import sys
 from collections.abc import Sequence
 
-from trl import ModelConfig, TrlParser
+from trl import TrlParser
 
-from lopt_hf.repl.comparison import Comparison, ComparisonArguments, check_output_dir
+from lopt_hf.repl.comparison import Comparison, ComparisonArguments, ComparisonModelConfig, check_output_dir
 from lopt_hf.repl.config import RepLConfig
 from lopt_hf.repl.healing import HealingConfig
 from lopt_hf.repl.report import to_markdown
@@ -24,7 +24,7 @@ __all__ = ["main", "make_parser"]
 
 def make_parser() -> TrlParser:
     """Makes the parser of this command: script, surgery, training and model arguments, and `--config file.yaml`."""
-    parser = make_trl_parser("repl", __doc__, ComparisonArguments, RepLConfig, HealingConfig, ModelConfig)
+    parser = make_trl_parser("repl", __doc__, ComparisonArguments, RepLConfig, HealingConfig, ComparisonModelConfig)
     parser.add_argument("--model", dest="model_name_or_path", help="Short for --model_name_or_path.")
     return parser
 
@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError("model_name_or_path is missing; give --model with a hub id or a local folder.")
         check_output_dir(args.output_dir)
         comparison = Comparison(script_args, config, args, model_args)
+        print(comparison.describe_arithmetic(), flush=True)
         comparison.run()
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"lopt-hf repl: {error}")

@@ -3,12 +3,13 @@
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import Trainer, set_seed
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
+from lopt_hf.common.arithmetic import Arithmetic, arithmetic_of
 from lopt_hf.common.distributed import end_training
 from lopt_hf.common.resuming import find_checkpoint
 from lopt_hf.common.settings import check_at_least
@@ -168,6 +169,7 @@ def run_training(
             trainer.check_checkpoint(checkpoint)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"{parser.prog}: {error}")
+    trainer.accelerator.print(_arithmetic_of(trainer), flush=True)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(args.output_dir)
     trainer.save_state()  # what was logged: `lopt-hf curves` draws it
@@ -176,3 +178,8 @@ def run_training(
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}")
     end_training(trainer)
+
+
+def _arithmetic_of(trainer: Trainer) -> Arithmetic:
+    weights = str(cast(Any, trainer.model).dtype).removeprefix("torch.")
+    return arithmetic_of(trainer.accelerator.mixed_precision, weights, trainer.accelerator.device.type)

@@ -104,7 +104,7 @@ def test_accelerator_is_not_timed(monkeypatch, has_it):
     """It is asked, since bfloat16 also halves the memory there."""
     arithmetic._ask_accelerator.cache_clear()
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_it)
     chosen = choose_arithmetic("auto")
     assert (chosen.dtype, chosen.device) == ("bfloat16" if has_it else "float32", "cuda")

@@ -10,6 +10,7 @@ from lopt_hf import RepLModel
 from lopt_hf.common.arithmetic import choose_arithmetic
 from lopt_hf.repl import comparison
 from lopt_hf.scripts import bench, repl
+from tests.machine import set_machine
 from tests.repl.helpers import make_stock
 from tests.tiny import make_tokenizer
 
@@ -161,6 +162,37 @@ def test_a_bad_value_ends_the_command_before_the_model_is_loaded(folder, capsys)
     with pytest.raises(SystemExit):
         repl.main(arguments(folder, operator="branches", branches=["vlaue"], model=folder / "nowhere"))
     assert "branches=['vlaue'] must name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "has_bfloat16", "expected"),
+    [
+        ({}, True, ("bf16", torch.float32)),
+        ({}, False, ("no", torch.float32)),
+        ({"dtype": "float32"}, True, ("no", torch.float32)),
+        ({"dtype": "float32", "bf16": True}, True, ("bf16", torch.float32)),
+        ({"dtype": "auto", "bf16": False}, True, ("no", torch.float32)),
+        ({"dtype": "bfloat16"}, False, ("no", torch.bfloat16)),
+    ],
+)
+def test_type_of_weights_and_arithmetic(folder, monkeypatch, capsys, given, has_bfloat16, expected):
+    """The arithmetic of healing is the faster one, unless told; weights are rounded only where that is asked for."""
+    set_machine(monkeypatch, has_bfloat16)
+    seen = []
+
+    def train_nothing(model, seed, dataset, args, *others):
+        seen.append((args.mixed_precision, model.dtype))
+        return model
+
+    monkeypatch.setattr(comparison, "heal", train_nothing)
+    healing = {name: value for name, value in HEALING.items() if name != "bf16"}
+    repl.main(arguments(folder, dataset_name=folder / "healing.txt", **{**healing, "seeds": 0, **given}))
+    assert set(seen) == {expected}
+    precision, weights = expected
+    computed = "bfloat16" if precision == "bf16" else str(weights).removeprefix("torch.")
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.startswith(f"Arithmetic: training in {computed} on cpu, ")
+    assert json.loads((folder / "out/report.json").read_text())["settings"]["arithmetic"] == line
 
 
 def test_bench(folder, capsys, tmp_path):

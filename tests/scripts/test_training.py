@@ -51,8 +51,9 @@ def arguments(tmp_path, command, **values):
 
 @pytest.mark.parametrize("method", ["lopt", "e2e"])
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_run(tmp_path, command, method):
+def test_a_run(tmp_path, command, method, capsys):
     cli.main([command, *arguments(tmp_path, command, method=method)])
+    assert "Arithmetic: float32 on " in capsys.readouterr().out
     _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
     losses = read_curve(str(tmp_path / "out"), "loss")

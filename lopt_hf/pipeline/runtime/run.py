@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from lopt_hf.common.arithmetic import arithmetic_of
 from lopt_hf.common.resuming import find_checkpoint
 from lopt_hf.data.pretrained import resolve_model
 from lopt_hf.local.blocks import split_layers
@@ -93,6 +94,9 @@ def make_trainer(
     peft_config = get_peft_config(model_args)
     if peft_config is not None:
         model = add_adapter(model, peft_config, args.seed)
+    if world.rank == 0:
+        weights = str(model.dtype).removeprefix("torch.")
+        print(arithmetic_of(str(args.mixed_precision), weights, args.device.type), flush=True)
     trainer: StageTrainer = trainer_class(model, args, world=world, train_dataset=load_dataset())
     return trainer
 

@@ -1,0 +1,115 @@
+"""What `lopt-hf demo` shows at its end: the text of its report, and the curves of its run."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lopt_hf.bench.step import StepResult, to_markdown
+from lopt_hf.common.arithmetic import Arithmetic
+from lopt_hf.common.tables import markdown_table
+
+__all__ = ["Measurement", "Training", "plot_curves", "report"]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One model on the held-out problems and on general English.
+
+    Attributes:
+        answer_loss: Of the held-out problems' answers, in nats per token.
+        exact_matches: Held-out problems whose answer is right.
+        problems: How many there are.
+        general_text_loss: Of general English, in nats per token.
+        example: The answer to the first problem.
+    """
+
+    answer_loss: float
+    exact_matches: int
+    problems: int
+    general_text_loss: float
+    example: str
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long to train.
+
+    Attributes:
+        steps: Optimizer steps.
+        batch_size: Problems of a step.
+        note: Why so many, as one line.
+    """
+
+    steps: int
+    batch_size: int
+    note: str
+
+
+def comparison(before: Measurement, after: Measurement) -> str:
+    """Makes the table of before and after in Markdown."""
+    losses = ("loss of held-out answers, nats/token", "answer_loss"), ("loss on general English", "general_text_loss")
+    rows = [[name, *(f"{getattr(each, field):.3f}" for each in (before, after))] for name, field in losses]
+    matches = [f"{each.exact_matches}/{each.problems}" for each in (before, after)]
+    rows.insert(1, [f"exact match on {before.problems} held-out problems", *matches])
+    return markdown_table(["", "before", "after"], rows)
+
+
+def plot_curves(log_history: list[dict[str, Any]], before: Measurement, after: Measurement, path: Path) -> None:
+    """Draws task loss and local losses over the steps, and the held-out loss at both ends."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    task, local = figure.subplots(1, 2)
+    rows = [row for row in log_history if "loss" in row]
+    steps = [row["step"] for row in rows]
+    task.plot(steps, [row["loss"] for row in rows], color="tab:blue", label="training")
+    task.plot([0, steps[-1]], [before.answer_loss, after.answer_loss], "o", color="tab:red", label="held out")
+    task.set(title="Task loss (last block)", xlabel="optimizer step", ylabel="nats per answer token")
+    task.legend()
+    for name in sorted(key for key in rows[0] if key.startswith("local_loss/")):
+        local.plot(steps, [row[name] for row in rows], label=name.removeprefix("local_loss/"))
+    local.set(title="Reconstruction loss (early blocks)", xlabel="optimizer step", ylabel="mean squared error")
+    local.legend()
+    for axes in (task, local):
+        axes.grid(alpha=0.3)
+        axes.set_ylim(bottom=0)
+    figure.savefig(path, dpi=150)
+
+
+def report(
+    options: argparse.Namespace,
+    training: Training,
+    arithmetic: Arithmetic,
+    question: str,
+    before: Measurement,
+    after: Measurement,
+    costs: list[StepResult],
+    step: str,
+) -> str:
+    """Makes the text that the command ends with, which is kept as `report.md`.
+
+    Args:
+        options: The command's.
+        training: How long it trained.
+        arithmetic: In which type.
+        question: The first of the held-out problems.
+        before: The model that it started from.
+        after: The model that it ended with.
+        costs: What a step cost, end-to-end and with LoPT.
+        step: The size of that step.
+    """
+    folder = options.output_dir
+    return (
+        f"## LoPT, {options.num_blocks} blocks, {training.steps} steps of {training.batch_size} problems, learning "
+        f"rate {options.learning_rate:g} (early block: {options.early_learning_rate:g})\n\n"
+        f"{arithmetic}\n\n{training.note}\n\n"
+        f"{comparison(before, after)}\n\n"
+        f"## One training step of {step} beside end-to-end, measured in the same run\n\n"
+        f"{to_markdown(costs)}\n\n"
+        f"## One held-out problem\n\n{question}\n\n"
+        f"Before: {before.example.strip()}\n\nAfter: {after.example.strip()}\n\n"
+        f"Model: {folder / 'model'} (stock checkpoint)\nCurves: {folder / 'curves.png'}\n"
+        f"Report: {folder / 'report.md'}, figures: {folder / 'report.json'}\n"
+        f"What it kept: lopt-hf retention --baseline {options.model} --model {folder / 'model'}\n"
+    )
