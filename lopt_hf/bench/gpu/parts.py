@@ -32,7 +32,7 @@ class Part:
         name: Its heading.
         kind: Which table its results are shown in, see `report`.
         cases: The most important first: a time limit loses the last.
-        limit: Seconds from its start, after which it is ended.
+        limit: Seconds after which it is ended, from the end of its imports on; these may take as long.
         environment: Variables that its process has from its start on.
         in_background: Whether it runs beside the parts that follow. It is not to use the GPU.
         threads: CPU threads; torch's default if unset.

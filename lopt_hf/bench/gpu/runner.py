@@ -74,13 +74,17 @@ class _Run:
         self, part: Part, process: "_Process", start: "Callable[[Part, int], _Process]", latest: float, report: Report
     ) -> None:
         self.part = part
-        self.deadline = min(monotonic() + part.limit, latest)
+        self._latest = latest
+        self.deadline = self._deadline()
         self.is_over = False
         self._process, self._start, self._report = process, start, report
         self._next = 0
         self._begun: float | None = None
         if self.deadline <= monotonic():
             self._give_up()
+
+    def _deadline(self) -> float:
+        return min(monotonic() + self.part.limit, self._latest)
 
     @property
     def connection(self) -> Connection:
@@ -100,6 +104,8 @@ class _Run:
             self._lose(self._process.death)
             return
         if kind == "ready":
+            if self._next == 0:  # its imports are not the part's time; those of a process after it are
+                self.deadline = self._deadline()
             self._process.go()
         elif kind == "begun":
             self._begun = monotonic()
