@@ -28,8 +28,7 @@ LAYERS = (
 # Modules beside the rooms: old public names of what has moved, and GRPO's rewards, which users name by their path.
 BESIDE = {"blocks", "objectives", "rewards"}
 MOST_BASES = 3
-LONGEST_RUN = 9
-IDENTICAL_LINES = LONGEST_RUN + 1
+IDENTICAL_LINES = 10  # so many make a repetition
 
 Graph = dict[str, set[str]]
 
