@@ -126,7 +126,7 @@ def measure_costs(
         device: Where to measure.
         accumulation_steps: Micro-batches of an optimizer step.
         activation_checkpointing: Whether the layers run a second time in the backward.
-        tied_embeddings: `"untie"` or `"freeze"`, see `LocalLearningArguments`; without effect on untied models.
+        tied_embeddings: `"untie"` or `"freeze"`, see `LocalArguments`; without effect on untied models.
         peft_config: The adapter that is trained, if one is.
         make_optimizer: Makes the optimizer of given parameters. Default: fused AdamW, as transformers.
         repeats: Timed runs of each part, at least, of which the median counts. Ours: 5.
