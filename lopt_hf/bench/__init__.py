@@ -1,1 +1,1 @@
-"""Measurements of what training costs: activation memory and time per step."""
+"""Measurements of the cost of training: memory and time per step."""

@@ -1,4 +1,4 @@
-"""Which layers the gradient of each loss of a training step reaches, measured and drawn."""
+"""Reach of the gradient of each loss of a training step, measured and plotted."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,7 +31,7 @@ WIDTH = 9.0  # inches
 
 @dataclass(frozen=True)
 class GradientReach:
-    """What each loss of a training step sends to each part of a model.
+    """Norm of the gradient of each loss of a training step in each part of a model.
 
     Attributes:
         losses: Names of the losses, in the order of their blocks; the task's is the last.

@@ -1,4 +1,4 @@
-"""What pipeline training costs, by method: PPLL beside the same learning in one process, and beside GPipe and 1F1B.
+"""Cost of pipeline training by method: PPLL beside the same learning in one process, and beside GPipe and 1F1B.
 
 All methods train on the same batches, cut into the same micro-batches, with the same optimizer; all pipelines cut the
 model at the same layers. Methods take turns, each time in new processes, so that whatever else the machine does hits
@@ -36,7 +36,7 @@ COMPARISONS = (
 
 @dataclass(frozen=True)
 class PipelineResult:
-    """What one method costs.
+    """Cost of one method.
 
     Attributes:
         method: Name of the row.

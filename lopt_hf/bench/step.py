@@ -1,4 +1,4 @@
-"""What one training step costs, by method: bytes of activations and gradients, time, resident memory.
+"""Cost of one training step by method: bytes of activations and gradients, time, resident memory.
 
 Every method trains in a spawned process of its own, by a real trainer, beside a process that trains end-to-end on the
 same batches. The parent lets one of the two at a time do one step, in turns, so that whatever else the machine does
@@ -26,7 +26,7 @@ __all__ = ["BenchWorkerError", "StepBenchSettings", "StepResult", "run_step_benc
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one method costs.
+    """Cost of one method.
 
     A method whose steps differ (`local_update_interval` n) is measured over whole cycles of n steps: peaks are
     averaged over one cycle; the time is the mean over the cycle of the median at each of its n positions.

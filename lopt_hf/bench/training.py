@@ -1,4 +1,4 @@
-"""What the benchmarks share: a look at the model, and their processes' batches and silence."""
+"""Helpers of the benchmarks' processes: the model's layers, their batches, and silence."""
 
 import logging
 import warnings

@@ -9,10 +9,15 @@ __all__ = ["ChannelRidge", "LinearRidge", "SharedRidge"]
 
 
 def _solve(gram: torch.Tensor, right: torch.Tensor, ridge: float, left_out: torch.Tensor | float = 0) -> torch.Tensor:
-    """Solves `(gram + ridge * mean(diag(gram)) * I) x = right`; the last two dimensions are matrices.
+    """Solves `(gram + ridge * mean(diag(gram) - left_out) * I) x = right`; the last two dimensions are matrices.
 
-    A feature that never varies from 0 gets the coefficient 0. `left_out` is a part of the diagonal that the penalty is
-    not relative to.
+    A feature that is 0 for all tokens gets the coefficient 0.
+
+    Args:
+        gram: Sums of products of the features.
+        right: Sums of products of the features with the targets.
+        ridge: Penalty, relative to the mean square of the features.
+        left_out: Sums of squares of those tokens that do not count in that mean square.
     """
     size = gram.shape[-1]
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
@@ -43,7 +48,7 @@ class SharedRidge:
         self.right_K += flat @ target_ND.flatten().double()
 
     def solve(self) -> torch.Tensor:
-        """The coefficients, (K,)."""
+        """Returns the coefficients, (K,)."""
         return _solve(self.gram_KK, self.right_K, self.ridge).view(-1)
 
 
@@ -68,12 +73,12 @@ class ChannelRidge:
         self.right_DK += (by_channel @ target_ND.T.double()[:, :, None])[..., 0]
 
     def solve(self) -> torch.Tensor:
-        """The coefficients, (K, D)."""
+        """Returns the coefficients, (K, D)."""
         return _solve(self.gram_DKK, self.right_DK, self.ridge)[..., 0].T
 
 
 class LinearRidge:
-    """A whole map with a constant: `y_ND ~ x_ND W^T + b`, drawn towards a prior instead of 0.
+    """A linear map with a constant, `y_ND ~ x_ND W^T + b`, shrunk towards a prior instead of 0.
 
     Args:
         num_channels: D.
@@ -87,7 +92,13 @@ class LinearRidge:
         self._outside_penalty_F = torch.zeros(num_channels + 1, dtype=torch.float64, device=device)
 
     def add(self, x_ND: torch.Tensor, target_ND: torch.Tensor, in_penalty: bool = True) -> None:
-        """Adds tokens; without `in_penalty` such that the penalty is not relative to."""
+        """Adds tokens.
+
+        Args:
+            x_ND: Inputs of the map.
+            target_ND: Its targets.
+            in_penalty: Whether the tokens count in the mean square that the penalty is relative to.
+        """
         features_NF = torch.cat([x_ND, torch.ones_like(x_ND[:, :1])], 1).double()
         self.gram_FF += features_NF.T @ features_NF
         self.right_FD += features_NF.T @ target_ND.double()
@@ -95,10 +106,10 @@ class LinearRidge:
             self._outside_penalty_F += features_NF.square().sum(0)
 
     def solve(self, prior_FD: torch.Tensor) -> torch.Tensor:
-        """The map transposed, its last row the constant: (F, D), F = D + 1.
+        """Returns the map transposed, (F, D) with F = D + 1; the last row is the constant.
 
         Args:
-            prior_FD: What the fit is drawn towards, in the same layout.
+            prior_FD: The prior in the same layout.
         """
         prior_FD = prior_FD.to(self.gram_FF)
         right_FD = self.right_FD - self.gram_FF @ prior_FD

@@ -1,4 +1,4 @@
-"""Paired statistics: what changed on the same samples, and how sure that is.
+"""Paired statistics: differences between models on the same samples, with confidence intervals.
 
 Every statement is a difference between models that answered the same samples, so what varies from sample to sample
 cancels. Samples are resampled together for all models and seeds.
@@ -35,7 +35,7 @@ BATCH_ELEMENTS = 4_000_000
 
 
 class Scores(ABC):
-    """What one model scored on each sample, and how the metric follows from them."""
+    """Scores of one model on each sample, and the metric that follows from them."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -113,7 +113,7 @@ class ResampledScores(Scores):
 
 @dataclass(frozen=True)
 class Interval:
-    """A difference with its confidence interval, and what is needed to average it with others.
+    """A difference with its confidence interval, and the resamples needed to average it with others.
 
     Parameters:
         delta: The difference; of several seeds the mean.
@@ -156,7 +156,7 @@ def difference_interval(
 
     Args:
         models: For each model its scores by task; the tasks are the same for all.
-        coefficients: For each seed what each model counts in its difference, shape (seeds, models).
+        coefficients: Weight of each model in the difference of each seed, shape (seeds, models).
         weights: Weights of the tasks; they need not add up to one.
         confidence: Level of the interval.
         seed: Seed of the resampling.
@@ -230,14 +230,14 @@ def mcnemar(before: MeanScores, after: MeanScores) -> tuple[float, int, int]:
 
 
 def _combined(of_seed: NDArray[Any], totals: Sequence[float]) -> NDArray[Any]:
-    """Each seed's difference; an infinite score of a model that does not count in it leaves it alone."""
+    """Returns each seed's difference; models of weight 0 do not count, even with an infinite score."""
     return np.multiply(of_seed, totals, where=of_seed != 0, out=np.zeros_like(of_seed)).sum(axis=1)
 
 
 def _deviations(
     task: Sequence[Scores], of_seed: NDArray[Any], by_task: NDArray[Any], rng: np.random.Generator
 ) -> NDArray[Any]:
-    """How far resampling moves each seed's difference on one task, shape (seeds, resamples)."""
+    """Returns how far each resample moves each seed's difference on one task, shape (seeds, resamples)."""
     sizes = {len(scores) for scores in task}
     if len(sizes) != 1:
         raise ValueError(f"paired scores have {sorted(sizes)} samples; they must be those of the same samples.")
@@ -260,7 +260,7 @@ def _deviations(
 def _accelerated_ends(
     task: Sequence[Scores], coefficients: NDArray[Any], draws: NDArray[Any], confidence: float
 ) -> tuple[float, float] | None:
-    """The ends of the bias-corrected and accelerated interval; `None` where nothing varies or it has no answer."""
+    """Returns the ends of the bias-corrected and accelerated interval; `None` where it is not defined."""
     number = len(task[0])
     delta = float(coefficients @ [scores.total for scores in task])
     if np.ptp(draws) <= 1e-9 * np.abs(draws).max() or any(isinstance(scores, ResampledScores) for scores in task):
@@ -294,7 +294,7 @@ def _interval(
     rng: np.random.Generator,
     ends: tuple[float, float] | None = None,
 ) -> Interval:
-    """Adds what the bootstrap over samples lacks: pseudo-changes, the variance between seeds, Student's quantile."""
+    """Corrects the bootstrap over samples for few changes, the variance between seeds, and small samples."""
     delta, num_seeds = float(by_seed.mean()), len(by_seed)
     means = draws.mean(axis=0)
     if is_binary:
@@ -317,7 +317,7 @@ def _interval(
 
 
 def _variance_of_seeds(by_seed: NDArray[Any], draws: NDArray[Any]) -> float:
-    """The variance that seeds give to their mean, besides what resampling the samples shows of it."""
+    """Returns the variance of the mean over seeds, less the part that the samples explain."""
     num_seeds = len(by_seed)
     if num_seeds < 2:
         return 0.0

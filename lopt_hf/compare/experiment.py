@@ -1,4 +1,4 @@
-"""Measures every run of a grid, and reports methods over their seeds."""
+"""Evaluation of every run of a grid, and the comparison of methods over their seeds."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -52,7 +52,7 @@ class GridRun:
 
 @dataclass(frozen=True)
 class Grid:
-    """What `lopt-hf compare` fine-tunes and measures.
+    """The settings of `lopt-hf compare`.
 
     Raises:
         ValueError: If a value is missing or out of range; the message names field, value and fix.

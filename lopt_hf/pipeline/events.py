@@ -1,4 +1,4 @@
-"""What each stage of a pipeline does when, real or simulated: as Chrome-trace JSON and as a plot.
+"""Timelines of a pipeline's stages, real or simulated, as Chrome-trace JSON and as a plot.
 
 The JSON is the Trace Event Format that https://ui.perfetto.dev opens.
 """
@@ -32,12 +32,12 @@ DIGIT_WIDTH = 0.0055  # of a micro-batch's number, relative to the width of the 
 
 @dataclass(frozen=True)
 class Event:
-    """Something that a stage computes or, in a real run, waits for.
+    """A span of time in which a stage computes or, in a real run, waits.
 
     Attributes:
         stage: The stage; where a rank holds several, the rank.
-        kind: `forward`, `backward`, `weight` (the backward that zero bubble puts off), `local` or `optimizer`; or what
-            it waits for: `receive`, `send`.
+        kind: `forward`, `backward`, `weight` (the weights' part of the backward in zero bubble), `local` or
+            `optimizer`; waiting is `receive` or `send`.
         microbatch: Its micro-batch; of an optimizer step, the step's number.
         start, end: In seconds from the start of the run.
         chunk: Which of the rank's stages, where it holds several.
@@ -54,11 +54,11 @@ class Event:
 
 
 def chrome_trace(pipelines: Mapping[str, Sequence[Event]]) -> str:
-    """The events as JSON text in the Trace Event Format.
+    """Returns events as JSON text in the Trace Event Format.
 
     Args:
-        pipelines: Events by the name of what they are events of, such as the schedule; each name is a process there,
-            each stage a thread.
+        pipelines: Events of each pipeline by its name, such as the schedule's; a pipeline becomes a process of the
+            trace, a stage a thread.
     """
     rows: list[dict[str, object]] = []
     for process, (name, events) in enumerate(pipelines.items()):
@@ -84,7 +84,7 @@ def _complete_event(event: Event, process: int) -> dict[str, object]:
 
 
 def plot_timeline(pipelines: Mapping[str, Sequence[Event]]) -> "Figure":
-    """One panel for each pipeline, one row for each stage, time to the right; the panels share their time axis.
+    """Plots a panel for each pipeline with a row for each stage; the panels share their time axis.
 
     Args:
         pipelines: Events by the title of their panel.

@@ -1,4 +1,4 @@
-"""What `get_repl_model` does, as arguments."""
+"""Arguments of `get_repl_model`."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a surrogate costs beside the layer that it replaces."""
+"""Cost of a surrogate relative to the layer that it replaces."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

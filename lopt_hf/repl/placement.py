@@ -1,4 +1,4 @@
-"""Which layers are replaced: never the first or the last, never two neighbours."""
+"""Placement of surrogates: never in place of the first or the last layer, never of two neighbours."""
 
 from collections.abc import Sequence
 

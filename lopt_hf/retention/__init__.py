@@ -1,4 +1,4 @@
-"""What a fine-tuned model kept of what its base knew, and what it learned: measured on the same samples."""
+"""Retention and gain of fine-tuned models, measured on the same samples as their base."""
 
 from pathlib import Path
 

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is compared with the baseline: one model, or the seeds of one method.
+    """A model that is compared with the baseline, or the seeds of one method.
 
     Parameters:
         label: Name in the report.
@@ -49,7 +49,7 @@ class Candidate:
 
 
 class RetentionBenchmark:
-    """Measures models and what changed from their baseline.
+    """Evaluates models, and compares each with their baseline.
 
     Args:
         baseline: Folder or hub id of the untouched base; a revision may follow an id, as in `org/name@v1`.
@@ -93,7 +93,7 @@ class RetentionBenchmark:
         self._heldout = [TaskEntry(HELDOUT_TASK, (heldout_task(heldout, self._tokenizer),))] if heldout else []
 
     def scores(self, model: str) -> ModelScores:
-        """Scores of one model on every task; from the cache where they are known.
+        """Returns the scores of one model on every task, from the cache where it has them.
 
         Raises:
             ValueError: If there is no such model, or its vocabulary is not the baseline's.
@@ -170,7 +170,7 @@ class RetentionBenchmark:
     def result(
         self, candidate: Candidate, before: ModelScores, after: Sequence[ModelScores], drift: Mapping[str, float]
     ) -> ModelResult:
-        """Turns scores into findings."""
+        """Turns scores into changes with their intervals."""
         seeds: tuple[ModelResult, ...] = ()
         if len(after) > 1:
             seeds = tuple(
@@ -189,7 +189,7 @@ class RetentionBenchmark:
         )
 
     def describe(self, before: ModelScores) -> dict[str, Any]:
-        """What was measured and how, for the report."""
+        """Returns what was evaluated and how, for the report."""
         tasks = [
             f"{task.task} (version {task.version}, {task.num_fewshot}-shot, n = {len(task)})"
             for task in before.values()
@@ -232,7 +232,7 @@ def _saved_dtype(reference: ModelReference) -> str:
 
 
 def flips(label: str, before: ModelScores, after: ModelScores) -> Iterator[dict[str, Any]]:
-    """The samples that a model answers rightly and its baseline does not, or the reverse.
+    """Finds the samples that a model answers correctly and its baseline does not, or the reverse.
 
     Yields:
         Rows with model, task, metric, sample number, direction, document, target, and both models' responses, as the
@@ -267,7 +267,7 @@ def _flip(
 
 
 def describe_machine() -> dict[str, Any]:
-    """Versions and hardware that a figure was measured with."""
+    """Returns the versions and the hardware of a measurement."""
     return {
         "device": _device_name(),
         "lm_eval": lm_eval.__version__,

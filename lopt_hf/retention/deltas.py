@@ -1,4 +1,4 @@
-"""From scores to findings: paired changes of each task, of groups, of their mean, and differences between methods."""
+"""Paired changes from scores: of each task and group, of their mean, and of held-out answers."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -38,7 +38,7 @@ ModelScores = Mapping[str, TaskScores]
 
 
 def entry_metrics(entry: TaskEntry, scores: ModelScores) -> list[str]:
-    """The `metric,filter` names of a task or group, the main one first; of a group, those that any task has."""
+    """Returns the `metric,filter` names of a task or group, the main one first; of a group those that any task has."""
     names = list(entry.group_metrics or scores[entry.tasks[0].task_name].metrics)
     names = [name for name in names if _tasks_with(entry, name, scores)]
     if not names:
@@ -51,21 +51,21 @@ def entry_metrics(entry: TaskEntry, scores: ModelScores) -> list[str]:
 
 
 def entry_scores(entry: TaskEntry, name: str, scores: ModelScores) -> list[Scores]:
-    """The resampleable scores of one metric, one for each task of the entry that has it."""
+    """Returns the scores of one metric, one `Scores` for each task of the entry that has it."""
     metric = name.partition(",")[0]
     tasks = _tasks_with(entry, name, scores)
     return [metric_scores(scores[task.task_name].metrics[name], task, metric) for task in tasks]
 
 
 def is_higher_better(entry: TaskEntry, name: str, scores: ModelScores) -> bool:
-    """The direction of a metric."""
+    """Returns whether more of a metric is better."""
     return scores[_tasks_with(entry, name, scores)[0].task_name].higher_is_better[name]
 
 
 def entry_deltas(
     entry: TaskEntry, before: ModelScores, after: Sequence[ModelScores], confidence: float
 ) -> list[tuple[Delta, Interval]]:
-    """The paired change of each metric of a task or group.
+    """Returns the paired change of each metric of a task or group.
 
     Args:
         entry: The task or group.
@@ -77,7 +77,7 @@ def entry_deltas(
 
 
 def mean_delta(main: Sequence[tuple[Delta, Interval]], confidence: float) -> Delta | None:
-    """The mean change over tasks with a score from 0 to 1, 1 being best; `None` with fewer than two.
+    """Returns the mean change over tasks with a score from 0 to 1, 1 being best; `None` with fewer than two.
 
     Args:
         main: Each task's main metric. Which of them count is decided by the baseline alone.
@@ -102,14 +102,14 @@ def mean_delta(main: Sequence[tuple[Delta, Interval]], confidence: float) -> Del
 
 
 def gain_scores(scores: ModelScores) -> Scores:
-    """The resampleable loss of held-out answers."""
+    """Returns the loss of held-out answers as scores."""
     heldout = scores[HELDOUT_TASK]
     num_tokens = [int(sample["doc"]["num_tokens"]) for sample in heldout.samples]
     return answer_scores(heldout.metrics[ANSWER_METRIC], num_tokens)
 
 
 def gain_delta(before: ModelScores, after: Sequence[ModelScores], confidence: float) -> Delta | None:
-    """The change in the loss of held-out answers, if they were measured."""
+    """Returns the change in the loss of held-out answers; `None` if there are none."""
     if HELDOUT_TASK not in before:
         return None
     baseline = gain_scores(before)
@@ -159,12 +159,12 @@ def _entry_delta(
 
 
 def task_weights(entry: TaskEntry, name: str, parts: Sequence[Scores]) -> list[float]:
-    """What each task counts in an entry: its size, or the same for all, as the group says."""
+    """Returns the weight of each task in an entry: its size, or the same for all, as the group says."""
     return [float(len(part)) if entry.group_metrics.get(name, True) else 1.0 for part in parts]
 
 
 def against_one(num_seeds: int) -> NDArray[Any]:
-    """Coefficients of each seed's model minus one baseline, which comes last."""
+    """Returns the coefficients of each seed's model minus one baseline, which comes last."""
     return np.hstack([np.eye(num_seeds), -np.ones((num_seeds, 1))])
 
 

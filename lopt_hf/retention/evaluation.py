@@ -1,4 +1,4 @@
-"""Scoring a model on tasks with lm-eval, each model, task and setting once."""
+"""Evaluation of a model on tasks with lm-eval, once for each model, task and setting."""
 
 import errno
 import hashlib
@@ -50,7 +50,7 @@ SOFTMAX_DTYPE = "float32"
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How every model is measured.
+    """How every model is evaluated.
 
     Raises:
         ValueError: If a value is out of range; the message names field, value and fix.
@@ -271,7 +271,7 @@ class _LanguageModel(HFLM):
 
 
 def _settings_identity(settings: EvaluationSettings) -> dict[str, Any]:
-    """What decides a model's scores besides the model and the task."""
+    """Returns the settings and versions that influence a model's scores."""
     used = {"batch_size", "dtype", "apply_chat_template", "max_length"}
     return {
         **{name: value for name, value in asdict(settings).items() if name in used},
@@ -283,7 +283,7 @@ def _settings_identity(settings: EvaluationSettings) -> dict[str, Any]:
 
 
 def task_identity(task: Task, num_fewshot: int | None, settings: EvaluationSettings) -> dict[str, Any]:
-    """What is asked: the task's configuration, the very samples, and what examples are drawn from."""
+    """Returns what identifies a task's questions: its configuration, its samples, and the source of its examples."""
     indices = settings.indices(task)
     documents = task.eval_docs
     chosen = range(len(documents)) if indices is None else indices

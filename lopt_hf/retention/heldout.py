@@ -1,4 +1,4 @@
-"""The gain beside the loss: held-out answers of the task that was trained on, as an lm-eval task."""
+"""Held-out answers of the task that was trained on, as an lm-eval task: their loss is the gain."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

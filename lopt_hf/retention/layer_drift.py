@@ -1,4 +1,4 @@
-"""Which layers training moved, and how far."""
+"""Relative drift of the weights of each layer."""
 
 from collections.abc import Iterator
 from itertools import zip_longest

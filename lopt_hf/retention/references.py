@@ -1,4 +1,4 @@
-"""Where a model is: a full checkpoint or a PEFT adapter, here or on the hub, and the tokenizer that goes with it."""
+"""Locations of models: full checkpoints or PEFT adapters, local or on the hub, with their tokenizers."""
 
 import json
 import re
@@ -57,7 +57,7 @@ class ModelReference:
         return cls(name, base, config.get("revision"), source, revision)
 
     def fingerprint(self) -> str:
-        """What tells it from every other model, as it was when first asked for."""
+        """Returns what identifies the model, as it was when first asked for."""
         return self._fingerprint
 
     @cached_property

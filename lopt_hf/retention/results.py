@@ -1,4 +1,4 @@
-"""What a retention benchmark finds: plain values, saved as JSON and drawn by the report."""
+"""Results of a retention benchmark: plain values, saved as JSON and shown by the report."""
 
 import json
 import math
@@ -49,7 +49,7 @@ class Delta:
 
     @property
     def verdict(self) -> str:
-        """`better`, `worse`, or that no change can be told from the samples."""
+        """`better`, `worse`, or why neither can be said."""
         if not math.isfinite(self.delta):
             return NOT_A_NUMBER
         if math.isnan(self.low) or math.isnan(self.high):
@@ -61,7 +61,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class ModelResult:
-    """What one model kept and gained, or the mean over the seeds of one method at one rate.
+    """Retention and gain of one model, or the mean over the seeds of one method at one rate.
 
     Parameters:
         label: Name in tables and plots, unique in a report.
@@ -114,7 +114,7 @@ class Contrast:
 
     @property
     def verdict(self) -> str:
-        """Which of the two is better, or that no difference can be told."""
+        """The label of the better one, or why neither can be named."""
         if math.isnan(self.difference):
             return BEYOND
         if math.isnan(self.low) or math.isnan(self.high):

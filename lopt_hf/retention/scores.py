@@ -1,4 +1,4 @@
-"""What a model scored on each sample of an lm-eval task, and the cache that keeps it."""
+"""Scores of a model on each sample of an lm-eval task, and their cache."""
 
 import hashlib
 import json
@@ -156,7 +156,7 @@ class ScoreCache:
 
 
 def metric_scores(items: Sequence[Any], task: Task, metric: str) -> Scores:
-    """Makes per-sample entries of a metric resampleable, by the metric's own aggregation.
+    """Makes `Scores` of per-sample entries, by the metric's own aggregation.
 
     Args:
         items: From `TaskScores.metrics`.
@@ -212,7 +212,7 @@ def _perplexity(log_likelihood: NDArray[Any]) -> NDArray[Any]:
 
 
 def fingerprint(name_or_path: str, revision: str | None = None) -> str:
-    """What tells a model from every other: a hash of a local folder's files, or a hub id with its commit.
+    """Returns what identifies a model: a hash of a local folder's files, or a hub id with its commit.
 
     Args:
         name_or_path: A hub id, or the folder of a model or of a PEFT adapter.

@@ -1,4 +1,4 @@
-"""Which tasks measure retention: named suites, and any of lm-eval's own or of the user's."""
+"""Tasks that measure retention: named suites, and any of lm-eval's or of the user's."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Who is still there: every process of the pipeline tells that it is alive, and hears of a failure anywhere."""
+"""Heartbeats of the pipeline's processes, and the first failure anywhere, which all of them name."""
 
 import contextlib
 import math

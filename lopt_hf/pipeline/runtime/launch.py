@@ -1,4 +1,4 @@
-"""How the processes of a pipeline find each other: what `accelerate launch` set up, as stages and replicas."""
+"""The processes of a pipeline that `accelerate launch` started, as a world of stages and replicas."""
 
 import itertools
 import json

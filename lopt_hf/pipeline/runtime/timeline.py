@@ -1,4 +1,4 @@
-"""What a stage does when: recorded from real events, and summarised in the logs."""
+"""Timeline of a stage: recorded while it runs, and summarised in the logs."""
 
 import contextlib
 import time

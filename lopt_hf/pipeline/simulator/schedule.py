@@ -32,12 +32,12 @@ __all__ = [
 
 
 class UnfitWorkloadError(ValueError):
-    """A schedule cannot run with so many micro-batches."""
+    """The number of micro-batches does not fit the schedule."""
 
 
 @dataclass(frozen=True)
 class StageTimes:
-    """What one micro-batch costs each stage, in seconds; one value for each stage in every field.
+    """Times of one micro-batch on each stage, in seconds; every field has one value for each stage.
 
     Attributes:
         forward: Forward, on the last stage with the task loss.
@@ -71,7 +71,7 @@ class StageTimes:
     def equal(
         cls, stages: int, forward: float, backward: float, local: float = 0.0, optimizer: float = 0.0
     ) -> "StageTimes":
-        """The same times for all stages; the last one has no local objective."""
+        """Makes equal times for all stages; the last one has no local objective."""
         last = (local,) * (stages - 1) + (0.0,)
         return cls((forward,) * stages, (backward,) * stages, last, (optimizer,) * stages)
 
@@ -83,7 +83,7 @@ class StageTimes:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained, and on what.
+    """A training step and the hardware that it runs on.
 
     Attributes:
         times: Times of each stage. Where a rank holds several virtual stages, each has its even share.
@@ -124,7 +124,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class ScheduleResult:
-    """What a schedule makes of a workload, once the pipeline is full.
+    """Result of simulating a schedule: one optimizer step once the pipeline is full.
 
     Attributes:
         schedule: Name of the schedule.
@@ -154,7 +154,7 @@ class ScheduleResult:
 
     @property
     def utilisation(self) -> float:
-        """Share of the devices' time in which they compute."""
+        """Share of the devices' time that is spent computing."""
         return 1 - sum(self.bubble) / len(self.bubble)
 
     @property
@@ -165,7 +165,7 @@ class ScheduleResult:
         return (self.workload.microbatches * each + sum(times.optimizer)) / self.step_seconds
 
     def events(self, steps: int) -> Iterator[Event]:
-        """What the stages compute in the first steps, stage by stage.
+        """Yields what the stages compute in the first steps, stage by stage.
 
         Args:
             steps: How many optimizer steps; end-to-end schedules have simulated two, ppll three or more.
@@ -186,7 +186,7 @@ def simulate(schedule: str, workload: Workload) -> ScheduleResult:
 
     Args:
         schedule: A name of `SCHEDULES`.
-        workload: What is trained, and on what.
+        workload: The step and the hardware.
 
     Raises:
         ValueError: If there is no such schedule.

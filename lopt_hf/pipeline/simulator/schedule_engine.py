@@ -1,4 +1,4 @@
-"""When every action of a pipeline's ranks happens: two engines for the same program.
+"""Start and end of every action of a pipeline's ranks: two engines for the same program.
 
 `run_unshared` solves for all ranks together with NumPy and reaches thousands of ranks. `run_shared` is an event queue
 for ranks that share cores, where the pace of one depends on how many others compute at the moment.
@@ -25,7 +25,7 @@ class ScheduleDeadlockError(RuntimeError):
 
 @dataclass(frozen=True)
 class Program:
-    """What each rank does, in order, and the messages between them.
+    """The actions of each rank in order, and the messages between ranks.
 
     A rank does its actions one after the other. An action starts when the one before has ended and the messages it
     waits for are complete. A message is a rendezvous, as with NCCL and gloo: its transfer begins when it has been

@@ -1,4 +1,4 @@
-"""What each rank of a pipeline does in which order, schedule by schedule, and what it waits for.
+"""Orders of the actions of a pipeline's ranks, schedule by schedule, and the messages that they wait for.
 
 Arrays have one row for each rank (K ranks) and one column for each action of the rank (A actions): `_KA`.
 """
@@ -16,7 +16,7 @@ __all__ = ["Kind", "Orders", "SCHEDULES", "Schedule", "link_program", "make_orde
 
 
 class Kind(IntEnum):
-    """What an action computes."""
+    """Kinds of actions, by what they compute."""
 
     FORWARD = 0
     BACKWARD = 1  # where weights have an action of their own: with respect to the input only
@@ -115,7 +115,7 @@ def _zero_bubble_order(rank: int, ranks: int, chunks: int, microbatches: int) ->
 
 
 def rounds_of(ranks: int, microbatches: int) -> int:
-    """How many rounds an interleaved schedule divides the micro-batches of an optimizer step into."""
+    """Returns the number of rounds into which an interleaved schedule divides a step's micro-batches."""
     return max(1, microbatches // ranks)
 
 
@@ -140,7 +140,7 @@ SCHEDULES = {
 
 
 def make_orders(schedule: Schedule, ranks: int, chunks: int, microbatches: int, steps: int) -> Orders:
-    """Puts together what every rank does in a run.
+    """Makes the orders of all ranks for a run.
 
     Args:
         schedule: One of `SCHEDULES`.
@@ -175,7 +175,7 @@ def link_program(
     latency_seconds: float,
     channel_depth: int,
 ) -> Program:
-    """Adds the messages: who waits for which, and when sends and receives are posted.
+    """Adds the messages to the orders: which action waits for which message, and when sends and receives are posted.
 
     Each rank has a link to the next rank for hidden states, and one to the rank before it for their gradients.
 

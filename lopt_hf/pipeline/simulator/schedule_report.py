@@ -1,4 +1,4 @@
-"""Simulated schedules as a table, as JSON, and as a plot of how they scale."""
+"""Simulated schedules as a table, as JSON, and as a plot of throughput over stages."""
 
 import json
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ fill: until the last stage begins its first micro-batch; end-to-end schedules fi
 
 
 def to_markdown(results: Sequence[ScheduleResult], tokens_per_microbatch: int | None = None) -> str:
-    """The results as a markdown table with what its columns mean.
+    """Returns the results as a Markdown table, with a legend of its columns.
 
     Args:
         results: One for each row.
@@ -68,7 +68,7 @@ def to_markdown(results: Sequence[ScheduleResult], tokens_per_microbatch: int | 
 
 
 def to_validation_markdown(results: Sequence[ScheduleResult], measured: Sequence[float]) -> str:
-    """Simulated and measured step times side by side.
+    """Returns a table of simulated and measured step times side by side.
 
     Args:
         results: One for each row.
@@ -99,7 +99,7 @@ def _percent(share: float | None) -> str:
 
 
 def to_json(results: Sequence[ScheduleResult], measured: Sequence[float] | None = None) -> str:
-    """The results with their workloads as JSON text.
+    """Returns the results with their workloads as JSON text.
 
     Args:
         results: What was simulated.
@@ -134,7 +134,7 @@ def make_timelines(results: Sequence[ScheduleResult], steps: int) -> dict[str, l
 
 
 def plot_scaling(results: Sequence[ScheduleResult]) -> "Figure":
-    """Throughput over the number of stages: a panel for each number of micro-batches, a line for each schedule.
+    """Plots throughput over the number of stages: a panel for each number of micro-batches, a line for each schedule.
 
     Args:
         results: What to draw.

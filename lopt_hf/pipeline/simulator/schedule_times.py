@@ -1,4 +1,4 @@
-"""Where the times of a simulated pipeline's stages come from: the command line, or a file of measured ones."""
+"""Times of a simulated pipeline's stages, from the command line or from a file of measured ones."""
 
 import json
 import math
@@ -40,7 +40,7 @@ class TimesSource:
 
     @property
     def num_stages(self) -> int | None:
-        """The number of stages that the times are of; `None` if any number will do."""
+        """The number of stages that the times are for; `None` if they suit any number."""
         longest = max(len(getattr(self, name)) for name in LISTS)
         return None if self.whole_model or longest == 1 else longest
 
@@ -50,7 +50,7 @@ class TimesSource:
         return self.num_stages or DEFAULT_STAGES
 
     def of(self, stages: int) -> StageTimes:
-        """The times of that many stages.
+        """Returns the times for a number of stages.
 
         Raises:
             ValueError: If the times are those of another number of stages.

@@ -1,1 +1,1 @@
-"""Where to cut a model into stages: measured costs of its parts, and the fairest cut."""
+"""The cut of a model into stages: measured costs of its parts, and the most even cut."""

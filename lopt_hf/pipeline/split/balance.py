@@ -1,4 +1,4 @@
-"""Where to cut a model into stages, so that the slowest is as fast as can be.
+"""The cut of a model into stages whose slowest stage is the fastest possible.
 
 ```python
 costs = measure_costs("HuggingFaceTB/SmolLM2-135M-Instruct", batch_size=2, seq_length=128)
@@ -27,7 +27,7 @@ def balanced_split(costs: ModelCosts, num_stages: int) -> list[int]:
     sets the pace of the pipeline.
 
     Args:
-        costs: What the parts of the model cost.
+        costs: Costs of the model's parts.
         num_stages: Number of stages, each of at least one layer.
 
     Returns:
@@ -74,10 +74,10 @@ def _best_cut(
 
 
 def stage_costs(costs: ModelCosts, split_at: Sequence[int]) -> list[StageCost]:
-    """What each stage of a cut costs.
+    """Returns the cost of each stage of a cut.
 
     Args:
-        costs: What the parts of the model cost.
+        costs: Costs of the model's parts.
         split_at: The first layer of every stage but the first.
     """
     edges = [0, *split_at, len(costs.layers)]
@@ -85,7 +85,7 @@ def stage_costs(costs: ModelCosts, split_at: Sequence[int]) -> list[StageCost]:
 
 
 def format_split(costs: ModelCosts, split_at: Sequence[int]) -> str:
-    """A Markdown table of what each stage of a cut costs in milliseconds per micro-batch."""
+    """Returns a Markdown table of the cost of each stage of a cut, in milliseconds per micro-batch."""
     stages = stage_costs(costs, split_at)
     slowest = max(stage.total for stage in stages)
     titles = ("stage", "layers", *(f"{name} (ms)" for name in COLUMNS), "of slowest")

@@ -1,4 +1,4 @@
-"""What one micro-batch costs each part of a model: measured with random weights, one part in memory at a time.
+"""Time of one micro-batch in each part of a model, measured with random weights, one part in memory at a time.
 
 Shapes: B batch, T tokens, D hidden channels.
 """
@@ -30,7 +30,7 @@ SFT_OUTPUTS = ("log_probs", "entropy", "is_top1")  # TRL 1.16, SFTTrainer: what 
 
 @dataclass(frozen=True)
 class StageCost:
-    """What a stage of the pipeline costs, in seconds per micro-batch.
+    """Cost of a stage of the pipeline, in seconds per micro-batch.
 
     Attributes:
         start: Its first decoder layer.
@@ -56,13 +56,14 @@ class StageCost:
 
 @dataclass(frozen=True)
 class ModelCosts:
-    """What the parts of a model cost.
+    """Costs of the parts of a model.
 
     Attributes:
         embeddings: What runs before the layers: embeddings, masks, rotary angles.
         layers: Each decoder layer.
         objective: The local objective of one block, with its head.
-        objectives: In its place, where it depends on the block's end: by the first layer after the block.
+        objectives: Local objectives that depend on where the block ends, by the first layer after it; they take the
+            place of `objective`.
         head: What runs after the layers: final norm, LM head, task loss.
         step_seconds: Clipping and the optimizer's step, per trainable parameter.
         accumulation_steps: Micro-batches of an optimizer step.
@@ -77,7 +78,7 @@ class ModelCosts:
     objectives: Mapping[int, PartCost] = field(default_factory=dict)
 
     def stage(self, start: int, stop: int) -> StageCost:
-        """The cost of a stage that runs the layers `start` to `stop - 1`."""
+        """Returns the cost of a stage that runs the layers `start` to `stop - 1`."""
         is_first, is_last = start == 0, stop == len(self.layers)
         parts = [*[self.embeddings] * is_first, *self.layers[start:stop], *[self.head] * is_last]
         objective = PartCost(0.0, 0.0, 0) if is_last else self.objectives.get(stop, self.objective)
@@ -108,7 +109,7 @@ def measure_costs(
     repeats: int = 5,
     least_seconds: float = LEAST_SECONDS,
 ) -> ModelCosts:
-    """Measures what each part of a causal language model costs a pipeline of local learners.
+    """Measures the cost of each part of a causal language model in a pipeline of local learners.
 
     Only the configuration of the model is read. Its parts get random weights, one at a time, and are called as the
     model itself calls them; layers of the same kind and shapes are measured once. At most the embeddings, or the LM

@@ -1,4 +1,4 @@
-"""Times a part of a model, forward and backward, as it runs in training."""
+"""Timing of a part of a model, forward and backward, as it runs in training."""
 
 import ctypes
 import os
@@ -20,7 +20,7 @@ LEAST_SECONDS = 1.0  # ours: the error of a layer's time is multiplied by the nu
 
 @dataclass(frozen=True)
 class PartCost:
-    """What a part of the model costs.
+    """Cost of a part of the model.
 
     Attributes:
         forward: Seconds per micro-batch.
@@ -111,5 +111,5 @@ def _return_freed_memory() -> None:
 
 
 def num_elements(parameters: Iterable[nn.Parameter]) -> int:
-    """How many numbers the parameters hold."""
+    """Returns the number of elements of parameters."""
     return sum(parameter.numel() for parameter in parameters)
