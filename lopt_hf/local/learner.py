@@ -77,10 +77,11 @@ class LocalLearner:
     A micro-batch is
 
     ```python
-    with learner.forward(inputs, step=0):
-        loss = learner.with_joint_loss(model(**inputs).loss)
-    loss.backward()
-    learner.after_backward()
+    with learner.micro_batch():
+        with learner.forward(inputs, step=0):
+            loss = learner.with_joint_loss(model(**inputs).loss)
+        loss.backward()
+        learner.after_backward()
     ```
 
     and a step ends with `learner.clip(max_norm)`, the optimizer's step and `learner.after_step()`.
@@ -234,7 +235,7 @@ class LocalLearner:
     def place(self, module: nn.Module, block: Block) -> None:
         """Moves a block's head to where the block ends, unless it is there."""
         device = self.device_of(block)
-        if any(tensor.device.type != device.type or tensor.device != device for tensor in module.parameters()):
+        if any(parameter.device != device for parameter in module.parameters()):
             module.to(device)
 
     # ---- A micro-batch ----
@@ -277,8 +278,8 @@ class LocalLearner:
         self.boundary.finish(self._micro_batch)
 
     @contextlib.contextmanager
-    def stepping_in_backward(self, synchronises: bool) -> Iterator[None]:
-        """Lets what can step in the middle of a backward do so, in this block; afterwards the micro-batch is over.
+    def micro_batch(self, synchronises: bool = True) -> Iterator[None]:
+        """Makes the context of a micro-batch's forward and backward, after which nothing of it is left.
 
         With `local_step` and `clip_scope="part"` a group steps as soon as its gradients are complete, if others of its
         block's are still to be made: the LM head before the gradients of its block's layers are made, an early

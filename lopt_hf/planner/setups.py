@@ -180,7 +180,7 @@ class Local(EndToEnd):
         return [p for block in self.learner.learners() for p in block if p.requires_grad]
 
     def micro_batch(self, synchronises: bool) -> contextlib.AbstractContextManager[None]:
-        return self.learner.stepping_in_backward(synchronises)
+        return self.learner.micro_batch(synchronises)
 
     def forward(self, inputs: Mapping[str, Any], synchronises: bool) -> torch.Tensor | None:
         if self.input is not None:

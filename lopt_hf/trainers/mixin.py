@@ -206,7 +206,7 @@ class LocalLearningMixin(TrainerBase):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Runs a micro-batch with the local backward of each block, and logs the local losses."""
-        with self.learner.stepping_in_backward(self.accelerator.sync_gradients):
+        with self.learner.micro_batch(self.accelerator.sync_gradients):
             loss = super().training_step(*args, **kwargs)
             self._check_finite("loss", loss.item())
             self._log_losses(self.learner.losses())
