@@ -24,7 +24,7 @@ from trl import SFTConfig, SFTTrainer
 
 from lopt_hf.bench.pipeline_settings import PipelineBenchSettings
 from lopt_hf.bench.processes import peak_resident_bytes
-from lopt_hf.bench.training import silence, token_rows
+from lopt_hf.bench.training import SHARED_ARGUMENTS, silence, token_rows
 from lopt_hf.local.blocks import find_decoder_stack, parameters_by_block, split_layers, untie_output_embeddings
 from lopt_hf.meters.saved_bytes import SavedBytes
 from lopt_hf.pipeline.runtime.config import PipelineConfig
@@ -187,17 +187,11 @@ def make_config(run: MethodRun) -> SFTConfig:
         "max_steps": run.total_steps,
         "per_device_train_batch_size": settings.micro_batch_size,
         "gradient_accumulation_steps": settings.microbatches,
-        "max_length": None,
-        "train_sampling_strategy": "sequential",
-        "lr_scheduler_type": "constant",  # methods run different numbers of steps; their losses stay comparable
         "bf16": settings.dtype == "bfloat16",
         "use_cpu": True,
         "activation_checkpointing": False,
         "seed": settings.seed,
-        "logging_strategy": "no",
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
+        **SHARED_ARGUMENTS,
     }
     local: dict[str, Any] = {
         "num_blocks": settings.stages,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lopt_hf.bench.processes import FailuresTo, peak_resident_bytes
 from lopt_hf.bench.step_settings import LORA_RANK, StepBenchSettings, StepRow
-from lopt_hf.bench.training import silence, token_rows
+from lopt_hf.bench.training import SHARED_ARGUMENTS, silence, token_rows
 from lopt_hf.common.compared_methods import REPL_EVERY, mlaan_window
 
 if TYPE_CHECKING:
@@ -71,19 +71,13 @@ def _make_trainer(row: StepRow, settings: StepBenchSettings, checkpoint: str, fo
         "output_dir": folder,
         "max_steps": row.total_steps,
         "per_device_train_batch_size": settings.batch_size,
-        "max_length": None,
-        "train_sampling_strategy": "sequential",
-        "lr_scheduler_type": "constant",  # methods run different numbers of steps; their losses stay comparable
         "bf16": settings.dtype == "bfloat16",
         "use_cpu": not torch.accelerator.is_available(),
         "gradient_checkpointing": row.method == "e2e_checkpointing",
         # what the non-reentrant form recomputes would stay unseen, see `SavedBytes`
         "gradient_checkpointing_kwargs": {"use_reentrant": True} if row.method == "e2e_checkpointing" else None,
         "seed": settings.seed,
-        "logging_strategy": "no",
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
+        **SHARED_ARGUMENTS,
     }
     if row.method in ("lopt", "lopt_local_step", "freeze"):
         from lopt_hf import LoPTConfig, LoPTTrainer

@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["num_layers", "silence", "token_rows"]
+__all__ = ["SHARED_ARGUMENTS", "num_layers", "silence", "token_rows"]
+
+
+# Training arguments of every method: the same batches in the same order, and nothing besides the steps
+SHARED_ARGUMENTS = {
+    "max_length": None,
+    "train_sampling_strategy": "sequential",
+    "lr_scheduler_type": "constant",  # methods run different numbers of steps; their losses stay comparable
+    "logging_strategy": "no",
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
 
 
 def num_layers(model: str, checkpoint: str, seq_length: int) -> int:

@@ -3,8 +3,8 @@
 import argparse
 import math
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from lopt_hf.pipeline.simulator.schedule_report import (
     to_validation_markdown,
 )
 from lopt_hf.pipeline.simulator.schedule_times import TimesSource, read_times
-from lopt_hf.scripts.settings import OneLineParser, check_output_folders
+from lopt_hf.scripts.settings import OneLineParser, add_settings, check_output_folders
 
 __all__ = ["main", "make_parser"]
 
@@ -48,6 +48,7 @@ examples:
       --message-mb 8 --link-gbps 100 --latency-us 10 --plot scaling.png
   lopt-hf pipeline simulate --stages 2,3,4 --microbatches 8 --forward-ms 50 --validate
 """
+ONE_OR_EACH = "; one number for all stages or one for each."
 MAX_DRAWN_STAGES = 64
 MAX_DRAWN_PIPELINES = 8
 TIMELINE_STEPS = 2
@@ -56,21 +57,45 @@ DEFAULT_FORWARD_SECONDS = 0.01  # ours: without messages only ratios of times ma
 BACKWARD_PER_FORWARD = 2.0  # a matrix product's backward is two (arXiv 2401.10241, Sec. 2)
 
 
-def _list_of(kind: Callable[[str], object], example: str) -> Callable[[str], tuple]:
-    def read(text: str) -> tuple:
-        try:
-            return tuple(kind(part.strip()) for part in text.split(","))
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not a number or several with commas, as {example}"
-            ) from error
-
-    return read
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
 
 
-_integers = _list_of(int, "8,32")
-_times = _list_of(float, "20 or 20,22.5")
-_names = _list_of(str, "ppll,1f1b")
+@dataclass(frozen=True)
+class SimulateOptions:
+    """Options of the command; times are of one micro-batch on one stage."""
+
+    stages: tuple[int, ...] | None = _option(None, "Devices in the pipeline. Default: 4, or as many as --times has.")
+    schedule: tuple[str, ...] = _option(tuple(SCHEDULES), "Schedules to simulate.")
+    microbatches: tuple[int, ...] = _option((8, 32), "Micro-batches of an optimizer step.")
+    virtual_stages: int = _option(2, "Stages on each device in `interleaved`, each with its share of the time.")
+    channel_depth: int = _option(2, "Hidden states that may wait at each end of a link between two stages of ppll.")
+    times: Path | None = _option(None, "Measured times as JSON (see below), instead of the next four.")
+    forward_ms: tuple[float, ...] | None = _option(None, f"Forward{ONE_OR_EACH} Default: 10")
+    backward_ms: tuple[float, ...] | None = _option(None, f"Backward{ONE_OR_EACH} Default: twice the forward")
+    local_ms: tuple[float, ...] | None = _option(None, "Local objective of ppll's stages but the last. Default: 0")
+    optimizer_ms: tuple[float, ...] | None = _option(None, "Optimizer step. Default: 0")
+    whole_model: bool = _option(
+        False,
+        "The times are those of the whole model (of several stages: their sum), divided evenly among the stages. "
+        "Without it, a model with more stages has more layers.",
+    )
+    tokens: int | None = _option(None, "Tokens of a micro-batch, for the throughput in tokens.")
+    message_mb: float | None = _option(None, "Hidden states of a micro-batch: 10^6 bytes. Default: 0")
+    link_gbps: float | None = _option(None, "Gigabits per second of each link. Default: no limit")
+    latency_us: float = _option(0.0, "Time for any message to arrive.")
+    cores: float | None = _option(None, "Cores that all stages share. Default: a device for each stage")
+    plot: Path | None = _option(None, "Draw how the schedules scale with several --stages (PNG).")
+    timeline: Path | None = _option(
+        None, "What each stage does when in two steps: a drawing (.png), or a trace for ui.perfetto.dev (.json)."
+    )
+    output: Path | None = _option(None, "Write everything as JSON.")
+    validate: bool = _option(
+        False,
+        "Also run each schedule in real processes whose stages sleep for their times, those of "
+        "torch.distributed.pipelining and ppll, and print the difference. Messages then go through this machine's "
+        "loopback and take its cores: leave --message-mb out to test the schedules alone.",
+    )
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -82,87 +107,8 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_what(parser.add_argument_group("what to simulate"))
-    _add_times(parser.add_argument_group("times of a stage, for one micro-batch"))
-    _add_hardware(parser.add_argument_group("what it runs on"))
-    _add_output(parser.add_argument_group("what to make of it"))
+    add_settings(parser, SimulateOptions)
     return parser
-
-
-def _add_what(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add(
-        "--stages",
-        type=_integers,
-        metavar="N,N",
-        help="Devices in the pipeline. Default: 4, or as many as --times has.",
-    )
-    add("--schedule", type=_names, default=tuple(SCHEDULES), metavar="NAME,NAME", help="Default: all.")
-    add(
-        "--microbatches",
-        type=_integers,
-        default=(8, 32),
-        metavar="N,N",
-        help="Micro-batches of an optimizer step. Default: 8,32",
-    )
-    add(
-        "--virtual-stages",
-        type=int,
-        default=2,
-        metavar="N",
-        help="Stages on each device in `interleaved`, each with its share of the device's time. Default: 2",
-    )
-    add(
-        "--channel-depth",
-        type=int,
-        default=2,
-        metavar="N",
-        help="Hidden states that may wait at each end of a link between two stages of ppll. Default: 2",
-    )
-
-
-def _add_times(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    one_or_each = "; one number for all stages or one for each."
-    add("--times", type=Path, metavar="FILE", help="Measured times as JSON (see below), instead of the next four.")
-    add("--forward-ms", type=_times, metavar="MS", help=f"Forward{one_or_each} Default: 10")
-    add("--backward-ms", type=_times, metavar="MS", help=f"Backward{one_or_each} Default: twice the forward")
-    add("--local-ms", type=_times, metavar="MS", help="Local objective of ppll's stages but the last. Default: 0")
-    add("--optimizer-ms", type=_times, metavar="MS", help="Optimizer step. Default: 0")
-    add(
-        "--whole-model",
-        action="store_true",
-        help="The times are those of the whole model (of several stages: their sum), divided evenly among the stages. "
-        "Without it, a model with more stages has more layers.",
-    )
-    add("--tokens", type=int, metavar="N", help="Tokens of a micro-batch, for the throughput in tokens.")
-
-
-def _add_hardware(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--message-mb", type=float, metavar="MB", help="Hidden states of a micro-batch: 10^6 bytes. Default: 0")
-    add("--link-gbps", type=float, metavar="GBPS", help="Gigabits per second of each link. Default: no limit")
-    add("--latency-us", type=float, default=0.0, metavar="US", help="Time for any message to arrive. Default: 0")
-    add("--cores", type=float, metavar="N", help="Cores that all stages share. Default: a device for each stage")
-
-
-def _add_output(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--plot", type=Path, metavar="PNG", help="Draw how the schedules scale with several --stages.")
-    add(
-        "--timeline",
-        type=Path,
-        metavar="FILE",
-        help="What each stage does when in two steps: a drawing (.png), or a trace for ui.perfetto.dev (.json).",
-    )
-    add("--output", type=Path, metavar="FILE", help="Write everything as JSON.")
-    add(
-        "--validate",
-        action="store_true",
-        help="Also run each schedule in real processes whose stages sleep for their times, those of "
-        "torch.distributed.pipelining and ppll, and print the difference. Messages then go through this machine's "
-        "loopback and take its cores: leave --message-mb out to test the schedules alone.",
-    )
 
 
 def _workloads(arguments: argparse.Namespace) -> list[Workload]:

@@ -10,7 +10,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from lopt_hf.retention.report.tables import to_markdown
 from lopt_hf.retention.results import RetentionReport
 from lopt_hf.retention.scores import DEFAULT_CACHE, ScoreCache
 from lopt_hf.retention.suites import SUITES, SuiteTask, load_entries
+from lopt_hf.scripts.settings import add_settings, read_settings
 
 __all__ = ["exit_on_error", "main", "make_parser", "write_results"]
 
@@ -82,15 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--num-heldout", type=int, default=64, help="first rows of it (default: %(default)s)")
     how = parser.add_argument_group("how")
-    readers: dict[str, Any] = {"dtype": str}
-    for setting in fields(EvaluationSettings):
-        flag = f"--{setting.name.replace('_', '-')}"
-        if setting.name == "apply_chat_template":
-            how.add_argument(flag, action="store_true", help=setting.metadata["help"])
-        elif setting.name != "samples":
-            reader = readers.get(setting.name, int)
-            default = "" if setting.default is None else " (default: %(default)s)"
-            how.add_argument(flag, type=reader, default=setting.default, help=setting.metadata["help"] + default)
+    add_settings(how, EvaluationSettings, leave_out=("samples",))
     how.add_argument("--confidence", type=float, default=0.95, help="level of the intervals (default: %(default)s)")
     how.add_argument("--no-drift", action="store_true", help="do not compare the weights layer by layer")
     out = parser.add_argument_group("where results go")
@@ -121,13 +114,10 @@ def run(options: argparse.Namespace, command: str) -> None:
     PartialState(cpu=not torch.accelerator.is_available(), timeout=DISTRIBUTED_TIMEOUT)
     check_report_folder(options.output_dir)
     candidates = [_candidate(text) for text in options.model]
-    settings = EvaluationSettings(
-        **{field.name: getattr(options, field.name) for field in fields(EvaluationSettings) if field.name != "samples"}
-    )
     benchmark = RetentionBenchmark(
         options.baseline,
         load_entries(_wanted(options.suite, options.tasks), options.include_path),
-        settings,
+        read_settings(options, EvaluationSettings, leave_out=("samples",)),
         ScoreCache(options.cache_dir or DEFAULT_CACHE),
         [] if options.heldout_data is None else load_heldout_rows(options.heldout_data, options.num_heldout),
         options.confidence,

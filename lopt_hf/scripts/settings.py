@@ -19,15 +19,14 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def _integers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a comma-separated list of integers such as 2,4") from error
+def _list_of(kind: Callable[[str], object], form: str) -> Callable[[str], tuple[Any, ...]]:
+    def read(text: str) -> tuple[Any, ...]:
+        try:
+            return tuple(kind(part.strip()) for part in text.split(","))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {form}") from error
 
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(","))
+    return read
 
 
 # By a field's type: how its text is read, and what stands for it in the help
@@ -35,27 +34,36 @@ _READERS: dict[Any, tuple[Callable[[str], Any], str]] = {
     int: (int, "N"),
     int | None: (int, "N"),
     int | str: (str, "SIZE"),
-    float: (float, "SHARE"),
+    float: (float, "X"),
+    float | None: (float, "X"),
     str: (str, "NAME"),
-    tuple[int, ...]: (_integers, "N,N"),
-    tuple[int, ...] | None: (_integers, "N,N"),
-    tuple[str, ...]: (_names, "NAME,NAME"),
+    Path | None: (Path, "FILE"),
+    tuple[int, ...]: (_list_of(int, "a comma-separated list of integers such as 2,4"), "N,N"),
+    tuple[int, ...] | None: (_list_of(int, "a number or several with commas, as 8,32"), "N,N"),
+    tuple[float, ...] | None: (_list_of(float, "a number or several with commas, as 20 or 20,22.5"), "X,X"),
+    tuple[str, ...]: (_list_of(str, "a list of names"), "NAME,NAME"),
 }
 
 
-def add_settings(parser: argparse.ArgumentParser, settings: Any) -> None:
+def add_settings(parser: argparse._ActionsContainer, settings: Any, leave_out: Sequence[str] = ()) -> None:
     """Adds an option for each field.
 
     Args:
-        parser: Where to.
+        parser: A parser, or a group of one.
         settings: A dataclass whose fields have a `help` in their metadata; those without a default are required.
+        leave_out: Names of fields that get no option.
     """
     for setting in fields(settings):
+        if setting.name in leave_out:
+            continue
+        if setting.type is bool:
+            parser.add_argument(_flag(setting.name), action="store_true", help=setting.metadata["help"])
+            continue
         reader, metavar = _READERS[setting.type]
         is_required = setting.default is MISSING
         default = None if is_required else setting.default
         parser.add_argument(
-            f"--{setting.name.replace('_', '-')}",
+            _flag(setting.name),
             type=reader,
             metavar=metavar,
             required=is_required,
@@ -64,20 +72,31 @@ def add_settings(parser: argparse.ArgumentParser, settings: Any) -> None:
         )
 
 
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _default_text(default: Any) -> str:
     if default is None:
         return ""
     return f" Default: {','.join(map(str, default)) if isinstance(default, tuple) else default}"
 
 
-def read_settings(arguments: argparse.Namespace, settings: type[SettingsT]) -> SettingsT:
+def read_settings(
+    arguments: argparse.Namespace, settings: type[SettingsT], leave_out: Sequence[str] = ()
+) -> SettingsT:
     """Makes settings of parsed arguments.
+
+    Args:
+        arguments: Parsed arguments.
+        settings: The dataclass.
+        leave_out: Names of fields that had no option.
 
     Raises:
         ValueError: If a value is out of range.
     """
     names = [setting.name for setting in fields(settings)]  # type: ignore[arg-type]
-    return settings(**{name: getattr(arguments, name) for name in names})
+    return settings(**{name: getattr(arguments, name) for name in names if name not in leave_out})
 
 
 def check_output_folders(arguments: argparse.Namespace, names: Sequence[str]) -> None:
