@@ -384,3 +384,16 @@ def test_warns_of_the_papers_single_rate(tmp_path, caplog, settings, trainer_kwa
 def test_bf16_weights_need_no_warning_of_the_rate(tmp_path, caplog):
     make_trainer(tmp_path, make_model().to(torch.bfloat16))
     assert "early_learning_rate" not in caplog.text
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_routers_that_run_again_in_the_backward_count_once(tmp_path, family, use_reentrant):
+    """A checkpointed block runs again inside the model's forward, where router logits are being collected."""
+    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
+    models = [make_model(family, output_router_logits=True) for _ in range(2)]
+    expected = one_step_gradients(make_trainer(tmp_path / "a", models[0], num_blocks=4))
+    gradients = one_step_gradients(make_trainer(tmp_path / "b", models[1], num_blocks=4, **checkpointing))
+    assert any(expected[name].any() for name in expected if "gate" in name)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
