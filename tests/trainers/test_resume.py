@@ -124,3 +124,13 @@ def test_a_folder_with_another_runs_checkpoints_is_refused(tmp_path):
     make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
     with pytest.raises(ValueError, match="holds another run's checkpoints.*checkpoint-1"):
         make_trainer(tmp_path).train()
+
+
+def test_a_finished_run_that_is_resumed_trains_no_further(tmp_path):
+    finished = make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    finished.train()
+    resumed = make_trainer(tmp_path, max_steps=2)
+    resumed.train(resume_from_checkpoint=True)
+    weights = dict(finished.model.named_parameters())
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in resumed.model.named_parameters())
+    assert resumed.state.global_step == 2
