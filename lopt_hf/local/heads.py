@@ -58,29 +58,32 @@ class LocalHeads(nn.ModuleDict):
         """Makes the heads a part of a model, for an engine that shards, steps and saves what is in the model."""
         model.add_module(HEADS_NAME, self)
 
+    def _is_in(self, model: nn.Module) -> bool:
+        return dict(model.named_children()).get(HEADS_NAME) is self
+
     @contextlib.contextmanager
     def attached(self, model: nn.Module) -> Iterator[None]:
         """Makes the heads a part of a model for a while, unless they are already."""
-        if model._modules.get(HEADS_NAME) is self:
+        if self._is_in(model):
             yield
             return
         self.attach(model)
         try:
             yield
         finally:
-            del model._modules[HEADS_NAME]
+            delattr(model, HEADS_NAME)
 
     @contextlib.contextmanager
     def hidden(self, model: nn.Module) -> Iterator[None]:
         """Takes the heads off a model for a while, if they are a part of it."""
-        if model._modules.get(HEADS_NAME) is not self:
+        if not self._is_in(model):
             yield
             return
-        del model._modules[HEADS_NAME]
+        delattr(model, HEADS_NAME)
         try:
             yield
         finally:
-            model._modules[HEADS_NAME] = self
+            self.attach(model)
 
     @staticmethod
     def is_name_of_head(name: str) -> bool:

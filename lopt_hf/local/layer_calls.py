@@ -7,9 +7,8 @@ global rotary embeddings), and only the decoder knows it.
 Shapes: B batch, T tokens, D hidden channels.
 """
 
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 
+from lopt_hf.common.upstream.torch import without_forward_hooks
 from lopt_hf.common.upstream.transformers import active_collector
 from lopt_hf.local.blocks import DecoderStack
 
@@ -176,19 +176,24 @@ def record_layer_calls(stack: DecoderStack, args: tuple[Any, ...], kwargs: Mappi
 
 @contextmanager
 def _recording(layers: nn.ModuleList, calls: dict[int, LayerCall]) -> Iterator[None]:
-    bound = {index: vars(layer).get("forward") for index, layer in enumerate(layers)}
-    hooks = [(layer._forward_pre_hooks, layer._forward_hooks) for layer in layers]
-    try:
+    with ExitStack() as undo:
         for index, layer in enumerate(layers):
-            layer._forward_pre_hooks, layer._forward_hooks = OrderedDict(), OrderedDict()  # it is no forward of theirs
-            layer.forward = _Recorder(calls, index, is_last=index == len(layers) - 1)  # type: ignore[assignment]
+            undo.enter_context(without_forward_hooks(layer))  # it is no forward of theirs
+            recorder = _Recorder(calls, index, is_last=index == len(layers) - 1)
+            undo.enter_context(_replaced_forward(layer, recorder))
+        yield
+
+
+@contextmanager
+def _replaced_forward(layer: nn.Module, forward: "_Recorder") -> Iterator[None]:
+    bound = vars(layer).get("forward")
+    layer.forward = forward  # type: ignore[assignment]
+    try:
         yield
     finally:
-        for index, layer in enumerate(layers):
-            layer._forward_pre_hooks, layer._forward_hooks = hooks[index]
-            del layer.forward
-            if bound[index] is not None:
-                layer.forward = bound[index]  # type: ignore[assignment]
+        del layer.forward
+        if bound is not None:
+            layer.forward = bound
 
 
 class _Recorder:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import flop_registry
 
-from lopt_hf.common.upstream.torch import TorchDispatchMode, tree_iter
+from lopt_hf.common.upstream.torch import TorchDispatchMode, storage_key, tree_iter
 
 __all__ = ["CATEGORIES", "MemoryMeter", "Work"]
 
@@ -93,7 +93,7 @@ class MemoryMeter(TorchDispatchMode):
         """Says what tensors are for, whether they are known already or not."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            key, size = storage._cdata, storage.nbytes()
+            key, size = storage_key(storage), storage.nbytes()
             if key not in self._category:
                 self._add(storage, category)
             else:
@@ -121,7 +121,7 @@ class MemoryMeter(TorchDispatchMode):
         for tensor in tree_iter(output):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
-                if storage._cdata not in self._category:
+                if storage_key(storage) not in self._category:
                     self._add(storage, self._region)
                     is_new = True
         if is_new or func._schema.is_mutable:
@@ -133,7 +133,7 @@ class MemoryMeter(TorchDispatchMode):
         self.work += Work(flops=2 * left.numel() * right.shape[-1])
 
     def _add(self, storage: torch.UntypedStorage, category: str) -> None:
-        key, size = storage._cdata, storage.nbytes()
+        key, size = storage_key(storage), storage.nbytes()
         self._category[key] = category
         self._ends[key] = weakref.ref(storage, lambda _: self._remove(key, size))
         self.current[category] += size
@@ -147,7 +147,7 @@ class MemoryMeter(TorchDispatchMode):
         self._total -= size
 
     def _count_work(self, func: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        packet = func._overloadpacket
+        packet = func.overloadpacket
         if packet in flop_registry:
             self.work += Work(flops=flop_registry[packet](*args, **kwargs, out_val=output))
         elif packet is _aten.addmm_:

@@ -10,7 +10,6 @@ of the flash kind, which keeps queries, keys, values, output and one number for 
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -108,17 +107,18 @@ def _give_fake_memory(*modules: nn.Module) -> None:
     """
     fake: dict[torch.Tensor, torch.Tensor] = {}
 
-    def replace(own: dict[str, Any], wrap: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
-        for name, tensor in own.items():
-            if tensor is None:
-                continue
-            if tensor not in fake:
-                fake[tensor] = wrap(torch.empty(tensor.shape, dtype=tensor.dtype), tensor)
-            own[name] = fake[tensor]
+    def fake_of(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor not in fake:
+            empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            fake[tensor] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+        return fake[tensor]
 
     for module in (part for whole in modules for part in whole.modules()):
-        replace(module._parameters, lambda empty, old: nn.Parameter(empty, requires_grad=old.requires_grad))
-        replace(module._buffers, lambda empty, old: empty)
+        parameters = module.named_parameters(recurse=False, remove_duplicate=False)
+        buffers = module.named_buffers(recurse=False, remove_duplicate=False)
+        for name, tensor in [*parameters, *buffers]:
+            setattr(module, name, fake_of(tensor))
 
 
 def _unpadded_mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:

@@ -41,15 +41,12 @@ with TORCH.names():
 TORCH.check(DistributedDataParallel, "_set_params_and_buffers_to_ignore_for_model")
 TORCH.check(
     nn.Module(),
-    "_modules",
-    "_parameters",
-    "_buffers",
     "_forward_hooks",
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
 )
 TORCH.check(torch.UntypedStorage, "_cdata")
-TORCH.check(_product, "_schema", "_overloadpacket")
+TORCH.check(_product, "_schema")
 TORCH.check(
     torch.ops.aten,
     "_grouped_mm",

@@ -19,4 +19,4 @@ TRANSFORMERS.check(
     "_keys_to_ignore_on_load_unexpected",
     "_supports_attention_backend",
 )
-TRANSFORMERS.check(PreTrainedConfig(), "_attn_implementation", "_name_or_path")
+TRANSFORMERS.check(PreTrainedConfig(), "_attn_implementation")

@@ -71,7 +71,7 @@ def save_stage(trainer: Any) -> None:
         trainer.model.peft_config[trainer.model.active_adapter].save_pretrained(str(folder))
     details = {
         "step": trainer.state.global_step,
-        "model": trainer.learner.base_model.config._name_or_path,
+        "model": trainer.learner.base_model.config.name_or_path,
         "data_parallel": trainer.world.num_replicas,
         **trainer.learner.fingerprint(),
     }

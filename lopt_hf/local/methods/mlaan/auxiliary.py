@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lopt_hf.common.upstream.torch import clear_forward_hooks
 from lopt_hf.local.layer_calls import LayerCall
 from lopt_hf.local.methods.mlaan.translator import Translator, TranslatorFit
 
@@ -137,8 +138,7 @@ def copy_layer(model: PreTrainedModel, layer: nn.Module) -> nn.Module:
         copies[id(parameter)] = nn.Parameter(parameter.detach().clone()) if parameter.requires_grad else parameter
     made: nn.Module = copy.deepcopy(layer, copies)
     for module in made.modules():  # hooks are the live layer's
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
+        clear_forward_hooks(module)
         if isinstance(module, GradientCheckpointingLayer):
             module.gradient_checkpointing = False  # the auxiliary's own option says it
     return made
