@@ -138,7 +138,7 @@ def test_a_failure_loses_one_case(tmp_path):
 
 
 def test_a_limit_loses_what_has_not_run_and_ends_what_was_started(tmp_path):
-    slow = Part("slow", "steps", (Case("returns", _return), Case("never ends", _never_end), Case("last", _return)), 3)
+    slow = Part("slow", "steps", (Case("returns", _return), Case("never ends", _never_end), Case("last", _return)), 10)
     outcomes = outcomes_of([slow, Part("next", "steps", (Case("child", _wait_for_child),), 600)], tmp_path)
     assert outcomes["slow", "returns"].status == "done"
     assert outcomes["slow", "never ends"].status == "not reached"
