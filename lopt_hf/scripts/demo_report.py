@@ -48,7 +48,10 @@ class Training:
 
 def comparison(before: Measurement, after: Measurement) -> str:
     """Makes the table of before and after in Markdown."""
-    losses = ("loss of held-out answers, nats/token", "answer_loss"), ("loss on general English", "general_text_loss")
+    losses = (
+        ("loss of held-out answers, nats/token", "answer_loss"),
+        ("loss on general English, nats/token", "general_text_loss"),
+    )
     rows = [[name, *(f"{getattr(each, field):.3f}" for each in (before, after))] for name, field in losses]
     matches = [f"{each.exact_matches}/{each.problems}" for each in (before, after)]
     rows.insert(1, [f"exact match on {before.problems} held-out problems", *matches])
