@@ -35,6 +35,7 @@ _SPELLINGS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # Ours: the smallest product whose speed is close to that of a training step's; 30 ms where bfloat16 is emulated
 _SIZE = 256
 _REPEATS = 20
+_FEWEST = 5
 _SECONDS_PER_DTYPE = 0.03
 _GAIN = 1.1  # ours: under autocast the weights are cast at every step, which has to be won back
 
@@ -219,7 +220,8 @@ def _shortest(dtype: "torch.dtype") -> float:
 
     a = torch.ones(_SIZE, _SIZE, dtype=dtype, device="cpu")  # drawn numbers would move the caller's seed
     times: list[float] = []
-    while len(times) < _REPEATS and sum(times) < _SECONDS_PER_DTYPE:  # the first one prepares the kernel
+    # The first one prepares the kernel, and on a cold or busy machine alone takes longer than all should.
+    while len(times) < _FEWEST or (len(times) < _REPEATS and sum(times) < _SECONDS_PER_DTYPE):
         start = perf_counter()
         torch.mm(a, a)
         times.append(perf_counter() - start)

@@ -18,7 +18,7 @@ from lopt_hf.common.upstream.guard import Upstream
 PACKAGE = Path(lopt_hf.__file__).parent
 UPSTREAM = PACKAGE / "common" / "upstream"
 TRAINERS = [getattr(lopt_hf, name) for name in lopt_hf.__all__ if name.endswith("Trainer")]
-STANDARD_LIBRARY = {"_ArgumentGroup", "_actions", "_exit"}
+STANDARD_LIBRARY = {"_ActionsContainer", "_ArgumentGroup", "_actions", "_exit"}
 
 
 def _modules() -> Iterator[tuple[Path, ast.Module]]:
