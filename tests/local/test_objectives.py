@@ -49,13 +49,15 @@ def test_a_head_does_not_depend_on_which_others_are_kept():
 
 def test_the_protocols_example_runs():
     """The docstring's example is a complete local objective."""
+    import inspect
     import re
 
     from lopt_hf import LocalObjective
 
-    code = re.search(r"```python\n(.*?)```", LocalObjective.__doc__, re.DOTALL).group(1)
+    # Not `__doc__`, which Python 3.13 no longer indents.
+    code = re.search(r"```python\n(.*?)```", inspect.getdoc(LocalObjective), re.DOTALL).group(1)
     namespace: dict = {}
-    exec("\n".join(line.removeprefix("    ") for line in code.splitlines()), namespace)
+    exec(code, namespace)
     objective = namespace["StayClose"]()
     head = objective.make_head(4)
     assert objective(head, torch.ones(1, 1, 4), torch.zeros(1, 1, 4), LocalBatch()) == 1.0
