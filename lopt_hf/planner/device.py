@@ -10,6 +10,7 @@ from time import perf_counter
 
 import torch
 
+from lopt_hf.common.arithmetic import measure_arithmetic
 from lopt_hf.common.files import write_text
 
 __all__ = ["DeviceSpeed", "measure_speed", "read_speed", "write_speed"]
@@ -42,14 +43,18 @@ class DeviceSpeed:
 
 
 def measure_speed() -> DeviceSpeed:
-    """Measures the accelerator of this machine, or its CPU where there is none; takes a few seconds."""
+    """Measures the accelerator of this machine, or its CPU where there is none; takes a few seconds.
+
+    In the type that training would compute in there: bfloat16, unless the device is faster in float32.
+    """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = accelerator or torch.device("cpu")
     kind = "cpu" if device.type == "cpu" else "accelerator"
     size, length = _MATRIX[kind], _VECTOR[kind]
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    dtype = measure_arithmetic(device.type).torch_dtype
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     product = torch.empty_like(a)
-    x, y = (torch.randn(length, device=device, dtype=torch.bfloat16) for _ in range(2))
+    x, y = (torch.randn(length, device=device, dtype=dtype) for _ in range(2))
     total = torch.empty_like(x)
     return DeviceSpeed(
         device=device.type,

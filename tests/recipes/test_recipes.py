@@ -15,6 +15,7 @@ from accelerate.utils import DistributedType
 from lopt_hf.compare.grid import load_grid
 from lopt_hf.scripts import dpo, grpo, mlaan, pipeline, repl, sft
 from lopt_hf.scripts.parsing import chosen_method
+from tests.machine import set_machine
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"
@@ -219,7 +220,8 @@ def test_smollm2_recipes_of_other_losses_differ_in_the_method_only(task: str) ->
 
 
 @pytest.mark.parametrize("name", SMOLLM2_RECIPES)
-def test_smollm2_recipe_has_the_papers_values_but_for_its_method(name: str) -> None:
+def test_smollm2_recipe_has_the_papers_values_but_for_its_method(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_machine(monkeypatch, has_bfloat16=True)  # the recipes leave the type to the machine
     values = parse(RECIPES / "smollm2-135m/sft" / f"{name}.yaml")
     expected = {**PAPER_VALUES, **SMOLLM2_RECIPES[name]}
     assert {key: values[key] for key in expected} == expected
