@@ -28,7 +28,9 @@ def check(tmp_path_factory):
     """The whole check, as `lopt-hf bench gpu --device cpu` runs it."""
     folder = tmp_path_factory.mktemp("check")
     with forked_instead_of_spawned(runner):
-        results = run_gpu_check(GpuCheckSettings(device="cpu"), folder, _load_config, _measure_device, _Plan)
+        results = run_gpu_check(
+            GpuCheckSettings(device="cpu", limit=3600), folder, _load_config, _measure_device, _Plan
+        )
     return results, folder
 
 

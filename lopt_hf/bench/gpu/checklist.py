@@ -121,7 +121,12 @@ def make_parts(
         chosen += parts[name] if name in settings.parts else []
     if sizes.device == "cuda":
         return [replace(part, environment={**one_gpu(), **part.environment}) for part in chosen]
-    return [replace(part, threads=1, environment={**part.environment, **_NO_GPU}) for part in chosen]
+    # The parts' limits are a GPU's; as a test of itself the check may take as long as the machine needs.
+    environments = [{**part.environment, **_NO_GPU} for part in chosen]
+    return [
+        replace(part, threads=1, limit=settings.limit, environment=environment)
+        for part, environment in zip(chosen, environments, strict=True)
+    ]
 
 
 def one_gpu() -> dict[str, str]:
