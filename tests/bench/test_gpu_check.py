@@ -18,6 +18,7 @@ from lopt_hf.bench.gpu.report import Results, to_markdown
 from lopt_hf.bench.gpu.rows import STEP_ROWS, UPDATE_ROWS
 from lopt_hf.bench.gpu.runner import run_parts
 from lopt_hf.bench.gpu.settings import GpuCheckSettings
+from lopt_hf.bench.gpu.sharded import Sharded, read_runs, write_runs
 from lopt_hf.bench.gpu.targets import find_targets
 from lopt_hf.bench.gpu.updates import Comparison, compare, save_updates
 from lopt_hf.scripts.bench import _load_config, _measure_device, _Plan, main
@@ -282,3 +283,13 @@ def test_command_needs_a_folder(capsys):
         main(["gpu", "--parts", "generation"])
     assert caught.value.code == 2
     assert "--output-dir" in capsys.readouterr().err
+
+
+def test_sharded_runs_are_handed_over_whole(tmp_path):
+    parts = make_parts(
+        GpuCheckSettings(device="cpu"), make_sizes(GpuCheckSettings(device="cpu"), "cpu", {}), None, {"tiny": None}
+    )
+    runs = next(case.run.runs for part in parts for case in part.cases if isinstance(case.run, Sharded))
+    assert any(run.comparison for run in runs)
+    write_runs(runs, tmp_path)
+    assert read_runs(tmp_path) == list(runs)

@@ -5,18 +5,19 @@
 
 import json
 import os
-import pickle
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lopt_hf.bench.gpu.training import Training
+from lopt_hf.bench.gpu.updates import Comparison
 from lopt_hf.bench.gpu.worker import clean
+from lopt_hf.bench.gpu.workload import Workload
 
-__all__ = ["Sharded", "main"]
+__all__ = ["Sharded", "main", "read_runs", "write_runs"]
 
 _ONE_PROCESS = ("--num_processes", "1", "--main_process_port", "29517")
 # A machine without a network has this interface alone.
@@ -56,10 +57,29 @@ class Sharded:
     def _launch(self, folder: Path) -> None:
         if not self.config_file.exists():
             raise ValueError(f"{self.config_file} is missing; run from a checkout, which has the recipes.")
-        (folder / "sharded.pickle").write_bytes(pickle.dumps(list(self.runs)))
+        write_runs(self.runs, folder)
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(self.config_file)]
         script = ["-m", "lopt_hf.bench.gpu.sharded", str(folder), str(self.index)]
         subprocess.run([*launcher, *_ONE_PROCESS, *script], env={**os.environ, **_INTERFACE}, check=False)
+
+
+def write_runs(runs: Sequence[Training], folder: Path) -> None:
+    """Writes runs for the process that is launched."""
+    (folder / "sharded.json").write_text(json.dumps([asdict(run) for run in runs]))
+
+
+def read_runs(folder: Path) -> list[Training]:
+    """Reads what `write_runs` wrote."""
+    return [
+        Training(
+            **values
+            | {
+                "workload": Workload(**values["workload"]),
+                "comparison": values["comparison"] and Comparison(**values["comparison"]),
+            }
+        )
+        for values in json.loads((folder / "sharded.json").read_text())
+    ]
 
 
 def _result(folder: Path, index: int) -> Path:
@@ -71,7 +91,7 @@ def main(folder: Path, first: int) -> None:
     from lopt_hf.bench.training import silence
 
     silence()
-    for index, run in enumerate(pickle.loads((folder / "sharded.pickle").read_bytes())[first:], start=first):
+    for index, run in enumerate(read_runs(folder)[first:], start=first):
         print(f"--- sharded run {index}", file=sys.stderr, flush=True)
         clean()
         _result(folder, index).write_text(json.dumps(run(folder)))

@@ -55,7 +55,7 @@ def compare(
     path = folder / f"{comparison.reference}.pt"
     if not path.exists():
         raise ValueError(f"there is no run {comparison.reference!r} to compare with; it failed or was not reached")
-    saved = torch.load(path)
+    saved = torch.load(path, weights_only=True)
     own, other = _by_layer(updates), _by_layer(saved["updates"])
     if own.keys() != other.keys():
         raise ValueError(f"the runs trained different layers: {sorted(own.keys() ^ other.keys())}")
