@@ -127,6 +127,11 @@ class LocalLearningMixin(TrainerBase):
         return self.learner.blocks
 
     @property
+    def early_blocks(self) -> list[Block]:
+        """The early blocks that run in this process."""
+        return self.learner.early_blocks
+
+    @property
     def boundary(self) -> BlockBoundary:
         """The boundaries between the blocks."""
         return self.learner.boundary
