@@ -66,3 +66,14 @@ class TestNotebook:
         title, _, rest = "".join(first["source"]).partition("\n")
         assert first["cell_type"] == "markdown" and title.startswith(f"# {path.name[0]}. ") and rest.strip()
         assert f"({path.name})" in (FOLDER / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_a_notebook_imports_of_the_package_is_there(path):
+    """Found here in seconds, and not where the notebooks are executed."""
+    lines = "".join("".join(cell["source"]) + "\n" for cell in code_of(read(path))).splitlines()
+    program = "\n".join(line for line in lines if not line.startswith(("%", "!")))
+    imports = [node for node in ast.walk(ast.parse(program)) if isinstance(node, ast.ImportFrom)]
+    ours = [ast.unparse(node) for node in imports if str(node.module).startswith("lopt_hf")]
+    assert ours
+    exec("\n".join(ours), {})
