@@ -8,6 +8,7 @@ from typing import ClassVar
 from lopt_hf.local.blocks import Block
 from lopt_hf.local.methods.base import Method
 from lopt_hf.local.run_facts import RunFacts
+from lopt_hf.local.schedule import ReachSchedule
 
 __all__ = ["LocalArguments"]
 
@@ -43,6 +44,9 @@ class LocalArguments(ABC):
     train_early_blocks: ClassVar[bool] = True
     local_step: ClassVar[bool] = False
     local_update_interval: ClassVar[int] = 1
+    reach_rate: ClassVar[str] = "none"
+    reach_rate_limit: ClassVar[float] = 1.0
+    reach_recompute: ClassVar[bool] = True
 
     # Extended by each method: the lowest value of a number (whole if it is), and what must be one of its `choices`.
     _lowest: ClassVar[dict[str, float]] = {"num_blocks": 2, "early_learning_rate": 0.0}
@@ -83,6 +87,11 @@ class LocalArguments(ABC):
     @abstractmethod
     def make_method(self) -> Method:
         """Makes the method that these arguments are of."""
+
+    @property
+    def schedule(self) -> ReachSchedule:
+        """Which blocks the task's gradient reaches at which step; by default the last one always."""
+        return ReachSchedule((1,), self.num_blocks)
 
     def check(self) -> None:
         """Checks the values alone.

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from lopt_hf.local.blocks import Block
 from lopt_hf.local.hooks import BlockBoundary, cut
-from lopt_hf.local.objectives import LocalObjective
+from lopt_hf.local.objectives import LocalBatch, LocalObjective
+from lopt_hf.local.replay import BlockRun
 
 __all__ = ["GradientBoundary"]
 
@@ -80,7 +81,10 @@ class GradientBoundary(BlockBoundary):
         return hidden_BTD
 
     def leave_block(self, index: int, output_BTD: torch.Tensor) -> torch.Tensor:
-        loss = self._local_loss(index, output_BTD)
+        assert self._input_BTD is not None
+        loss = self._local_loss(index, output_BTD, self._input_BTD, self.local_batch(output_BTD))
+        balance = self.load_balancing_loss()
+        loss = loss if balance is None else loss + balance
         self.check_reach(index, loss)
         if self.mode == "joint":
             self._joint_losses.append(loss)
@@ -91,10 +95,12 @@ class GradientBoundary(BlockBoundary):
             events.on_block_done(index)
         return cut(output_BTD)
 
-    def _local_loss(self, index: int, output_BTD: torch.Tensor) -> torch.Tensor:
-        assert self._input_BTD is not None
-        batch = self.local_batch(output_BTD)
-        loss = self.objective(self.heads[str(index)], output_BTD, self._input_BTD, batch)
+    def local_loss_again(self, index: int, output_BTD: torch.Tensor, run: BlockRun) -> torch.Tensor | None:
+        return self._local_loss(index, output_BTD, run.input_BTD.detach(), run.batch)
+
+    def _local_loss(
+        self, index: int, output_BTD: torch.Tensor, input_BTD: torch.Tensor, batch: LocalBatch
+    ) -> torch.Tensor:
+        loss = self.objective(self.heads[str(index)], output_BTD, input_BTD, batch)
         self.losses[index].append(loss.detach())
-        balance = self.load_balancing_loss()
-        return loss * self.weight if balance is None else loss * self.weight + balance
+        return loss * self.weight

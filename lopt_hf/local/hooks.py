@@ -21,9 +21,12 @@ from lopt_hf.common.upstream.transformers import active_collector
 from lopt_hf.local.blocks import Block, find_decoder_stack, parameters_by_block
 from lopt_hf.local.heads import HEADS_NAME
 from lopt_hf.local.layer_calls import hidden_of, output_hidden, with_hidden, with_output_hidden
-from lopt_hf.local.objectives import LocalBatch, LocalObjective
+from lopt_hf.local.objectives import LocalBatch, LocalObjective, NoObjective
+from lopt_hf.local.replay import BlockRun, Replay, Replays
 
-__all__ = ["BlockBoundary", "BoundaryEvents", "MicroBatch"]
+__all__ = ["BlockBoundary", "BoundaryEvents", "MicroBatch", "check_replay"]
+
+MAX_REPLAY_DIFFERENCE = 0.01  # of the norms; kernels whose sums have no fixed order differ far less, even in bf16
 
 
 def _run_backward(index: int, loss: torch.Tensor) -> None:
@@ -34,6 +37,15 @@ def _nothing(index: int) -> None:
     """Nothing follows."""
 
 
+def check_replay(index: int, difference: torch.Tensor) -> None:
+    """Raises `RuntimeError` if a block that ran again gave something else, see `BoundaryEvents`."""
+    if not difference <= MAX_REPLAY_DIFFERENCE:
+        raise RuntimeError(
+            f"Block {index} computes something else when it runs again (relative difference {float(difference):.3g}), "
+            "so its gradients would be wrong; set reach_recompute to False, and please report the architecture."
+        )
+
+
 @dataclass(frozen=True)
 class BoundaryEvents:
     """What a boundary calls back while a micro-batch runs.
@@ -42,10 +54,13 @@ class BoundaryEvents:
         run_backward: Runs the backward of a block's weighted loss; called with the block's index and the loss.
         on_block_done: Called with a block's index when its gradients and its head's are complete.
         around_backward: Makes a context for each backward that runs within the forward, to time it for instance.
+        check_replay: Raises if a block that runs again gives something else; called once with the block's index and
+            the norm of the difference relative to the output's.
     """
 
     run_backward: Callable[[int, torch.Tensor], None] = _run_backward
     on_block_done: Callable[[int], None] = _nothing
+    check_replay: Callable[[int, torch.Tensor], None] = check_replay
     around_backward: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
 
@@ -56,14 +71,28 @@ class MicroBatch:
     Attributes:
         events: What to call back.
         scale: Factor of the local losses that run their backward in the forward.
-        trains_early_blocks: Without it the early blocks run without gradients: no local loss, no graph.
+        trains_early_blocks: Without it early blocks have no local loss, and none has a graph that the task's gradient
+            does not reach.
         inputs: The trainer's batch, for the local objective.
+        reach: The number of blocks, counted from the last, that the task's gradient reaches.
+        gradient_factors: By which the gradient of a block is multiplied, by the block's index; 1 where it is missing.
     """
 
     events: BoundaryEvents = field(default_factory=BoundaryEvents)
     scale: float = 1.0
     trains_early_blocks: bool = True
     inputs: Mapping[str, Any] = field(default_factory=dict)
+    reach: int = 1
+    gradient_factors: Mapping[int, float] = field(default_factory=dict)
+
+    def factor_across(self, index: int) -> float:
+        """The factor of the gradient where it passes from the block behind to this one."""
+        return self.gradient_factors.get(index, 1.0) / self.gradient_factors.get(index + 1, 1.0)
+
+
+# How an early block runs in a forward: without a graph; with one of its own, for its local loss; without one, to run
+# again when the task's gradient arrives; with the graph of all blocks that the task's gradient reaches.
+_Way = Literal["blind", "local", "again", "joined"]
 
 
 class BlockBoundary(ABC):
@@ -73,6 +102,9 @@ class BlockBoundary(ABC):
     `leave_block` with each early block's output, and goes on from what it returns. Outside of it, and wherever
     gradients are disabled (evaluation, generation, reference models), the hooks do nothing, so outputs are
     bit-identical to the stock model's.
+
+    An early block that the task's gradient is to reach (`MicroBatch.reach`) runs without a graph, and again with one
+    in `finish`, where the blocks behind it have handed their gradient back; or it keeps its graph.
 
     Attributes:
         mode: Whether local backwards run in the forward (`"eager"`), or wait for the task's (`"joint"`).
@@ -110,6 +142,8 @@ class BlockBoundary(ABC):
         self._mask_BT: torch.Tensor | None = None
         self._routers_seen = 0
         self._unchecked = set(range(len(self.blocks)))
+        self._unchecked_replays = set(range(len(self.blocks)))
+        self._replays: Replays | None = None
         self._handles = self._install_hooks()
 
     def _install_hooks(self) -> list[RemovableHandle]:
@@ -119,10 +153,21 @@ class BlockBoundary(ABC):
             decoder.register_forward_hook(self._leave_decoder, always_call=True),
         ]
         for block in self.early_blocks:
-            handles.append(layers[block.start].register_forward_pre_hook(self._enter_block, with_kwargs=True))
+            enter = partial(self._enter_block, block.index)
+            handles.append(layers[block.start].register_forward_pre_hook(enter, with_kwargs=True))
             leave = partial(self._leave_block, block.index)
             handles.append(layers[block.stop - 1].register_forward_hook(leave))
         return handles
+
+    @property
+    def learns_locally(self) -> bool:
+        """Whether early blocks have an objective beside the task's."""
+        return not isinstance(self.objective, NoObjective)
+
+    def recompute_reached(self) -> None:
+        """Lets early blocks that the task's gradient reaches run again, from now on, and keep no graph until then."""
+        self._replays = Replays(self.stack, self.early_blocks)
+        self._handles += self._replays.handles
 
     def remove(self) -> None:
         """Takes the hooks off the model, which is then a stock model again."""
@@ -159,9 +204,15 @@ class BlockBoundary(ABC):
         """Returns what of the last micro-batch's local losses is to be added to the task loss, if anything."""
         return None
 
-    def check_task_loss(self, loss: torch.Tensor) -> None:
-        """Raises `RuntimeError` if the first task loss reaches a parameter of an early block."""
-        self.check_reach(len(self.blocks) - 1, loss)
+    def check_task_loss(self, loss: torch.Tensor, reach: int = 1) -> None:
+        """Raises `RuntimeError` if the first task loss reaches a parameter of a block that it must not reach.
+
+        Args:
+            loss: The task loss.
+            reach: The micro-batch's reach.
+        """
+        last = len(self.blocks) - 1
+        self.check_reach(last, loss, last if self._replays is not None else len(self.blocks) - reach)
 
     def finish(self, micro_batch: MicroBatch) -> None:
         """Ends a micro-batch; to be called after the task loss's backward.
@@ -169,9 +220,20 @@ class BlockBoundary(ABC):
         Args:
             micro_batch: The one that `training_forward` was given.
         """
+        last = len(self.blocks) - 1
+        if micro_batch.reach == 1:
+            return
+        micro_batch.events.on_block_done(last)
+        for index in range(last - 1, last - micro_batch.reach, -1):
+            for runs in self._replays.forwards if self._replays is not None else ():
+                self._learn_again(index, runs.pop(index), micro_batch)
+            micro_batch.events.on_block_done(index)
+        self.abandon()
 
     def abandon(self) -> None:
         """Frees what a micro-batch that did not come to its end has left."""
+        if self._replays is not None:
+            self._replays.clear()
 
     # ---- What a boundary does: the subclasses ----
 
@@ -189,7 +251,26 @@ class BlockBoundary(ABC):
     def leave_block(self, index: int, output_BTD: torch.Tensor) -> torch.Tensor:
         """Returns the hidden states that the next block starts from, given an early block's output."""
 
+    def local_loss_again(self, index: int, output_BTD: torch.Tensor, run: BlockRun) -> torch.Tensor | None:
+        """Returns the weighted local loss, if any, of a block that has run again.
+
+        Args:
+            index: The block's index.
+            output_BTD: The block's output, cut off its graph.
+            run: The block's first run.
+        """
+        return None
+
     # ---- The hooks ----
+
+    @property
+    def _first_reached(self) -> int:
+        return len(self.blocks) - self.micro_batch.reach
+
+    def _way(self, index: int) -> _Way:
+        if index >= self._first_reached:
+            return "joined" if self._replays is None else "again"
+        return "local" if self.micro_batch.trains_early_blocks else "blind"
 
     def _enter_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._in_forward = self._active and torch.is_grad_enabled()
@@ -199,8 +280,10 @@ class BlockBoundary(ABC):
         mask = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments.get("attention_mask")
         self._mask_BT = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
         self._routers_seen = 0
-        if self.early_blocks and not self.micro_batch.trains_early_blocks:
-            # Ends at the last boundary; `_leave_decoder` also restores it should a layer raise before.
+        if self._replays is not None:
+            self._replays.begin_forward()
+        if self.early_blocks and self._way(self.early_blocks[0].index) == "blind":
+            # Ends where a block learns; `_leave_decoder` also restores it should a layer raise before.
             torch.set_grad_enabled(False)
 
     def _leave_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -208,25 +291,105 @@ class BlockBoundary(ABC):
             torch.set_grad_enabled(True)
         self._in_forward = False
         self._mask_BT = None
+        if self._replays is not None:
+            self._replays.end_forward()
         self.leave_decoder()
 
-    def _enter_block(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self._in_forward or not self.micro_batch.trains_early_blocks:
+    def _enter_block(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._in_forward or self._way(index) == "blind":
             return None
         hidden_BTD = hidden_of(args, kwargs)
+        if self._way(index) == "again":
+            assert self._replays is not None
+            self._replays.enter(index, hidden_BTD)
+            torch.set_grad_enabled(False)
+            return None
+        torch.set_grad_enabled(True)
         entered_BTD = self.enter_block(hidden_BTD)
         return None if entered_BTD is hidden_BTD else with_hidden(args, kwargs, entered_BTD)
 
     def _leave_block(self, index: int, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if not self._in_forward:
             return None
-        output_BTD = output_hidden(output)
-        if self.micro_batch.trains_early_blocks:
-            return with_output_hidden(output, self.leave_block(index, output_BTD))
-        if index != len(self.blocks) - 2:
-            return None
-        torch.set_grad_enabled(True)
-        return with_output_hidden(output, cut(output_BTD))
+        way, output_BTD = self._way(index), output_hidden(output)
+        if way == "blind":
+            self._routers_seen = len(self._router_logits())
+            if index + 1 < self._first_reached:
+                return None
+            next_BTD = cut(output_BTD)
+        elif way == "local":
+            next_BTD = self.leave_block(index, output_BTD)
+        elif way == "joined":
+            next_BTD = self._pass_through(index, output_BTD)
+        else:
+            next_BTD = self._leave_for_later(output_BTD)
+        if index == len(self.blocks) - 2:
+            torch.set_grad_enabled(True)
+        return with_output_hidden(output, next_BTD)
+
+    def _pass_through(self, index: int, output_BTD: torch.Tensor) -> torch.Tensor:
+        """Ends a block that the task's gradient reaches through its graph; returns what the next block starts from."""
+        self._routers_seen = len(self._router_logits())  # the task loss has their load-balancing loss
+        factor = self.micro_batch.factor_across(index)
+        if factor == 1.0 or not output_BTD.requires_grad:
+            return output_BTD
+        next_BTD = output_BTD.view_as(output_BTD)
+        next_BTD.register_hook(lambda gradient: gradient * factor)
+        return next_BTD
+
+    def _leave_for_later(self, output_BTD: torch.Tensor) -> torch.Tensor:
+        """Ends the first run of a block that will run again; returns the leaf that the next block starts from."""
+        assert self._replays is not None
+        logits = self._router_logits()
+        own = [cut(layer_logits) for layer_logits in logits[self._routers_seen :]]
+        logits[self._routers_seen :] = own  # the task loss has their load-balancing loss, and hands its gradient back
+        self._routers_seen = len(logits)
+        next_BTD = cut(output_BTD)
+        self._replays.leave(next_BTD, own, self.local_batch(output_BTD))
+        return next_BTD
+
+    def _learn_again(self, index: int, run: BlockRun, micro_batch: MicroBatch) -> None:
+        """Runs a block again and hands its cotangent back through it, to the block before or to the embeddings."""
+        assert self._replays is not None and run.output_BTD is not None
+        cotangent_BTD = run.output_BTD.grad
+        if cotangent_BTD is None:  # this forward has no part in the loss
+            return
+        factor = micro_batch.factor_across(index)
+        if factor != 1.0:
+            cotangent_BTD = cotangent_BTD * factor
+        is_first = index == len(self.blocks) - micro_batch.reach
+        # Reentrant checkpointing gives no gradient unless an input requires one.
+        learns_at_input = not is_first or run.is_behind_a_graph or self.model.is_activation_checkpointing
+        replay = self._replays.run_again(index, run, learns_at_input)
+        self._check_replay(index, run, replay, micro_batch)
+        own_BTD = cut(replay.output_BTD)
+        loss = None
+        if micro_batch.trains_early_blocks:
+            with torch.autocast(**run.autocast):
+                loss = self.local_loss_again(index, own_BTD, run)
+        with self.outside_the_forward(cotangent_BTD.device.type):
+            handed_back_BTD = None
+            if loss is not None:
+                if not is_first:  # the local gradient stays in the block, and the embeddings are part of the first
+                    handed_back_BTD = replay.hand_back(cotangent_BTD, run)
+                micro_batch.events.run_backward(index, loss * micro_batch.scale)
+                assert own_BTD.grad is not None
+                cotangent_BTD = cotangent_BTD + own_BTD.grad
+            replay.run_backward(cotangent_BTD, run)
+            if not is_first:  # the input is the leaf that the block before has returned
+                run.input_BTD.grad = replay.input_BTD.grad if handed_back_BTD is None else handed_back_BTD
+            elif run.is_behind_a_graph:
+                torch.autograd.backward(run.input_BTD, replay.input_BTD.grad)
+
+    def _check_replay(self, index: int, run: BlockRun, replay: Replay, micro_batch: MicroBatch) -> None:
+        if index in self._unchecked:
+            self.check_reach(index, replay.output_BTD.sum())
+        if index in self._unchecked_replays:
+            self._unchecked_replays.discard(index)
+            assert run.output_BTD is not None
+            first_BTD, again_BTD = run.output_BTD.detach().float(), replay.output_BTD.detach().float()
+            difference = torch.linalg.vector_norm(again_BTD - first_BTD) / torch.linalg.vector_norm(first_BTD)
+            micro_batch.events.check_replay(index, difference)
 
     # ---- For the subclasses ----
 
@@ -243,8 +406,7 @@ class BlockBoundary(ABC):
         It joins an early block's local loss with the weight per layer that it has in end-to-end training; the task
         loss sees these routers' logits detached.
         """
-        collected = active_collector.get() or {}
-        logits = collected.get("router_logits")
+        logits = self._router_logits()
         if not logits or self.router_coefficient == 0.0:
             return None
         own = tuple(logits[self._routers_seen :])
@@ -254,6 +416,11 @@ class BlockBoundary(ABC):
         share = self.router_coefficient * len(own) / len(self.stack.layers)
         loss = load_balancing_loss_func(own, config.num_experts, config.num_experts_per_tok, self._mask_BT)
         return share * torch.as_tensor(loss)
+
+    def _router_logits(self) -> list[Any]:
+        """The logits of the routers that have run in this forward, if they are collected."""
+        collected: dict[str, Any] = active_collector.get() or {}
+        return collected.get("router_logits", [])
 
     @contextlib.contextmanager
     def outside_the_forward(self, device_type: str) -> Iterator[None]:
@@ -269,8 +436,13 @@ class BlockBoundary(ABC):
         if torch.is_autocast_enabled(device_type):
             torch.clear_autocast_cache()
 
-    def check_reach(self, index: int, loss: torch.Tensor) -> None:
+    def check_reach(self, index: int, loss: torch.Tensor, first: int | None = None) -> None:
         """Raises if the first loss of a block reaches a parameter of another block; costs nothing where it doesn't.
+
+        Args:
+            index: The block's index.
+            loss: Its loss.
+            first: The first of the blocks before it that the loss is to reach, too.
 
         Raises:
             RuntimeError: If it does; the message names the parameter.
@@ -283,7 +455,9 @@ class BlockBoundary(ABC):
             name: parameter
             for other, parameters in enumerate(owned)
             for name, parameter in parameters.items()
-            if other != index and parameter.requires_grad and f"{HEADS_NAME}." not in name
+            if not (index if first is None else first) <= other <= index
+            and parameter.requires_grad
+            and f"{HEADS_NAME}." not in name
         }
         if not foreign:
             return

@@ -141,6 +141,16 @@ class LayerCall:
     kwargs: Mapping[str, Any]
     hidden_is_named: bool
 
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "LayerCall":
+        """Makes it of the arguments that a layer is called with, caches left out."""
+        hidden_is_named = "hidden_states" in kwargs
+        rest = args if hidden_is_named else args[1:]
+        named = {name: None if name in _CACHES else value for name, value in kwargs.items() if name != "hidden_states"}
+        named |= {"use_cache": False} if "use_cache" in named else {}
+        rest = tuple(None if isinstance(value, Cache) else value for value in rest)
+        return cls(rest, named, hidden_is_named)
+
     def __call__(self, layer: nn.Module, h_BTD: torch.Tensor) -> torch.Tensor:
         """The layer's output for other hidden states than those it was called with."""
         if self.hidden_is_named:
@@ -203,14 +213,10 @@ class _Recorder:
         self.calls, self.index, self.is_last = calls, index, is_last
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        hidden_is_named = "hidden_states" in kwargs
-        rest = args if hidden_is_named else args[1:]
-        named = {name: None if name in _CACHES else value for name, value in kwargs.items() if name != "hidden_states"}
-        named |= {"use_cache": False} if "use_cache" in named else {}
-        rest = tuple(None if isinstance(value, Cache) else value for value in rest)
-        self.calls[self.index] = LayerCall(rest, named, hidden_is_named)
+        call = LayerCall.of(args, kwargs)
+        self.calls[self.index] = call
         if self.is_last:
             raise _StopForwardError
-        hidden_BTD = hidden_of(() if hidden_is_named else args, kwargs)
+        hidden_BTD = hidden_of(() if call.hidden_is_named else args, kwargs)
         # Some decoders take the first element of what a layer returns, which a first axis of length one allows.
         return hidden_BTD.reshape(1, *hidden_BTD.shape[-3:])

@@ -27,9 +27,10 @@ from lopt_hf.local.blocks import (
     untie_output_embeddings,
 )
 from lopt_hf.local.heads import LocalHeads
-from lopt_hf.local.hooks import BoundaryEvents, MicroBatch
+from lopt_hf.local.hooks import BoundaryEvents, MicroBatch, check_replay
 from lopt_hf.local.methods.base import Batches, Method
 from lopt_hf.local.run_facts import RunFacts
+from lopt_hf.local.schedule import ReachSchedule
 from lopt_hf.local.stepping import ClipGroup, GradientsComplete, stepping_only
 
 __all__ = ["LearnerEvents", "LocalLearner"]
@@ -55,6 +56,7 @@ class LearnerEvents:
         around_backward: Makes a context for each backward that runs within the forward, to time it for instance.
         around_step: Makes a context for the clipping and the step of a part of the model.
         check_finite: Raises if a figure, given with its name, is not finite.
+        check_replay: Raises if a block that runs again gives something else, see `BoundaryEvents`.
         optimizer: Returns the optimizer that `step_block` steps.
         autocast: Makes the context in which the model computes.
         calibration_batches: Gives batches of training data before training; without it nothing is calibrated.
@@ -65,6 +67,7 @@ class LearnerEvents:
     around_backward: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
     around_step: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
     check_finite: Callable[[str, torch.Tensor | float], None] = _check_finite
+    check_replay: Callable[[int, torch.Tensor], None] = check_replay
     optimizer: Callable[[], Any] | None = None
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     calibration_batches: Batches | None = None
@@ -93,6 +96,7 @@ class LocalLearner:
         early_blocks: The early blocks that run in this process.
         heads: What the early blocks learn through; they are to be trained with the model.
         boundary: The boundaries between the blocks.
+        schedule: Which blocks the task's gradient reaches at which step.
 
     Args:
         model: A `transformers` causal language model, PEFT-wrapped or not, or a stage's part of one.
@@ -149,6 +153,9 @@ class LocalLearner:
             if str(block.index) in self.heads:
                 self.place(self.heads[str(block.index)], block)
         self.boundary = self.method.make_boundary(self, objective, self.heads)
+        self.schedule: ReachSchedule = settings.schedule
+        if self.schedule.highest > 1 and settings.reach_recompute:
+            self.boundary.recompute_reached()
         self._make_fingerprint: Callable[[], dict[str, Any]] = partial(self.method.fingerprint, self, objective)
         if not self.early_blocks:  # nothing here learns from the objective, and a copy of an LM head is large
             fingerprint = self._make_fingerprint()
@@ -158,6 +165,7 @@ class LocalLearner:
         self._reduced: frozenset[int] = frozenset()  # the blocks whose gradients the reducer averages
         self._started: set[int] = set()  # those of them that it averages already, in the step under way
         self._synchronises = True
+        self._position = 0  # of the micro-batch in its step
         self._stepped_norms: dict[str, torch.Tensor] = {}  # of the groups that have taken the step under way, by name
 
     def _prepare_model(self) -> None:
@@ -238,11 +246,25 @@ class LocalLearner:
         if any(parameter.device != device for parameter in module.parameters()):
             module.to(device)
 
+    def learning_rates(self, learning_rate: float) -> list[float]:
+        """Returns the learning rate of each block, given that of the run."""
+        early, settings = self.settings.early_learning_rate, self.settings
+        if early is not None:
+            return [early] * (len(self.blocks) - 1) + [learning_rate]
+        rule, limit = settings.reach_rate, settings.reach_rate_limit
+        factors = [self.schedule.rate_factor(index, rule, limit) for index in range(len(self.blocks))]
+        return [learning_rate * factor for factor in factors]
+
     # ---- A micro-batch ----
 
     @contextlib.contextmanager
     def forward(
-        self, inputs: Mapping[str, Any], step: int, scale: float = 1.0, synchronises: bool = True
+        self,
+        inputs: Mapping[str, Any],
+        step: int,
+        scale: float = 1.0,
+        synchronises: bool = True,
+        accumulation_steps: int = 1,
     ) -> Iterator[None]:
         """Switches the boundaries on for the forwards of one micro-batch.
 
@@ -251,11 +273,23 @@ class LocalLearner:
             step: The optimizer step, counted from 0.
             scale: Factor of the local losses whose backward runs in the forward, see `Method.local_scale`.
             synchronises: Whether it is the step's last micro-batch, whose gradients are averaged and stepped.
+            accumulation_steps: Micro-batches of the step.
         """
         self._synchronises = synchronises
         self.method.begin_micro_batch(self, step)
-        events = BoundaryEvents(self._run_backward, self._finish_block, self.events.around_backward)
-        self._micro_batch = MicroBatch(events, scale, self.method.trains_early_blocks(self, step), inputs)
+        self._micro_batch = MicroBatch(
+            BoundaryEvents(
+                run_backward=self._run_backward,
+                on_block_done=self._finish_block,
+                check_replay=self.events.check_replay,
+                around_backward=self.events.around_backward,
+            ),
+            scale,
+            self.method.trains_early_blocks(self, step),
+            inputs,
+            self.schedule.at(step, self._position),
+            self.schedule.gradient_factors(accumulation_steps),
+        )
         with self.boundary.training_forward(self._micro_batch):
             yield
 
@@ -267,9 +301,9 @@ class LocalLearner:
             share: Factor of the local losses, if the task loss has one already.
 
         Raises:
-            RuntimeError: If the first task loss reaches a parameter of an early block.
+            RuntimeError: If the first task loss reaches a parameter of a block that it must not reach.
         """
-        self.boundary.check_task_loss(loss)
+        self.boundary.check_task_loss(loss, self._micro_batch.reach)
         joint_loss = self.boundary.joint_loss()
         return loss if joint_loss is None else loss + joint_loss * share
 
@@ -303,6 +337,7 @@ class LocalLearner:
                 completion.remove()
             self.boundary.abandon()
             self._micro_batch = MicroBatch()
+            self._position = 0 if synchronises else self._position + 1
 
     def losses(self) -> dict[str, list[torch.Tensor]]:
         """The local losses of the last micro-batch by name, one for each forward."""
@@ -316,7 +351,7 @@ class LocalLearner:
         self.events.run_backward(loss)
 
     def _finish_block(self, index: int) -> None:
-        """Averages, and with `local_step` steps, an early block whose gradients are complete."""
+        """Averages, and with `local_step` steps, a block whose gradients are complete."""
         if not self._synchronises:
             return
         self._average(index)
@@ -400,6 +435,7 @@ class LocalLearner:
         """Forgets the step that an exception ended."""
         self._stepped_norms.clear()
         self._started.clear()
+        self._position = 0
 
     # ---- What is saved ----
 
@@ -422,6 +458,17 @@ class LocalLearner:
             "num_blocks": len(self.blocks),
             "split_at": [block.start for block in self.blocks[1:]],
             "has_early_learning_rate": self.settings.early_learning_rate is not None,
+            **self._reach_fingerprint(),
+        }
+
+    def _reach_fingerprint(self) -> dict[str, Any]:
+        """What of the schedule a run cannot change; nothing for the default, as in checkpoints of before it."""
+        if self.schedule.highest == 1:
+            return {}
+        return {
+            "task_reach": list(self.schedule.cycle),
+            "reach_unit": self.schedule.unit,
+            "reach_rate": self.settings.reach_rate,
         }
 
 

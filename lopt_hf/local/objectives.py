@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-__all__ = ["LocalBatch", "LocalObjective", "ReconstructionHead", "ReconstructionObjective"]
+__all__ = ["LocalBatch", "LocalObjective", "NoObjective", "ReconstructionHead", "ReconstructionObjective"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,19 @@ class LocalObjective(Protocol):
             input_BTD: The block's input, detached.
             batch: Mask and inputs of the micro-batch.
         """
+
+
+class NoObjective:
+    """No local objective: early blocks learn from the task loss alone, where it reaches them."""
+
+    def make_head(self, hidden_size: int) -> nn.Module:
+        """Makes a module without parameters."""
+        return nn.Identity()
+
+    def __call__(
+        self, head: nn.Module, output_BTD: torch.Tensor, input_BTD: torch.Tensor, batch: LocalBatch
+    ) -> torch.Tensor:
+        return output_BTD.new_zeros(())
 
 
 class ReconstructionHead(nn.Sequential):

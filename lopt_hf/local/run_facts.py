@@ -22,6 +22,7 @@ class RunFacts:
         is_fp16: Whether gradients are scaled for fp16.
         reentrant_checkpointing: Whether activations are checkpointed in the reentrant form.
         may_save_in_mid_step: Whether a checkpoint may be written when a signal comes.
+        accumulation_steps: Micro-batches of an optimizer step.
     """
 
     task: str = "SFT"
@@ -30,6 +31,7 @@ class RunFacts:
     is_fp16: bool = False
     reentrant_checkpointing: bool = False
     may_save_in_mid_step: bool = False
+    accumulation_steps: int = 1
 
     @property
     def wants_one_backward(self) -> str | None:

@@ -115,10 +115,10 @@ class WindowBoundary(BlockBoundary):
     def named_losses(self) -> dict[str, list[torch.Tensor]]:
         return self.window_losses
 
-    def check_task_loss(self, loss: torch.Tensor) -> None:
+    def check_task_loss(self, loss: torch.Tensor, reach: int = 1) -> None:
         """As the parent's; in a window over all blocks there is nothing that the task loss must not reach."""
         if self.window < len(self.blocks):
-            super().check_task_loss(loss)
+            super().check_task_loss(loss, reach)
 
     def finish(self, micro_batch: MicroBatch) -> None:
         """Hands the task's gradient back through its window. To be called after the task loss's backward.

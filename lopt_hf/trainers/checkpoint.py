@@ -66,8 +66,8 @@ class ResumeState:
             )
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         state = cls(**{"trainer": trainer, **content})
-        for name, value in settings.items():
-            saved = state.settings.get(name)
+        for name in (*settings, *(name for name in state.settings if name not in settings)):
+            saved, value = state.settings.get(name), settings.get(name)
             if saved != value and name == "readout":
                 raise ValueError(
                     f"resume_from_checkpoint={checkpoint!r} learned through a final norm and LM head that are not "

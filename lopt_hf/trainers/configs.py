@@ -85,6 +85,7 @@ class LocalTrainingArguments(ArgumentsBase):
             is_fp16=bool(self.fp16 or (self.bf16 is False and launched_as == "fp16")),
             reentrant_checkpointing=bool(self.gradient_checkpointing and reentrant),
             may_save_in_mid_step=self.enable_jit_checkpoint,
+            accumulation_steps=self.gradient_accumulation_steps,
         )
 
 

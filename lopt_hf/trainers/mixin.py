@@ -161,6 +161,11 @@ class LocalLearningMixin(TrainerBase):
                 f"early_learning_rate={args.early_learning_rate} has no effect on an optimizer of your own; give the "
                 "early blocks a parameter group with that rate, and leave early_learning_rate unset."
             )
+        if args.reach_rate != "none" and self.optimizer is not None:
+            raise ValueError(
+                f"reach_rate={args.reach_rate!r} has no effect on an optimizer of your own; give the blocks parameter "
+                "groups with the rates that you want, and set reach_rate to 'none'."
+            )
         if self.optimizer is None and not isinstance(self.model, PeftModel):
             advice = self.learner.method.rate_advice(self.learner, args.learning_rate)
             if advice is not None:
@@ -188,10 +193,20 @@ class LocalLearningMixin(TrainerBase):
         missing = [p for p in heads.parameters() if p.requires_grad and id(p) not in present]
         if missing:  # an optimizer of the user's own
             optimizer.param_groups[0]["params"].extend(missing)  # not a new group: a scheduler may know the groups
-        if is_new and self.args.early_learning_rate is not None:
-            early = [parameter for block in self.learner.learners()[:-1] for parameter in block]
-            set_learning_rate(optimizer, early, self.args.early_learning_rate)
+        if is_new:
+            self._set_learning_rates(optimizer)
         return optimizer
+
+    def _set_learning_rates(self, optimizer: torch.optim.Optimizer) -> None:
+        """Gives blocks the rates that `early_learning_rate` or `reach_rate` say, where they are not the run's."""
+        rates = self.learner.learning_rates(self.args.learning_rate)
+        learners = self.learner.learners()
+        for rate in dict.fromkeys(rates[:-1]):
+            if rate != rates[-1] or self.args.early_learning_rate is not None:
+                members = [
+                    p for block, own in zip(learners[:-1], rates[:-1], strict=True) if own == rate for p in block
+                ]
+                set_learning_rate(optimizer, members, rate)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, Any]:
         # The early blocks' gradients are ready inside the forward, or do not follow from the forward's output; DDP's
@@ -199,7 +214,25 @@ class LocalLearningMixin(TrainerBase):
         with ignored_by_ddp(self.model, [name for block in self.learner.owned()[:-1] for name in block]):
             prepared = super()._prepare_for_training(*args, **kwargs)
         self._share_gradients()
+        if self.learner.schedule.highest > 1:
+            self._say(self._reach_line())
         return prepared
+
+    def _reach_line(self) -> str:
+        """Says how often the task's gradient reaches each block, at which rate it learns, and what DDP averages."""
+        learner = self.learner
+        rates = [f"{rate:.3g}" for rate in learner.learning_rates(self.args.learning_rate)]
+        shares = [f"{learner.schedule.share(index):.3g}" for index in range(len(rates))]
+        line = (
+            f"task_reach={self.args.task_reach}: of the steps the task's gradient reaches each block at a share of "
+            f"{', '.join(shares)} (first to last); learning rates {', '.join(rates)}"
+        )
+        if self.accelerator.num_processes == 1:
+            return f"{line}."
+        per_block = [sum(p.numel() * p.element_size() for p in ps if p.requires_grad) for ps in learner.learners()]
+        learns_always = learner.boundary.learns_locally
+        averaged = sum(b * (1 if learns_always else learner.schedule.share(i)) for i, b in enumerate(per_block))
+        return f"{line}; {averaged / 1e6:.1f} of {sum(per_block) / 1e6:.1f} MB of gradients averaged per step."
 
     def _share_gradients(self) -> None:
         """Gives all ranks the same start of what DDP does not broadcast, and averages what it does not see."""
@@ -239,7 +272,7 @@ class LocalLearningMixin(TrainerBase):
         """Lets the forwards of a micro-batch learn locally."""
         steps = self.current_gradient_accumulation_steps
         scale = self.learner.method.local_scale(inputs, num_items, steps, self._num_counted_processes())
-        with self.learner.forward(inputs, self.state.global_step, scale, self.accelerator.sync_gradients):
+        with self.learner.forward(inputs, self.state.global_step, scale, self.accelerator.sync_gradients, steps):
             yield
 
     def _num_counted_processes(self) -> int:

@@ -28,6 +28,8 @@ from tests.trainers.helpers import InTwoForwards, WithFixedCompletions, make_tra
 GRPO = {"grpo": WithFixedCompletions, "grpo-in-two-forwards": InTwoForwards}
 REPL = {"repl-sft": SFTTrainer, "repl-lopt": LoPTTrainer}
 
+REACH: dict[str, Any] = {"local_objective": "none", "num_blocks": 4, "task_reach": [2, 4, 1]}
+
 # The runs that must end where one process with the same micro-batches does.
 EQUAL_TO_ONE: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -43,12 +45,20 @@ EQUAL_TO_ONE: dict[str, dict[str, Any]] = {
     # Windows of two blocks: the task's gradient reaches a block that DDP does not know of.
     "mlaan": {"window": 2, "num_blocks": 4},
     "mlaan, accumulation": {"window": 2, "num_blocks": 4, "gradient_accumulation_steps": 2},
+    # The task's gradient reaches blocks that DDP does not know of, at some steps.
+    "reach": {**REACH, "reach_rate": "sqrt"},
+    "reach, accumulation": {**REACH, "gradient_accumulation_steps": 2},
+    "reach, graphs kept": {**REACH, "reach_recompute": False},
+    "reach, reconstruction": {**REACH, "local_objective": "reconstruction"},
+    "reach, dpo": {**REACH, "kind": "dpo"},
     "RepL, sft": {"kind": "repl-sft"},
     "RepL, lopt": {"kind": "repl-lopt"},
 }
 BY_STEPS = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
 OTHERS: dict[str, dict[str, Any]] = {
     "deferred step": {"gradient_accumulation_steps": 2, "num_blocks": 3},
+    "reach, deferred step": REACH,
+    "reach, local step": {**REACH, "local_step": True},
     "local step": {"gradient_accumulation_steps": 2, "num_blocks": 3, "local_step": True},
     "retention": {"retention": True},
     # The first of three evaluations is the best: the rate is so high that the loss only rises.

@@ -29,11 +29,12 @@ def test_two_processes_equal_one(two_processes, tmp_path, name):
     assert max(worst.values()) <= 1e-6, max(worst.items(), key=lambda item: item[1])
 
 
-def test_local_step_changes_no_bit(two_processes):
-    local, deferred = two_processes.weights("local step"), two_processes.weights("deferred step")
+@pytest.mark.parametrize("prefix", ["", "reach, "])
+def test_local_step_changes_no_bit(two_processes, prefix):
+    local, deferred = two_processes.weights(f"{prefix}local step"), two_processes.weights(f"{prefix}deferred step")
     assert all(torch.equal(local[name], deferred[name]) for name in deferred)
     logs = [
-        json.loads((two_processes.folder / f"{name} step" / "log_history.json").read_text())
+        json.loads((two_processes.folder / f"{prefix}{name} step" / "log_history.json").read_text())
         for name in ("local", "deferred")
     ]
     norms = [[record["grad_norm"] for record in log if "grad_norm" in record] for log in logs]

@@ -148,8 +148,10 @@ class Method(ABC):
         return 1 / accumulation_steps
 
     def trains_early_blocks(self, learner: Learner, step: int) -> bool:
-        """Tells whether the early blocks learn at an optimizer step, counted from 0."""
-        return bool(learner.settings.train_early_blocks and step % learner.settings.local_update_interval == 0)
+        """Tells whether the early blocks learn from their objective at an optimizer step, counted from 0."""
+        if not (learner.settings.train_early_blocks and learner.boundary.learns_locally):
+            return False
+        return bool(step % learner.settings.local_update_interval == 0)
 
     def begin_micro_batch(self, learner: Learner, step: int) -> None:
         """Prepares for a micro-batch of an optimizer step, counted from 0."""

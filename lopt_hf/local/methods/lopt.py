@@ -7,12 +7,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from lopt_hf.local.arguments import LocalArguments
 from lopt_hf.local.blocks import Block
 from lopt_hf.local.boundary import GradientBoundary
 from lopt_hf.local.heads import LocalHeads
 from lopt_hf.local.methods.base import Learner, Method
-from lopt_hf.local.objectives import LocalObjective, ReconstructionObjective
+from lopt_hf.local.objectives import LocalObjective, NoObjective, ReconstructionObjective
+from lopt_hf.local.reach import ReachArguments
 from lopt_hf.local.readout import ReadoutObjective
 from lopt_hf.local.run_facts import NEXT_TOKEN_MISFITS, RunFacts
 
@@ -33,10 +33,12 @@ LOPT_PAPER = {
 }""",
 }
 
+_RECONSTRUCTION = ("reconstruction_weight", "reconstruction_bottleneck", "reconstruction_mask")
+
 
 @dataclass
-class LoPTArguments(LocalArguments):
-    """Arguments of LoPT; those of `LocalArguments` are among them.
+class LoPTArguments(ReachArguments):
+    """Arguments of LoPT; those of `ReachArguments` are among them.
 
     Sources: LoPT, arXiv 2605.04913 v3 ("paper"), and its released code, HumyuShi/LoPT commit d4cb99e ("code").
 
@@ -44,8 +46,8 @@ class LoPTArguments(LocalArguments):
         local_objective: What the early blocks learn from. `"reconstruction"`: to keep their input recoverable (paper,
             Sec. 3). `"readout"`: the next token, read through the model's final norm and LM head as they were at the
             start, at weight 1 for every block (ZeroLock's form, arXiv 2608.07974); the `reconstruction_*` arguments
-            do not apply; for supervised fine-tuning only. An objective that is passed to the trainer takes the place
-            of both.
+            do not apply; for supervised fine-tuning only. `"none"`: from the task loss alone, at the steps at which
+            it reaches them (`task_reach`); ours. An objective that is passed to the trainer takes the place of these.
         reconstruction_weight: lambda, the weight of the mean local loss over the early blocks. Paper, Sec. 3: 10.
         reconstruction_bottleneck: Divisor of the reconstruction head's inner width. Paper, Sec. 3: 4.
         reconstruction_mask: Which positions count in the local loss: `"attention"` leaves padding out (paper, App. L),
@@ -69,7 +71,7 @@ class LoPTArguments(LocalArguments):
         ValueError: If a value is out of range; the message names field, value and fix.
     """
 
-    _lowest: ClassVar[dict[str, float]] = LocalArguments._lowest | {
+    _lowest: ClassVar[dict[str, float]] = ReachArguments._lowest | {
         "reconstruction_weight": 0.0,
         "reconstruction_bottleneck": 1,
         "local_update_interval": 1,
@@ -78,15 +80,16 @@ class LoPTArguments(LocalArguments):
         "local_objective",
         "reconstruction_mask",
         "local_backward",
-        *LocalArguments._chosen,
+        *ReachArguments._chosen,
     )
 
     local_objective: str = field(
         default="reconstruction",
         metadata={
             "help": "What the early blocks learn from: 'reconstruction' of their input (paper, Sec. 3), or 'readout', "
-            "the next token through the model's own norm and head, frozen as at the start (ZeroLock).",
-            "choices": ["reconstruction", "readout"],
+            "the next token through the model's own norm and head, frozen as at the start (ZeroLock), or 'none': the "
+            "task loss alone, where `task_reach` lets it reach them (ours).",
+            "choices": ["reconstruction", "readout", "none"],
         },
     )
     reconstruction_weight: float = field(
@@ -133,10 +136,34 @@ class LoPTArguments(LocalArguments):
     def make_method(self) -> "LoPT":
         return LoPT()
 
+    def check(self) -> None:
+        super().check()
+        if self.local_objective == "none":
+            self._check_without_objective()
+
+    def _check_without_objective(self) -> None:
+        for name in (*_RECONSTRUCTION, "local_backward", "local_update_interval"):
+            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if value != default:
+                raise ValueError(
+                    f"{name}={value!r} does nothing with local_objective='none'; leave it out, or choose an objective."
+                )
+        highest = self.schedule.highest
+        if highest == 1:  # nothing ever trains the early blocks
+            self.train_early_blocks = False
+        elif highest < self.num_blocks:
+            never = ", ".join(str(block) for block in range(self.num_blocks - highest))
+            raise ValueError(
+                f"task_reach={self.task_reach} never reaches block {never} of num_blocks={self.num_blocks}, and "
+                f"local_objective='none' gives it nothing else to learn from; add a reach of {self.num_blocks}, lower "
+                f"num_blocks to {highest}, or choose a local objective."
+            )
+
     def check_run(self, run: RunFacts) -> None:
         self._check_objective(run)
         self.pick_local_backward(run)
         super().check_run(run)
+        self._check_added_to_objective(run)
         self._check_local_step(run)
 
     def nothing_trainable(self, block: Block) -> str:
@@ -167,7 +194,7 @@ class LoPTArguments(LocalArguments):
                 f"local_objective='readout' does not fit {run.task}: {NEXT_TOKEN_MISFITS[run.task]}; set it to "
                 "'reconstruction'."
             )
-        for name in ("reconstruction_weight", "reconstruction_bottleneck", "reconstruction_mask"):
+        for name in _RECONSTRUCTION:
             value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
             if value != default:
                 raise ValueError(
@@ -178,6 +205,22 @@ class LoPTArguments(LocalArguments):
             raise ValueError(
                 f"local_objective='readout' does not work under {run.engine}, which shards the norm and head that it "
                 "reads through; set it to 'reconstruction'."
+            )
+
+    def _check_added_to_objective(self, run: RunFacts) -> None:
+        """Refuses what would let a local objective's gradient out of its block where the task's passes through it."""
+        if self.schedule.highest == 1 or self.local_objective == "none":
+            return
+        wrong = f"task_reach={self.task_reach} with local_objective={self.local_objective!r} does not work with"
+        if not self.reach_recompute:
+            raise ValueError(
+                f"{wrong} reach_recompute=False, one graph of all blocks, in which the local gradient would leave its "
+                "block; set reach_recompute to True, or local_objective to 'none'."
+            )
+        if run.reentrant_checkpointing:
+            raise ValueError(
+                f"{wrong} reentrant checkpointing, which hands no gradient back apart; set "
+                "gradient_checkpointing_kwargs to {'use_reentrant': False}."
             )
 
     def _check_local_step(self, run: RunFacts) -> None:
@@ -191,7 +234,15 @@ class LoPTArguments(LocalArguments):
             (run.engine is not None, f"{run.engine}, which must see one backward per step; use one process or DDP"),
             (joint, f"{optim}, which must see one backward per step; choose another"),
             (run.optim.endswith("layerwise"), f"{optim}, which steps in the backward; choose another"),
+            (
+                self.local_objective == "none" and not self.train_early_blocks,
+                "local_objective='none' and task_reach=1, which leave it nothing to do; raise task_reach",
+            ),
             (not self.train_early_blocks, "train_early_blocks=False, which leaves it nothing to do; set it to True"),
+            (
+                self.schedule.highest > 1 and not self.reach_recompute,
+                "reach_recompute=False, where all gradients come at once; set it to True",
+            ),
             (run.may_save_in_mid_step, "enable_jit_checkpoint=True, which may save in mid-step; set it to False"),
             (run.is_fp16, "fp16, where an overflow in one block skips the step of all; use bf16"),
         ]
@@ -217,6 +268,8 @@ class LoPT(Method):
         settings: LoPTArguments = learner.settings
         if self.objective is not None:
             return self.objective
+        if settings.local_objective == "none":
+            return NoObjective()
         if settings.local_objective == "readout":
             return ReadoutObjective.from_model(learner.base_model)
         return ReconstructionObjective(
@@ -226,7 +279,7 @@ class LoPT(Method):
     def make_boundary(self, learner: Learner, objective: LocalObjective, heads: LocalHeads) -> GradientBoundary:
         settings: LoPTArguments = learner.settings
         mode = settings.pick_local_backward(learner.run)
-        if settings.local_backward == "auto" and mode == "eager":
+        if settings.local_backward == "auto" and mode == "eager" and not isinstance(objective, NoObjective):
             logger.info("local_backward='auto' is 'eager': each block's activations are freed when it is done.")
         weight = settings.reconstruction_weight / (len(learner.blocks) - 1)
         if isinstance(objective, ReadoutObjective):
@@ -244,7 +297,7 @@ class LoPT(Method):
 
     def warnings(self, learner: Learner) -> Iterator[str]:
         settings: LoPTArguments = learner.settings
-        if settings.local_backward == "auto" and settings.pick_local_backward(learner.run) == "joint":
+        if learner.boundary.learns_locally and settings.local_backward == "auto" and learner.boundary.mode == "joint":
             yield (
                 f"local_backward='auto' is 'joint' under {learner.run.engine or learner.run.optim}: the early blocks' "
                 "activations are kept until the common backward."
@@ -255,6 +308,8 @@ class LoPT(Method):
         """Warns of the paper's one rate for all blocks: it undoes what early ones knew, if no step is rounded away."""
         settings: LoPTArguments = learner.settings
         if settings.early_learning_rate is not None or not settings.train_early_blocks:
+            return None
+        if not learner.boundary.learns_locally:  # the task's gradient is what end-to-end training has
             return None
         if not any(p.dtype == torch.float32 and p.requires_grad for p in learner.early_parameters()):
             return None

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from lopt_hf.local.reach import read_cycle
 from lopt_hf.trainers.configs import LoPTConfig, MLAANConfig
 
 __all__ = ["MLAANPipelineConfig", "PipelineArguments", "PipelineConfig"]
@@ -130,6 +131,15 @@ class PipelineConfig(PipelineArguments, LoPTConfig):
         super()._check_pipeline()
         if self.local_backward == "joint":
             raise ValueError("local_backward='joint' needs all blocks in one process; set it to 'auto' or 'eager'.")
+        if self.local_objective == "none":
+            raise ValueError(
+                "local_objective='none' leaves the early stages nothing to learn from in a pipeline; choose another."
+            )
+        if read_cycle(self.task_reach) != [1]:
+            raise ValueError(
+                f"task_reach={self.task_reach} does not work in a pipeline, where no gradient passes from one stage "
+                "to another; leave it out."
+            )
 
 
 @dataclass

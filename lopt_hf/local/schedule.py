@@ -1,0 +1,76 @@
+"""The schedule of reach: which blocks the task's gradient reaches at which step, and how often."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+__all__ = ["RATE_RULES", "ReachSchedule"]
+
+# The factor of the learning rate of a block that is reached once in n steps.
+RATE_RULES: dict[str, Callable[[float], float]] = {"none": lambda n: 1.0, "sqrt": math.sqrt, "inverse": lambda n: n}
+
+
+@dataclass(frozen=True)
+class ReachSchedule:
+    """A cycle of reaches; a reach is the number of blocks, counted from the last, that the task loss trains.
+
+    Attributes:
+        cycle: The reaches.
+        num_blocks: Blocks of the model.
+        unit: What the cycle runs over: `"step"` optimizer steps, `"microbatch"` the micro-batches of each of them.
+    """
+
+    cycle: tuple[int, ...] = (1,)
+    num_blocks: int = 2
+    unit: str = "step"
+
+    @property
+    def highest(self) -> int:
+        """The furthest reach."""
+        return max(self.cycle)
+
+    @property
+    def period(self) -> int:
+        """Optimizer steps after which a step is as the first."""
+        return len(self.cycle) if self.unit == "step" else 1
+
+    def at(self, step: int, micro_batch: int = 0) -> int:
+        """Returns the reach at an optimizer step and at a micro-batch in it, both counted from 0."""
+        return self.cycle[(step if self.unit == "step" else micro_batch) % len(self.cycle)]
+
+    def reaches(self, block: int, step: int, micro_batch: int = 0) -> bool:
+        """Tells whether the task's gradient reaches a block, by its index."""
+        return block >= self.num_blocks - self.at(step, micro_batch)
+
+    def share(self, block: int) -> float:
+        """Returns at which share of the optimizer steps the task's gradient reaches a block, by its index."""
+        reached = [reach >= self.num_blocks - block for reach in self.cycle]
+        return sum(reached) / len(reached) if self.unit == "step" else float(any(reached))
+
+    def gradient_factors(self, accumulation_steps: int) -> dict[int, float]:
+        """Returns what makes the gradients of an accumulated step unbiased, for each block by its index.
+
+        Args:
+            accumulation_steps: Micro-batches of the step.
+
+        Returns:
+            Micro-batches over those that reach the block; 1 for one that all of them or none reach.
+        """
+        if self.unit == "step":
+            return {}
+        factors = {}
+        for block in range(self.num_blocks):
+            reached = sum(self.reaches(block, 0, index) for index in range(accumulation_steps))
+            factors[block] = accumulation_steps / reached if reached else 1.0
+        return factors
+
+    def rate_factor(self, block: int, rule: str, limit: float) -> float:
+        """Returns what the learning rate of a block is multiplied by.
+
+        Args:
+            block: The block's index.
+            rule: A name in `RATE_RULES`.
+            limit: The most that it may be.
+        """
+        share = self.share(block)
+        return min(RATE_RULES[rule](1 / share), limit) if share else 1.0
