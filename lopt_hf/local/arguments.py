@@ -46,7 +46,7 @@ class LocalArguments(ABC):
     local_update_interval: ClassVar[int] = 1
     reach_rate: ClassVar[str] = "none"
     reach_rate_limit: ClassVar[float] = 1.0
-    reach_recompute: ClassVar[bool] = True
+    reach_recompute: ClassVar[bool] = False
 
     # Extended by each method: the lowest value of a number (whole if it is), and what must be one of its `choices`.
     _lowest: ClassVar[dict[str, float]] = {"num_blocks": 2, "early_learning_rate": 0.0}

@@ -24,7 +24,7 @@ from lopt_hf.local.layer_calls import hidden_of, output_hidden, with_hidden, wit
 from lopt_hf.local.objectives import LocalBatch, LocalObjective, NoObjective
 from lopt_hf.local.replay import BlockRun, Replay, Replays
 
-__all__ = ["BlockBoundary", "BoundaryEvents", "MicroBatch", "check_replay"]
+__all__ = ["BlockBoundary", "BoundaryEvents", "MicroBatch", "Way", "check_replay"]
 
 MAX_REPLAY_DIFFERENCE = 0.01  # of the norms; kernels whose sums have no fixed order differ far less, even in bf16
 
@@ -92,7 +92,7 @@ class MicroBatch:
 
 # How an early block runs in a forward: without a graph; with one of its own, for its local loss; without one, to run
 # again when the task's gradient arrives; with the graph of all blocks that the task's gradient reaches.
-_Way = Literal["blind", "local", "again", "joined"]
+Way = Literal["blind", "local", "again", "joined"]
 
 
 class BlockBoundary(ABC):
@@ -267,7 +267,8 @@ class BlockBoundary(ABC):
     def _first_reached(self) -> int:
         return len(self.blocks) - self.micro_batch.reach
 
-    def _way(self, index: int) -> _Way:
+    def way(self, index: int) -> Way:
+        """Returns how an early block is to run in the micro-batch."""
         if index >= self._first_reached:
             return "joined" if self._replays is None else "again"
         return "local" if self.micro_batch.trains_early_blocks else "blind"
@@ -282,7 +283,7 @@ class BlockBoundary(ABC):
         self._routers_seen = 0
         if self._replays is not None:
             self._replays.begin_forward()
-        if self.early_blocks and self._way(self.early_blocks[0].index) == "blind":
+        if self.early_blocks and self.way(self.early_blocks[0].index) == "blind":
             # Ends where a block learns; `_leave_decoder` also restores it should a layer raise before.
             torch.set_grad_enabled(False)
 
@@ -296,10 +297,10 @@ class BlockBoundary(ABC):
         self.leave_decoder()
 
     def _enter_block(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self._in_forward or self._way(index) == "blind":
+        if not self._in_forward or self.way(index) == "blind":
             return None
         hidden_BTD = hidden_of(args, kwargs)
-        if self._way(index) == "again":
+        if self.way(index) == "again":
             assert self._replays is not None
             self._replays.enter(index, hidden_BTD)
             torch.set_grad_enabled(False)
@@ -311,7 +312,7 @@ class BlockBoundary(ABC):
     def _leave_block(self, index: int, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if not self._in_forward:
             return None
-        way, output_BTD = self._way(index), output_hidden(output)
+        way, output_BTD = self.way(index), output_hidden(output)
         if way == "blind":
             self._routers_seen = len(self._router_logits())
             if index + 1 < self._first_reached:

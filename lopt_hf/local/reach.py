@@ -64,9 +64,6 @@ class ReachArguments(LocalArguments):
         reach_rate: How the learning rate of a block follows from how often it is reached, once in n steps:
             `"none"` not at all, `"sqrt"` times the root of n, `"inverse"` times n. `early_learning_rate` wins over it.
         reach_rate_limit: The most that a rate is multiplied by.
-        reach_recompute: Run a reached early block without a graph, and again with one when its turn in the backward
-            has come: the activations of one block are the most that ever lives, for one more forward of the early
-            blocks that are reached. `False` keeps their graphs.
 
     Raises:
         ValueError: If a value is out of range; the message names field, value and fix.
@@ -101,13 +98,6 @@ class ReachArguments(LocalArguments):
     )
     reach_rate_limit: float = field(  # type: ignore[misc]  # of the class where it is not a choice
         default=4.0, metadata={"help": "The most that `reach_rate` multiplies a learning rate by."}
-    )
-    reach_recompute: bool = field(  # type: ignore[misc]  # of the class where it is not a choice
-        default=True,
-        metadata={
-            "help": "Run a reached early block again in the backward instead of keeping its graph: one block's "
-            "activations at a time, for one more forward of it."
-        },
     )
 
     @property

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lopt_hf.local.blocks import Block
-from lopt_hf.local.hooks import BlockBoundary, MicroBatch, cut
+from lopt_hf.local.hooks import BlockBoundary, MicroBatch, Way, cut
 from lopt_hf.local.layer_calls import LayerCall, record_layer_calls
 from lopt_hf.local.objectives import LocalObjective
 
@@ -58,6 +58,7 @@ class WindowBoundary(BlockBoundary):
     after its backward, hands its gradient back through the early blocks of that window.
 
     A block's graph is freed when the last window that contains it is done, so at most `window` of them live at a time.
+    Where the task's gradient is to reach further than a window (`MicroBatch.reach`), its window is as much larger.
 
     A model may be here in part, with some of its blocks: windows that would begin before them begin with the first one
     that is here, as they do near the start of the model.
@@ -104,6 +105,7 @@ class WindowBoundary(BlockBoundary):
         self._ends = [
             max(end for end, begin in enumerate(self._begins) if begin <= index <= end) for index in range(len(blocks))
         ]
+        self._task_begins = self._begins[-1]  # of the micro-batch: the first block of the task's window
         self.weights = weights
         self.task_share = task_share
         self.trains_blocks = True
@@ -111,6 +113,13 @@ class WindowBoundary(BlockBoundary):
         self._segments: dict[int, _Segment] = {}
         self._boundary_BTD: torch.Tensor | None = None  # where the next block starts
         self._calls: dict[int, LayerCall] = {}
+
+    def way(self, index: int) -> Way:
+        """Returns how an early block is to run: with a graph of its own, which its windows hand gradients through."""
+        return "local" if self.micro_batch.trains_early_blocks else "blind"
+
+    def begin(self) -> None:
+        self._task_begins = min(self._begins[-1], len(self.blocks) - self.micro_batch.reach)
 
     def named_losses(self) -> dict[str, list[torch.Tensor]]:
         return self.window_losses
@@ -129,8 +138,8 @@ class WindowBoundary(BlockBoundary):
         if self._boundary_BTD is None:
             return
         last, cotangent_BTD = len(self.blocks) - 1, self._boundary_BTD.grad
-        if cotangent_BTD is not None and self._begins[last] < last:
-            self._reach_back(last, last - 1, cotangent_BTD * self.task_share)
+        if cotangent_BTD is not None:
+            self._reach_back(last - 1, self._task_begins, cotangent_BTD * self.task_share, micro_batch)
         self._close(list(self._segments), micro_batch)
         self.abandon()
 
@@ -175,10 +184,11 @@ class WindowBoundary(BlockBoundary):
             del loss
             assert handed_BTD.grad is not None
             if self.trains_blocks:
-                self._reach_back(segment.index, segment.index, handed_BTD.grad)
+                self._reach_back(segment.index, self._begins[segment.index], handed_BTD.grad)
             if self.trains_blocks and own_BTD.grad is not None:
                 segment.add(own_BTD.grad)
-            self._close([i for i in self._segments if self._ends[i] == segment.index], self.micro_batch)
+            done = [i for i in self._segments if self._ends[i] == segment.index and i < self._task_begins]
+            self._close(done, self.micro_batch)
 
     def _losses(self, index: int, own_BTD: torch.Tensor, handed_BTD: torch.Tensor) -> torch.Tensor:
         """The weighted sum of a block's two losses."""
@@ -192,10 +202,20 @@ class WindowBoundary(BlockBoundary):
         self.window_losses[f"block_{index}/independent"] = [independent.detach()]
         return self.weights.cascaded * cascaded + self.weights.independent * independent
 
-    def _reach_back(self, end: int, newest: int, cotangent_BTD: torch.Tensor) -> None:
-        """Takes the cotangent of the window that ends at block `end` from block `newest` to the window's first."""
-        oldest = self._begins[end]
+    def _reach_back(
+        self, newest: int, oldest: int, cotangent_BTD: torch.Tensor, task: MicroBatch | None = None
+    ) -> None:
+        """Takes a cotangent through a window, from block `newest` to block `oldest`.
+
+        Args:
+            newest: Index of the block at whose output it is.
+            oldest: Index of the window's first block.
+            cotangent_BTD: The cotangent.
+            task: The micro-batch, if the cotangent is the task's, which it scales.
+        """
         for index in range(newest, oldest - 1, -1):
+            if task is not None and (factor := task.factor_across(index)) != 1.0:
+                cotangent_BTD = cotangent_BTD * factor
             self._segments[index].add(cotangent_BTD)
             if index > oldest:
                 cotangent_BTD = self._segments[index].hand_back(cotangent_BTD)

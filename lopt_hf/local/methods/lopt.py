@@ -66,6 +66,9 @@ class LoPTArguments(ReachArguments):
             block is about to step, and the early ones have; step hooks of the optimizer run once for each block. Off,
             as in the released code.
         train_early_blocks: `False` freezes early blocks and embeddings (paper's control experiment).
+        reach_recompute: Run a reached early block without a graph, and again with one when its turn in the backward
+            has come: the activations of one block are the most that ever lives, for one more forward of the early
+            blocks that are reached. `False` keeps their graphs.
 
     Raises:
         ValueError: If a value is out of range; the message names field, value and fix.
@@ -127,6 +130,13 @@ class LoPTArguments(ReachArguments):
         metadata={
             "help": "Step each early block right after its local backward and free its gradients before the next "
             "block runs (paper, App. L): the same weights with one block's gradients in memory at a time."
+        },
+    )
+    reach_recompute: bool = field(  # type: ignore[misc]  # of the class where it is not a choice
+        default=True,
+        metadata={
+            "help": "Run a reached early block again in the backward instead of keeping its graph: one block's "
+            "activations at a time, for one more forward of it."
         },
     )
     train_early_blocks: bool = field(  # type: ignore[misc]  # of the class where it is not a choice

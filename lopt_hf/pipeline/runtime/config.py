@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lopt_hf.local.reach import read_cycle
 from lopt_hf.trainers.configs import LoPTConfig, MLAANConfig
 
 __all__ = ["MLAANPipelineConfig", "PipelineArguments", "PipelineConfig"]
@@ -116,6 +115,11 @@ class PipelineArguments(ArgumentsBase):
                 f"eval_strategy={self.eval_strategy!r} is not supported in a pipeline; set it to 'no' and evaluate "
                 "the saved model with `lopt-hf retention`."
             )
+        if self.schedule.highest > 1:
+            raise ValueError(
+                "task_reach above 1 does not work in a pipeline, where no gradient passes from one stage to another; "
+                "leave it out."
+            )
         for name, (allowed, reason) in _UNSUPPORTED.items():
             if getattr(self, name) not in (allowed, None):
                 raise ValueError(
@@ -134,11 +138,6 @@ class PipelineConfig(PipelineArguments, LoPTConfig):
         if self.local_objective == "none":
             raise ValueError(
                 "local_objective='none' leaves the early stages nothing to learn from in a pipeline; choose another."
-            )
-        if read_cycle(self.task_reach) != [1]:
-            raise ValueError(
-                f"task_reach={self.task_reach} does not work in a pipeline, where no gradient passes from one stage "
-                "to another; leave it out."
             )
 
 

@@ -1,20 +1,21 @@
 """What a user can choose of MLAAN."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import yaml
 
-from lopt_hf.local.arguments import LocalArguments
+from lopt_hf.local.reach import ReachArguments, read_cycle
 from lopt_hf.local.run_facts import NEXT_TOKEN_MISFITS, RunFacts
+from lopt_hf.local.schedule import ReachSchedule
 from lopt_hf.local.windows import LossWeights
 
 __all__ = ["MLAANSettings"]
 
 
 @dataclass
-class MLAANSettings(LocalArguments):
-    """Fields of `MLAANArguments`, and their checks; those of `LocalArguments` are among them.
+class MLAANSettings(ReachArguments):
+    """Fields of `MLAANArguments`, and their checks; those of `ReachArguments` are among them.
 
     Sources: MLAAN, arXiv 2406.16633 ("paper"), and its released code, Wendy231015/MLAAN ("code"). Both train
     convolutional networks from scratch; "ours" is what language models that are trained already need.
@@ -22,7 +23,8 @@ class MLAANSettings(LocalArguments):
     Parameters:
         num_blocks: Blocks that the decoder layers are cut into. Ours: 4; the papers' ImageNet networks have few too.
         window: Number of adjacent blocks that a loss reaches, k. Code: 2. 1: no gradient crosses a boundary.
-            `num_blocks`: one window, the task loss alone, which is end-to-end training.
+            `num_blocks`: one window, the task loss alone, which is end-to-end training. `task_reach` lets the task
+            loss reach more blocks at some steps, whose graphs are kept until then.
         leap_layers: For each early block how many deeper layers its auxiliary has, or which: `[3, 2, 1]`, or
             `[[21, 25, 29], [27, 29], [29]]`. 0: none, the loss stands on the block's output. Default: `leap_share` of
             the layers that follow, so that the number falls with depth (paper: 4, ..., 4, 3, 3, 2, 1).
@@ -51,7 +53,7 @@ class MLAANSettings(LocalArguments):
         ValueError: If a value is out of range, or under an engine that must see one backward per step.
     """
 
-    _lowest: ClassVar[dict[str, float]] = LocalArguments._lowest | {
+    _lowest: ClassVar[dict[str, float]] = ReachArguments._lowest | {
         "window": 1,
         "leap_share": 0.0,
         "ema_decay": 0.0,
@@ -66,7 +68,7 @@ class MLAANSettings(LocalArguments):
         "ema_layers",
         "translator",
         "readout",
-        *LocalArguments._chosen,
+        *ReachArguments._chosen,
     )
     num_blocks: int = field(
         default=4, metadata={"help": "Number of blocks the decoder layers are cut into (ours: 4)."}
@@ -148,6 +150,14 @@ class MLAANSettings(LocalArguments):
     )
 
     @property
+    def schedule(self) -> ReachSchedule:
+        """As the parent's; where the task's gradient reaches more than its window at some steps, it does at all."""
+        given = super().schedule
+        if given.highest <= self.window:
+            return ReachSchedule((1,), self.num_blocks)
+        return replace(given, cycle=tuple(max(reach, self.window) for reach in given.cycle))
+
+    @property
     def loss_weights(self) -> LossWeights:
         """The weights of the two losses on an early block."""
         return LossWeights(self.independent_weight, self.cascaded_weight)
@@ -169,12 +179,22 @@ class MLAANSettings(LocalArguments):
                 f"MLAAN does not work under {run.wants_one_backward}, which must see one backward per step; train in "
                 "one process or with DDP (recipes/accelerate_configs/ddp_2.yaml), with another optimizer."
             )
-        if self.window > 1 and run.reentrant_checkpointing:
+        if max(self.window, self.schedule.highest) > 1 and run.reentrant_checkpointing:
+            name = "window" if self.window > 1 else "task_reach"
             raise ValueError(
-                f"window={self.window} does not work with reentrant activation checkpointing, which gives a block's "
-                "input no gradient by itself; leave use_reentrant out, or set it to False."
+                f"{name}={getattr(self, name)} does not work with reentrant activation checkpointing, which gives "
+                "a block's input no gradient by itself; leave use_reentrant out, or set it to False."
             )
         super().check_run(run)
+
+    def check(self) -> None:
+        super().check()
+        highest = max(read_cycle(self.task_reach))
+        if 1 < highest <= self.window:
+            raise ValueError(
+                f"task_reach={self.task_reach} does nothing with window={self.window}, which the task loss reaches at "
+                "every step; raise one of its numbers, or lower window."
+            )
 
     def _check_ranges(self) -> None:
         super()._check_ranges()
