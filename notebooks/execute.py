@@ -1,7 +1,8 @@
 """Run the notebooks from top to bottom, each in a new kernel and an empty folder.
 
 ```bash
-python notebooks/execute.py                                # all of them, as CI does; no file is changed
+python notebooks/execute.py                                # all of them, one after the other; no file is changed
+python notebooks/execute.py --jobs 2                       # two at a time, as CI does, with a share of the cores each
 python notebooks/execute.py --write notebooks/6_plan.ipynb # one of them, and keep what it shows
 ```
 
@@ -9,8 +10,11 @@ What a notebook writes to stderr (progress bars, warnings) and bars that noteboo
 """
 
 import argparse
+import os
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -56,21 +60,39 @@ def clean(notebook: NotebookNode) -> NotebookNode:
     return notebook
 
 
+def run(path: Path, write: bool) -> str:
+    """Runs a notebook and keeps its outputs if asked to; returns what there is to say, and raises if a cell fails."""
+    began = time.monotonic()
+    try:
+        notebook = execute(path)
+    except (CellExecutionError, DeadKernelError) as error:
+        raise RuntimeError(f"{path.name} failed after {time.monotonic() - began:.0f} s:\n{error}") from None
+    if write:
+        nbformat.write(clean(notebook), path)
+    return f"{path.name}: {time.monotonic() - began:.0f} s"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebooks", nargs="*", type=Path, help="which; default: all in this file's folder")
     parser.add_argument("--write", action="store_true", help="keep the outputs in the files")
+    parser.add_argument("--jobs", type=int, default=1, help="how many at a time (default: %(default)s)")
     options = parser.parse_args()
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs} runs nothing; give at least 1.")
+    if options.write and options.jobs > 1:
+        parser.error("--write keeps measured figures, which others beside them would change; leave --jobs out.")
     started = time.monotonic()
-    for path in options.notebooks or sorted(Path(__file__).parent.glob("*.ipynb")):
-        began = time.monotonic()
-        try:
-            notebook = execute(path)
-        except (CellExecutionError, DeadKernelError) as error:
-            sys.exit(f"{path.name} failed after {time.monotonic() - began:.0f} s:\n{error}")
-        print(f"{path.name}: {time.monotonic() - began:.0f} s", flush=True)
-        if options.write:
-            nbformat.write(clean(notebook), path)
+    if options.jobs > 1:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // options.jobs))
+    paths = options.notebooks or sorted(Path(__file__).parent.glob("*.ipynb"))
+    with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
+        futures = [pool.submit(run, path, options.write) for path in paths]
+        for future in as_completed(futures):
+            if (error := future.exception()) is not None:
+                pool.shutdown(wait=False, cancel_futures=True)
+                sys.exit(str(error))
+            print(future.result(), flush=True)
     print(f"in all: {time.monotonic() - started:.0f} s")
 
 
