@@ -11,6 +11,7 @@ COMMANDS = {
     "plan": "tell what a run will need, by strategy, without weights or a GPU, and write the cheapest that fits",
     "sft": "supervised fine-tuning with LoPT (or end-to-end, for comparison) from a YAML or from arguments",
     "mlaan": "the same with MLAAN: early blocks learn the task through auxiliaries and in windows",
+    "peers": "the same by LISA, BAdam, or end-to-end with less memory, to compare with",
     "dpo": "preference optimisation with LoPT (or end-to-end), from chosen and rejected answers",
     "grpo": "reinforcement learning from verifiable rewards with LoPT (or end-to-end)",
     "pipeline": "supervised fine-tuning in a pipeline of processes, one per stage, without bubbles",

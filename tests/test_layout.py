@@ -20,7 +20,7 @@ LAYERS = (
     {"retention", "pipeline.runtime"},
     {"pipeline.split"},
     {"pipeline"},
-    {"trainers", "repl"},
+    {"trainers", "repl", "peers"},
     {"local"},
     {"meters", "data"},
     {"common"},

@@ -1,4 +1,4 @@
-"""Cost of one training step by method: bytes of activations and gradients, time, resident memory.
+"""Cost of one training step by method: bytes of activations, gradients and optimizer state, time, resident memory.
 
 Every method trains in a spawned process of its own, by a real trainer, beside a process that trains end-to-end on the
 same batches. The parent lets one of the two at a time do one step, in turns, so that whatever else the machine does
@@ -19,6 +19,7 @@ from lopt_hf.bench.step_settings import StepBenchSettings, StepRow, make_rows
 from lopt_hf.bench.step_worker import work
 from lopt_hf.bench.training import num_layers
 from lopt_hf.common.arithmetic import choose_arithmetic
+from lopt_hf.common.compared_methods import CUTS
 from lopt_hf.common.tables import describe_run, interquartile_range, markdown_table, mega, ratio_text
 
 __all__ = ["BenchWorkerError", "StepBenchSettings", "StepResult", "run_step_bench", "to_json", "to_markdown"]
@@ -28,7 +29,7 @@ __all__ = ["BenchWorkerError", "StepBenchSettings", "StepResult", "run_step_benc
 class StepResult:
     """Cost of one method.
 
-    A method whose steps differ (`local_update_interval` n) is measured over whole cycles of n steps: peaks are
+    A method whose steps differ (`local_update_interval` n, BAdam's layers) is measured over whole cycles: peaks are
     averaged over one cycle; the time is the mean over the cycle of the median at each of its n positions.
 
     Attributes:
@@ -38,6 +39,8 @@ class StepResult:
         saved_bytes_ratio: The same relative to `e2e` in this run; `None` without `e2e`.
         peak_gradient_bytes: Peak bytes that parameters hold in `.grad` in a step, see `GradientBytes`.
         gradient_bytes_ratio: The same relative to `e2e` in this run; `None` without `e2e`.
+        optimizer_bytes: Bytes of the optimizer's state at the end of a step.
+        optimizer_bytes_ratio: The same relative to `e2e` in this run; `None` without `e2e`.
         step_seconds: Time per step (forward, backward, clipping, optimizer), without fetching the batch.
         step_seconds_ratio: The same relative to the `e2e` steps taken in turns with it; `None` without `e2e`.
         step_seconds_iqr: Interquartile range of the step time in seconds, taken at each position of the cycle.
@@ -49,6 +52,7 @@ class StepResult:
         timed_seconds: Every timed step, in order.
         saved_bytes: Peak of every memory step, in order.
         gradient_bytes: Likewise of the gradients.
+        state_bytes: Likewise of the optimizer's state.
     """
 
     method: str
@@ -57,6 +61,8 @@ class StepResult:
     saved_bytes_ratio: float | None
     peak_gradient_bytes: float
     gradient_bytes_ratio: float | None
+    optimizer_bytes: float
+    optimizer_bytes_ratio: float | None
     step_seconds: float
     step_seconds_ratio: float | None
     step_seconds_iqr: float
@@ -68,6 +74,7 @@ class StepResult:
     timed_seconds: list[float]
     saved_bytes: list[int]
     gradient_bytes: list[int]
+    state_bytes: list[int]
 
 
 def run_step_bench(settings: StepBenchSettings, progress: bool = True) -> list[StepResult]:
@@ -122,6 +129,7 @@ class _Measured:
     row: StepRow
     saved_bytes: list[int] = field(default_factory=list)
     gradient_bytes: list[int] = field(default_factory=list)
+    state_bytes: list[int] = field(default_factory=list)
     timed_seconds: list[float] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
 
@@ -132,6 +140,10 @@ class _Measured:
     @property
     def peak_gradient_bytes(self) -> float:
         return statistics.fmean(self.gradient_bytes)
+
+    @property
+    def optimizer_bytes(self) -> float:
+        return statistics.fmean(self.state_bytes)
 
     @property
     def step_seconds(self) -> float:
@@ -162,9 +174,10 @@ def _measure(
         members = range(len(workers))
         for index in members:
             for _ in range(group[index].interval):
-                saved, gradients = step(index, "memory")
+                saved, gradients, state = step(index, "memory")
                 measured[index].saved_bytes.append(saved)
                 measured[index].gradient_bytes.append(gradients)
+                measured[index].state_bytes.append(state)
         for _ in range(settings.warmup):
             for index in members:
                 step(index, "warm-up")
@@ -178,7 +191,7 @@ def _measure(
 
 def _check_model(settings: StepBenchSettings, checkpoint: str) -> None:
     layers = num_layers(settings.model, checkpoint, settings.seq_length)
-    if {"lopt", "lopt_local_step", "freeze", "mlaan"} & set(settings.methods) and max(settings.num_blocks) > layers:
+    if set(CUTS) & set(settings.methods) and max(settings.num_blocks) > layers:
         raise ValueError(f"num_blocks={settings.num_blocks}: the model has {layers} layers; use at most {layers}.")
 
 
@@ -252,6 +265,8 @@ def _result(measured: _Measured, baseline: _Measured | None, common_step: int, d
         saved_bytes_ratio=measured.peak_saved_bytes / baseline.peak_saved_bytes if baseline else None,
         peak_gradient_bytes=measured.peak_gradient_bytes,
         gradient_bytes_ratio=measured.peak_gradient_bytes / baseline.peak_gradient_bytes if baseline else None,
+        optimizer_bytes=measured.optimizer_bytes,
+        optimizer_bytes_ratio=measured.optimizer_bytes / baseline.optimizer_bytes if baseline else None,
         step_seconds=measured.step_seconds,
         step_seconds_ratio=measured.step_seconds / baseline.step_seconds if baseline else None,
         step_seconds_iqr=_over_cycle(measured.timed_seconds, measured.row.interval, interquartile_range),
@@ -263,6 +278,7 @@ def _result(measured: _Measured, baseline: _Measured | None, common_step: int, d
         timed_seconds=measured.timed_seconds,
         saved_bytes=measured.saved_bytes,
         gradient_bytes=measured.gradient_bytes,
+        state_bytes=measured.state_bytes,
     )
 
 
@@ -274,7 +290,7 @@ def _over_cycle(values: Sequence[float], interval: int, statistic: Callable[[Seq
 def to_markdown(results: Sequence[StepResult]) -> str:
     """The results as a markdown table; MB is 10^6 bytes."""
     with_cuda = any(result.peak_cuda_bytes is not None for result in results)
-    header = ["method", "saved for backward (MB)", "x e2e", "gradients (MB)", "x e2e"]
+    header = ["method", "saved for backward (MB)", "x e2e", "gradients (MB)", "x e2e", "optimizer (MB)", "x e2e"]
     header += ["time per step (s)", "x e2e", "IQR (s)", "peak RSS (MB)"]
     header += ["peak CUDA (MB)"] if with_cuda else []
     header += [f"loss at step {results[0].final_loss_step}" if results else "loss"]
@@ -282,6 +298,7 @@ def to_markdown(results: Sequence[StepResult]) -> str:
     for result in results:
         cells = [result.method, mega(result.peak_saved_bytes), ratio_text(result.saved_bytes_ratio)]
         cells += [mega(result.peak_gradient_bytes), ratio_text(result.gradient_bytes_ratio)]
+        cells += [mega(result.optimizer_bytes), ratio_text(result.optimizer_bytes_ratio)]
         cells += [
             f"{result.step_seconds:.3f}",
             ratio_text(result.step_seconds_ratio),

@@ -4,16 +4,19 @@ from dataclasses import dataclass, field, replace
 
 from lopt_hf.bench.processes import MALLOC, MALLOC_HELP
 from lopt_hf.common.arithmetic import DTYPE_HELP, read_dtype
-from lopt_hf.common.compared_methods import REPL_EVERY, mlaan_window
+from lopt_hf.common.compared_methods import PEERS, row_label
 from lopt_hf.common.settings import check_choices, check_distinct, check_lowest
 
-__all__ = ["LORA_RANK", "METHODS", "StepBenchSettings", "StepRow", "make_rows"]
+__all__ = ["BADAM_DEPTHS", "LORA_RANK", "METHODS", "StepBenchSettings", "StepRow", "make_rows"]
 
 METHODS = ("e2e", "e2e_checkpointing", "lopt", "lopt_local_step", "freeze", "lora")
 LORA_RANK = 16  # peft's documentation uses it throughout; LoRA, arXiv 2106.09685, Sec. 7.2: small ranks suffice
+# Layers in the cycle of the BAdam row, spread over the depth: what they cost on average, all layers do
+BADAM_DEPTHS = 4
 _IN_PARTS = {"block": "", "part": ", in parts"}
+_CYCLES = {"badam": BADAM_DEPTHS}  # steps after which a method's cost repeats, where that is not 1
 _CHOICES = {
-    "methods": (*METHODS, "mlaan", "repl"),
+    "methods": (*METHODS, "mlaan", "repl", *PEERS),
     "tied_embeddings": ("untie", "freeze"),
     "clip_scope": ("block", "part"),  # those that local_step works with
     "malloc": tuple(MALLOC),
@@ -34,7 +37,8 @@ class StepBenchSettings:
     )
     methods: tuple[str, ...] = field(default=METHODS, metadata={"help": f"Any of {', '.join(_CHOICES['methods'])}."})
     num_blocks: tuple[int, ...] = field(
-        default=(2, 4), metadata={"help": "Blocks of the lopt and mlaan rows; freeze takes the first."}
+        default=(2, 4),
+        metadata={"help": "Blocks of the lopt and mlaan rows, and segments; freeze and freeze_last take the first."},
     )
     split_at: tuple[int, ...] | None = field(
         default=None, metadata={"help": "First layers of all blocks but the first, for the one number of blocks."}
@@ -107,26 +111,27 @@ def make_rows(settings: StepBenchSettings) -> list[StepRow]:
         cycles = settings.steps if interval == 1 else max(2, settings.steps // interval)
         return StepRow(name, method, num_blocks, interval, settings.warmup, cycles * interval)
 
+    def label(method: str, num_blocks: int = settings.num_blocks[0]) -> str:
+        return row_label(method, num_blocks, LORA_RANK, end_to_end="e2e")
+
     names = {"e2e": "e2e", "e2e_checkpointing": "e2e + checkpointing", "freeze": "freeze"}
-    names["lora"] = f"LoRA r={LORA_RANK}"
-    names["repl"] = f"RepL, every {REPL_EVERY}th layer"
     rows: list[StepRow] = []
     for method in settings.methods:
         if method == "lopt_local_step":
             rows += [
-                replace(row(f"LoPT K={k}, local step{_IN_PARTS[scope]}", method, k), clip_scope=scope)
+                replace(row(label(method, k) + _IN_PARTS[scope], method, k), clip_scope=scope)
                 for k in settings.num_blocks
                 for scope in settings.clip_scope
             ]
             continue
-        if method == "mlaan":
-            rows += [row(f"MLAAN K={k}, window {mlaan_window(k)}", method, k) for k in settings.num_blocks]
+        if method in ("mlaan", "e2e_segments"):
+            rows += [row(label(method, k), method, k) for k in settings.num_blocks]
             continue
         if method != "lopt":
-            rows.append(row(names[method], method))
+            rows.append(row(names.get(method) or label(method), method, interval=_CYCLES.get(method, 1)))
             continue
         if 1 in settings.local_update_interval:
-            rows += [row(f"LoPT K={blocks}", method, blocks) for blocks in settings.num_blocks]
+            rows += [row(label(method, blocks), method, blocks) for blocks in settings.num_blocks]
         longer = [interval for interval in settings.local_update_interval if interval > 1]
-        rows += [row(f"LoPT K={settings.num_blocks[0]}, interval {n}", method, interval=n) for n in longer]
+        rows += [row(f"{label(method)}, interval {n}", method, interval=n) for n in longer]
     return rows

@@ -8,13 +8,15 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from lopt_hf.bench.processes import FailuresTo, peak_resident_bytes
-from lopt_hf.bench.step_settings import LORA_RANK, StepBenchSettings, StepRow
+from lopt_hf.bench.step_settings import BADAM_DEPTHS, LORA_RANK, StepBenchSettings, StepRow
 from lopt_hf.bench.training import SHARED_ARGUMENTS, silence, token_rows
-from lopt_hf.common.compared_methods import REPL_EVERY, mlaan_window
+from lopt_hf.common.compared_methods import PEERS, REPL_EVERY, mlaan_window, spread_layers
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
     from trl import SFTTrainer
+
+    from lopt_hf.peers.base import Peer
 
 __all__ = ["work"]
 
@@ -102,6 +104,10 @@ def _make_trainer(row: StepRow, settings: StepBenchSettings, checkpoint: str, fo
             "window": mlaan_window(row.num_blocks),
         }
         return MLAANTrainer(args=MLAANConfig(**arguments), **shared)
+    if row.method in PEERS:
+        shared["callbacks"] = [_make_peer(row, settings, shared["model"].config)]
+    if row.method == "e2e_step_in_backward":
+        arguments["max_grad_norm"] = 0.0  # it cannot clip all gradients together
     if row.method == "lora":
         shared["peft_config"] = LoraConfig(r=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     if row.method == "repl":
@@ -113,12 +119,25 @@ def _make_trainer(row: StepRow, settings: StepBenchSettings, checkpoint: str, fo
     return SFTTrainer(args=SFTConfig(**arguments), **shared)
 
 
+def _make_peer(row: StepRow, settings: StepBenchSettings, config: Any) -> "Peer":
+    """The callback of a peer; BAdam's layers change at every step, so that a cycle over the depth is short."""
+    from lopt_hf.peers.arguments import PeerArguments
+    from lopt_hf.peers.layer_switching import BAdam
+
+    if row.method == "badam":
+        num_layers = config.get_text_config(decoder=True).num_hidden_layers
+        return BAdam(period=1, order=spread_layers(num_layers, BADAM_DEPTHS))
+    split_at = None if settings.split_at is None else list(settings.split_at)
+    return PeerArguments(num_blocks=row.num_blocks, split_at=split_at).make_peer(row.method)
+
+
 def _make_pacer(connection: Connection, losses: list[float]) -> "TrainerCallback":
     """A callback that makes each step wait for the parent's word, and reports what the step before it cost."""
     import torch
     from transformers import TrainerCallback
 
     from lopt_hf.meters.gradient_bytes import GradientBytes
+    from lopt_hf.meters.optimizer_bytes import state_bytes
     from lopt_hf.meters.saved_bytes import SavedBytes
 
     def now() -> float:
@@ -129,7 +148,7 @@ def _make_pacer(connection: Connection, losses: list[float]) -> "TrainerCallback
     class Pacer(TrainerCallback):
         def __init__(self) -> None:
             self.memory: tuple[SavedBytes, GradientBytes] | None = None
-            self.cost: float | tuple[int, int] | None = None
+            self.cost: float | tuple[int, int, int] | None = None
             self.start = 0.0
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -146,7 +165,8 @@ def _make_pacer(connection: Connection, losses: list[float]) -> "TrainerCallback
             if self.memory is not None:
                 for counter in self.memory:
                     counter.__exit__(None, None, None)
-                self.cost, self.memory = (self.memory[0].peak, self.memory[1].peak), None
+                self.cost = self.memory[0].peak, self.memory[1].peak, state_bytes(kwargs["optimizer"])
+                self.memory = None
             control.should_log = True  # for the loss of this very step; the log is made outside the timed span
             return control
 

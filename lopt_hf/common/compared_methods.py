@@ -1,10 +1,58 @@
-"""Settings of the methods that both `lopt-hf bench step` and `lopt-hf plan` compare."""
+"""The methods that `lopt-hf bench step`, `lopt-hf compare` and `lopt-hf plan` compare: names, labels, settings."""
 
-__all__ = ["REPL_EVERY", "mlaan_window"]
+__all__ = ["CUTS", "PEERS", "REPL_EVERY", "mlaan_window", "row_label", "spread_layers"]
 
 REPL_EVERY = 4  # RepL, arXiv 2605.19533: every 4th layer
+
+# What trains by the task loss alone with a stock trainer, in `lopt_hf.peers`
+PEERS = ("e2e_segments", "e2e_step_in_backward", "freeze_last", "lisa", "badam")
+# What cuts the decoder into blocks
+CUTS = ("lopt", "lopt_local_step", "joint", "mlaan", "freeze", "freeze_last", "e2e_segments")
+
+_LABELS = {
+    "e2e_segments": "{e2e}, K={blocks} segments",
+    "e2e_step_in_backward": "{e2e}, step in backward",
+    "freeze_last": "freeze last {frozen} of {blocks} blocks",
+    "lisa": "LISA",
+    "badam": "BAdam",
+    "lopt": "LoPT K={blocks}",
+    "lopt_local_step": "LoPT K={blocks}, local step",
+    "joint": "LoPT K={blocks}, joint",
+    "mlaan": "MLAAN K={blocks}, window {window}",
+    "lora": "LoRA r={rank}",
+    "repl": f"RepL, every {REPL_EVERY}th layer",
+}
 
 
 def mlaan_window(num_blocks: int) -> int:
     """Returns the blocks of a window: MLAAN's two (its code), or one where two would be the whole model."""
     return min(2, num_blocks - 1)
+
+
+def row_label(method: str, num_blocks: int = 2, rank: int = 16, end_to_end: str = "end-to-end") -> str:
+    """Returns what a method's row is called in a table.
+
+    Args:
+        method: The method.
+        num_blocks: Blocks or segments of the decoder.
+        rank: Rank of adapters.
+        end_to_end: What the table calls end-to-end training.
+    """
+    values = {"blocks": num_blocks, "frozen": num_blocks - 1, "window": mlaan_window(num_blocks)}
+    return _LABELS[method].format(**values, rank=rank, e2e=end_to_end)
+
+
+def spread_layers(num_layers: int, count: int) -> list[int]:
+    """Returns layers spread evenly over the depth; what they cost on average, all of them cost.
+
+    That is so for a method that trains one layer at a time, with a backward that ends there: its cost is linear in the
+    layer's place.
+
+    Args:
+        num_layers: Decoder layers of the model.
+        count: How many to return, at most all.
+    """
+    count = min(count, num_layers)
+    lower = [int((2 * i + 1) * num_layers / (2 * count)) for i in range(count // 2)]
+    middle = [num_layers // 2] if count % 2 else []
+    return [*lower, *middle, *(num_layers - 1 - layer for layer in reversed(lower))]

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from lopt_hf.common.arithmetic import DTYPE_HELP, read_dtype
+from lopt_hf.common.compared_methods import PEERS
 from lopt_hf.common.settings import check_lowest, suggest
 
 __all__ = ["Grid", "GridRun", "load_grid"]
@@ -25,7 +26,8 @@ class GridRun:
         method: Label of the method.
         learning_rate: Peak learning rate.
         seed: Seed of the drawn training rows, of their order and of new weights.
-        arguments: Arguments of `lopt-hf sft`, without data and output folder; `method: mlaan` is `lopt-hf mlaan`.
+        arguments: Arguments of `lopt-hf sft`, without data and output folder; `method: mlaan` is `lopt-hf mlaan`,
+            and a method of `PEERS` is one of `lopt-hf peers`.
     """
 
     method: str
@@ -35,8 +37,9 @@ class GridRun:
 
     @property
     def command(self) -> str:
-        """The command that trains it: `sft`, or `mlaan`, which has no argument `method`."""
-        return "mlaan" if self.arguments.get("method") == "mlaan" else "sft"
+        """The command that trains it: `sft`, `peers`, or `mlaan`, which has no argument `method`."""
+        method = self.arguments.get("method")
+        return "mlaan" if method == "mlaan" else "peers" if method in PEERS else "sft"
 
     @property
     def command_arguments(self) -> dict[str, Any]:
@@ -65,7 +68,8 @@ class Grid:
     heldout_dataset: str = field(metadata={"help": "Data whose answers' loss is the gain, in the same layouts."})
     methods: Mapping[str, Mapping[str, Any]] = field(
         metadata={
-            "help": "Label -> arguments of lopt-hf sft, or with method: mlaan of lopt-hf mlaan. "
+            "help": "Label -> arguments of lopt-hf sft, with method: mlaan of lopt-hf mlaan, with "
+            f"{', '.join(PEERS)} of lopt-hf peers. "
             "Also learning_rates, in place of the grid's, and "
             f"{EARLY_RATE_RATIO}: the early blocks' rate as a share of the run's."
         }

@@ -47,7 +47,9 @@ class PlanSettings:
     optim: str = field(default=DEFAULT_OPTIMIZER, metadata={"help": f"One of {', '.join(OPTIMIZERS)}."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters of the LoRA rows (TRL: 16)."})
     num_gpus: int = field(default=1, metadata={"help": "Devices: data-parallel by DDP, or stages of a pipeline."})
-    num_blocks: tuple[int, ...] = field(default=(2, 4, 8), metadata={"help": "Blocks of the LoPT and MLAAN rows."})
+    num_blocks: tuple[int, ...] = field(
+        default=(2, 4, 8), metadata={"help": "Blocks of the LoPT and MLAAN rows, and segments."}
+    )
     strategies: tuple[str, ...] = field(
         default=DEFAULT_STRATEGIES,
         metadata={"help": f"Any of {', '.join(STRATEGIES)}; joint is LoPT with the released code's one backward."},
@@ -183,7 +185,12 @@ def make_plan(
     config = load_config(settings.model) if config is None else config
     _check_model(config, settings)
     strategies, left_out = make_strategies(
-        settings.strategies, settings.num_blocks, config, settings.num_gpus, settings.lora_r
+        settings.strategies,
+        settings.num_blocks,
+        config,
+        settings.num_gpus,
+        settings.lora_r,
+        settings.accumulation_steps,
     )
     if not strategies:
         raise ValueError(

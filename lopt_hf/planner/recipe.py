@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from lopt_hf.common.compared_methods import PEERS
 from lopt_hf.planner.plan import Plan, PlanRow
 from lopt_hf.planner.setups import LORA_ALPHA_PER_RANK
 from lopt_hf.planner.strategies import REPL_EVERY
@@ -22,7 +23,7 @@ class Recipe:
     """A YAML file for a command.
 
     Attributes:
-        command: `"sft"`, `"mlaan"`, `"pipeline"` or `"repl"`.
+        command: `"sft"`, `"mlaan"`, `"peers"`, `"pipeline"` or `"repl"`.
         text: Its content.
     """
 
@@ -38,7 +39,8 @@ def make_recipe(plan: Plan, row: PlanRow, dataset: str) -> Recipe:
         row: What to train with.
         dataset: Value of `dataset_name`.
     """
-    command = {"ppll": "pipeline", "repl": "repl", "mlaan": "mlaan"}.get(row.strategy.method, "sft")
+    commands = {"ppll": "pipeline", "repl": "repl", "mlaan": "mlaan", **dict.fromkeys(PEERS, "peers")}
+    command = commands.get(row.strategy.method, "sft")
     values = yaml.safe_dump(_method(plan, row) | _common(plan, row, dataset), sort_keys=False)
     return Recipe(command, _comment(plan, row, command) + values)
 
@@ -46,7 +48,7 @@ def make_recipe(plan: Plan, row: PlanRow, dataset: str) -> Recipe:
 def _comment(plan: Plan, row: PlanRow, command: str) -> str:
     settings = plan.settings
     launch = f"lopt-hf {command} --config THIS_FILE"
-    if settings.num_gpus > 1 and command in ("sft", "mlaan"):
+    if settings.num_gpus > 1 and command in ("sft", "mlaan", "peers"):
         launch = (
             f"accelerate launch --multi_gpu --num_processes {settings.num_gpus} --mixed_precision no "
             f"-m lopt_hf.scripts.{command} --config THIS_FILE"
@@ -83,6 +85,10 @@ def _method(plan: Plan, row: PlanRow) -> dict[str, Any]:
         return {"num_stages": strategy.num_stages, "split": "even", **local, **early}
     if strategy.method == "repl":
         return {"operator": "linear", "placement": "every", "every": REPL_EVERY}
+    if strategy.method in ("e2e_segments", "freeze_last"):
+        return {"method": strategy.method, "num_blocks": strategy.num_blocks}
+    if strategy.is_peer:
+        return {"method": strategy.method}
     if strategy.method == "lora":
         adapter = {"lora_r": settings.lora_r, "lora_alpha": LORA_ALPHA_PER_RANK * settings.lora_r}
         return {"method": "e2e", "use_peft": True, **adapter, "lora_target_modules": ["all-linear"]}
@@ -105,7 +111,7 @@ def _common(plan: Plan, row: PlanRow, dataset: str) -> dict[str, Any]:
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.03,
         "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
+        "max_grad_norm": 0.0 if strategy.method == "e2e_step_in_backward" else 1.0,
         "optim": settings.optim,
         "bf16": True,
         "activation_checkpointing": strategy.checkpointing,

@@ -20,6 +20,10 @@ from lopt_hf.local.heads import LocalHeads
 from lopt_hf.local.learner import LearnerEvents, LocalLearner
 from lopt_hf.local.methods.mlaan.method import MLAANArguments
 from lopt_hf.local.readout import ReadoutObjective
+from lopt_hf.peers.arguments import PeerArguments
+from lopt_hf.peers.base import Peer
+from lopt_hf.peers.layer_switching import LISA, BAdam
+from lopt_hf.peers.step_in_backward import StepInBackward
 from lopt_hf.pipeline.runtime.stage import HiddenStateInput, StagePlan, keep_stage, separate_stage_embeddings
 from lopt_hf.planner.memory import MemoryMeter
 from lopt_hf.planner.strategies import REPL_EVERY, Strategy
@@ -27,8 +31,9 @@ from lopt_hf.planner.task_loss import PlannedTokenLoss, add_task_loss
 from lopt_hf.repl.config import RepLConfig
 from lopt_hf.repl.model import get_repl_model
 
-__all__ = ["EndToEnd", "Local", "make_setup"]
+__all__ = ["EndToEnd", "Local", "WithPeer", "make_setup"]
 
+DEFAULT_SEED = 42  # transformers, TrainingArguments
 LORA_ALPHA_PER_RANK = 2  # TRL's defaults are 32 and 16
 
 
@@ -46,7 +51,10 @@ class EndToEnd:
         heads: What is trained besides the model.
         frozen: What is neither of the model nor trained.
         reentrant: The form of activation checkpointing.
+        cycle: Optimizer steps after which what a step costs repeats.
     """
+
+    cycle = 1
 
     reentrant = True  # of the two forms the one that `SavedBytes` can see into; the other keeps the same tensors
 
@@ -84,6 +92,12 @@ class EndToEnd:
             reducer: What averages gradients that DDP does not see, with several devices.
         """
 
+    def start(self, optimizer: torch.optim.Optimizer) -> None:
+        """Begins training by an optimizer of `trainable`."""
+
+    def begin_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Begins an optimizer step, counted from 0."""
+
     @property
     def seen_by_ddp(self) -> list[nn.Parameter]:
         """The parameters whose gradients DDP averages itself."""
@@ -98,7 +112,7 @@ class EndToEnd:
         """Makes the context of a micro-batch's forward and backward; the last one of a step synchronises."""
         return contextlib.nullcontext()
 
-    def forward(self, inputs: Mapping[str, Any], synchronises: bool) -> torch.Tensor | None:
+    def forward(self, inputs: Mapping[str, Any], step: int, synchronises: bool) -> torch.Tensor | None:
         """Runs a micro-batch's forward and the local backwards in it; returns the loss that is left, if any."""
         outputs = self.model(**inputs, use_cache=False, fused_lm_head=True)
         return -outputs.log_probs.sum() / outputs.label_mask.sum()
@@ -117,6 +131,36 @@ class EndToEnd:
 
     def after_step(self) -> None:
         """Does what follows an optimizer step."""
+
+
+class WithPeer(EndToEnd):
+    """Training by one loss with a peer's callback.
+
+    Args:
+        model: The model.
+        strategy: What to do to it.
+        peer: The callback.
+    """
+
+    def __init__(self, model: PreTrainedModel, strategy: Strategy, peer: Peer) -> None:
+        self.peer = peer
+        if isinstance(peer, BAdam):
+            self.reentrant = False  # that form needs inputs with a gradient
+            self.cycle = peer.full_round
+        super().__init__(model, strategy)
+
+    def begin(self, meter: MemoryMeter, events: LearnerEvents, reducer: GradientReducer | None) -> None:
+        self.peer.prepare(self.base)
+
+    def start(self, optimizer: torch.optim.Optimizer) -> None:
+        self.peer.start(optimizer)
+
+    def begin_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        self.peer.begin_step(optimizer, step)
+
+    def clip(self, max_norm: float) -> None:
+        if not isinstance(self.peer, StepInBackward):
+            super().clip(max_norm)
 
 
 class Local(EndToEnd):
@@ -182,16 +226,16 @@ class Local(EndToEnd):
     def micro_batch(self, synchronises: bool) -> contextlib.AbstractContextManager[None]:
         return self.learner.micro_batch(synchronises)
 
-    def forward(self, inputs: Mapping[str, Any], synchronises: bool) -> torch.Tensor | None:
+    def forward(self, inputs: Mapping[str, Any], step: int, synchronises: bool) -> torch.Tensor | None:
         if self.input is not None:
             shape = (*inputs["input_ids"].shape, self.learner.stack.hidden_size)
             hidden_BTD = torch.empty(shape, dtype=next(self.model.parameters()).dtype)
             self.input.hidden_BTD = hidden_BTD.requires_grad_(self.base.is_activation_checkpointing)
-        with self.learner.forward(inputs, step=0, synchronises=synchronises):
+        with self.learner.forward(inputs, step, synchronises=synchronises):
             if self.stage is not None and not self.stage.is_last:
                 self.base.base_model(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False)
                 return None
-            loss = super().forward(inputs, synchronises)
+            loss = super().forward(inputs, step, synchronises)
         assert loss is not None
         return self.learner.with_joint_loss(loss)
 
@@ -211,6 +255,23 @@ def make_setup(
 ) -> EndToEnd:
     """Prepares a model for a strategy; it is changed in place."""
     settings = strategy.local_arguments(tied_embeddings)
+    if strategy.is_peer:
+        return WithPeer(model, strategy, _make_peer(model, strategy))
     if settings is None:
         return EndToEnd(model, strategy, lora_r)
     return Local(model, strategy, settings, stage)
+
+
+def _make_peer(model: PreTrainedModel, strategy: Strategy) -> Peer:
+    """The callback of a peer.
+
+    BAdam trains the first layer and the last in turn, each once more than it takes to have its state. Its cost is
+    linear in a layer's place, so the mean of the two is that of all layers, and the first one's peak is the highest.
+    LISA trains the layers that it begins with in a run with the default seed.
+    """
+    if strategy.method == "badam":
+        num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+        return BAdam(period=2, order=(0, num_layers - 1))
+    if strategy.method == "lisa":
+        return LISA(seed=DEFAULT_SEED)
+    return PeerArguments(num_blocks=strategy.num_blocks).make_peer(strategy.method)

@@ -1,7 +1,8 @@
-"""Two training steps of a real model class on fake tensors: nothing is allocated, everything is counted.
+"""Training steps of a real model class on fake tensors: nothing is allocated, everything is counted.
 
 The model is built from its configuration, gets adapters, surrogates, heads and the gradient boundary by the package's
 own code, and does what the trainers do in a step. The second step is what counts: the optimizer has its state by then.
+Where the steps of a cycle differ, the second cycle is.
 
 What is assumed: no token is padding, every token has a label, and attention runs in torch's scaled-dot-product kernel
 of the flash kind, which keeps queries, keys, values, output and one number for each token and head.
@@ -38,7 +39,7 @@ UNPADDED = "lopt_hf_unpadded_sdpa"
 
 
 def simulate(config: PretrainedConfig, strategy: Strategy, workload: Workload, on_gpu: bool = True) -> list[StepCost]:
-    """Simulates two steps of a strategy and returns what the second one costs.
+    """Simulates two steps (or two cycles) of a strategy and returns what the second one costs.
 
     Not while a trainer runs in the same process: parts of TRL's loss are replaced until it is done.
 
@@ -89,7 +90,6 @@ def _simulate_stage(
         step = Step(setup, workload, stage)
         loss_costs = loss_as_on_gpu(step.meter) if on_gpu else contextlib.nullcontext()
         with loss_costs, metered_loss(step.meter), step.meter:
-            step.run()
             return step.measure()
 
 

@@ -4,8 +4,9 @@ Shapes: B batch, T tokens, D hidden channels.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
 
 import torch
 from torch import nn
@@ -60,6 +61,8 @@ class Workload:
 class StepCost:
     """What one device needs for one optimizer step.
 
+    Where the steps of a cycle differ, this is their mean, but for the peak, which is the highest of them.
+
     Attributes:
         peak: Bytes alive at the peak, by category, see `memory.CATEGORIES`.
         gradient_bytes: Most bytes that parameters hold in `.grad` at a time, whenever that is, see `GradientBytes`.
@@ -83,6 +86,18 @@ class StepCost:
     def peak_bytes(self) -> int:
         """Bytes at the peak, of all categories."""
         return sum(self.peak.values())
+
+    @classmethod
+    def over_cycle(cls, steps: Sequence["StepCost"]) -> "StepCost":
+        """Returns what the steps of a cycle cost."""
+        saved = [step.saved_bytes for step in steps if step.saved_bytes is not None]
+        return replace(
+            max(steps, key=lambda step: step.peak_bytes),
+            gradient_bytes=round(fmean(step.gradient_bytes for step in steps)),
+            saved_bytes=round(fmean(saved)) if saved else None,
+            flops=round(fmean(step.flops for step in steps)),
+            moved_bytes=round(fmean(step.moved_bytes for step in steps)),
+        )
 
 
 class _LoneReducer(GradientReducer):
@@ -122,7 +137,8 @@ class Step:
             optimizer=lambda: self.optimizer,
         )
         setup.begin(self.meter, events, self.reducer)
-        self.optimizer = make_optimizer(workload.optim, setup.trainable, setup.model)
+        self.trainable = setup.trainable
+        self.optimizer = make_optimizer(workload.optim, self.trainable, setup.model)
         self._measure_steps_of(self.optimizer)
         tokens_BT = torch.zeros(workload.batch_size, workload.seq_length, dtype=torch.long)
         self.inputs = {"input_ids": tokens_BT, "labels": tokens_BT, "attention_mask": torch.ones_like(tokens_BT)}
@@ -130,9 +146,11 @@ class Step:
         self.parameters = list(modules.parameters())
         self.weights = [*self.parameters, *modules.buffers()]
         self.meter.count(self.weights, "parameters")
-        self.meter.follow_gradients(setup.trainable)
+        self.meter.follow_gradients(self.trainable)
         self.buffers = self._make_buffers(stage)
         self.meter.count(self.buffers, "communication")
+        setup.start(self.optimizer)
+        self._step = 0
 
     def _make_buffers(self, stage: StagePlan | None) -> list[torch.Tensor]:
         """What communication holds all the time: DDP's buckets, or the hidden states in a pipeline's queues."""
@@ -160,15 +178,16 @@ class Step:
         self.stepping += self.meter.work - before
 
     def run(self) -> None:
-        """One optimizer step, as the trainers' loop does it."""
+        """The next optimizer step, as the trainers' loop does it."""
         micro_batches = min(2, self.workload.accumulation_steps)  # the third is as the second
         self.setup.heads.zero_grad()
         self.stepping = Work()
+        self.setup.begin_step(self.optimizer, self._step)
         for micro_batch in range(micro_batches):
             synchronises = micro_batch == micro_batches - 1
             with self.setup.micro_batch(synchronises):
                 with torch.autocast("cpu", torch.bfloat16):
-                    loss = self.setup.forward(self.inputs, synchronises)
+                    loss = self.setup.forward(self.inputs, self._step, synchronises)
                 if loss is not None:
                     loss.backward()
                 del loss
@@ -178,9 +197,15 @@ class Step:
         self.optimizer.step()
         self.setup.after_step()
         self.setup.model.zero_grad()
+        self._step += 1
 
     def measure(self) -> StepCost:
-        """Runs a step and returns what it costs."""
+        """Runs a cycle twice, and returns what the steps cost the second time, when the optimizer has its state."""
+        for _ in range(self.setup.cycle):
+            self.run()
+        return StepCost.over_cycle([self._measure_one() for _ in range(self.setup.cycle)])
+
+    def _measure_one(self) -> StepCost:
         self.meter.reset_peak()
         with SavedBytes(self.weights) as saved:
             self.run()
@@ -193,5 +218,5 @@ class Step:
             flops=round(self.meter.work.flops + further * once.flops),
             moved_bytes=round(self.meter.work.moved_bytes + further * once.moved_bytes),
             parameters=sum(parameter.numel() for parameter in self.parameters),
-            trainable=sum(parameter.numel() for parameter in self.setup.trainable),
+            trainable=sum(parameter.numel() for parameter in self.trainable),
         )

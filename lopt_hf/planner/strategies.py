@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from lopt_hf.common.compared_methods import REPL_EVERY, mlaan_window
+from lopt_hf.common.compared_methods import PEERS, REPL_EVERY, mlaan_window, row_label
 from lopt_hf.local.arguments import LocalArguments
 from lopt_hf.local.methods.lopt import LoPTArguments
 from lopt_hf.local.methods.mlaan.method import MLAANArguments
@@ -13,8 +13,8 @@ from lopt_hf.repl.neighbours import check_family
 __all__ = ["STRATEGIES", "Strategy", "make_strategies"]
 
 END_TO_END = "end-to-end"
-STRATEGIES = ("e2e", "lopt", "lopt_local_step", "mlaan", "freeze", "lora", "repl", "ppll", "joint")
-DEFAULT_STRATEGIES = STRATEGIES[:-1]
+DEFAULT_STRATEGIES = ("e2e", "lopt", "lopt_local_step", "mlaan", "freeze", "lora", "repl", "ppll")
+STRATEGIES = (*DEFAULT_STRATEGIES, "joint", *PEERS)
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,18 @@ class Strategy:
     window: int = 1
     settings: LocalArguments | None = None
 
+    @property
+    def is_peer(self) -> bool:
+        """Whether a callback of a stock trainer makes it, see `lopt_hf.peers`."""
+        return self.method in PEERS
+
     def local_arguments(self, tied_embeddings: str) -> LocalArguments | None:
         """The arguments of the row's method of local learning; `None` where one loss trains the model.
 
         Args:
             tied_embeddings: See `LocalArguments`.
         """
-        if self.settings is not None or self.num_blocks == 1:
+        if self.settings is not None or self.num_blocks == 1 or self.is_peer:
             return self.settings
         if self.method == "mlaan":
             return MLAANArguments(num_blocks=self.num_blocks, window=self.window, tied_embeddings=tied_embeddings)
@@ -60,7 +65,7 @@ class Strategy:
     @property
     def trains_all(self) -> bool:
         """Whether it updates every weight of the unchanged model."""
-        return self.method not in ("freeze", "lora", "repl")
+        return self.method not in ("freeze", "freeze_last", "badam", "lora", "repl")
 
 
 def make_strategies(
@@ -69,8 +74,9 @@ def make_strategies(
     config: PretrainedConfig,
     num_gpus: int = 1,
     lora_rank: int = 16,
+    accumulation_steps: int = 1,
 ) -> tuple[list[Strategy], list[str]]:
-    """The rows of a plan, each without and with activation checkpointing, in order.
+    """The rows of a plan, each without and with activation checkpointing where it leaves a choice, in order.
 
     Args:
         methods: Any of `STRATEGIES`.
@@ -78,6 +84,7 @@ def make_strategies(
         config: Configuration of the model.
         num_gpus: Devices; the pipeline takes all of them, at most one per layer, and needs two.
         lora_rank: Rank of the adapters.
+        accumulation_steps: Micro-batches of an optimizer step; one that steps in the backward has no second.
 
     Returns:
         The rows, and why others are left out.
@@ -90,30 +97,38 @@ def make_strategies(
 
     def add(name: str, method: str, blocks: int = 1, stages: int = 1, window: int = 1) -> None:
         rows.append(Strategy(name, method, blocks, False, stages, window))
-        rows.append(Strategy(f"{name} + checkpointing", method, blocks, True, stages, window))
+        if method != "e2e_segments":
+            rows.append(Strategy(f"{name} + checkpointing", method, blocks, True, stages, window))
 
     if "e2e" in methods:
         add(END_TO_END, "e2e")
-    for method, suffix in (("lopt", ""), ("lopt_local_step", ", local step"), ("joint", ", joint")):
+    for method in ("e2e_segments", "lopt", "lopt_local_step", "joint"):
         if method in methods:
             for blocks in cuts:
-                add(f"LoPT K={blocks}{suffix}", method, blocks)
+                add(row_label(method, blocks), method, blocks)
     if "mlaan" in methods:
         for blocks in cuts:
-            add(f"MLAAN K={blocks}, window {mlaan_window(blocks)}", "mlaan", blocks, window=mlaan_window(blocks))
+            add(row_label("mlaan", blocks), "mlaan", blocks, window=mlaan_window(blocks))
     if "freeze" in methods and cuts:
         add(f"freeze {cuts[0] - 1} of {cuts[0]} blocks", "freeze", cuts[0])
+    for method in ("freeze_last", "e2e_step_in_backward", "lisa", "badam"):
+        if method in methods and cuts:
+            add(row_label(method, cuts[0]), method, cuts[0] if method == "freeze_last" else 1)
     if "lora" in methods:
-        add(f"LoRA r={lora_rank}", "lora")
+        add(row_label("lora", rank=lora_rank), "lora")
     if "repl" in methods:
         reason = _why_not_repl(config, num_layers)
         if reason is None:
-            add(f"RepL, every {REPL_EVERY}th layer", "repl")
+            add(row_label("repl"), "repl")
         else:
             left_out.append(f"RepL: {reason}")
     if "ppll" in methods and stages > 1:
         add(f"PPLL on {stages} devices", "ppll", stages, stages)
-    return rows, left_out
+    alone = [row.name for row in rows if row.is_peer and row.method != "freeze_last" and num_gpus > 1]
+    left_out += [f"{name}: it trains in one process, on one device." for name in alone]
+    stepping = [row.name for row in rows if row.method == "e2e_step_in_backward" and accumulation_steps > 1]
+    left_out += [f"{name}: a second micro-batch would find no gradients to add to." for name in stepping]
+    return [row for row in rows if row.name not in (*alone, *stepping)], left_out
 
 
 def _why_not_repl(config: PretrainedConfig, num_layers: int) -> str | None:

@@ -32,8 +32,8 @@ memory of large tensors from step to step instead of giving it back; --malloc de
 """
 STEP_DESCRIPTION = """\
 Train the same model on the same batches with several methods, one step of each at a time, and print what a step
-costs: the bytes that autograd keeps for backward at the peak, the bytes of gradients at their peak, the time (median),
-the peak resident memory; as a table, then as JSON.
+costs: the bytes that autograd keeps for backward at the peak, the bytes of gradients at their peak and of the
+optimizer's state, the time (median), the peak resident memory; as a table, then as JSON.
 
   e2e                SFTTrainer, no activation checkpointing: what the ratios refer to
   e2e_checkpointing  SFTTrainer with activation checkpointing (reentrant)
@@ -44,6 +44,12 @@ the peak resident memory; as a table, then as JSON.
   mlaan              MLAANTrainer, a row for each --num-blocks; windows of two blocks, of one where there are two
                      (not among the default methods)
   repl               SFTTrainer on a RepL model with every 4th layer replaced (not among the default methods)
+  e2e_segments       SFTTrainer that checkpoints segments of the decoder, a row for each --num-blocks
+  e2e_step_in_backward  SFTTrainer whose optimizer steps in the backward, without clipping
+  freeze_last        SFTTrainer that trains the first of the first --num-blocks blocks
+  lisa               SFTTrainer that trains embeddings, head and two layers at a time
+  badam              SFTTrainer that trains one layer at a time: the mean over four of them, spread over the depth,
+                     which change at every step (the last five are not among the default methods)
 
 Each method takes turns with an end-to-end run of its own: two processes at a time, with their weights and optimizer
 states (SmolLM2-135M: 2 to 3 GB each). Ratios are to the steps taken in turns.

@@ -21,7 +21,7 @@ DESCRIPTION = """\
 Simulate a training step of each strategy on a model's configuration, without weights and without a GPU, and print
 what it needs on a device at its peak, by what it is for; whether that fits; its arithmetic and relative time.
 
-strategies (each without and with activation checkpointing):
+strategies (each without and with activation checkpointing, but for the segments):
   e2e              SFTTrainer
   lopt             LoPTTrainer, a row for each --num-blocks
   lopt_local_step  the same with local_step=True: each early block steps, and frees its gradients, before the next runs
@@ -31,7 +31,12 @@ strategies (each without and with activation checkpointing):
   lora             SFTTrainer with adapters on all linear layers
   repl             SFTTrainer on a RepL model with every 4th layer replaced
   ppll             PipelineTrainer, one stage on each of --num-gpus devices
-  joint            LoPT with one backward for all losses, as its released code has it (not among the default rows)
+  e2e_segments     SFTTrainer that checkpoints --num-blocks segments of the decoder, in place of layers
+  e2e_step_in_backward  SFTTrainer whose optimizer steps in the backward, without clipping
+  freeze_last      SFTTrainer that trains the first of --num-blocks blocks only
+  lisa, badam      SFTTrainer that trains some layers at a time; of BAdam the mean over layers, and the highest peak
+                   (these five and joint are not among the default rows)
+  joint            LoPT with one backward for all losses, as its released code has it
 
 What is assumed: no padding, a label for every token, bf16 arithmetic, attention in a flash kernel of torch's
 scaled_dot_product_attention, TRL's fused LM head, clipping. What is not in it: the device's context, the allocator's

@@ -24,6 +24,7 @@ from lopt_hf.bench.step import (
 )
 from lopt_hf.bench.step_settings import make_rows
 from lopt_hf.common.arithmetic import choose_arithmetic
+from lopt_hf.common.compared_methods import PEERS
 from lopt_hf.common.tables import interquartile_range
 from lopt_hf.scripts.bench import main
 from tests.forkserver import forked_instead_of_spawned
@@ -51,6 +52,23 @@ def tiny_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def peers(tiny_model):
+    settings = StepBenchSettings(
+        model=str(tiny_model),
+        methods=("e2e", "e2e_checkpointing", *PEERS),
+        num_blocks=(2,),
+        batch_size=2,
+        seq_length=32,
+        steps=2,
+        warmup=0,
+        dtype="float32",
+        threads=1,
+    )
+    with forked_instead_of_spawned(step):
+        return {result.method: result for result in run_step_bench(settings, progress=False)}
+
+
+@pytest.fixture(scope="module")
 def run(tiny_model):
     settings = StepBenchSettings(
         model=str(tiny_model),
@@ -74,6 +92,8 @@ def make_result(**values):
         "saved_bytes_ratio": 1.0,
         "peak_gradient_bytes": 538e6,
         "gradient_bytes_ratio": 1.0,
+        "optimizer_bytes": 1076e6,
+        "optimizer_bytes_ratio": 1.0,
         "step_seconds": 4.25,
         "step_seconds_ratio": 1.0,
         "step_seconds_iqr": 0.125,
@@ -85,6 +105,7 @@ def make_result(**values):
         "timed_seconds": [4.25],
         "saved_bytes": [962_000_000],
         "gradient_bytes": [538_000_000],
+        "state_bytes": [1_076_000_000],
     }
     return StepResult(**(result | values))
 
@@ -117,6 +138,14 @@ def test_gradient_bytes(run):
     assert ratio["LoPT K=2, local step, in parts"] < ratio["LoPT K=2, local step"]
     assert 0.45 < ratio["freeze"] < 0.55
     assert results["LoPT K=2, local step"].final_loss == results["LoPT K=2"].final_loss
+
+
+def test_optimizer_bytes(run):
+    """AdamW's two moments of what is trained, and a counter for each parameter."""
+    _, results = run
+    assert results["e2e"].optimizer_bytes_ratio == 1.0
+    assert 2 < results["e2e"].optimizer_bytes / results["e2e"].peak_gradient_bytes < 2.01
+    assert 0.45 < results["freeze"].optimizer_bytes_ratio < 0.55
 
 
 def test_interval_is_averaged_over_whole_cycles(run):
@@ -152,6 +181,45 @@ def test_report_of_a_run(run):
     assert report["results"][0]["method"] == "e2e"
     assert {result["dtype"] for result in report["results"]} == {choose_arithmetic().dtype}
     assert len(to_markdown(list(results.values())).splitlines()) == 2 + len(results)
+
+
+# --- The peers ---
+
+
+def test_peers_have_their_rows(peers):
+    names = ["e2e, K=2 segments", "e2e, step in backward", "freeze last 1 of 2 blocks", "LISA", "BAdam"]
+    assert list(peers) == ["e2e", "e2e + checkpointing", *names]
+
+
+def test_peers_bytes(peers):
+    """Of the tiny model's four layers and its embeddings, head and norm, which are not much."""
+    saved, gradients, state = (
+        {name: getattr(result, f"{kind}_bytes_ratio") for name, result in peers.items()}
+        for kind in ("saved", "gradient", "optimizer")
+    )
+    assert 0.4 < saved["e2e, K=2 segments"] < 0.6
+    assert gradients["e2e, K=2 segments"] == state["e2e, K=2 segments"] == 1
+    assert saved["e2e, step in backward"] == state["e2e, step in backward"] == 1
+    assert gradients["e2e, step in backward"] < 0.2
+    assert 0.4 < gradients["freeze last 1 of 2 blocks"] < 0.6
+    assert gradients["freeze last 1 of 2 blocks"] == pytest.approx(state["freeze last 1 of 2 blocks"], rel=0.01)
+    assert 0.5 < gradients["LISA"] < 0.7  # two of the layers, and the rest
+    assert gradients["LISA"] == pytest.approx(state["LISA"], rel=0.01)
+    assert 0.1 < gradients["BAdam"] < 0.25  # one of the layers
+    assert gradients["BAdam"] == pytest.approx(state["BAdam"], rel=0.01)
+    assert saved["BAdam"] < saved["LISA"] < 1
+
+
+def test_badam_row_goes_over_the_depth(peers):
+    """The lower the layer, the longer its backward; the mean over the depth is that of the two in the middle."""
+    lowest, low, high, highest = peers["BAdam"].saved_bytes
+    assert lowest > low > high > highest
+    assert lowest + highest == pytest.approx(low + high, rel=0.01)
+    assert len(peers["BAdam"].timed_seconds) == 8
+
+
+def test_segments_change_no_number(peers):
+    assert peers["e2e, K=2 segments"].final_loss == peers["e2e"].final_loss
 
 
 # --- Failures ---
@@ -245,8 +313,8 @@ def test_markdown():
     results = [make_result(), make_result(method="LoPT K=2", saved_bytes_ratio=0.5, step_seconds_ratio=None)]
     lines = to_markdown(results).splitlines()
     assert lines[0].endswith("| peak RSS (MB) | loss at step 12 |")
-    assert lines[2] == "| e2e | 962 | 1.00 | 538 | 1.00 | 4.250 | 1.00 | 0.125 | 3,000 | 2.500 |"
-    assert lines[3] == "| LoPT K=2 | 962 | 0.50 | 538 | 1.00 | 4.250 | - | 0.125 | 3,000 | 2.500 |"
+    assert lines[2] == "| e2e | 962 | 1.00 | 538 | 1.00 | 1,076 | 1.00 | 4.250 | 1.00 | 0.125 | 3,000 | 2.500 |"
+    assert lines[3] == "| LoPT K=2 | 962 | 0.50 | 538 | 1.00 | 1,076 | 1.00 | 4.250 | - | 0.125 | 3,000 | 2.500 |"
     assert "| peak CUDA (MB) |" in to_markdown([make_result(peak_cuda_bytes=10**9)])
 
 

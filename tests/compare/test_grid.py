@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lopt_hf.compare.grid import Grid, load_grid
+from lopt_hf.compare.grid import Grid, GridRun, load_grid
 
 SETTINGS: dict[str, Any] = {
     "model": "base",
@@ -47,6 +47,19 @@ def test_every_method_rate_and_seed_is_one_run() -> None:
         "early_learning_rate": 1e-5,
         "seed": 0,
     }
+
+
+@pytest.mark.parametrize(
+    ("method", "command", "left"),
+    [
+        ("e2e", "sft", {"method": "e2e"}),
+        ("mlaan", "mlaan", {}),
+        ("lisa", "peers", {"method": "lisa"}),
+    ],
+)
+def test_each_method_has_its_command(method: str, command: str, left: dict[str, Any]) -> None:
+    run = GridRun("a method", 1e-4, 0, {"method": method, "max_length": 64})
+    assert (run.command, run.command_arguments) == (command, {**left, "max_length": 64})
 
 
 def test_overrides_replace_the_files_settings(tmp_path: Path) -> None:

@@ -2,15 +2,16 @@
 
 import pytest
 
+from lopt_hf.common.compared_methods import PEERS
 from lopt_hf.planner.plan import Plan, PlanRow, PlanSettings
 from lopt_hf.planner.recipe import make_recipe
 from lopt_hf.planner.strategies import STRATEGIES, make_strategies
 from lopt_hf.planner.units import GIB
-from lopt_hf.scripts import mlaan, pipeline, repl, sft
+from lopt_hf.scripts import mlaan, peers, pipeline, repl, sft
 from tests.planner.test_plan import SLOW
 from tests.planner.test_simulation import tiny_config
 
-PARSERS = {command.__name__.rpartition(".")[2]: command.make_parser for command in (mlaan, pipeline, repl, sft)}
+PARSERS = {command.__name__.rpartition(".")[2]: command.make_parser for command in (mlaan, peers, pipeline, repl, sft)}
 SETTINGS = PlanSettings(
     model="Qwen/Qwen2.5-7B-Instruct",
     device_memory=80 * GIB,
@@ -23,6 +24,8 @@ SETTINGS = PlanSettings(
     tied_embeddings="freeze",
 )
 ROWS = make_strategies(STRATEGIES, (2, 4), tiny_config(num_hidden_layers=8), num_gpus=4, lora_rank=8)[0]
+IN_ONE_PROCESS = tuple(method for method in PEERS if method != "freeze_last")
+ROWS += make_strategies(IN_ONE_PROCESS, (2, 4), tiny_config(num_hidden_layers=8))[0]
 EXPECTED = {
     "e2e": {"method": "e2e", "use_peft": False},
     "lopt": {"method": "lopt", "local_backward": "eager", "tied_embeddings": "freeze"},
@@ -31,6 +34,11 @@ EXPECTED = {
     "joint": {"method": "lopt", "local_backward": "joint"},
     "freeze": {"method": "lopt", "num_blocks": 2, "train_early_blocks": False},
     "lora": {"method": "e2e", "use_peft": True, "lora_r": 8, "lora_alpha": 16, "lora_target_modules": "all-linear"},
+    "e2e_segments": {"method": "e2e_segments", "max_grad_norm": 1.0},
+    "e2e_step_in_backward": {"method": "e2e_step_in_backward", "max_grad_norm": 0.0},
+    "freeze_last": {"method": "freeze_last", "num_blocks": 2},
+    "lisa": {"method": "lisa", "lisa_layers": 2, "lisa_period": 20},
+    "badam": {"method": "badam", "badam_period": 100},
     "repl": {"operator": "linear", "placement": "every", "every": 4},
     "ppll": {"num_stages": 4, "num_blocks": 4, "tied_embeddings": "freeze"},
 }
@@ -63,7 +71,7 @@ def test_round_trip(strategy, tmp_path):
     }
     if strategy.method == "mlaan":
         expected["window"] = strategy.window
-    if strategy.method in ("lopt", "lopt_local_step", "mlaan", "joint", "ppll"):
+    if strategy.method in ("lopt", "lopt_local_step", "mlaan", "joint", "ppll", "e2e_segments"):
         expected["num_blocks"] = strategy.num_blocks
     assert {key: values[key] for key in expected} == expected
     assert "bitsandbytes" in recipe.text
@@ -74,7 +82,7 @@ def test_comment_has_the_command(method, tmp_path):
     strategy = next(row for row in ROWS if row.method == method)
     recipe, _ = parse(strategy, tmp_path)
     launch = recipe.text.splitlines()[2]
-    if recipe.command in ("sft", "mlaan"):
+    if recipe.command in ("sft", "mlaan", "peers"):
         assert "accelerate launch --multi_gpu --num_processes 4" in launch
         assert f"-m lopt_hf.scripts.{recipe.command}" in launch
     else:

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -12,10 +13,13 @@ from transformers import AutoConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from lopt_hf import LoPTConfig, LoPTTrainer, MLAANConfig, MLAANTrainer, RepLConfig, get_repl_model
+from lopt_hf.common.compared_methods import PEERS
 from lopt_hf.local.methods.mlaan import method as mlaan_method
 from lopt_hf.local.readout import TokenLoss
 from lopt_hf.meters.gradient_bytes import GradientBytes
 from lopt_hf.meters.saved_bytes import SavedBytes
+from lopt_hf.peers.arguments import PeerArguments
+from lopt_hf.peers.layer_switching import BAdam
 from lopt_hf.planner.memory import CATEGORIES
 from lopt_hf.planner.simulation import simulate
 from lopt_hf.planner.step import Workload
@@ -35,11 +39,18 @@ def tiny_config(family="llama", **overrides):
 
 
 def strategies(methods=STRATEGIES, num_gpus=2, num_layers=8):
-    return make_strategies(methods, (2, 4), tiny_config(num_hidden_layers=num_layers), num_gpus, RANK)[0]
+    config = tiny_config(num_hidden_layers=num_layers)
+    rows = make_strategies(methods, (2, 4), config, num_gpus, RANK)[0]
+    there = [row.name for row in rows]
+    alone = make_strategies(methods, (2, 4), config)[0]
+    return rows + [row for row in alone if row.is_peer and row.name not in there]
 
 
 class Peak(TrainerCallback):
     """The peaks of the saved bytes and of the gradients' in the last step."""
+
+    def __init__(self):
+        self.peaks = []
 
     def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -51,7 +62,15 @@ class Peak(TrainerCallback):
     def on_step_end(self, *args, **kwargs):
         for counter in (self.saved, self.gradients):
             counter.__exit__(None, None, None)
-        self.peak = self.saved.peak, self.gradients.peak
+        self.peaks.append((self.saved.peak, self.gradients.peak))
+
+    @property
+    def peak(self):
+        return self.peaks[-1]
+
+    @property
+    def mean(self):
+        return [statistics.fmean(values) for values in zip(*self.peaks, strict=True)]
 
 
 class AllocatedPeak(TrainerCallback):
@@ -75,10 +94,10 @@ class AllocatedPeak(TrainerCallback):
 def measure(strategy, family, folder, peak=None, **overrides):
     """Trains two steps by the trainer of the strategy; returns the peak of the last one."""
     model = make_model(family, **overrides)
-    rows = Dataset.from_dict({"input_ids": [[3 + i % 50 for i in range(LENGTH)]] * 2 * BATCH})
+    rows = Dataset.from_dict({"input_ids": [[3 + i % 50 for i in range(LENGTH)]] * 8 * BATCH})
     settings = training_args(folder, bf16=True, max_steps=2, per_device_train_batch_size=BATCH, max_length=None)
     if strategy.checkpointing:
-        reentrant = strategy.window == 1
+        reentrant = strategy.window == 1 and strategy.method != "badam"
         settings |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
     peak = peak or Peak()
     given = {"train_dataset": rows, "processing_class": make_tokenizer(), "callbacks": [peak]}
@@ -86,7 +105,15 @@ def measure(strategy, family, folder, peak=None, **overrides):
         model = get_repl_model(model, RepLConfig(placement="every", every=REPL_EVERY, init="skip"))
     if strategy.method == "lora":
         given["peft_config"] = LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-    if strategy.method == "mlaan":
+    if strategy.is_peer:
+        peer = PeerArguments(num_blocks=strategy.num_blocks).make_peer(strategy.method)
+        if strategy.method == "badam":  # all layers in turn
+            peer = BAdam(period=1, order=range(model.config.num_hidden_layers))
+            settings["max_steps"] = model.config.num_hidden_layers
+        settings["max_grad_norm"] = 0.0 if strategy.method == "e2e_step_in_backward" else 1.0
+        given["callbacks"].insert(0, peer)  # what looks at a step comes after what switches layers on and off
+        SFTTrainer(model, SFTConfig(**settings), **given).train()
+    elif strategy.method == "mlaan":
         args = MLAANConfig(**settings, num_blocks=strategy.num_blocks, window=strategy.window)
         MLAANTrainer(model, args, **given).train()
     elif strategy.num_blocks > 1:
@@ -104,7 +131,7 @@ def measure(strategy, family, folder, peak=None, **overrides):
     return peak.peak
 
 
-IN_ONE_PROCESS = [strategy for strategy in strategies() if strategy.method != "ppll"]
+IN_ONE_PROCESS = [strategy for strategy in strategies() if strategy.method not in ("ppll", "badam")]
 
 
 @pytest.mark.parametrize("strategy", IN_ONE_PROCESS, ids=lambda strategy: strategy.name)
@@ -121,7 +148,15 @@ def test_saved_bytes_and_gradients_are_those_of_the_real_trainer(strategy, tmp_p
 
 @pytest.mark.parametrize(
     "name",
-    ["end-to-end", "LoPT K=2", "LoPT K=4 + checkpointing", "LoPT K=4, local step", "MLAAN K=4, window 2"],
+    [
+        "end-to-end",
+        "end-to-end, K=4 segments",
+        "end-to-end, step in backward",
+        "LoPT K=2",
+        "LoPT K=4 + checkpointing",
+        "LoPT K=4, local step",
+        "MLAAN K=4, window 2",
+    ],
 )
 def test_peak_of_all_memory_is_what_the_allocator_hands_out(name, tmp_path):
     """Temporaries, gradients and the loss's tiles included; on a CPU, whose allocator the profiler sees."""
@@ -131,6 +166,42 @@ def test_peak_of_all_memory_is_what_the_allocator_hands_out(name, tmp_path):
     there = predicted.peak["parameters"] + 8 * predicted.trainable  # AdamW's two moments
     measured = measure(strategy, "llama", tmp_path, AllocatedPeak(), **overrides)
     assert predicted.peak_bytes - there == pytest.approx(measured, rel=0.01)
+
+
+def test_badam_is_the_mean_over_all_layers(tmp_path):
+    strategy = Strategy("BAdam", "badam")
+    overrides = {"num_hidden_layers": 8, "hidden_size": 64}
+    [predicted] = simulate(tiny_config(**overrides), strategy, WORKLOAD)
+    peaks = Peak()
+    measure(strategy, "llama", tmp_path, peaks, **overrides)
+    saved, gradients = peaks.mean
+    assert len(peaks.peaks) == 8
+    assert predicted.gradient_bytes == gradients
+    assert predicted.saved_bytes == pytest.approx(saved, rel=0.01)
+    [lowest] = simulate(tiny_config(**overrides), Strategy("", "e2e"), WORKLOAD)
+    assert predicted.flops < 0.75 * lowest.flops  # a forward, and half a backward to the layers
+
+
+@pytest.mark.parametrize(("method", "num_layers"), [("lisa", 2), ("badam", 1)])
+def test_state_of_the_trained_layers_only(method, num_layers):
+    config = tiny_config(num_hidden_layers=8, tie_word_embeddings=False)
+    [cost] = simulate(config, Strategy("", method), Workload(1, 2, torch.float32))
+    layers = make_model("llama", num_hidden_layers=8, tie_word_embeddings=False).model.layers
+    in_a_layer = sum(parameter.numel() for parameter in layers[0].parameters())
+    trained = num_layers * in_a_layer + (cost.parameters - 8 * in_a_layer if method == "lisa" else 0)
+    assert cost.trainable == cost.parameters
+    assert cost.gradient_bytes == 4 * trained
+    assert cost.peak["optimizer"] == pytest.approx(8 * trained, rel=0.01)
+
+
+def test_peers_that_a_run_cannot_have_are_left_out():
+    config = tiny_config(num_hidden_layers=8)
+    rows, left_out = make_strategies(PEERS, (2,), config, num_gpus=2)
+    assert {row.method for row in rows} == {"freeze_last"}
+    assert "LISA: it trains in one process, on one device." in left_out
+    rows, left_out = make_strategies(PEERS, (2,), config, accumulation_steps=2)
+    assert "e2e_step_in_backward" not in {row.method for row in rows}
+    assert left_out[0] == "end-to-end, step in backward: a second micro-batch would find no gradients to add to."
 
 
 @pytest.mark.parametrize("family", SMALL[1:])

@@ -1,0 +1,94 @@
+"""The peers by their names in the benches, with their options as those of a command."""
+
+from dataclasses import dataclass, field
+
+import torch
+from trl import SFTConfig
+
+from lopt_hf.common.arithmetic import pick_bf16
+from lopt_hf.common.settings import check_choice, check_lowest
+from lopt_hf.peers.base import Peer
+from lopt_hf.peers.freezing import FreezeLast
+from lopt_hf.peers.layer_switching import BADAM_PERIOD, LISA, LISA_LAYERS, LISA_PERIOD, BAdam
+from lopt_hf.peers.segments import CheckpointSegments
+from lopt_hf.peers.step_in_backward import StepInBackward
+
+__all__ = ["PeerArguments", "PeerConfig"]
+
+_LOWEST = {"num_blocks": 2, "lisa_layers": 1, "lisa_period": 1, "badam_period": 1}
+
+
+@dataclass
+class PeerArguments:
+    """Options of the peers.
+
+    Parameters:
+        num_blocks: Blocks of `freeze_last`, of which the first is trained, and segments of `e2e_segments`.
+        split_at: First layer of every block but the first, instead of an even split.
+        lisa_layers: Layers that LISA trains at a time, besides embeddings, last norm and LM head.
+        lisa_period: Optimizer steps after which LISA draws other layers.
+        badam_period: Optimizer steps that BAdam trains a layer for.
+    """
+
+    num_blocks: int = field(
+        default=2, metadata={"help": "Blocks of freeze_last, which trains the first, or segments of e2e_segments."}
+    )
+    split_at: list[int] | None = field(
+        default=None, metadata={"help": "First layer of every block but the first, instead of an even split."}
+    )
+    lisa_layers: int = field(
+        default=LISA_LAYERS, metadata={"help": "Layers that LISA trains at a time (paper, Tab. 1: 2 of E+H+2L)."}
+    )
+    lisa_period: int = field(
+        default=LISA_PERIOD,
+        metadata={"help": "Optimizer steps from one draw of LISA's layers to the next (code: 20)."},
+    )
+    badam_period: int = field(
+        default=BADAM_PERIOD, metadata={"help": "Optimizer steps that BAdam trains a layer for (its README: 100)."}
+    )
+
+    def check_peers(self) -> None:
+        """Checks the values alone.
+
+        Raises:
+            ValueError: If one is out of range; the message names field, value and fix.
+        """
+        check_lowest(self, _LOWEST)
+
+    def make_peer(self, method: str) -> Peer:
+        """Makes the callback of a method.
+
+        Args:
+            method: One of `PEERS`.
+
+        Raises:
+            ValueError: If there is no such method.
+        """
+        makers = {
+            "e2e_segments": lambda: CheckpointSegments(self.num_blocks, self.split_at),
+            "e2e_step_in_backward": StepInBackward,
+            "freeze_last": lambda: FreezeLast(self.num_blocks, self.split_at),
+            "lisa": lambda: LISA(self.lisa_layers, self.lisa_period),
+            "badam": lambda: BAdam(self.badam_period),
+        }
+        check_choice("method", method, list(makers))
+        return makers[method]()
+
+
+@dataclass
+class PeerConfig(PeerArguments, SFTConfig):
+    """Every argument of [`~trl.SFTConfig`] and the options of the peers.
+
+    On a machine without an accelerator `use_cpu` is set, and `bf16`, where nobody has said, is the faster of the two
+    types.
+
+    Raises:
+        ValueError: If a value is out of range; the message names field, value and fix.
+    """
+
+    def __post_init__(self) -> None:
+        self.check_peers()
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.use_cpu:
+            self.bf16 = pick_bf16(self.bf16, self.fp16)
+        super().__post_init__()
