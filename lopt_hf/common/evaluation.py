@@ -3,7 +3,7 @@
 Shapes: B batch, T tokens, V vocabulary, N counted tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,21 +27,8 @@ def answer_loss(
         rows: Rows with `prompt` and `completion`, each a list of messages.
         batch_size: Rows per forward.
     """
-    total = count = 0.0
-    for batch in _batches(rows, batch_size):
-        whole = [tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False) for row in batch]
-        prompts = [
-            tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True) for row in batch
-        ]
-        inputs = _tokenize(tokenizer, whole, "right").to(model.device)
-        lengths = [len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts]
-        positions_BT = torch.arange(inputs["input_ids"].shape[1], device=model.device)
-        is_answer_BT = (positions_BT >= torch.tensor(lengths, device=model.device)[:, None]) & (
-            inputs["attention_mask"].bool()
-        )
-        loss, tokens = _sum_of_losses(model, inputs, is_answer_BT)
-        total, count = total + loss, count + tokens
-    return total / count
+    batches = (_tokenize_answers(tokenizer, batch, model.device) for batch in _batches(rows, batch_size))
+    return _mean_loss(model, batches)
 
 
 @torch.no_grad()
@@ -57,12 +44,8 @@ def text_loss(
     if len(token_ids) < chunk:
         raise ValueError(f"text has {len(token_ids)} tokens, less than one chunk of {chunk}; pass more text.")
     rows_BT = torch.tensor(token_ids[: len(token_ids) // chunk * chunk], device=model.device).view(-1, chunk)
-    total = count = 0.0
-    for batch_BT in rows_BT.split(4):
-        inputs = {"input_ids": batch_BT, "attention_mask": torch.ones_like(batch_BT)}
-        loss, tokens = _sum_of_losses(model, inputs, torch.ones_like(batch_BT, dtype=torch.bool))
-        total, count = total + loss, count + tokens
-    return total / count
+    inputs = ({"input_ids": batch_BT, "attention_mask": torch.ones_like(batch_BT)} for batch_BT in rows_BT.split(4))
+    return _mean_loss(model, ((batch, batch["attention_mask"].bool()) for batch in inputs))
 
 
 @torch.no_grad()
@@ -114,9 +97,26 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[Any], padding_side
     return tokenizer(texts, add_special_tokens=False, padding=True, padding_side=padding_side, return_tensors="pt")
 
 
-def _sum_of_losses(model: PreTrainedModel, inputs: Any, counts_BT: torch.Tensor) -> tuple[float, float]:
-    logits_BTV = model(**inputs).logits[:, :-1]
-    target_BT, counts_BT = inputs["input_ids"][:, 1:], counts_BT[:, 1:]
-    # Of the counted tokens N alone: in float32 the others' logits would take most of the time and memory
-    loss = torch.nn.functional.cross_entropy(logits_BTV[counts_BT].float(), target_BT[counts_BT], reduction="sum")
-    return loss.item(), float(counts_BT.sum())
+def _tokenize_answers(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], device: torch.device
+) -> tuple[Any, torch.Tensor]:
+    """The model's inputs, and which of their tokens are the answers'."""
+    whole = [tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False) for row in rows]
+    prompts = [tokenizer.apply_chat_template(r["prompt"], tokenize=False, add_generation_prompt=True) for r in rows]
+    inputs = _tokenize(tokenizer, whole, "right").to(device)
+    lengths = [len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts]
+    positions_BT = torch.arange(inputs["input_ids"].shape[1], device=device)
+    is_answer_BT = positions_BT >= torch.tensor(lengths, device=device)[:, None]
+    return inputs, is_answer_BT & inputs["attention_mask"].bool()
+
+
+def _mean_loss(model: PreTrainedModel, batches: Iterable[tuple[Any, torch.Tensor]]) -> float:
+    """The mean over those tokens of all batches that count, in nats."""
+    total = count = 0.0
+    for inputs, counts_BT in batches:
+        logits_BTV = model(**inputs).logits[:, :-1]
+        target_BT, counts_BT = inputs["input_ids"][:, 1:], counts_BT[:, 1:]
+        # Of the counted tokens N alone: in float32 the others' logits would take most of the time and memory
+        loss = torch.nn.functional.cross_entropy(logits_BTV[counts_BT].float(), target_BT[counts_BT], reduction="sum")
+        total, count = total + loss.item(), count + float(counts_BT.sum())
+    return total / count

@@ -9,10 +9,13 @@ from lopt_hf.common.files import atomic_file
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+else:
+    Axes = Figure = Any
 
-__all__ = ["DPI", "OKABE_ITO", "draw_heat_map", "new_figure", "save_figure"]
+__all__ = ["DPI", "OKABE_ITO", "PANEL_PADDING", "Axes", "Figure", "draw_heat_map", "new_figure", "save_figure"]
 
 DPI = 150
+PANEL_PADDING = 0.1  # inches above and below each panel with a title and axes of its own
 # Okabe and Ito's palette, which colour-blind readers can tell apart
 OKABE_ITO = {
     "orange": "#E69F00",
@@ -24,7 +27,7 @@ OKABE_ITO = {
 }
 
 
-def new_figure(width: float, height: float, panel_padding: float | None = None) -> "Figure":
+def new_figure(width: float, height: float, panel_padding: float | None = None) -> Figure:
     """Makes an empty figure whose panels are laid out without overlap.
 
     Args:
@@ -43,14 +46,14 @@ def new_figure(width: float, height: float, panel_padding: float | None = None) 
     return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(h_pad=panel_padding))
 
 
-def save_figure(figure: "Figure", path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """Writes a figure atomically, in the format that the path's suffix names."""
     with atomic_file(path) as partial:
         figure.savefig(partial, format=path.suffix.removeprefix("."), dpi=DPI)
 
 
 def draw_heat_map(
-    axes: "Axes", rows: Sequence[Sequence[float]], limits: tuple[float, float], zero_color: str, gap: float
+    axes: Axes, rows: Sequence[Sequence[float]], limits: tuple[float, float], zero_color: str, gap: float
 ) -> Any:
     """Draws values from 0 on with logarithmic colours, zeros in a colour of their own, nan not at all.
 

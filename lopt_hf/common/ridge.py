@@ -28,37 +28,13 @@ def _solve(gram: torch.Tensor, right: torch.Tensor, ridge: float, left_out: torc
     return solved.masked_fill(is_dead[..., None], 0)  # up to rounding it is already
 
 
-class SharedRidge:
-    """One coefficient per feature for all channels: `y_ND ~ sum_k c_k f_KND`.
-
-    Args:
-        num_features: K.
-        ridge: Penalty on the coefficients relative to the mean square of the features.
-    """
-
-    def __init__(self, num_features: int, ridge: float, device: torch.device | None = None) -> None:
-        self.ridge = ridge
-        self.gram_KK = torch.zeros(num_features, num_features, dtype=torch.float64, device=device)
-        self.right_K = torch.zeros(num_features, dtype=torch.float64, device=device)
-
-    def add(self, features_KND: torch.Tensor, target_ND: torch.Tensor) -> None:
-        """Adds tokens."""
-        flat = features_KND.flatten(1).double()
-        self.gram_KK += flat @ flat.T
-        self.right_K += flat @ target_ND.flatten().double()
-
-    def solve(self) -> torch.Tensor:
-        """Returns the coefficients, (K,)."""
-        return _solve(self.gram_KK, self.right_K, self.ridge).view(-1)
-
-
 class ChannelRidge:
     """One coefficient per feature and channel: `y_ND ~ sum_k c_KD f_KND`.
 
     Args:
         num_features: K.
         num_channels: D.
-        ridge: As for `SharedRidge`, in each channel apart.
+        ridge: Penalty on the coefficients relative to the mean square of the features, in each channel apart.
     """
 
     def __init__(self, num_features: int, num_channels: int, ridge: float, device: torch.device | None = None) -> None:
@@ -75,6 +51,26 @@ class ChannelRidge:
     def solve(self) -> torch.Tensor:
         """Returns the coefficients, (K, D)."""
         return _solve(self.gram_DKK, self.right_DK, self.ridge)[..., 0].T
+
+
+class SharedRidge(ChannelRidge):
+    """One coefficient per feature for all channels, `y_ND ~ sum_k c_k f_KND`: each entry counts as a token.
+
+    Args:
+        num_features: K.
+        ridge: Penalty on the coefficients relative to the mean square of the features.
+    """
+
+    def __init__(self, num_features: int, ridge: float, device: torch.device | None = None) -> None:
+        super().__init__(num_features, 1, ridge, device)
+
+    def add(self, features_KND: torch.Tensor, target_ND: torch.Tensor) -> None:
+        """Adds tokens."""
+        super().add(features_KND.flatten(1)[..., None], target_ND.flatten()[:, None])
+
+    def solve(self) -> torch.Tensor:
+        """Returns the coefficients, (K,)."""
+        return super().solve()[:, 0]
 
 
 class LinearRidge:

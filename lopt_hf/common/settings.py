@@ -1,10 +1,36 @@
-"""Checks of settings: one wording for each kind of mistake, which names the field, its value and the fix."""
+"""Settings: their fields, and checks with one wording for each kind of mistake, which names field, value and fix."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import field, fields
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
-__all__ = ["check_at_least", "check_choice", "check_choices", "check_distinct", "check_lowest", "nearest", "suggest"]
+__all__ = [
+    "check_at_least",
+    "check_choice",
+    "check_choices",
+    "check_distinct",
+    "check_lowest",
+    "nearest",
+    "option",
+    "suggest",
+]
+
+
+def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
+    """Makes a field of a settings dataclass that is also an option of a command line.
+
+    Args:
+        default: Its value where none is given; each instance gets a copy of a list or a dictionary.
+        help: What the command line says of it.
+        choices: The values that it may have.
+    """
+    metadata = {"help": help} if choices is None else {"help": help, "choices": list(choices)}
+    if isinstance(default, list | dict):
+        return field(default_factory=partial(deepcopy, default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def nearest(name: str, known: Iterable[str], count: int = 1, cutoff: float = 0.6) -> list[str]:
@@ -37,16 +63,18 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r} is unknown, nearest is {found!r}; use {', '.join(choices)}.")
 
 
-def check_choices(settings: object, choices: Mapping[str, Sequence[str]]) -> None:
+def check_choices(settings: Any, choices: Mapping[str, Sequence[str]] | None = None) -> None:
     """Checks fields by `check_choice`; of a field that holds a tuple each value.
 
     Args:
         settings: What has the fields.
-        choices: The choices by the fields' names.
+        choices: The choices by the fields' names. Default: those of its `option` fields.
 
     Raises:
         ValueError: If a value is none of its choices.
     """
+    if choices is None:
+        choices = {each.name: each.metadata["choices"] for each in fields(settings) if "choices" in each.metadata}
     for name, allowed in choices.items():
         value = getattr(settings, name)
         for chosen in value if isinstance(value, tuple) else (value,):

@@ -2,25 +2,22 @@
 
 import os
 import platform
-import statistics
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import fields
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+import numpy as np
 
 __all__ = ["describe_run", "interquartile_range", "markdown_table", "mega", "ratio_text"]
 
 PACKAGES = ("lopt_hf", "torch", "transformers", "trl", "peft", "accelerate")
 
 
-def describe_run(settings: "DataclassInstance") -> dict[str, Any]:
+def describe_run(settings: object) -> dict[str, Any]:
     """Returns the settings, the versions and the machine of a measurement, ready for JSON."""
     return {
-        "settings": {setting.name: getattr(settings, setting.name) for setting in fields(settings)},
+        "settings": dict(vars(settings)),
         "versions": {package: _version(package) for package in PACKAGES},
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), "python": platform.python_version()},
     }
@@ -34,10 +31,8 @@ def _version(package: str) -> str | None:
 
 def interquartile_range(values: Sequence[float]) -> float:
     """Returns the distance between the quartiles; 0 for a single value."""
-    if len(values) == 1:
-        return 0.0
-    quartiles = statistics.quantiles(values, n=4, method="inclusive")
-    return quartiles[2] - quartiles[0]
+    first, third = np.quantile(values, (0.25, 0.75))
+    return float(third - first)
 
 
 def markdown_table(

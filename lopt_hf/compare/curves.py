@@ -4,16 +4,12 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from lopt_hf.common.figures import new_figure
+from lopt_hf.common.figures import Figure, new_figure
 from lopt_hf.common.tables import markdown_table
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 __all__ = ["Curve", "mean_curve", "plot_curves", "read_curve", "smoothed", "to_markdown"]
 
@@ -77,7 +73,7 @@ def _row(label: str, curves: Sequence[Curve], part: int) -> list[str]:
     return [label, f"{start:.3f}", f"{end:.3f}", f"{rise:+.3f}", seeds]
 
 
-def plot_curves(groups: Mapping[str, Sequence[Curve]], metric: str, window: int) -> "Figure":
+def plot_curves(groups: Mapping[str, Sequence[Curve]], metric: str, window: int) -> Figure:
     """Plots each label's mean over its runs, with each run behind it.
 
     Args:
@@ -93,16 +89,14 @@ def plot_curves(groups: Mapping[str, Sequence[Curve]], metric: str, window: int)
     for number, (label, curves) in enumerate(groups.items()):
         color = f"C{number}"
         for curve in curves if len(curves) > 1 else ():
-            axes.plot(*_xy(smoothed(curve, window)), color=color, alpha=0.3, linewidth=0.8)
+            axes.plot(*zip(*smoothed(curve, window).items(), strict=True), color=color, alpha=0.3, linewidth=0.8)
         name = f"{label} (mean of {len(curves)})" if len(curves) > 1 else label
-        axes.plot(*_xy(smoothed(mean_curve(curves), window)), color=color, linewidth=1.8, label=name)
+        axes.plot(
+            *zip(*smoothed(mean_curve(curves), window).items(), strict=True), color=color, linewidth=1.8, label=name
+        )
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(metric + (f", mean of {window}" if window > 1 else ""))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     return figure
-
-
-def _xy(curve: Curve) -> tuple[list[int], list[float]]:
-    return list(curve), list(curve.values())

@@ -1,11 +1,24 @@
 """How far training has moved each block's weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
-__all__ = ["WeightDrift"]
+__all__ = ["WeightDrift", "relative_drift"]
+
+
+def relative_drift(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """Returns `||W - W0|| / ||W0||` over all weights together; 0 where `W0` is nothing or 0.
+
+    Args:
+        pairs: Each weight as it was, and as it is.
+    """
+    moved = total = 0.0
+    for before, after in pairs:
+        moved += (after.double() - before.double()).square().sum().item()
+        total += before.double().square().sum().item()
+    return (moved / total) ** 0.5 if total else 0.0
 
 
 class WeightDrift:
@@ -24,11 +37,7 @@ class WeightDrift:
 
     def measure(self, owned: Sequence[Mapping[str, nn.Parameter]]) -> list[float]:
         """Returns the drift of each block; 0 for one without trainable parameters."""
-        return [self._block_drift(start, now) for start, now in zip(self._start, owned, strict=True)]
-
-    def _block_drift(self, start: Mapping[str, torch.Tensor], now: Mapping[str, nn.Parameter]) -> float:
-        moved = total = 0.0
-        for name, before in start.items():
-            moved += (now[name].detach().cpu() - before).double().square().sum().item()
-            total += before.double().square().sum().item()
-        return (moved / total) ** 0.5 if total else 0.0
+        return [
+            relative_drift((before, now[name].detach().cpu()) for name, before in start.items())
+            for start, now in zip(self._start, owned, strict=True)
+        ]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from functools import partial
-from types import TracebackType
+from typing import Any
 
 import torch
 from torch import nn
@@ -52,8 +52,6 @@ class GradientBytes:
         self._handles = [p.register_hook(partial(self._look, p)) for p in self._parameters]
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: Any) -> None:
         for handle in self._handles:
             handle.remove()

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from itertools import chain
 from threading import RLock
-from types import TracebackType
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,7 +47,9 @@ class SavedBytes:
     def __init__(self, exclude: nn.Module | Iterable[torch.Tensor] = ()) -> None:
         self.current = 0
         self.peak = 0
-        self._excluded_tensors = _tensors_of(exclude) if isinstance(exclude, nn.Module) else tuple(exclude)
+        if isinstance(exclude, nn.Module):
+            exclude = chain(exclude.parameters(), exclude.buffers())
+        self._excluded_tensors = tuple(exclude)
         self._excluded: frozenset[_StorageKey] = frozenset()
         self._users: dict[_StorageKey, int] = {}
         # Autograd releases what it saved from the device's backward thread, and from wherever a graph is dropped.
@@ -64,10 +66,8 @@ class SavedBytes:
         self._hooks.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._hooks.__exit__(kind, error, trace)
+    def __exit__(self, *exception: Any) -> None:
+        self._hooks.__exit__(*exception)
 
     def _pack(self, tensor: torch.Tensor) -> "_Saved | torch.Tensor":
         key = _storage_key(tensor)
@@ -108,10 +108,6 @@ class _Saved:
 
 def _unpack(saved: _Saved | torch.Tensor) -> torch.Tensor:
     return saved.tensor if isinstance(saved, _Saved) else saved
-
-
-def _tensors_of(module: nn.Module) -> tuple[torch.Tensor, ...]:
-    return tuple(chain(module.parameters(), module.buffers()))
 
 
 def _storage_key(tensor: torch.Tensor) -> _StorageKey:

@@ -1,6 +1,6 @@
 """A wrong setting is told by its field, its value and the fix."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import pytest
 
@@ -11,6 +11,7 @@ from lopt_hf.common.settings import (
     check_distinct,
     check_lowest,
     nearest,
+    option,
     suggest,
 )
 
@@ -66,3 +67,24 @@ def test_similar_names_are_found():
     assert nearest("arc", ["arc_easy", "arc_hard", "piqa"], count=2, cutoff=0.5) == ["arc_hard", "arc_easy"]
     assert suggest("sed", ["num_blocks", "seed"]) == "did you mean 'seed'?"
     assert suggest("zzz", ["num_blocks", "seed"]) == "known are num_blocks, seed"
+
+
+@dataclass
+class Options:
+    kind: str = option("fast", "Which one.", ("fast", "slow"))
+    names: list[str] = option(["a"], "Their names.")
+
+
+def test_an_option_is_a_field_with_help_and_choices():
+    kind, names = fields(Options)
+    assert kind.metadata == {"help": "Which one.", "choices": ["fast", "slow"]}
+    assert names.metadata == {"help": "Their names."}
+    one, other = Options(), Options("slow", ["b"])
+    one.names.append("c")
+    assert (Options().names, other.kind, other.names) == (["a"], "slow", ["b"])  # a list is not shared
+
+
+def test_the_choices_of_options_are_checked():
+    check_choices(Options("slow", ["anything"]))
+    with pytest.raises(ValueError, match="kind='slo' is unknown, nearest is 'slow'; use fast, slow"):
+        check_choices(Options("slo"))
