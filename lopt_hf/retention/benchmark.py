@@ -9,9 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import lm_eval
 import torch
-import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
@@ -20,12 +18,12 @@ from transformers import AutoConfig
 from lopt_hf.common.arithmetic import Arithmetic, choose_arithmetic, choose_for_saved
 from lopt_hf.common.files import atomic_file, write_text
 from lopt_hf.retention.deltas import ModelScores, entry_deltas, gain_delta, mean_delta
-from lopt_hf.retention.evaluation import EvaluationSettings, evaluate_model
+from lopt_hf.retention.evaluation import VERSIONS, EvaluationSettings, evaluate_model
 from lopt_hf.retention.heldout import HELDOUT_TASK, heldout_task
 from lopt_hf.retention.layer_drift import layer_drift
-from lopt_hf.retention.references import ModelReference, load_tokenizer
+from lopt_hf.retention.references import ModelReference, fingerprint, load_tokenizer
 from lopt_hf.retention.results import ModelResult, RetentionReport
-from lopt_hf.retention.scores import ScoreCache, fingerprint
+from lopt_hf.retention.scores import ScoreCache
 from lopt_hf.retention.suites import TaskEntry
 
 __all__ = ["Candidate", "RetentionBenchmark", "describe_machine", "flips", "write_flips"]
@@ -171,12 +169,11 @@ class RetentionBenchmark:
         self, candidate: Candidate, before: ModelScores, after: Sequence[ModelScores], drift: Mapping[str, float]
     ) -> ModelResult:
         """Turns scores into changes with their intervals."""
-        seeds: tuple[ModelResult, ...] = ()
-        if len(after) > 1:
-            seeds = tuple(
-                self.result(Candidate(model, candidate.group, (model,)), before, [scores], {})
-                for model, scores in zip(candidate.models, after, strict=True)
-            )
+        seeds = tuple(
+            self.result(Candidate(model, candidate.group, (model,)), before, [scores], {})
+            for model, scores in zip(candidate.models, after, strict=True)
+            if len(after) > 1
+        )
         found = [entry_deltas(entry, before, after, self.confidence) for entry in self.entries]
         return ModelResult(
             label=candidate.label,
@@ -217,18 +214,14 @@ class RetentionBenchmark:
 def _choose_arithmetic(dtype: str, baseline: ModelReference) -> Arithmetic:
     """The type of all models; the first process's choice, where several measure the machine at once."""
     if dtype == "auto":
-        chosen = choose_for_saved(_saved_dtype(baseline), "the baseline")
+        config = AutoConfig.from_pretrained(baseline.base, revision=baseline.revision)
+        saved = config.dtype or torch.float32  # of a model that names none, as transformers has it
+        chosen = choose_for_saved(str(saved).removeprefix("torch."), "the baseline")
     elif dtype == "float16":
         chosen = replace(choose_arithmetic("float32"), dtype=dtype)
     else:
         chosen = choose_arithmetic(dtype)
     return broadcast_object_list([chosen])[0]
-
-
-def _saved_dtype(reference: ModelReference) -> str:
-    """The type that a model's configuration names; fp32, as transformers has it, if it names none."""
-    config = AutoConfig.from_pretrained(reference.base, revision=reference.revision)
-    return str(config.dtype or torch.float32).removeprefix("torch.")
 
 
 def flips(label: str, before: ModelScores, after: ModelScores) -> Iterator[dict[str, Any]]:
@@ -268,12 +261,7 @@ def _flip(
 
 def describe_machine() -> dict[str, Any]:
     """Returns the versions and the hardware of a measurement."""
-    return {
-        "device": _device_name(),
-        "lm_eval": lm_eval.__version__,
-        "transformers": transformers.__version__,
-        "torch": torch.__version__,
-    }
+    return {"device": _device_name(), **VERSIONS}
 
 
 def _device_name() -> str:

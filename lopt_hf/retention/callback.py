@@ -14,14 +14,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from lm_eval.models.huggingface import HFLM
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lopt_hf.common.arithmetic import arithmetic_of
@@ -96,9 +89,7 @@ class RetentionCallback(TrainerBound):
         if trainer is not None:
             self.bind(trainer)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Measures the untouched model; a resumed run reads what its beginning measured.
 
         Raises:
@@ -120,16 +111,12 @@ class RetentionCallback(TrainerBound):
             write_text(path, json.dumps({"format": BASELINE_FORMAT, **measured}))
         self._log(trainer, self._baseline)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Measures every `every_steps` steps."""
         if self.every_steps is not None and state.global_step % self.every_steps == 0:
             self._measure_and_log(args, state, kwargs)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Measures the model that training ends with, which may be the best of an earlier step."""
         last = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         best = state.best_model_checkpoint if args.load_best_model_at_end else None

@@ -7,14 +7,7 @@ import numpy as np
 from lm_eval.api.task import Task
 from numpy.typing import NDArray
 
-from lopt_hf.common.statistics import (
-    Interval,
-    MeanScores,
-    Scores,
-    difference_interval,
-    mcnemar,
-    mean_interval,
-)
+from lopt_hf.common.statistics import Interval, MeanScores, Scores, difference_interval, mcnemar, mean_interval
 from lopt_hf.retention.heldout import ANSWER_METRIC, HELDOUT_TASK, answer_scores
 from lopt_hf.retention.results import Delta
 from lopt_hf.retention.scores import TaskScores, metric_scores
@@ -86,19 +79,10 @@ def mean_delta(main: Sequence[tuple[Delta, Interval]], confidence: float) -> Del
     chosen = [(delta, interval) for delta, interval in main if delta.higher_is_better and 0 <= delta.baseline <= 1]
     if len(chosen) < 2:
         return None
-    deltas = [delta for delta, _ in chosen]
     interval = mean_interval([interval for _, interval in chosen], confidence)
-    return Delta(
-        task=f"mean of {len(chosen)} tasks",
-        metric="score",
-        higher_is_better=True,
-        baseline=float(np.mean([delta.baseline for delta in deltas])),
-        value=float(np.mean([delta.value for delta in deltas])),
-        delta=interval.delta,
-        low=interval.low,
-        high=interval.high,
-        n=sum(delta.n for delta in deltas),
-    )
+    baseline = float(np.mean([delta.baseline for delta, _ in chosen]))
+    number = sum(delta.n for delta, _ in chosen)
+    return _delta(f"mean of {len(chosen)} tasks", "score", True, baseline, interval, number)
 
 
 def gain_scores(scores: ModelScores) -> Scores:
@@ -115,17 +99,15 @@ def gain_delta(before: ModelScores, after: Sequence[ModelScores], confidence: fl
     baseline = gain_scores(before)
     models = [[gain_scores(scores)] for scores in after]
     interval = difference_interval([*models, [baseline]], against_one(len(models)), confidence=confidence)
-    return Delta(
-        task=HELDOUT_TASK,
-        metric="answer_loss",
-        higher_is_better=False,
-        baseline=baseline.total,
-        value=baseline.total + interval.delta,
-        delta=interval.delta,
-        low=interval.low,
-        high=interval.high,
-        n=len(baseline),
-    )
+    return _delta(HELDOUT_TASK, "answer_loss", False, baseline.total, interval, len(baseline))
+
+
+def _delta(
+    task: str, metric: str, higher_is_better: bool, baseline: float, interval: Interval, n: int, **changes: Any
+) -> Delta:
+    """The change that an interval is of."""
+    value, ends = baseline + interval.delta, (interval.low, interval.high)
+    return Delta(task, metric, higher_is_better, baseline, value, interval.delta, *ends, n, **changes)
 
 
 def _tasks_with(entry: TaskEntry, name: str, scores: ModelScores) -> list[Task]:
@@ -141,21 +123,9 @@ def _entry_delta(
     weights = task_weights(entry, name, baseline)
     interval = difference_interval([*models, baseline], against_one(len(models)), weights, confidence)
     value = float(np.average([part.total for part in baseline], weights=weights))
-    return (
-        Delta(
-            task=entry.name,
-            metric=name.removesuffix(",none"),
-            higher_is_better=is_higher_better(entry, name, before),
-            baseline=value,
-            value=value + interval.delta,
-            delta=interval.delta,
-            low=interval.low,
-            high=interval.high,
-            n=sum(len(part) for part in baseline),
-            **(_changes(baseline, models[0]) if len(models) == 1 and _is_pooled(weights, baseline) else {}),
-        ),
-        interval,
-    )
+    changes = _changes(baseline, models[0]) if len(models) == 1 and _is_pooled(weights, baseline) else {}
+    higher, number = is_higher_better(entry, name, before), sum(len(part) for part in baseline)
+    return _delta(entry.name, name.removesuffix(",none"), higher, value, interval, number, **changes), interval
 
 
 def task_weights(entry: TaskEntry, name: str, parts: Sequence[Scores]) -> list[float]:

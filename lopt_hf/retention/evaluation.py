@@ -4,13 +4,11 @@ import errno
 import hashlib
 import inspect
 import json
-import logging
 import re
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
-from functools import cache as cache_calls
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +22,10 @@ from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from peft import PeftModel
+from transformers.utils import logging
 
 from lopt_hf.common.arithmetic import read_dtype
-from lopt_hf.common.settings import check_at_least
+from lopt_hf.common.settings import check_at_least, option
 from lopt_hf.common.upstream.lm_eval import set_model, set_process
 from lopt_hf.retention.heldout import HELDOUT_TASK
 from lopt_hf.retention.references import ModelReference, load_tokenizer
@@ -35,6 +34,7 @@ from lopt_hf.retention.suites import TaskEntry
 
 __all__ = [
     "SOFTMAX_DTYPE",
+    "VERSIONS",
     "EvaluationSettings",
     "evaluate_tasks",
     "task_identity",
@@ -42,10 +42,11 @@ __all__ = [
     "evaluate_model",
 ]
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 # lm-eval adds log-likelihoods up in the logits' type, and bf16 rounds a text's sum of 2,000 nats to a multiple of 8
 SOFTMAX_DTYPE = "float32"
+VERSIONS = {module.__name__: module.__version__ for module in (lm_eval, transformers, torch)}
 
 
 @dataclass(frozen=True)
@@ -56,24 +57,19 @@ class EvaluationSettings:
         ValueError: If a value is out of range; the message names field, value and fix.
     """
 
-    limit: int | None = field(default=None, metadata={"help": "First samples of each task. Default: all."})
-    samples: Mapping[str, int | Sequence[int]] = field(
-        default_factory=dict,
-        metadata={"help": "Task -> how many of its first samples, or which by number; wins over limit."},
+    limit: int | None = option(None, "First samples of each task. Default: all.")
+    samples: Mapping[str, int | Sequence[int]] = option(
+        {}, "Task -> how many of its first samples, or which by number; wins over limit."
     )
-    num_fewshot: int | None = field(
-        default=None, metadata={"help": "Examples in each prompt. Default: the suite's or the task's own number."}
+    num_fewshot: int | None = option(None, "Examples in each prompt. Default: the suite's or the task's own number.")
+    batch_size: int = option(8, "Requests per forward on each device.")
+    dtype: str = option(
+        "auto",
+        "All models' weights when measuring: float32, bfloat16, float16, or auto: as the baseline was saved, but "
+        "float32 where this machine is slower in bfloat16.",
     )
-    batch_size: int = field(default=8, metadata={"help": "Requests per forward on each device."})
-    dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "All models' weights when measuring: float32, bfloat16, float16, or auto: as the baseline was "
-            "saved, but float32 where this machine is slower in bfloat16."
-        },
-    )
-    apply_chat_template: bool = field(default=False, metadata={"help": "Put prompts into the model's chat template."})
-    max_length: int | None = field(default=None, metadata={"help": "Longest input in tokens. Default: the model's."})
+    apply_chat_template: bool = option(False, "Put prompts into the model's chat template.")
+    max_length: int | None = option(None, "Longest input in tokens. Default: the model's.")
 
     def __post_init__(self) -> None:
         for name in ("limit", "batch_size", "max_length"):
@@ -242,18 +238,14 @@ def _tell_of_other_types(identities: Sequence[Mapping[str, Any]], cache: ScoreCa
     wanted = identities[0]["dtype"]
     for dtype in {"float32", "bfloat16", "float16"} - {wanted}:
         if any(cache.path({**identity, "dtype": dtype}).is_file() for identity in identities):
-            _tell_of_other_type(str(cache.folder), dtype, wanted)
-
-
-@cache_calls  # once, not for every model
-def _tell_of_other_type(folder: str, known: str, wanted: str) -> None:
-    logger.warning(
-        "%s has scores in %s, which are left aside: these are in %s, for all models; dtype=%r would go on with them.",
-        folder,
-        known,
-        wanted,
-        known,
-    )
+            logger.warning_once(  # not for every model
+                "%s has scores in %s, which are left aside: these are in %s, for all models; dtype=%r would go on "
+                "with them.",
+                str(cache.folder),
+                dtype,
+                wanted,
+                dtype,
+            )
 
 
 class _LanguageModel(HFLM):
@@ -272,14 +264,8 @@ class _LanguageModel(HFLM):
 
 def _settings_identity(settings: EvaluationSettings) -> dict[str, Any]:
     """Returns the settings and versions that influence a model's scores."""
-    used = {"batch_size", "dtype", "apply_chat_template", "max_length"}
-    return {
-        **{name: value for name, value in asdict(settings).items() if name in used},
-        "softmax_dtype": SOFTMAX_DTYPE,
-        "lm_eval": lm_eval.__version__,
-        "transformers": transformers.__version__,
-        "torch": torch.__version__,
-    }
+    used = ("batch_size", "dtype", "apply_chat_template", "max_length")
+    return {**{name: getattr(settings, name) for name in used}, "softmax_dtype": SOFTMAX_DTYPE, **VERSIONS}
 
 
 def task_identity(task: Task, num_fewshot: int | None, settings: EvaluationSettings) -> dict[str, Any]:

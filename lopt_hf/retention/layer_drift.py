@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lopt_hf.local.blocks import find_decoder_stack
+from lopt_hf.meters.drift import relative_drift
 from lopt_hf.retention.references import ModelReference
 
 __all__ = ["drift_by_layer", "layer_drift"]
@@ -44,9 +45,7 @@ def drift_by_layer(before: PreTrainedModel, after: PreTrainedModel) -> dict[str,
                 f"weights of the baseline's {name} and the model's {other} differ in number or shape, so there is no "
                 "drift to tell; give models of one architecture, or leave drift out (--no-drift)."
             )
-        moved = sum((b.double() - a.double()).square().sum().item() for a, b in zip(old, new, strict=True))
-        total = sum(a.double().square().sum().item() for a in old)
-        drift[name] = (moved / total) ** 0.5 if total else 0.0
+        drift[name] = relative_drift(zip(old, new, strict=True))
     return drift
 
 

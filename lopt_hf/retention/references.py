@@ -1,5 +1,6 @@
 """Locations of models: full checkpoints or PEFT adapters, local or on the hub, with their tokenizers."""
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -10,13 +11,29 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from lopt_hf.data.pretrained import resolve_model
-from lopt_hf.retention.scores import fingerprint
 
-__all__ = ["ModelReference", "load_tokenizer"]
+__all__ = ["ModelReference", "fingerprint", "load_tokenizer"]
 
+CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 HUB_ID_AT_REVISION = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)@(?P<revision>.+)")
+# What decides a model's answers; what training leaves beside it (optimizer, heads, logs) does not
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".model", ".txt", ".jinja")
+CONFIG_FILES = frozenset(
+    {
+        "adapter_config.json",
+        "added_tokens.json",
+        "config.json",
+        "generation_config.json",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.json",
+    }
+)
+NOT_WEIGHTS = frozenset({"local_heads.safetensors", "training_args.bin", "optimizer.bin"})
 
 
 @dataclass(frozen=True)
@@ -74,7 +91,7 @@ def load_tokenizer(reference: ModelReference) -> PreTrainedTokenizerBase:
     """
     source, revision = reference.base, reference.revision
     adapter, adapter_revision = reference.adapter, reference.adapter_revision
-    if adapter is not None and _has_file(adapter, "tokenizer_config.json", adapter_revision):
+    if adapter is not None and _find_file(adapter, "tokenizer_config.json", adapter_revision):
         source, revision = adapter, adapter_revision
     try:
         config = AutoConfig.from_pretrained(reference.base, revision=reference.revision)  # an adapter has none
@@ -91,26 +108,49 @@ def _split_revision(name: str) -> tuple[str, str | None]:
     return (name, None) if match is None or Path(name).exists() else (match["id"], match["revision"])
 
 
-def _has_file(source: str, name: str, revision: str | None) -> bool:
-    file = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-    return file is not None
+def _find_file(source: str, name: str, revision: str | None) -> str | None:
+    """The path of a file of a model or an adapter, in its folder or in the hub's cache; `None` without such a file."""
+    return cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+
+
+def fingerprint(name_or_path: str, revision: str | None = None) -> str:
+    """Returns what identifies a model: a hash of a local folder's files, or a hub id with its commit.
+
+    Args:
+        name_or_path: A hub id, or the folder of a model or of a PEFT adapter.
+        revision: Branch, tag or commit of a hub id.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        return f"{name_or_path}@{_commit(name_or_path, revision)}"
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        is_part = path.name in CONFIG_FILES or path.suffix in WEIGHT_SUFFIXES
+        if path.is_file() and is_part and path.name not in NOT_WEIGHTS:
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _commit(hub_id: str, revision: str | None) -> str | None:
+    """The commit of a model or adapter on the hub, as far as it can be told."""
+    files = (_find_file(hub_id, name, revision) for name in (CONFIG, ADAPTER_CONFIG))
+    return next((extract_commit_hash(file, None) for file in files if file is not None), None)
 
 
 def _adapter_config(source: str, revision: str | None) -> Mapping[str, Any] | None:
     """The adapter's configuration, or `None` for a full model."""
     try:
-        files = {
-            name: cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-            for name in ("config.json", "adapter_config.json")
-        }
+        config, adapter_config = (_find_file(source, name, revision) for name in (CONFIG, ADAPTER_CONFIG))
     except OSError as error:
         raise ValueError(
             f"model {source!r} is no folder here, and not to be had from the hub either; give a checkpoint's folder "
             f"or a hub id. ({error})"
         ) from error
-    if files["config.json"] is None and files["adapter_config.json"] is not None:
-        return json.loads(Path(files["adapter_config.json"]).read_text(encoding="utf-8"))
-    if files["config.json"] is None:
+    if config is None and adapter_config is not None:
+        return json.loads(Path(adapter_config).read_text(encoding="utf-8"))
+    if config is None:
         raise ValueError(
             f"model {source!r} has no config.json and no adapter_config.json, here or on the hub; give a checkpoint's "
             "folder or a hub id."

@@ -3,11 +3,11 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-__all__ = ["Contrast", "Delta", "ModelResult", "RetentionReport"]
+__all__ = ["Contrast", "Delta", "ModelResult", "Outcome", "RetentionReport", "arrow", "main_outcomes"]
 
 NO_CHANGE = "no detectable change"
 NO_INTERVAL = "too few samples to tell"
@@ -144,37 +144,69 @@ class RetentionReport:
 
     def to_json(self) -> str:
         """The report as JSON, with the verdicts spelled out; what is not a number or infinite is `null`."""
-        return json.dumps(_finite(_with_verdicts(self)), indent=2, allow_nan=False)
+        return json.dumps(_plain(self), indent=2, allow_nan=False)
 
     def save(self, path: Path) -> None:
         """Writes the report as JSON."""
         path.write_text(self.to_json() + "\n", encoding="utf-8")
 
 
-def _with_verdicts(report: RetentionReport) -> dict[str, Any]:
-    def of_model(result: ModelResult) -> dict[str, Any]:
-        return {
-            **asdict(result),
-            "deltas": [_spelled(delta) for delta in result.deltas],
-            "mean": result.mean and _spelled(result.mean),
-            "gain": result.gain and _spelled(result.gain),
-            "seeds": [of_model(seed) for seed in result.seeds],
-        }
+@dataclass(frozen=True)
+class Outcome:
+    """A quantity by which the models of a report are compared.
 
-    return {
-        **asdict(report),
-        "models": [of_model(result) for result in report.models],
-        "contrasts": [_spelled(contrast) for contrast in report.contrasts],
-    }
+    Parameters:
+        kind: `gain` on the task trained on, `mean` over tasks, or a single `task`.
+        task: As in `Delta`.
+        metric: As in `Delta`.
+        higher_is_better: As in `Delta`.
+    """
+
+    kind: Literal["gain", "mean", "task"]
+    task: str
+    metric: str
+    higher_is_better: bool
+
+    @property
+    def sign(self) -> int:
+        """Factor that turns a delta into one of which more is better."""
+        return 1 if self.higher_is_better else -1
+
+    def of(self, result: ModelResult) -> Delta | None:
+        """Returns the change of this quantity in one model; `None` if it was not measured there."""
+        if self.kind == "gain":
+            return result.gain
+        if self.kind == "mean":
+            return result.mean
+        wanted = (self.task, self.metric)
+        return next((delta for delta in result.deltas if (delta.task, delta.metric) == wanted), None)
 
 
-def _spelled(entry: Delta | Contrast) -> dict[str, Any]:
-    return {**asdict(entry), "verdict": entry.verdict}
+def arrow(higher_is_better: bool) -> str:
+    """Returns an arrow in the better direction, as lm-eval prints it."""
+    return "↑" if higher_is_better else "↓"
 
 
-def _finite(value: Any) -> Any:
+def main_outcomes(report: RetentionReport) -> list[Outcome]:
+    """Returns gain, mean and each task's main metric, as far as any model has them; perplexities before accuracies."""
+    gains = [_outcome("gain", result.gain) for result in report.models if result.gain]
+    means = [_outcome("mean", result.mean) for result in report.models if result.mean]
+    tasks = dict.fromkeys(_outcome("task", delta) for result in report.models for delta in result.main_deltas())
+    return [*gains[:1], *means[:1], *sorted(tasks, key=lambda outcome: outcome.higher_is_better)]
+
+
+def _outcome(kind: Literal["gain", "mean", "task"], delta: Delta) -> Outcome:
+    return Outcome(kind, delta.task, delta.metric, delta.higher_is_better)
+
+
+def _plain(value: Any) -> Any:
+    """A result as JSON has it."""
+    if isinstance(value, Delta | Contrast):
+        return _plain({**vars(value), "verdict": value.verdict})
+    if isinstance(value, ModelResult | RetentionReport):
+        return _plain(vars(value))
     if isinstance(value, Mapping):
-        return {name: _finite(entry) for name, entry in value.items()}
+        return {name: _plain(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
+        return [_plain(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -17,31 +17,13 @@ from huggingface_hub import constants
 from lm_eval.api import metrics as lm_eval_metrics
 from lm_eval.api.task import Task
 from numpy.typing import NDArray
-from transformers.utils import cached_file
-from transformers.utils.hub import extract_commit_hash
 
 from lopt_hf.common.files import write_text
 from lopt_hf.common.statistics import MeanScores, RatioScores, ResampledScores, Scores
 
-__all__ = ["DEFAULT_CACHE", "ScoreCache", "TaskScores", "fingerprint", "infinite_perplexities", "metric_scores"]
+__all__ = ["DEFAULT_CACHE", "ScoreCache", "TaskScores", "infinite_perplexities", "metric_scores"]
 
 logger = logging.getLogger(__name__)
-
-# What decides a model's answers; what training leaves beside it (optimizer, heads, logs) does not
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".model", ".txt", ".jinja")
-CONFIG_FILES = frozenset(
-    {
-        "adapter_config.json",
-        "added_tokens.json",
-        "config.json",
-        "generation_config.json",
-        "special_tokens_map.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "vocab.json",
-    }
-)
-NOT_WEIGHTS = frozenset({"local_heads.safetensors", "training_args.bin", "optimizer.bin"})
 
 
 @dataclass(frozen=True)
@@ -74,23 +56,22 @@ class TaskScores:
         logged = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
         directions = results["higher_is_better"][name]
         values = results["results"][name]
-        per_sample: dict[str, list[Any]] = {}
-        for sample in logged:
-            for metric in sample["metrics"]:
-                per_sample.setdefault(f"{metric},{sample['filter']}", []).append(_plain(sample[metric]))
-        per_sample = {key: items for key, items in per_sample.items() if key in values}
-        keeps_document = task.OUTPUT_TYPE != "loglikelihood_rolling"
-        by_sample: dict[int, list[Mapping[str, Any]]] = {}
+        per_metric: dict[str, list[Any]] = {}
+        per_sample: dict[int, list[Mapping[str, Any]]] = {}  # an entry for each filter
         for entry in logged:
-            by_sample.setdefault(entry["doc_id"], []).append(entry)
+            per_sample.setdefault(entry["doc_id"], []).append(entry)
+            for metric in entry["metrics"]:
+                per_metric.setdefault(f"{metric},{entry['filter']}", []).append(_plain(entry[metric]))
+        metrics = {key: items for key, items in per_metric.items() if key in values}
+        keeps_document = task.OUTPUT_TYPE != "loglikelihood_rolling"
         return cls(
             task=name,
             version=str(results["versions"].get(name)),
             num_fewshot=int(results["n-shot"].get(name) or 0),
-            metrics=per_sample,
-            values={key: float(values[key]) for key in per_sample},
-            higher_is_better={key: directions.get(key.partition(",")[0]) is not False for key in per_sample},
-            samples=[_sample(entries, keeps_document) for entries in by_sample.values()],
+            metrics=metrics,
+            values={key: float(values[key]) for key in metrics},
+            higher_is_better={key: directions.get(key.partition(",")[0]) is not False for key in metrics},
+            samples=[_sample(entries, keeps_document) for entries in per_sample.values()],
         )
 
     def __len__(self) -> int:
@@ -164,7 +145,8 @@ def metric_scores(items: Sequence[Any], task: Task, metric: str) -> Scores:
         metric: The metric, without filter.
     """
     aggregate = task.aggregation().get(metric, lm_eval_metrics.mean)  # lm-eval's own rule
-    if aggregate in (lm_eval_metrics.mean, lm_eval_metrics.nanmean) and not _has_nan(items):
+    has_nan = any(isinstance(item, float) and math.isnan(item) for item in items)
+    if aggregate in (lm_eval_metrics.mean, lm_eval_metrics.nanmean) and not has_nan:
         return MeanScores(items)
     if aggregate is lm_eval_metrics.perplexity:
         return RatioScores([(item, 1.0) for item in items], _perplexity)
@@ -211,42 +193,6 @@ def _perplexity(log_likelihood: NDArray[Any]) -> NDArray[Any]:
         return np.exp(-log_likelihood)
 
 
-def fingerprint(name_or_path: str, revision: str | None = None) -> str:
-    """Returns what identifies a model: a hash of a local folder's files, or a hub id with its commit.
-
-    Args:
-        name_or_path: A hub id, or the folder of a model or of a PEFT adapter.
-        revision: Branch, tag or commit of a hub id.
-    """
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        return f"{name_or_path}@{_commit(name_or_path, revision)}"
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        is_part = path.name in CONFIG_FILES or path.suffix in WEIGHT_SUFFIXES
-        if path.is_file() and is_part and path.name not in NOT_WEIGHTS:
-            digest.update(path.name.encode())
-            digest.update(_sha256(path))
-    return digest.hexdigest()
-
-
-def _sha256(path: Path) -> bytes:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.digest()
-
-
-def _commit(hub_id: str, revision: str | None) -> str | None:
-    """The commit of a model or adapter on the hub, as far as it can be told."""
-    for name in ("config.json", "adapter_config.json"):
-        file = cached_file(hub_id, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-        if file is not None:
-            return extract_commit_hash(file, None)
-    return None
-
-
 def _digest(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -269,7 +215,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return float(value) if isinstance(value, bool) else value
-
-
-def _has_nan(items: Sequence[Any]) -> bool:
-    return any(isinstance(item, float) and math.isnan(item) for item in items)

@@ -1,5 +1,6 @@
 """Tasks that measure retention: named suites, and any of lm-eval's or of the user's."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,11 +97,10 @@ def load_entries(wanted: Sequence[SuiteTask], include_path: Sequence[Path] = ())
             hint = f"; nearest are {', '.join(found)}" if found else ""
             raise ValueError(f"task {task.name!r} is unknown{hint}. `lm-eval ls tasks` lists lm-eval's own.")
         entries += _entries_of(task, manager)
-    seen: set[str] = set()
-    for name in (member.task_name for entry in entries for member in entry.tasks):
-        if name in seen:
+    counts = Counter(member.task_name for entry in entries for member in entry.tasks)
+    for name, count in counts.items():
+        if count > 1:
             raise ValueError(f"task {name!r} is asked for twice, alone or in a group; name it once.")
-        seen.add(name)
     return entries
 
 
@@ -112,20 +112,11 @@ def _entries_of(wanted: SuiteTask, manager: TaskManager) -> list[TaskEntry]:
             f"task {wanted.name!r} cannot be loaded: {type(error).__name__}: {error}. Check the network, or the files "
             "and packages that the task needs; the suite `offline` needs neither."
         ) from error
+    how = (wanted.num_fewshot, wanted.main_metric)
     group = loaded.get("groups", {}).get(wanted.name)
     if group is not None and group.has_aggregation:
-        return [
-            TaskEntry(
-                wanted.name,
-                tuple(group.get_all_tasks()),
-                wanted.num_fewshot,
-                wanted.main_metric,
-                _group_metrics(group),
-            )
-        ]
-    return [
-        TaskEntry(task.task_name, (task,), wanted.num_fewshot, wanted.main_metric) for task in loaded["tasks"].values()
-    ]
+        return [TaskEntry(wanted.name, tuple(group.get_all_tasks()), *how, _group_metrics(group))]
+    return [TaskEntry(task.task_name, (task,), *how) for task in loaded["tasks"].values()]
 
 
 def _group_metrics(group: Group) -> dict[str, bool]:

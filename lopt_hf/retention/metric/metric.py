@@ -1,5 +1,6 @@
 """Paired retention as a metric of 🤗 Evaluate: `evaluate.load(lopt_hf.retention.METRIC_PATH)`."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,42 +11,44 @@ from lopt_hf.common.statistics import MeanScores, mcnemar, paired_interval
 
 __all__ = ["PairedRetention"]
 
-DESCRIPTION = """\
-The change of a mean score between two models that answered the same samples, with a confidence interval from the
-bootstrap over samples. Where scores are 0 or 1 (wrong or right), also McNemar's exact test and the numbers of samples
-that changed in either direction.
-"""
-INPUTS = """
-Args:
-    predictions: Score of the fine-tuned model on each sample, such as 1 for right and 0 for wrong.
-    references: Score of its baseline on the same samples, in the same order.
-    confidence: Level of the interval (default 0.95).
-    seed: Seed of the resampling (default 0).
-Returns:
-    baseline, value, delta, low, high, n; and for scores of 0 and 1 p_value, right_to_wrong, wrong_to_right.
-Examples:
-    >>> retention = evaluate.load(lopt_hf.retention.METRIC_PATH)
-    >>> retention.compute(predictions=[1, 0, 1, 1], references=[1, 1, 0, 1])["delta"]
-    0.0
-"""
-
 
 class PairedRetention(evaluate.Metric):
-    """See `DESCRIPTION`."""
+    """The change of a mean score between two models that answered the same samples, with a confidence interval.
+
+    The interval is from the bootstrap over samples. Where scores are 0 or 1 (wrong or right), there is also McNemar's
+    exact test, and the numbers of samples that changed in either direction.
+    """
 
     def _info(self) -> evaluate.MetricInfo:
+        scores = {"predictions": datasets.Value("float64"), "references": datasets.Value("float64")}
         return evaluate.MetricInfo(
-            description=DESCRIPTION,
+            description=inspect.getdoc(PairedRetention),
             citation="",
-            inputs_description=INPUTS,
-            features=datasets.Features(
-                {"predictions": datasets.Value("float64"), "references": datasets.Value("float64")}
-            ),
+            inputs_description=inspect.getdoc(self._compute),
+            features=datasets.Features(scores),
         )
 
     def _compute(
         self, predictions: Sequence[float], references: Sequence[float], confidence: float = 0.95, seed: int = 0
     ) -> dict[str, Any]:
+        """Compares the scores of two models.
+
+        Args:
+            predictions: Score of the fine-tuned model on each sample, such as 1 for right and 0 for wrong.
+            references: Score of its baseline on the same samples, in the same order.
+            confidence: Level of the interval.
+            seed: Seed of the resampling.
+
+        Returns:
+            baseline, value, delta, low, high, n; and for scores of 0 and 1 p_value, right_to_wrong, wrong_to_right.
+
+        Example:
+
+        ```python
+        retention = evaluate.load(lopt_hf.retention.METRIC_PATH)
+        retention.compute(predictions=[1, 0, 1, 1], references=[1, 1, 0, 1])["delta"]  # 0.0
+        ```
+        """
         after, before = MeanScores(predictions), MeanScores(references)
         interval = paired_interval(after, before, confidence, seed)
         result: dict[str, Any] = {

@@ -4,17 +4,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
-from lopt_hf.common.figures import new_figure
-from lopt_hf.retention.report.axis_range import AxisRange, fit_axis_range
-from lopt_hf.retention.report.outcomes import Outcome, main_outcomes
-from lopt_hf.retention.report.plots import HOLLOW, PANEL_PADDING, GroupStyle, group_styles, plot_text
-from lopt_hf.retention.results import ModelResult, RetentionReport
+import numpy as np
+
+from lopt_hf.common.figures import PANEL_PADDING, Axes, Figure, new_figure
+from lopt_hf.retention.report.plots import HOLLOW, AxisRange, GroupStyle, fit_axis_range, group_styles, plot_text
+from lopt_hf.retention.results import ModelResult, Outcome, RetentionReport, main_outcomes
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from matplotlib.transforms import Bbox
 
 __all__ = ["frontier_labels", "pareto_frontier", "plot_frontier", "retention_outcomes"]
@@ -42,17 +41,18 @@ class _Point:
 
 @dataclass(frozen=True)
 class _Panel:
-    """The ranges of a panel's axes."""
+    """What was kept of one outcome against the gain: the points, and the ranges of the axes."""
 
+    outcome: Outcome
+    points: list[_Point]
     x: AxisRange
     y: AxisRange
 
     @classmethod
-    def around(cls, points: Sequence[_Point]) -> "_Panel":
-        return cls(
-            fit_axis_range([(point.x, *point.x_ends) for point in points]),
-            fit_axis_range([(point.y, *point.y_ends) for point in points]),
-        )
+    def of(cls, report: RetentionReport, outcome: Outcome) -> "_Panel":
+        points = _points(report, outcome)
+        x_range = fit_axis_range([(point.x, *point.x_ends) for point in points])
+        return cls(outcome, points, x_range, fit_axis_range([(point.y, *point.y_ends) for point in points]))
 
     def contains(self, point: _Point) -> bool:
         return self.x.contains(point.x) and self.y.contains(point.y)
@@ -98,7 +98,7 @@ def frontier_labels(report: RetentionReport, outcome: Outcome) -> list[str]:
     return [name for x, y, name in sorted(named) if (x, y) in frontier]
 
 
-def plot_frontier(report: RetentionReport) -> "Figure | None":
+def plot_frontier(report: RetentionReport) -> Figure | None:
     """Plots the gain on the task trained on against retention: a panel for each outcome, a point for each model.
 
     Along both axes more is better, and the baseline is the origin. The Pareto frontier is that of the points; it knows
@@ -119,15 +119,15 @@ def plot_frontier(report: RetentionReport) -> "Figure | None":
     styles = group_styles(report)
     height = 4.8 * len(outcomes) + 0.2 * math.ceil(len(styles) / LEGEND_COLUMNS)
     figure = new_figure(10, height, PANEL_PADDING)
-    panels = figure.subplots(len(outcomes), 1, squeeze=False)[:, 0]
-    for axes, outcome in zip(panels, outcomes, strict=True):
-        _draw_panel(axes, report, outcome)
-    by_outcome = [_points(report, outcome) for outcome in outcomes]
-    is_cut = any(not _Panel.around(points).contains(point) for points in by_outcome for point in points)
+    panels = [_Panel.of(report, outcome) for outcome in outcomes]
+    drawn = list(zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True))
+    for axes, panel in drawn:
+        _draw_panel(axes, panel, styles)
+    is_cut = any(not panel.contains(point) for panel in panels for point in panel.points)
     _draw_legend(figure, styles, any(result.seeds for result in report.models), is_cut)
     figure.draw_without_rendering()  # settles where the points are, and with them where a note has room
-    for axes, points in zip(panels, by_outcome, strict=True):
-        _write_notes(axes, points, styles)
+    for axes, panel in drawn:
+        _write_notes(axes, panel, styles)
     return figure
 
 
@@ -155,15 +155,14 @@ def _frontier(points: Sequence[_Point]) -> list[tuple[float, float]]:
     return pareto_frontier([(0.0, 0.0), *((point.x, point.y) for point in points)])
 
 
-def _draw_panel(axes: "Axes", report: RetentionReport, outcome: Outcome) -> None:
-    points = _points(report, outcome)
-    panel = _Panel.around(points)
+def _draw_panel(axes: Axes, panel: _Panel, styles: dict[str, GroupStyle]) -> None:
+    outcome = panel.outcome
     axes.set(xlim=(panel.x.low, panel.x.high), ylim=(panel.y.low, panel.y.high))
-    for group, style in group_styles(report).items():
-        of_group = sorted((point for point in points if point.result.group == group), key=lambda point: point.x)
+    for group, style in styles.items():
+        of_group = sorted((point for point in panel.points if point.result.group == group), key=lambda point: point.x)
         _draw_group(axes, of_group, panel, style)
     axes.plot(0, 0, "*", color="0.25", markersize=13, zorder=3)
-    _draw_frontier(axes, _frontier(points))
+    _draw_frontier(axes, _frontier(panel.points))
     axes.set_title(f"Gain against {plot_text(outcome.task)}", fontsize="medium")
     kept = f"change in {outcome.metric}" if outcome.higher_is_better else f"{outcome.metric}, baseline minus model"
     axes.set_xlabel("gain: held-out loss, baseline minus model\n(nats per token; right is better)")
@@ -172,7 +171,7 @@ def _draw_panel(axes: "Axes", report: RetentionReport, outcome: Outcome) -> None
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_group(axes: "Axes", points: Sequence[_Point], panel: _Panel, style: GroupStyle) -> None:
+def _draw_group(axes: Axes, points: Sequence[_Point], panel: _Panel, style: GroupStyle) -> None:
     for one, other in zip(points, points[1:], strict=False):
         dots = "-" if panel.contains(one) and panel.contains(other) else ":"
         axes.plot(*zip(panel.place(one), panel.place(other), strict=True), dots, color=style.color, linewidth=1)
@@ -187,7 +186,7 @@ def _draw_group(axes: "Axes", points: Sequence[_Point], panel: _Panel, style: Gr
             axes.plot(x, y, style.marker, color=style.color, markersize=3, alpha=0.35, markeredgewidth=0)
 
 
-def _draw_frontier(axes: "Axes", frontier: Sequence[tuple[float, float]]) -> None:
+def _draw_frontier(axes: Axes, frontier: Sequence[tuple[float, float]]) -> None:
     """A step line under which every point is beaten by another, to the panel's edges."""
     left, bottom = axes.get_xlim()[0], axes.get_ylim()[0]
     x = [left, *(point[0] for point in frontier), frontier[-1][0]]
@@ -195,7 +194,7 @@ def _draw_frontier(axes: "Axes", frontier: Sequence[tuple[float, float]]) -> Non
     axes.plot(x, y, color="0.7", linewidth=4, alpha=0.6, drawstyle="steps-pre", zorder=0, solid_capstyle="butt")
 
 
-def _draw_legend(figure: "Figure", styles: dict[str, GroupStyle], with_seeds: bool, is_cut: bool) -> None:
+def _draw_legend(figure: Figure, styles: dict[str, GroupStyle], with_seeds: bool, is_cut: bool) -> None:
     from matplotlib.lines import Line2D
 
     handles = [
@@ -216,27 +215,19 @@ def _notes(results: Sequence[ModelResult]) -> list[str]:
     words = [result.label.split() for result in results]
     if len(words) < 2:
         return [""] * len(words)
-    start = _shared(words)
-    end = _shared([label[start:][::-1] for label in words])
+    start = len(commonprefix(words))
+    end = len(commonprefix([label[start:][::-1] for label in words]))
     return [" ".join(label[start : len(label) - end]).strip("(),;") for label in words]
 
 
-def _shared(words: Sequence[Sequence[str]]) -> int:
-    """How many words all begin with."""
-    return next(
-        (i for i, column in enumerate(zip(*words, strict=False)) if len(set(column)) > 1), min(map(len, words))
-    )
-
-
-def _write_notes(axes: "Axes", points: Sequence[_Point], styles: dict[str, GroupStyle]) -> None:
+def _write_notes(axes: Axes, panel: _Panel, styles: dict[str, GroupStyle]) -> None:
     """Tells the points of a group apart, each note where it covers least."""
     from matplotlib.transforms import Bbox
 
-    panel = _Panel.around(points)
-    where = axes.transData.transform([panel.place(point) for point in points])
+    where = axes.transData.transform([panel.place(point) for point in panel.points])
     taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in (*where, axes.transData.transform((0, 0)))]
     for group, style in styles.items():
-        of_group = [point for point in points if point.result.group == group]
+        of_group = [point for point in panel.points if point.result.group == group]
         for point, note in zip(of_group, _notes([point.result for point in of_group]), strict=True):
             if not panel.contains(point):
                 note = f"{note} ({point.x:.3g}, {point.y:.3g})".strip()
@@ -244,9 +235,7 @@ def _write_notes(axes: "Axes", points: Sequence[_Point], styles: dict[str, Group
                 taken.append(_write_note(axes, panel.place(point), plot_text(note), style, taken))
 
 
-def _write_note(
-    axes: "Axes", at: tuple[float, float], note: str, style: GroupStyle, taken: Sequence["Bbox"]
-) -> "Bbox":
+def _write_note(axes: Axes, at: tuple[float, float], note: str, style: GroupStyle, taken: Sequence["Bbox"]) -> "Bbox":
     """Writes one note at the first place that covers the fewest of `taken`, and returns the place."""
     from matplotlib.patheffects import withStroke
 
@@ -256,7 +245,7 @@ def _write_note(
     def place(distance: float, direction: tuple[float, float]) -> "Bbox":
         right, up = direction
         text.xyann = (right * distance, up * distance)
-        text.set(ha=("center", "left", "right")[_sign(right)], va=("center", "bottom", "top")[_sign(up)])
+        text.set(ha=("center", "left", "right")[int(np.sign(right))], va=("center", "bottom", "top")[int(np.sign(up))])
         return text.get_window_extent()
 
     def covered(candidate: tuple[float, tuple[float, float]]) -> int:
@@ -267,7 +256,3 @@ def _write_note(
     candidates = list(product(NOTE_DISTANCES, NOTE_DIRECTIONS))
     free = next((candidate for candidate in candidates if not covered(candidate)), None)
     return place(*(free or min(candidates, key=covered)))
-
-
-def _sign(value: float) -> int:
-    return (value > 0) - (value < 0)

@@ -1,21 +1,21 @@
-"""Plots of a retention report: what changed in each model, and how far its layers moved."""
+"""Plots of a retention report: what changed in each model, and how far its layers moved.
+
+Axes reach up to Tukey's fences, so that a few diverged models do not squeeze all others.
+"""
 
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import groupby
+from typing import Any
 
-from lopt_hf.common.figures import OKABE_ITO, draw_heat_map, new_figure
-from lopt_hf.retention.report.axis_range import AxisRange, fit_axis_range
-from lopt_hf.retention.report.outcomes import Outcome, main_outcomes
-from lopt_hf.retention.results import Delta, ModelResult, RetentionReport
+import numpy as np
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from lopt_hf.common.figures import OKABE_ITO, PANEL_PADDING, Axes, Figure, draw_heat_map, new_figure
+from lopt_hf.retention.results import Delta, ModelResult, Outcome, RetentionReport, main_outcomes
 
-__all__ = ["GroupStyle", "group_styles", "plot_deltas", "plot_drift", "plot_text"]
+__all__ = ["AxisRange", "GroupStyle", "fit_axis_range", "group_styles", "plot_deltas", "plot_drift", "plot_text"]
 
 COLORS = (
     "black",
@@ -27,9 +27,45 @@ PANELS_PER_ROW = 3
 MAX_CHARACTERS = 44
 INCHES_PER_CHARACTER = 0.075
 MAX_WIDTH = 14  # inches
-PANEL_PADDING = 0.1  # inches
 UNCHANGED = "#d9d9d9"
+FENCE = 1.5  # Tukey, Exploratory Data Analysis (1977): values further from the quartiles, in their ranges, are outside
+MARGIN = 0.05  # matplotlib's own, as a share of what is shown
 HOLLOW: dict[str, Any] = {"markersize": 6, "markerfacecolor": "white", "markeredgewidth": 1.2, "zorder": 4}
+
+
+@dataclass(frozen=True)
+class AxisRange:
+    """The lowest and the highest value that an axis shows."""
+
+    low: float
+    high: float
+
+    def contains(self, value: float) -> bool:
+        """Returns whether a value lies within the range."""
+        return self.low <= value <= self.high
+
+    def clamp(self, value: float) -> float:
+        """Returns the nearest value within the range; for an infinite one that is an end of it."""
+        return min(max(value, self.low), self.high)
+
+
+def fit_axis_range(values: Sequence[tuple[float, float, float]]) -> AxisRange:
+    """Fits a range around zero and all values within Tukey's fences, with their intervals.
+
+    Args:
+        values: Each value with the ends of its interval. Numbers that are not finite are left out.
+    """
+    numbers = [number for value in values for number in value if math.isfinite(number)]
+    if not numbers:
+        return AxisRange(-1.0, 1.0)
+    first, third = np.quantile(numbers, (0.25, 0.75))
+    reach = FENCE * float(third - first) or math.inf  # of equal values nothing is outside
+    fences = AxisRange(float(first) - reach, float(third) + reach)
+    inner = [value for value in values if fences.contains(value[0]) and math.isfinite(value[0])]
+    ends = [fences.clamp(number) for value in inner for number in value if math.isfinite(number)]
+    low, high = min(0.0, *ends), max(0.0, *ends)
+    margin = MARGIN * (high - low) or 1.0
+    return AxisRange(low - margin, high + margin)
 
 
 @dataclass(frozen=True)
@@ -55,7 +91,7 @@ def plot_text(text: str) -> str:
     return short.replace("$", r"\$")
 
 
-def plot_deltas(report: RetentionReport) -> "Figure":
+def plot_deltas(report: RetentionReport) -> Figure:
     """Plots every change with its interval: a panel for each outcome, gain and mean first, a row for each model.
 
     Args:
@@ -77,7 +113,7 @@ def plot_deltas(report: RetentionReport) -> "Figure":
     return figure
 
 
-def _draw_deltas(axes: "Axes", report: RetentionReport, outcome: Outcome) -> None:
+def _draw_deltas(axes: Axes, report: RetentionReport, outcome: Outcome) -> None:
     styles = group_styles(report)
     found = {row: delta for row, result in enumerate(report.models) if (delta := outcome.of(result))}
     shown = fit_axis_range([(delta.delta, delta.low, delta.high) for delta in found.values()])
@@ -101,7 +137,7 @@ def _draw_deltas(axes: "Axes", report: RetentionReport, outcome: Outcome) -> Non
     _shade_groups(axes, report.models)
 
 
-def _draw_delta(axes: "Axes", row: int, delta: Delta, shown: AxisRange, style: GroupStyle) -> None:
+def _draw_delta(axes: Axes, row: int, delta: Delta, shown: AxisRange, style: GroupStyle) -> None:
     """One change with its interval; beyond the panel it stands at the edge, hollow, with its value."""
     axes.hlines(row, delta.low, delta.high, color=style.color, linewidth=1.6)
     for end, arrow in ((delta.low, "<"), (delta.high, ">")):
@@ -127,17 +163,14 @@ def _draw_delta(axes: "Axes", row: int, delta: Delta, shown: AxisRange, style: G
     )
 
 
-def _shade_groups(axes: "Axes", models: Sequence[ModelResult]) -> None:
+def _shade_groups(axes: Axes, models: Sequence[ModelResult]) -> None:
     """Grey bands behind every second group of neighbouring rows."""
-    is_shaded = False
-    for row, result in enumerate(models):
-        if row and result.group != models[row - 1].group:
-            is_shaded = not is_shaded
-        if is_shaded:
+    for number, (_, rows) in enumerate(groupby(range(len(models)), key=lambda row: models[row].group)):
+        for row in rows if number % 2 else ():
             axes.axhspan(row - 0.5, row + 0.5, color="0.95", linewidth=0, zorder=-1)
 
 
-def plot_drift(report: RetentionReport) -> "Figure | None":
+def plot_drift(report: RetentionReport) -> Figure | None:
     """Plots how far each part of each model moved: rows are models, columns embeddings, layers and the rest.
 
     Args:
@@ -163,19 +196,13 @@ def plot_drift(report: RetentionReport) -> "Figure | None":
     return figure
 
 
-def _draw_drift(axes: "Axes", drift: Sequence[Sequence[float]]) -> None:
+def _draw_drift(axes: Axes, drift: Sequence[Sequence[float]]) -> None:
     from matplotlib.patches import Patch
 
     moved = [value for row in drift for value in row if value > 0] or [1e-7, 1e-1]
     limits = 10.0 ** math.floor(math.log10(min(moved))), 10.0 ** math.ceil(math.log10(max(moved)) + 1e-9)
     image = draw_heat_map(axes, drift, limits, UNCHANGED, gap=1)
-    place: dict[str, Any] = {
-        "location": "top",
-        "shrink": 0.7,
-        "anchor": (0, 0),
-        "aspect": 40,
-        "pad": 0.45 / len(drift),
-    }
+    place: Any = {"location": "top", "shrink": 0.7, "anchor": (0, 0), "aspect": 40, "pad": 0.45 / len(drift)}
     bar = axes.figure.colorbar(image, ax=axes, **place)
     bar.set_label("relative drift ||W - W0|| / ||W0||")
     if any(value == 0 for row in drift for value in row):

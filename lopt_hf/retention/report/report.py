@@ -1,19 +1,32 @@
-"""Writes a retention report: as JSON, as the tables that lm-eval prints, as plots and as one page."""
+"""Writes a retention report: as JSON, as the tables that lm-eval prints, as plots and as one page.
 
+The page needs nothing beside it; its text and its style are in `page.html`.
+"""
+
+import base64
+import re
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
 from lopt_hf.common.figures import DPI
 from lopt_hf.common.files import atomic_file, write_text
-from lopt_hf.retention.report.frontier import plot_frontier
-from lopt_hf.retention.report.page import render_page
+from lopt_hf.retention.report.findings import NO_BREAK_SPACE, findings
+from lopt_hf.retention.report.frontier import frontier_labels, plot_frontier, retention_outcomes
 from lopt_hf.retention.report.plots import plot_deltas, plot_drift
-from lopt_hf.retention.report.tables import to_markdown
-from lopt_hf.retention.results import RetentionReport
+from lopt_hf.retention.report.tables import level_text, make_tables, to_markdown
+from lopt_hf.retention.results import RetentionReport, main_outcomes
 
-__all__ = ["check_report_folder", "to_html", "to_markdown", "write_report"]
+__all__ = ["check_report_folder", "render_page", "to_html", "to_markdown", "write_report"]
 
 PLOTS = {"deltas.png": plot_deltas, "frontier.png": plot_frontier, "drift.png": plot_drift}
+MAX_VALUES = 20  # of a list among the settings
+MAX_OPEN_TABLES = 4  # more tables of single models are folded
+TEXT_COLUMNS = ("", "Model", "Tasks", "Task", "Metric", "First", "Second", "Better", "Reading")
+WRAPPED_COLUMNS = ("Model", "First", "Second", "Better")
 
 
 def to_html(report: RetentionReport) -> str:
@@ -82,3 +95,51 @@ def _render_plots(report: RetentionReport) -> dict[str, bytes]:
             figure.savefig(target, dpi=DPI)
             images[name] = target.getvalue()
     return images
+
+
+def render_page(report: RetentionReport, plots: Mapping[str, bytes]) -> str:
+    """Renders the page, with style and plots inside it.
+
+    Args:
+        report: What to show.
+        plots: PNG files by name, out of `deltas.png`, `frontier.png` and `drift.png`.
+    """
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=StrictUndefined,
+    )
+    templates.filters.update(label=_label_html, column=_column_class)
+    labels = {result.label for result in report.models}
+    return templates.get_template("page.html").render(
+        report=report,
+        level=level_text(report.confidence),
+        most_seeds=max((len(result.seeds) for result in report.models), default=0),
+        samples={delta.task: delta.n for result in report.models for delta in result.deltas},
+        gain=next((result.gain for result in report.models if result.gain), None),
+        one_in=round(1 / (1 - report.confidence)),
+        num_intervals=sum(len(r.deltas) + bool(r.mean) for r in report.models) + len(report.contrasts),
+        findings=findings(report),
+        outcomes=", ".join(f"{outcome.task} {outcome.metric}" for outcome in main_outcomes(report)),
+        frontiers=[(outcome.task, frontier_labels(report, outcome)) for outcome in retention_outcomes(report)],
+        plots={name: base64.b64encode(image).decode("ascii") for name, image in plots.items()},
+        tables=make_tables(report),
+        labels=labels,
+        is_folded=len(labels) > MAX_OPEN_TABLES,
+        max_values=MAX_VALUES,
+        nbsp=NO_BREAK_SPACE,
+    )
+
+
+def _column_class(header: str) -> str:
+    if header in WRAPPED_COLUMNS:
+        return "label"
+    return "text" if header in TEXT_COLUMNS else "number"
+
+
+def _label_html(text: str) -> Markup:
+    """Text in which a number such as 2e-05 stays on one line."""
+    return Markup(re.sub(r"\b\d[\d.]*e-\d+", r"<span>\g<0></span>", str(escape(text))))

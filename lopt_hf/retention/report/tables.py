@@ -7,8 +7,7 @@ from typing import NamedTuple
 from pytablewriter import MarkdownTableWriter
 from pytablewriter.typehint import String
 
-from lopt_hf.retention.report.outcomes import main_outcomes
-from lopt_hf.retention.results import Contrast, Delta, ModelResult, RetentionReport
+from lopt_hf.retention.results import Contrast, Delta, ModelResult, RetentionReport, arrow, main_outcomes
 
 __all__ = [
     "Cell",
@@ -73,7 +72,7 @@ def overview_table(report: RetentionReport) -> Table:
     """Returns a table with one row for each model: gain, mean, and each task's main metric, as delta with interval."""
     outcomes = main_outcomes(report)
     with_seeds = any(result.seeds for result in report.models)
-    headers = ["Model", *(f"{outcome.task} {outcome.metric} {outcome.arrow}" for outcome in outcomes)]
+    headers = ["Model", *(f"{each.task} {each.metric} {arrow(each.higher_is_better)}" for each in outcomes)]
     rows = []
     for result in report.models:
         cells = [Cell(result.label)]
@@ -142,17 +141,11 @@ def interval_text(entry: Delta | Contrast) -> str:
 
 def _delta_texts(delta: Delta) -> list[str]:
     change = [value_text(delta.baseline), "→", value_text(delta.value), signed_text(delta.delta), interval_text(delta)]
-    return [delta.metric, "↑" if delta.higher_is_better else "↓", *change, str(delta.n)]
+    return [delta.metric, arrow(delta.higher_is_better), *change, str(delta.n)]
 
 
 def _contrast_row(contrast: Contrast) -> tuple[Cell, ...]:
-    texts = [
-        contrast.first,
-        contrast.second,
-        contrast.task,
-        contrast.metric,
-        "↑" if contrast.higher_is_better else "↓",
-    ]
+    texts = [contrast.first, contrast.second, contrast.task, contrast.metric, arrow(contrast.higher_is_better)]
     texts += [signed_text(contrast.difference), interval_text(contrast), str(contrast.seeds), contrast.verdict]
     return tuple(map(Cell, texts))
 

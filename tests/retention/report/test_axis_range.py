@@ -5,7 +5,7 @@ import math
 import pytest
 from scipy import stats
 
-from lopt_hf.retention.report.axis_range import fit_axis_range
+from lopt_hf.retention.report.plots import fit_axis_range
 
 
 def points(*values: float, half_width: float = 0.0) -> list[tuple[float, float, float]]:

@@ -14,11 +14,10 @@ import pytest
 from lopt_hf.retention.report import report as report_module
 from lopt_hf.retention.report.findings import findings
 from lopt_hf.retention.report.frontier import frontier_labels, pareto_frontier, plot_frontier, retention_outcomes
-from lopt_hf.retention.report.outcomes import main_outcomes
 from lopt_hf.retention.report.plots import plot_deltas, plot_drift
 from lopt_hf.retention.report.report import to_html, to_markdown, write_report
 from lopt_hf.retention.report.tables import make_tables
-from lopt_hf.retention.results import Contrast, Delta, ModelResult, RetentionReport
+from lopt_hf.retention.results import Contrast, Delta, ModelResult, RetentionReport, main_outcomes
 
 NAN = float("nan")
 PNG = b"\x89PNG"
