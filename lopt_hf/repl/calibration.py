@@ -5,6 +5,7 @@ Shapes: N tokens, D hidden channels, K features.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -52,10 +53,11 @@ def calibrate(
     start, below = 0, None  # what is below layer `start` is done: its output follows from the files
     with evaluating(model), TemporaryDirectory() as folder:
         for index in sorted(operators):
-            fit = _make_fit(operators[index], *neighbours[index], ridge)
+            kind: Any = _LinearFit if isinstance(operators[index], Linear) else _CoefficientFit
+            fit = kind(operators[index], *neighbours[index], ridge)
             for number, batch in enumerate(batches):
                 file = f"{folder}/{number}.pt"
-                resumed = None if below is None else _through(below, torch.load(file, weights_only=True))
+                resumed = None if below is None else below[0](torch.load(file, weights_only=True), *below[1])
                 with _from_layer(layers, start, resumed):
                     h_BTD, output_BTD = _input_and_output(model, layers[index], batch)
                 torch.save(h_BTD, file)
@@ -70,33 +72,20 @@ def block_influence(model: PreTrainedModel, batches: Batches) -> list[float]:
     layers = find_layers(model)
     totals = [0.0] * len(layers)
     tokens = [0] * len(layers)
-    with evaluating(model):
+
+    def add(index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any], output_BTD: torch.Tensor) -> None:
+        h_BTD = hidden_of(args, kwargs)
+        changes = 1 - _select(nn.functional.cosine_similarity(h_BTD.float(), output_BTD.float(), dim=-1), mask_BT)
+        totals[index] += changes.sum().item()
+        tokens[index] += changes.numel()
+
+    with evaluating(model), ExitStack() as hooks:
+        for index, layer in enumerate(layers):
+            hooks.enter_context(layer.register_forward_hook(partial(add, index), with_kwargs=True))
         for batch in batches:
-            mask = _kept_tokens(batch)
-
-            def record(index: int, h_BTD: torch.Tensor, output_BTD: torch.Tensor, mask: Any = mask) -> None:
-                cosine_BT = nn.functional.cosine_similarity(h_BTD.float(), output_BTD.float(), dim=-1)
-                kept = _select(cosine_BT, mask)
-                totals[index] += (1 - kept).sum().item()
-                tokens[index] += kept.numel()
-
-            with ExitStack() as hooks:
-                for index, layer in enumerate(layers):
-                    hooks.enter_context(_watching(layer, index, record))
-                _forward(model, batch)
+            mask_BT = _kept_tokens(batch)
+            _forward(model, batch)
     return [total / count for total, count in zip(totals, tokens, strict=True)]
-
-
-@contextmanager
-def _watching(layer: nn.Module, index: int, record: Any) -> Iterator[None]:
-    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> None:
-        record(index, hidden_of(args, kwargs), output)
-
-    handle = layer.register_forward_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 class _Done(nn.Module):
@@ -121,11 +110,6 @@ def _from_layer(layers: nn.ModuleList, start: int, resumed_BTD: torch.Tensor | N
     finally:
         for index, layer in enumerate(originals):
             layers[index] = layer
-
-
-def _through(below: tuple[Operator, tuple[Neighbour, Neighbour]], h_BTD: torch.Tensor) -> torch.Tensor:
-    operator, beside = below
-    return operator(h_BTD, *beside)
 
 
 def _forward(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> None:
@@ -208,8 +192,3 @@ class _LinearFit:
         bias = torch.zeros_like(prior.weight[:, 0]) if prior.bias is None else prior.bias
         fitted_FD = self.sums.solve(torch.cat([prior.weight.T, bias[None]]))
         self.operator.start_from(Affine(fitted_FD[:-1].T, fitted_FD[-1]))
-
-
-def _make_fit(operator: Operator, previous: Neighbour, following: Neighbour, ridge: float) -> Any:
-    kind: Any = _LinearFit if isinstance(operator, Linear) else _CoefficientFit
-    return kind(operator, previous, following, ridge)

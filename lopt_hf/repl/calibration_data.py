@@ -1,7 +1,7 @@
 """Calibration data as batches of model inputs."""
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -37,15 +37,10 @@ def make_batches(data: Any, processing_class: Any, config: RepLConfig) -> list[B
     first = next(rows, None)
     if first is None:
         raise ValueError("calibration_data is empty; check the file or split it was loaded from.")
-    rows = _chain(first, rows)
+    rows = chain([first], rows)
     if isinstance(first, dict) and all(isinstance(value, torch.Tensor) for value in first.values()):
         return [{name: value for name, value in batch.items() if name != "labels"} for batch in rows]
     return _pack(_token_ids(rows, processing_class), config)
-
-
-def _chain(first: Any, rest: Iterable[Any]) -> Iterator[Any]:
-    yield first
-    yield from rest
 
 
 def _pack(token_ids: Iterator[int], config: RepLConfig) -> list[Batch]:

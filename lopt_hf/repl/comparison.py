@@ -3,7 +3,7 @@
 import copy
 import json
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
@@ -17,13 +17,13 @@ from trl import ModelConfig
 from lopt_hf.common.arithmetic import DTYPE_HELP, arithmetic_of
 from lopt_hf.common.evaluation import general_text
 from lopt_hf.common.files import write_text
-from lopt_hf.common.settings import check_distinct, check_lowest
+from lopt_hf.common.settings import check_distinct, check_lowest, option
 from lopt_hf.data.pretrained import resolve_model
 from lopt_hf.repl.config import RepLConfig
 from lopt_hf.repl.experiment import FULL, PLAIN, Row, cut_chunks, make_plain, make_row, make_variant, parse_variant
 from lopt_hf.repl.export import save_with_code
-from lopt_hf.repl.healing import HealingConfig, heal, healing_data, read_text
 from lopt_hf.repl.report import to_json, to_markdown
+from lopt_hf.repl.trainer import HealingConfig, heal, healing_data, read_text
 
 __all__ = ["Comparison", "ComparisonArguments", "ComparisonModelConfig", "check_output_dir"]
 
@@ -46,18 +46,15 @@ class ComparisonArguments:
             removal and RepL are trained from the same random weights (the paper's language experiment).
     """
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Healing data: .txt, .jsonl, hub id."})
-    calibration_text: str | None = field(default=None, metadata={"help": "A .txt file to calibrate on."})
-    eval_text: str | None = field(default=None, metadata={"help": "A .txt file to measure perplexity on."})
-    eval_chunks: int = field(default=32, metadata={"help": "Pieces of the text to measure perplexity on."})
-    eval_chunk_length: int = field(default=256, metadata={"help": "Tokens of each piece."})
-    compare: list[str] = field(
-        default_factory=list, metadata={"help": "Further operators beside it, as 'operator' or 'operator:init'."}
-    )
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds of the healing runs."})
-    scratch: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Start from random weights; JSON with changes to the model's config, '{}' for none."},
+    dataset_name: str | None = option(None, "Healing data: .txt, .jsonl, hub id.")
+    calibration_text: str | None = option(None, "A .txt file to calibrate on.")
+    eval_text: str | None = option(None, "A .txt file to measure perplexity on.")
+    eval_chunks: int = option(32, "Pieces of the text to measure perplexity on.")
+    eval_chunk_length: int = option(256, "Tokens of each piece.")
+    compare: list[str] = option([], "Further operators beside it, as 'operator' or 'operator:init'.")
+    seeds: list[int] = option([0], "Seeds of the healing runs.")
+    scratch: dict[str, Any] | str | None = option(
+        None, "Start from random weights; JSON with changes to the model's config, '{}' for none."
     )
 
     def __post_init__(self) -> None:
@@ -82,13 +79,10 @@ class ComparisonModelConfig(ModelConfig):
             that is given; with `"auto"` the faster arithmetic is chosen.
     """
 
-    dtype: str | None = field(
-        default="auto",
-        metadata={
-            "help": f"{DTYPE_HELP} Weights are in this type; with auto in float32, and only the arithmetic of "
-            "training is chosen.",
-            "choices": ["auto", "float32", "bfloat16", "float16"],
-        },
+    dtype: str | None = option(
+        "auto",
+        f"{DTYPE_HELP} Weights are in this type; with auto in float32, and only the arithmetic of training is chosen.",
+        ("auto", "float32", "bfloat16", "float16"),
     )
 
 
@@ -116,15 +110,12 @@ def check_scratch(config: RepLConfig) -> None:
 
 def read_texts(script_args: ComparisonArguments) -> tuple[str, str]:
     """Reads the texts to calibrate and to evaluate on; where none is given, halves of Python's documentation."""
-    prose = general_text()
-    given = (script_args.calibration_text, script_args.eval_text)
-    halves = (prose[: len(prose) // 2], prose[len(prose) // 2 :])
-    names = ("calibration_text", "eval_text")
-    calibration, evaluation = (
-        half if name is None else read_text(name, option)
-        for name, half, option in zip(given, halves, names, strict=True)
+    prose, calibration, evaluation = general_text(), script_args.calibration_text, script_args.eval_text
+    middle = len(prose) // 2
+    return (
+        prose[:middle] if calibration is None else read_text(calibration, "calibration_text"),
+        prose[middle:] if evaluation is None else read_text(evaluation, "eval_text"),
     )
-    return calibration, evaluation
 
 
 @dataclass

@@ -1,9 +1,9 @@
 """Arguments of `get_repl_model`."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from lopt_hf.common.settings import check_choices, check_lowest
+from lopt_hf.common.settings import check_choices, check_lowest, option
 
 __all__ = ["BRANCHES", "OPERATORS", "UNFOLDED_MODEL_TYPE", "RepLConfig"]
 
@@ -15,13 +15,6 @@ INITS = ("calibrate", "paper", "skip")
 COEFFICIENTS = ("channel", "head", "scalar")
 BRANCHES = ("identity", "value", "output", "mlp")
 TRAINABLE = ("all", "coefficients")
-_CHOICES = {
-    "operator": OPERATORS,
-    "placement": PLACEMENTS,
-    "init": INITS,
-    "coefficients": COEFFICIENTS,
-    "trainable": TRAINABLE,
-}
 _SMALLEST = {"every": 2, "calibration_tokens": 1, "calibration_seq_length": 2, "calibration_batch_size": 1}
 
 
@@ -62,58 +55,35 @@ class RepLConfig:
         ValueError: If a value is out of range; the message names field, value and fix.
     """
 
-    operator: str = field(
-        # ours: lowest perplexity within 0.35 x the removed layer's arithmetic, see recipes/smollm2-135m/repl
-        default="linear",
-        metadata={"help": "What stands in a removed layer's place.", "choices": list(OPERATORS)},
+    # ours: lowest perplexity within 0.35 x the removed layer's arithmetic, see recipes/smollm2-135m/repl
+    operator: str = option("linear", "What stands in a removed layer's place.", OPERATORS)
+    # ours: at the same number of layers plain removal hurts less there than every K-th
+    placement: str = option("block_influence", "How layers are chosen.", PLACEMENTS)
+    num_layers_to_replace: int | None = option(None, "How many layers placement 'block_influence' picks.")
+    every: int = option(4, "K of placement 'every' (paper: 4).")  # paper, Sec. 4
+    layers_to_replace: list[int] | None = option(None, "Layers to replace, counted from 0, instead of a placement.")
+    # ours: the paper's coefficients destroy a pretrained model
+    init: str = option("calibrate", "How the surrogates start.", INITS)
+    # ours: scalars hardly help
+    coefficients: str = option("channel", "Granularity of the coefficients of 'branches'.", COEFFICIENTS)
+    branches: list[str] = option(  # ours: what folds into one d x d map
+        ["identity", "value"], f"Branches of operator 'branches': any of {', '.join(BRANCHES)}."
     )
-    placement: str = field(
-        default="block_influence",  # ours: at the same number of layers plain removal hurts less there than every K-th
-        metadata={"help": "How layers are chosen.", "choices": list(PLACEMENTS)},
+    detach_sources: bool = option(True, "Read the neighbours' weights as constants (paper, Eq 30).")
+    ridge: float = option(  # ours: chosen on WikiText-2, see recipes/smollm2-135m/repl
+        0.1, "Ridge penalty of the calibration, relative to the mean square of the features."
     )
-    num_layers_to_replace: int | None = field(
-        default=None, metadata={"help": "How many layers placement 'block_influence' picks."}
-    )
-    every: int = field(default=4, metadata={"help": "K of placement 'every' (paper: 4)."})  # paper, Sec. 4
-    layers_to_replace: list[int] | None = field(
-        default=None, metadata={"help": "Layers to replace, counted from 0, instead of a placement."}
-    )
-    init: str = field(
-        default="calibrate",  # ours: the paper's coefficients destroy a pretrained model
-        metadata={"help": "How the surrogates start.", "choices": list(INITS)},
-    )
-    coefficients: str = field(
-        default="channel",  # ours: scalars hardly help
-        metadata={"help": "Granularity of the coefficients of 'branches'.", "choices": list(COEFFICIENTS)},
-    )
-    branches: list[str] = field(
-        default_factory=lambda: ["identity", "value"],  # ours: what folds into one d x d map
-        metadata={"help": f"Branches of operator 'branches': any of {', '.join(BRANCHES)}."},
-    )
-    detach_sources: bool = field(
-        default=True, metadata={"help": "Read the neighbours' weights as constants (paper, Eq 30)."}
-    )
-    ridge: float = field(
-        default=0.1,  # ours: chosen on WikiText-2, see recipes/smollm2-135m/repl
-        metadata={"help": "Ridge penalty of the calibration, relative to the mean square of the features."},
-    )
-    calibration_tokens: int = field(
-        default=8192,  # ours: under two minutes on two CPU cores for 135M parameters
-        metadata={"help": "Tokens of the calibration data that are used, at most."},
-    )
-    calibration_seq_length: int = field(default=512, metadata={"help": "Tokens of each calibration sequence."})  # ours
-    calibration_batch_size: int = field(default=4, metadata={"help": "Calibration sequences per forward."})  # ours
-    trainable: str = field(
-        default="all",  # paper
-        metadata={"help": "What trains afterwards.", "choices": list(TRAINABLE)},
-    )
-    distillation_weight: float = field(
-        default=0.0,  # paper: the task loss alone
-        metadata={"help": "Weight of the removed layers' outputs as targets in the loss of RepLTrainer."},
+    # ours: under two minutes on two CPU cores for 135M parameters
+    calibration_tokens: int = option(8192, "Tokens of the calibration data that are used, at most.")
+    calibration_seq_length: int = option(512, "Tokens of each calibration sequence.")  # ours
+    calibration_batch_size: int = option(4, "Calibration sequences per forward.")  # ours
+    trainable: str = option("all", "What trains afterwards.", TRAINABLE)  # paper
+    distillation_weight: float = option(  # paper: the task loss alone
+        0.0, "Weight of the removed layers' outputs as targets in the loss of RepLTrainer."
     )
 
     def __post_init__(self) -> None:
-        check_choices(self, _CHOICES)
+        check_choices(self)
         check_lowest(self, _SMALLEST)
         for name in ("ridge", "distillation_weight"):
             value = getattr(self, name)

@@ -120,11 +120,6 @@ def make_variant(
 def make_row(name: str, model: Any, chunks_BT: torch.Tensor, **facts: Any) -> Row:
     """Measures a model."""
     costs = model.surrogate_costs if isinstance(model, RepLModel) else []
-    parameters = count_parameters(model) + sum(cost.parameters - cost.coefficients for cost in costs)
+    parameters = model.num_parameters() + sum(cost.parameters - cost.coefficients for cost in costs)
     ratio = costs[0].ratio if costs else None
     return Row(name, chunk_losses(model, chunks_BT), parameters, cost_ratio=ratio, **facts)
-
-
-def count_parameters(model: PreTrainedModel) -> int:
-    """Parameters of a model, each once."""
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,8 +1,7 @@
 """A stock model with some layers replaced, under PEFT's verbs: `get_repl_model`, `RepLModel`."""
 
 from collections.abc import Sequence
-from dataclasses import fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -14,16 +13,9 @@ from lopt_hf.repl.calibration import block_influence, calibrate
 from lopt_hf.repl.calibration_data import make_batches
 from lopt_hf.repl.config import UNFOLDED_MODEL_TYPE, RepLConfig
 from lopt_hf.repl.configuration_repl import FoldedRepLConfig
-from lopt_hf.repl.cost import SurrogateCost, cost_of, layer_cost
-from lopt_hf.repl.modeling_repl import (
-    FoldedSurrogate,
-    SurrogateHook,
-    family_classes,
-    find_layers,
-    make_folded_classes,
-)
+from lopt_hf.repl.modeling_repl import FoldedSurrogate, SurrogateHook, family_classes, find_layers, make_folded_classes
 from lopt_hf.repl.neighbours import Neighbour, check_family
-from lopt_hf.repl.operator_base import Operator
+from lopt_hf.repl.operator_base import Operator, SurrogateCost, cost_of, layer_cost
 from lopt_hf.repl.operators import make_operator
 from lopt_hf.repl.placement import choose_layers
 from lopt_hf.repl.surgery import SynthesisHook, attach, kept_index, remove_layers
@@ -91,11 +83,10 @@ class RepLModel:
         """What each surrogate costs beside its removed layer."""
         layers = find_layers(self)  # type: ignore[arg-type]
         removed = self.config.repl["removed"]
-        costs = []
-        for layer, operator in self.surrogates.items():
-            before: Any = layers[kept_index(layer, removed) - 1]
-            costs.append(cost_of(layer, operator, layer_cost(before)))  # neighbours have the removed layer's shapes
-        return costs
+        return [
+            cost_of(layer, operator, layer_cost(layers[kept_index(layer, removed) - 1]))  # its neighbour's are its own
+            for layer, operator in self.surrogates.items()
+        ]
 
     @property
     def hooks(self) -> list[SynthesisHook]:
@@ -105,8 +96,7 @@ class RepLModel:
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """The number of trainable parameters, and of all."""
-        parameters = list(self.parameters())  # type: ignore[attr-defined]
-        return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+        return self.num_parameters(only_trainable=True), self.num_parameters()  # type: ignore[attr-defined]
 
     def print_trainable_parameters(self) -> None:
         """Prints the trainable parameters in PEFT's words."""
@@ -134,7 +124,8 @@ class RepLModel:
             folded[str(index)] = operator.spec
         config_class, model_class = make_folded_classes(repl["architecture"], FoldedRepLConfig.model_type)
         _change_class(self.config, config_class)
-        self.config.repl = {**_origin(repl), "removed": repl["removed"], "surrogates": folded}
+        kept = {name: repl[name] for name in ("architecture", "family", "removed")}
+        self.config.repl = {**kept, "surrogates": folded}
         self.__class__ = model_class
         return self
 
@@ -143,10 +134,6 @@ def _change_class(config: Any, config_class: type) -> None:
     """Makes a config, which the model's modules share, one of another class."""
     config.__class__ = config_class
     vars(config).pop("model_type", None)  # a config read from a file has its own beside its class's
-
-
-def _origin(repl: dict[str, Any]) -> dict[str, str]:
-    return {"architecture": repl["architecture"], "family": repl["family"]}
 
 
 def _surrogate(layer: Any) -> Operator:
@@ -158,10 +145,8 @@ def _surrogate(layer: Any) -> Operator:
 def _neighbours(
     layers: nn.ModuleList, previous: int, following: int, config: Any, family: str, settings: RepLConfig
 ) -> tuple[Neighbour, Neighbour]:
-    before, after = (
-        Neighbour(layers[index], config, family, settings.detach_sources) for index in (previous, following)
-    )
-    return before, after
+    read = partial(Neighbour, config=config, family=family, detach=settings.detach_sources)
+    return read(layers[previous]), read(layers[following])
 
 
 @lru_cache
@@ -254,8 +239,8 @@ def _replace(model: Any, config: RepLConfig, removed: list[int], operators: Any,
         before, after = neighbours[layer]
         attach(layers[kept_index(layer, removed)], operators[layer], SynthesisHook(before, after, kept))
     _change_class(model.config, config_class)
-    settings = {f.name: getattr(config, f.name) for f in fields(config)}
-    model.config.repl = {"architecture": architecture, "family": family, "removed": removed, "config": settings}
+    origin = {"architecture": architecture, "family": family}
+    model.config.repl = {**origin, "removed": removed, "config": config.to_dict()}
     model.__class__ = model_class
     if config.trainable == "coefficients":
         model.requires_grad_(False)

@@ -4,7 +4,7 @@ Shapes: D hidden channels, P heads x head size (the width of the concatenated he
 A bias that a layer does not have is `None`.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,18 +19,18 @@ __all__ = ["FAMILIES", "Affine", "MLPWeights", "Neighbour", "NormWeights", "chec
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a family keeps the weights of a layer.
+    """Where a family keeps the weights of a layer; what is left out is as in LLaMA, but for the gate.
 
     `value` may be packed with others; `value_packing` is `"rows"` where query, key and value follow each other,
     `"heads"` where those of each head do.
     """
 
-    attention_norm: str
-    value: str
-    output: str
-    mlp_norm: str
-    up: str
-    down: str
+    attention_norm: str = "input_layernorm"
+    value: str = "self_attn.v_proj"
+    output: str = "self_attn.o_proj"
+    mlp_norm: str = "post_attention_layernorm"
+    up: str = "mlp.up_proj"
+    down: str = "mlp.down_proj"
     gate: str | None = None
     value_packing: str | None = None
     packs_gate: bool = False
@@ -40,31 +40,16 @@ class Layout:
     activation: str = "hidden_act"
 
 
-_LLAMA = Layout(
-    attention_norm="input_layernorm",
-    value="self_attn.v_proj",
-    output="self_attn.o_proj",
-    mlp_norm="post_attention_layernorm",
-    up="mlp.up_proj",
-    down="mlp.down_proj",
-    gate="mlp.gate_proj",
-)
 FAMILIES = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "smollm3": _LLAMA,
-    "gemma2": replace(
-        _LLAMA,
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3"), Layout(gate="mlp.gate_proj")),
+    "gemma2": Layout(
+        gate="mlp.gate_proj",
         mlp_norm="pre_feedforward_layernorm",
         post_mlp_norm="post_feedforward_layernorm",
         norm_offset=1.0,
         activation="hidden_activation",
     ),
-    "phi3": replace(
-        _LLAMA, value="self_attn.qkv_proj", value_packing="rows", up="mlp.gate_up_proj", gate=None, packs_gate=True
-    ),
+    "phi3": Layout(value="self_attn.qkv_proj", value_packing="rows", up="mlp.gate_up_proj", packs_gate=True),
     "gpt2": Layout(
         attention_norm="ln_1",
         value="attn.c_attn",
@@ -77,10 +62,8 @@ FAMILIES = {
         activation="activation_function",
     ),
     "gpt_neox": Layout(
-        attention_norm="input_layernorm",
         value="attention.query_key_value",
         output="attention.dense",
-        mlp_norm="post_attention_layernorm",
         up="mlp.dense_h_to_4h",
         down="mlp.dense_4h_to_h",
         value_packing="heads",
@@ -88,7 +71,6 @@ FAMILIES = {
     ),
     "opt": Layout(
         attention_norm="self_attn_layer_norm",
-        value="self_attn.v_proj",
         output="self_attn.out_proj",
         mlp_norm="final_layer_norm",
         up="fc1",
@@ -142,6 +124,14 @@ class Affine:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(x, self.weight, self.bias)
 
+    def after(self, first: "Affine") -> "Affine":
+        """The map that does `first`, and then this one."""
+        return Affine(self.weight @ first.weight, self.bias if first.bias is None else self(first.bias))
+
+    def scaled(self, factors_O: torch.Tensor) -> "Affine":
+        """The map whose outputs are multiplied by factors."""
+        return Affine(self.weight * factors_O[:, None], None if self.bias is None else self.bias * factors_O)
+
 
 @dataclass(frozen=True)
 class NormWeights:
@@ -152,11 +142,8 @@ class NormWeights:
 
     def into(self, following: Affine) -> Affine:
         """The linear map that does on the plainly normalised input what `following` does on the norm's output."""
-        weight, bias = following.weight, following.bias
-        if self.bias is not None:
-            shift = weight @ self.bias
-            bias = shift if bias is None else bias + shift
-        return Affine(weight if self.weight is None else weight * self.weight, bias)
+        weight = following.weight if self.weight is None else following.weight * self.weight
+        return Affine(weight, following.bias if self.bias is None else following(self.bias))
 
 
 @dataclass(frozen=True)
@@ -203,20 +190,17 @@ class Neighbour:
         self.norm_kind = self.layout.norm
         self.norm_eps: float = norm.variance_epsilon if "variance_epsilon" in vars(norm) else norm.eps
 
+    def _read(self, tensor: Any) -> Any:
+        return tensor.detach() if self.detach and tensor is not None else tensor
+
     def _affine(self, path: str) -> Affine:
         affine = _effective(self.layer.get_submodule(path))
-        if not self.detach:
-            return affine
-        return Affine(affine.weight.detach(), None if affine.bias is None else affine.bias.detach())
+        return Affine(self._read(affine.weight), self._read(affine.bias))
 
     def _norm(self, path: str) -> NormWeights:
         module: Any = self.layer.get_submodule(path)
-        weight: torch.Tensor | None = module.weight
-        bias: torch.Tensor | None = module.bias if isinstance(module, nn.LayerNorm) else None
-        if weight is not None and self.detach:
-            weight = weight.detach()
-        if bias is not None and self.detach:
-            bias = bias.detach()
+        weight = self._read(module.weight)
+        bias = self._read(module.bias) if isinstance(module, nn.LayerNorm) else None
         if weight is not None and self.layout.norm_offset:
             weight = weight + self.layout.norm_offset
         return NormWeights(weight, bias)
@@ -252,12 +236,7 @@ class Neighbour:
 
         A norm after the attention (Gemma 2) is left out: it is not linear.
         """
-        value, output = self.attention_norm().into(self.value()), self.output()
-        bias = output.bias
-        if value.bias is not None:
-            shift = output.weight @ value.bias
-            bias = shift if bias is None else bias + shift
-        return Affine(output.weight @ value.weight, bias)
+        return self.output().after(self.attention_norm().into(self.value()))
 
     def mlp(self) -> MLPWeights:
         """Returns the weights of the MLP with its norms."""

@@ -1,8 +1,10 @@
-"""What all operators share: the module, and the tensors that several of them synthesise.
+"""What all operators share: the module, the tensors that several of them synthesise, and what a surrogate costs.
 
 Shapes: N tokens, D hidden channels, P width of the concatenated heads, H heads, K branches, I inner width of the MLP.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,8 +16,11 @@ from lopt_hf.repl.neighbours import Affine, Neighbour
 
 __all__ = [
     "Operator",
+    "SurrogateCost",
     "Tensors",
     "check_square",
+    "cost_of",
+    "layer_cost",
     "make_spec",
     "mean",
     "mean_affine",
@@ -135,7 +140,7 @@ def mean_mlp(previous: Neighbour, following: Neighbour, scale: torch.Tensor | No
     a, b = previous.mlp(), following.mlp()
     down, post_norm = mean_affine(a.down, b.down), a.post_norm
     if scale is not None and post_norm is None:
-        down = Affine(down.weight * scale[:, None], None if down.bias is None else down.bias * scale)
+        down = down.scaled(scale)
     tensors = {**tensors_of("mlp.up", a.norm.into(mean_affine(a.up, b.up))), **tensors_of("mlp.down", down)}
     if a.gate is not None and b.gate is not None:
         tensors |= tensors_of("mlp.gate", a.norm.into(mean_affine(a.gate, b.gate)))
@@ -167,3 +172,50 @@ def check_square(name: str, neighbour: Neighbour) -> None:
             f"{name} applies the attention's output projection to the hidden states, but it is {rows} x {columns} "
             "(head size x heads differs from the hidden size); use operator 'linear', or 'branches' without 'output'."
         )
+
+
+@dataclass(frozen=True)
+class SurrogateCost:
+    """Parameters and multiply-adds per token of one surrogate and of its removed layer.
+
+    Attributes:
+        layer: Number of the removed layer, from 0.
+        parameters: Of the folded surrogate.
+        coefficients: What the unfolded one owns and trains.
+        multiply_adds: Of the folded surrogate, in its matrices.
+        removed_parameters: Of the removed layer.
+        removed_multiply_adds: Of the removed layer, in its matrices; the attention scores, which grow with the
+            context, come on top.
+    """
+
+    layer: int
+    parameters: int
+    coefficients: int
+    multiply_adds: int
+    removed_parameters: int
+    removed_multiply_adds: int
+
+    @property
+    def ratio(self) -> float:
+        """The surrogate's multiply-adds per token relative to the removed layer's."""
+        return self.multiply_adds / self.removed_multiply_adds
+
+
+def layer_cost(layer: nn.Module) -> tuple[int, int]:
+    """Parameters, and multiply-adds per token, of a layer or a folded surrogate: each matrix entry is used once."""
+    parameters = list(layer.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.ndim == 2)
+
+
+def cost_of(layer: int, operator: Operator, removed: Sequence[int]) -> SurrogateCost:
+    """The cost of one surrogate.
+
+    Args:
+        layer: Number of the removed layer.
+        operator: What stands in its place.
+        removed: `layer_cost` of the removed layer.
+    """
+    folded: FoldedSurrogate = operator._folded[0]
+    parameters, multiply_adds = layer_cost(folded)
+    coefficients = sum(parameter.numel() for parameter in operator.parameters())
+    return SurrogateCost(layer, parameters, coefficients, multiply_adds, *removed)

@@ -24,22 +24,10 @@ def _register() -> None:
         auto_config.register(config_class.model_type, config_class, exist_ok=True)
 
 
-class _RegisteringLoader(Loader):
-    """Loads a module as its own loader would, then registers."""
+class _AutoConfigImporter(MetaPathFinder, Loader):
+    """Finds one module, once, by asking the other finders, loads it as its own loader would, and registers then."""
 
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self.loader.exec_module(module)
-        _register()
-
-
-class _AutoConfigFinder(MetaPathFinder):
-    """Finds one module, once, by asking the other finders."""
+    own_loader: Loader
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -49,13 +37,20 @@ class _AutoConfigFinder(MetaPathFinder):
         sys.meta_path.remove(self)
         spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _RegisteringLoader(spec.loader)
+            self.own_loader, spec.loader = spec.loader, self
         return spec
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.own_loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.own_loader.exec_module(module)
+        _register()
 
 
 def register_when_transformers_is_loaded() -> None:
     """Registers now or later; calling it again does no harm."""
     if AUTO_CONFIG in sys.modules:
         _register()
-    elif not any(isinstance(finder, _AutoConfigFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AutoConfigFinder())
+    elif not any(isinstance(finder, _AutoConfigImporter) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AutoConfigImporter())

@@ -15,8 +15,8 @@ from trl import TrlParser
 
 from lopt_hf.repl.comparison import Comparison, ComparisonArguments, ComparisonModelConfig, check_output_dir
 from lopt_hf.repl.config import RepLConfig
-from lopt_hf.repl.healing import HealingConfig
 from lopt_hf.repl.report import to_markdown
+from lopt_hf.repl.trainer import HealingConfig
 from lopt_hf.scripts.parsing import make_trl_parser, parse_or_exit
 
 __all__ = ["main", "make_parser"]

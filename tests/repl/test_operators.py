@@ -5,9 +5,9 @@ import torch
 from torch.nn.functional import gelu, layer_norm, linear, silu
 
 from lopt_hf import RepLConfig
-from lopt_hf.repl.cost import cost_of, layer_cost
 from lopt_hf.repl.modeling_repl import find_layers
 from lopt_hf.repl.neighbours import Neighbour
+from lopt_hf.repl.operator_base import cost_of, layer_cost
 from lopt_hf.repl.operators import Branches, make_operator
 from tests.repl.helpers import FAMILIES, make_stock
 
