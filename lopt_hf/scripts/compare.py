@@ -19,6 +19,7 @@ from lopt_hf.compare.experiment import GridEvaluation
 from lopt_hf.compare.grid import Grid, load_grid
 from lopt_hf.compare.grid_training import GridTrainingError, prepare_data, train_grid
 from lopt_hf.scripts.retention import exit_on_error, write_results
+from lopt_hf.scripts.settings import OneLineParser
 
 __all__ = ["main", "make_parser"]
 
@@ -38,12 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Makes the parser of this command."""
     lines = (f"  {setting.name:<16} {setting.metadata['help']}" for setting in fields(Grid))
     settings = "\n".join(textwrap.fill(line, 110, subsequent_indent=" " * 19) for line in lines)
-    parser = argparse.ArgumentParser(
-        prog="lopt-hf compare",
-        description=__doc__,
-        epilog=EPILOG.format(settings=settings),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = OneLineParser("compare", __doc__, EPILOG.format(settings=settings))
     parser.add_argument("--config", type=Path, required=True, help="the YAML with the settings below")
     parser.add_argument("--output-dir", help="in place of the file's")
     parser.add_argument("--dtype", metavar="NAME", help="auto, float32 or bfloat16, in place of the file's")

@@ -16,15 +16,14 @@ from pathlib import Path
 
 from lopt_hf.common.figures import save_figure
 from lopt_hf.compare.curves import Curve, plot_curves, read_curve, to_markdown
+from lopt_hf.scripts.settings import OneLineParser
 
 __all__ = ["main", "make_parser"]
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Makes the parser of this command."""
-    parser = argparse.ArgumentParser(
-        prog="lopt-hf curves", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser("curves", __doc__)
     parser.add_argument(
         "--run",
         dest="runs",

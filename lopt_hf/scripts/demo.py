@@ -10,7 +10,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -23,9 +23,11 @@ from lopt_hf.bench.step import StepBenchSettings, StepResult, run_step_bench
 from lopt_hf.common.arithmetic import DTYPE_HELP, Arithmetic, choose_arithmetic
 from lopt_hf.common.evaluation import answer_loss, general_text, generate_answers, text_loss
 from lopt_hf.common.files import write_text
+from lopt_hf.common.settings import option
 from lopt_hf.data.pretrained import SMOLLM2_ID, resolve_model
 from lopt_hf.data.word_problems import extract_answer, make_word_problems
-from lopt_hf.scripts.demo_report import Measurement, Training, plot_curves, report
+from lopt_hf.scripts.demo_report import DemoResult, Measurement, Training, plot_curves, report
+from lopt_hf.scripts.settings import OneLineParser, add_settings
 from lopt_hf.trainers.configs import LoPTConfig
 from lopt_hf.trainers.sft import LoPTTrainer
 
@@ -41,32 +43,31 @@ FEWEST_STEPS, MOST_STEPS = 12, 240  # ours: 8 steps just halve the loss; more th
 FEW_PROBLEMS = 2  # of a step, where FEWEST_STEPS whole ones do not fit
 
 
+@dataclass(frozen=True)
+class DemoOptions:
+    """Options of the command."""
+
+    minutes: float = option(
+        8.0,
+        f"Time for everything after installing, within which there are as many steps of {BATCH_SIZE} problems as fit, "
+        f"{MOST_STEPS} at most.",
+    )
+    steps: int | None = option(None, "Optimizer steps, however long they take.")
+    dtype: str = option("auto", DTYPE_HELP)
+    output_dir: Path = option(Path("lopt-demo"), "New folder.")
+    model: str = option(SMOLLM2_ID, "Hub id or local folder.")
+    learning_rate: float = option(1e-4, "Peak rate.")
+    early_learning_rate: float = option(
+        1e-5, "Peak rate of the early blocks: AdamW's step is as long as its rate, however small the gradient."
+    )
+    num_blocks: int = option(2, "Blocks of the decoder.")
+    seed: int = option(0, "Seed of data and training.")
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of this command."""
-    parser = argparse.ArgumentParser(
-        prog="lopt-hf demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--minutes",
-        type=float,
-        default=8,
-        help=f"time for everything after installing, within which there are as many steps of {BATCH_SIZE} problems as "
-        f"fit, {MOST_STEPS} at most (default: %(default)g)",
-    )
-    parser.add_argument("--steps", type=int, help="optimizer steps, however long they take")
-    parser.add_argument("--dtype", default="auto", help=f"{DTYPE_HELP} (default: %(default)s)")
-    parser.add_argument("--output-dir", type=Path, default=Path("lopt-demo"), help="new folder (default: %(default)s)")
-    parser.add_argument("--model", default=SMOLLM2_ID, help="hub id or local folder (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=1e-4, help="peak rate (default: %(default)s)")
-    parser.add_argument(
-        "--early-learning-rate",
-        type=float,
-        default=1e-5,
-        help="peak rate of the early blocks: AdamW's step is as long as its rate, however small the gradient "
-        "(default: %(default)s)",
-    )
-    parser.add_argument("--num-blocks", type=int, default=2, help="blocks of the decoder (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of data and training (default: %(default)s)")
+    parser = OneLineParser("demo", __doc__)
+    add_settings(parser, DemoOptions)
     return parser
 
 
@@ -186,19 +187,13 @@ def run(options: argparse.Namespace, arithmetic: Arithmetic) -> None:
     print(training.note, flush=True)
     log_history = train(model_path, problems["train"], options, training, arithmetic)
     after = measure(str(options.output_dir / "model"), rows, arithmetic.torch_dtype, "after")
-    plot_curves(log_history, before, after, options.output_dir / "curves.png")
+    result = DemoResult(arithmetic, training, before, after, costs)
+    plot_curves(log_history, result, options.output_dir / "curves.png")
     question, step = rows[0]["prompt"][-1]["content"], f"{BENCH_SEQUENCES} x {BENCH_TOKENS} tokens"
-    text = report(options, training, arithmetic, question, before, after, costs, step)
+    text = report(options, result, question, step)
     write_text(options.output_dir / "report.md", text)
     seconds = perf_counter() - start
-    figures = {
-        "arithmetic": asdict(arithmetic),
-        "training": asdict(training),
-        "before": asdict(before),
-        "after": asdict(after),
-        "step": [asdict(cost) for cost in costs],
-        "seconds": seconds,
-    }
+    figures = {**asdict(result), "seconds": seconds}
     write_text(options.output_dir / "report.json", json.dumps(figures, indent=2))
     print(f"\n{text}\n{seconds / 60:.1f} minutes in all, {training.steps} steps.")
 

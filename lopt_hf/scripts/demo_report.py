@@ -7,9 +7,10 @@ from typing import Any
 
 from lopt_hf.bench.step import StepResult, to_markdown
 from lopt_hf.common.arithmetic import Arithmetic
+from lopt_hf.common.figures import new_figure, save_figure
 from lopt_hf.common.tables import markdown_table
 
-__all__ = ["Measurement", "Training", "plot_curves", "report"]
+__all__ = ["DemoResult", "Measurement", "Training", "plot_curves", "report"]
 
 
 @dataclass(frozen=True)
@@ -46,28 +47,45 @@ class Training:
     note: str
 
 
+@dataclass(frozen=True)
+class DemoResult:
+    """What the command found.
+
+    Attributes:
+        arithmetic: In which type the model was trained.
+        training: How long.
+        before: The model that it started from.
+        after: The model that it ended with.
+        step: What a step cost, end-to-end and with LoPT.
+    """
+
+    arithmetic: Arithmetic
+    training: Training
+    before: Measurement
+    after: Measurement
+    step: list[StepResult]
+
+
 def comparison(before: Measurement, after: Measurement) -> str:
     """Makes the table of before and after in Markdown."""
-    losses = (
-        ("loss of held-out answers, nats/token", "answer_loss"),
-        ("loss on general English, nats/token", "general_text_loss"),
-    )
-    rows = [[name, *(f"{getattr(each, field):.3f}" for each in (before, after))] for name, field in losses]
-    matches = [f"{each.exact_matches}/{each.problems}" for each in (before, after)]
-    rows.insert(1, [f"exact match on {before.problems} held-out problems", *matches])
+    matches = f"exact match on {before.problems} held-out problems"
+    rows = [
+        ["loss of held-out answers, nats/token", *(f"{each.answer_loss:.3f}" for each in (before, after))],
+        [matches, *(f"{each.exact_matches}/{each.problems}" for each in (before, after))],
+        ["loss on general English, nats/token", *(f"{each.general_text_loss:.3f}" for each in (before, after))],
+    ]
     return markdown_table(["", "before", "after"], rows)
 
 
-def plot_curves(log_history: list[dict[str, Any]], before: Measurement, after: Measurement, path: Path) -> None:
+def plot_curves(log_history: list[dict[str, Any]], result: DemoResult, path: Path) -> None:
     """Draws task loss and local losses over the steps, and the held-out loss at both ends."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = new_figure(9, 3.6)
     task, local = figure.subplots(1, 2)
     rows = [row for row in log_history if "loss" in row]
     steps = [row["step"] for row in rows]
     task.plot(steps, [row["loss"] for row in rows], color="tab:blue", label="training")
-    task.plot([0, steps[-1]], [before.answer_loss, after.answer_loss], "o", color="tab:red", label="held out")
+    held_out = [result.before.answer_loss, result.after.answer_loss]
+    task.plot([0, steps[-1]], held_out, "o", color="tab:red", label="held out")
     task.set(title="Task loss (last block)", xlabel="optimizer step", ylabel="nats per answer token")
     task.legend()
     for name in sorted(key for key in rows[0] if key.startswith("local_loss/")):
@@ -77,39 +95,26 @@ def plot_curves(log_history: list[dict[str, Any]], before: Measurement, after: M
     for axes in (task, local):
         axes.grid(alpha=0.3)
         axes.set_ylim(bottom=0)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
-def report(
-    options: argparse.Namespace,
-    training: Training,
-    arithmetic: Arithmetic,
-    question: str,
-    before: Measurement,
-    after: Measurement,
-    costs: list[StepResult],
-    step: str,
-) -> str:
+def report(options: argparse.Namespace, result: DemoResult, question: str, step: str) -> str:
     """Makes the text that the command ends with, which is kept as `report.md`.
 
     Args:
         options: The command's.
-        training: How long it trained.
-        arithmetic: In which type.
+        result: What it found.
         question: The first of the held-out problems.
-        before: The model that it started from.
-        after: The model that it ended with.
-        costs: What a step cost, end-to-end and with LoPT.
-        step: The size of that step.
+        step: The size of the step whose cost was measured.
     """
-    folder = options.output_dir
+    folder, training, before, after = options.output_dir, result.training, result.before, result.after
     return (
         f"## LoPT, {options.num_blocks} blocks, {training.steps} steps of {training.batch_size} problems, learning "
         f"rate {options.learning_rate:g} (early block: {options.early_learning_rate:g})\n\n"
-        f"{arithmetic}\n\n{training.note}\n\n"
+        f"{result.arithmetic}\n\n{training.note}\n\n"
         f"{comparison(before, after)}\n\n"
         f"## One training step of {step} beside end-to-end, measured in the same run\n\n"
-        f"{to_markdown(costs)}\n\n"
+        f"{to_markdown(result.step)}\n\n"
         f"## One held-out problem\n\n{question}\n\n"
         f"Before: {before.example.strip()}\n\nAfter: {after.example.strip()}\n\n"
         f"Model: {folder / 'model'} (stock checkpoint)\nCurves: {folder / 'curves.png'}\n"

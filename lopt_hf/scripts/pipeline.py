@@ -15,11 +15,12 @@ Launched by `accelerate launch`, a process is one stage; otherwise the command s
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from datasets import Dataset, IterableDataset
 from trl import ModelConfig, TrlParser
 
+from lopt_hf.common.settings import option
 from lopt_hf.pipeline.runtime.config import MLAANPipelineConfig, PipelineConfig
 from lopt_hf.pipeline.runtime.health import PipelineError, report_failure
 from lopt_hf.pipeline.runtime.launch import Rendezvous
@@ -43,16 +44,8 @@ class LaunchArguments:
         devices: Ids of the accelerators to use.
     """
 
-    method: str = field(
-        default="lopt",
-        metadata={
-            "help": "'lopt', or 'mlaan', whose options `--method mlaan --help` shows.",
-            "choices": ["lopt", "mlaan"],
-        },
-    )
-    devices: str | None = field(
-        default=None, metadata={"help": "Ids of the accelerators of this host to use, such as 0,1. Default: all."}
-    )
+    method: str = option("lopt", "'lopt', or 'mlaan', whose options `--method mlaan --help` shows.", ("lopt", "mlaan"))
+    devices: str | None = option(None, "Ids of the accelerators of this host to use, such as 0,1. Default: all.")
 
 
 _REFUSED_METHODS = {

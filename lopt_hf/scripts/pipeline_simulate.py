@@ -1,37 +1,9 @@
-"""`lopt-hf pipeline simulate`: what a pipeline schedule costs, before anything is trained."""
+"""Tell what pipeline schedules cost, before anything is trained.
 
-import argparse
-import math
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
-
-from lopt_hf.common.figures import save_figure
-from lopt_hf.common.files import write_text
-from lopt_hf.pipeline.events import chrome_trace, plot_timeline
-from lopt_hf.pipeline.simulator.schedule import SCHEDULES, ScheduleResult, Workload, simulate_all
-from lopt_hf.pipeline.simulator.schedule_report import (
-    make_timelines,
-    plot_scaling,
-    to_json,
-    to_markdown,
-    to_validation_markdown,
-)
-from lopt_hf.pipeline.simulator.schedule_times import TimesSource, read_times
-from lopt_hf.scripts.settings import OneLineParser, add_settings, check_output_folders
-
-__all__ = ["main", "make_parser"]
-
-DESCRIPTION = """\
 Simulate a pipeline's schedules on stage times that you measured or give, and print what each makes of them: the time
 of an optimizer step, the throughput, how long stages idle (the bubble), and how many micro-batches' activations they
 hold.
 
-schedules:
-"""
-EPILOG = """\
 file of times (--times): JSON with one number for each stage in every list, in seconds for one micro-batch
   {"forward": [0.11, 0.13], "backward": [0.22, 0.31], "local": [0.01, 0], "optimizer": [0.04, 0.05],
    "message_bytes": 589824, "tokens_per_microbatch": 256}
@@ -48,6 +20,26 @@ examples:
       --message-mb 8 --link-gbps 100 --latency-us 10 --plot scaling.png
   lopt-hf pipeline simulate --stages 2,3,4 --microbatches 8 --forward-ms 50 --validate
 """
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lopt_hf.common.figures import save_figure
+from lopt_hf.common.files import write_text
+from lopt_hf.common.settings import option
+from lopt_hf.pipeline.events import chrome_trace, plot_timeline
+from lopt_hf.pipeline.simulator import schedule_report
+from lopt_hf.pipeline.simulator.schedule import SCHEDULES, ScheduleResult, Workload, simulate_all
+from lopt_hf.pipeline.simulator.schedule_times import TimesSource, read_times
+from lopt_hf.scripts.settings import OneLineParser, add_settings, check_output_folders
+
+__all__ = ["main", "make_parser"]
+
 ONE_OR_EACH = "; one number for all stages or one for each."
 MAX_DRAWN_STAGES = 64
 MAX_DRAWN_PIPELINES = 8
@@ -57,40 +49,36 @@ DEFAULT_FORWARD_SECONDS = 0.01  # ours: without messages only ratios of times ma
 BACKWARD_PER_FORWARD = 2.0  # a matrix product's backward is two (arXiv 2401.10241, Sec. 2)
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True)
 class SimulateOptions:
     """Options of the command; times are of one micro-batch on one stage."""
 
-    stages: tuple[int, ...] | None = _option(None, "Devices in the pipeline. Default: 4, or as many as --times has.")
-    schedule: tuple[str, ...] = _option(tuple(SCHEDULES), "Schedules to simulate.")
-    microbatches: tuple[int, ...] = _option((8, 32), "Micro-batches of an optimizer step.")
-    virtual_stages: int = _option(2, "Stages on each device in `interleaved`, each with its share of the time.")
-    channel_depth: int = _option(2, "Hidden states that may wait at each end of a link between two stages of ppll.")
-    times: Path | None = _option(None, "Measured times as JSON (see below), instead of the next four.")
-    forward_ms: tuple[float, ...] | None = _option(None, f"Forward{ONE_OR_EACH} Default: 10")
-    backward_ms: tuple[float, ...] | None = _option(None, f"Backward{ONE_OR_EACH} Default: twice the forward")
-    local_ms: tuple[float, ...] | None = _option(None, "Local objective of ppll's stages but the last. Default: 0")
-    optimizer_ms: tuple[float, ...] | None = _option(None, "Optimizer step. Default: 0")
-    whole_model: bool = _option(
+    stages: tuple[int, ...] | None = option(None, "Devices in the pipeline. Default: 4, or as many as --times has.")
+    schedule: tuple[str, ...] = option(tuple(SCHEDULES), "Schedules to simulate.")
+    microbatches: tuple[int, ...] = option((8, 32), "Micro-batches of an optimizer step.")
+    virtual_stages: int = option(2, "Stages on each device in `interleaved`, each with its share of the time.")
+    channel_depth: int = option(2, "Hidden states that may wait at each end of a link between two stages of ppll.")
+    times: Path | None = option(None, "Measured times as JSON (see above), instead of the next four.")
+    forward_ms: tuple[float, ...] | None = option(None, f"Forward{ONE_OR_EACH} Default: 10")
+    backward_ms: tuple[float, ...] | None = option(None, f"Backward{ONE_OR_EACH} Default: twice the forward")
+    local_ms: tuple[float, ...] | None = option(None, "Local objective of ppll's stages but the last. Default: 0")
+    optimizer_ms: tuple[float, ...] | None = option(None, "Optimizer step. Default: 0")
+    whole_model: bool = option(
         False,
         "The times are those of the whole model (of several stages: their sum), divided evenly among the stages. "
         "Without it, a model with more stages has more layers.",
     )
-    tokens: int | None = _option(None, "Tokens of a micro-batch, for the throughput in tokens.")
-    message_mb: float | None = _option(None, "Hidden states of a micro-batch: 10^6 bytes. Default: 0")
-    link_gbps: float | None = _option(None, "Gigabits per second of each link. Default: no limit")
-    latency_us: float = _option(0.0, "Time for any message to arrive.")
-    cores: float | None = _option(None, "Cores that all stages share. Default: a device for each stage")
-    plot: Path | None = _option(None, "Draw how the schedules scale with several --stages (PNG).")
-    timeline: Path | None = _option(
+    tokens: int | None = option(None, "Tokens of a micro-batch, for the throughput in tokens.")
+    message_mb: float | None = option(None, "Hidden states of a micro-batch: 10^6 bytes. Default: 0")
+    link_gbps: float | None = option(None, "Gigabits per second of each link. Default: no limit")
+    latency_us: float = option(0.0, "Time for any message to arrive.")
+    cores: float | None = option(None, "Cores that all stages share. Default: a device for each stage")
+    plot: Path | None = option(None, "Draw how the schedules scale with several --stages (PNG).")
+    timeline: Path | None = option(
         None, "What each stage does when in two steps: a drawing (.png), or a trace for ui.perfetto.dev (.json)."
     )
-    output: Path | None = _option(None, "Write everything as JSON.")
-    validate: bool = _option(
+    output: Path | None = option(None, "Write everything as JSON.")
+    validate: bool = option(
         False,
         "Also run each schedule in real processes whose stages sleep for their times, those of "
         "torch.distributed.pipelining and ppll, and print the difference. Messages then go through this machine's "
@@ -98,15 +86,10 @@ class SimulateOptions:
     )
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> OneLineParser:
     """Makes the parser of `lopt-hf pipeline simulate`."""
     schedules = "".join(f"  {name:<12} {schedule.summary}\n" for name, schedule in SCHEDULES.items())
-    parser = OneLineParser(
-        prog="lopt-hf pipeline simulate",
-        description=DESCRIPTION + schedules,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = OneLineParser("pipeline simulate", f"{__doc__}\nschedules:\n{schedules}")
     add_settings(parser, SimulateOptions)
     return parser
 
@@ -174,11 +157,11 @@ def _run(arguments: argparse.Namespace) -> None:
     _check_drawing(arguments, workloads)
     results, left_out = simulate_all(arguments.schedule, workloads)
     measured = _measure(results) if arguments.validate else None
-    print(to_markdown(results, tokens))
+    print(schedule_report.to_markdown(results, tokens))
     for reason in left_out:
         print(f"left out: {reason}")
     if measured is not None:
-        print(f"\n{to_validation_markdown(results, measured)}")
+        print(f"\n{schedule_report.to_validation_markdown(results, measured)}")
     _write_files(arguments, results, measured)
 
 
@@ -200,15 +183,15 @@ def _write_files(
     arguments: argparse.Namespace, results: Sequence[ScheduleResult], measured: Sequence[float] | None
 ) -> None:
     if arguments.plot is not None:
-        save_figure(plot_scaling(results), arguments.plot)
+        save_figure(schedule_report.plot_scaling(results), arguments.plot)
     if arguments.timeline is not None:
-        timelines = make_timelines(results, TIMELINE_STEPS)
+        timelines = schedule_report.make_timelines(results, TIMELINE_STEPS)
         if arguments.timeline.suffix == ".json":
             write_text(arguments.timeline, chrome_trace(timelines))
         else:
             save_figure(plot_timeline(timelines), arguments.timeline)
     if arguments.output is not None:
-        write_text(arguments.output, to_json(results, measured) + "\n")
+        write_text(arguments.output, schedule_report.to_json(results, measured) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -220,12 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: On bad input (status 2) or if a real run fails (status 1), after one line on stderr.
     """
-    parser = make_parser()
-    arguments = parser.parse_args(argv)
-    try:
-        _run(arguments)
-    except (ValueError, ImportError) as error:
-        parser.error(str(error))
+    make_parser().run(_run, argv)
 
 
 if __name__ == "__main__":

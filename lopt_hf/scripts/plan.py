@@ -1,23 +1,5 @@
-"""`lopt-hf plan`: what a training run will need, before a device is rented or a weight is downloaded."""
+"""Tell what a training run will need, before a device is rented or a weight is downloaded.
 
-import argparse
-import sys
-from collections.abc import Sequence
-from pathlib import Path
-
-from lopt_hf.common.figures import save_figure
-from lopt_hf.common.files import write_text
-from lopt_hf.planner.device import DeviceSpeed, measure_speed, read_speed, write_speed
-from lopt_hf.planner.dimensions import load_config
-from lopt_hf.planner.plan import Plan, PlanSettings, make_plan
-from lopt_hf.planner.recipe import make_recipe
-from lopt_hf.planner.report import plot_plan, to_json, to_markdown
-from lopt_hf.scripts.settings import OneLineParser, add_settings, check_output_folders, read_settings
-from lopt_hf.scripts.sft import WORD_PROBLEMS
-
-__all__ = ["main", "make_parser"]
-
-DESCRIPTION = """\
 Simulate a training step of each strategy on a model's configuration, without weights and without a GPU, and print
 what it needs on a device at its peak, by what it is for; whether that fits; its arithmetic and relative time.
 
@@ -41,23 +23,34 @@ strategies (each without and with activation checkpointing, but for the segments
 What is assumed: no padding, a label for every token, bf16 arithmetic, attention in a flash kernel of torch's
 scaled_dot_product_attention, TRL's fused LM head, clipping. What is not in it: the device's context, the allocator's
 fragmentation and libraries' workspaces, for which --headroom keeps a share free.
-"""
-EPILOG = """\
+
 examples:
   lopt-hf plan --model Qwen/Qwen2.5-7B-Instruct --device-memory 80GiB --batch-size 4 --seq-length 1024
   lopt-hf plan --model ./my-model --device-memory 24GB --optim adamw_8bit --write recipe.yaml --plot plan.png
   lopt-hf plan --model Qwen/Qwen3-4B --device-memory 80GiB --num-gpus 8 --strategies e2e,lopt,ppll
 """
 
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 
-def make_parser() -> argparse.ArgumentParser:
+from lopt_hf.common.figures import save_figure
+from lopt_hf.common.files import write_text
+from lopt_hf.planner.device import DeviceSpeed, measure_speed, read_speed, write_speed
+from lopt_hf.planner.dimensions import load_config
+from lopt_hf.planner.plan import Plan, PlanSettings, make_plan
+from lopt_hf.planner.recipe import make_recipe
+from lopt_hf.planner.report import plot_plan, to_json, to_markdown
+from lopt_hf.scripts.settings import OneLineParser, add_settings, check_output_folders, read_settings
+from lopt_hf.scripts.sft import WORD_PROBLEMS
+
+__all__ = ["main", "make_parser"]
+
+
+def make_parser() -> OneLineParser:
     """Makes the parser of `lopt-hf plan`."""
-    parser = OneLineParser(
-        prog="lopt-hf plan",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = OneLineParser("plan", __doc__)
     add_settings(parser, PlanSettings)
     _add_files(parser.add_argument_group("files, none of which is overwritten"))
     return parser
@@ -131,12 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: On bad input (status 2), after one line on stderr.
     """
-    parser = make_parser()
-    arguments = parser.parse_args(argv)
-    try:
-        _run(arguments)
-    except (ValueError, OSError, ImportError) as error:
-        parser.error(str(error))
+    make_parser().run(_run, argv)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from lopt_hf.retention.report.tables import to_markdown
 from lopt_hf.retention.results import RetentionReport
 from lopt_hf.retention.scores import DEFAULT_CACHE, ScoreCache
 from lopt_hf.retention.suites import SUITES, SuiteTask, load_entries
-from lopt_hf.scripts.settings import add_settings, read_settings
+from lopt_hf.scripts.settings import OneLineParser, add_settings, read_settings
 
 __all__ = ["exit_on_error", "main", "make_parser", "write_results"]
 
@@ -51,12 +51,7 @@ suites:
 
 def make_parser() -> argparse.ArgumentParser:
     """Makes the parser of this command."""
-    parser = argparse.ArgumentParser(
-        prog="lopt-hf retention",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = OneLineParser("retention", __doc__, EXAMPLES)
     parser.add_argument(
         "--baseline",
         required=True,

@@ -12,7 +12,34 @@ SettingsT = TypeVar("SettingsT")
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage before it."""
+    """A command's parser: it keeps the lines of its texts, and its errors are one line, without the usage before it.
+
+    Args:
+        command: The name after `lopt-hf`.
+        description: What the command is for.
+        epilog: What follows its options, such as examples.
+    """
+
+    def __init__(self, command: str, description: str | None, epilog: str | None = None) -> None:
+        super().__init__(
+            f"lopt-hf {command}",
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def run(self, command: Callable[[argparse.Namespace], None], argv: Sequence[str] | None) -> None:
+        """Runs a command on its arguments, and ends the process with status 2 and one line where its input is wrong.
+
+        Args:
+            command: What to do with the parsed arguments.
+            argv: Arguments without the program's name; default: those of the process.
+        """
+        arguments = self.parse_args(argv)
+        try:
+            command(arguments)
+        except (ValueError, OSError, ImportError) as error:
+            self.error(str(error))
 
     def error(self, message: str) -> NoReturn:
         """Ends the process with status 2."""
@@ -37,6 +64,7 @@ _READERS: dict[Any, tuple[Callable[[str], Any], str]] = {
     float: (float, "X"),
     float | None: (float, "X"),
     str: (str, "NAME"),
+    Path: (Path, "FOLDER"),
     Path | None: (Path, "FILE"),
     tuple[int, ...]: (_list_of(int, "a comma-separated list of integers such as 2,4"), "N,N"),
     tuple[int, ...] | None: (_list_of(int, "a number or several with commas, as 8,32"), "N,N"),
