@@ -6,13 +6,9 @@ The JSON is the Trace Event Format that https://ui.perfetto.dev opens.
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lopt_hf.common.figures import OKABE_ITO, new_figure
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from lopt_hf.common.figures import OKABE_ITO, Axes, Figure, new_figure
 
 __all__ = ["Event", "chrome_trace", "plot_timeline"]
 
@@ -83,7 +79,7 @@ def _complete_event(event: Event, process: int) -> dict[str, object]:
     }
 
 
-def plot_timeline(pipelines: Mapping[str, Sequence[Event]]) -> "Figure":
+def plot_timeline(pipelines: Mapping[str, Sequence[Event]]) -> Figure:
     """Plots a panel for each pipeline with a row for each stage; the panels share their time axis.
 
     Args:
@@ -111,7 +107,7 @@ def plot_timeline(pipelines: Mapping[str, Sequence[Event]]) -> "Figure":
     return figure
 
 
-def _draw_stages(axes: "Axes", events: Iterable[Event], factor: float, total: float) -> None:
+def _draw_stages(axes: Axes, events: Iterable[Event], factor: float, total: float) -> None:
     by_row: dict[tuple[int, str], list[Event]] = {}
     for event in events:
         by_row.setdefault((event.stage, event.kind), []).append(event)
@@ -124,14 +120,14 @@ def _draw_stages(axes: "Axes", events: Iterable[Event], factor: float, total: fl
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _write_number(axes: "Axes", event: Event, factor: float, total: float) -> None:
+def _write_number(axes: Axes, event: Event, factor: float, total: float) -> None:
     text = str(event.microbatch)
     if event.kind != "optimizer" and event.end - event.start >= DIGIT_WIDTH * (len(text) + 0.5) * total:
         middle = (event.start + event.end) / 2 * factor
         axes.text(middle, event.stage, text, ha="center", va="center", fontsize=7, clip_on=True)
 
 
-def _add_legend(figure: "Figure", kinds: set[str]) -> None:
+def _add_legend(figure: Figure, kinds: set[str]) -> None:
     from matplotlib.patches import Patch
 
     handles = [Patch(color=color, label=kind) for kind, color in COLORS.items() if kind in kinds]

@@ -9,16 +9,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lopt_hf.pipeline.runtime.export import export_checkpoint
+from lopt_hf.pipeline.runtime.checkpoint import export_checkpoint
+from lopt_hf.scripts.settings import OneLineParser
 
 __all__ = ["main", "make_parser"]
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Makes the parser of `lopt-hf pipeline export`."""
-    parser = argparse.ArgumentParser(
-        prog="lopt-hf pipeline export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser("pipeline export", __doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FOLDER", help="such as out/checkpoint-100")
     parser.add_argument("--output-dir", type=Path, required=True, metavar="FOLDER", help="a new folder for the model")
     parser.add_argument(

@@ -16,30 +16,27 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers.utils import (
-    ADAPTER_SAFE_WEIGHTS_NAME,
-    CONFIG_NAME,
-    GENERATION_CONFIG_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-)
+from transformers import AutoTokenizer
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from lopt_hf.common.files import publish_folder
 from lopt_hf.local.blocks import Block
 from lopt_hf.pipeline.runtime.health import PeerMonitor
-from lopt_hf.pipeline.runtime.stage import StagePlan
+from lopt_hf.pipeline.runtime.stage import StagePlan, load_stage
 
 __all__ = [
     "INCOMPLETE",
     "Manifest",
     "assemble_model",
     "check_shared_folder",
+    "export_checkpoint",
     "load_weights",
     "publish_when_complete",
     "remove_incomplete",
     "save_weights",
-    "saved_names",
 ]
 
 INCOMPLETE = "incomplete-"  # how the name of what is being written starts
@@ -117,12 +114,6 @@ def save_weights(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_FILE)
 
 
-def saved_names(folder: Path) -> set[str]:
-    """The names of the weights in a stage's folder."""
-    with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-        return set(file.keys())
-
-
 @torch.no_grad()
 def load_weights(tensors: Mapping[str, torch.Tensor], folders: Iterable[Path], file_name: str = WEIGHTS_FILE) -> None:
     """Copies weights into `tensors` from whichever folders hold them.
@@ -180,8 +171,7 @@ def check_shared_folder(store: dist.Store, monitor: PeerMonitor, world_size: int
         mark = folder / f"{INCOMPLETE}mark-{uuid.uuid4().hex}"
         mark.mkdir(parents=True)
         store.set("mark", mark.name)
-    monitor.wait_for(store, "mark")
-    mark = folder / store.get("mark").decode()
+    mark = folder / monitor.wait_for(store, "mark")
     end = time.monotonic() + SHARED_FOLDER_SECONDS
     while not mark.is_dir():
         if time.monotonic() > end:
@@ -226,3 +216,47 @@ def assemble_model(stage_folders: Sequence[Path], output_dir: Path) -> None:
     for name in (CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME):  # the index last
         if (last / name).is_file():
             os.replace(last / name, output_dir / name)
+
+
+def export_checkpoint(checkpoint: Path, output_dir: Path, model_name_or_path: str | None = None) -> None:
+    """Writes a checkpoint's model as a stock checkpoint; of a run with adapters, the adapter.
+
+    The stages are loaded one after the other, so memory stays at the largest of them.
+
+    Args:
+        checkpoint: The pipeline's checkpoint.
+        output_dir: A new folder.
+        model_name_or_path: The model that the run started from. Default: the one that the checkpoint names.
+
+    Raises:
+        ValueError: If the checkpoint is not complete, or `output_dir` exists.
+    """
+    manifest = Manifest(checkpoint)
+    if output_dir.exists():
+        raise ValueError(f"output_dir={str(output_dir)!r} exists; name a new folder.")
+    start = model_name_or_path or manifest.content["model"]
+    staged = output_dir / f"{INCOMPLETE}model"
+    for plan, folder in zip(manifest.plans, manifest.stage_folders, strict=True):
+        _save_stage(start, plan, folder, manifest, staged / plan.name)
+    assemble_model([staged / plan.name for plan in manifest.plans], output_dir)
+    AutoTokenizer.from_pretrained(start).save_pretrained(output_dir)
+    shutil.rmtree(staged)
+
+
+def _save_stage(start: str, plan: StagePlan, folder: Path, manifest: Manifest, target: Path) -> None:
+    model: Any = load_stage(start, plan)
+    if (folder / ADAPTER_CONFIG).is_file():
+        model = get_peft_model(model, PeftConfig.from_pretrained(str(folder)))
+    with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+        saved = set(file.keys())
+    load_weights({name: tensor for name, tensor in model.state_dict().items() if name in saved}, [folder])
+    if isinstance(model, PeftModel):
+        return model.save_pretrained(str(target))
+    config = model.config.get_text_config(decoder=True)
+    keeps_tie = config.tie_word_embeddings and manifest.content["tied_embeddings"] == "freeze"
+    model.config.tie_word_embeddings = config.tie_word_embeddings = keeps_tie
+    state = model.state_dict(keep_vars=True)
+    if keeps_tie and plan.is_last:  # it is saved with the embeddings, on the first stage
+        head = {id(parameter) for parameter in model.get_output_embeddings().parameters()}
+        state = {name: tensor for name, tensor in state.items() if id(tensor) not in head}
+    model.save_pretrained(target, state_dict=state)

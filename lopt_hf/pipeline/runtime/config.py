@@ -1,8 +1,9 @@
 """Arguments of the pipeline, alone and joined to those of the methods."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lopt_hf.common.settings import option
 from lopt_hf.trainers.configs import LoPTConfig, MLAANConfig
 
 __all__ = ["MLAANPipelineConfig", "PipelineArguments", "PipelineConfig"]
@@ -47,54 +48,36 @@ class PipelineArguments(ArgumentsBase):
         ValueError: If a value is out of range, or an argument does not work in a pipeline.
     """
 
-    num_blocks: int = field(
-        default=None,  # type: ignore[assignment]  # an integer after `__post_init__`
-        metadata={"help": "Number of blocks the decoder layers are cut into. Default: one per stage (paper)."},
+    # An integer after `__post_init__`
+    num_blocks: int = option(None, "Number of blocks the decoder layers are cut into. Default: one per stage (paper).")
+    num_stages: int | None = option(
+        None, "Processes that the blocks are spread over. Default: one per block (paper), or 2."
     )
-    num_stages: int | None = field(
-        default=None,
-        metadata={"help": "Processes that the blocks are spread over. Default: one per block (paper), or 2."},
+    data_parallel: int = option(1, "Replicas of the whole pipeline, each with its share of the data (ours).")
+    split: str = option(
+        "even",
+        "'even' cuts the layers evenly, 'auto' by measured time per layer, embeddings, head and local objective "
+        "included. `split_at` wins over both.",
+        ("even", "auto"),
     )
-    data_parallel: int = field(
-        default=1, metadata={"help": "Replicas of the whole pipeline, each with its share of the data (ours)."}
+    channel_depth: int = option(2, "Hidden states that may wait at each end of a link between two stages (ours).")
+    peer_timeout: float = option(20.0, "Seconds without a sign of life after which a process counts as lost (ours).")
+    start_timeout: float = option(
+        300.0, "Seconds that the other processes may take to start (torch's default for its store)."
     )
-    split: str = field(
-        default="even",
-        metadata={
-            "help": "'even' cuts the layers evenly, 'auto' by measured time per layer, embeddings, head and local "
-            "objective included. `split_at` wins over both.",
-            "choices": ["even", "auto"],
-        },
-    )
-    channel_depth: int = field(
-        default=2, metadata={"help": "Hidden states that may wait at each end of a link between two stages (ours)."}
-    )
-    peer_timeout: float = field(
-        default=20.0,
-        metadata={"help": "Seconds without a sign of life after which a process counts as lost (ours)."},
-    )
-    start_timeout: float = field(
-        default=300.0,
-        metadata={"help": "Seconds that the other processes may take to start (torch's default for its store)."},
-    )
-    timeline_steps: int = field(
-        default=0,
-        metadata={"help": "Record this many first steps of every stage, as timeline.png and timeline.json."},
-    )
+    timeline_steps: int = option(0, "Record this many first steps of every stage, as timeline.png and timeline.json.")
 
     def __post_init__(self) -> None:
         self._check_pipeline()
         super().__post_init__()
 
     def _check_pipeline(self) -> None:
-        for name, lowest in {"data_parallel": 1, "channel_depth": 1, "timeline_steps": 0}.items():
+        lowest = {"data_parallel": 1, "channel_depth": 1, "timeline_steps": 0, "num_blocks": 2, "num_stages": 2}
+        for name, least in lowest.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or value < lowest:
-                raise ValueError(f"{name}={value!r} must be an integer of at least {lowest}.")
-        for name in ("num_blocks", "num_stages"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 2):
-                raise ValueError(f"{name}={value!r} must be an integer of at least 2.")
+            is_left_out = value is None and name in ("num_blocks", "num_stages")
+            if not is_left_out and (not isinstance(value, int) or value < least):
+                raise ValueError(f"{name}={value!r} must be an integer of at least {least}.")
         self.num_blocks = self.num_blocks or self.num_stages or 2
         self.num_stages = self.num_stages or self.num_blocks
         if self.num_stages > self.num_blocks:
@@ -153,10 +136,7 @@ class MLAANPipelineConfig(PipelineArguments, MLAANConfig):
         window: As in `MLAANConfig`, inside a stage. Ours: 1, since a stage has one block by default.
     """
 
-    window: int = field(
-        default=1,
-        metadata={"help": "Number of adjacent blocks that a loss reaches, at most those of its stage (ours: 1)."},
-    )
+    window: int = option(1, "Number of adjacent blocks that a loss reaches, at most those of its stage (ours: 1).")
 
     def _check_pipeline(self) -> None:
         super()._check_pipeline()

@@ -105,8 +105,8 @@ class PeerMonitor:
             time.sleep(POLL_SECONDS)
         return self.fail(f"{name} lost a connection: {str(error).splitlines()[0]}{advice}")
 
-    def wait_for(self, store: dist.Store, key: str) -> None:
-        """Waits until a store has a key.
+    def wait_for(self, store: dist.Store, key: str) -> str:
+        """Waits until a store has a key, and returns what it holds.
 
         Raises:
             PipelineError: If the pipeline is broken, so that it may never come.
@@ -114,6 +114,7 @@ class PeerMonitor:
         while not store.check([key]):
             self.check()
             time.sleep(POLL_SECONDS)
+        return store.get(key).decode()
 
     def barrier(self, store: dist.Store, name: str, world_size: int) -> None:
         """Waits until all processes have come to this point; a collective would not tell who is missing.

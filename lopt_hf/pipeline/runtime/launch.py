@@ -23,16 +23,7 @@ __all__ = ["PipelineWorld", "Rendezvous", "check_same", "init_world", "launch_co
 
 # What tells accelerate and transformers that they are one of several processes. Each stage is a training run of its
 # own, which shares no batch and no gradient with the others, so they must not see the world.
-_WORLD_VARIABLES = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "GROUP_RANK",
-    "GROUP_WORLD_SIZE",
-    "ROLE_RANK",
-    "ROLE_WORLD_SIZE",
-)
+_WORLD_VARIABLES = [f"{scope}{name}" for scope in ("", "LOCAL_", "GROUP_", "ROLE_") for name in ("RANK", "WORLD_SIZE")]
 # Waiting for another process has no end of its own: a stage may take long. `PeerMonitor` notices who is gone.
 WAIT = timedelta(days=1)
 INTERFACE = "GLOO_SOCKET_IFNAME"  # gloo's own variable
@@ -161,8 +152,7 @@ def check_same(
     key = f"same/{topic}"
     if monitor.rank == 0:
         store.set(key, json.dumps(settings))
-    monitor.wait_for(store, key)
-    for name, first in json.loads(store.get(key)).items():
+    for name, first in json.loads(monitor.wait_for(store, key)).items():
         if settings[name] != first:
             raise ValueError(
                 f"rank {monitor.rank} was given {name}={settings[name]!r}, but rank 0 {first!r}; give all processes "

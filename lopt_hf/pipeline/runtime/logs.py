@@ -42,8 +42,7 @@ def add_figures(trainer: Any, logs: dict[str, float]) -> None:
     if trainer.world.reports:
         for stage in range(trainer.plan.index):
             key = _log_key(trainer, stage)
-            trainer.world.monitor.wait_for(trainer.store, key)
-            logs.update(json.loads(trainer.store.get(key)))
+            logs.update(json.loads(trainer.world.monitor.wait_for(trainer.store, key)))
             trainer.store.delete_key(key)
 
 
@@ -87,8 +86,7 @@ def collect_start_losses(trainer: Any) -> None:
     store.set(str(trainer.plan.index), json.dumps(trainer.start_losses))
     if world.reports:
         for plan in trainer.plans:
-            world.monitor.wait_for(store, str(plan.index))
-            trainer.start_losses.update(json.loads(store.get(str(plan.index))))
+            trainer.start_losses.update(json.loads(world.monitor.wait_for(store, str(plan.index))))
 
 
 def collect_timelines(trainer: Any) -> None:
@@ -98,10 +96,7 @@ def collect_timelines(trainer: Any) -> None:
     trainer.store.set(f"timeline/{trainer.plan.index}", json.dumps([vars(event) for event in trainer.timeline.events]))
     if not trainer.world.reports:
         return
-    keys = [f"timeline/{plan.index}" for plan in trainer.plans]
-    for key in keys:
-        trainer.world.monitor.wait_for(trainer.store, key)
-    texts = [trainer.store.get(key) for key in keys]
+    texts = [trainer.world.monitor.wait_for(trainer.store, f"timeline/{plan.index}") for plan in trainer.plans]
     events = [Event(**event) for text in texts for event in json.loads(text)]
     origin = min(event.start for event in events)
     events = [replace(event, start=event.start - origin, end=event.end - origin) for event in events]
@@ -131,8 +126,6 @@ class StageCallback(TrainerCallback):
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.timeline.add("optimizer", self.started, time.perf_counter())
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, *args: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         if logs is not None and "loss" in logs and not self.trainer.plan.is_last and self.trainer.world.replica == 0:
             share_logs(self.trainer, logs)

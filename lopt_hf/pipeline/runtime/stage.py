@@ -287,14 +287,11 @@ def _drop_other_stages(model: PreTrainedModel, plan: StagePlan, keeps_embeddings
             else keeps_head
         )
         if not keeps:
-            setattr(stack.decoder, name, _stand_in(module, stack.hidden_size))
+            absent = _AbsentEmbedding(module, stack.hidden_size) if isinstance(module, nn.Embedding) else _Absent()
+            setattr(stack.decoder, name, absent)
     if not keeps_head:
         model.set_output_embeddings(_Absent())
     _check_only_own(model, stack, plan, keeps_head)
-
-
-def _stand_in(module: nn.Module, hidden_size: int) -> nn.Module:
-    return _AbsentEmbedding(module, hidden_size) if isinstance(module, nn.Embedding) else _Absent()
 
 
 def _check_only_own(model: PreTrainedModel, stack: DecoderStack, plan: StagePlan, keeps_head: bool) -> None:

@@ -35,6 +35,7 @@ from lopt_hf.local.learner import LearnerEvents, LocalLearner
 from lopt_hf.local.methods.base import Method
 from lopt_hf.local.methods.lopt import LoPT
 from lopt_hf.local.objectives import LocalObjective
+from lopt_hf.pipeline.runtime import stage_checkpoint
 from lopt_hf.pipeline.runtime.channel import BatchId, ReceivingChannel, SendingChannel
 from lopt_hf.pipeline.runtime.checkpoint import Manifest, check_shared_folder, remove_incomplete
 from lopt_hf.pipeline.runtime.config import MLAANPipelineConfig, PipelineConfig
@@ -47,13 +48,6 @@ from lopt_hf.pipeline.runtime.stage import (
     load_stage,
     plan_stages,
     separate_stage_embeddings,
-)
-from lopt_hf.pipeline.runtime.stage_checkpoint import (
-    load_stage_optimizer,
-    load_stage_weights,
-    push_model,
-    save_stage,
-    save_stage_model,
 )
 from lopt_hf.pipeline.runtime.timeline import Timeline
 from lopt_hf.trainers.checks import check_model, check_sft_dataset
@@ -270,11 +264,7 @@ class StageTrainer(LocalLearningMixin, SFTTrainer):
         return output
 
     def _open_channels(self) -> None:
-        shared: dict[str, Any] = {
-            "depth": self.args.channel_depth,
-            "device": self.args.device,
-            "monitor": self.world.monitor,
-        }
+        shared: Any = {"depth": self.args.channel_depth, "device": self.args.device, "monitor": self.world.monitor}
         if self.world.previous is not None:
             peer = self.world.rank_of(self.plan.index - 1)
             self._receiver = ReceivingChannel(peer, self.world.previous, **shared)
@@ -290,16 +280,17 @@ class StageTrainer(LocalLearningMixin, SFTTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.world.replica == 0:
-            save_stage(self)
+            stage_checkpoint.save_stage(self)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         assert self._manifest is not None and self._resumed is not None
-        self._resumed = replace(self._resumed, metrics_since_log=load_stage_weights(self, self._manifest))
+        metrics = stage_checkpoint.load_stage_weights(self, self._manifest)
+        self._resumed = replace(self._resumed, metrics_since_log=metrics)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             assert self._manifest is not None
-            load_stage_optimizer(self, self._manifest, checkpoint)
+            stage_checkpoint.load_stage_optimizer(self, self._manifest, checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Makes one stock checkpoint of all stages; every process must call it, and waits until it is complete.
@@ -309,13 +300,13 @@ class StageTrainer(LocalLearningMixin, SFTTrainer):
             _internal_call: As in the parent.
         """
         target = Path(output_dir or self.args.output_dir)
-        save_stage_model(self, target)
+        stage_checkpoint.save_stage_model(self, target)
         if self.world.reports:
             self.create_model_card(model_name=target.name)
 
     def push_model(self) -> None:
         """Uploads the saved model to the hub, without the checkpoints; for the process that reports."""
-        push_model(self)
+        stage_checkpoint.push_model(self)
 
 
 class PipelineTrainer(StageTrainer):

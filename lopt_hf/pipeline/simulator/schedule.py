@@ -12,6 +12,7 @@ messages and its waiting, without a GPU and for thousands of stages:
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -198,7 +199,7 @@ def simulate(schedule: str, workload: Workload) -> ScheduleResult:
     chunks = workload.virtual_stages if chosen.has_virtual_stages else 1
     _check_rounds(schedule, ranks, chunks, workload.microbatches)
     steps = _steps(chosen.is_local, workload)
-    orders = make_orders(chosen, ranks, chunks, workload.microbatches, steps.total)
+    orders = make_orders(chosen, ranks, chunks, workload.microbatches, sum(steps))
     seconds_KA = _seconds(workload, chunks, orders, puts_weights_off=schedule == "zero-bubble")
     transfer, latency = workload.message_bytes / workload.bandwidth, workload.latency
     if chosen.is_local:  # its channel has one message under way at a time
@@ -234,17 +235,12 @@ def simulate_all(schedules: Sequence[str], workloads: Sequence[Workload]) -> tup
     return results, [str(reason) for reason in reasons]
 
 
-@dataclass(frozen=True)
-class _Steps:
+class _Steps(NamedTuple):
     """Optimizer steps of a run: before those that are measured, measured, and after them."""
 
     before: int
     measured: int
     after: int
-
-    @property
-    def total(self) -> int:
-        return self.before + self.measured + self.after
 
 
 def _steps(is_local: bool, workload: Workload) -> _Steps:
@@ -286,7 +282,7 @@ def _seconds(workload: Workload, chunks: int, orders: Orders, puts_weights_off: 
 def _result(schedule: str, workload: Workload, steps: _Steps, orders: Orders, timing: Timing) -> ScheduleResult:
     ranks, actions = orders.kind_KA.shape
     start_KA, end_KA = timing.start.reshape(ranks, actions), timing.end.reshape(ranks, actions)
-    step_actions = actions // steps.total
+    step_actions = actions // sum(steps)
     first, last = steps.before * step_actions, (steps.before + steps.measured) * step_actions
     # A step ends when its last stage has ended it: stage 0 end-to-end, the last one with local learning.
     step_seconds = float(end_KA[:, last - 1].max() - end_KA[:, first - 1].max()) / steps.measured

@@ -6,6 +6,7 @@ Arrays have one row for each rank (K ranks) and one column for each action of th
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -79,10 +80,6 @@ def _gpipe_order(rank: int, ranks: int, chunks: int, microbatches: int) -> Integ
     return _rows(np.repeat([Kind.FORWARD, Kind.BACKWARD], microbatches), np.concatenate([both, both]))
 
 
-def _one_forward_one_backward_order(rank: int, ranks: int, chunks: int, microbatches: int) -> Integers:
-    return _interleaved_order(rank, ranks, 1, microbatches, hops=1)
-
-
 def _interleaved_order(rank: int, ranks: int, chunks: int, microbatches: int, hops: int = 2) -> Integers:
     """Forwards to fill, then forward and backward in turns, then the backwards that are left.
 
@@ -104,6 +101,9 @@ def _interleaved_order(rank: int, ranks: int, chunks: int, microbatches: int, ho
     rows[:, is_forward] = np.stack([np.full(total, Kind.FORWARD), chunk, microbatch])
     rows[:, ~is_forward] = np.stack([np.full(total, Kind.BACKWARD), chunks - 1 - chunk, microbatch])
     return rows
+
+
+_one_forward_one_backward_order = partial(_interleaved_order, hops=1)
 
 
 def _zero_bubble_order(rank: int, ranks: int, chunks: int, microbatches: int) -> Integers:

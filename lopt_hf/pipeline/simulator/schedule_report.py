@@ -3,16 +3,12 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lopt_hf.common.figures import OKABE_ITO, new_figure
+from lopt_hf.common.figures import OKABE_ITO, Axes, Figure, new_figure
 from lopt_hf.common.tables import markdown_table
 from lopt_hf.pipeline.events import Event
 from lopt_hf.pipeline.simulator.schedule import ScheduleResult
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 __all__ = ["make_timelines", "plot_scaling", "to_json", "to_markdown", "to_validation_markdown"]
 
@@ -133,7 +129,7 @@ def make_timelines(results: Sequence[ScheduleResult], steps: int) -> dict[str, l
     return timelines
 
 
-def plot_scaling(results: Sequence[ScheduleResult]) -> "Figure":
+def plot_scaling(results: Sequence[ScheduleResult]) -> Figure:
     """Plots throughput over the number of stages: a panel for each number of micro-batches, a line for each schedule.
 
     Args:
@@ -159,7 +155,7 @@ def plot_scaling(results: Sequence[ScheduleResult]) -> "Figure":
     return figure
 
 
-def _draw_scaling(axes: "Axes", results: Sequence[ScheduleResult], stages: Sequence[int]) -> None:
+def _draw_scaling(axes: Axes, results: Sequence[ScheduleResult], stages: Sequence[int]) -> None:
     axes.plot(stages, stages, color="0.6", linestyle=":", label="one device times stages")
     for schedule, (color, marker) in STYLES.items():
         points = sorted((r.workload.times.num_stages, r.speedup) for r in results if r.schedule == schedule)

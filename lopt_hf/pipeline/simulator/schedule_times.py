@@ -2,10 +2,9 @@
 
 import json
 import math
-from collections.abc import Sequence
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lopt_hf.common.settings import suggest
 from lopt_hf.pipeline.simulator.schedule import StageTimes
@@ -58,7 +57,7 @@ class TimesSource:
         if stages < 1:
             raise ValueError(f"stages={stages}: must be at least 1.")
         if self.whole_model:
-            mean_local = _mean(self.local if len(self.local) == 1 else self.local[:-1])
+            mean_local = statistics.fmean(self.local if len(self.local) == 1 else self.local[:-1])
             forward, backward, optimizer = (
                 sum(values) / stages for values in (self.forward, self.backward, self.optimizer)
             )
@@ -74,10 +73,6 @@ class TimesSource:
 
 def _each(values: tuple[float, ...], stages: int) -> tuple[float, ...]:
     return values * stages if len(values) == 1 else values
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def read_times(path: Path, whole_model: bool = False) -> TimesSource:
@@ -100,14 +95,17 @@ def read_times(path: Path, whole_model: bool = False) -> TimesSource:
     if not isinstance(content, dict):
         raise ValueError(f'times={path}: must be an object such as {{"forward": [0.1], "backward": [0.2]}}.')
     _check_keys(path, content)
-    lists: dict[str, Any] = {name: _checked_list(path, name, content[name]) for name in LISTS if name in content}
+    for name, value in content.items():
+        if name in LISTS and not (isinstance(value, list) and value):
+            raise ValueError(f"times={path}: {name}={value!r} must be a list of seconds, one for each stage.")
+        for number in value if name in LISTS else [value]:
+            if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < math.inf:
+                raise ValueError(f"times={path}: {name} has {number!r}, which is no finite number of at least 0.")
+    lists = {name: tuple(map(float, content.pop(name))) for name in LISTS if name in content}
     if len({len(values) for values in lists.values()}) > 1:
         lengths = ", ".join(f"{name} {len(values)}" for name, values in lists.items())
         raise ValueError(f"times={path}: the lists have {lengths} numbers; give one for each stage in all of them.")
-    numbers: dict[str, Any] = {name: content[name] for name in NUMBERS if name in content}
-    for name, value in numbers.items():
-        _check_number(path, name, value)
-    return TimesSource(**lists, **numbers, whole_model=whole_model)
+    return TimesSource(**lists, **content, whole_model=whole_model)
 
 
 def _check_keys(path: Path, content: dict[str, object]) -> None:
@@ -116,17 +114,3 @@ def _check_keys(path: Path, content: dict[str, object]) -> None:
     for key in ("forward", "backward"):
         if key not in content:
             raise ValueError(f"times={path}: {key!r} is missing: a list with the seconds of each stage.")
-
-
-def _checked_list(path: Path, name: str, values: object) -> tuple[float, ...]:
-    if not isinstance(values, list) or not values:
-        raise ValueError(f"times={path}: {name}={values!r} must be a list of seconds, one for each stage.")
-    for value in values:
-        _check_number(path, name, value)
-    return tuple(map(float, values))
-
-
-def _check_number(path: Path, name: str, value: object) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (is_number and 0 <= value < math.inf):  # type: ignore[operator]
-        raise ValueError(f"times={path}: {name} has {value!r}, which is no finite number of at least 0.")

@@ -145,17 +145,13 @@ def measure_costs(
     if activation_checkpointing:
         skeleton.gradient_checkpointing_enable()
     stopwatch = Stopwatch(torch.device(device), autocast, repeats, least_seconds)
-    optimizer = make_optimizer or _fused_adamw
+    optimizer = make_optimizer or partial(torch.optim.AdamW, fused=True)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         bench = _Bench(skeleton, stopwatch, batch_size, seq_length)
         embeddings, calls = bench.measure_embeddings()
         layers, step_seconds = bench.measure_layers(calls, optimizer)
         head, local = bench.measure_head(objective)
     return ModelCosts(embeddings, layers, local, head, step_seconds, accumulation_steps)
-
-
-def _fused_adamw(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, fused=True)
 
 
 def _skeleton(
@@ -215,12 +211,9 @@ class _Bench:
             cost = self.stopwatch.measure(self._before_the_first_layer, own)
         return cost, [calls[index] for index in range(len(self.stack.layers))]
 
-    def _run_decoder(self) -> None:
-        self.stack.decoder(input_ids=self.tokens_BT, attention_mask=self.mask_BT, use_cache=False)
-
     def _before_the_first_layer(self) -> torch.Tensor:
         with stop_at(self.stack.layers[0]) as reached:
-            self._run_decoder()
+            self.stack.decoder(input_ids=self.tokens_BT, attention_mask=self.mask_BT, use_cache=False)
         return hidden_of(*reached[0])
 
     def measure_layers(
