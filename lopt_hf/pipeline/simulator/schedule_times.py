@@ -5,6 +5,7 @@ import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lopt_hf.common.settings import suggest
 from lopt_hf.pipeline.simulator.schedule import StageTimes
@@ -101,7 +102,7 @@ def read_times(path: Path, whole_model: bool = False) -> TimesSource:
         for number in value if name in LISTS else [value]:
             if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < math.inf:
                 raise ValueError(f"times={path}: {name} has {number!r}, which is no finite number of at least 0.")
-    lists = {name: tuple(map(float, content.pop(name))) for name in LISTS if name in content}
+    lists: dict[str, Any] = {name: tuple(map(float, content.pop(name))) for name in LISTS if name in content}
     if len({len(values) for values in lists.values()}) > 1:
         lengths = ", ".join(f"{name} {len(values)}" for name, values in lists.items())
         raise ValueError(f"times={path}: the lists have {lengths} numbers; give one for each stage in all of them.")
