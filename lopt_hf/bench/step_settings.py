@@ -1,10 +1,11 @@
 """What `lopt-hf bench step` measures: the settings, and the rows of the table that follow from them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from lopt_hf.bench.processes import MALLOC, MALLOC_HELP
 from lopt_hf.common.arithmetic import DTYPE_HELP, read_dtype
-from lopt_hf.common.compared_methods import PEERS, row_label
+from lopt_hf.common.compared_methods import PEERS, check_reach, reach_cycle, row_label
 from lopt_hf.common.settings import check_choices, check_distinct, check_lowest
 
 __all__ = ["BADAM_DEPTHS", "LORA_RANK", "METHODS", "StepBenchSettings", "StepRow", "make_rows"]
@@ -16,7 +17,7 @@ BADAM_DEPTHS = 4
 _IN_PARTS = {"block": "", "part": ", in parts"}
 _CYCLES = {"badam": BADAM_DEPTHS}  # steps after which a method's cost repeats, where that is not 1
 _CHOICES = {
-    "methods": (*METHODS, "mlaan", "repl", *PEERS),
+    "methods": (*METHODS, "reach", "reach_local_step", "mlaan", "repl", *PEERS),
     "tied_embeddings": ("untie", "freeze"),
     "clip_scope": ("block", "part"),  # those that local_step works with
     "malloc": tuple(MALLOC),
@@ -53,6 +54,13 @@ class StepBenchSettings:
     local_update_interval: tuple[int, ...] = field(
         default=(1, 4), metadata={"help": "Intervals of the lopt rows; above 1 with the first --num-blocks only."}
     )
+    task_reach: tuple[int, ...] | None = field(
+        default=None,
+        metadata={
+            "help": "Cycle of the reach rows over steps, as [1,1,1,4], with as many blocks as it reaches. Default: "
+            "for each --num-blocks all of them at every fourth step."
+        },
+    )
     batch_size: int = field(default=4, metadata={"help": "Sequences per step."})
     seq_length: int = field(default=256, metadata={"help": "Tokens per sequence; there is no padding."})
     steps: int = field(
@@ -72,6 +80,7 @@ class StepBenchSettings:
             check_distinct(name, getattr(self, name))
         if min(self.num_blocks) < 2:
             raise ValueError(f"num_blocks={self.num_blocks}: a decoder is cut into 2 blocks or more; drop the others.")
+        check_reach(self.num_blocks, self.task_reach)
         if self.split_at is not None and self.num_blocks != (len(self.split_at) + 1,):
             raise ValueError(
                 f"split_at={self.split_at} cuts {len(self.split_at) + 1} blocks, but num_blocks={self.num_blocks}; "
@@ -97,6 +106,7 @@ class StepRow:
     warmup: int
     timed_steps: int
     clip_scope: str = "block"
+    task_reach: tuple[int, ...] = ()
 
     @property
     def total_steps(self) -> int:
@@ -124,6 +134,9 @@ def make_rows(settings: StepBenchSettings) -> list[StepRow]:
                 for scope in settings.clip_scope
             ]
             continue
+        if method in ("reach", "reach_local_step"):
+            rows += _reach_rows(settings, method, row)
+            continue
         if method in ("mlaan", "e2e_segments"):
             rows += [row(label(method, k), method, k) for k in settings.num_blocks]
             continue
@@ -134,4 +147,17 @@ def make_rows(settings: StepBenchSettings) -> list[StepRow]:
             rows += [row(label(method, blocks), method, blocks) for blocks in settings.num_blocks]
         longer = [interval for interval in settings.local_update_interval if interval > 1]
         rows += [row(f"{label(method)}, interval {n}", method, interval=n) for n in longer]
+    return rows
+
+
+def _reach_rows(settings: StepBenchSettings, method: str, row: Callable[..., StepRow]) -> list[StepRow]:
+    rows = []
+    for blocks in settings.num_blocks:
+        cycle = reach_cycle(blocks, settings.task_reach)
+        if max(cycle) != blocks:
+            continue
+        for scope in settings.clip_scope if method == "reach_local_step" else ("block",):
+            name = row_label(method, blocks, task_reach=cycle) + _IN_PARTS[scope]
+            reach = row(name, method, blocks, interval=len(cycle))
+            rows.append(replace(reach, clip_scope=scope, task_reach=cycle))
     return rows

@@ -81,18 +81,21 @@ def _make_trainer(row: StepRow, settings: StepBenchSettings, checkpoint: str, fo
         "seed": settings.seed,
         **SHARED_ARGUMENTS,
     }
-    if row.method in ("lopt", "lopt_local_step", "freeze"):
+    if row.method in ("lopt", "lopt_local_step", "reach", "reach_local_step", "freeze"):
         from lopt_hf import LoPTConfig, LoPTTrainer
 
         arguments |= {
             "num_blocks": row.num_blocks,
             "split_at": None if settings.split_at is None else list(settings.split_at),
             "tied_embeddings": settings.tied_embeddings,
-            "local_update_interval": row.interval,
-            "local_step": row.method == "lopt_local_step",
+            "local_step": row.method in ("lopt_local_step", "reach_local_step"),
             "clip_scope": row.clip_scope,
             "train_early_blocks": row.method != "freeze",
         }
+        if row.task_reach:
+            arguments |= {"task_reach": list(row.task_reach), "local_objective": "none"}
+        else:
+            arguments["local_update_interval"] = row.interval
         return LoPTTrainer(args=LoPTConfig(**arguments), **shared)
     if row.method == "mlaan":
         from lopt_hf import MLAANConfig, MLAANTrainer

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
+from lopt_hf.common.compared_methods import check_reach
 from lopt_hf.common.settings import check_choices, check_lowest
 from lopt_hf.planner.device import DeviceSpeed
 from lopt_hf.planner.dimensions import load_config
@@ -50,6 +51,13 @@ class PlanSettings:
     num_blocks: tuple[int, ...] = field(
         default=(2, 4, 8), metadata={"help": "Blocks of the LoPT and MLAAN rows, and segments."}
     )
+    task_reach: tuple[int, ...] | None = field(
+        default=None,
+        metadata={
+            "help": "Cycle of the reach rows over steps, as [1,1,1,4], with as many blocks as it reaches. Default: "
+            "for each --num-blocks all of them at every fourth step."
+        },
+    )
     strategies: tuple[str, ...] = field(
         default=DEFAULT_STRATEGIES,
         metadata={"help": f"Any of {', '.join(STRATEGIES)}; joint is LoPT with the released code's one backward."},
@@ -72,6 +80,7 @@ class PlanSettings:
         if not self.num_blocks or min(self.num_blocks) < 2 or len(set(self.num_blocks)) < len(self.num_blocks):
             raise ValueError(f"num_blocks={self.num_blocks} must name numbers of 2 or more, and each once.")
         check_choices(self, _CHOICES)
+        check_reach(self.num_blocks, self.task_reach)
 
     @property
     def device_bytes(self) -> int:
@@ -191,6 +200,7 @@ def make_plan(
         settings.num_gpus,
         settings.lora_r,
         settings.accumulation_steps,
+        settings.task_reach,
     )
     if not strategies:
         raise ValueError(

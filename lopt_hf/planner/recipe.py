@@ -75,6 +75,10 @@ def _method(plan: Plan, row: PlanRow) -> dict[str, Any]:
         return {"method": "lopt", **local, **early, "local_backward": "eager"}
     if strategy.method == "lopt_local_step":
         return {"method": "lopt", **local, **early, "local_backward": "eager", "local_step": True}
+    if strategy.method in ("reach", "reach_local_step"):
+        reach = {"task_reach": list(strategy.task_reach), "local_objective": "none"}
+        step = {"local_step": True} if strategy.method == "reach_local_step" else {}
+        return {"method": "lopt", **local, **reach, **step}
     if strategy.method == "mlaan":
         return {**local, "window": strategy.window}
     if strategy.method == "joint":

@@ -201,6 +201,7 @@ class Local(EndToEnd):
         if self.stage is not None:
             early = [block.index for block in self.stage.blocks if block.index < self.settings.num_blocks - 1]
         self.learner = LocalLearner(self.model, self.settings, early_blocks=early, events=events)
+        self.cycle = self.learner.schedule.period
         self.heads = self.learner.heads
         objective: Any = self.learner.boundary.objective
         if isinstance(objective, ReadoutObjective):

@@ -134,6 +134,7 @@ class Step:
         events = LearnerEvents(
             around_step=self._stepping_early,
             check_finite=lambda name, value: None,  # there are no values
+            check_replay=lambda index, difference: None,
             optimizer=lambda: self.optimizer,
         )
         setup.begin(self.meter, events, self.reducer)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from lopt_hf.common.compared_methods import PEERS, REPL_EVERY, mlaan_window, row_label
+from lopt_hf.common.compared_methods import PEERS, REPL_EVERY, mlaan_window, reach_cycle, row_label
 from lopt_hf.local.arguments import LocalArguments
 from lopt_hf.local.methods.lopt import LoPTArguments
 from lopt_hf.local.methods.mlaan.method import MLAANArguments
@@ -14,7 +14,7 @@ __all__ = ["STRATEGIES", "Strategy", "make_strategies"]
 
 END_TO_END = "end-to-end"
 DEFAULT_STRATEGIES = ("e2e", "lopt", "lopt_local_step", "mlaan", "freeze", "lora", "repl", "ppll")
-STRATEGIES = (*DEFAULT_STRATEGIES, "joint", *PEERS)
+STRATEGIES = (*DEFAULT_STRATEGIES, "reach", "reach_local_step", "joint", *PEERS)
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Strategy:
         checkpointing: Whether activations are recomputed in the backward.
         num_stages: Devices that share one copy of the model.
         window: Blocks that a loss of MLAAN reaches.
+        task_reach: Blocks, counted from the last, that the task's gradient reaches, over a cycle of steps.
         settings: Arguments of another method of local learning, whose row this is.
     """
 
@@ -37,6 +38,7 @@ class Strategy:
     checkpointing: bool = False
     num_stages: int = 1
     window: int = 1
+    task_reach: tuple[int, ...] = (1,)
     settings: LocalArguments | None = None
 
     @property
@@ -54,6 +56,14 @@ class Strategy:
             return self.settings
         if self.method == "mlaan":
             return MLAANArguments(num_blocks=self.num_blocks, window=self.window, tied_embeddings=tied_embeddings)
+        if self.task_reach != (1,):
+            return LoPTArguments(
+                num_blocks=self.num_blocks,
+                tied_embeddings=tied_embeddings,
+                local_objective="none",
+                task_reach=list(self.task_reach),
+                local_step=self.method == "reach_local_step",
+            )
         return LoPTArguments(
             num_blocks=self.num_blocks,
             tied_embeddings=tied_embeddings,
@@ -75,6 +85,7 @@ def make_strategies(
     num_gpus: int = 1,
     lora_rank: int = 16,
     accumulation_steps: int = 1,
+    task_reach: tuple[int, ...] | None = None,
 ) -> tuple[list[Strategy], list[str]]:
     """The rows of a plan, each without and with activation checkpointing where it leaves a choice, in order.
 
@@ -85,6 +96,8 @@ def make_strategies(
         num_gpus: Devices; the pipeline takes all of them, at most one per layer, and needs two.
         lora_rank: Rank of the adapters.
         accumulation_steps: Micro-batches of an optimizer step; one that steps in the backward has no second.
+        task_reach: Cycle of the reach rows, which have as many blocks as it reaches. Default: all of them at every
+            fourth step.
 
     Returns:
         The rows, and why others are left out.
@@ -95,10 +108,12 @@ def make_strategies(
     left_out = [f"K={blocks}: the model has {num_layers} layers." for blocks in num_blocks if blocks not in cuts]
     rows: list[Strategy] = []
 
-    def add(name: str, method: str, blocks: int = 1, stages: int = 1, window: int = 1) -> None:
-        rows.append(Strategy(name, method, blocks, False, stages, window))
+    def add(
+        name: str, method: str, blocks: int = 1, stages: int = 1, window: int = 1, reach: tuple[int, ...] = (1,)
+    ) -> None:
+        rows.append(Strategy(name, method, blocks, False, stages, window, reach))
         if method != "e2e_segments":
-            rows.append(Strategy(f"{name} + checkpointing", method, blocks, True, stages, window))
+            rows.append(Strategy(f"{name} + checkpointing", method, blocks, True, stages, window, reach))
 
     if "e2e" in methods:
         add(END_TO_END, "e2e")
@@ -106,6 +121,11 @@ def make_strategies(
         if method in methods:
             for blocks in cuts:
                 add(row_label(method, blocks), method, blocks)
+    for method in ("reach", "reach_local_step"):
+        for blocks in cuts:
+            cycle = reach_cycle(blocks, task_reach)
+            if method in methods and max(cycle) == blocks:
+                add(row_label(method, blocks, task_reach=cycle), method, blocks, reach=cycle)
     if "mlaan" in methods:
         for blocks in cuts:
             add(row_label("mlaan", blocks), "mlaan", blocks, window=mlaan_window(blocks))

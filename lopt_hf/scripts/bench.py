@@ -22,7 +22,7 @@ from lopt_hf.bench.repl import RepLBenchSettings, run_repl_bench
 from lopt_hf.bench.step import BenchWorkerError, StepBenchSettings, run_step_bench, to_json, to_markdown
 from lopt_hf.common.arithmetic import choose_arithmetic
 from lopt_hf.common.files import write_text
-from lopt_hf.scripts.settings import add_settings, check_output_folders, read_settings
+from lopt_hf.scripts.settings import add_settings, check_output_folders, read_settings, with_dashes
 
 __all__ = ["main", "make_parser"]
 
@@ -39,6 +39,9 @@ optimizer's state, the time (median), the peak resident memory; as a table, then
   e2e_checkpointing  SFTTrainer with activation checkpointing (reentrant)
   lopt               LoPTTrainer; a row for each --num-blocks and --local-update-interval
   lopt_local_step    LoPTTrainer with local_step; a row for each --num-blocks and --clip-scope ("in parts": part)
+  reach              LoPTTrainer whose task gradient reaches all blocks at some steps, the last one at the others
+                     (--task-reach), without a local objective; a row for each --num-blocks
+  reach_local_step   the same with local_step, for each --clip-scope (these two are not among the default methods)
   freeze             LoPTTrainer that leaves the early blocks frozen
   lora               SFTTrainer with a LoRA of rank 16 on all linear layers
   mlaan              MLAANTrainer, a row for each --num-blocks; windows of two blocks, of one where there are two
@@ -243,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: On bad input (status 2) or if a measurement fails (status 1), after one line on stderr.
     """
-    arguments = make_parser().parse_args(argv)
+    arguments = make_parser().parse_args(with_dashes(sys.argv[1:] if argv is None else argv))
     try:
         arguments.run(arguments)
     except (ValueError, OSError, ImportError) as error:

@@ -7,6 +7,9 @@ strategies (each without and with activation checkpointing, but for the segments
   e2e              SFTTrainer
   lopt             LoPTTrainer, a row for each --num-blocks
   lopt_local_step  the same with local_step=True: each early block steps, and frees its gradients, before the next runs
+  reach            LoPTTrainer whose task gradient reaches all blocks at some steps, the last one at the others
+                   (--task-reach), without a local objective; means over the cycle, and its highest peak
+  reach_local_step the same with local_step=True
   mlaan            MLAANTrainer, a row for each --num-blocks: the auxiliaries that its defaults make, windows of two
                    blocks (of two blocks in all: of one)
   freeze           LoPTTrainer that leaves the early blocks frozen
@@ -17,7 +20,7 @@ strategies (each without and with activation checkpointing, but for the segments
   e2e_step_in_backward  SFTTrainer whose optimizer steps in the backward, without clipping
   freeze_last      SFTTrainer that trains the first of --num-blocks blocks only
   lisa, badam      SFTTrainer that trains some layers at a time; of BAdam the mean over layers, and the highest peak
-                   (these five and joint are not among the default rows)
+                   (these five, reach and joint are not among the default rows)
   joint            LoPT with one backward for all losses, as its released code has it
 
 What is assumed: no padding, a label for every token, bf16 arithmetic, attention in a flash kernel of torch's

@@ -1,12 +1,14 @@
 """Command lines of settings dataclasses: options made from their fields, files to write, errors of one line."""
 
 import argparse
+import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-__all__ = ["OneLineParser", "add_settings", "check_output_folders", "read_settings"]
+__all__ = ["OneLineParser", "add_settings", "check_output_folders", "read_settings", "with_dashes"]
 
 SettingsT = TypeVar("SettingsT")
 
@@ -35,7 +37,7 @@ class OneLineParser(argparse.ArgumentParser):
             command: What to do with the parsed arguments.
             argv: Arguments without the program's name; default: those of the process.
         """
-        arguments = self.parse_args(argv)
+        arguments = self.parse_args(with_dashes(sys.argv[1:] if argv is None else argv))
         try:
             command(arguments)
         except (ValueError, OSError, ImportError) as error:
@@ -46,10 +48,15 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+def with_dashes(argv: Sequence[str]) -> list[str]:
+    """Returns arguments whose option names have dashes, as the options here do; those of trainers have underscores."""
+    return [re.sub(r"^--\w[\w-]*", lambda name: name[0].replace("_", "-"), argument) for argument in argv]
+
+
 def _list_of(kind: Callable[[str], object], form: str) -> Callable[[str], tuple[Any, ...]]:
     def read(text: str) -> tuple[Any, ...]:
         try:
-            return tuple(kind(part.strip()) for part in text.split(","))
+            return tuple(kind(part.strip()) for part in text.strip().removeprefix("[").removesuffix("]").split(","))
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{text!r} is not {form}") from error
 

@@ -183,6 +183,33 @@ def test_report_of_a_run(run):
     assert len(to_markdown(list(results.values())).splitlines()) == 2 + len(results)
 
 
+# --- Reach ---
+
+
+def test_reach(tiny_model):
+    settings = StepBenchSettings(
+        model=str(tiny_model),
+        methods=("e2e", "reach", "reach_local_step"),
+        num_blocks=(4,),
+        clip_scope=("part",),
+        batch_size=2,
+        seq_length=32,
+        steps=2,
+        warmup=0,
+        dtype="float32",
+        threads=1,
+    )
+    with forked_instead_of_spawned(step):
+        _, reach, stepping = run_step_bench(settings, progress=False)
+    assert [reach.method, stepping.method] == [f"K=4, reach 1,1,1,4{step}" for step in ("", ", local step, in parts")]
+    assert reach.saved_bytes_ratio < 0.45
+    one, *ones, all_blocks = reach.gradient_bytes
+    assert ones == [one, one] and one < 0.4 * all_blocks
+    assert len(reach.timed_seconds) == 8
+    assert stepping.gradient_bytes_ratio < reach.gradient_bytes_ratio
+    assert stepping.final_loss == pytest.approx(reach.final_loss, rel=1e-3)  # clips otherwise
+
+
 # --- The peers ---
 
 
@@ -270,6 +297,8 @@ def test_settings_that_do_not_fit_the_model(tiny_model, values, message):
         ({"split_at": (2, 3)}, r"split_at=\(2, 3\) cuts 3 blocks, but num_blocks=\(2, 4\); set num_blocks to 3 alone"),
         ({"tied_embeddings": "tie"}, "tied_embeddings='tie' is unknown"),
         ({"local_update_interval": (4,)}, r"add 1 to measure num_blocks=\(4,\)"),
+        ({"task_reach": (1, 1, 1, 3)}, r"task_reach=\(1, 1, 1, 3\) reaches 3 blocks, .*; add 3 to num_blocks"),
+        ({"task_reach": (1, 0)}, r"task_reach=\(1, 0\): a reach is 1 .the last block. or more"),
         ({"seq_length": 1}, "seq_length=1 is too small; set it to 2 or more"),
         ({"batch_size": 0}, "batch_size=0 is too small; set it to 1 or more"),
         ({"steps": 0}, "steps=0 is too small; set it to 1 or more"),
@@ -300,6 +329,18 @@ def test_old_spelling_of_a_type(old, name):
     assert StepBenchSettings(dtype=old).dtype == name
 
 
+def test_reach_rows():
+    rows = make_rows(StepBenchSettings(methods=("reach", "reach_local_step")))
+    names = [f"K={blocks}, reach 1,1,1,{blocks}" for blocks in (2, 4)]
+    assert [row.name for row in rows] == [
+        *names,
+        *(f"{name}, local step{parts}" for name in names for parts in ("", ", in parts")),
+    ]
+    assert [row.total_steps for row in rows[:2]] == [4 + 2 + 8] * 2
+    (row,) = make_rows(StepBenchSettings(methods=("reach",), task_reach=(1, 4)))
+    assert (row.name, row.num_blocks, row.task_reach, row.interval) == ("K=4, reach 1,4", 4, (1, 4), 2)
+
+
 def test_time_over_a_cycle():
     """Two kinds of step: the median of each kind, then their mean; an outlier in one cycle is left out."""
     seconds = [3.0, 1.0, 3.0, 1.0, 30.0, 1.0]
@@ -328,6 +369,17 @@ def test_command_rejects_bad_input_in_one_line(capsys, tmp_path):
             main(["step", *arguments])
         assert caught.value.code == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--task_reach", "[1,1,1,4]", "--num_blocks=2,4"], ["--task-reach=1,1,1,4", "--num-blocks", "2,4"]],
+)
+def test_options_are_spelled_as_the_trainers_too(arguments, monkeypatch):
+    seen = []
+    monkeypatch.setattr("lopt_hf.scripts.bench.run_step_bench", lambda settings: seen.append(settings) or [])
+    main(["step", "--methods", "reach", "--dtype", "float32", *arguments])
+    assert (seen[0].task_reach, seen[0].num_blocks) == ((1, 1, 1, 4), (2, 4))
 
 
 def test_help_has_an_example(capsys):

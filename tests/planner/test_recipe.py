@@ -29,6 +29,8 @@ ROWS += make_strategies(IN_ONE_PROCESS, (2, 4), tiny_config(num_hidden_layers=8)
 EXPECTED = {
     "e2e": {"method": "e2e", "use_peft": False},
     "lopt": {"method": "lopt", "local_backward": "eager", "tied_embeddings": "freeze"},
+    "reach": {"method": "lopt", "local_objective": "none", "local_step": False, "tied_embeddings": "freeze"},
+    "reach_local_step": {"method": "lopt", "local_objective": "none", "local_step": True},
     "lopt_local_step": {"method": "lopt", "local_step": True, "tied_embeddings": "freeze"},
     "mlaan": {"tied_embeddings": "freeze", "early_learning_rate": None},
     "joint": {"method": "lopt", "local_backward": "joint"},
@@ -69,6 +71,8 @@ def test_round_trip(strategy, tmp_path):
         "gradient_checkpointing": strategy.checkpointing,
         "report_to": [],
     }
+    if strategy.method in ("reach", "reach_local_step"):
+        expected |= {"num_blocks": strategy.num_blocks, "task_reach": [1, 1, 1, strategy.num_blocks]}
     if strategy.method == "mlaan":
         expected["window"] = strategy.window
     if strategy.method in ("lopt", "lopt_local_step", "mlaan", "joint", "ppll", "e2e_segments"):

@@ -116,6 +116,12 @@ def measure(strategy, family, folder, peak=None, **overrides):
     elif strategy.method == "mlaan":
         args = MLAANConfig(**settings, num_blocks=strategy.num_blocks, window=strategy.window)
         MLAANTrainer(model, args, **given).train()
+    elif strategy.task_reach != (1,):
+        reach = {"task_reach": list(strategy.task_reach), "local_objective": "none"}
+        settings |= {**reach, "num_blocks": strategy.num_blocks, "max_steps": len(strategy.task_reach)}
+        args = LoPTConfig(**settings, local_step=strategy.method.endswith("local_step"))
+        LoPTTrainer(model, args, **given).train()
+        return peak.mean if isinstance(peak, Peak) else peak.peak
     elif strategy.num_blocks > 1:
         joint = "joint" if strategy.method == "joint" else "eager"
         args = LoPTConfig(
@@ -123,7 +129,7 @@ def measure(strategy, family, folder, peak=None, **overrides):
             num_blocks=strategy.num_blocks,
             train_early_blocks=strategy.method != "freeze",
             local_backward=joint,
-            local_step=strategy.method == "lopt_local_step",
+            local_step=strategy.method.endswith("local_step"),
         )
         LoPTTrainer(model, args, **given).train()
     else:
@@ -139,7 +145,7 @@ def test_saved_bytes_and_gradients_are_those_of_the_real_trainer(strategy, tmp_p
     overrides = {"num_hidden_layers": 8, "hidden_size": 64}
     [predicted] = simulate(tiny_config(**overrides), strategy, WORKLOAD)
     saved, gradients = measure(strategy, "llama", tmp_path, **overrides)
-    assert predicted.gradient_bytes == gradients
+    assert predicted.gradient_bytes == round(gradients)
     if strategy.window > 1 and strategy.checkpointing:  # what is computed again cannot be seen
         assert predicted.saved_bytes is None
     else:
@@ -182,6 +188,19 @@ def test_badam_is_the_mean_over_all_layers(tmp_path):
     assert predicted.flops < 0.75 * lowest.flops  # a forward, and half a backward to the layers
 
 
+def test_reach_is_a_mean_over_the_cycle_and_its_highest_peak():
+    config = tiny_config(num_hidden_layers=8, hidden_size=64, intermediate_size=256)
+
+    def cost(method, reach=(1,)):
+        return simulate(config, Strategy("", method, 4, task_reach=reach), WORKLOAD)[0]
+
+    frozen, segments, reach = cost("freeze"), cost("e2e_segments"), cost("reach", (1, 1, 1, 4))
+    assert reach.peak_bytes >= segments.peak_bytes > frozen.peak_bytes
+    assert reach.flops == pytest.approx((3 * frozen.flops + segments.flops) / 4, rel=0.01)
+    assert reach.saved_bytes == pytest.approx(segments.saved_bytes, rel=0.1)
+    assert cost("reach", (4,)).flops == pytest.approx(segments.flops, rel=0.01)
+
+
 @pytest.mark.parametrize(("method", "num_layers"), [("lisa", 2), ("badam", 1)])
 def test_state_of_the_trained_layers_only(method, num_layers):
     config = tiny_config(num_hidden_layers=8, tie_word_embeddings=False)
@@ -192,6 +211,14 @@ def test_state_of_the_trained_layers_only(method, num_layers):
     assert cost.trainable == cost.parameters
     assert cost.gradient_bytes == 4 * trained
     assert cost.peak["optimizer"] == pytest.approx(8 * trained, rel=0.01)
+
+
+def test_reach_has_as_many_blocks_as_it_reaches():
+    config = tiny_config(num_hidden_layers=8)
+    rows, _ = make_strategies(("reach",), (2, 4), config)
+    assert [row.name for row in rows[::2]] == ["K=2, reach 1,1,1,2", "K=4, reach 1,1,1,4"]
+    rows, _ = make_strategies(("reach",), (2, 4), config, task_reach=(1, 2, 1, 4))
+    assert [row.name for row in rows[::2]] == ["K=4, reach 1,2,1,4"]
 
 
 def test_peers_that_a_run_cannot_have_are_left_out():
