@@ -19,7 +19,7 @@ __all__ = [
 ]
 
 
-def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
+def option(default: Any, help: str, choices: Iterable[str] | None = None) -> Any:
     """Makes a field of a settings dataclass that is also an option of a command line.
 
     Args:
