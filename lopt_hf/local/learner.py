@@ -27,8 +27,8 @@ from lopt_hf.local.blocks import (
     untie_output_embeddings,
 )
 from lopt_hf.local.heads import LocalHeads
-from lopt_hf.local.hooks import BoundaryEvents, MicroBatch, check_replay
 from lopt_hf.local.methods.base import Batches, Method
+from lopt_hf.local.micro_batch import BoundaryEvents, MicroBatch, check_replay
 from lopt_hf.local.run_facts import RunFacts
 from lopt_hf.local.schedule import ReachSchedule
 from lopt_hf.local.stepping import ClipGroup, GradientsComplete, stepping_only

@@ -15,8 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lopt_hf.local.blocks import Block
-from lopt_hf.local.hooks import BlockBoundary, MicroBatch, Way, cut
+from lopt_hf.local.hooks import BlockBoundary, Way, cut
 from lopt_hf.local.layer_calls import LayerCall, record_layer_calls
+from lopt_hf.local.micro_batch import MicroBatch
 from lopt_hf.local.objectives import LocalObjective
 
 __all__ = ["LossWeights", "WindowBoundary"]

@@ -7,7 +7,7 @@ from torch.distributed.fsdp import fully_shard
 from lopt_hf.local.blocks import find_decoder_stack, split_layers
 from lopt_hf.local.boundary import GradientBoundary
 from lopt_hf.local.heads import LocalHeads
-from lopt_hf.local.hooks import MicroBatch
+from lopt_hf.local.micro_batch import MicroBatch
 from lopt_hf.local.objectives import ReconstructionObjective
 from tests.tiny import make_model
 
