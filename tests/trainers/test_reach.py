@@ -13,7 +13,16 @@ from lopt_hf.local.blocks import untie_output_embeddings
 from lopt_hf.meters.gradient_bytes import GradientBytes
 from lopt_hf.meters.saved_bytes import SavedBytes
 from tests.tiny import FAMILIES, make_model
-from tests.trainers.helpers import KINDS, kind_kwargs, make_stock_trainer, make_trainer, snapshot, training_args
+from tests.trainers.helpers import (
+    KINDS,
+    InTwoForwards,
+    WithFixedCompletions,
+    kind_kwargs,
+    make_stock_trainer,
+    make_trainer,
+    snapshot,
+    training_args,
+)
 from tests.trainers.test_local_step import end
 from tests.trainers.test_resume import assert_equal
 
@@ -221,6 +230,21 @@ def test_the_tasks_gradient_is_added_to_the_local_one(tmp_path, family, objectiv
             for name in names:
                 expected = task[name] if index == 2 else task[name] + local[name]
                 torch.testing.assert_close(both[name], expected, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: n + m)
+
+
+@pytest.mark.parametrize("local_step", [False, True])
+def test_a_loss_of_two_forwards(tmp_path, local_step):
+    """Each of them is run again, and the gradients are those of one forward."""
+    settings = {**NONE, "num_blocks": 3, "task_reach": 3, "kind": "grpo", "optim": "sgd", "local_step": local_step}
+    moved = []
+    for trainer_class in (WithFixedCompletions, InTwoForwards):
+        trainer = make_trainer(tmp_path / trainer_class.__name__, trainer_class=trainer_class, **settings)
+        before = snapshot(trainer)
+        trainer.train()
+        moved.append({name: weight - before[name] for name, weight in snapshot(trainer).items()})
+    for name, change in moved[0].items():
+        assert change.any(), name
+        torch.testing.assert_close(moved[1][name], change, rtol=1e-4, atol=1e-7)
 
 
 LOCAL_STEP = {**NONE, "num_blocks": 3, "task_reach": [1, 3, 2], "max_steps": 6, **CLIPPED}
