@@ -44,6 +44,7 @@ class LocalArguments(ABC):
     train_early_blocks: ClassVar[bool] = True
     local_step: ClassVar[bool] = False
     local_update_interval: ClassVar[int] = 1
+    window: ClassVar[int] = 1
     reach_rate: ClassVar[str] = "none"
     reach_rate_limit: ClassVar[float] = 1.0
     reach_recompute: ClassVar[bool] = False

@@ -3,8 +3,8 @@
 Shapes: B batch, T tokens, D hidden channels.
 """
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from lopt_hf.local.blocks import Block
 from lopt_hf.local.hooks import BlockBoundary, cut
+from lopt_hf.local.layer_calls import hidden_without_noise
 from lopt_hf.local.objectives import LocalBatch, LocalObjective
 from lopt_hf.local.replay import BlockRun
 
@@ -57,6 +58,7 @@ class GradientBoundary(BlockBoundary):
         self.losses: dict[int, list[torch.Tensor]] = {}
         self._joint_losses: list[torch.Tensor] = []
         self._input_BTD: torch.Tensor | None = None
+        self._without_noise_BTD: torch.Tensor | None = None
 
     def begin(self) -> None:
         self.losses = {block.index: [] for block in self.early_blocks}
@@ -69,15 +71,25 @@ class GradientBoundary(BlockBoundary):
         """Returns the weighted sum of the last micro-batch's local losses, to add to the task loss (`"joint"`)."""
         return torch.stack(self._joint_losses).sum() if self._joint_losses else None
 
+    def enter_decoder(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self._without_noise_BTD = None
+        if self.micro_batch.trains_early_blocks and self.early_blocks and self.early_blocks[0].index == 0:
+            self._without_noise_BTD = hidden_without_noise(self.stack, args, kwargs)
+
     def leave_decoder(self) -> None:
-        self._input_BTD = None
+        self._input_BTD = self._without_noise_BTD = None
+
+    def local_target(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        # Of the first block that is entered: NEFTune's noise is none of what its output is to keep.
+        target_BTD, self._without_noise_BTD = self._without_noise_BTD, None
+        return hidden_BTD.detach() if target_BTD is None else target_BTD
 
     def enter_block(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
         if not hidden_BTD.requires_grad and self.model.is_activation_checkpointing:
             # Reentrant checkpointing gives no gradient at all unless an input of the checkpointed layer requires one,
             # and frozen embeddings do not.
             hidden_BTD = cut(hidden_BTD)
-        self._input_BTD = hidden_BTD.detach()
+        self._input_BTD = self.local_target(hidden_BTD)
         return hidden_BTD
 
     def leave_block(self, index: int, output_BTD: torch.Tensor) -> torch.Tensor:
@@ -96,7 +108,7 @@ class GradientBoundary(BlockBoundary):
         return cut(output_BTD)
 
     def local_loss_again(self, index: int, output_BTD: torch.Tensor, run: BlockRun) -> torch.Tensor | None:
-        return self._local_loss(index, output_BTD, run.input_BTD.detach(), run.batch)
+        return self._local_loss(index, output_BTD, run.target_BTD, run.batch)
 
     def _local_loss(
         self, index: int, output_BTD: torch.Tensor, input_BTD: torch.Tensor, batch: LocalBatch

@@ -180,6 +180,10 @@ class BlockBoundary(ABC):
     def leave_decoder(self) -> None:
         """Ends a forward of the decoder, also one in which an error was raised."""
 
+    def local_target(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """Returns what a local objective is given as the input of the block that starts from these hidden states."""
+        return hidden_BTD.detach()
+
     def enter_block(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
         """Returns the hidden states that an early block starts from, given those that reach it."""
         return hidden_BTD
@@ -239,7 +243,7 @@ class BlockBoundary(ABC):
         hidden_BTD = hidden_of(args, kwargs)
         if self.way(index) == "again":
             assert self._replays is not None
-            self._replays.enter(index, hidden_BTD)
+            self._replays.enter(index, hidden_BTD, self.local_target(hidden_BTD))
             torch.set_grad_enabled(False)
             return None
         torch.set_grad_enabled(True)

@@ -25,6 +25,7 @@ __all__ = [
     "LayerCall",
     "evaluating",
     "hidden_of",
+    "hidden_without_noise",
     "output_hidden",
     "record_layer_calls",
     "stop_at",
@@ -182,6 +183,36 @@ def record_layer_calls(stack: DecoderStack, args: tuple[Any, ...], kwargs: Mappi
     finally:
         active_collector.reset(token)
     return calls
+
+
+@torch.no_grad()
+def hidden_without_noise(stack: DecoderStack, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """Returns the first layer's input as it is without NEFTune's noise; the random state is left as it was.
+
+    Args:
+        stack: The decoder.
+        args: Positional arguments of its forward.
+        kwargs: Named arguments of its forward.
+
+    Returns:
+        The hidden states (B, T, D); `None` where there is no noise.
+    """
+    noisy = [m for m in stack.decoder.modules() if "neftune_noise_alpha" in vars(m) and m.training]
+    if not noisy:
+        return None
+    first = stack.layers[0]
+    token = active_collector.set(None)
+    devices = {p.device.index for p in stack.decoder.parameters() if p.device.type == "cuda"}
+    for module in noisy:
+        module.training = False  # which switches the noise off, and of an embedding nothing else
+    try:
+        with torch.random.fork_rng(devices=devices), without_forward_hooks(first), stop_at(first) as calls:
+            stack.decoder.forward(*args, **kwargs)
+    finally:
+        active_collector.reset(token)
+        for module in noisy:
+            module.training = True
+    return hidden_of(*calls[0])
 
 
 @contextmanager

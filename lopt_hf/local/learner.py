@@ -147,6 +147,8 @@ class LocalLearner:
         here = range(len(self.blocks) - 1) if early_blocks is None else early_blocks
         self.early_blocks = [self.blocks[index] for index in here]
         self._prepare_model()
+        if early_blocks is None:
+            self._check_task_is_learned()
         objective = self.method.make_objective(self)
         self.heads = self.method.make_heads(self, objective)
         for block in self.learning_blocks:
@@ -178,6 +180,18 @@ class LocalLearner:
         for block in self.learning_blocks:
             if not any(parameter.requires_grad for parameter in owned[block.index].values()):
                 raise ValueError(self.settings.nothing_trainable(block))
+
+    def _check_task_is_learned(self) -> None:
+        """Raises if the task's gradient reaches nothing that is trained."""
+        reach = max(self.settings.schedule.highest, self.settings.window)
+        reached = [parameter for block in self.owned()[-reach:] for parameter in block.values()]
+        if not any(parameter.requires_grad for parameter in reached):
+            first = self.blocks[-reach].start
+            raise ValueError(
+                f"num_blocks={self.settings.num_blocks}: nothing that the task loss reaches (from layer {first} on) "
+                "is trainable, so nothing would learn the task, as with prompt tuning or an adapter on the first "
+                "layers only; make later layers trainable, or use an adapter in all of them."
+            )
 
     # ---- What a method may use of the events ----
 

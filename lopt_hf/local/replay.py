@@ -51,6 +51,7 @@ class BlockRun:
 
     Attributes:
         input_BTD: What the block was given; of the first block with the graph of the embeddings.
+        target_BTD: What a local objective is given as the block's input, detached.
         random_state: The random state before it.
         autocast: The arguments of the autocast context that it ran in.
         calls: How its layers were called.
@@ -60,6 +61,7 @@ class BlockRun:
     """
 
     input_BTD: torch.Tensor
+    target_BTD: torch.Tensor
     random_state: _RandomState
     autocast: dict[str, Any]
     calls: list[LayerCall] = field(default_factory=list)
@@ -139,10 +141,16 @@ class Replays:
         """Forgets all runs."""
         self.forwards = []
 
-    def enter(self, index: int, hidden_BTD: torch.Tensor) -> None:
-        """Begins to write down the run of a block, from these hidden states."""
+    def enter(self, index: int, hidden_BTD: torch.Tensor, target_BTD: torch.Tensor) -> None:
+        """Begins to write down the run of a block.
+
+        Args:
+            index: The block's index.
+            hidden_BTD: The hidden states that it starts from.
+            target_BTD: What a local objective is given as its input.
+        """
         device_type = hidden_BTD.device.type
-        self._running = BlockRun(hidden_BTD, _RandomState(hidden_BTD), _autocast_of(device_type))
+        self._running = BlockRun(hidden_BTD, target_BTD, _RandomState(hidden_BTD), _autocast_of(device_type))
         self._last_BTD = hidden_BTD
         self.forwards[-1][index] = self._running
 

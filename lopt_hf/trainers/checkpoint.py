@@ -4,17 +4,19 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-__all__ = ["HEADS_FILE", "STATE_FILE", "ResumeState", "StagedCheckpoint", "load_heads", "save_heads"]
+__all__ = ["HEADS_FILE", "STATE_FILE", "ResumeState", "StagedCheckpoint", "check_files", "load_heads", "save_heads"]
 
 HEADS_FILE = "local_heads.safetensors"
 STATE_FILE = "local_learning.json"
@@ -64,8 +66,11 @@ class ResumeState:
                 f"resume_from_checkpoint={checkpoint!r} has no {STATE_FILE}: it is not a checkpoint of this trainer. "
                 "To start from its weights, pass the folder as `model`."
             )
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        state = cls(**{"trainer": trainer, **content})
+        content: dict[str, Any] = _read_json(path, checkpoint)
+        try:
+            state = cls(**{"trainer": trainer, **content})
+        except TypeError as error:
+            raise ValueError(f"resume_from_checkpoint={checkpoint!r}: {STATE_FILE} is damaged ({error}).") from error
         for name in (*settings, *(name for name in state.settings if name not in settings)):
             saved, value = state.settings.get(name), settings.get(name)
             if saved != value and name == "readout":
@@ -85,6 +90,60 @@ class ResumeState:
                 f"{trainer}; to start from its weights, pass the folder as `model`."
             )
         return state
+
+
+def _read_json(path: Path, checkpoint: str) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # also of a byte that is no text
+        raise _damaged(checkpoint, path.name, str(error)) from error
+
+
+def _damaged(checkpoint: str, name: str, reason: str) -> ValueError:
+    return ValueError(
+        f"resume_from_checkpoint={checkpoint!r}: {name} is damaged ({reason}); go on from an earlier checkpoint."
+    )
+
+
+def check_files(checkpoint: str, names: Iterable[str], shapes: Mapping[str, torch.Size]) -> None:
+    """Checks that a checkpoint has the files that a run goes on from, that they are whole, and of the run's model.
+
+    Weights and state that are not there would begin anew, without a word. A file that ends too early is found by what
+    stands at its end (`.pt`) or by the lengths at its start (`.safetensors`); nothing is read in full.
+
+    Args:
+        checkpoint: The checkpoint's folder.
+        names: Files that must be there.
+        shapes: The shapes of the model's tensors by their names in the checkpoint's weights.
+
+    Raises:
+        ValueError: If one is missing, is damaged, or has a tensor of another shape; the message names it.
+    """
+    folder = Path(checkpoint)
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(
+                f"resume_from_checkpoint={checkpoint!r} has no {name}, without which the run would go on otherwise "
+                "than it was left; go on from a whole checkpoint, or pass the folder as `model` to start from its "
+                "weights."
+            )
+        if path.suffix == ".pt" and not zipfile.is_zipfile(path):
+            raise _damaged(checkpoint, name, "it ends too early")
+        if path.suffix == ".json":
+            _read_json(path, checkpoint)
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                found = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise _damaged(checkpoint, path.name, str(error)) from error
+        other = next((name for name in found if shapes.get(name, found[name]) != found[name]), None)
+        if other is not None:
+            raise ValueError(
+                f"resume_from_checkpoint={checkpoint!r} is of another model: {other} is of shape {list(found[other])} "
+                f"there and of {list(shapes[other])} in this run; pass the model that the run started from."
+            )
 
 
 def save_heads(state: Mapping[str, torch.Tensor], folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Training arguments: those of a method of local learning joined to a TRL trainer's config."""
 
+import math
 import os
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -55,6 +56,7 @@ class LocalTrainingArguments(ArgumentsBase):
         # First of all: transformers' own checks need the engine that they are for to be installed.
         self.check()
         self.check_run(self.run_facts)
+        self._check_numbers()
         # transformers refuses bf16, the default of TRL's configs, on a machine without an accelerator unless told
         # that this is meant.
         if not torch.accelerator.is_available():
@@ -62,6 +64,22 @@ class LocalTrainingArguments(ArgumentsBase):
         if self.use_cpu:
             self.bf16 = pick_bf16(self.bf16, self.fp16)
         super().__post_init__()
+
+    def _check_numbers(self) -> None:
+        """Refuses numbers that the parents accept, and with which a run trains nothing or something else."""
+        for name in ("learning_rate", "max_grad_norm", "weight_decay"):
+            value = getattr(self, name)
+            if isinstance(value, int | float) and not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value} must be a number from 0 on.")
+        for name in (
+            "max_length",
+            "max_completion_length",
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+        ):
+            value = getattr(self, name, None)
+            if isinstance(value, int) and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
 
     @property
     def sharding_engine(self) -> str | None:

@@ -1,6 +1,7 @@
 """Local learning in a trainer of transformers or TRL: the overrides, each of which calls `self.learner`."""
 
 import contextlib
+import json
 import math
 import weakref
 from collections.abc import Iterator, Mapping
@@ -9,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS_NAME
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
-from transformers.utils import logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from lopt_hf.common.callbacks import bind_callbacks
 from lopt_hf.common.distributed import GradientReducer, broadcast_parameters
 from lopt_hf.common.upstream.torch import ignored_by_ddp
-from lopt_hf.common.upstream.trainers import TRAINER_STATE_NAME
+from lopt_hf.common.upstream.trainers import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from lopt_hf.data.sampling import spread_batches
 from lopt_hf.local.blocks import Block, DecoderStack
 from lopt_hf.local.heads import LocalHeads
@@ -26,7 +28,14 @@ from lopt_hf.local.learner import LearnerEvents, LocalLearner
 from lopt_hf.local.methods.base import Method
 from lopt_hf.local.stepping import set_learning_rate
 from lopt_hf.meters.drift import WeightDrift
-from lopt_hf.trainers.checkpoint import ResumeState, StagedCheckpoint, load_heads, save_heads
+from lopt_hf.trainers.checkpoint import (
+    HEADS_FILE,
+    ResumeState,
+    StagedCheckpoint,
+    check_files,
+    load_heads,
+    save_heads,
+)
 from lopt_hf.trainers.checks import check_fsdp, check_output_dir
 
 __all__ = ["LocalLearningMixin"]
@@ -357,9 +366,32 @@ class LocalLearningMixin(TrainerBase):
         """Reads what this trainer needs to go on from a checkpoint.
 
         Raises:
-            ValueError: If another kind of trainer wrote it, or one with other block settings.
+            ValueError: If another kind of trainer wrote it, or one with other block settings, or if a file of it is
+                missing or damaged.
         """
-        return ResumeState.read(checkpoint, self._name, self.learner.fingerprint())
+        state = ResumeState.read(checkpoint, self._name, self.learner.fingerprint())
+        if not self._heads_in_model:  # an engine has files of its own
+            self._check_files(checkpoint)
+        return state
+
+    def _check_files(self, checkpoint: str) -> None:
+        names = [OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, HEADS_FILE]
+        index, weights = SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+        if isinstance(self.model, PeftModel):
+            names.append(ADAPTER_WEIGHTS_NAME)
+        elif not (Path(checkpoint) / index).is_file():
+            names.append(weights)
+        else:
+            shards = json.loads((Path(checkpoint) / index).read_text(encoding="utf-8"))["weight_map"].values()
+            names += sorted(set(shards))
+        check_files(checkpoint, names, {name: tensor.shape for name, tensor in self.model.state_dict().items()})
+        processes = self.args.world_size
+        random_state = "rng_state.pth" if processes == 1 else f"rng_state_{self.args.process_index}.pth"
+        if not (Path(checkpoint) / random_state).is_file():
+            logger.warning(
+                f"resume_from_checkpoint={checkpoint!r} has no {random_state}, as when another number of processes "
+                "wrote it: random numbers, such as dropout's, are not those of the run that was left."
+            )
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
@@ -423,6 +455,8 @@ class LocalLearningMixin(TrainerBase):
             self._globalstep_last_logged = state.last_logged_step
             if len(state.loss_since_log) == self.args.world_size:
                 self._tr_loss += state.loss_since_log[self.args.process_index]
+                # `train_loss` is the mean of the steps of this call, which these are not.
+                self._total_loss_scalar -= sum(state.loss_since_log) / self.args.world_size
         if self.state.global_step >= self.state.max_steps:  # the parent would train a step before it looks
             self.control.should_training_stop = True
             return

@@ -8,11 +8,19 @@ signatures are compared by `tests/common/test_upstream.py`.
 from collections.abc import Iterable, Mapping
 
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from lopt_hf.common.upstream.transformers import TRANSFORMERS
 
-__all__ = ["CALLED", "FIELDS", "OVERRIDDEN", "OVERRIDDEN_GRPO", "TRAINER_STATE_NAME"]
+__all__ = [
+    "CALLED",
+    "FIELDS",
+    "OPTIMIZER_NAME",
+    "OVERRIDDEN",
+    "OVERRIDDEN_GRPO",
+    "SCHEDULER_NAME",
+    "TRAINER_STATE_NAME",
+]
 
 # transformers 5.23 to 5.24, `Trainer`
 OVERRIDDEN = (
@@ -37,7 +45,7 @@ OVERRIDDEN_GRPO = ("_generate_single_turn",)
 # What the parents' own methods set on themselves: only an instance has it. `_name`, `_paper` and `_tag_names` feed
 # TRL's model card.
 FIELDS: Mapping[str, Iterable[str]] = {
-    "Trainer": ("_globalstep_last_logged", "_tr_loss"),
+    "Trainer": ("_globalstep_last_logged", "_total_loss_scalar", "_tr_loss"),
     "SFTTrainer": ("_metrics", "_name", "_paper", "_tag_names", "_total_train_tokens"),
     "DPOTrainer": ("_metrics", "_name", "_paper", "_tag_names", "_total_train_tokens"),
     "GRPOTrainer": ("_buffered_inputs", "_metrics", "_name", "_paper", "_step", "_tag_names", "_total_train_tokens"),

@@ -85,9 +85,9 @@ class PipelineArguments(ArgumentsBase):
                 f"num_stages={self.num_stages} is more than num_blocks={self.num_blocks}, but a stage runs one block "
                 "or several; lower num_stages, or leave num_blocks out for one block per stage."
             )
-        if self.peer_timeout < 5:
+        if not self.peer_timeout >= 5:
             raise ValueError(f"peer_timeout={self.peer_timeout} is too short for a busy machine; give at least 5 s.")
-        if self.start_timeout < self.peer_timeout:
+        if not self.start_timeout >= self.peer_timeout:
             raise ValueError(
                 f"start_timeout={self.start_timeout} is shorter than peer_timeout={self.peer_timeout}; raise it."
             )

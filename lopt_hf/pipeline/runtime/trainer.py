@@ -282,6 +282,9 @@ class StageTrainer(LocalLearningMixin, SFTTrainer):
         if self.world.replica == 0:
             stage_checkpoint.save_stage(self)
 
+    def _check_files(self, checkpoint: str) -> None:
+        """Leaves that to the manifest, whichever stages wrote the files."""
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         assert self._manifest is not None and self._resumed is not None
         metrics = stage_checkpoint.load_stage_weights(self, self._manifest)

@@ -73,7 +73,7 @@ class MLAANSettings(ReachArguments):
     num_blocks: int = field(
         default=4, metadata={"help": "Number of blocks the decoder layers are cut into (ours: 4)."}
     )
-    window: int = field(
+    window: int = field(  # type: ignore[misc]  # of the class where it is not a choice
         default=2,
         metadata={"help": "Number of adjacent blocks that a loss reaches (code: 2); num_blocks is end-to-end."},
     )

@@ -1,0 +1,145 @@
+"""What went wrong without a word, or with a trace, when the trainers were used hard."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+
+from lopt_hf import LoPTConfig
+from lopt_hf.local.objectives import ReconstructionObjective
+from tests.tiny import make_model
+from tests.trainers.helpers import make_trainer
+
+SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+        LoraConfig(target_modules=["q_proj", "up_proj"], layers_to_transform=[0, 1]),
+    ],
+    ids=["prompt tuning", "LoRA in the first block"],
+)
+def test_a_run_in_which_nothing_learns_the_task_is_refused(tmp_path, adapter):
+    with pytest.raises(ValueError, match="nothing would learn the task"):
+        make_trainer(tmp_path, make_model(), {"peft_config": adapter})
+
+
+def test_early_adapters_learn_where_the_task_reaches_them(tmp_path):
+    adapter = LoraConfig(target_modules=["q_proj", "up_proj"], layers_to_transform=[0, 1], init_lora_weights=False)
+    settings = {"local_objective": "none", "task_reach": [1, 2]}
+    trainer = make_trainer(tmp_path, make_model(), {"peft_config": adapter}, **settings)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    assert all(not torch.equal(p, before[n]) for n, p in trainer.model.named_parameters() if n in before)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    make_trainer(folder, **{**SAVING, "max_steps": 2}).train()
+    return folder
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def other_width(path: Path) -> None:
+    save_file({name: torch.zeros(3, 3) for name in load_file(path)}, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("optimizer.pt", Path.unlink, "has no optimizer.pt"),
+        ("scheduler.pt", Path.unlink, "has no scheduler.pt"),
+        ("model.safetensors", Path.unlink, "has no model.safetensors"),
+        ("trainer_state.json", Path.unlink, "has no trainer_state.json"),
+        ("local_heads.safetensors", Path.unlink, "has no local_heads.safetensors"),
+        ("local_learning.json", Path.unlink, "has no local_learning.json"),
+        ("optimizer.pt", truncate, "optimizer.pt is damaged"),
+        ("model.safetensors", truncate, "model.safetensors is damaged"),
+        ("trainer_state.json", truncate, "trainer_state.json is damaged"),
+        ("local_learning.json", truncate, "local_learning.json is damaged"),
+        ("model.safetensors", other_width, "is of another model: "),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_is_refused(tmp_path, saved, name, damage, message):
+    shutil.copytree(saved, tmp_path / "run")
+    damage(tmp_path / "run/checkpoint-2" / name)
+    with pytest.raises(ValueError) as error:
+        make_trainer(tmp_path / "run", **SAVING).train(resume_from_checkpoint=True)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_checkpoint_without_random_state_is_warned_of(tmp_path, saved, caplog):
+    shutil.copytree(saved, tmp_path / "run")
+    (tmp_path / "run/checkpoint-2/rng_state.pth").unlink()
+    make_trainer(tmp_path / "run", **SAVING).train(resume_from_checkpoint=True)
+    assert any("has no rng_state.pth" in record.message for record in caplog.records)
+
+
+def test_a_resumed_run_reports_the_mean_loss_of_its_own_steps(tmp_path):
+    settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4, "lr_scheduler_type": "cosine"}
+    every = make_trainer(tmp_path / "every", **{**settings, "logging_steps": 1})
+    every.train()
+    losses = [row["loss"] for row in every.state.log_history if "loss" in row]
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 4
+
+    make_trainer(tmp_path / "part", None, {"callbacks": [Stop()]}, **settings, logging_steps=3).train()
+    resumed = make_trainer(tmp_path / "part", **settings, logging_steps=3).train(resume_from_checkpoint=True)
+    assert resumed.training_loss == pytest.approx(sum(losses[4:]) / 4, rel=1e-3)
+
+
+@pytest.mark.parametrize("reach", [1, 2])
+def test_neftunes_noise_is_not_reconstructed(tmp_path, monkeypatch, reach):
+    """The target of the first block is what the embeddings give without it, whatever the block was given."""
+    targets = []
+    original = ReconstructionObjective.__call__
+
+    def record(self, head, output_BTD, input_BTD, batch):
+        targets.append((input_BTD, batch.inputs["input_ids"]))
+        return original(self, head, output_BTD, input_BTD, batch)
+
+    monkeypatch.setattr(ReconstructionObjective, "__call__", record)
+    trainer = make_trainer(tmp_path, neftune_noise_alpha=50.0, max_steps=1, task_reach=reach)
+    weight = trainer.model.get_input_embeddings().weight.detach().clone()
+    trainer.train()
+    (target_BTD, tokens_BT), *others = targets
+    assert torch.equal(target_BTD, weight[tokens_BT]) and not others
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"learning_rate": float("nan")},
+        {"learning_rate": -1e-4},
+        {"max_grad_norm": float("nan")},
+        {"max_grad_norm": -1.0},
+        {"max_length": -5},
+        {"per_device_train_batch_size": 0},
+        {"gradient_accumulation_steps": 0},
+    ],
+    ids=str,
+)
+def test_numbers_that_mean_nothing_are_refused(tmp_path, settings):
+    ((name, value),) = settings.items()
+    with pytest.raises(ValueError, match=f"{name}={value} must be"):
+        LoPTConfig(str(tmp_path), **settings)
+
+
+def test_a_state_of_another_form_is_named(tmp_path, saved):
+    shutil.copytree(saved, tmp_path / "run")
+    (tmp_path / "run/checkpoint-2/local_learning.json").write_text(json.dumps({"settings": {}}))
+    with pytest.raises(ValueError, match=r"local_learning.json is damaged"):
+        make_trainer(tmp_path / "run", **SAVING).train(resume_from_checkpoint=True)
