@@ -1,12 +1,13 @@
 """Files and folders that appear complete or not at all: written beside their place and renamed into it."""
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["atomic_file", "publish_folder", "write_text"]
+__all__ = ["atomic_file", "is_disk_full", "publish_folder", "write_text"]
 
 
 @contextlib.contextmanager
@@ -26,6 +27,13 @@ def atomic_file(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Tells whether an error means that there is no room left; torch and safetensors say so in words only."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return os.strerror(errno.ENOSPC).lower() in str(error).lower()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,7 +5,6 @@ with its confidence interval. Results are kept: a stopped run goes on where it w
 """
 
 import argparse
-import errno
 import logging
 import shlex
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from lopt_hf.common.files import is_disk_full
 from lopt_hf.data.pretrained import SMOLLM2_ID
 from lopt_hf.retention.benchmark import Candidate, RetentionBenchmark, flips, write_flips
 from lopt_hf.retention.evaluation import EvaluationSettings
@@ -93,7 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def exit_on_error(command: str, error: Exception) -> None:
     """Ends the process with one clear line; what was finished stays in the cache."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_disk_full(error):
         sys.exit(f"{command}: the disk is full: {error}. What was finished is kept; free some room and run it again.")
     sys.exit(f"{command}: {error}")
 

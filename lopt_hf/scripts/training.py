@@ -1,16 +1,20 @@
 """What the training commands share: data and method arguments, resuming, and a run from parsing to the saved model."""
 
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 from datasets import Dataset, DatasetDict, IterableDataset
+from safetensors import SafetensorError
 from transformers import Trainer, set_seed
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from lopt_hf.common.arithmetic import Arithmetic, arithmetic_of
 from lopt_hf.common.distributed import end_training
+from lopt_hf.common.files import is_disk_full
+from lopt_hf.common.locks import FolderInUseError
 from lopt_hf.common.resuming import find_checkpoint
 from lopt_hf.common.settings import check_at_least
 from lopt_hf.data.formats import load_sft_dataset
@@ -170,9 +174,22 @@ def run_training(
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"{parser.prog}: {error}")
     trainer.accelerator.print(_arithmetic_of(trainer), flush=True)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(args.output_dir)
-    trainer.save_state()  # what was logged: `lopt-hf curves` draws it
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model(args.output_dir)
+        trainer.save_state()  # what was logged: `lopt-hf curves` draws it
+    except FloatingPointError as error:  # the loss has diverged
+        sys.exit(f"{parser.prog}: {error}")
+    except FolderInUseError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not is_disk_full(error):
+            raise
+        free = shutil.disk_usage(args.output_dir).free
+        sys.exit(
+            f"{parser.prog}: the disk of output_dir={args.output_dir!r} is full ({free / 2**20:.0f} MiB free): "
+            f"{str(error).splitlines()[0]}. What is complete is kept; free some room, and resume or start anew."
+        )
     trainer.accelerator.print(f"Model saved to {args.output_dir}")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)

@@ -18,6 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, loggi
 
 from lopt_hf.common.callbacks import bind_callbacks
 from lopt_hf.common.distributed import GradientReducer, broadcast_parameters
+from lopt_hf.common.locks import run_lock
 from lopt_hf.common.upstream.torch import ignored_by_ddp
 from lopt_hf.common.upstream.trainers import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from lopt_hf.data.sampling import spread_batches
@@ -332,7 +333,7 @@ class LocalLearningMixin(TrainerBase):
 
         Raises:
             ValueError: If the checkpoint is of another method or other block settings, or if a new run's `output_dir`
-                holds another run's checkpoints.
+                holds another run's checkpoints or is used by another run at this moment.
         """
         if not self._owns_output_dir:
             check_output_dir(self.args.output_dir, resume_from_checkpoint)
@@ -342,7 +343,13 @@ class LocalLearningMixin(TrainerBase):
         if checkpoint:
             self._resumed = self.check_checkpoint(checkpoint)
         self.learner.begin_run()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        with run_lock(output_dir) if self._writes_output_dir else contextlib.nullcontext():
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    @property
+    def _writes_output_dir(self) -> bool:
+        """Whether it is this process that stands for the run in its folder."""
+        return self.accelerator.is_main_process
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds each block's drift to the logs where `log_drift` is set."""

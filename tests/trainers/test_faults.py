@@ -1,7 +1,11 @@
 """What went wrong without a word, or with a trace, when the trainers were used hard."""
 
+import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,10 +14,12 @@ from peft import LoraConfig, PromptTuningConfig
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from lopt_hf import LoPTConfig
+from lopt_hf import LoPTConfig, LoPTTrainer
+from lopt_hf.common.locks import run_lock
 from lopt_hf.local.objectives import ReconstructionObjective
+from lopt_hf.scripts import sft
 from tests.tiny import make_model
-from tests.trainers.helpers import make_trainer
+from tests.trainers.helpers import kind_kwargs, make_trainer, training_args
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
 
@@ -143,3 +149,45 @@ def test_a_state_of_another_form_is_named(tmp_path, saved):
     (tmp_path / "run/checkpoint-2/local_learning.json").write_text(json.dumps({"settings": {}}))
     with pytest.raises(ValueError, match=r"local_learning.json is damaged"):
         make_trainer(tmp_path / "run", **SAVING).train(resume_from_checkpoint=True)
+
+
+def test_a_second_run_in_a_folder_is_refused_while_the_first_trains(tmp_path):
+    class StartAnother(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                with pytest.raises(ValueError, match=rf"used by another run, process {os.getpid()};"):
+                    make_trainer(tmp_path, max_steps=1).train()
+
+    trainer = make_trainer(tmp_path, None, {"callbacks": [StartAnother()]})
+    trainer.train()
+    assert trainer.state.global_step == 3
+    make_trainer(tmp_path, max_steps=1).train()  # it is free again
+    assert not list(tmp_path.glob("_run*"))
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    code = f"import os; from lopt_hf.common.locks import run_lock\nwith run_lock({str(tmp_path)!r}): os._exit(9)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    with run_lock(str(tmp_path)):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (FloatingPointError("loss is nan at step 3."), "loss is nan at step 3."),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "is full ("),
+        (RuntimeError("PytorchStreamWriter failed: No space left on device\nmore"), "is full ("),
+    ],
+    ids=["diverged", "disk full", "disk full in torch"],
+)
+def test_a_run_that_fails_ends_with_one_line(tmp_path, monkeypatch, error, message):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(LoPTTrainer, "train", fail)
+    monkeypatch.setattr(sft, "prepare", lambda *args: (make_model(), kind_kwargs("sft", None, None)))
+    arguments = {**training_args(tmp_path), "model_name_or_path": "m", "dataset_name": "d"}
+    with pytest.raises(SystemExit) as ended:
+        sft.main([part for name, value in arguments.items() for part in (f"--{name}", str(value))])
+    assert message in str(ended.value) and "\n" not in str(ended.value)

@@ -282,6 +282,10 @@ class StageTrainer(LocalLearningMixin, SFTTrainer):
         if self.world.replica == 0:
             stage_checkpoint.save_stage(self)
 
+    @property
+    def _writes_output_dir(self) -> bool:
+        return self.world.reports
+
     def _check_files(self, checkpoint: str) -> None:
         """Leaves that to the manifest, whichever stages wrote the files."""
 
