@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lopt_hf.common.arithmetic import Arithmetic, choose_arithmetic
 from lopt_hf.common.files import atomic_file, write_text
+from lopt_hf.common.parent import parent_environment
 from lopt_hf.compare.grid import Grid, GridRun
 from lopt_hf.data.formats import load_sft_dataset, to_trl_format
 from lopt_hf.data.pretrained import resolve_model
@@ -257,7 +258,7 @@ def _train_alone(grid: Grid, run: GridRun) -> list[str]:
     with (folder / "train.log").open("w", encoding="utf-8") as log:
         result = subprocess.run(
             [sys.executable, "-m", f"lopt_hf.scripts.{run.command}", "--config", str(config)],
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            env={**os.environ, **parent_environment(), "OMP_NUM_THREADS": str(threads)},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from datasets import Dataset, IterableDataset
 from trl import ModelConfig, TrlParser
 
+from lopt_hf.common.parent import end_with_parent
 from lopt_hf.common.settings import option
 from lopt_hf.pipeline.runtime.config import MLAANPipelineConfig, PipelineConfig
 from lopt_hf.pipeline.runtime.health import PipelineError, report_failure
@@ -79,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Chosen here, or each stage would time the machine while the others start
         dtype = [] if args.fp16 else ["--bf16", str(args.bf16).lower()]
         sys.exit(launch_stages(args, [*arguments, *dtype], launch_args.devices))
+    end_with_parent()
     try:
         rendezvous = Rendezvous.from_environment()
     except ValueError as error:

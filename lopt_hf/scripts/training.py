@@ -15,6 +15,7 @@ from lopt_hf.common.arithmetic import Arithmetic, arithmetic_of
 from lopt_hf.common.distributed import end_training
 from lopt_hf.common.files import is_disk_full
 from lopt_hf.common.locks import FolderInUseError
+from lopt_hf.common.parent import end_with_parent
 from lopt_hf.common.resuming import find_checkpoint
 from lopt_hf.common.settings import check_at_least
 from lopt_hf.data.formats import load_sft_dataset
@@ -165,6 +166,7 @@ def run_training(
         make_trainer: Builds the trainer from the parsed arguments.
     """
     script_args, args, model_args = parse_or_exit(parser, argv)
+    end_with_parent()
     try:
         checkpoint = find_checkpoint(str(args.output_dir), args.resume_from_checkpoint)
         check_output_dir(args.output_dir, checkpoint)
