@@ -136,7 +136,9 @@ class MLAANPipelineConfig(PipelineArguments, MLAANConfig):
         window: As in `MLAANConfig`, inside a stage. Ours: 1, since a stage has one block by default.
     """
 
-    window: int = option(1, "Number of adjacent blocks that a loss reaches, at most those of its stage (ours: 1).")
+    window: int = option(  # type: ignore[misc]  # of the class where it is not a choice
+        1, "Number of adjacent blocks that a loss reaches, at most those of its stage (ours: 1)."
+    )
 
     def _check_pipeline(self) -> None:
         super()._check_pipeline()
