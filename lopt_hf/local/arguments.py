@@ -2,9 +2,10 @@
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
+from lopt_hf.common.settings import option
 from lopt_hf.local.blocks import Block
 from lopt_hf.local.methods.base import Method
 from lopt_hf.local.run_facts import RunFacts
@@ -53,36 +54,27 @@ class LocalArguments(ABC):
     _lowest: ClassVar[dict[str, float]] = {"num_blocks": 2, "early_learning_rate": 0.0}
     _chosen: ClassVar[tuple[str, ...]] = ("clip_scope", "tied_embeddings")
 
-    num_blocks: int = field(
-        default=2, metadata={"help": "Number of blocks the decoder layers are cut into (paper, Sec. 3: 2)."}
+    num_blocks: int = option(2, "Number of blocks the decoder layers are cut into (paper, Sec. 3: 2).")
+    split_at: list[int] | None = option(
+        None, "Index of the first layer of every block but the first, instead of an even split."
     )
-    split_at: list[int] | None = field(
-        default=None,
-        metadata={"help": "Index of the first layer of every block but the first, instead of an even split."},
+    early_learning_rate: float | None = option(
+        None, "Learning rate of early blocks, embeddings and heads. Default: `learning_rate` (paper)."
     )
-    early_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Learning rate of early blocks, embeddings and heads. Default: `learning_rate` (paper)."},
+    clip_scope: str = option(
+        "block",
+        "Clip the gradient of each block at `max_grad_norm` (paper, App. L), or of all together: 'global' "
+        "(released code), or the embeddings and the LM head apart from their blocks' layers: 'part' (ours).",
+        ["block", "global", "part"],
     )
-    clip_scope: str = field(
-        default="block",
-        metadata={
-            "help": "Clip the gradient of each block at `max_grad_norm` (paper, App. L), or of all together: 'global' "
-            "(released code), or the embeddings and the LM head apart from their blocks' layers: 'part' (ours).",
-            "choices": ["block", "global", "part"],
-        },
+    tied_embeddings: str = option(
+        "untie",
+        "Where the LM head shares the input embedding: 'untie' gives the head a copy (paper and code), "
+        "'freeze' keeps both tied and frozen.",
+        ["untie", "freeze"],
     )
-    tied_embeddings: str = field(
-        default="untie",
-        metadata={
-            "help": "Where the LM head shares the input embedding: 'untie' gives the head a copy (paper and code), "
-            "'freeze' keeps both tied and frozen.",
-            "choices": ["untie", "freeze"],
-        },
-    )
-    log_drift: bool = field(
-        default=False,
-        metadata={"help": "Log each block's relative weight drift from the start; keeps a copy of the weights."},
+    log_drift: bool = option(
+        False, "Log each block's relative weight drift from the start; keeps a copy of the weights."
     )
 
     @abstractmethod

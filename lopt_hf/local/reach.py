@@ -3,9 +3,10 @@
 import ast
 from argparse import ArgumentTypeError
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from lopt_hf.common.settings import option
 from lopt_hf.local.arguments import LocalArguments
 from lopt_hf.local.run_facts import RunFacts
 from lopt_hf.local.schedule import RATE_RULES, ReachSchedule
@@ -73,31 +74,25 @@ class ReachArguments(LocalArguments):
     _chosen: ClassVar[tuple[str, ...]] = (*LocalArguments._chosen, "reach_unit", "reach_rate")
 
     # A parser of commands reads the option's text by the first type that is named here.
-    task_reach: ReachText | str | int | list[int] = field(
-        default=1,
-        metadata={
-            "help": "Blocks, counted from the last, that the task loss trains: a number, or a cycle over the "
-            "optimizer steps such as '[1,1,1,4]'. 1: local learning; num_blocks: end-to-end training (ours)."
-        },
+    task_reach: ReachText | str | int | list[int] = option(
+        1,
+        "Blocks, counted from the last, that the task loss trains: a number, or a cycle over the "
+        "optimizer steps such as '[1,1,1,4]'. 1: local learning; num_blocks: end-to-end training (ours).",
     )
-    reach_unit: str = field(
-        default="step",
-        metadata={
-            "help": "What the cycle of `task_reach` runs over: optimizer steps ('step'), or the micro-batches of each "
-            "of them ('microbatch', scaled to be unbiased).",
-            "choices": ["step", "microbatch"],
-        },
+    reach_unit: str = option(
+        "step",
+        "What the cycle of `task_reach` runs over: optimizer steps ('step'), or the micro-batches of each "
+        "of them ('microbatch', scaled to be unbiased).",
+        ["step", "microbatch"],
     )
-    reach_rate: str = field(  # type: ignore[misc]  # of the class where it is not a choice
-        default="none",
-        metadata={
-            "help": "Multiply the learning rate of a block that is reached once in n steps by the root of n ('sqrt'), "
-            "by n ('inverse'), or not at all ('none').",
-            "choices": list(RATE_RULES),
-        },
+    reach_rate: str = option(  # type: ignore[misc]  # of the class where it is not a choice
+        "none",
+        "Multiply the learning rate of a block that is reached once in n steps by the root of n ('sqrt'), "
+        "by n ('inverse'), or not at all ('none').",
+        RATE_RULES,
     )
-    reach_rate_limit: float = field(  # type: ignore[misc]  # of the class where it is not a choice
-        default=4.0, metadata={"help": "The most that `reach_rate` multiplies a learning rate by."}
+    reach_rate_limit: float = option(  # type: ignore[misc]  # of the class where it is not a choice
+        4.0, "The most that `reach_rate` multiplies a learning rate by."
     )
 
     @property

@@ -1,12 +1,12 @@
 """The peers by their names in the benches, with their options as those of a command."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from trl import SFTConfig
 
 from lopt_hf.common.arithmetic import pick_bf16
-from lopt_hf.common.settings import check_choice, check_lowest
+from lopt_hf.common.settings import check_choice, check_lowest, option
 from lopt_hf.peers.base import Peer
 from lopt_hf.peers.freezing import FreezeLast
 from lopt_hf.peers.layer_switching import BADAM_PERIOD, LISA, LISA_LAYERS, LISA_PERIOD, BAdam
@@ -30,22 +30,11 @@ class PeerArguments:
         badam_period: Optimizer steps that BAdam trains a layer for.
     """
 
-    num_blocks: int = field(
-        default=2, metadata={"help": "Blocks of freeze_last, which trains the first, or segments of e2e_segments."}
-    )
-    split_at: list[int] | None = field(
-        default=None, metadata={"help": "First layer of every block but the first, instead of an even split."}
-    )
-    lisa_layers: int = field(
-        default=LISA_LAYERS, metadata={"help": "Layers that LISA trains at a time (paper, Tab. 1: 2 of E+H+2L)."}
-    )
-    lisa_period: int = field(
-        default=LISA_PERIOD,
-        metadata={"help": "Optimizer steps from one draw of LISA's layers to the next (code: 20)."},
-    )
-    badam_period: int = field(
-        default=BADAM_PERIOD, metadata={"help": "Optimizer steps that BAdam trains a layer for (its README: 100)."}
-    )
+    num_blocks: int = option(2, "Blocks of freeze_last, which trains the first, or segments of e2e_segments.")
+    split_at: list[int] | None = option(None, "First layer of every block but the first, instead of an even split.")
+    lisa_layers: int = option(LISA_LAYERS, "Layers that LISA trains at a time (paper, Tab. 1: 2 of E+H+2L).")
+    lisa_period: int = option(LISA_PERIOD, "Optimizer steps from one draw of LISA's layers to the next (code: 20).")
+    badam_period: int = option(BADAM_PERIOD, "Optimizer steps that BAdam trains a layer for (its README: 100).")
 
     def check_peers(self) -> None:
         """Checks the values alone.

@@ -9,11 +9,12 @@ accelerate launch --config_file recipes/accelerate_configs/ddp_2.yaml -m lopt_hf
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from trl import DPOConfig, DPOTrainer, ModelConfig, TrlParser
 
+from lopt_hf.common.settings import option
 from lopt_hf.data.arithmetic import make_arithmetic_pairs
 from lopt_hf.local.run_facts import NEXT_TOKEN_MISFITS
 from lopt_hf.scripts.parsing import make_trl_parser, refuse_method
@@ -36,12 +37,10 @@ class DPOScriptArguments(MethodArguments, DataArguments):
             right and wrong worked answers that the package carries.
     """
 
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Hub id, local .json, .jsonl or .parquet file with the columns chosen, rejected and, unless these "
-            "begin with it, prompt; or 'arithmetic' (generated, offline)."
-        },
+    dataset_name: str | None = option(
+        None,
+        "Hub id, local .json, .jsonl or .parquet file with the columns chosen, rejected and, unless these "
+        "begin with it, prompt; or 'arithmetic' (generated, offline).",
     )
 
 

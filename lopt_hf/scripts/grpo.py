@@ -12,12 +12,13 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser
 from trl.import_utils import is_math_verify_available
 
+from lopt_hf.common.settings import option
 from lopt_hf.data.arithmetic import make_arithmetic
 from lopt_hf.data.questions import to_questions
 from lopt_hf.local.run_facts import NEXT_TOKEN_MISFITS
@@ -51,22 +52,16 @@ class GRPOScriptArguments(MethodArguments, DataArguments):
         system_prompt: A system message before each question that has none of its own, as the generated ones have.
     """
 
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Hub id, local .json, .jsonl or .parquet file with a column prompt, question or problem and what "
-            "the rewards need (answer, solution); or 'arithmetic' (generated, offline)."
-        },
+    dataset_name: str | None = option(
+        None,
+        "Hub id, local .json, .jsonl or .parquet file with a column prompt, question or problem and what "
+        "the rewards need (answer, solution); or 'arithmetic' (generated, offline).",
     )
-    reward_funcs: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": f"Rewards, added up: {', '.join(REWARDS)}, or the dotted path of a function (my_lib.my_reward)."
-        },
+    reward_funcs: list[str] | None = option(
+        None, f"Rewards, added up: {', '.join(REWARDS)}, or the dotted path of a function (my_lib.my_reward)."
     )
-    system_prompt: str | None = field(
-        default=None,
-        metadata={"help": "A system message before each question that has none of its own (the generated ones do)."},
+    system_prompt: str | None = option(
+        None, "A system message before each question that has none of its own (the generated ones do)."
     )
 
 

@@ -10,7 +10,7 @@ lopt-hf peers --method e2e_segments --num_blocks 4 --config recipes/smollm2-135m
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -18,7 +18,7 @@ from trl import ModelConfig, SFTTrainer, TrlParser
 
 from lopt_hf.common.compared_methods import PEERS
 from lopt_hf.common.resuming import find_checkpoint
-from lopt_hf.common.settings import check_choice
+from lopt_hf.common.settings import check_choice, option
 from lopt_hf.peers.arguments import PeerConfig
 from lopt_hf.scripts.parsing import make_trl_parser
 from lopt_hf.scripts.sft import SFTDataArguments, load_split
@@ -36,13 +36,11 @@ class PeerScriptArguments(SFTDataArguments):
             checkpointing by segments of the decoder; `"e2e_step_in_backward"`, the optimizer's step in the backward.
     """
 
-    method: str = field(
-        default="lisa",
-        metadata={
-            "help": "lisa, badam, freeze_last (trains the first of num_blocks blocks), e2e_segments (checkpoints "
-            "num_blocks segments), or e2e_step_in_backward.",
-            "choices": list(PEERS),
-        },
+    method: str = option(
+        "lisa",
+        "lisa, badam, freeze_last (trains the first of num_blocks blocks), e2e_segments (checkpoints "
+        "num_blocks segments), or e2e_step_in_backward.",
+        PEERS,
     )
 
     def __post_init__(self) -> None:

@@ -10,11 +10,12 @@ accelerate launch --config_file recipes/accelerate_configs/ddp_2.yaml -m lopt_hf
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
 
+from lopt_hf.common.settings import option
 from lopt_hf.data.formats import to_trl_format
 from lopt_hf.data.word_problems import make_word_problems
 from lopt_hf.scripts.parsing import chosen_method, make_trl_parser
@@ -38,12 +39,10 @@ class SFTDataArguments(DataArguments):
         dataset_max_samples: Train on this many rows, drawn with the run's seed.
     """
 
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Hub id, local .json, .jsonl or .parquet file, or 'word-problems' (generated, offline). "
-            "Columns: any layout of SFTTrainer, Alpaca, MetaMath, query/response."
-        },
+    dataset_name: str | None = option(
+        None,
+        "Hub id, local .json, .jsonl or .parquet file, or 'word-problems' (generated, offline). "
+        "Columns: any layout of SFTTrainer, Alpaca, MetaMath, query/response.",
     )
 
 

@@ -3,7 +3,7 @@
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 from datasets import Dataset, DatasetDict, IterableDataset
@@ -17,7 +17,7 @@ from lopt_hf.common.files import is_disk_full
 from lopt_hf.common.locks import FolderInUseError
 from lopt_hf.common.parent import end_with_parent
 from lopt_hf.common.resuming import find_checkpoint
-from lopt_hf.common.settings import check_at_least
+from lopt_hf.common.settings import check_at_least, option
 from lopt_hf.data.formats import load_sft_dataset
 from lopt_hf.data.pretrained import resolve_model
 from lopt_hf.scripts.parsing import parse_or_exit
@@ -46,12 +46,8 @@ class DataArguments(ScriptArguments):
         dataset_max_samples: Train on this many rows, drawn with the run's seed.
     """
 
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Hub id, local .json, .jsonl or .parquet file, or generated data."}
-    )
-    dataset_max_samples: int | None = field(
-        default=None, metadata={"help": "Train on this many rows, drawn with the run's seed. Default: all."}
-    )
+    dataset_name: str | None = option(None, "Hub id, local .json, .jsonl or .parquet file, or generated data.")
+    dataset_max_samples: int | None = option(None, "Train on this many rows, drawn with the run's seed. Default: all.")
 
 
 @dataclass
@@ -63,13 +59,11 @@ class MethodArguments:
             arguments of `"lopt"`.
     """
 
-    method: str = field(
-        default="lopt",
-        metadata={
-            "help": "'lopt', 'mlaan' (supervised only; `--method mlaan --help` shows its options), or 'e2e' for TRL's "
-            "plain end-to-end trainer.",
-            "choices": ["lopt", "mlaan", "e2e"],
-        },
+    method: str = option(
+        "lopt",
+        "'lopt', 'mlaan' (supervised only; `--method mlaan --help` shows its options), or 'e2e' for TRL's "
+        "plain end-to-end trainer.",
+        ["lopt", "mlaan", "e2e"],
     )
 
 

@@ -2,7 +2,7 @@
 
 import math
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
@@ -13,6 +13,7 @@ from trl import DPOConfig, GRPOConfig, SFTConfig
 from trl.trainer.utils import get_config_model_id
 
 from lopt_hf.common.arithmetic import pick_bf16
+from lopt_hf.common.settings import option
 from lopt_hf.local.methods.lopt import LoPTArguments
 from lopt_hf.local.methods.mlaan.method import MLAANArguments
 from lopt_hf.local.run_facts import RunFacts
@@ -151,30 +152,20 @@ class LoPTGRPOConfig(LocalTrainingArguments, LoPTArguments, GRPOConfig):
 
     _task: ClassVar[str] = "GRPO"
 
-    learning_rate: float = field(
-        default=5e-6, metadata={"help": "The initial learning rate for AdamW (paper: 5e-6; released script: 1e-6)."}
+    learning_rate: float = option(5e-6, "The initial learning rate for AdamW (paper: 5e-6; released script: 1e-6).")
+    num_generations: int | None = option(
+        4,
+        "Completions per prompt (paper: 4). The number of processes times per_device_train_batch_size "
+        "times gradient_accumulation_steps must be a multiple of it.",
     )
-    num_generations: int | None = field(
-        default=4,
-        metadata={
-            "help": "Completions per prompt (paper: 4). The number of processes times per_device_train_batch_size "
-            "times gradient_accumulation_steps must be a multiple of it."
-        },
-    )
-    temperature: float = field(default=0.7, metadata={"help": "Temperature of sampling (paper: 0.7)."})
-    top_p: float = field(
-        default=0.95, metadata={"help": "Sample from the likeliest tokens that sum to this probability (paper: 0.95)."}
-    )
-    epsilon: float = field(default=0.2, metadata={"help": "Where the probability ratio is clipped (paper: 0.2)."})
-    beta: float = field(
-        default=0.0, metadata={"help": "Weight of the KL divergence from a reference model (paper: 0, none)."}
-    )
-    loss_type: str = field(
-        default="grpo",
-        metadata={
-            "help": "How the tokens' losses are averaged: 'grpo' over each completion first (released script), or "
-            "another of GRPOConfig's, such as 'dapo', TRL's default."
-        },
+    temperature: float = option(0.7, "Temperature of sampling (paper: 0.7).")
+    top_p: float = option(0.95, "Sample from the likeliest tokens that sum to this probability (paper: 0.95).")
+    epsilon: float = option(0.2, "Where the probability ratio is clipped (paper: 0.2).")
+    beta: float = option(0.0, "Weight of the KL divergence from a reference model (paper: 0, none).")
+    loss_type: str = option(
+        "grpo",
+        "How the tokens' losses are averaged: 'grpo' over each completion first (released script), or "
+        "another of GRPOConfig's, such as 'dapo', TRL's default.",
     )
 
 

@@ -2,11 +2,12 @@
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 
+from lopt_hf.common.settings import option
 from lopt_hf.local.blocks import Block
 from lopt_hf.local.boundary import GradientBoundary
 from lopt_hf.local.heads import LocalHeads
@@ -86,61 +87,45 @@ class LoPTArguments(ReachArguments):
         *ReachArguments._chosen,
     )
 
-    local_objective: str = field(
-        default="reconstruction",
-        metadata={
-            "help": "What the early blocks learn from: 'reconstruction' of their input (paper, Sec. 3), or 'readout', "
-            "the next token through the model's own norm and head, frozen as at the start (ZeroLock), or 'none': the "
-            "task loss alone, where `task_reach` lets it reach them (ours).",
-            "choices": ["reconstruction", "readout", "none"],
-        },
+    local_objective: str = option(
+        "reconstruction",
+        "What the early blocks learn from: 'reconstruction' of their input (paper, Sec. 3), or 'readout', "
+        "the next token through the model's own norm and head, frozen as at the start (ZeroLock), or 'none': the "
+        "task loss alone, where `task_reach` lets it reach them (ours).",
+        ["reconstruction", "readout", "none"],
     )
-    reconstruction_weight: float = field(
-        default=10.0, metadata={"help": "Weight (lambda) of the mean local loss (paper, Sec. 3: 10)."}
+    reconstruction_weight: float = option(10.0, "Weight (lambda) of the mean local loss (paper, Sec. 3: 10).")
+    reconstruction_bottleneck: int = option(4, "Divisor of the reconstruction head's inner width (paper, Sec. 3: 4).")
+    reconstruction_mask: str = option(
+        "attention",
+        "Positions that count in the local loss: 'attention' leaves padding out (paper, App. L), 'none' "
+        "counts it too (released code).",
+        ["attention", "none"],
     )
-    reconstruction_bottleneck: int = field(
-        default=4, metadata={"help": "Divisor of the reconstruction head's inner width (paper, Sec. 3: 4)."}
+    local_backward: str = option(
+        "auto",
+        "'eager' runs a block's local backward as soon as the block is done and frees its activations "
+        "(paper, App. L), 'joint' adds the local losses to the task loss (released code), 'auto' is eager where "
+        "it works: one process or DDP.",
+        ["auto", "eager", "joint"],
     )
-    reconstruction_mask: str = field(
-        default="attention",
-        metadata={
-            "help": "Positions that count in the local loss: 'attention' leaves padding out (paper, App. L), 'none' "
-            "counts it too (released code).",
-            "choices": ["attention", "none"],
-        },
+    local_update_interval: int = option(  # type: ignore[misc]  # of the class where it is not a choice
+        1,
+        "Update the early blocks at every n-th optimizer step only; at the others they run without "
+        "gradients (ours; paper: 1).",
     )
-    local_backward: str = field(
-        default="auto",
-        metadata={
-            "help": "'eager' runs a block's local backward as soon as the block is done and frees its activations "
-            "(paper, App. L), 'joint' adds the local losses to the task loss (released code), 'auto' is eager where "
-            "it works: one process or DDP.",
-            "choices": ["auto", "eager", "joint"],
-        },
+    local_step: bool = option(  # type: ignore[misc]  # of the class where it is not a choice
+        False,
+        "Step each early block right after its local backward and free its gradients before the next "
+        "block runs (paper, App. L): the same weights with one block's gradients in memory at a time.",
     )
-    local_update_interval: int = field(  # type: ignore[misc]  # of the class where it is not a choice
-        default=1,
-        metadata={
-            "help": "Update the early blocks at every n-th optimizer step only; at the others they run without "
-            "gradients (ours; paper: 1)."
-        },
+    reach_recompute: bool = option(  # type: ignore[misc]  # of the class where it is not a choice
+        True,
+        "Run a reached early block again in the backward instead of keeping its graph: one block's "
+        "activations at a time, for one more forward of it.",
     )
-    local_step: bool = field(  # type: ignore[misc]  # of the class where it is not a choice
-        default=False,
-        metadata={
-            "help": "Step each early block right after its local backward and free its gradients before the next "
-            "block runs (paper, App. L): the same weights with one block's gradients in memory at a time."
-        },
-    )
-    reach_recompute: bool = field(  # type: ignore[misc]  # of the class where it is not a choice
-        default=True,
-        metadata={
-            "help": "Run a reached early block again in the backward instead of keeping its graph: one block's "
-            "activations at a time, for one more forward of it."
-        },
-    )
-    train_early_blocks: bool = field(  # type: ignore[misc]  # of the class where it is not a choice
-        default=True, metadata={"help": "Set to False to freeze early blocks and embeddings (paper's control)."}
+    train_early_blocks: bool = option(  # type: ignore[misc]  # of the class where it is not a choice
+        True, "Set to False to freeze early blocks and embeddings (paper's control)."
     )
 
     def make_method(self) -> "LoPT":

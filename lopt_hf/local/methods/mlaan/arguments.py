@@ -1,10 +1,11 @@
 """What a user can choose of MLAAN."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import yaml
 
+from lopt_hf.common.settings import option
 from lopt_hf.local.reach import ReachArguments, read_cycle
 from lopt_hf.local.run_facts import NEXT_TOKEN_MISFITS, RunFacts
 from lopt_hf.local.schedule import ReachSchedule
@@ -70,83 +71,53 @@ class MLAANSettings(ReachArguments):
         "readout",
         *ReachArguments._chosen,
     )
-    num_blocks: int = field(
-        default=4, metadata={"help": "Number of blocks the decoder layers are cut into (ours: 4)."}
+    num_blocks: int = option(4, "Number of blocks the decoder layers are cut into (ours: 4).")
+    window: int = option(  # type: ignore[misc]  # of the class where it is not a choice
+        2, "Number of adjacent blocks that a loss reaches (code: 2); num_blocks is end-to-end."
     )
-    window: int = field(  # type: ignore[misc]  # of the class where it is not a choice
-        default=2,
-        metadata={"help": "Number of adjacent blocks that a loss reaches (code: 2); num_blocks is end-to-end."},
+    leap_layers: list[Any] | str | None = option(  # text where it comes from a command line
+        None,
+        "For each early block how many deeper layers its auxiliary has, as [3, 2, 1], or which, as "
+        "[[21, 25, 29], [27, 29], [29]]. Default: leap_share of the layers that follow.",
     )
-    leap_layers: list[Any] | str | None = field(  # text where it comes from a command line
-        default=None,
-        metadata={
-            "help": "For each early block how many deeper layers its auxiliary has, as [3, 2, 1], or which, as "
-            "[[21, 25, 29], [27, 29], [29]]. Default: leap_share of the layers that follow.",
-        },
+    leap_share: float = option(
+        0.5, "Share of the following layers in an auxiliary, where leap_layers is not given (ours: 0.5)."
     )
-    leap_share: float = field(
-        default=0.5,
-        metadata={
-            "help": "Share of the following layers in an auxiliary, where leap_layers is not given (ours: 0.5)."
-        },
+    leap: str = option(
+        "even",
+        "Which deeper layers: 'even' over those that follow (paper), the 'last' ones, or 'calibrate': "
+        "those that lower the local loss most at the start.",
+        ["even", "last", "calibrate"],
     )
-    leap: str = field(
-        default="even",
-        metadata={
-            "help": "Which deeper layers: 'even' over those that follow (paper), the 'last' ones, or 'calibrate': "
-            "those that lower the local loss most at the start.",
-            "choices": ["even", "last", "calibrate"],
-        },
+    combine: str = option(
+        "mean", "Copy and moving average as their 'mean' (ours) or their 'sum' (code).", ["mean", "sum"]
     )
-    combine: str = field(
-        default="mean",
-        metadata={
-            "help": "Copy and moving average as their 'mean' (ours) or their 'sum' (code).",
-            "choices": ["mean", "sum"],
-        },
+    ema_decay: float = option(0.995, "Decay of the moving averages, per optimizer step (paper: 0.995).")
+    ema_layers: str = option(
+        "first", "Leapt layers with a moving average beside them: 'first' (code) or 'all'.", ["first", "all"]
     )
-    ema_decay: float = field(
-        default=0.995, metadata={"help": "Decay of the moving averages, per optimizer step (paper: 0.995)."}
+    translator: str = option(
+        "calibrated",
+        "'calibrated': a linear map before each gap of layers, fitted before training (ours); 'none' (paper).",
+        ["calibrated", "none"],
     )
-    ema_layers: str = field(
-        default="first",
-        metadata={
-            "help": "Leapt layers with a moving average beside them: 'first' (code) or 'all'.",
-            "choices": ["first", "all"],
-        },
+    calibration_tokens: int = option(
+        8192, "Training tokens that translators are fitted to and leaps chosen by (ours)."
     )
-    translator: str = field(
-        default="calibrated",
-        metadata={
-            "help": "'calibrated': a linear map before each gap of layers, fitted before training (ours); "
-            "'none' (paper).",
-            "choices": ["calibrated", "none"],
-        },
+    independent_weight: float = option(0.001, "Weight of the loss on a block's own output (code: 0.001).")
+    cascaded_weight: float = option(0.999, "Weight of the loss behind the auxiliary (code: 0.999).")
+    readout: str = option(
+        "frozen",
+        "Norm and LM head of the local losses: 'frozen' as at the start (ours), their 'ema', or a "
+        "'trainable' copy for each block (code).",
+        ["frozen", "ema", "trainable"],
     )
-    calibration_tokens: int = field(
-        default=8192, metadata={"help": "Training tokens that translators are fitted to and leaps chosen by (ours)."}
-    )
-    independent_weight: float = field(
-        default=0.001, metadata={"help": "Weight of the loss on a block's own output (code: 0.001)."}
-    )
-    cascaded_weight: float = field(
-        default=0.999, metadata={"help": "Weight of the loss behind the auxiliary (code: 0.999)."}
-    )
-    readout: str = field(
-        default="frozen",
-        metadata={
-            "help": "Norm and LM head of the local losses: 'frozen' as at the start (ours), their 'ema', or a "
-            "'trainable' copy for each block (code).",
-            "choices": ["frozen", "ema", "trainable"],
-        },
-    )
-    auxiliary_warmup_steps: int = field(
-        default=0, metadata={"help": "First steps in which the local losses train the auxiliaries only (ours: 0)."}
+    auxiliary_warmup_steps: int = option(
+        0, "First steps in which the local losses train the auxiliaries only (ours: 0)."
     )
 
-    auxiliary_checkpointing: bool = field(
-        default=True,
-        metadata={"help": "Compute an auxiliary's layers again in its backward, for the activations of one (ours)."},
+    auxiliary_checkpointing: bool = option(
+        True, "Compute an auxiliary's layers again in its backward, for the activations of one (ours)."
     )
 
     @property
