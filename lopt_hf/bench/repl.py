@@ -5,12 +5,12 @@ The two models generate in turns in one process, so that whatever else the machi
 
 import json
 import statistics
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from lopt_hf.common.arithmetic import DTYPE_HELP, choose_arithmetic, read_dtype
-from lopt_hf.common.settings import check_lowest
+from lopt_hf.common.settings import check_lowest, option
 from lopt_hf.common.tables import describe_run, interquartile_range, markdown_table
 
 if TYPE_CHECKING:
@@ -29,19 +29,15 @@ class RepLBenchSettings:
         ValueError: If a value is out of range; the message names field, value and fix.
     """
 
-    model: str = field(
-        default="HuggingFaceTB/SmolLM2-135M-Instruct", metadata={"help": "Hub id or local folder of a causal LM."}
-    )
-    every: int = field(default=4, metadata={"help": "Replace every n-th layer (RepL paper: 4)."})
-    prompt_tokens: int = field(default=64, metadata={"help": "Tokens of the prompt."})
-    tokens: int = field(default=64, metadata={"help": "Tokens that are generated after it."})
-    batch_size: int = field(default=1, metadata={"help": "Prompts at a time."})
-    rounds: int = field(default=7, metadata={"help": "Timed turns of each model, after one untimed."})
-    calibration_tokens: int = field(
-        default=8192, metadata={"help": "Tokens to calibrate four layers on, chosen by block influence."}
-    )
-    dtype: str = field(default="auto", metadata={"help": f"{DTYPE_HELP} The weights are of that type too."})
-    threads: int | None = field(default=None, metadata={"help": "CPU threads; torch's default if unset."})
+    model: str = option("HuggingFaceTB/SmolLM2-135M-Instruct", "Hub id or local folder of a causal LM.")
+    every: int = option(4, "Replace every n-th layer (RepL paper: 4).")
+    prompt_tokens: int = option(64, "Tokens of the prompt.")
+    tokens: int = option(64, "Tokens that are generated after it.")
+    batch_size: int = option(1, "Prompts at a time.")
+    rounds: int = option(7, "Timed turns of each model, after one untimed.")
+    calibration_tokens: int = option(8192, "Tokens to calibrate four layers on, chosen by block influence.")
+    dtype: str = option("auto", f"{DTYPE_HELP} The weights are of that type too.")
+    threads: int | None = option(None, "CPU threads; torch's default if unset.")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", read_dtype(self.dtype))

@@ -1,12 +1,12 @@
 """What `lopt-hf bench step` measures: the settings, and the rows of the table that follow from them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from lopt_hf.bench.processes import MALLOC, MALLOC_HELP
 from lopt_hf.common.arithmetic import DTYPE_HELP, read_dtype
 from lopt_hf.common.compared_methods import PEERS, check_reach, reach_cycle, row_label
-from lopt_hf.common.settings import check_choices, check_distinct, check_lowest
+from lopt_hf.common.settings import check_choices, check_distinct, check_lowest, option
 
 __all__ = ["BADAM_DEPTHS", "LORA_RANK", "METHODS", "StepBenchSettings", "StepRow", "make_rows"]
 
@@ -33,44 +33,32 @@ class StepBenchSettings:
         ValueError: If a value is out of range; the message names field, value and fix.
     """
 
-    model: str = field(
-        default="HuggingFaceTB/SmolLM2-135M-Instruct", metadata={"help": "Hub id or local folder of a causal LM."}
+    model: str = option("HuggingFaceTB/SmolLM2-135M-Instruct", "Hub id or local folder of a causal LM.")
+    methods: tuple[str, ...] = option(METHODS, f"Any of {', '.join(_CHOICES['methods'])}.")
+    num_blocks: tuple[int, ...] = option(
+        (2, 4), "Blocks of the lopt and mlaan rows, and segments; freeze and freeze_last take the first."
     )
-    methods: tuple[str, ...] = field(default=METHODS, metadata={"help": f"Any of {', '.join(_CHOICES['methods'])}."})
-    num_blocks: tuple[int, ...] = field(
-        default=(2, 4),
-        metadata={"help": "Blocks of the lopt and mlaan rows, and segments; freeze and freeze_last take the first."},
+    split_at: tuple[int, ...] | None = option(
+        None, "First layers of all blocks but the first, for the one number of blocks."
     )
-    split_at: tuple[int, ...] | None = field(
-        default=None, metadata={"help": "First layers of all blocks but the first, for the one number of blocks."}
+    tied_embeddings: str = option("untie", "untie or freeze a tied LM head, in the lopt, freeze and mlaan rows.")
+    clip_scope: tuple[str, ...] = option(("block", "part"), "Any of block, part: what the lopt_local_step rows clip.")
+    local_update_interval: tuple[int, ...] = option(
+        (1, 4), "Intervals of the lopt rows; above 1 with the first --num-blocks only."
     )
-    tied_embeddings: str = field(
-        default="untie", metadata={"help": "untie or freeze a tied LM head, in the lopt, freeze and mlaan rows."}
+    task_reach: tuple[int, ...] | None = option(
+        None,
+        "Cycle of the reach rows over steps, as [1,1,1,4], with as many blocks as it reaches. Default: "
+        "for each --num-blocks all of them at every fourth step.",
     )
-    clip_scope: tuple[str, ...] = field(
-        default=("block", "part"),
-        metadata={"help": "Any of block, part: what the lopt_local_step rows clip."},
-    )
-    local_update_interval: tuple[int, ...] = field(
-        default=(1, 4), metadata={"help": "Intervals of the lopt rows; above 1 with the first --num-blocks only."}
-    )
-    task_reach: tuple[int, ...] | None = field(
-        default=None,
-        metadata={
-            "help": "Cycle of the reach rows over steps, as [1,1,1,4], with as many blocks as it reaches. Default: "
-            "for each --num-blocks all of them at every fourth step."
-        },
-    )
-    batch_size: int = field(default=4, metadata={"help": "Sequences per step."})
-    seq_length: int = field(default=256, metadata={"help": "Tokens per sequence; there is no padding."})
-    steps: int = field(
-        default=9, metadata={"help": "Timed steps per method; an interval n runs whole cycles of n, at least two."}
-    )
-    warmup: int = field(default=2, metadata={"help": "Untimed steps after the memory measurement."})
-    dtype: str = field(default="auto", metadata={"help": f"{DTYPE_HELP} The weights are float32."})
-    seed: int = field(default=0, metadata={"help": "Seed of the data order and of new weights."})
-    malloc: str = field(default="keep", metadata={"help": MALLOC_HELP})
-    threads: int | None = field(default=None, metadata={"help": "CPU threads per method; torch's default if unset."})
+    batch_size: int = option(4, "Sequences per step.")
+    seq_length: int = option(256, "Tokens per sequence; there is no padding.")
+    steps: int = option(9, "Timed steps per method; an interval n runs whole cycles of n, at least two.")
+    warmup: int = option(2, "Untimed steps after the memory measurement.")
+    dtype: str = option("auto", f"{DTYPE_HELP} The weights are float32.")
+    seed: int = option(0, "Seed of the data order and of new weights.")
+    malloc: str = option("keep", MALLOC_HELP)
+    threads: int | None = option(None, "CPU threads per method; torch's default if unset.")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", read_dtype(self.dtype))

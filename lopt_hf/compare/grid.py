@@ -10,7 +10,7 @@ import yaml
 
 from lopt_hf.common.arithmetic import DTYPE_HELP, read_dtype
 from lopt_hf.common.compared_methods import PEERS
-from lopt_hf.common.settings import check_lowest, suggest
+from lopt_hf.common.settings import check_lowest, option, suggest
 
 __all__ = ["Grid", "GridRun", "load_grid"]
 
@@ -78,40 +78,32 @@ class Grid:
     training: Mapping[str, Any] = field(metadata={"help": "Arguments of lopt-hf sft that all runs share."})
     tasks: Sequence[str] = field(metadata={"help": "lm-eval tasks or groups that measure retention."})
     output_dir: str = field(metadata={"help": "Folder of runs, results and report; reused to go on."})
-    include_path: str | None = field(default=None, metadata={"help": "Folder with further lm-eval tasks."})
-    dataset_config: str | None = field(
-        default=None, metadata={"help": "Configuration of both data sets, for hub ids that have several."}
+    include_path: str | None = option(None, "Folder with further lm-eval tasks.")
+    dataset_config: str | None = option(None, "Configuration of both data sets, for hub ids that have several.")
+    train_split: str = option("train", "Split of train_dataset. A file has train only.")
+    heldout_split: str = option("train", "Split of heldout_dataset; test of most hub ids.")
+    samples: Mapping[str, int | Sequence[int]] = option(
+        {}, "Task -> how many of its first samples, or which. Default: all."
     )
-    train_split: str = field(default="train", metadata={"help": "Split of train_dataset. A file has train only."})
-    heldout_split: str = field(default="train", metadata={"help": "Split of heldout_dataset; test of most hub ids."})
-    samples: Mapping[str, int | Sequence[int]] = field(
-        default_factory=dict, metadata={"help": "Task -> how many of its first samples, or which. Default: all."}
+    contrasts: Sequence[Sequence[str]] = option(
+        (),
+        "Pairs of methods to subtract, the second from the first: at each learning rate that both have, "
+        "and at the gain of the first's points on the second's line.",
     )
-    contrasts: Sequence[Sequence[str]] = field(
-        default=(),
-        metadata={
-            "help": "Pairs of methods to subtract, the second from the first: at each learning rate that both have, "
-            "and at the gain of the first's points on the second's line."
-        },
+    seeds: Sequence[int] = option((0, 1, 2), "Each run is repeated with each seed.")
+    num_train: int = option(128, "Rows to train on, drawn with the run's seed.")
+    num_heldout: int = option(64, "First rows of the held-out data.")
+    workers: int = option(1, "Runs at a time; on a CPU each takes its share of the cores.")
+    eval_batch_size: int = option(16, "Requests per forward when measuring.")
+    dtype: str = option(
+        "auto",
+        f"{DTYPE_HELP} Of training where neither bf16 nor fp16 is set for it, and of measuring where "
+        "eval_dtype is auto and this is not.",
     )
-    seeds: Sequence[int] = field(default=(0, 1, 2), metadata={"help": "Each run is repeated with each seed."})
-    num_train: int = field(default=128, metadata={"help": "Rows to train on, drawn with the run's seed."})
-    num_heldout: int = field(default=64, metadata={"help": "First rows of the held-out data."})
-    workers: int = field(default=1, metadata={"help": "Runs at a time; on a CPU each takes its share of the cores."})
-    eval_batch_size: int = field(default=16, metadata={"help": "Requests per forward when measuring."})
-    dtype: str = field(
-        default="auto",
-        metadata={
-            "help": f"{DTYPE_HELP} Of training where neither bf16 nor fp16 is set for it, and of measuring where "
-            "eval_dtype is auto and this is not."
-        },
-    )
-    eval_dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "All models' weights when measuring; auto: dtype, or where that is auto too as the base was "
-            "saved, but float32 where this machine is slower in bfloat16."
-        },
+    eval_dtype: str = option(
+        "auto",
+        "All models' weights when measuring; auto: dtype, or where that is auto too as the base was "
+        "saved, but float32 where this machine is slower in bfloat16.",
     )
 
     def __post_init__(self) -> None:

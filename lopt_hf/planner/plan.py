@@ -7,7 +7,7 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from lopt_hf.common.compared_methods import check_reach
-from lopt_hf.common.settings import check_choices, check_lowest
+from lopt_hf.common.settings import check_choices, check_lowest, option
 from lopt_hf.planner.device import DeviceSpeed
 from lopt_hf.planner.dimensions import load_config
 from lopt_hf.planner.optimizers import DEFAULT_OPTIMIZER, OPTIMIZERS
@@ -38,38 +38,27 @@ class PlanSettings:
 
     model: str = field(metadata={"help": "Hub id or local folder; only its configuration is read."})
     device_memory: int | str = field(metadata={"help": "Memory of one device, as 80GiB or 80GB."})
-    batch_size: int = field(default=4, metadata={"help": "Sequences of a micro-batch on a device (paper: 4)."})
-    seq_length: int = field(default=1024, metadata={"help": "Tokens of a sequence, none of them padding."})
-    accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches of an optimizer step (paper: 1)."})
-    dtype: str = field(
-        default="bfloat16",
-        metadata={"help": "Of the weights: bfloat16 (paper's code) or float32, whose arithmetic is autocast to bf16."},
+    batch_size: int = option(4, "Sequences of a micro-batch on a device (paper: 4).")
+    seq_length: int = option(1024, "Tokens of a sequence, none of them padding.")
+    accumulation_steps: int = option(1, "Micro-batches of an optimizer step (paper: 1).")
+    dtype: str = option(
+        "bfloat16", "Of the weights: bfloat16 (paper's code) or float32, whose arithmetic is autocast to bf16."
     )
-    optim: str = field(default=DEFAULT_OPTIMIZER, metadata={"help": f"One of {', '.join(OPTIMIZERS)}."})
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters of the LoRA rows (TRL: 16)."})
-    num_gpus: int = field(default=1, metadata={"help": "Devices: data-parallel by DDP, or stages of a pipeline."})
-    num_blocks: tuple[int, ...] = field(
-        default=(2, 4, 8), metadata={"help": "Blocks of the LoPT and MLAAN rows, and segments."}
+    optim: str = option(DEFAULT_OPTIMIZER, f"One of {', '.join(OPTIMIZERS)}.")
+    lora_r: int = option(16, "Rank of the adapters of the LoRA rows (TRL: 16).")
+    num_gpus: int = option(1, "Devices: data-parallel by DDP, or stages of a pipeline.")
+    num_blocks: tuple[int, ...] = option((2, 4, 8), "Blocks of the LoPT and MLAAN rows, and segments.")
+    task_reach: tuple[int, ...] | None = option(
+        None,
+        "Cycle of the reach rows over steps, as [1,1,1,4], with as many blocks as it reaches. Default: "
+        "for each --num-blocks all of them at every fourth step.",
     )
-    task_reach: tuple[int, ...] | None = field(
-        default=None,
-        metadata={
-            "help": "Cycle of the reach rows over steps, as [1,1,1,4], with as many blocks as it reaches. Default: "
-            "for each --num-blocks all of them at every fourth step."
-        },
+    strategies: tuple[str, ...] = option(
+        DEFAULT_STRATEGIES, f"Any of {', '.join(STRATEGIES)}; joint is LoPT with the released code's one backward."
     )
-    strategies: tuple[str, ...] = field(
-        default=DEFAULT_STRATEGIES,
-        metadata={"help": f"Any of {', '.join(STRATEGIES)}; joint is LoPT with the released code's one backward."},
-    )
-    tied_embeddings: str = field(
-        default="untie", metadata={"help": "Where LM head and embedding share a weight: untie (paper) or freeze."}
-    )
-    headroom: float = field(
-        # ours: not measured, no GPU has run this
-        default=0.1,
-        metadata={"help": "Share of the device to keep free for its context, workspaces and fragmentation."},
-    )
+    tied_embeddings: str = option("untie", "Where LM head and embedding share a weight: untie (paper) or freeze.")
+    # ours: not measured, no GPU has run this
+    headroom: float = option(0.1, "Share of the device to keep free for its context, workspaces and fragmentation.")
 
     def __post_init__(self) -> None:
         if isinstance(self.device_memory, str):
