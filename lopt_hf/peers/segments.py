@@ -4,21 +4,19 @@ transformers' checkpointing computes each layer again; this, whole runs of layer
 channels.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import get_device_states, set_device_states
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, TrainingArguments
-from transformers.cache_utils import Cache
 
-from lopt_hf.common.upstream.torch import tree_iter
-from lopt_hf.local.blocks import Block, DecoderStack, find_decoder_stack, split_layers
-from lopt_hf.local.layer_calls import LayerCall, hidden_of, output_hidden, with_output_hidden
+from lopt_hf.local.blocks import DecoderStack, find_decoder_stack, split_layers
+from lopt_hf.local.layer_calls import hidden_of, output_hidden, with_output_hidden
+from lopt_hf.local.objectives import LocalBatch
+from lopt_hf.local.replay import BlockRun, Replay, Replays
 from lopt_hf.peers.base import Peer
 
 __all__ = ["CheckpointSegments"]
@@ -43,8 +41,9 @@ class CheckpointSegments(Peer):
         self.num_blocks, self.split_at = num_blocks, split_at
         self._stack: DecoderStack | None = None
         self._handles: list[RemovableHandle] = []
-        self._pass: _Pass | None = None  # through the segment that runs, if it runs without a graph
-        self._is_again = False  # while a segment runs a second time
+        self._replays: Replays | None = None
+        self._is_without_graph = False  # while a segment runs for the first time
+        self._is_again = False  # while one runs again
 
     def check(self, args: TrainingArguments) -> None:
         super().check(args)
@@ -68,104 +67,74 @@ class CheckpointSegments(Peer):
         layers = self._stack.layers
         self._handles = [self._stack.decoder.register_forward_hook(self._leave_decoder, always_call=True)]
         for segment in self._segments[:-1]:
-            for index in range(segment.start, segment.stop):
-                enter = partial(self._enter_layer, segment, index)
-                self._handles.append(layers[index].register_forward_pre_hook(enter, with_kwargs=True))
-            self._handles.append(layers[segment.stop - 1].register_forward_hook(self._leave_segment))
+            enter, leave = partial(self._enter, segment.index), partial(self._leave, segment.index)
+            self._handles.append(layers[segment.start].register_forward_pre_hook(enter, with_kwargs=True))
+            self._handles.append(layers[segment.stop - 1].register_forward_hook(leave))
+        self._replays = _SegmentReplays(self._stack, self._segments[:-1])  # its hooks come after those above
+        self._handles += self._replays.handles
 
     def stop(self) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _enter_layer(
-        self, segment: Block, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        if self._is_again:
+    def _enter(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._is_again or not layer.training or not torch.is_grad_enabled():
             return
-        if index == segment.start and layer.training and torch.is_grad_enabled():
-            self._pass = _Pass(self, segment, hidden_of(args, kwargs))
-            torch.set_grad_enabled(False)  # `_leave_segment` enables it again
-        if self._pass is not None:
-            self._pass.calls.append(self._call_of(args, kwargs))
+        assert self._replays is not None
+        self._replays.begin_forward()
+        h_BTD = hidden_of(args, kwargs)
+        self._replays.enter(index, h_BTD, h_BTD.detach())
+        self._is_without_graph = True
+        torch.set_grad_enabled(False)  # until `_leave`
 
-    def _call_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LayerCall:
-        named = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
-        is_named = named.pop("hidden_states", None) is not None
-        rest = tuple(None if isinstance(value, Cache) else value for value in (args if is_named else args[1:]))
-        if any(isinstance(value, torch.Tensor) and value.requires_grad for value in tree_iter((rest, named))):
-            raise ValueError(
-                f"{self.name} does not work with this model, whose layers get tensors with a gradient besides the "
-                "hidden states; use activation_checkpointing."
-            )
-        return LayerCall(rest, named, is_named)
-
-    def _leave_segment(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if self._is_again or self._pass is None:
+    def _leave(self, index: int, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not self._is_without_graph:
             return None
-        finished, self._pass = self._pass, None
+        assert self._replays is not None
+        self._is_without_graph = False
         torch.set_grad_enabled(True)
-        return with_output_hidden(output, finished.output(output_hidden(output)))
-
-    def _leave_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._pass is not None:  # a layer has raised
-            self._pass = None
-            torch.set_grad_enabled(True)
-
-    def run_again(self, segment: Block, calls: Sequence[LayerCall], h_BTD: torch.Tensor) -> torch.Tensor:
-        """Runs a segment by the calls of its layers in the first pass."""
-        assert self._stack is not None
-        self._is_again = True
-        try:
-            for layer, call in zip(self._stack.layers[segment.start : segment.stop], calls, strict=True):
-                h_BTD = call(layer, h_BTD)
-        finally:
-            self._is_again = False
-        return h_BTD
-
-
-class _Pass:
-    """A segment's run without a graph, and what is needed to run it again.
-
-    Args:
-        checkpoint: What runs it.
-        segment: The segment.
-        h_BTD: The hidden states that it starts from.
-    """
-
-    def __init__(self, checkpoint: CheckpointSegments, segment: Block, h_BTD: torch.Tensor) -> None:
-        self.calls: list[LayerCall] = []
-        self._checkpoint, self._segment, self._h_BTD = checkpoint, segment, h_BTD
-        self._random_state = torch.get_rng_state()
-        self._device_states = get_device_states(h_BTD)
-        self._device_type = h_BTD.device.type
-        self._autocast: dict[str, Any] = {
-            "dtype": torch.get_autocast_dtype(self._device_type),
-            "enabled": torch.is_autocast_enabled(self._device_type),
-            "cache_enabled": torch.is_autocast_cache_enabled(),
-        }
-
-    def output(self, h_BTD: torch.Tensor) -> torch.Tensor:
-        """Returns what the segment has put out, as the outcome of a function whose backward runs the segment again."""
-        if self._autocast["enabled"]:
+        run = self._replays.forwards[-1][index]
+        self._replays.leave(output_hidden(output), [], LocalBatch())
+        self._replays.clear()
+        if run.autocast["enabled"]:
             torch.clear_autocast_cache()  # the segment's weights in low precision, which nothing needs before then
         # Without an input that has a gradient, as behind frozen embeddings, there would be no backward.
         anchor = torch.empty(0, requires_grad=True)
-        output_BTD: torch.Tensor = _RunAgain.apply(self, anchor, self._h_BTD, h_BTD)  # type: ignore[no-untyped-call]
-        return output_BTD
+        run_again = partial(self._run_again, index, run)
+        h_BTD: torch.Tensor = _RunAgain.apply(run_again, anchor, run.input_BTD, run.output_BTD)  # type: ignore[no-untyped-call]
+        return with_output_hidden(output, h_BTD)
 
-    def again(self, h_BTD: torch.Tensor) -> torch.Tensor:
-        """Runs the segment again, with a graph."""
-        with self._state_of_then(), torch.enable_grad(), torch.autocast(self._device_type, **self._autocast):
-            return self._checkpoint.run_again(self._segment, self.calls, h_BTD)
+    def _leave_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._is_without_graph:  # a layer has raised
+            assert self._replays is not None
+            self._is_without_graph = False
+            torch.set_grad_enabled(True)
+            self._replays.end_forward()
 
-    @contextmanager
-    def _state_of_then(self) -> Iterator[None]:
-        devices, states = self._device_states
-        device_type = self._device_type if devices else "cuda"
-        with torch.random.fork_rng(devices=devices, device_type=device_type):
-            torch.set_rng_state(self._random_state)
-            set_device_states(devices, states, device_type=device_type)
-            yield
+    def _run_again(self, index: int, run: BlockRun, gradient_BTD: torch.Tensor, learns_at_input: bool) -> Replay:
+        """Runs a segment again with a graph, and its backward."""
+        assert self._replays is not None
+        self._is_again = True
+        try:
+            with torch.enable_grad():
+                replay = self._replays.run_again(index, run, learns_at_input)
+        finally:
+            self._is_again = False
+        replay.run_backward(gradient_BTD, run)
+        return replay
+
+
+class _SegmentReplays(Replays):
+    """Tells in this module's words what cannot run again."""
+
+    def _record(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        try:
+            super()._record(index, layer, args, kwargs)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{CheckpointSegments.name} does not work with this model, whose layers get more from the decoder "
+                "than the hidden states of the layer before; use activation_checkpointing."
+            ) from error
 
 
 class _RunAgain(torch.autograd.Function):
@@ -173,17 +142,13 @@ class _RunAgain(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, through: _Pass, anchor: torch.Tensor, start_BTD: torch.Tensor, output_BTD: torch.Tensor
+        ctx: Any, run_again: Any, anchor: torch.Tensor, start_BTD: torch.Tensor, output_BTD: torch.Tensor
     ) -> torch.Tensor:
-        ctx.through = through
-        ctx.save_for_backward(start_BTD)
+        ctx.run_again = run_again
+        ctx.save_for_backward(start_BTD)  # the run has it too; here it is seen to be saved for the backward
         return output_BTD.detach()
 
     @staticmethod
     def backward(ctx: Any, gradient_BTD: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        (start_BTD,) = ctx.saved_tensors
-        again_BTD = start_BTD.detach().requires_grad_(ctx.needs_input_grad[2])
-        output_BTD = ctx.through.again(again_BTD)
-        if output_BTD.requires_grad:  # not so where adapters are on later layers only
-            torch.autograd.backward(output_BTD, gradient_BTD)
-        return None, None, again_BTD.grad, None
+        replay: Replay = ctx.run_again(gradient_BTD, ctx.needs_input_grad[2])
+        return None, None, replay.input_BTD.grad, None

@@ -106,6 +106,16 @@ def test_layer_that_raises_leaves_gradients_enabled():
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+def test_model_that_does_more_between_layers():
+    model = make_model().train()
+    model.model.layers[1].register_forward_pre_hook(lambda layer, args: (2 * args[0], *args[1:]))
+    peer = CheckpointSegments(2)
+    peer.prepare(model)
+    peer.start(NO_OPTIMIZER)
+    with pytest.raises(ValueError, match="e2e_segments does not work with this model, whose layers get more"):
+        model(input_ids=TOKENS_BT)
+
+
 @pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}], ids=["plain", "accumulated"])
 def test_whole_run_is_end_to_ends(settings, tmp_path):
     plain = make_trainer(tmp_path / "plain", **settings)
