@@ -22,7 +22,8 @@ from lopt_hf.common.arithmetic import Arithmetic, choose_arithmetic
 from lopt_hf.common.files import atomic_file, write_text
 from lopt_hf.common.parent import parent_environment
 from lopt_hf.compare.grid import Grid, GridRun
-from lopt_hf.data.formats import load_sft_dataset, to_trl_format
+from lopt_hf.data.formats import to_trl_format
+from lopt_hf.data.loading import load_sft_dataset
 from lopt_hf.data.pretrained import resolve_model
 
 __all__ = [

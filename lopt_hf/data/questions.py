@@ -1,57 +1,86 @@
 """Questions for GRPO: data sets brought to the column `prompt`, with the columns that rewards read."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
-from datasets import Dataset, IterableDataset
+from lopt_hf.data.messages import holds_messages, read_side, with_context
+from lopt_hf.data.rows import (
+    CONTEXT_COLUMNS,
+    EARLIER_COLUMNS,
+    DatasetT,
+    Row,
+    RowError,
+    convert_rows,
+    first_row,
+    has_value,
+    refuse_context,
+    show,
+)
 
-__all__ = ["to_questions"]
-
-DatasetT = TypeVar("DatasetT", Dataset, IterableDataset)
+__all__ = ["QUESTION_COLUMNS", "to_questions"]
 
 QUESTION_COLUMNS = ("prompt", "question", "problem", "query")  # in order of preference where there are several
 REPEATING_COLUMNS = frozenset({"messages", "completion"})  # NuminaMath's conversations hold the solution once more
+READ_BY_TRL = ("image", "images")
 
 
-def to_questions(dataset: DatasetT, system_prompt: str | None = None) -> DatasetT:
+def to_questions(dataset: DatasetT, system_prompt: str | None = None, references: Sequence[str] = ()) -> DatasetT:
     """Bring a data set to prompts, keeping the columns that a reward may read (`answer`, `solution`, ...).
 
     A question (`question` as in GSM8K, `problem` as in NuminaMath, `query`) becomes a conversation of one user
-    message. A `prompt` stays what it is, text or a conversation, unless there is a system prompt, which needs one.
+    message, after the row's `system` and `history` if it has them. A `prompt` stays what it is, text or a
+    conversation, unless there is a system prompt, which needs one.
 
     Args:
         dataset (`Dataset` or `IterableDataset`):
-            The data. Only the first row is looked at to find the column.
+            The data. Its rows are converted and checked at once, those of a stream as they come.
         system_prompt (`str`, *optional*):
             Put as a system message before each conversation that does not begin with one.
+        references (`Sequence[str]`, *optional*):
+            Columns that rewards compare completions with. Of those that there are, each row must have a value in one.
 
     Returns:
-        The same kind of data set; the same object if there is nothing to change.
+        The same kind of data set; the same object if it is a `Dataset` in which there is nothing to change.
 
     Raises:
+        RowError: A row has no question, or one that cannot be read; the message names row, column and value.
         ValueError: The data set is empty or has no column with questions.
     """
-    first_row = next(iter(dataset), None)
-    if first_row is None:
-        raise ValueError("The data set is empty. Check the split and any filter applied to it.")
-    found = [name for name in QUESTION_COLUMNS if name in first_row]
+    first = first_row(dataset)
+    found = [name for name in QUESTION_COLUMNS if name in first]
     if not found:
         raise ValueError(
-            f"The data set's columns {list(first_row)} have no question; rename one to {', '.join(QUESTION_COLUMNS)}."
+            f"The data set's columns {list(first)} have no question; rename one to {', '.join(QUESTION_COLUMNS)}."
         )
-    column = found[0]
-    if column == "prompt" and system_prompt is None:
-        return dataset
-    dropped = ({column} | REPEATING_COLUMNS) - {"prompt"}
-    return dataset.map(_converter(column, system_prompt), remove_columns=[c for c in first_row if c in dropped])
+    column = next((name for name in found if first[name] is not None), found[0])
+    stays_text = column == "prompt" and system_prompt is None and not holds_messages(first["prompt"])
+    convert = partial(
+        _read_question,
+        column=column,
+        system_prompt=system_prompt,
+        conversational=not stays_text,
+        references=[name for name in references if name in first],
+    )
+    becomes_prompt = column != "prompt" or system_prompt is not None
+    dropped = ({column} | REPEATING_COLUMNS) - {"prompt"} if becomes_prompt else set()
+    return convert_rows(dataset, convert, [name for name in first if name in dropped])
 
 
-def _converter(column: str, system_prompt: str | None) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    def convert(row: Mapping[str, Any]) -> dict[str, Any]:
-        question = row[column]
-        messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
-        if system_prompt is not None and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": system_prompt})
-        return {"prompt": messages}
-
-    return convert
+def _read_question(
+    row: Row, column: str, system_prompt: str | None, conversational: bool, references: Sequence[str]
+) -> dict[str, Any]:
+    if references and not any(has_value(row, name) for name in references):
+        raise RowError(
+            f"{references[0]!r} is {show(row.get(references[0]))}, with which the reward compares; give it."
+        )
+    question = read_side(row, column, conversational, "user")
+    if isinstance(question, str):
+        refuse_context(row, EARLIER_COLUMNS, "of a prompt as text")
+        return {}
+    if column != "prompt":  # which its maker has put together
+        refuse_context(row, [name for name in CONTEXT_COLUMNS if name not in READ_BY_TRL], f"of a {column}")
+    messages = with_context(row, question)
+    if system_prompt is not None and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system_prompt}, *messages]
+    return {"prompt": messages}

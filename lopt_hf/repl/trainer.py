@@ -12,7 +12,8 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
 from lopt_hf.common.arithmetic import pick_bf16
 from lopt_hf.common.settings import option
-from lopt_hf.data.formats import load_sft_dataset, to_trl_format
+from lopt_hf.data.formats import to_trl_format
+from lopt_hf.data.loading import load_sft_dataset
 from lopt_hf.repl.model import RepLModel
 
 __all__ = ["DistillationMixin", "HealingConfig", "RepLTrainer", "heal", "healing_data", "read_text"]

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lopt_hf.common.settings import check_at_least
 from lopt_hf.common.statistics import RatioScores
-from lopt_hf.data.formats import load_sft_dataset, to_trl_format
+from lopt_hf.data.formats import to_trl_format
+from lopt_hf.data.loading import load_sft_dataset
 
 __all__ = ["ANSWER_METRIC", "HELDOUT_TASK", "answer_scores", "heldout_task", "load_heldout_rows"]
 

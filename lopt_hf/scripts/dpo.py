@@ -16,6 +16,8 @@ from trl import DPOConfig, DPOTrainer, ModelConfig, TrlParser
 
 from lopt_hf.common.settings import option
 from lopt_hf.data.arithmetic import make_arithmetic_pairs
+from lopt_hf.data.preferences import to_preferences
+from lopt_hf.data.prepared import say_what_was_cut
 from lopt_hf.local.run_facts import NEXT_TOKEN_MISFITS
 from lopt_hf.scripts.parsing import make_trl_parser, refuse_method
 from lopt_hf.scripts.training import DataArguments, MethodArguments, load_rows, prepare, run_training
@@ -40,7 +42,7 @@ class DPOScriptArguments(MethodArguments, DataArguments):
     dataset_name: str | None = option(
         None,
         "Hub id, local .json, .jsonl or .parquet file with the columns chosen, rejected and, unless these "
-        "begin with it, prompt; or 'arithmetic' (generated, offline).",
+        "begin with it, prompt or question (system, history); or 'arithmetic' (generated, offline).",
     )
 
 
@@ -51,7 +53,7 @@ def make_parser() -> TrlParser:
 
 def load_split(script_args: DataArguments, split: str, seed: int) -> Any:
     """Loads one split of the data in a layout that `DPOTrainer` takes."""
-    return load_rows(script_args, split, seed, GENERATED)
+    return to_preferences(load_rows(script_args, split, seed, GENERATED))
 
 
 def make_trainer(script_args: DPOScriptArguments, args: LoPTDPOConfig, model_args: ModelConfig) -> DPOTrainer:
@@ -59,8 +61,11 @@ def make_trainer(script_args: DPOScriptArguments, args: LoPTDPOConfig, model_arg
     model, given = prepare(script_args, args, model_args, load_split)
     if script_args.method == "e2e":
         check_dataset(given["train_dataset"], LAYOUTS)
-        return DPOTrainer(model, args=convert_config(args, DPOConfig), **given)
-    return LoPTDPOTrainer(model, args=args, **given)
+        trainer = DPOTrainer(model, args=convert_config(args, DPOConfig), **given)
+    else:
+        trainer = LoPTDPOTrainer(model, args=args, **given)
+    say_what_was_cut(given["train_dataset"], trainer.train_dataset, args.max_length)
+    return trainer
 
 
 def main(argv: Sequence[str] | None = None) -> None:

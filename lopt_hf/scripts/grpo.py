@@ -38,6 +38,12 @@ REWARDS = {
     "reasoning_accuracy_reward": "trl.rewards.reasoning_accuracy_reward",
     "think_format_reward": "trl.rewards.think_format_reward",
 }
+REFERENCES = {  # what these rewards compare with
+    "gsm8k_reward": "answer",
+    "boxed_reward": "solution",
+    "accuracy_reward": "solution",
+    "reasoning_accuracy_reward": "solution",
+}
 NEED_MATH_VERIFY = ("accuracy_reward", "reasoning_accuracy_reward")
 
 
@@ -72,7 +78,8 @@ def make_parser() -> TrlParser:
 
 def load_split(script_args: GRPOScriptArguments, split: str, seed: int) -> Any:
     """Loads one split of the data with a column `prompt`."""
-    return to_questions(load_rows(script_args, split, seed, GENERATED), script_args.system_prompt)
+    references = [REFERENCES[name] for name in script_args.reward_funcs or () if name in REFERENCES]
+    return to_questions(load_rows(script_args, split, seed, GENERATED), script_args.system_prompt, references)
 
 
 def find_reward(name: str) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ from trl import TrlParser
 
 from lopt_hf.common.settings import nearest
 
-__all__ = ["chosen_method", "make_trl_parser", "parse_or_exit", "refuse_method"]
+__all__ = ["UsageExit", "chosen_method", "make_trl_parser", "parse_or_exit", "refuse_method"]
 
 CONFIG_HELP = "`--config recipe.yaml` reads any of these options from a file; the command line wins over it."
 
@@ -23,6 +23,19 @@ _UNKNOWN = {
     "Unknown arguments": "key in the YAML file",
     "Some specified arguments are not used": "option on the command line",
 }
+
+
+class UsageExit(SystemExit):
+    """Ends the process with status 2, after one line that says what is wrong with what the user gave.
+
+    Args:
+        message: The line; what stands on several is put on one.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.code = 2
+        print(" ".join(message.split()), file=sys.stderr)
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

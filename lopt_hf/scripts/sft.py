@@ -17,6 +17,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
 
 from lopt_hf.common.settings import option
 from lopt_hf.data.formats import to_trl_format
+from lopt_hf.data.prepared import say_what_was_cut
 from lopt_hf.data.word_problems import make_word_problems
 from lopt_hf.scripts.parsing import chosen_method, make_trl_parser
 from lopt_hf.scripts.training import DataArguments, MethodArguments, load_rows, prepare, run_training
@@ -73,9 +74,13 @@ def make_trainer(
     """Builds the trainer of `method` from parsed arguments."""
     model, given = prepare(script_args, args, model_args, load_split)
     if script_args.method == "e2e":
-        return SFTTrainer(model, convert_config(args, SFTConfig), **given)
-    trainer_class = MLAANTrainer if script_args.method == "mlaan" else LoPTTrainer
-    return trainer_class(model, args, **given)
+        trainer = SFTTrainer(model, convert_config(args, SFTConfig), **given)
+    else:
+        trainer_class = MLAANTrainer if script_args.method == "mlaan" else LoPTTrainer
+        trainer = trainer_class(model, args, **given)
+    if not args.packing:
+        say_what_was_cut(given["train_dataset"], trainer.train_dataset, args.max_length)
+    return trainer
 
 
 def main(argv: Sequence[str] | None = None, command: str = "sft") -> None:

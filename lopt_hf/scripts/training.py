@@ -18,9 +18,11 @@ from lopt_hf.common.locks import FolderInUseError
 from lopt_hf.common.parent import end_with_parent
 from lopt_hf.common.resuming import find_checkpoint
 from lopt_hf.common.settings import check_at_least, option
-from lopt_hf.data.formats import load_sft_dataset
+from lopt_hf.data.loading import READ_ERRORS, explain_damage, load_sft_dataset
+from lopt_hf.data.prepared import check_prepared
 from lopt_hf.data.pretrained import resolve_model
-from lopt_hf.scripts.parsing import parse_or_exit
+from lopt_hf.data.rows import RowError
+from lopt_hf.scripts.parsing import UsageExit, parse_or_exit
 from lopt_hf.trainers.checks import check_output_dir
 from lopt_hf.trainers.mixin import LocalLearningMixin
 
@@ -137,10 +139,17 @@ def prepare(
         **(args.model_init_kwargs or {}),
     }
     evaluates = args.eval_strategy != "no"
-    train_dataset = load_split(script_args, script_args.dataset_train_split, args.seed)
+
+    def load(split: str) -> Any:
+        try:
+            return load_split(script_args, split, args.seed)
+        except RowError as error:
+            raise RowError(f"dataset_name={script_args.dataset_name}, split {split!r}, {error}") from error
+
+    train_dataset = load(script_args.dataset_train_split)
     given: dict[str, Any] = {
         "train_dataset": subsample(train_dataset, script_args.dataset_max_samples, args.seed),
-        "eval_dataset": load_split(script_args, script_args.dataset_test_split, args.seed) if evaluates else None,
+        "eval_dataset": load(script_args.dataset_test_split) if evaluates else None,
         "peft_config": get_peft_config(model_args),
         "quantization_config": get_quantization_config(model_args),
     }
@@ -167,13 +176,17 @@ def run_training(
         trainer: Any = make_trainer(script_args, args, model_args)
         if checkpoint is not None and isinstance(trainer, LocalLearningMixin):
             trainer.check_checkpoint(checkpoint)
+        for name in ("train_dataset", "eval_dataset"):
+            check_prepared(getattr(trainer, name), getattr(args, "max_length", None), name)
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"{parser.prog}: {error}")
+        raise UsageExit(f"{parser.prog}: {_explain(error, script_args.dataset_name)}") from error
     trainer.accelerator.print(_arithmetic_of(trainer), flush=True)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model(args.output_dir)
         trainer.save_state()  # what was logged: `lopt-hf curves` draws it
+    except READ_ERRORS as error:  # of a stream, which is read while it trains
+        raise UsageExit(f"{parser.prog}: {_explain(error, script_args.dataset_name)}") from error
     except FloatingPointError as error:  # the loss has diverged
         sys.exit(f"{parser.prog}: {error}")
     except FolderInUseError as error:
@@ -191,6 +204,13 @@ def run_training(
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}")
     end_training(trainer)
+
+
+def _explain(error: BaseException, dataset_name: str | None) -> str:
+    """The message of an error, of one from reading data what is wrong with the file."""
+    if isinstance(error, RowError):
+        return str(error).splitlines()[-1]  # a worker of the data loader puts its traceback before it
+    return explain_damage(str(dataset_name), error) if isinstance(error, READ_ERRORS) else str(error)
 
 
 def _arithmetic_of(trainer: Trainer) -> Arithmetic:

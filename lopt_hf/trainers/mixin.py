@@ -21,6 +21,7 @@ from lopt_hf.common.distributed import GradientReducer, broadcast_parameters
 from lopt_hf.common.locks import run_lock
 from lopt_hf.common.upstream.torch import ignored_by_ddp
 from lopt_hf.common.upstream.trainers import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from lopt_hf.data.prepared import check_prepared
 from lopt_hf.data.sampling import spread_batches
 from lopt_hf.local.blocks import Block, DecoderStack
 from lopt_hf.local.heads import LocalHeads
@@ -85,6 +86,7 @@ class LocalLearningMixin(TrainerBase):
 
     def __init__(self, *trainer_args: Any, method: Method | None = None, **trainer_kwargs: Any) -> None:
         super().__init__(*trainer_args, **trainer_kwargs)
+        check_prepared(self.train_dataset, getattr(self.args, "max_length", None))
         bind_callbacks(self.callback_handler.callbacks, self)
         check_fsdp(self)
         self._reducer = GradientReducer()

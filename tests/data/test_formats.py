@@ -10,7 +10,8 @@ from datasets import Dataset, IterableDataset
 from trl import SFTConfig, SFTTrainer
 from trl.data_utils import maybe_convert_to_chatml
 
-from lopt_hf.data.formats import load_sft_dataset, to_trl_format
+from lopt_hf.data.formats import to_trl_format
+from lopt_hf.data.loading import load_sft_dataset
 from tests.tiny import make_model, make_tokenizer
 
 ROWS = [{"question": "1 + 1?", "answer": "2"}, {"question": "2 + 2?", "answer": "4"}]
@@ -90,7 +91,7 @@ class TestLoad:
 
     def test_hub_id_is_passed_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
         calls = []
-        monkeypatch.setattr("lopt_hf.data.formats.load_dataset", lambda **arguments: calls.append(arguments))
+        monkeypatch.setattr("lopt_hf.data.loading.load_dataset", lambda **arguments: calls.append(arguments))
         load_sft_dataset("openai/gsm8k", "main", split="test")
         assert calls == [{"path": "openai/gsm8k", "name": "main", "split": "test", "streaming": False}]
 
@@ -98,7 +99,7 @@ class TestLoad:
         def refuse(**arguments: Any) -> None:
             raise ConnectionError("Couldn't reach the Hub")
 
-        monkeypatch.setattr("lopt_hf.data.formats.load_dataset", refuse)
+        monkeypatch.setattr("lopt_hf.data.loading.load_dataset", refuse)
         with pytest.raises(FileNotFoundError, match="'openai/gsm8k' is neither a file or folder here nor a data set"):
             load_sft_dataset("openai/gsm8k")
 
@@ -186,7 +187,9 @@ def test_converted(layout: str, make: Any) -> None:
 )
 def test_known_to_trl_stays(row: dict[str, Any], make: Any) -> None:
     dataset = make([row])
-    assert to_trl_format(dataset) is dataset
+    converted = to_trl_format(dataset)
+    assert list(converted) == [row]
+    assert converted is dataset or isinstance(dataset, IterableDataset)  # whose rows are checked as they come
 
 
 @pytest.mark.parametrize("layout", CONVERTED)

@@ -1,0 +1,92 @@
+"""Loading data sets from files, folders and the hub; a damaged file is named with the line and the cause."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+from datasets import Dataset, IterableDataset, load_dataset
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
+from lopt_hf.data.damage import BUILDERS, find_damage
+from lopt_hf.data.rows import RowError
+
+__all__ = ["READ_ERRORS", "explain_damage", "load_sft_dataset"]
+
+# What reading a damaged file raises, at once or, of a stream, at its row
+READ_ERRORS = (DatasetGenerationError, UnicodeDecodeError, pyarrow.ArrowException, RowError)
+
+
+def load_sft_dataset(
+    name: str, config: str | None = None, split: str = "train", streaming: bool = False
+) -> Dataset | IterableDataset:
+    """Load one split of a data set from a file, a folder or the hub.
+
+    Args:
+        name (`str`):
+            A `.json`, `.jsonl` or `.parquet` file, a folder of such files, or a hub id. What exists locally wins.
+        config (`str`, *optional*):
+            The data set's configuration, for hub ids that have several.
+        split (`str`, *optional*, defaults to `"train"`):
+            The split's name. A single file has the split `"train"` only; in a folder, files called `test.jsonl` and
+            the like make further splits. Slices such as `"train[:100]"` work unless `streaming`.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Read rows as they are needed instead of preparing the whole split on disk first.
+
+    Returns:
+        `Dataset` or `IterableDataset`: The latter if `streaming`.
+
+    Raises:
+        FileNotFoundError: `name` is no file or folder here, nor a data set the hub gives access to.
+        ValueError: The file type is not supported, there is no data in it, it is damaged, or `split` or `config` does
+            not exist.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        arguments: dict[str, Any] = {"path": _builder(path), "data_files": str(path)}
+    elif path.is_dir():
+        _check_folder(path)
+        arguments = {"path": str(path), "name": config}
+    elif path.suffix in BUILDERS or name.startswith(("/", ".", "~")):
+        raise FileNotFoundError(f"There is no file or folder {name!r} (looked from {Path.cwd()}). Check the path.")
+    else:
+        arguments = {"path": name, "name": config}
+    try:
+        dataset = load_dataset(**arguments, split=split, streaming=streaming)
+        if isinstance(dataset, Dataset) and path.exists():
+            dataset.data.validate(full=True)  # text that is no UTF-8 is found by nobody else before it is used
+        return dataset
+    except (ConnectionError, DatasetNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{name!r} is neither a file or folder here nor a data set the hub gives access to. Give the path of a "
+            f"{', '.join(BUILDERS)} file or a folder of them, or check the id, the network and `hf auth login`."
+        ) from error
+    except READ_ERRORS as error:
+        raise ValueError(explain_damage(name, error)) from error
+    except ValueError as error:  # damage too, or an unknown split or config; the message names those there are
+        unknown = f"Could not load split {split!r} of {name!r} (config {config!r}): {error}"
+        raise ValueError(find_damage(name) or unknown) from error
+
+
+def explain_damage(name: str, error: BaseException) -> str:
+    """Tells in one line why data could not be read: where a file of them is damaged, its line and the cause.
+
+    Args:
+        name: The file, folder or hub id.
+        error: What reading it raised.
+    """
+    cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+    first_line = (str(cause).splitlines() or [type(cause).__name__])[0]
+    return find_damage(name) or f"{name!r} could not be read: {first_line}"
+
+
+def _builder(path: Path) -> str:
+    if path.suffix not in BUILDERS:
+        raise ValueError(f"{path} has the unsupported suffix {path.suffix!r}. Supported are {', '.join(BUILDERS)}.")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty. Give a file with at least one row.")
+    return BUILDERS[path.suffix]
+
+
+def _check_folder(path: Path) -> None:
+    if not any(file.suffix in BUILDERS for file in path.rglob("*")):
+        raise ValueError(f"The folder {path} holds no {', '.join(BUILDERS)} file. Convert the data to one of these.")

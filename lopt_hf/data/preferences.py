@@ -1,0 +1,108 @@
+"""Preferences for DPO: pairs of a chosen and a rejected answer, with everything that was asked before them."""
+
+from functools import partial
+from typing import Any
+
+from lopt_hf.data.messages import Message, holds_messages, read_messages, read_side, with_context
+from lopt_hf.data.questions import QUESTION_COLUMNS
+from lopt_hf.data.rows import (
+    EARLIER_COLUMNS,
+    DatasetT,
+    Row,
+    RowError,
+    convert_rows,
+    first_row,
+    read_question,
+    refuse_context,
+    show,
+)
+
+__all__ = ["to_preferences"]
+
+PROMPT_COLUMNS = (*QUESTION_COLUMNS, "instruction")  # in order of preference where there are several
+READ_BY_TRL = ("image", "images")
+ANSWERS = ("chosen", "rejected")
+
+
+def to_preferences(dataset: DatasetT) -> DatasetT:
+    """Bring pairs of answers into a layout that `DPOTrainer` reads, and check every row.
+
+    A question in a column of another name (`question`, `problem`, `query`, `instruction` with its `input`), a `system`
+    message and a `history` become a conversational `prompt`; answers as text beside it become assistant messages.
+    Answers that repeat their prompt beside a `prompt` as text, as in UltraFeedback, are parted from it. Everything
+    else stays what it is: text as text, and answers that begin with their prompt where there is no other.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`):
+            The data. Its rows are converted and checked at once, those of a stream as they come.
+
+    Returns:
+        The same kind of data set; the same object if it is a `Dataset` in which there is nothing to change, or one
+        without `chosen` and `rejected`, which the trainer refuses.
+
+    Raises:
+        RowError: A row has no question or answer, or one that cannot be read.
+        ValueError: The data set is empty.
+    """
+    first = first_row(dataset)
+    if not first.keys() >= set(ANSWERS):
+        return dataset
+    found = [name for name in PROMPT_COLUMNS if name in first]
+    column = next((name for name in found if first[name] is not None), found[0] if found else None)
+    conversational = (
+        column not in (None, "prompt") or any(holds_messages(first.get(name)) for name in ("prompt", *ANSWERS))
+    )  # fmt: skip
+    convert = partial(_read_pair, column=column, conversational=conversational)
+    dropped = {column, "messages", "completion", "conversations"} - {"prompt"}
+    return convert_rows(dataset, convert, [name for name in first if name in dropped])
+
+
+def _read_pair(row: Row, column: str | None, conversational: bool) -> dict[str, Any]:
+    if not conversational:
+        refuse_context(row, EARLIER_COLUMNS, "of a prompt and its answers as text")
+        for name in ANSWERS if column is None else (column, *ANSWERS):
+            read_side(row, name, conversational=False)
+        return {}
+    if column is None:
+        return {name: with_context(row, read_messages(row, name)) for name in ANSWERS}
+    chosen, rejected = (_read_answer(row, name) for name in ANSWERS)
+    prompt = _read_prompt(row, column)
+    if not _is_answer(chosen) or not _is_answer(rejected):
+        prompt, chosen, rejected = _part(prompt, chosen, rejected, column)
+    return {"prompt": with_context(row, prompt), "chosen": chosen, "rejected": rejected}
+
+
+def _read_answer(row: Row, column: str) -> list[Message]:
+    messages = read_side(row, column, True, "assistant")
+    assert not isinstance(messages, str)
+    if messages[-1]["role"] != "assistant":
+        raise RowError(f"{column!r} ends with a message of {messages[-1]['role']!r}, not with the assistant's answer.")
+    return messages
+
+
+def _read_prompt(row: Row, column: str) -> list[Message]:
+    if column == "prompt":
+        prompt = read_side(row, column, True, "user")
+        assert not isinstance(prompt, str)
+        return prompt
+    question = read_question(row, column, "input" if column == "instruction" else None, READ_BY_TRL)
+    return [{"role": "user", "content": question}]
+
+
+def _is_answer(messages: list[Message]) -> bool:
+    return messages[0]["role"] == "assistant"
+
+
+def _part(
+    prompt: list[Message], chosen: list[Message], rejected: list[Message], column: str
+) -> tuple[list[Message], list[Message], list[Message]]:
+    """Takes the prompt out of answers that begin with it; it has to be what the other column says."""
+    limit = min(len(chosen), len(rejected)) - 1
+    shared = next((k for k in range(limit) if chosen[k] != rejected[k]), limit)
+    asked = [message["content"] for message in chosen[:shared]]
+    if any(message["content"] not in asked for message in prompt):
+        raise RowError(
+            f"{column!r} is {show(prompt[-1]['content'])}, but 'chosen' and 'rejected' begin otherwise: with "
+            f"{show(chosen[0]['content'])} and {show(rejected[0]['content'])}; make them agree."
+        )
+    return chosen[:shared], chosen[shared:], rejected[shared:]

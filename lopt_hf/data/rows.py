@@ -1,0 +1,163 @@
+"""Rows of a data set, each checked as it is read: a row that cannot be trained on is named by its number.
+
+Row numbers count from 1, as the lines of a `.jsonl` file do.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+from datasets import Dataset, IterableDataset
+
+__all__ = [
+    "CONTEXT_COLUMNS",
+    "EARLIER_COLUMNS",
+    "DatasetT",
+    "Row",
+    "RowError",
+    "convert_rows",
+    "first_row",
+    "has_value",
+    "read_question",
+    "read_text",
+    "refuse_context",
+    "show",
+]
+
+DatasetT = TypeVar("DatasetT", Dataset, IterableDataset)
+Row = Mapping[str, Any]
+
+# What an answer depends on: never dropped without being asked. The first three come before any conversation, the
+# others belong to a question.
+EARLIER_COLUMNS = ("system", "system_prompt", "history")
+CONTEXT_COLUMNS = ("input", "context", "choices", "options", "functions", "image", "images", "audio", "videos")
+
+# `datasets` keeps what was converted and finds it by the converter's name, not by its code: count up when rows of the
+# same columns are converted in another way.
+CONVERSION = 1
+
+
+class RowError(ValueError):
+    """A row that cannot be trained on; the message names row, column, value and fix."""
+
+
+def first_row(dataset: Dataset | IterableDataset) -> Row:
+    """Returns the first row; of a stream, what is read for it is read again later.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    row: Row | None = next(iter(dataset), None)
+    if row is None:
+        raise ValueError("The data set is empty. Check the split and any filter applied to it.")
+    return row
+
+
+def has_value(row: Row, column: str) -> bool:
+    """Tells whether a row has the column and something in it: no null, no blank text, no empty list.
+
+    In Parquet files, and wherever rows with different keys are put together, every row has every key.
+    """
+    value = row.get(column)
+    if isinstance(value, str):
+        return bool(value.strip())
+    return value is not None and not (isinstance(value, list | dict) and not value)
+
+
+def show(value: Any) -> str:
+    """The value for an error message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def read_text(row: Row, column: str) -> str:
+    """Reads a column that has to hold text.
+
+    Raises:
+        RowError: If it is missing, null, blank or something else.
+    """
+    if column not in row:
+        raise RowError(f"{column!r} is missing; the row has {', '.join(map(repr, row)) or 'no columns'}.")
+    value = row[column]
+    if value is None:
+        raise RowError(f"{column!r} is null; give it text, or remove the row.")
+    if not isinstance(value, str):
+        raise RowError(f"{column!r} holds {type(value).__name__} {show(value)}, not text; write it as text.")
+    if not value.strip():
+        raise RowError(f"{column!r} is empty; give it text, or remove the row.")
+    return value
+
+
+def read_question(row: Row, column: str, more_input: str | None = None, others: Sequence[str] = ()) -> str:
+    """Reads a question with the input that follows it after a blank line.
+
+    Args:
+        row: The row.
+        column: The question's column.
+        more_input: The column with more input, which may be missing or empty.
+        others: Context columns that are read elsewhere.
+
+    Raises:
+        RowError: If there is no question, or if it depends on a further column that has no place.
+    """
+    question = read_text(row, column)
+    if more_input is not None and has_value(row, more_input):
+        question = f"{question}\n\n{read_text(row, more_input).strip()}"
+    used = (more_input, *others)
+    refuse_context(row, [name for name in CONTEXT_COLUMNS if name not in used], f"of a {column}")
+    return question
+
+
+def refuse_context(row: Row, columns: Sequence[str], layout: str) -> None:
+    """Refuses a row whose answer depends on a column that the layout has no place for.
+
+    Args:
+        row: The row.
+        columns: Columns that would be lost.
+        layout: The layout's name, for the message.
+
+    Raises:
+        RowError: If one of them has a value.
+    """
+    for name in columns:
+        if has_value(row, name):
+            raise RowError(
+                f"{name!r} is {show(row[name])}, for which the layout {layout} has no place; write it into the "
+                "prompt, or rename or remove the column."
+            )
+
+
+def convert_rows(dataset: DatasetT, convert: Callable[[Row], dict[str, Any]], dropped: Sequence[str]) -> DatasetT:
+    """Converts and checks all rows: those of a `Dataset` now, those of a stream as they come.
+
+    Args:
+        dataset: The rows.
+        convert: Returns what a row's columns become; raises `RowError` for one that cannot be trained on.
+        dropped: Columns that there are, to leave out of the result.
+
+    Returns:
+        The same kind of data set; the same object where it is a `Dataset` whose rows all stay as they are.
+
+    Raises:
+        RowError: If a row cannot be trained on; the message begins with its number.
+    """
+    numbered = partial(_convert_numbered, convert=convert, version=CONVERSION)
+    numbered(first_row(dataset), 0)  # also of a stream, whose other rows are read much later
+    if isinstance(dataset, Dataset) and not _changes(dataset, numbered):
+        return dataset.remove_columns(list(dropped)) if dropped else dataset
+    return dataset.map(numbered, with_indices=True, remove_columns=list(dropped))
+
+
+def _changes(dataset: Dataset, numbered: Callable[[Row, int], dict[str, Any]]) -> bool:
+    """Checks rows until one changes; the conversion checks them all."""
+    for index, row in enumerate(dataset):
+        if any(name not in row or row[name] != value for name, value in numbered(row, index).items()):
+            return True
+    return False
+
+
+def _convert_numbered(row: Row, index: int, convert: Callable[[Row], dict[str, Any]], version: int) -> dict[str, Any]:
+    try:
+        return convert(row)
+    except RowError as error:
+        raise RowError(f"row {index + 1}: {error}") from None

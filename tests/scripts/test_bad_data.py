@@ -1,0 +1,90 @@
+"""Bad data end a training command with one line and status 2, before the model is loaded."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from lopt_hf import cli
+from lopt_hf.scripts import sft
+from tests.scripts.test_training import arguments
+
+PAIR = {"instruction": "Hi", "output": "Hello"}
+DPO = {"question": "Hi", "chosen": "Hello", "rejected": "Go away"}
+
+
+@pytest.fixture(autouse=True)
+def separate_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def run(command: str, given: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The last line that a refused command says; no traceback comes with it."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, *given])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("command", "rows", "message"),
+    [
+        ("sft", [PAIR] * 6 + [{"instruction": "Hi", "output": None}], "row 7: 'output' is null; give it text, or"),
+        ("mlaan", [PAIR, {"instruction": 3, "output": "Hello"}], "row 2: 'instruction' holds int 3, not text"),
+        ("dpo", [DPO, {**DPO, "rejected": ""}], "row 2: 'rejected' is empty"),
+        ("grpo", [{"question": "Hi", "answer": "2"}, {"question": None, "answer": "2"}], "row 2: 'question' is null"),
+        (
+            "grpo",
+            [{"question": "Hi", "answer": "2"}, {"question": "Hi"}],
+            "row 2: 'answer' is None, with which the re",
+        ),
+        ("sft", ['{"instruction": "Hi", "outp'], "rows.jsonl, line 1: no valid JSON"),
+        ("dpo", [json.dumps(DPO), str(DPO)], "rows.jsonl, line 2: "),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True], ids=["dataset", "stream"])
+def test_a_bad_row_ends_a_command(
+    tmp_path: Path,
+    command: str,
+    rows: list[Any],
+    message: str,
+    streaming: bool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "rows.jsonl").write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows))
+    values = {"dataset_name": str(tmp_path / "rows.jsonl"), "dataset_streaming": streaming, "max_steps": 9}
+    if not streaming:
+        values["model_name_or_path"] = str(tmp_path / "nowhere")  # no model is loaded before the rows are checked
+    if command == "mlaan":
+        values |= {"num_blocks": 2, "window": 1, "calibration_tokens": 8}
+    given = arguments(tmp_path, "sft" if command == "mlaan" else command, **values)
+    line = run(command, given, capsys)
+    assert message in line and line.startswith(f"lopt-hf {command}: ")
+
+
+@pytest.mark.parametrize("method", ["lopt", "mlaan", "e2e"])
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_length_that_cuts_every_answer_is_refused(
+    tmp_path: Path, method: str, packing: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"num_blocks": 2, "window": 1} if method == "mlaan" else {}
+    given = arguments(tmp_path, "sft", method=method, packing=packing, max_length=4, **options)
+    line = run("sft", given, capsys)
+    assert line.startswith("lopt-hf sft: max_length=4 cuts off every answer: no row of the train_dataset has a token")
+
+
+@pytest.mark.parametrize("method", ["lopt", "e2e"])
+def test_so_it_is_for_preferences(tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = run("dpo", arguments(tmp_path, "dpo", method=method, max_length=4), capsys)
+    assert line.startswith("lopt-hf dpo: max_length=4 cuts off every answer")
+
+
+def test_rows_whose_answers_are_cut_off_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [PAIR, {"instruction": "Hi " * 100, "output": "Hello"}, PAIR]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    sft.main(arguments(tmp_path, "sft", dataset_name=str(tmp_path / "rows.jsonl"), max_length=48))
+    assert "max_length=48 cuts off the whole answer of 1 of 3 rows, which are left out." in caplog.messages
