@@ -2,7 +2,8 @@
 
 SmolLM2-135M-Instruct learns generated arithmetic word problems with LoPT; then the same measurements before and after:
 loss and exact match on held-out problems, loss on general English, and what a step costs beside end-to-end training.
-That step is measured first, and as many follow as fit in --minutes.
+That step is measured first, and as many follow as fit in --minutes. With --task-reach the early blocks learn from the
+task loss, at the steps at which it reaches them: lopt-hf demo --num-blocks 4 --task-reach 1,1,1,4
 """
 
 import argparse
@@ -19,7 +20,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lopt_hf.bench.step import StepBenchSettings, StepResult, run_step_bench
+from lopt_hf.bench.step import StepBenchSettings, run_step_bench
 from lopt_hf.common.arithmetic import DTYPE_HELP, Arithmetic, choose_arithmetic
 from lopt_hf.common.evaluation import answer_loss, general_text, generate_answers, text_loss
 from lopt_hf.common.files import write_text
@@ -40,6 +41,7 @@ TEXT_CHUNKS = 4  # of 512 tokens
 BENCH_SEQUENCES, BENCH_TOKENS = 4, 128
 TOKENS_PER_PROBLEM = 128  # padded to the longest of a batch; ours, rounded up from what the problems have
 FEWEST_STEPS, MOST_STEPS = 12, 240  # ours: 8 steps just halve the loss; more than these belong into a real run
+RECONSTRUCTION_RATE = 1e-5  # chosen on the held-out problems
 FEW_PROBLEMS = 2  # of a step, where FEWEST_STEPS whole ones do not fit
 
 
@@ -57,10 +59,16 @@ class DemoOptions:
     output_dir: Path = option(Path("lopt-demo"), "New folder.")
     model: str = option(SMOLLM2_ID, "Hub id or local folder.")
     learning_rate: float = option(1e-4, "Peak rate.")
-    early_learning_rate: float = option(
-        1e-5, "Peak rate of the early blocks: AdamW's step is as long as its rate, however small the gradient."
+    early_learning_rate: float | None = option(
+        None,
+        f"Peak rate of the early blocks. Default: {RECONSTRUCTION_RATE:g}, since AdamW's step is as long as its rate, "
+        "however small the gradient of a reconstruction; with --task-reach that of the last block.",
     )
     num_blocks: int = option(2, "Blocks of the decoder.")
+    task_reach: tuple[int, ...] | None = option(
+        None,
+        "Blocks, counted from the last, that the task loss trains, as a cycle over steps; no reconstruction then.",
+    )
     seed: int = option(0, "Seed of data and training.")
 
 
@@ -99,20 +107,19 @@ def measure(model_path: str, rows: Sequence[dict[str, Any]], dtype: torch.dtype,
     )
 
 
-def measure_step(model_path: str, num_blocks: int, dtype: str) -> list[StepResult]:
-    """Measures what a step costs, end-to-end and with LoPT."""
-    return run_step_bench(
-        StepBenchSettings(
-            model=model_path,
-            methods=("e2e", "lopt"),
-            num_blocks=(num_blocks,),
-            local_update_interval=(1,),
-            batch_size=BENCH_SEQUENCES,
-            seq_length=BENCH_TOKENS,
-            steps=3,
-            warmup=1,
-            dtype=dtype,
-        )
+def step_settings(options: argparse.Namespace, model_path: str, dtype: str) -> StepBenchSettings:
+    """Makes the settings of a measurement of what a step costs, end-to-end and with the demo's method."""
+    return StepBenchSettings(
+        model=model_path,
+        methods=("e2e", "lopt" if options.task_reach is None else "reach"),
+        num_blocks=(options.num_blocks,),
+        task_reach=options.task_reach,
+        local_update_interval=(1,),
+        batch_size=BENCH_SEQUENCES,
+        seq_length=BENCH_TOKENS,
+        steps=3,
+        warmup=1,
+        dtype=dtype,
     )
 
 
@@ -145,7 +152,10 @@ def plan_training(options: argparse.Namespace, step_seconds: float, seconds_left
 def train(
     model_path: str, dataset: Dataset, options: argparse.Namespace, training: Training, arithmetic: Arithmetic
 ) -> list[dict[str, Any]]:
-    """Fine-tunes with LoPT, saves a stock checkpoint in `<output_dir>/model`, and returns the log history."""
+    """Fine-tunes, saves a stock checkpoint in `<output_dir>/model`, and returns the log history."""
+    reach: dict[str, Any] = {}
+    if options.task_reach is not None:
+        reach = {"task_reach": list(options.task_reach), "local_objective": "none"}
     args = LoPTConfig(
         output_dir=str(options.output_dir / "model"),
         num_blocks=options.num_blocks,
@@ -154,6 +164,7 @@ def train(
         bf16=arithmetic.dtype == "bfloat16",
         learning_rate=options.learning_rate,
         early_learning_rate=options.early_learning_rate,
+        **reach,
         lr_scheduler_type="cosine",
         warmup_steps=0.1,
         activation_checkpointing=False,
@@ -180,7 +191,7 @@ def run(options: argparse.Namespace, arithmetic: Arithmetic) -> None:
     measuring = perf_counter()
     before = measure(model_path, rows, arithmetic.torch_dtype, "before")
     measuring = perf_counter() - measuring
-    costs = measure_step(model_path, options.num_blocks, arithmetic.dtype)
+    costs = run_step_bench(step_settings(options, model_path, arithmetic.dtype))
     step_seconds = costs[-1].step_seconds * BATCH_SIZE * TOKENS_PER_PROBLEM / (BENCH_SEQUENCES * BENCH_TOKENS)
     seconds_left = 60 * options.minutes - (perf_counter() - start) - measuring  # which is done once more at the end
     training = plan_training(options, step_seconds, seconds_left)
@@ -206,8 +217,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     parser = make_parser()
     options = parser.parse_args(argv)
+    if options.early_learning_rate is None and options.task_reach is None:
+        options.early_learning_rate = RECONSTRUCTION_RATE
     try:
         check_options(options)
+        step_settings(options, options.model, options.dtype)  # checks the blocks and their reach
         arithmetic = choose_arithmetic(options.dtype)
     except ValueError as error:
         parser.error(str(error))

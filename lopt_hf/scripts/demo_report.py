@@ -79,20 +79,22 @@ def comparison(before: Measurement, after: Measurement) -> str:
 
 def plot_curves(log_history: list[dict[str, Any]], result: DemoResult, path: Path) -> None:
     """Draws task loss and local losses over the steps, and the held-out loss at both ends."""
-    figure = new_figure(9, 3.6)
-    task, local = figure.subplots(1, 2)
     rows = [row for row in log_history if "loss" in row]
+    local_losses = sorted(key for key in rows[0] if key.startswith("local_loss/"))
+    figure = new_figure(9 if local_losses else 4.5, 3.6)
+    task, *others = figure.subplots(1, 1 + bool(local_losses), squeeze=False)[0]
     steps = [row["step"] for row in rows]
     task.plot(steps, [row["loss"] for row in rows], color="tab:blue", label="training")
     held_out = [result.before.answer_loss, result.after.answer_loss]
     task.plot([0, steps[-1]], held_out, "o", color="tab:red", label="held out")
-    task.set(title="Task loss (last block)", xlabel="optimizer step", ylabel="nats per answer token")
+    task.set(title="Task loss", xlabel="optimizer step", ylabel="nats per answer token")
     task.legend()
-    for name in sorted(key for key in rows[0] if key.startswith("local_loss/")):
-        local.plot(steps, [row[name] for row in rows], label=name.removeprefix("local_loss/"))
-    local.set(title="Reconstruction loss (early blocks)", xlabel="optimizer step", ylabel="mean squared error")
-    local.legend()
-    for axes in (task, local):
+    for local in others:
+        for name in local_losses:
+            local.plot(steps, [row[name] for row in rows], label=name.removeprefix("local_loss/"))
+        local.set(title="Reconstruction loss (early blocks)", xlabel="optimizer step", ylabel="mean squared error")
+        local.legend()
+    for axes in (task, *others):
         axes.grid(alpha=0.3)
         axes.set_ylim(bottom=0)
     save_figure(figure, path)
@@ -108,9 +110,11 @@ def report(options: argparse.Namespace, result: DemoResult, question: str, step:
         step: The size of the step whose cost was measured.
     """
     folder, training, before, after = options.output_dir, result.training, result.before, result.after
+    early = "" if options.early_learning_rate is None else f" (early blocks: {options.early_learning_rate:g})"
+    method = "LoPT" if options.task_reach is None else f"Reach {','.join(map(str, options.task_reach))}"
     return (
-        f"## LoPT, {options.num_blocks} blocks, {training.steps} steps of {training.batch_size} problems, learning "
-        f"rate {options.learning_rate:g} (early block: {options.early_learning_rate:g})\n\n"
+        f"## {method}, {options.num_blocks} blocks, {training.steps} steps of {training.batch_size} problems, "
+        f"learning rate {options.learning_rate:g}{early}\n\n"
         f"{result.arithmetic}\n\n{training.note}\n\n"
         f"{comparison(before, after)}\n\n"
         f"## One training step of {step} beside end-to-end, measured in the same run\n\n"

@@ -56,9 +56,15 @@ def test_minutes_that_are_asked_for_are_enough():
 # --- A whole run ---
 
 
-def test_a_run(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("reach", "method", "title"),
+    [([], "LoPT K=2", "## LoPT, 2 blocks"), (["--task-reach", "1,2"], "K=2, reach 1,2", "## Reach 1,2, 2 blocks")],
+)
+def test_a_run(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture, reach: list[str], method: str, title: str
+) -> None:
     output = tmp_path / "out"
-    given = ["--model", str(base), "--steps", "2", "--dtype", "fp32", "--output-dir", str(output)]
+    given = ["--model", str(base), "--steps", "2", "--dtype", "fp32", "--output-dir", str(output), *reach]
     with forked_instead_of_spawned(step):
         demo.main(given)
     shown = capsys.readouterr().out
@@ -66,7 +72,8 @@ def test_a_run(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     figures = json.loads((output / "report.json").read_text())
     assert figures["training"]["steps"] == 2
     assert figures["arithmetic"]["dtype"] == "float32" == figures["step"][0]["dtype"]
-    assert [cost["method"] for cost in figures["step"]] == ["e2e", "LoPT K=2"]
+    assert [cost["method"] for cost in figures["step"]] == ["e2e", method]
+    assert title in shown and ("early blocks: 1e-05" in shown) is (reach == [])
     assert figures["before"]["answer_loss"] != figures["after"]["answer_loss"]
     assert 0 < figures["seconds"]
     AutoModelForCausalLM.from_pretrained(output / "model")
@@ -79,6 +86,7 @@ def test_a_run(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
         (["--steps", "0"], "--steps 0 trains nothing"),
         (["--minutes", "0"], "--minutes 0 is no time; give more than 0"),
         (["--minutes", "nan"], "--minutes nan is no time"),
+        (["--task-reach", "1,4"], "task_reach=(1, 4) reaches 4 blocks, which num_blocks=(2,) does not name"),
         (["--dtype", "int8"], "dtype='int8' is unknown; use auto, float32 or bfloat16"),
     ],
 )
