@@ -1,16 +1,17 @@
 """The settings of `lopt-hf compare`: a grid of methods, learning rates and seeds over one task, read from a YAML."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lopt_hf.common.arithmetic import DTYPE_HELP, read_dtype
 from lopt_hf.common.compared_methods import PEERS
-from lopt_hf.common.settings import check_lowest, option, suggest
+from lopt_hf.common.settings import check_distinct, check_lowest, option, suggest
+from lopt_hf.common.typed import check_types, check_value
+from lopt_hf.common.yaml_files import load_settings
 
 __all__ = ["Grid", "GridRun", "load_grid"]
 
@@ -113,6 +114,8 @@ class Grid:
             value = getattr(self, name)
             if not value:
                 raise ValueError(f"{name}={value!r} is empty; name at least one.")
+        self._check_rates()
+        check_distinct("seeds", self.seeds)
         check_lowest(self, dict.fromkeys(("num_train", "num_heldout", "workers", "eval_batch_size"), 1))
         if "max_length" not in self.training:
             raise ValueError("training.max_length is missing; set it: longer rows are left out of every run's data.")
@@ -131,6 +134,18 @@ class Grid:
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"methods: two labels make the same folder name {name!r}; change one of them.")
+
+    def _check_rates(self) -> None:
+        of_methods = {
+            f"methods.{method}.learning_rates": options["learning_rates"]
+            for method, options in self.methods.items()
+            if "learning_rates" in options
+        }
+        for name, rates in {"learning_rates": self.learning_rates, **of_methods}.items():
+            check_distinct(name, rates)
+            for rate in rates:
+                if not 0 < rate < math.inf:
+                    raise ValueError(f"{name}: {rate} is no learning rate; set it above 0.")
 
     def _check_dtype(self) -> None:
         for arguments in (self.training, *self.methods.values()):
@@ -175,14 +190,9 @@ def load_grid(path: Path, **overrides: Any) -> Grid:
         FileNotFoundError: If there is no such file.
         ValueError: If it is no YAML mapping, or names an unknown setting or a bad value.
     """
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"config={path}: there is no such file.")
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"config={path} is not valid YAML: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"config={path} does not hold `name: value` pairs; see recipes/smollm2-135m/retention.")
+    settings = load_settings(path, "see recipes/smollm2-135m/retention")
     settings.update({name: value for name, value in overrides.items() if value is not None})
     known = {setting.name: setting for setting in fields(Grid)}
     for name in settings.keys() - known.keys():
@@ -191,4 +201,19 @@ def load_grid(path: Path, **overrides: Any) -> Grid:
     missing = [name for name in required if name not in settings]
     if missing:
         raise ValueError(f"config={path}: {', '.join(missing)} missing; {known[missing[0]].metadata['help']}")
-    return Grid(**settings)
+    try:
+        check_types(settings, Grid)
+        _check_option_types(settings)
+        return Grid(**settings)
+    except ValueError as error:
+        raise ValueError(f"config={path}: {error}") from error
+
+
+def _check_option_types(settings: Mapping[str, Any]) -> None:
+    """Checks the options that the grid itself reads; all others are the commands'."""
+    if "max_length" in settings["training"]:
+        check_value("training.max_length", settings["training"]["max_length"], int)
+    for method, options in settings["methods"].items():
+        types = {"learning_rates": Sequence[float], EARLY_RATE_RATIO: float}
+        for name in types.keys() & options.keys():
+            check_value(f"methods.{method}.{name}", options[name], types[name])

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from lopt_hf.common.arithmetic import Arithmetic, choose_arithmetic
 from lopt_hf.common.files import atomic_file, write_text
 from lopt_hf.common.parent import parent_environment
+from lopt_hf.common.yaml_files import load_settings, read_yaml
 from lopt_hf.compare.grid import Grid, GridRun
 from lopt_hf.data.formats import to_trl_format
 from lopt_hf.data.loading import load_sft_dataset
@@ -209,8 +210,8 @@ def _arguments(grid: Grid, run: GridRun, output_dir: Path) -> dict[str, Any]:
 def _check_trained(grid: Grid, run: GridRun) -> None:
     model = model_folder(grid, run)
     config = model.with_name("sft.yaml")
-    stored = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    now = yaml.safe_load(yaml.safe_dump(_arguments(grid, run, model)))
+    stored = load_settings(config) if config.is_file() else {}
+    now = read_yaml(yaml.safe_dump(_arguments(grid, run, model)), run.name)
     if config.is_file() and not stored.get("fp16"):
         stored.setdefault("bf16", True)  # TRL's default, when a grid did not yet say it
         if arithmetic_argument(grid, run.arguments) and stored["bf16"] != now["bf16"]:

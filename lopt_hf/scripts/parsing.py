@@ -5,15 +5,17 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import yaml
 from trl import TrlParser
 
 from lopt_hf.common.settings import nearest
+from lopt_hf.common.typed import check_types, check_value
+from lopt_hf.common.yaml_files import load_settings
 
-__all__ = ["UsageExit", "chosen_method", "make_trl_parser", "parse_or_exit", "refuse_method"]
+__all__ = ["chosen_method", "make_trl_parser", "parse_or_exit", "refuse_method"]
 
 CONFIG_HELP = "`--config recipe.yaml` reads any of these options from a file; the command line wins over it."
 
@@ -25,21 +27,51 @@ _UNKNOWN = {
 }
 
 
-class UsageExit(SystemExit):
-    """Ends the process with status 2, after one line that says what is wrong with what the user gave.
-
-    Args:
-        message: The line; what stands on several is put on one.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.code = 2
-        print(" ".join(message.split()), file=sys.stderr)
+# Fields whose type in transformers does not say all that they take: true is the last checkpoint
+_LOOSELY_TYPED = ("resume_from_checkpoint",)
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Keeps the description's lines, and names each option's default."""
+
+
+class _RecipeParser(TrlParser):
+    """TRL's parser, with our loader of YAML and a check of its values' types."""
+
+    def parse_args_and_config(
+        self,
+        args: Iterable[str] | None = None,
+        return_remaining_strings: bool = False,
+        fail_with_unknown_args: bool = True,
+        separate_remaining_strings: bool = False,
+    ) -> tuple[Any, ...]:
+        arguments = list(sys.argv[1:] if args is None else args)
+        unknown: list[str] = []
+        if "--config" in arguments:
+            place = arguments.index("--config")
+            settings = load_settings(Path(arguments[place + 1]))
+            del arguments[place : place + 2]
+            self._set_environment(settings.pop("env", {}))
+            self._check_types(settings)
+            unknown = self.set_defaults_with_config(**settings)
+        *parsed, remaining = self.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+        if return_remaining_strings:
+            both = (unknown, remaining) if separate_remaining_strings else (unknown + remaining,)
+            return (*parsed, *both)
+        if remaining:
+            raise ValueError(f"Some specified arguments are not used by the parser: {remaining}")
+        if unknown and fail_with_unknown_args:
+            raise ValueError(f"Unknown arguments from config file: {unknown}")
+        return tuple(parsed)
+
+    def _set_environment(self, variables: Any) -> None:
+        check_value("env", variables, Mapping[str, Any])
+        os.environ.update({name: str(value) for name, value in variables.items()})
+
+    def _check_types(self, settings: Mapping[str, Any]) -> None:
+        checked = {name: value for name, value in settings.items() if name not in _LOOSELY_TYPED}
+        for dataclass_type in self.dataclass_types:
+            check_types(checked, dataclass_type, parses_text=True)
 
 
 def make_trl_parser(command: str, description: str | None, *dataclass_types: type) -> TrlParser:
@@ -51,7 +83,7 @@ def make_trl_parser(command: str, description: str | None, *dataclass_types: typ
         *dataclass_types: Whose fields the options are, listed in this order.
     """
     types: Any = dataclass_types
-    return TrlParser(
+    return _RecipeParser(
         types,
         prog=f"lopt-hf {command}",
         usage=f"lopt-hf {command} [--config recipe.yaml] [options]",  # the default lists hundreds of options
@@ -73,9 +105,8 @@ def chosen_method(argv: Sequence[str] | None) -> str:
     with contextlib.suppress(argparse.ArgumentError):  # the whole parser says what is wrong
         given, _ = parser.parse_known_args(arguments)
         if given.method is None and given.config is not None and os.path.isfile(given.config):
-            with contextlib.suppress(yaml.YAMLError), open(given.config, encoding="utf-8") as file:
-                settings = yaml.safe_load(file)
-                given.method = settings.get("method") if isinstance(settings, dict) else None
+            with contextlib.suppress(ValueError):
+                given.method = load_settings(Path(given.config)).get("method")
         return given.method or "lopt"
     return "lopt"
 
@@ -107,7 +138,7 @@ def parse_or_exit(parser: TrlParser, argv: Sequence[str] | None) -> tuple[Any, .
         if arguments[-1:] == ["--config"]:
             raise ValueError("--config needs the path of a YAML file.")
         return parser.parse_args_and_config(arguments)
-    except (ValueError, FileNotFoundError, yaml.YAMLError) as error:
+    except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {_explain(parser, error)}\n")
         raise AssertionError("unreachable") from error
 
@@ -115,7 +146,7 @@ def parse_or_exit(parser: TrlParser, argv: Sequence[str] | None) -> tuple[Any, .
 def _explain(parser: TrlParser, error: Exception) -> str:
     """The message, with the nearest known name where an option is unknown."""
     if isinstance(error, FileNotFoundError) and error.filename is not None:
-        return f"there is no file {error.filename!r}; check the path."
+        return f"there is no file {str(error.filename)!r}; check the path."
     message = str(error)
     place = next((place for start, place in _UNKNOWN.items() if message.startswith(start)), None)
     unknown = re.findall(r"'--([\w-]+)", message)

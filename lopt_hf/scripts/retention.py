@@ -27,7 +27,7 @@ from lopt_hf.retention.report.tables import to_markdown
 from lopt_hf.retention.results import RetentionReport
 from lopt_hf.retention.scores import DEFAULT_CACHE, ScoreCache
 from lopt_hf.retention.suites import SUITES, SuiteTask, load_entries
-from lopt_hf.scripts.settings import OneLineParser, add_settings, read_settings
+from lopt_hf.scripts.settings import OneLineParser, UsageExit, add_settings, read_settings
 
 __all__ = ["exit_on_error", "main", "make_parser", "write_results"]
 
@@ -95,7 +95,7 @@ def exit_on_error(command: str, error: Exception) -> None:
     """Ends the process with one clear line; what was finished stays in the cache."""
     if is_disk_full(error):
         sys.exit(f"{command}: the disk is full: {error}. What was finished is kept; free some room and run it again.")
-    sys.exit(f"{command}: {error}")
+    raise UsageExit(f"{command}: {error}") from error
 
 
 def run(options: argparse.Namespace, command: str) -> None:

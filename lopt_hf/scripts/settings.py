@@ -8,9 +8,22 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-__all__ = ["OneLineParser", "add_settings", "check_output_folders", "read_settings", "with_dashes"]
+__all__ = ["OneLineParser", "UsageExit", "add_settings", "check_output_folders", "read_settings", "with_dashes"]
 
 SettingsT = TypeVar("SettingsT")
+
+
+class UsageExit(SystemExit):
+    """Ends the process with status 2, after one line that says what is wrong with what the user gave.
+
+    Args:
+        message: The line; what stands on several is put on one.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.code = 2
+        print(" ".join(message.split()), file=sys.stderr)
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -22,7 +22,8 @@ from lopt_hf.data.loading import READ_ERRORS, explain_damage, load_sft_dataset
 from lopt_hf.data.prepared import check_prepared
 from lopt_hf.data.pretrained import resolve_model
 from lopt_hf.data.rows import RowError
-from lopt_hf.scripts.parsing import UsageExit, parse_or_exit
+from lopt_hf.scripts.parsing import parse_or_exit
+from lopt_hf.scripts.settings import UsageExit
 from lopt_hf.trainers.checks import check_output_dir
 from lopt_hf.trainers.mixin import LocalLearningMixin
 

@@ -90,6 +90,50 @@ def test_bad_settings(tmp_path: Path, changes: dict[str, Any], message: str) -> 
         load_grid(write(tmp_path, **changes))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("methods: [a]", "methods=\\['a'\\] must be `name: value` pairs"),
+        ("methods: {a: null}", "methods.a=null must be `name: value` pairs"),
+        ("methods: {1: {}}", "methods: the key 1 must be text; write it in quotes"),
+        ("methods: {a: {learning_rates: 1e-5}}", "methods.a.learning_rates=1e-05 must be a list of numbers"),
+        (
+            "methods: {a: {early_learning_rate_ratio: half}}",
+            "methods.a.early_learning_rate_ratio='half' must be a number",
+        ),
+        ("methods: {a: {learning_rates: [0]}}", "methods.a.learning_rates: 0 is no learning rate"),
+        ("workers: two", "workers='two' must be a whole number; write it without quotes"),
+        ("seeds: 3", "seeds=3 must be a list of whole numbers"),
+        ("seeds: [0, 0]", "seeds=\\[0, 0\\] must name .* each value once"),
+        ("training: null", "training=null must be `name: value` pairs"),
+        ("training: {max_length: long}", "training.max_length='long' must be a whole number"),
+        ("num_train: '8'", "num_train='8' must be a whole number"),
+        ("learning_rates: [.nan]", "learning_rates: nan is no learning rate; set it above 0"),
+        ("learning_rates: [1e-5, 0.00001]", "learning_rates=.* each value once"),
+        ("learning_rates: [fast]", "learning_rates\\[0\\]='fast' must be a number"),
+        ("tasks: piqa", "tasks='piqa' must be a list of texts"),
+        ("samples: {piqa: many}", "samples.piqa='many' must be a whole number or a list of whole numbers"),
+        ("output_dir: 2024", "output_dir=2024 must be text; write it in quotes"),
+    ],
+)
+def test_values_of_another_type_are_named_by_their_key(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path, **{text.partition(":")[0]: ...})
+    path.write_text(f"{path.read_text()}{text}\n")
+    with pytest.raises(ValueError, match=message) as error:
+        load_grid(path)
+    assert str(error.value).startswith(f"config={path}: ") and "\n" not in str(error.value)
+
+
+def test_rates_as_everybody_writes_them(tmp_path: Path) -> None:
+    path = write(tmp_path, learning_rates=..., methods=...)
+    path.write_text(
+        f"{path.read_text()}learning_rates: [1e-5, 2E-4]\nmethods: {{a: {{learning_rates: [3e-5]}}, b: {{}}}}\n"
+    )
+    assert [run.name for run in load_grid(path).runs()[:3]] == [
+        f"{name}_seed0" for name in ("a_lr3e-05", "b_lr1e-05", "b_lr0.0002")
+    ]
+
+
 def test_missing_and_broken_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no such file"):
         load_grid(tmp_path / "none.yaml")

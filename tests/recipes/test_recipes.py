@@ -263,8 +263,9 @@ def test_unknown_key_ends_the_command_with_the_nearest_name(
 
 def test_recipe_cannot_run_code(tmp_path: Path) -> None:
     made = tmp_path / "made"
-    with pytest.raises(yaml.constructor.ConstructorError):
+    with pytest.raises(ValueError, match="could not determine a constructor for the tag") as error:
         parse(recipe(tmp_path, f"run_name: !!python/object/apply:pathlib.Path.touch [{made}]\n"))
+    assert isinstance(error.value.__cause__, yaml.constructor.ConstructorError)
     assert not made.exists()
 
 

@@ -66,8 +66,9 @@ def error_of(arguments: Arguments, *flags: str) -> str:
     """The one line that the command ends with."""
     with pytest.raises(SystemExit) as exit_info:
         run(arguments, *flags)
-    message = exit_info.value.code
-    assert isinstance(message, str) and message.startswith("lopt-hf retention: ")
+    message = str(exit_info.value)
+    assert message.startswith("lopt-hf retention: ")
+    assert exit_info.value.code == (message if "the disk is full" in message else 2)
     return message
 
 

@@ -1,16 +1,22 @@
 """Options from a command line and from a YAML; what is wrong with them is told in one line."""
 
+import os
 from dataclasses import dataclass, field
 
 import pytest
 
 from lopt_hf.scripts import pipeline
 from lopt_hf.scripts.parsing import chosen_method, make_trl_parser, parse_or_exit
+from tests.common.test_yaml_files import BOMB
 
 
 @dataclass
 class Options:
     num_blocks: int = field(default=2, metadata={"help": "How many blocks."})
+    rate: float = field(default=1.0, metadata={"help": "How fast."})
+    name: str | None = field(default=None, metadata={"help": "Of what."})
+    names: list[str] | None = field(default=None, metadata={"help": "Of others."})
+    saves: bool = field(default=True, metadata={"help": "Whether to keep it."})
 
 
 def parse(*arguments):
@@ -39,6 +45,54 @@ def test_errors_are_one_line(capsys, arguments, message):
         parse(*arguments)
     error = capsys.readouterr().err
     assert message in error and error.startswith("lopt-hf sft: error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "num_blocks: 2\nrate: 1\nnum_blocks: 3\n",
+            "line 3, column 1 is not valid YAML: the key 'num_blocks' is there tw",
+        ),
+        ("num_blocks: [2]", "num_blocks=[2] must be a whole number."),
+        ("num_blocks: 2.5", "num_blocks=2.5 must be a whole number."),
+        ("num_blocks: null", "num_blocks=null must be a whole number."),
+        ("name: no", "name=False must be text or null; write it in quotes."),
+        ("name: 1e5", "name=100000.0 must be text or null; write it in quotes."),
+        ("names: a", "names='a' must be a list of texts or null."),
+        ("saves: 2", "saves=2 must be true or false."),
+        ("env: [A]", "env=['A'] must be `name: value` pairs."),
+        ("- num_blocks", "does not hold `name: value` pairs"),
+        (BOMB, "it has more than 10,000 values with its aliases written out"),
+        ("num_blocks: [", "is not valid YAML: "),
+    ],
+)
+def test_errors_in_the_file_are_one_line(tmp_path, capsys, text, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        parse("--config", str(path))
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("lopt-hf sft: error: ") and error.count("\n") == 1
+    assert ended.value.code == 2
+    assert chosen_method(["--config", str(path)]) == "lopt"
+
+
+def test_a_folder_is_no_config(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse("--config", str(tmp_path))
+    assert capsys.readouterr().err == (
+        f"lopt-hf sft: error: config={tmp_path} is a folder; give the path of a YAML file in it.\n"
+    )
+
+
+def test_the_files_values_are_what_the_command_lines_would_be(tmp_path, monkeypatch):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("num_blocks: '3'\nrate: 1e-5\nnames: [a, b]\nsaves: no\nenv: {LOPT_TEST: 1}\n")
+    monkeypatch.setenv("LOPT_TEST", "0")
+    (options,) = parse_or_exit(make_trl_parser("sft", None, Options), ["--config", str(path)])
+    assert options == Options(num_blocks=3, rate=1e-5, names=["a", "b"], saves=False)
+    assert os.environ["LOPT_TEST"] == "1"
 
 
 def test_help_begins_with_what_the_command_does(capsys):

@@ -3,9 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import yaml
-
 from lopt_hf.common.settings import option
+from lopt_hf.common.yaml_files import read_yaml
 from lopt_hf.local.reach import ReachArguments, read_cycle
 from lopt_hf.local.run_facts import NEXT_TOKEN_MISFITS, RunFacts
 from lopt_hf.local.schedule import ReachSchedule
@@ -196,8 +195,8 @@ def _read_leaps(value: Any) -> list[Any] | None:
     )
     if isinstance(value, str):
         try:
-            value = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+            value = read_yaml(value, "leap_layers")
+        except ValueError as error:
             raise ValueError(message) from error
     entries = (
         [list(entry) if isinstance(entry, tuple | list) else entry for entry in value]
