@@ -92,7 +92,7 @@ def make_result(**values):
         "saved_bytes_ratio": 1.0,
         "peak_gradient_bytes": 538e6,
         "gradient_bytes_ratio": 1.0,
-        "optimizer_bytes": 1076e6,
+        "optimizer_bytes": 1_076_000_000,
         "optimizer_bytes_ratio": 1.0,
         "step_seconds": 4.25,
         "step_seconds_ratio": 1.0,
@@ -206,6 +206,7 @@ def test_reach(tiny_model):
     one, *ones, all_blocks = reach.gradient_bytes
     assert ones == [one, one] and one < 0.4 * all_blocks
     assert len(reach.timed_seconds) == 8
+    assert reach.optimizer_bytes_ratio == 1  # that of all blocks, though the first steps train one
     assert stepping.gradient_bytes_ratio < reach.gradient_bytes_ratio
     assert stepping.final_loss == pytest.approx(reach.final_loss, rel=1e-3)  # clips otherwise
 
