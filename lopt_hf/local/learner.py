@@ -279,6 +279,7 @@ class LocalLearner:
         scale: float = 1.0,
         synchronises: bool = True,
         accumulation_steps: int = 1,
+        total_steps: int = 1,
     ) -> Iterator[None]:
         """Switches the boundaries on for the forwards of one micro-batch.
 
@@ -288,6 +289,7 @@ class LocalLearner:
             scale: Factor of the local losses whose backward runs in the forward, see `Method.local_scale`.
             synchronises: Whether it is the step's last micro-batch, whose gradients are averaged and stepped.
             accumulation_steps: Micro-batches of the step.
+            total_steps: Optimizer steps of the run.
         """
         self._synchronises = synchronises
         self.method.begin_micro_batch(self, step)
@@ -301,7 +303,7 @@ class LocalLearner:
             scale,
             self.method.trains_early_blocks(self, step),
             inputs,
-            self.schedule.at(step, self._position),
+            self.schedule.at(step, self._position, total_steps),
             self.schedule.gradient_factors(accumulation_steps),
         )
         with self.boundary.training_forward(self._micro_batch):

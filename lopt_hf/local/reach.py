@@ -59,9 +59,10 @@ class ReachArguments(LocalArguments):
             integer, or a list that is a cycle over the steps. 1 is local learning (or, with `local_objective="none"`,
             freezing the early blocks), `num_blocks` end-to-end training, `[1, 1, 1, 4]` the one at three steps and
             the other at the fourth.
-        reach_unit: What the cycle runs over: `"step"` optimizer steps, or `"microbatch"` the micro-batches of each of
-            them (`gradient_accumulation_steps`). Then every step trains all blocks, and the gradient that a block gets
-            from some of the micro-batches is scaled to be unbiased.
+        reach_unit: What the cycle runs over: `"step"` optimizer steps; `"run"` the whole run, once, so that
+            `[4, 1, 1, 1]` trains all of four blocks in the first quarter of the steps and the last one then; or
+            `"microbatch"` the micro-batches of each step (`gradient_accumulation_steps`), of which then every one
+            trains all blocks, and the gradient that a block gets from some of them is scaled to be unbiased.
         reach_rate: How the learning rate of a block follows from how often it is reached, once in n steps:
             `"none"` not at all, `"sqrt"` times the root of n, `"inverse"` times n. `early_learning_rate` wins over it.
         reach_rate_limit: The most that a rate is multiplied by.
@@ -81,9 +82,10 @@ class ReachArguments(LocalArguments):
     )
     reach_unit: str = option(
         "step",
-        "What the cycle of `task_reach` runs over: optimizer steps ('step'), or the micro-batches of each "
-        "of them ('microbatch', scaled to be unbiased).",
-        ["step", "microbatch"],
+        "What the cycle of `task_reach` runs over: optimizer steps ('step'), the whole run, once ('run': the first "
+        "number for the first part of the steps, and so on), or the micro-batches of each step ('microbatch', scaled "
+        "to be unbiased).",
+        ["step", "run", "microbatch"],
     )
     reach_rate: str = option(  # type: ignore[misc]  # of the class where it is not a choice
         "none",
@@ -119,10 +121,10 @@ class ReachArguments(LocalArguments):
                 f"task_reach={cycle} trains early blocks, which train_early_blocks=False freezes; set task_reach to "
                 "1, or train_early_blocks to True."
             )
-        if self.reach_unit == "microbatch" and self.reach_rate != "none":
+        if self.reach_unit != "step" and self.reach_rate != "none":
             raise ValueError(
-                f"reach_rate={self.reach_rate!r} does nothing with reach_unit='microbatch', where every step trains "
-                "every block; set it to 'none'."
+                f"reach_rate={self.reach_rate!r} does not go with reach_unit={self.reach_unit!r}, where no block "
+                "waits between its steps; set it to 'none'."
             )
 
     def check_run(self, run: RunFacts) -> None:

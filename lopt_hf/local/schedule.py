@@ -17,7 +17,8 @@ class ReachSchedule:
     Attributes:
         cycle: The reaches.
         num_blocks: Blocks of the model.
-        unit: What the cycle runs over: `"step"` optimizer steps, `"microbatch"` the micro-batches of each of them.
+        unit: What the cycle runs over: `"step"` optimizer steps, `"microbatch"` the micro-batches of each of them,
+            `"run"` the whole run, once: each of its numbers holds for an equal part of the steps.
     """
 
     cycle: tuple[int, ...] = (1,)
@@ -34,8 +35,16 @@ class ReachSchedule:
         """Optimizer steps after which a step is as the first."""
         return len(self.cycle) if self.unit == "step" else 1
 
-    def at(self, step: int, micro_batch: int = 0) -> int:
-        """Returns the reach at an optimizer step and at a micro-batch in it, both counted from 0."""
+    def at(self, step: int, micro_batch: int = 0, total_steps: int = 1) -> int:
+        """Returns the reach at an optimizer step and at a micro-batch in it, both counted from 0.
+
+        Args:
+            step: The optimizer step.
+            micro_batch: The micro-batch.
+            total_steps: Optimizer steps of the run.
+        """
+        if self.unit == "run":
+            return self.cycle[min(step * len(self.cycle) // total_steps, len(self.cycle) - 1)]
         return self.cycle[(step if self.unit == "step" else micro_batch) % len(self.cycle)]
 
     def reaches(self, block: int, step: int, micro_batch: int = 0) -> bool:
@@ -45,7 +54,7 @@ class ReachSchedule:
     def share(self, block: int) -> float:
         """Returns at which share of the optimizer steps the task's gradient reaches a block, by its index."""
         reached = [reach >= self.num_blocks - block for reach in self.cycle]
-        return sum(reached) / len(reached) if self.unit == "step" else float(any(reached))
+        return float(any(reached)) if self.unit == "microbatch" else sum(reached) / len(reached)
 
     def gradient_factors(self, accumulation_steps: int) -> dict[int, float]:
         """Returns what makes the gradients of an accumulated step unbiased, for each block by its index.
@@ -56,7 +65,7 @@ class ReachSchedule:
         Returns:
             Micro-batches over those that reach the block; 1 for one that all of them or none reach.
         """
-        if self.unit == "step":
+        if self.unit != "microbatch":
             return {}
         factors = {}
         for block in range(self.num_blocks):

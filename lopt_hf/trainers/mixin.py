@@ -284,7 +284,14 @@ class LocalLearningMixin(TrainerBase):
         """Lets the forwards of a micro-batch learn locally."""
         steps = self.current_gradient_accumulation_steps
         scale = self.learner.method.local_scale(inputs, num_items, steps, self._num_counted_processes())
-        with self.learner.forward(inputs, self.state.global_step, scale, self.accelerator.sync_gradients, steps):
+        with self.learner.forward(
+            inputs,
+            self.state.global_step,
+            scale,
+            self.accelerator.sync_gradients,
+            steps,
+            max(1, self.state.max_steps),
+        ):
             yield
 
     def _num_counted_processes(self) -> int:

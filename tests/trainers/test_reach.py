@@ -128,7 +128,7 @@ def gradients_of(trainer: Any, step: int = 0, position: int = 0) -> dict[str, to
     """The gradients of the first batch's micro-batch, at a place in the schedule."""
     trainer.model.train()
     trainer.model.zero_grad()
-    trainer.state.global_step = step
+    trainer.state.global_step, trainer.state.max_steps = step, trainer.args.max_steps
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
     inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     with trainer.learner.micro_batch():
@@ -183,6 +183,21 @@ def test_a_step_changes_the_blocks_that_it_reaches(tmp_path):
     trainer = make_trainer(tmp_path, None, given, **NONE, num_blocks=4, task_reach=[1, 4, 2], max_steps=6, **CLIPPED)
     trainer.train()
     assert watch.moved == [{3}, {0, 1, 2, 3}, {2, 3}] * 2
+
+
+def test_a_schedule_over_the_run(tmp_path):
+    """Each number holds for an equal part of the steps, however many there are."""
+    schedule = LoPTConfig(str(tmp_path), **NONE, num_blocks=4, task_reach=[4, 2, 1], reach_unit="run").schedule
+    for total in (3, 6, 30):
+        third = total // 3
+        assert [schedule.at(step, 0, total) for step in range(total)] == [4] * third + [2] * third + [1] * third
+    assert [schedule.at(step, 0, 2) for step in range(2)] == [4, 2]
+    trainer = make_trainer(tmp_path, **NONE, task_reach=[2, 1], reach_unit="run", max_steps=6)
+    moved = []
+    for step in range(6):
+        gradients = gradients_of(trainer, step)
+        moved.append(gradients["model.embed_tokens.weight"] is not None)
+    assert moved == [True] * 3 + [False] * 3
 
 
 @pytest.mark.parametrize("recompute", [True, False])
@@ -286,7 +301,7 @@ def test_one_blocks_activations_and_gradients_at_a_time(tmp_path):
     assert peaks["reach"][1] <= 0.35 * peaks["joined"][1]
 
 
-@pytest.mark.parametrize("unit", ["step", "microbatch"])
+@pytest.mark.parametrize("unit", ["step", "run", "microbatch"])
 def test_a_run_resumed_in_mid_cycle_equals_the_uninterrupted_one(tmp_path, unit):
     settings = {**NONE, "num_blocks": 4, "task_reach": [1, 2, 4], "reach_unit": unit, "max_steps": 8, **CLIPPED}
     settings |= {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 1}
@@ -353,7 +368,7 @@ def test_a_cycle_is_read_from_text(tmp_path, text):
         ({"task_reach": 2, "reach_rate": "cube"}, "reach_rate='cube' is unknown"),
         ({"task_reach": 2, "reach_rate_limit": 0.5}, "reach_rate_limit=0.5 is too low"),
         ({"task_reach": [1, 2], "reach_unit": "microbatch"}, "set gradient_accumulation_steps to at least 2"),
-        ({"task_reach": 2, "reach_unit": "microbatch", "reach_rate": "sqrt"}, "reach_rate='sqrt' does nothing"),
+        ({"task_reach": 2, "reach_unit": "microbatch", "reach_rate": "sqrt"}, "reach_rate='sqrt' does not go with"),
         ({"task_reach": 2, "train_early_blocks": False}, "train_early_blocks=False freezes"),
         ({"task_reach": 2, "local_step": True, "reach_recompute": False}, "reach_recompute=False, where all"),
         ({"task_reach": 1, "local_step": True}, "task_reach=1, which leave it nothing to do"),
