@@ -114,8 +114,8 @@ def with_context(row: Row, messages: list[Message]) -> list[Message]:
         raise RowError("'history' has a value, but the conversation has a beginning of its own; keep one of them.")
     if own and system and system != messages[:1]:
         raise RowError(
-            f"the system message is {show(system[0]['content'])} in a column of its own and "
-            f"{show(messages[0]['content'])} in the conversation; keep one of them."
+            f"the system message is {show(system[0].get('content'))} in a column of its own and "
+            f"{show(messages[0].get('content'))} in the conversation; keep one of them."
         )
     return messages if own else [*system, *history, *messages]
 

@@ -99,10 +99,10 @@ def _part(
     """Takes the prompt out of answers that begin with it; it has to be what the other column says."""
     limit = min(len(chosen), len(rejected)) - 1
     shared = next((k for k in range(limit) if chosen[k] != rejected[k]), limit)
-    asked = [message["content"] for message in chosen[:shared]]
-    if any(message["content"] not in asked for message in prompt):
+    asked = [message.get("content") for message in chosen[:shared]]
+    if any(message.get("content") not in asked for message in prompt):
         raise RowError(
-            f"{column!r} is {show(prompt[-1]['content'])}, but 'chosen' and 'rejected' begin otherwise: with "
-            f"{show(chosen[0]['content'])} and {show(rejected[0]['content'])}; make them agree."
+            f"{column!r} is {show(prompt[-1].get('content'))}, but 'chosen' and 'rejected' begin otherwise: with "
+            f"{show(chosen[0].get('content'))} and {show(rejected[0].get('content'))}; make them agree."
         )
     return chosen[:shared], chosen[shared:], rejected[shared:]

@@ -28,8 +28,9 @@ from lopt_hf.pipeline.runtime.launch import Rendezvous
 from lopt_hf.pipeline.runtime.run import launch_stages, run_stage
 from lopt_hf.scripts import pipeline_export, pipeline_simulate
 from lopt_hf.scripts.parsing import chosen_method, make_trl_parser, parse_or_exit, refuse_method
+from lopt_hf.scripts.settings import UsageExit
 from lopt_hf.scripts.sft import SFTDataArguments, load_split
-from lopt_hf.scripts.training import subsample
+from lopt_hf.scripts.training import load_checked, subsample
 
 __all__ = ["main", "make_parser"]
 
@@ -76,7 +77,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         return SUBCOMMANDS[arguments[0]](arguments[1:])
     refuse_method("pipeline", arguments, _REFUSED_METHODS)
     if "RANK" not in os.environ:
-        _, args, _, launch_args = parse_or_exit(make_parser(chosen_method(arguments)), arguments)
+        data_args, args, _, launch_args = parse_or_exit(make_parser(chosen_method(arguments)), arguments)
+        try:  # the stages read the data again; here an error in them is one line
+            load_checked(load_split, data_args, data_args.dataset_train_split, args.seed)
+        except (ValueError, OSError) as error:
+            raise UsageExit(f"lopt-hf pipeline: {error}") from error
         # Chosen here, or each stage would time the machine while the others start
         dtype = [] if args.fp16 else ["--bf16", str(args.bf16).lower()]
         sys.exit(launch_stages(args, [*arguments, *dtype], launch_args.devices))

@@ -8,7 +8,6 @@ The report has plain removal of the same layers and the full model beside it, on
 it can be trained on (`unfolded`) and folded for use (`folded`), in `output_dir`.
 """
 
-import sys
 from collections.abc import Sequence
 
 from trl import TrlParser
@@ -18,6 +17,7 @@ from lopt_hf.repl.config import RepLConfig
 from lopt_hf.repl.report import to_markdown
 from lopt_hf.repl.trainer import HealingConfig
 from lopt_hf.scripts.parsing import make_trl_parser, parse_or_exit
+from lopt_hf.scripts.settings import UsageExit
 
 __all__ = ["main", "make_parser"]
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(comparison.describe_arithmetic(), flush=True)
         comparison.run()
     except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"lopt-hf repl: {error}")
+        raise UsageExit(f"lopt-hf repl: {error}") from error
     print(to_markdown(comparison.rows))
     print(f"\nModel and report saved to {args.output_dir}")
 

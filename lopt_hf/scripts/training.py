@@ -30,6 +30,7 @@ from lopt_hf.trainers.mixin import LocalLearningMixin
 __all__ = [
     "DataArguments",
     "MethodArguments",
+    "load_checked",
     "load_rows",
     "prepare",
     "run_training",
@@ -114,6 +115,27 @@ def subsample(dataset: Dataset | IterableDataset, max_samples: int | None, seed:
     return dataset.shuffle(seed=seed).take(max_samples)
 
 
+def load_checked(load_split: LoadSplit, script_args: DataArguments, split: str, seed: int) -> Any:
+    """Loads one split of the data, and says where an error is in them.
+
+    Args:
+        load_split: What loads it and brings it into a trainer's layout.
+        script_args: Which data.
+        split: The split's name.
+        seed: What generated data follow from.
+
+    Raises:
+        ValueError: If the data cannot be read or trained on; names the data and the line or the split and the row.
+        FileNotFoundError: If the data cannot be found.
+    """
+    try:
+        return load_split(script_args, split, seed)
+    except RowError as error:
+        raise RowError(f"dataset_name={script_args.dataset_name}, split {split!r}, {error}") from error
+    except READ_ERRORS as error:  # of a stream's first row
+        raise ValueError(explain_damage(str(script_args.dataset_name), error)) from error
+
+
 def prepare(
     script_args: DataArguments, args: Any, model_args: ModelConfig, load_split: LoadSplit
 ) -> tuple[str, dict[str, Any]]:
@@ -141,16 +163,11 @@ def prepare(
     }
     evaluates = args.eval_strategy != "no"
 
-    def load(split: str) -> Any:
-        try:
-            return load_split(script_args, split, args.seed)
-        except RowError as error:
-            raise RowError(f"dataset_name={script_args.dataset_name}, split {split!r}, {error}") from error
-
-    train_dataset = load(script_args.dataset_train_split)
+    train_dataset = load_checked(load_split, script_args, script_args.dataset_train_split, args.seed)
+    test_split = script_args.dataset_test_split
     given: dict[str, Any] = {
         "train_dataset": subsample(train_dataset, script_args.dataset_max_samples, args.seed),
-        "eval_dataset": load(script_args.dataset_test_split) if evaluates else None,
+        "eval_dataset": load_checked(load_split, script_args, test_split, args.seed) if evaluates else None,
         "peft_config": get_peft_config(model_args),
         "quantization_config": get_quantization_config(model_args),
     }
@@ -180,7 +197,7 @@ def run_training(
         for name in ("train_dataset", "eval_dataset"):
             check_prepared(getattr(trainer, name), getattr(args, "max_length", None), name)
     except (ValueError, OSError, ImportError) as error:
-        raise UsageExit(f"{parser.prog}: {_explain(error, script_args.dataset_name)}") from error
+        raise UsageExit(f"{parser.prog}: {error}") from error
     trainer.accelerator.print(_arithmetic_of(trainer), flush=True)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -208,10 +225,10 @@ def run_training(
 
 
 def _explain(error: BaseException, dataset_name: str | None) -> str:
-    """The message of an error, of one from reading data what is wrong with the file."""
+    """What is wrong with the data of a stream, which an error while training tells."""
     if isinstance(error, RowError):
-        return str(error).splitlines()[-1]  # a worker of the data loader puts its traceback before it
-    return explain_damage(str(dataset_name), error) if isinstance(error, READ_ERRORS) else str(error)
+        return str(error).rpartition("RowError: ")[2].strip()  # a worker of the data loader puts its traceback before
+    return explain_damage(str(dataset_name), error)
 
 
 def _arithmetic_of(trainer: Trainer) -> Arithmetic:

@@ -257,3 +257,54 @@ def test_columns_that_are_left_out_are_said(caplog: pytest.LogCaptureFixture) ->
 def test_data_with_nothing_to_change_is_the_same_object(command: str) -> None:
     dataset = Dataset.from_list([{"sft": MESSAGES, "dpo": DPO, "grpo": {"prompt": [USER]}}[command]] * 2)
     assert CONVERTERS[command](dataset) is dataset
+
+
+LAYOUTS: list[tuple[str, dict[str, Any]]] = [
+    ("sft", {**PAIR, "input": "now", "system": "Be kind.", "history": [["Hi", "Hello"]]}),
+    ("sft", MESSAGES),
+    ("sft", {**SHAREGPT, "system": "Be kind."}),
+    ("sft", {"prompt": "Hi", "completion": "Hello"}),
+    ("sft", {"prompt": [USER], "completion": [ANSWER]}),
+    ("sft", {"text": "Hi. Hello"}),
+    ("dpo", DPO),
+    ("dpo", DPO_TEXT),
+    ("dpo", {"question": "Hi", "system": "Be kind.", "chosen": "Hello", "rejected": "Go away"}),
+    ("dpo", {"prompt": "Hi", "chosen": [USER, ANSWER], "rejected": [USER, *DPO["rejected"]]}),
+    ("grpo", {"question": "Hi", "system": "Be kind.", "answer": "2"}),
+    ("grpo", {"prompt": [USER]}),
+]
+NASTY = [
+    None, "", "  ", 0, 1.5, True, float("nan"), b"x", [], {}, [None], [[]], [{}], ["x"], {"a": 1}, "[", "[]", "[1]",
+    "null", "{}", '[{"role": "user"}]', "[{'role': 'user'}]", [USER], [ANSWER], [USER, None], [["Hi", None]],
+    [{"role": None, "content": None}], [{"role": 5, "content": "x"}], [{"role": "user", "content": ["x"]}],
+    [{"from": ["human"], "value": "x"}], [{"role": "assistant", "tool_calls": [1]}],
+]  # fmt: skip
+
+
+def is_filled(value: Any) -> bool:
+    if isinstance(value, str):
+        return bool(value.strip())
+    return bool(value) and all(
+        message["role"] and (message.get("content") or "tool_calls" in message) for message in value
+    )
+
+
+@pytest.mark.parametrize(
+    "command, good", LAYOUTS, ids=lambda value: value if isinstance(value, str) else "+".join(value)
+)
+def test_nasty_values_are_refused_or_harmless(command: str, good: dict[str, Any]) -> None:
+    """Whatever a row holds is trained on with something in it, or refused by its number."""
+    refused = 0
+    cases = [(column, value) for column in good for value in NASTY]
+    for column, value in cases:
+        rows = [good, {**good, column: value}]
+        dataset = IterableDataset.from_generator(lambda rows=rows: iter(rows))
+        try:
+            converted = list(CONVERTERS[command](dataset))[1]
+        except RowError as error:
+            assert str(error).startswith("row 2: ") and "\n" not in str(error)
+            refused += 1
+        else:
+            read = {"prompt", "completion", "messages", "chosen", "rejected", "text"} & converted.keys()
+            assert read and all(is_filled(converted[name]) for name in read), (column, value)
+    assert len(cases) / 4 < refused < len(cases)

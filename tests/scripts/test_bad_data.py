@@ -9,7 +9,7 @@ import pytest
 
 from lopt_hf import cli
 from lopt_hf.scripts import sft
-from tests.scripts.test_training import arguments
+from tests.scripts.test_training import COMMANDS, arguments
 
 PAIR = {"instruction": "Hi", "output": "Hello"}
 DPO = {"question": "Hi", "chosen": "Hello", "rejected": "Go away"}
@@ -44,6 +44,7 @@ def run(command: str, given: list[str], capsys: pytest.CaptureFixture[str]) -> s
         ),
         ("sft", ['{"instruction": "Hi", "outp'], "rows.jsonl, line 1: no valid JSON"),
         ("dpo", [json.dumps(DPO), str(DPO)], "rows.jsonl, line 2: "),
+        ("pipeline", [{**PAIR, "output": ["Hello"]}], "row 1: 'output' holds list ['Hello'], not text"),
     ],
 )
 @pytest.mark.parametrize("streaming", [False, True], ids=["dataset", "stream"])
@@ -61,9 +62,22 @@ def test_a_bad_row_ends_a_command(
         values["model_name_or_path"] = str(tmp_path / "nowhere")  # no model is loaded before the rows are checked
     if command == "mlaan":
         values |= {"num_blocks": 2, "window": 1, "calibration_tokens": 8}
-    given = arguments(tmp_path, "sft" if command == "mlaan" else command, **values)
+    given = arguments(tmp_path, command if command in COMMANDS else "sft", **values)
     line = run(command, given, capsys)
     assert message in line and line.startswith(f"lopt-hf {command}: ")
+
+
+def test_a_row_far_down_a_stream_ends_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where it is read in a worker of the data loader, which puts its traceback into the message."""
+    rows = [PAIR] * 20 + [{**PAIR, "output": None}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    values = {"dataset_name": str(tmp_path / "rows.jsonl"), "dataset_streaming": True, "max_steps": 20}
+    for workers in (0, 1):
+        given = arguments(
+            tmp_path, "sft", **values, dataloader_num_workers=workers, output_dir=str(tmp_path / f"{workers}")
+        )
+        line = run("sft", given, capsys)
+        assert line == "lopt-hf sft: row 21: 'output' is null; give it text, or remove the row."
 
 
 @pytest.mark.parametrize("method", ["lopt", "mlaan", "e2e"])
