@@ -9,34 +9,46 @@ __all__ = ["check_prepared", "say_what_was_cut"]
 
 logger = logging.getLogger(__name__)
 
+PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
-def check_prepared(dataset: Any, max_length: int | None, name: str = "train_dataset") -> None:
+
+def check_prepared(dataset: Any, args: Any, name: str = "train_dataset") -> None:
     """Checks that something of the answers is left where rows were cut at a length.
 
     Args:
-        dataset: A data set as `SFTTrainer` or `DPOTrainer` has prepared it, with `labels` or `chosen_ids`; what is
-            none of these passes. Of a stream only the first row is read.
-        max_length: The length in tokens; `None` where nothing was cut.
+        dataset: A data set as `SFTTrainer` or `DPOTrainer` has prepared it; what is none of these passes. Of a stream
+            only the first row is read.
+        args: Training arguments; those without `max_length` cut nothing.
         name: The data set's name, for the message.
 
     Raises:
-        ValueError: If no row has a token to train on.
+        ValueError: If no row has a token to train on, or, of pairs, no two answers that differ.
     """
+    max_length = getattr(args, "max_length", None)
     if max_length is None or not isinstance(dataset, Dataset | IterableDataset):
         return
+    what = "a token"
     if isinstance(dataset, IterableDataset):
-        is_empty = next(iter(dataset), None) is None
+        is_trained_on = next(iter(dataset), None) is not None
     elif "labels" in dataset.column_names:
-        # The first token is predicted from nothing
         rows = dataset.select_columns(["labels"])
-        is_empty = not any(label != -100 for row in rows for label in row["labels"][1:])
+        is_trained_on = any(label != -100 for row in rows for label in row["labels"][1:])  # nothing predicts the first
+    elif set(PAIR_COLUMNS) <= set(dataset.column_names) and args.truncation_mode == "keep_start":
+        what = "answers that differ"
+        is_trained_on = any(_differs(row, max_length) for row in dataset.select_columns(list(PAIR_COLUMNS)))
     else:
-        is_empty = len(dataset) == 0
-    if is_empty:
+        is_trained_on = len(dataset) > 0
+    if not is_trained_on:
         raise ValueError(
-            f"max_length={max_length} cuts off every answer: no row of the {name} has a token left to train on; raise "
+            f"max_length={max_length} cuts off every answer: no row of the {name} has {what} left to train on; raise "
             "max_length, or shorten the prompts."
         )
+
+
+def _differs(row: dict[str, Any], max_length: int) -> bool:
+    """Whether a pair's answers differ before both are cut, which DPO learns from."""
+    room = max(0, max_length - len(row["prompt_ids"]))
+    return bool(row["chosen_ids"][:room] != row["rejected_ids"][:room])
 
 
 def say_what_was_cut(before: Any, prepared: Any, max_length: int | None) -> None:

@@ -195,7 +195,7 @@ def run_training(
         if checkpoint is not None and isinstance(trainer, LocalLearningMixin):
             trainer.check_checkpoint(checkpoint)
         for name in ("train_dataset", "eval_dataset"):
-            check_prepared(getattr(trainer, name), getattr(args, "max_length", None), name)
+            check_prepared(getattr(trainer, name), args, name)
     except (ValueError, OSError, ImportError) as error:
         raise UsageExit(f"{parser.prog}: {error}") from error
     trainer.accelerator.print(_arithmetic_of(trainer), flush=True)

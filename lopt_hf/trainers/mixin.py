@@ -86,7 +86,7 @@ class LocalLearningMixin(TrainerBase):
 
     def __init__(self, *trainer_args: Any, method: Method | None = None, **trainer_kwargs: Any) -> None:
         super().__init__(*trainer_args, **trainer_kwargs)
-        check_prepared(self.train_dataset, getattr(self.args, "max_length", None))
+        check_prepared(self.train_dataset, self.args)
         bind_callbacks(self.callback_handler.callbacks, self)
         check_fsdp(self)
         self._reducer = GradientReducer()
