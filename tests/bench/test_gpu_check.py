@@ -212,14 +212,16 @@ def test_targets():
             step("end-to-end"),
             step("LoPT K=2", saved_bytes=51, step_seconds=1.03),
             step("LoPT K=4, local step", peak_bytes=1250),
+            step("K=4, reach 1,1,1,4", step_seconds=0.7),
         )
     }
     planned = plan(**{"end-to-end": 1020, "LoPT K=2": 990, "LoPT K=4, local step": 1000})
-    k2, k4, time_k2, time_k4, error = find_targets("model", outcomes, planned)
+    k2, k4, time_k2, time_k4, time_reach, error = find_targets("model", outcomes, planned)
     assert (k2.measured, k2.is_met) == (0.51, True)
     assert (k4.measured, k4.is_met) == (None, None)
     assert (time_k2.measured, time_k2.is_met) == (1.03, False)
     assert time_k4.is_met is None
+    assert (time_reach.measured, time_reach.is_met) == (0.7, True)
     assert error.measured == pytest.approx(0.2)
     assert "worst of 3: LoPT K=4, local step" in error.name
     assert find_targets("model", {}, None)[-1].measured is None

@@ -7,6 +7,7 @@ from typing import Any
 __all__ = ["BASELINE", "OPTION_ROWS", "STEP_ROWS", "UPDATE_ROWS", "OptionRow", "StepRow", "UpdateRow"]
 
 BASELINE = "end-to-end"
+_REACH = {"local_objective": "none"}
 _REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
 
 
@@ -34,6 +35,7 @@ STEP_ROWS = (
     StepRow(BASELINE, plan="end-to-end"),
     StepRow("LoPT K=2", {"num_blocks": 2}, "LoPT K=2"),
     StepRow("LoPT K=4", {"num_blocks": 4}, "LoPT K=4"),
+    StepRow("K=4, reach 1,1,1,4", {**_REACH, "num_blocks": 4, "task_reach": [1, 1, 1, 4]}, cycle=4),
     StepRow("end-to-end, again", plan="end-to-end"),
     StepRow("LoPT K=8", {"num_blocks": 8}, "LoPT K=8"),
     StepRow("LoPT K=4, local step", {"num_blocks": 4, "local_step": True}, "LoPT K=4, local step"),
@@ -44,6 +46,7 @@ STEP_ROWS = (
     StepRow("LoPT K=2, local step", {"num_blocks": 2, "local_step": True}, "LoPT K=2, local step"),
     StepRow("LoPT K=8, local step", {"num_blocks": 8, "local_step": True}, "LoPT K=8, local step"),
     StepRow("LoPT K=4 + checkpointing", {"num_blocks": 4, **_REENTRANT}, "LoPT K=4 + checkpointing"),
+    StepRow("K=2, reach 1,1,1,2", {**_REACH, "num_blocks": 2, "task_reach": [1, 1, 1, 2]}, cycle=4),
     StepRow("LoPT K=2, joint (released code)", {"num_blocks": 2, "local_backward": "joint"}),
 )
 

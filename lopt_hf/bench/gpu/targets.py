@@ -11,7 +11,7 @@ __all__ = ["Target", "find_targets", "plan_row", "ratio"]
 
 # By row: the most that its activations, and its time, may be of end-to-end training's. Ours.
 ACTIVATIONS = {"LoPT K=2": 0.55, "LoPT K=4": 0.32}
-TIMES = {"LoPT K=2": 1.02, "LoPT K=4": 1.02}
+TIMES = {"LoPT K=2": 1.02, "LoPT K=4": 1.02, "K=4, reach 1,1,1,4": 0.75}
 PLAN = 0.05  # a plan is to be within this share of the measured peak
 
 
