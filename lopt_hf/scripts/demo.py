@@ -11,14 +11,14 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from lopt_hf.bench.step import StepBenchSettings, run_step_bench
 from lopt_hf.common.arithmetic import DTYPE_HELP, Arithmetic, choose_arithmetic
@@ -149,10 +149,46 @@ def plan_training(options: argparse.Namespace, step_seconds: float, seconds_left
     )
 
 
+def stopped_at(training: Training, step: int) -> Training:
+    """Returns what was trained, of what was planned: less where the time was up."""
+    if step == training.steps:
+        return training
+    return replace(training, steps=step, note=f"{training.note} The time was up after {step}: steps took longer.")
+
+
+class StopInTime(TrainerCallback):
+    """Ends training when its time is up: steps can take longer than the one that was measured.
+
+    Args:
+        seconds: Time for all steps.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._deadline = perf_counter() + seconds
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= FEWEST_STEPS and perf_counter() > self._deadline:
+            control.should_training_stop = True
+
+
 def train(
-    model_path: str, dataset: Dataset, options: argparse.Namespace, training: Training, arithmetic: Arithmetic
+    model_path: str,
+    dataset: Dataset,
+    options: argparse.Namespace,
+    training: Training,
+    arithmetic: Arithmetic,
+    seconds: float = math.inf,
 ) -> list[dict[str, Any]]:
-    """Fine-tunes, saves a stock checkpoint in `<output_dir>/model`, and returns the log history."""
+    """Fine-tunes, saves a stock checkpoint in `<output_dir>/model`, and returns the log history.
+
+    Args:
+        model_path: The model.
+        dataset: The problems.
+        options: The command's.
+        training: How many steps.
+        arithmetic: In which type.
+        seconds: Time for the steps, at the end of which training ends.
+    """
     reach: dict[str, Any] = {}
     if options.task_reach is not None:
         reach = {"task_reach": list(options.task_reach), "local_objective": "none"}
@@ -174,7 +210,7 @@ def train(
         seed=options.seed,
     )
     rows = dataset.select(range(training.steps * training.batch_size)).select_columns(["prompt", "completion"])
-    trainer = LoPTTrainer(model_path, args, train_dataset=rows)
+    trainer = LoPTTrainer(model_path, args, train_dataset=rows, callbacks=[StopInTime(seconds)])
     trainer.train()
     trainer.save_model()
     return trainer.state.log_history
@@ -194,9 +230,11 @@ def run(options: argparse.Namespace, arithmetic: Arithmetic) -> None:
     costs = run_step_bench(step_settings(options, model_path, arithmetic.dtype))
     step_seconds = costs[-1].step_seconds * BATCH_SIZE * TOKENS_PER_PROBLEM / (BENCH_SEQUENCES * BENCH_TOKENS)
     seconds_left = 60 * options.minutes - (perf_counter() - start) - measuring  # which is done once more at the end
-    training = plan_training(options, step_seconds, seconds_left)
+    training, planned = plan_training(options, step_seconds, seconds_left), perf_counter()
     print(training.note, flush=True)
-    log_history = train(model_path, problems["train"], options, training, arithmetic)
+    seconds = math.inf if options.steps is not None else seconds_left - (perf_counter() - planned)
+    log_history = train(model_path, problems["train"], options, training, arithmetic, seconds)
+    training = stopped_at(training, max(row["step"] for row in log_history))
     after = measure(str(options.output_dir / "model"), rows, arithmetic.torch_dtype, "after")
     result = DemoResult(arithmetic, training, before, after, costs)
     plot_curves(log_history, result, options.output_dir / "curves.png")

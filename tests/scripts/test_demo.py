@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from lopt_hf.bench import step
 from lopt_hf.scripts import demo
+from lopt_hf.scripts.demo_report import Training
 from tests.forkserver import forked_instead_of_spawned
 from tests.tiny import make_model, make_tokenizer
 
@@ -51,6 +52,27 @@ def test_minutes_that_are_asked_for_are_enough():
     minutes = note.rpartition("--minutes ")[2].rstrip(".")
     later = demo.plan_training(options("--minutes", minutes), 100.0, 300.0 + 60 * (float(minutes) - 8))
     assert later.batch_size == 8 and later.steps >= demo.FEWEST_STEPS
+
+
+def test_training_ends_when_its_time_is_up():
+    class State:
+        global_step = 0
+
+    class Control:
+        should_training_stop = False
+
+    late, control = demo.StopInTime(-1.0), Control()
+    for State.global_step in range(1, demo.FEWEST_STEPS):
+        late.on_step_end(None, State, control)
+    assert not control.should_training_stop  # fewer teach too little
+    State.global_step = demo.FEWEST_STEPS
+    demo.StopInTime(60.0).on_step_end(None, State, control)
+    assert not control.should_training_stop
+    late.on_step_end(None, State, control)
+    assert control.should_training_stop
+    planned = Training(40, 8, "40 steps.")
+    assert demo.stopped_at(planned, 40) is planned
+    assert demo.stopped_at(planned, 12) == Training(12, 8, "40 steps. The time was up after 12: steps took longer.")
 
 
 # --- A whole run ---
