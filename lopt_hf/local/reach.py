@@ -121,6 +121,12 @@ class ReachArguments(LocalArguments):
                 f"task_reach={cycle} trains early blocks, which train_early_blocks=False freezes; set task_reach to "
                 "1, or train_early_blocks to True."
             )
+        for name, default in (("reach_unit", "step"), ("reach_rate", "none")):
+            if max(cycle) == 1 and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} does nothing with task_reach={cycle}, which is the same at every "
+                    "step; leave it out, or raise one of the numbers."
+                )
         if self.reach_unit != "step" and self.reach_rate != "none":
             raise ValueError(
                 f"reach_rate={self.reach_rate!r} does not go with reach_unit={self.reach_unit!r}, where no block "
