@@ -22,6 +22,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
+from traitlets.config import Config
 
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -32,9 +33,12 @@ METADATA = {
 def execute(path: Path) -> NotebookNode:
     """Runs a notebook; raises if a cell does."""
     notebook = nbformat.read(path, as_version=4)
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, TemporaryDirectory() as sockets:
+        # Two notebooks that start at a time may pick the same free TCP port; sockets in a folder of their own cannot meet.
+        transport = {"transport": "ipc", "connection_file": f"{sockets}/kernel.json"}
         NotebookClient(
             notebook,
+            config=Config({} if sys.platform == "win32" else {"KernelManager": transport}),
             timeout=None,  # a slow machine is no failure
             kernel_name="python3",
             resources={"metadata": {"path": folder}},
