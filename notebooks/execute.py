@@ -34,7 +34,7 @@ def execute(path: Path) -> NotebookNode:
     """Runs a notebook; raises if a cell does."""
     notebook = nbformat.read(path, as_version=4)
     with TemporaryDirectory() as folder, TemporaryDirectory() as sockets:
-        # Two notebooks that start at a time may pick the same free TCP port; sockets in a folder of their own cannot meet.
+        # Two notebooks that start at a time may pick the same free TCP port; sockets in own folders never meet.
         transport = {"transport": "ipc", "connection_file": f"{sockets}/kernel.json"}
         NotebookClient(
             notebook,
