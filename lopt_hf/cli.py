@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if not arguments or arguments[0] not in COMMANDS:
         given = f"unknown command {arguments[0]!r}" if arguments else "no command given"
-        sys.exit(f"lopt-hf: {given}; choose one of {', '.join(COMMANDS)}\n\n{_usage()}")
+        print(f"lopt-hf: error: {given}; choose one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        sys.exit(2)
     importlib.import_module(f"lopt_hf.scripts.{arguments[0]}").main(arguments[1:])
 
 

@@ -58,8 +58,10 @@ def to_markdown(groups: Mapping[str, Sequence[Curve]], metric: str, part: int) -
     Args:
         groups: Curves of the runs by label.
         metric: Their metric.
-        part: How many of a run's first and last values count.
+        part: How many of a run's first and last values count; fewer where these overlap in the shortest run.
     """
+    shortest = min(len(curve) for curves in groups.values() for curve in curves)
+    part = max(1, min(part, shortest // 2))  # the two parts share no value
     header = [metric, f"first {part}", f"last {part}", "change", "of each run"]
     return markdown_table(header, [_row(label, curves, part) for label, curves in groups.items()], (0, 4))
 
@@ -67,6 +69,8 @@ def to_markdown(groups: Mapping[str, Sequence[Curve]], metric: str, part: int) -
 def _row(label: str, curves: Sequence[Curve], part: int) -> list[str]:
     starts = [statistics.fmean(list(curve.values())[:part]) for curve in curves]
     ends = [statistics.fmean(list(curve.values())[-part:]) for curve in curves]
+    if min(map(len, curves)) < 2:  # one value shows no change
+        return [label, f"{statistics.fmean(starts):.3f}", "", "", ""]
     rises = [end - start for start, end in zip(starts, ends, strict=True)]
     seeds = ", ".join(f"{rise:+.3f}" for rise in rises)
     start, end, rise = (statistics.fmean(values) for values in (starts, ends, rises))

@@ -22,7 +22,7 @@ from lopt_hf.bench.repl import RepLBenchSettings, run_repl_bench
 from lopt_hf.bench.step import BenchWorkerError, StepBenchSettings, run_step_bench, to_json, to_markdown
 from lopt_hf.common.arithmetic import choose_arithmetic
 from lopt_hf.common.files import write_text
-from lopt_hf.scripts.settings import add_settings, check_output_folders, read_settings, with_dashes
+from lopt_hf.scripts.settings import OneLineErrors, add_settings, check_output_folders, read_settings, with_dashes
 
 __all__ = ["main", "make_parser"]
 
@@ -105,7 +105,7 @@ reached in time, or differed; targets that are missed are shown and change nothi
 
 def make_parser() -> argparse.ArgumentParser:
     """Makes the parser of `lopt-hf bench`; its namespace has the sub-command's `run` and `parser`."""
-    parser = argparse.ArgumentParser(prog="lopt-hf bench", description=__doc__)
+    parser = OneLineErrors(prog="lopt-hf bench", description=__doc__)
     commands = parser.add_subparsers(title="what to measure", required=True, metavar="COMMAND")
     step = commands.add_parser(
         "step",

@@ -10,18 +10,18 @@ which brings matplotlib.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from lopt_hf.common.figures import save_figure
+from lopt_hf.common.settings import check_at_least
 from lopt_hf.compare.curves import Curve, plot_curves, read_curve, to_markdown
 from lopt_hf.scripts.settings import OneLineParser
 
 __all__ = ["main", "make_parser"]
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> OneLineParser:
     """Makes the parser of this command."""
     parser = OneLineParser("curves", __doc__)
     parser.add_argument(
@@ -36,7 +36,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, help="The file to write: .png, .svg or .pdf.")
     parser.add_argument("--smooth", type=int, default=1, help="Average over this many logged values. Default: none.")
     parser.add_argument(
-        "--part", type=int, default=10, help="How many of a run's first and last values the printed means are over."
+        "--part",
+        type=int,
+        default=10,
+        help="How many of a run's first and last values the printed means are over; half of a run at most.",
     )
     return parser
 
@@ -47,20 +50,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: Arguments without the program's name; default: those of the process.
     """
-    parser = make_parser()
-    options = parser.parse_args(argv)
+    make_parser().run(_run, argv)
+
+
+def _run(options: argparse.Namespace) -> None:
     groups: dict[str, list[Curve]] = {}
-    if min(options.smooth, options.part) < 1:
-        parser.error(f"--smooth {options.smooth} and --part {options.part} must be at least 1.")
-    try:
-        for run in options.runs:
-            label, separator, folder = run.partition("=")
-            if not separator:
-                raise ValueError(f"--run {run} must be LABEL=OUTPUT_DIR.")
-            groups.setdefault(label, []).append(read_curve(folder, options.metric))
-        save_figure(plot_curves(groups, options.metric, options.smooth), options.output)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"lopt-hf curves: {error}")
+    for name in ("smooth", "part"):
+        check_at_least(f"--{name}", getattr(options, name), 1)
+    for run in options.runs:
+        label, separator, folder = run.partition("=")
+        if not separator:
+            raise ValueError(f"--run {run} must be LABEL=OUTPUT_DIR.")
+        groups.setdefault(label, []).append(read_curve(folder, options.metric))
+    save_figure(plot_curves(groups, options.metric, options.smooth), options.output)
     print(to_markdown(groups, options.metric, options.part))
     print(f"Curves drawn to {options.output}")
 

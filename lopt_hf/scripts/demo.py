@@ -9,7 +9,6 @@ task loss, at the steps at which it reaches them: lopt-hf demo --num-blocks 4 --
 import argparse
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -72,7 +71,7 @@ class DemoOptions:
     seed: int = option(0, "Seed of data and training.")
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> OneLineParser:
     """The parser of this command."""
     parser = OneLineParser("demo", __doc__)
     add_settings(parser, DemoOptions)
@@ -253,20 +252,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: Arguments without the program's name; default: those of the process.
     """
-    parser = make_parser()
-    options = parser.parse_args(argv)
+    make_parser().run(_check_and_run, argv)
+
+
+def _check_and_run(options: argparse.Namespace) -> None:
     if options.early_learning_rate is None and options.task_reach is None:
         options.early_learning_rate = RECONSTRUCTION_RATE
-    try:
-        check_options(options)
-        step_settings(options, options.model, options.dtype)  # checks the blocks and their reach
-        arithmetic = choose_arithmetic(options.dtype)
-    except ValueError as error:
-        parser.error(str(error))
-    try:
-        run(options, arithmetic)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"lopt-hf demo: {error}")
+    check_options(options)
+    step_settings(options, options.model, options.dtype)  # checks the blocks and their reach
+    run(options, choose_arithmetic(options.dtype))
 
 
 if __name__ == "__main__":

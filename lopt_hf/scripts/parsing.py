@@ -14,6 +14,7 @@ from trl import TrlParser
 from lopt_hf.common.settings import nearest
 from lopt_hf.common.typed import check_types, check_value
 from lopt_hf.common.yaml_files import load_settings
+from lopt_hf.scripts.settings import OneLineErrors
 
 __all__ = ["chosen_method", "make_trl_parser", "parse_or_exit", "refuse_method"]
 
@@ -35,7 +36,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
     """Keeps the description's lines, and names each option's default."""
 
 
-class _RecipeParser(TrlParser):
+class _RecipeParser(OneLineErrors, TrlParser):
     """TRL's parser, with our loader of YAML and a check of its values' types."""
 
     def parse_args_and_config(

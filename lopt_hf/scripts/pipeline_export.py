@@ -5,7 +5,6 @@ must be there: it has the config, and the weights that were not trained.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from lopt_hf.scripts.settings import OneLineParser
 __all__ = ["main", "make_parser"]
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> OneLineParser:
     """Makes the parser of `lopt-hf pipeline export`."""
     parser = OneLineParser("pipeline export", __doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FOLDER", help="such as out/checkpoint-100")
@@ -32,11 +31,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: Arguments without the program's name; default: those of the process.
     """
-    arguments = make_parser().parse_args(argv)
-    try:
-        export_checkpoint(arguments.checkpoint, arguments.output_dir, arguments.model)
-    except ValueError as error:
-        sys.exit(f"lopt-hf pipeline export: {error}")
+    make_parser().run(_run, argv)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    export_checkpoint(arguments.checkpoint, arguments.output_dir, arguments.model)
     print(f"Model saved to {arguments.output_dir}")
 
 

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         comparison = Comparison(script_args, config, args, model_args)
         print(comparison.describe_arithmetic(), flush=True)
         comparison.run()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise UsageExit(f"lopt-hf repl: {error}") from error
     print(to_markdown(comparison.rows))
     print(f"\nModel and report saved to {args.output_dir}")

@@ -1,6 +1,8 @@
 """Command lines of settings dataclasses: options made from their fields, files to write, errors of one line."""
 
 import argparse
+import codecs
+import io
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -8,7 +10,16 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-__all__ = ["OneLineParser", "UsageExit", "add_settings", "check_output_folders", "read_settings", "with_dashes"]
+__all__ = [
+    "OneLineErrors",
+    "OneLineParser",
+    "UsageExit",
+    "add_settings",
+    "check_output_folders",
+    "print_what_can_be_printed",
+    "read_settings",
+    "with_dashes",
+]
 
 SettingsT = TypeVar("SettingsT")
 
@@ -26,8 +37,28 @@ class UsageExit(SystemExit):
         print(" ".join(message.split()), file=sys.stderr)
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """A command's parser: it keeps the lines of its texts, and its errors are one line, without the usage before it.
+def print_what_can_be_printed() -> None:
+    """Lets the output lack characters, as it does in ASCII under the locale `C`: they are then printed escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name != "utf-8":
+            stream.reconfigure(errors="backslashreplace")
+
+
+class OneLineErrors(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage before it, and whose help any terminal can print."""
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Parses as `argparse` does."""
+        print_what_can_be_printed()
+        return super().parse_known_args(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with status 2."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+class OneLineParser(OneLineErrors):
+    """A command's parser: it keeps the lines of its texts, and its errors are one line.
 
     Args:
         command: The name after `lopt-hf`.
@@ -55,10 +86,6 @@ class OneLineParser(argparse.ArgumentParser):
             command(arguments)
         except (ValueError, OSError, ImportError) as error:
             self.error(str(error))
-
-    def error(self, message: str) -> NoReturn:
-        """Ends the process with status 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def with_dashes(argv: Sequence[str]) -> list[str]:

@@ -1,10 +1,11 @@
 """Curves are what the runs logged."""
 
 import json
+import re
 
 import pytest
 
-from lopt_hf.compare.curves import mean_curve, read_curve, smoothed
+from lopt_hf.compare.curves import mean_curve, read_curve, smoothed, to_markdown
 from lopt_hf.scripts.curves import main
 
 
@@ -46,7 +47,23 @@ def test_the_log_of_a_run_that_has_not_ended(tmp_path):
         (["--run", "a={run}", "--metric", "accuracy"], "--metric accuracy: .* choose from reward, train_loss"),
     ],
 )
-def test_bad_input_is_one_line(tmp_path, arguments, message):
+def test_bad_input_is_one_line(tmp_path, capsys, arguments, message):
     run = write_run(tmp_path / "run", [1.0])
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(SystemExit) as ended:
         main([argument.format(run=run) for argument in arguments] + ["--output", str(tmp_path / "plot.png")])
+    assert ended.value.code == 2 and re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("losses", "row"),
+    [
+        ([6.0, 5.0, 4.0, 3.0, 2.0], "| run | 5.500 | 2.500 | -3.000 | -3.000 |"),
+        ([6.0, 5.0], "| run | 6.000 | 5.000 | -1.000 | -1.000 |"),
+        ([6.0], "| run | 6.000 |  |  |  |"),
+    ],
+)
+def test_the_first_and_the_last_part_share_no_value(losses, row):
+    table = to_markdown({"run": [dict(enumerate(losses))]}, "loss", 10)
+    part = max(1, len(losses) // 2)
+    assert table.splitlines()[0].startswith(f"| loss | first {part} | last {part} |")
+    assert table.splitlines()[-1] == row
