@@ -4,6 +4,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from lopt_hf import __version__
+
 __all__ = ["main"]
 
 COMMANDS = {
@@ -28,7 +30,7 @@ def _usage() -> str:
     return (
         "usage: lopt-hf <command> [options]\n\nLocal learning for LLM post-training with Hugging Face.\n\n"
         f"commands:\n{rows}\n\n`lopt-hf <command> --help` tells a command's options. On several devices: "
-        "`accelerate launch -m lopt_hf.scripts.<command> [options]`.\n"
+        "`accelerate launch -m lopt_hf.scripts.<command> [options]`. `lopt-hf --version` tells the version.\n"
     )
 
 
@@ -41,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in ("-h", "--help"):
         print(_usage(), end="")
+        return
+    if arguments and arguments[0] == "--version":
+        print(f"lopt-hf {__version__}")
         return
     if not arguments or arguments[0] not in COMMANDS:
         given = f"unknown command {arguments[0]!r}" if arguments else "no command given"

@@ -14,6 +14,7 @@ from trl import TrlParser
 from lopt_hf.common.settings import nearest
 from lopt_hf.common.typed import check_types, check_value
 from lopt_hf.common.yaml_files import load_settings
+from lopt_hf.scripts.help import HelpAll, HelpFormatter, format_sections, without_fences
 from lopt_hf.scripts.settings import OneLineErrors
 
 __all__ = ["chosen_method", "make_trl_parser", "parse_or_exit", "refuse_method"]
@@ -32,12 +33,11 @@ _UNKNOWN = {
 _LOOSELY_TYPED = ("resume_from_checkpoint",)
 
 
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the description's lines, and names each option's default."""
-
-
 class _RecipeParser(OneLineErrors, TrlParser):
-    """TRL's parser, with our loader of YAML and a check of its values' types."""
+    """TRL's parser, with our loader of YAML, a check of its values' types, and a help of the common options."""
+
+    def format_help(self) -> str:
+        return format_sections(self, self.dataclass_types, shows_all=False)
 
     def parse_args_and_config(
         self,
@@ -84,13 +84,15 @@ def make_trl_parser(command: str, description: str | None, *dataclass_types: typ
         *dataclass_types: Whose fields the options are, listed in this order.
     """
     types: Any = dataclass_types
-    return _RecipeParser(
+    parser = _RecipeParser(
         types,
         prog=f"lopt-hf {command}",
         usage=f"lopt-hf {command} [--config recipe.yaml] [options]",  # the default lists hundreds of options
-        description=f"{description}\n{CONFIG_HELP}",
-        formatter_class=_HelpFormatter,
+        description=f"{without_fences(description or '')}\n{CONFIG_HELP}",
+        formatter_class=HelpFormatter,
     )
+    parser.add_argument("--help-all", action=HelpAll, help="Show all options, also those seldom needed, and exit.")
+    return parser
 
 
 def chosen_method(argv: Sequence[str] | None) -> str:

@@ -10,6 +10,8 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from lopt_hf.scripts.help import without_fences
+
 __all__ = [
     "OneLineErrors",
     "OneLineParser",
@@ -69,7 +71,7 @@ class OneLineParser(OneLineErrors):
     def __init__(self, command: str, description: str | None, epilog: str | None = None) -> None:
         super().__init__(
             f"lopt-hf {command}",
-            description=description,
+            description=without_fences(description or ""),
             epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
