@@ -1,4 +1,4 @@
-.PHONY: demo test check-fast gpu-check test-changed types quality figures notebooks
+.PHONY: demo test check-fast gpu-check test-changed types quality figures notebooks docs
 
 demo:  ## the main job on this machine: fine-tune SmolLM2-135M with LoPT, compare before and after
 	lopt-hf demo
@@ -25,7 +25,10 @@ quality: types  ## lint, format, types
 	ruff format --check .
 
 figures:  ## the drawings in the README
-	python assets/draw_mechanism.py
+	python docs/assets/draw_mechanism.py
 
 notebooks:  ## runs the notebooks and keeps what they show; needs the extra `notebooks`
 	python notebooks/execute.py --write
+
+docs:  ## the documentation's pages and their links; needs the extra `docs`
+	mkdocs build --strict

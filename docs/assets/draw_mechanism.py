@@ -1,4 +1,4 @@
-"""Draws `assets/mechanism.png`, the README's figure of what LoPT changes: `python assets/draw_mechanism.py`."""
+"""Draws the figure of README, what LoPT changes: `python docs/assets/draw_mechanism.py`."""
 
 from pathlib import Path
 
