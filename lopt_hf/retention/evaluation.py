@@ -4,6 +4,7 @@ import errno
 import hashlib
 import inspect
 import json
+import random
 import re
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
+import numpy as np
 import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import CachingLM
 from lm_eval.api.task import Task
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from peft import PeftModel
@@ -209,15 +213,12 @@ def evaluate_tasks(
     own_fewshot = [task.get_config("num_fewshot") for task in tasks]
     try:
         with infinite_perplexities(tasks):
-            results = lm_eval.simple_evaluate(
-                model=language_model,
-                tasks=list(tasks),
-                num_fewshot=num_fewshot,
+            results = lm_eval.evaluate(
+                _keeping_answers(language_model, unfinished),
+                _prepared(tasks, num_fewshot),
                 samples={name: chosen for name, chosen in indices.items() if chosen is not None} or None,
                 bootstrap_iters=0,
                 apply_chat_template=settings.apply_chat_template,
-                task_manager=TaskManager(include_defaults=False),
-                use_cache=None if unfinished is None else str(unfinished),
             )
     except sqlite3.DatabaseError as error:
         if "full" in str(error):
@@ -231,6 +232,28 @@ def evaluate_tasks(
     if results is None:
         return {}
     return {task.task_name: TaskScores.from_lm_eval(task, results) for task in tasks}
+
+
+def _prepared(tasks: Sequence[Task], num_fewshot: int | None) -> Any:
+    """Seeds and tasks as `lm_eval.simple_evaluate` sets them.
+
+    That function also asks git, which prints an error where there is no repository, and for the whole environment,
+    which takes seconds; neither is used here.
+    """
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    torch.manual_seed(DEFAULT_OTHER_SEED)
+    for task in tasks:
+        task.set_config("num_fewshot", _effective_fewshot(task, num_fewshot))
+        task.set_fewshot_seed(DEFAULT_OTHER_SEED)
+    return TaskManager(include_defaults=False).load(list(tasks))
+
+
+def _keeping_answers(language_model: HFLM, unfinished: Path | None) -> Any:
+    """The model, or one that looks first whether it has answered before."""
+    if unfinished is None:
+        return language_model
+    return CachingLM(language_model, f"{unfinished}_rank{PartialState().process_index}.db")
 
 
 def _tell_of_other_types(identities: Sequence[Mapping[str, Any]], cache: ScoreCache) -> None:

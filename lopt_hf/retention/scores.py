@@ -51,7 +51,7 @@ class TaskScores:
 
     @classmethod
     def from_lm_eval(cls, task: Task, results: Mapping[str, Any]) -> "TaskScores":
-        """Takes one task's scores out of what `lm_eval.simple_evaluate` returns with `log_samples`."""
+        """Takes one task's scores out of what `lm_eval.evaluate` returns with `log_samples`."""
         name = task.task_name
         logged = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
         directions = results["higher_is_better"][name]

@@ -99,13 +99,13 @@ def flat(value: Any) -> list[float]:
 def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the tasks that lm-eval is asked to run, in order."""
     names: list[str] = []
-    original = lm_eval.simple_evaluate
+    original = lm_eval.evaluate
 
-    def recording(**arguments: Any) -> Any:
-        names.extend(task.task_name for task in arguments["tasks"])
-        return original(**arguments)
+    def recording(language_model: Any, loaded: Any, **arguments: Any) -> Any:
+        names.extend(loaded["tasks"])
+        return original(language_model, loaded, **arguments)
 
-    monkeypatch.setattr(lm_eval, "simple_evaluate", recording)
+    monkeypatch.setattr(lm_eval, "evaluate", recording)
     return names
 
 
@@ -533,3 +533,12 @@ def test_an_adapter_scores_as_the_merged_model(models: SavedModels, task_folder:
     )
     assert_same_answers(adapter, merged, tolerance=1e-4)
     assert answers(adapter)["texts"] != answers(base)["texts"]
+
+
+def test_nothing_is_printed_where_there_is_no_repository(
+    models: SavedModels, task_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """git would say "fatal: not a git repository", once for each evaluation."""
+    monkeypatch.chdir(tmp_path)
+    assert by_us(models.base, task_folder, tmp_path / "cache", TASKS[:1])
+    assert "git" not in capfd.readouterr().err

@@ -105,7 +105,7 @@ def test_from_models_to_a_report(
 
     written = {path.name: path.read_bytes() for path in out.iterdir() if path.suffix != ".png"}
     monkeypatch.setattr(evaluation, "load_language_model", None)
-    monkeypatch.setattr(lm_eval, "simple_evaluate", None)
+    monkeypatch.setattr(lm_eval, "evaluate", None)
     run(arguments)
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.suffix != ".png"} == written
 
