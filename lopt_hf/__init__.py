@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lopt_hf.repl.registration import register_when_transformers_is_loaded
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 _EXPORTS = {
     "LoPTConfig": "lopt_hf.trainers.configs",

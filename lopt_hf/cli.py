@@ -11,6 +11,7 @@ __all__ = ["main"]
 COMMANDS = {
     "demo": "fine-tune a real 135M model on this machine in a few minutes and compare before and after",
     "plan": "tell what a run will need, by strategy, without weights or a GPU, and write the cheapest that fits",
+    "recipes": "list the recipes that come with the package, print one, or copy them",
     "sft": "supervised fine-tuning with LoPT (or end-to-end, for comparison) from a YAML or from arguments",
     "mlaan": "the same with MLAAN: early blocks learn the task through auxiliaries and in windows",
     "peers": "the same by LISA, BAdam, or end-to-end with less memory, to compare with",

@@ -12,6 +12,7 @@ from lopt_hf.common.compared_methods import PEERS
 from lopt_hf.common.settings import check_distinct, check_lowest, option, suggest
 from lopt_hf.common.typed import check_types, check_value
 from lopt_hf.common.yaml_files import load_settings
+from lopt_hf.data.mirror import given_data_dir
 
 __all__ = ["Grid", "GridRun", "load_grid"]
 
@@ -80,6 +81,9 @@ class Grid:
     tasks: Sequence[str] = field(metadata={"help": "lm-eval tasks or groups that measure retention."})
     output_dir: str = field(metadata={"help": "Folder of runs, results and report; reused to go on."})
     include_path: str | None = option(None, "Folder with further lm-eval tasks.")
+    mirror: Mapping[str, Any] | None = option(
+        None, "Settings that --data-dir puts in the place of the file's; the paths among them are in that folder."
+    )
     dataset_config: str | None = option(None, "Configuration of both data sets, for hub ids that have several.")
     train_split: str = option("train", "Split of train_dataset. A file has train only.")
     heldout_split: str = option("train", "Split of heldout_dataset; test of most hub ids.")
@@ -179,20 +183,24 @@ class Grid:
         return GridRun(method, learning_rate, seed, arguments)
 
 
-def load_grid(path: Path, **overrides: Any) -> Grid:
+def load_grid(path: Path, data_dir: Path | None = None, **overrides: Any) -> Grid:
     """Reads a grid from a YAML file.
 
     Args:
         path: The file; relative paths in it are relative to the working folder, as in recipes.
+        data_dir: Folder of local data; the file's `mirror` has the settings that are in force with it. Default: the
+            folder that `LOPT_HF_DATA_DIR` names, if the file has a `mirror`.
         overrides: Settings that replace those of the file; `None` leaves the file's.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no YAML mapping, or names an unknown setting or a bad value.
+        ValueError: If it is no YAML mapping, or names an unknown setting or a bad value; or if there is no such
+            `data_dir`, or the file has no `mirror` for it.
     """
     if not path.exists():
         raise FileNotFoundError(f"config={path}: there is no such file.")
-    settings = load_settings(path, "see recipes/smollm2-135m/retention")
+    settings = load_settings(path, "see `lopt-hf recipes smollm2-135m/retention/gsm8k`")
+    settings.update(_mirrored(path, settings.get("mirror"), data_dir))
     settings.update({name: value for name, value in overrides.items() if value is not None})
     known = {setting.name: setting for setting in fields(Grid)}
     for name in settings.keys() - known.keys():
@@ -207,6 +215,20 @@ def load_grid(path: Path, **overrides: Any) -> Grid:
         return Grid(**settings)
     except ValueError as error:
         raise ValueError(f"config={path}: {error}") from error
+
+
+def _mirrored(path: Path, mirror: Any, data_dir: Path | None) -> dict[str, Any]:
+    """The settings of a grid's `mirror`, with their paths in the folder of the data; none without such a folder."""
+    if mirror is None:
+        if data_dir is not None:
+            raise ValueError(f"data_dir={str(data_dir)!r}: config={path} has no mirror, so leave it out, or add one.")
+        return {}
+    check_value("mirror", mirror, Mapping[str, Any])
+    folder = given_data_dir(data_dir)
+    if folder is None:
+        return {}
+    paths = ("train_dataset", "heldout_dataset", "include_path")
+    return {name: str(folder / value) if name in paths else value for name, value in mirror.items()}
 
 
 def _check_option_types(settings: Mapping[str, Any]) -> None:

@@ -8,16 +8,25 @@ from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from lopt_hf.data.damage import BUILDERS, find_damage
+from lopt_hf.data.mirror import find_in_mirror, given_data_dir, say_once
 from lopt_hf.data.rows import RowError
 
-__all__ = ["READ_ERRORS", "explain_damage", "load_sft_dataset"]
+__all__ = ["READ_ERRORS", "NoHubError", "explain_damage", "load_sft_dataset"]
 
 # What reading a damaged file raises, at once or, of a stream, at its row
 READ_ERRORS = (DatasetGenerationError, UnicodeDecodeError, pyarrow.ArrowException, RowError)
 
 
+class NoHubError(FileNotFoundError):
+    """Data are to come from the hub, and no hub answers."""
+
+
 def load_sft_dataset(
-    name: str, config: str | None = None, split: str = "train", streaming: bool = False
+    name: str,
+    config: str | None = None,
+    split: str = "train",
+    streaming: bool = False,
+    data_dir: str | Path | None = None,
 ) -> Dataset | IterableDataset:
     """Load one split of a data set from a file, a folder or the hub.
 
@@ -31,16 +40,25 @@ def load_sft_dataset(
             the like make further splits. Slices such as `"train[:100]"` work unless `streaming`.
         streaming (`bool`, *optional*, defaults to `False`):
             Read rows as they are needed instead of preparing the whole split on disk first.
+        data_dir (`str` or `Path`, *optional*):
+            Folder with copies of the hub's data sets, which win over the hub, see `find_in_mirror`. Defaults to what
+            `LOPT_HF_DATA_DIR` names.
 
     Returns:
         `Dataset` or `IterableDataset`: The latter if `streaming`.
 
     Raises:
-        FileNotFoundError: `name` is no file or folder here, nor a data set the hub gives access to.
-        ValueError: The file type is not supported, there is no data in it, it is damaged, or `split` or `config` does
-            not exist.
+        FileNotFoundError: `name` is no file or folder here, nor a data set the hub gives access to; a `NoHubError` if
+            no hub answers.
+        ValueError: The file type is not supported, there is no data in it, it is damaged, `split` or `config` does
+            not exist, or `data_dir` is no folder.
     """
     path = Path(name).expanduser()
+    folder = given_data_dir(data_dir)
+    if folder is not None and not path.exists() and (copy := find_in_mirror(folder, name, config, split)):
+        path, file_split = copy
+        say_once(f"Data: {name}, split {split}, from its copy {path}.")
+        name, split = str(path), file_split
     if path.is_file():
         arguments: dict[str, Any] = {"path": _builder(path), "data_files": str(path)}
     elif path.is_dir():
@@ -56,9 +74,11 @@ def load_sft_dataset(
             dataset.data.validate(full=True)  # text that is no UTF-8 is found by nobody else before it is used
         return dataset
     except (ConnectionError, DatasetNotFoundError) as error:
-        raise FileNotFoundError(
+        kind = NoHubError if isinstance(error, ConnectionError) else FileNotFoundError
+        raise kind(
             f"{name!r} is neither a file or folder here nor a data set the hub gives access to. Give the path of a "
-            f"{', '.join(BUILDERS)} file or a folder of them, or check the id, the network and `hf auth login`."
+            f"{', '.join(BUILDERS)} file or a folder of them, check the id, the network and `hf auth login`, or set "
+            "data_dir to a folder with a copy."
         ) from error
     except READ_ERRORS as error:
         raise ValueError(explain_damage(name, error)) from error

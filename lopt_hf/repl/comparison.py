@@ -15,19 +15,21 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_se
 from trl import ModelConfig
 
 from lopt_hf.common.arithmetic import DTYPE_HELP, arithmetic_of
-from lopt_hf.common.evaluation import general_text
 from lopt_hf.common.files import write_text
 from lopt_hf.common.settings import check_distinct, check_lowest, option
+from lopt_hf.data.mirror import DATA_DIR_HELP
 from lopt_hf.data.pretrained import resolve_model
+from lopt_hf.data.texts import prose, read_text
 from lopt_hf.repl.config import RepLConfig
 from lopt_hf.repl.experiment import FULL, PLAIN, Row, cut_chunks, make_plain, make_row, make_variant, parse_variant
 from lopt_hf.repl.export import save_with_code
 from lopt_hf.repl.report import to_json, to_markdown
-from lopt_hf.repl.trainer import HealingConfig, heal, healing_data, read_text
+from lopt_hf.repl.trainer import HealingConfig, heal, healing_data
 
 __all__ = ["Comparison", "ComparisonArguments", "ComparisonModelConfig", "check_output_dir"]
 
 REPORT = "report.json"
+_TEXT_HELP = "a .txt file, or id:configuration:split of the hub, such as Salesforce/wikitext:wikitext-2-raw-v1:test."
 
 
 @dataclass
@@ -35,9 +37,11 @@ class ComparisonArguments:
     """Texts to calibrate on, to heal with and to evaluate on, and what is compared.
 
     Parameters:
-        dataset_name: Healing data: a `.txt` file, or what `lopt-hf sft` takes. Without it there is no healing.
-        calibration_text: A `.txt` file; default: the first half of the prose that every Python carries.
-        eval_text: A `.txt` file to measure perplexity on; default: the other half.
+        dataset_name: Healing data: text, or what `lopt-hf sft` takes. Without it there is no healing.
+        calibration_text: A `.txt` file, or `id:configuration:split` of the hub, whose place the default takes where no
+            hub answers; default: the first half of the prose that every Python carries.
+        eval_text: Text to measure perplexity on, likewise; default: the other half.
+        data_dir: Folder with copies of the hub's data sets.
         eval_chunks: Number of pieces of it, spread evenly.
         eval_chunk_length: Tokens of each piece.
         compare: Further operators to measure untrained, as `operator` or `operator:init`.
@@ -47,8 +51,9 @@ class ComparisonArguments:
     """
 
     dataset_name: str | None = option(None, "Healing data: .txt, .jsonl, hub id.")
-    calibration_text: str | None = option(None, "A .txt file to calibrate on.")
-    eval_text: str | None = option(None, "A .txt file to measure perplexity on.")
+    calibration_text: str | None = option(None, f"Text to calibrate on: {_TEXT_HELP}")
+    eval_text: str | None = option(None, f"Text to measure perplexity on: {_TEXT_HELP}")
+    data_dir: str | None = option(None, DATA_DIR_HELP)
     eval_chunks: int = option(32, "Pieces of the text to measure perplexity on.")
     eval_chunk_length: int = option(256, "Tokens of each piece.")
     compare: list[str] = option([], "Further operators beside it, as 'operator' or 'operator:init'.")
@@ -110,11 +115,11 @@ def check_scratch(config: RepLConfig) -> None:
 
 def read_texts(script_args: ComparisonArguments) -> tuple[str, str]:
     """Reads the texts to calibrate and to evaluate on; where none is given, halves of Python's documentation."""
-    prose, calibration, evaluation = general_text(), script_args.calibration_text, script_args.eval_text
-    middle = len(prose) // 2
+    calibration, evaluation = script_args.calibration_text, script_args.eval_text
+    folder = script_args.data_dir
     return (
-        prose[:middle] if calibration is None else read_text(calibration, "calibration_text"),
-        prose[middle:] if evaluation is None else read_text(evaluation, "eval_text"),
+        prose("first") if calibration is None else read_text(calibration, "calibration_text", folder, "first"),
+        prose("second") if evaluation is None else read_text(evaluation, "eval_text", folder, "second"),
     )
 
 
@@ -203,7 +208,8 @@ class Comparison:
     @cached_property
     def dataset(self) -> Dataset:
         """The data that the models are trained on."""
-        return healing_data(str(self.script_args.dataset_name), self.tokenizer, self.args.max_length or 512)
+        given = self.script_args
+        return healing_data(str(given.dataset_name), self.tokenizer, self.args.max_length or 512, given.data_dir)
 
     def save(self, repl: Any) -> None:
         """Writes `unfolded`, `folded`, the report as JSON and its table as Markdown."""

@@ -55,7 +55,7 @@ class RepLConfig:
         ValueError: If a value is out of range; the message names field, value and fix.
     """
 
-    # ours: lowest perplexity within 0.35 x the removed layer's arithmetic, see recipes/smollm2-135m/repl
+    # ours: lowest perplexity within 0.35 x the removed layer's arithmetic, see experiments/smollm2-135m/repl
     operator: str = option("linear", "What stands in a removed layer's place.", OPERATORS)
     # ours: at the same number of layers plain removal hurts less there than every K-th
     placement: str = option("block_influence", "How layers are chosen.", PLACEMENTS)
@@ -70,7 +70,7 @@ class RepLConfig:
         ["identity", "value"], f"Branches of operator 'branches': any of {', '.join(BRANCHES)}."
     )
     detach_sources: bool = option(True, "Read the neighbours' weights as constants (paper, Eq 30).")
-    ridge: float = option(  # ours: chosen on WikiText-2, see recipes/smollm2-135m/repl
+    ridge: float = option(  # ours: chosen on WikiText-2, see experiments/smollm2-135m/repl
         0.1, "Ridge penalty of the calibration, relative to the mean square of the features."
     )
     # ours: under two minutes on two CPU cores for 135M parameters

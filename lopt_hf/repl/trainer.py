@@ -1,7 +1,6 @@
 """Healing: fine-tuning after layers were replaced or removed, also with the removed layers' outputs as targets."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,9 +13,10 @@ from lopt_hf.common.arithmetic import pick_bf16
 from lopt_hf.common.settings import option
 from lopt_hf.data.formats import to_trl_format
 from lopt_hf.data.loading import load_sft_dataset
+from lopt_hf.data.texts import is_text, read_text
 from lopt_hf.repl.model import RepLModel
 
-__all__ = ["DistillationMixin", "HealingConfig", "RepLTrainer", "heal", "healing_data", "read_text"]
+__all__ = ["DistillationMixin", "HealingConfig", "RepLTrainer", "heal", "healing_data"]
 
 
 @dataclass
@@ -40,23 +40,12 @@ class HealingConfig(SFTConfig):
         super().__post_init__()
 
 
-def read_text(name: str, setting: str) -> str:
-    """Reads a text file.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    path = Path(name).expanduser()
-    if not path.is_file():
-        raise ValueError(f"{setting}={name!r} is no file here; give the path of a text file.")
-    return path.read_text(encoding="utf-8")
-
-
-def healing_data(name: str, tokenizer: Any, length: int) -> Dataset:
-    """Loads healing data; a text file is cut into rows of `length` tokens."""
-    if not name.endswith(".txt"):
-        return to_trl_format(load_sft_dataset(name))  # type: ignore[return-value]
-    token_ids = tokenizer(read_text(name, "dataset_name"), add_special_tokens=False, verbose=False)["input_ids"]
+def healing_data(name: str, tokenizer: Any, length: int, data_dir: str | None = None) -> Dataset:
+    """Loads healing data; text is cut into rows of `length` tokens."""
+    if not is_text(name):
+        return to_trl_format(load_sft_dataset(name, data_dir=data_dir))  # type: ignore[return-value]
+    text = read_text(name, "dataset_name", data_dir)
+    token_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     rows = [token_ids[start : start + length] for start in range(0, len(token_ids) - length + 1, length)]
     return Dataset.from_dict({"input_ids": rows})
 

@@ -15,9 +15,11 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from lopt_hf.common.packaged import find_config
 from lopt_hf.compare.experiment import GridEvaluation
 from lopt_hf.compare.grid import Grid, load_grid
 from lopt_hf.compare.grid_training import GridTrainingError, prepare_data, train_grid
+from lopt_hf.data.mirror import DATA_DIR_HELP
 from lopt_hf.scripts.retention import exit_on_error, write_results
 from lopt_hf.scripts.settings import OneLineParser
 
@@ -28,7 +30,7 @@ settings of the YAML:
 {settings}
 
 example:
-  lopt-hf compare --config recipes/smollm2-135m/retention/gsm8k.yaml
+  lopt-hf compare --config smollm2-135m/retention/gsm8k
 
 Each run keeps its model in <output_dir>/runs, so that it can be looked at and measured again: the disk needs room for
 methods x learning rates x seeds of them.
@@ -41,6 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
     settings = "\n".join(textwrap.fill(line, 110, subsequent_indent=" " * 19) for line in lines)
     parser = OneLineParser("compare", __doc__, EPILOG.format(settings=settings))
     parser.add_argument("--config", type=Path, required=True, help="the YAML with the settings below")
+    parser.add_argument("--data-dir", type=Path, metavar="FOLDER", help=DATA_DIR_HELP)
     parser.add_argument("--output-dir", help="in place of the file's")
     parser.add_argument("--dtype", metavar="NAME", help="auto, float32 or bfloat16, in place of the file's")
     parser.add_argument("--workers", type=int, help="fine-tuning runs at a time, in place of the file's")
@@ -54,7 +57,8 @@ def run(options: argparse.Namespace, command: str) -> None:
         options: Parsed arguments.
         command: The command line, for the report.
     """
-    grid = load_grid(options.config, output_dir=options.output_dir, workers=options.workers, dtype=options.dtype)
+    overrides = {name: getattr(options, name) for name in ("data_dir", "output_dir", "workers", "dtype")}
+    grid = load_grid(find_config(options.config), **overrides)
     prepare_data(grid)
     evaluation = GridEvaluation(grid)  # before training: tasks that cannot be loaded are found at once
     print(evaluation.describe_arithmetic(), flush=True)

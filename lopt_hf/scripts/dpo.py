@@ -1,10 +1,10 @@
 """Direct preference optimisation with LoPT.
 
 ```bash
-lopt-hf dpo --config recipes/smollm2-135m/dpo/lopt_k2.yaml
+lopt-hf dpo --config smollm2-135m/dpo/lopt_k2
 lopt-hf dpo --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name trl-lib/ultrafeedback_binarized \\
     --output_dir out
-accelerate launch --config_file recipes/accelerate_configs/ddp_2.yaml -m lopt_hf.scripts.dpo --config ...
+lopt-hf dpo --accelerate_config ddp_2 --config ...
 ```
 """
 

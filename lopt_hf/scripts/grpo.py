@@ -1,10 +1,10 @@
 """Group relative policy optimisation with LoPT.
 
 ```bash
-lopt-hf grpo --config recipes/smollm2-135m/grpo/lopt_k2.yaml
+lopt-hf grpo --config smollm2-135m/grpo/lopt_k2
 lopt-hf grpo --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name openai/gsm8k --dataset_config main \
     --reward_funcs gsm8k_reward --output_dir out
-accelerate launch --config_file recipes/accelerate_configs/ddp_2.yaml -m lopt_hf.scripts.grpo --config ...
+lopt-hf grpo --accelerate_config ddp_2 --config ...
 ```
 """
 

@@ -1,9 +1,9 @@
 """Supervised fine-tuning with MLAAN: another name of `lopt-hf sft --method mlaan`.
 
 ```bash
-lopt-hf mlaan --config recipes/smollm2-135m/mlaan/k4.yaml
-lopt-hf mlaan --config recipes/smollm2-135m/mlaan/k4.yaml --window 1 --leap_layers '[6, 4, 2]' --leap last
-accelerate launch --config_file recipes/accelerate_configs/ddp_2.yaml -m lopt_hf.scripts.mlaan --config ...
+lopt-hf mlaan --config smollm2-135m/mlaan/k4
+lopt-hf mlaan --config smollm2-135m/mlaan/k4 --window 1 --leap_layers '[6, 4, 2]' --leap last
+lopt-hf mlaan --accelerate_config ddp_2 --config ...
 ```
 """
 

@@ -6,11 +6,11 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from trl import TrlParser
 
+from lopt_hf.common.packaged import find_config
 from lopt_hf.common.settings import nearest
 from lopt_hf.common.typed import check_types, check_value
 from lopt_hf.common.yaml_files import load_settings
@@ -19,7 +19,13 @@ from lopt_hf.scripts.settings import OneLineErrors
 
 __all__ = ["chosen_method", "make_trl_parser", "parse_or_exit", "refuse_method"]
 
-CONFIG_HELP = "`--config recipe.yaml` reads any of these options from a file; the command line wins over it."
+CONFIG_HELP = (
+    "`--config recipe.yaml` reads any of these options from a file, or from one of `lopt-hf recipes`; the command line "
+    "wins over it."
+)
+    "`--config recipe.yaml` reads any of these options from a file or one of `lopt-hf recipes`; the command line wins "
+    "over it."
+)
 
 # How the parser's errors about unknown names begin, and what these are: a YAML's are told in TRL's words, those of the
 # command line in transformers'
@@ -50,7 +56,7 @@ class _RecipeParser(OneLineErrors, TrlParser):
         unknown: list[str] = []
         if "--config" in arguments:
             place = arguments.index("--config")
-            settings = load_settings(Path(arguments[place + 1]))
+            settings = load_settings(find_config(arguments[place + 1]))
             del arguments[place : place + 2]
             self._set_environment(settings.pop("env", {}))
             self._check_types(settings)
@@ -107,9 +113,9 @@ def chosen_method(argv: Sequence[str] | None) -> str:
     parser.add_argument("--config")
     with contextlib.suppress(argparse.ArgumentError):  # the whole parser says what is wrong
         given, _ = parser.parse_known_args(arguments)
-        if given.method is None and given.config is not None and os.path.isfile(given.config):
-            with contextlib.suppress(ValueError):
-                given.method = load_settings(Path(given.config)).get("method")
+        if given.method is None and given.config is not None:
+            with contextlib.suppress(ValueError, OSError):
+                given.method = load_settings(find_config(given.config)).get("method")
         return given.method or "lopt"
     return "lopt"
 
@@ -139,7 +145,7 @@ def parse_or_exit(parser: TrlParser, argv: Sequence[str] | None) -> tuple[Any, .
     arguments = [part for text in given for part in (text.split("=", 1) if text.startswith("--config=") else [text])]
     try:
         if arguments[-1:] == ["--config"]:
-            raise ValueError("--config needs the path of a YAML file.")
+            raise ValueError("--config needs the path of a YAML file, or a name of `lopt-hf recipes`.")
         return parser.parse_args_and_config(arguments)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {_explain(parser, error)}\n")

@@ -3,8 +3,8 @@
 ```bash
 lopt-hf peers --method lisa --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name tatsu-lab/alpaca \\
     --output_dir out
-lopt-hf peers --method badam --config recipes/smollm2-135m/sft/e2e.yaml --badam_period 8
-lopt-hf peers --method e2e_segments --num_blocks 4 --config recipes/smollm2-135m/sft/e2e.yaml
+lopt-hf peers --method badam --config smollm2-135m/sft/e2e --badam_period 8
+lopt-hf peers --method e2e_segments --num_blocks 4 --config smollm2-135m/sft/e2e
 ```
 """
 

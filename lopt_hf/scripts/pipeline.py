@@ -1,8 +1,8 @@
 """Supervised fine-tuning in a pipeline of local learners (PPLL): one process per stage, no bubble.
 
 ```bash
-lopt-hf pipeline --config recipes/smollm2-135m/pipeline/ppll_2.yaml          # all stages on this host
-lopt-hf pipeline --config recipes/smollm2-135m/pipeline/ppll_mlaan_2.yaml    # early blocks learn by MLAAN
+lopt-hf pipeline --config smollm2-135m/pipeline/ppll_2          # all stages on this host
+lopt-hf pipeline --config smollm2-135m/pipeline/ppll_mlaan_2    # early blocks learn by MLAAN
 lopt-hf pipeline --method mlaan --help                                        # the options of that method
 accelerate launch --multi_gpu --num_processes 2 -m lopt_hf.scripts.pipeline --config ...
 lopt-hf pipeline export --checkpoint out/checkpoint-100 --output-dir model    # a checkpoint as a stock model
@@ -27,6 +27,7 @@ from lopt_hf.pipeline.runtime.health import PipelineError, report_failure
 from lopt_hf.pipeline.runtime.launch import Rendezvous
 from lopt_hf.pipeline.runtime.run import launch_stages, run_stage
 from lopt_hf.scripts import pipeline_export, pipeline_simulate
+from lopt_hf.scripts.launching import launch_if_asked
 from lopt_hf.scripts.parsing import chosen_method, make_trl_parser, parse_or_exit, refuse_method
 from lopt_hf.scripts.settings import UsageExit
 from lopt_hf.scripts.sft import SFTDataArguments, load_split
@@ -76,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments and arguments[0] in SUBCOMMANDS:
         return SUBCOMMANDS[arguments[0]](arguments[1:])
     refuse_method("pipeline", arguments, _REFUSED_METHODS)
+    launch_if_asked("pipeline", arguments, lambda given: parse_or_exit(make_parser(chosen_method(given)), given))
     if "RANK" not in os.environ:
         data_args, args, _, launch_args = parse_or_exit(make_parser(chosen_method(arguments)), arguments)
         try:  # the stages read the data again; here an error in them is one line

@@ -1,7 +1,7 @@
 """Replace layers of a pretrained causal LM by surrogates (RepL), heal it, and report what that costs and keeps.
 
 ```bash
-lopt-hf repl --model HuggingFaceTB/SmolLM2-135M-Instruct --config recipes/smollm2-135m/repl/bi4.yaml
+lopt-hf repl --model HuggingFaceTB/SmolLM2-135M-Instruct --config smollm2-135m/repl/bi4
 ```
 
 The report has plain removal of the same layers and the full model beside it, on the same text. Saved are the model as

@@ -1,11 +1,11 @@
 """Supervised fine-tuning with local learning.
 
 ```bash
-lopt-hf sft --config recipes/smollm2-135m/sft/lopt_k2.yaml
-lopt-hf sft --method mlaan --config recipes/smollm2-135m/mlaan/k4.yaml
+lopt-hf sft --config smollm2-135m/sft/lopt_k2
+lopt-hf sft --method mlaan --config smollm2-135m/mlaan/k4
 lopt-hf sft --method mlaan --help                                              # the options of that method
 lopt-hf sft --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name tatsu-lab/alpaca --output_dir out
-accelerate launch --config_file recipes/accelerate_configs/ddp_2.yaml -m lopt_hf.scripts.sft --config ...
+lopt-hf sft --accelerate_config ddp_2 --config ...
 ```
 """
 

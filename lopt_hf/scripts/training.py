@@ -17,11 +17,13 @@ from lopt_hf.common.files import is_disk_full
 from lopt_hf.common.locks import FolderInUseError
 from lopt_hf.common.parent import end_with_parent
 from lopt_hf.common.resuming import find_checkpoint
-from lopt_hf.common.settings import check_at_least, option
-from lopt_hf.data.loading import READ_ERRORS, explain_damage, load_sft_dataset
+from lopt_hf.common.settings import check_at_least, check_choice, option
+from lopt_hf.data.loading import READ_ERRORS, NoHubError, explain_damage, load_sft_dataset
+from lopt_hf.data.mirror import DATA_DIR_HELP, say_once
 from lopt_hf.data.prepared import check_prepared
 from lopt_hf.data.pretrained import resolve_model
 from lopt_hf.data.rows import RowError
+from lopt_hf.scripts.launching import launch_if_asked
 from lopt_hf.scripts.parsing import parse_or_exit
 from lopt_hf.scripts.settings import UsageExit
 from lopt_hf.trainers.checks import check_output_dir
@@ -47,10 +49,23 @@ class DataArguments(ScriptArguments):
 
     Parameters:
         dataset_name: Hub id, local `.json`, `.jsonl` or `.parquet` file, or a name of data that the command generates.
+        dataset_fallback: Generated data to train on where no hub answers, in place of those of `dataset_name`.
+        data_dir: Folder with copies of the hub's data sets.
         dataset_max_samples: Train on this many rows, drawn with the run's seed.
+        accelerate_config: The command starts itself by `accelerate launch` with this configuration.
     """
 
     dataset_name: str | None = option(None, "Hub id, local .json, .jsonl or .parquet file, or generated data.")
+    dataset_fallback: str | None = option(
+        None, "Name of generated data to take instead where no hub answers; one line says so. Default: none, an error."
+    )
+    data_dir: str | None = option(None, DATA_DIR_HELP)
+    accelerate_config: str | None = option(
+        None,
+        "Start by `accelerate launch` with this configuration: a path, or a name such as ddp_2 or fsdp2_8 of `lopt-hf "
+        "recipes`. --num_processes, --gpu_ids, --num_machines, --machine_rank, --main_process_ip and "
+        "--main_process_port may follow, and win over the file.",
+    )
     dataset_max_samples: int | None = option(None, "Train on this many rows, drawn with the run's seed. Default: all.")
 
 
@@ -85,18 +100,30 @@ def load_rows(
     Returns:
         `Dataset`, or `IterableDataset` with `dataset_streaming`.
 
+    Where no hub answers for the data to train on, those of `dataset_fallback` take their place, in `script_args` too.
+
     Raises:
         ValueError: If no data are named, or if they do not have the split.
         FileNotFoundError: If the data cannot be found.
     """
-    name = script_args.dataset_name
+    name, fallback = script_args.dataset_name, script_args.dataset_fallback
+    if fallback is not None:
+        check_choice("dataset_fallback", fallback, list(generated))
     if name is None:
         raise ValueError(
             "dataset_name is missing; give a hub id, a local .json, .jsonl or .parquet file, or "
             f"{' or '.join(map(repr, generated))} (generated)."
         )
     if name not in generated:
-        return load_sft_dataset(name, script_args.dataset_config, split, script_args.dataset_streaming)
+        where = script_args.dataset_config, split, script_args.dataset_streaming, script_args.data_dir
+        try:
+            return load_sft_dataset(name, *where)
+        except NoHubError:
+            # Only at first, or a run would train on the one and evaluate on the other
+            if fallback is None or split != script_args.dataset_train_split:
+                raise
+        say_once(f"Data: no hub answers for {name}; this run takes {fallback!r} instead, which the package generates.")
+        script_args.dataset_name = name = fallback
     splits = generated[name](**GENERATED_SIZES, seed=seed)
     if split not in splits:
         raise ValueError(f"dataset split {split!r} is unknown; {name} has {', '.join(splits)}.")
@@ -186,6 +213,8 @@ def run_training(
         argv: Arguments without the program's name; default: those of the process.
         make_trainer: Builds the trainer from the parsed arguments.
     """
+    command = parser.prog.rpartition(" ")[2]
+    launch_if_asked(command, argv, check=lambda arguments: parse_or_exit(parser, arguments))
     script_args, args, model_args = parse_or_exit(parser, argv)
     end_with_parent()
     try:

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import warnings
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,10 @@ from tests.machine import set_machine
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"
 ACCELERATE_CONFIGS = sorted((RECIPES / "accelerate_configs").glob("*.yaml"))
-GRIDS = sorted(RECIPES.glob("*/retention/*.yaml"))
-REPL_RECIPES = sorted(RECIPES.glob("*/repl/*.yaml"))
-MODEL_RECIPES = sorted(set(RECIPES.rglob("*.yaml")) - set(ACCELERATE_CONFIGS) - set(GRIDS) - set(REPL_RECIPES))
+EXPERIMENTS = ROOT / "experiments"
+GRIDS = sorted(EXPERIMENTS.glob("*/retention/*.yaml"))
+REPL_RECIPES = sorted(EXPERIMENTS.glob("*/repl/*.yaml"))
+MODEL_RECIPES = sorted(set(RECIPES.rglob("*.yaml")) - set(ACCELERATE_CONFIGS))
 PARSERS = {
     "sft": sft.make_parser,
     "dpo": dpo.make_parser,
@@ -103,7 +103,7 @@ ENGINES = {
 
 
 def name_of(path: Path) -> str:
-    return str(path.relative_to(RECIPES).with_suffix(""))
+    return str(path.relative_to(RECIPES if path.is_relative_to(RECIPES) else EXPERIMENTS).with_suffix(""))
 
 
 def parse(path: Path, task: str = "sft") -> dict[str, Any]:
@@ -160,14 +160,23 @@ def test_every_run_of_a_grid_is_parsed_in_full(path: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=name_of)
-def test_a_grids_settings_for_a_hub_are_settings(path: Path) -> None:
-    """What its comment offers in their place; each task that is measured in part is one of its tasks."""
-    lines = path.read_text().partition("# With a hub")[2].splitlines()[1:]
-    comment = takewhile(lambda line: line.startswith("#   "), lines)
-    offered = yaml.safe_load("\n".join(line.removeprefix("#   ") for line in comment))
-    grid = load_grid(path, **offered)
-    assert (grid.train_dataset, grid.train_split) != (grid.heldout_dataset, grid.heldout_split)
-    assert set(grid.samples) == set(grid.tasks) and len(offered) == 6
+def test_a_grids_settings_for_a_hub_and_for_a_mirror_are_settings(path: Path, tmp_path: Path) -> None:
+    """Both load; held-out rows are not those trained on, and each task measured in part is one of the tasks."""
+    for grid in (load_grid(path), load_grid(path, data_dir=tmp_path)):
+        assert (grid.train_dataset, grid.train_split) != (grid.heldout_dataset, grid.heldout_split)
+        assert set(grid.samples) == set(grid.tasks) and len(grid.tasks) == 3
+    assert (load_grid(path).train_dataset, load_grid(path).include_path) == ("openai/gsm8k", None)
+    assert Path(grid.train_dataset).parent == tmp_path / "data" and grid.dataset_config is None
+    assert grid.include_path == str(tmp_path / "lm_eval_tasks")
+
+
+@pytest.mark.parametrize("path", sorted([*RECIPES.rglob("*.yaml"), *EXPERIMENTS.rglob("*.yaml")]), ids=name_of)
+def test_no_recipe_reads_what_a_clone_does_not_have(path: Path) -> None:
+    """Data are a hub id or generated; a path is there only in a grid's mirror, below the folder that a user names."""
+    assert "../shared" not in "".join(line for line in path.open() if not line.startswith("#"))
+    written = yaml.safe_load(path.read_text())
+    for key in ("dataset_name", "train_dataset", "heldout_dataset", "calibration_text", "eval_text"):
+        assert not str(written.get(key, "")).startswith((".", "/", "~"))
 
 
 @pytest.mark.parametrize("path", REPL_RECIPES, ids=name_of)
@@ -180,7 +189,7 @@ def test_repl_recipe_is_parsed_in_full(path: Path) -> None:
     assert values["output_dir"] == f"out/{path.parts[-3]}-{path.stem}"
     assert path.name in (path.parent / "README.md").read_text()
     # What is measured is never calibrated on or trained on.
-    assert Path(values["eval_text"]).parts[0] == ".."
+    assert values["eval_text"] == "Salesforce/wikitext:wikitext-2-raw-v1:test"
     assert values["eval_text"] not in (values["calibration_text"], values["dataset_name"])
 
 

@@ -3,10 +3,8 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import lopt_hf
 from lopt_hf.bench.gpu.generation import Generation
 from lopt_hf.bench.gpu.parts import Case, Part
 from lopt_hf.bench.gpu.rows import OPTION_ROWS, STEP_ROWS, UPDATE_ROWS, OptionRow, UpdateRow
@@ -15,11 +13,12 @@ from lopt_hf.bench.gpu.sharded import Sharded
 from lopt_hf.bench.gpu.training import Training
 from lopt_hf.bench.gpu.updates import Comparison
 from lopt_hf.bench.gpu.workload import Workload
+from lopt_hf.common.packaged import find_accelerate_config
 
 __all__ = ["TINY", "Sizes", "make_parts", "make_sizes", "one_gpu"]
 
 TINY = "tiny"
-FSDP2 = Path(lopt_hf.__file__).parents[1] / "recipes/accelerate_configs/fsdp2_8.yaml"
+FSDP2 = find_accelerate_config("fsdp2_8")
 # Segments that grow keep what is cached usable for tensors of other sizes. No managed memory.
 _ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 _DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # torch's documentation of use_deterministic_algorithms

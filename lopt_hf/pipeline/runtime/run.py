@@ -2,8 +2,6 @@
 
 import json
 import os
-import signal
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -16,7 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from lopt_hf.common.arithmetic import arithmetic_of
-from lopt_hf.common.parent import parent_environment
+from lopt_hf.common.launching import run_launcher
 from lopt_hf.common.resuming import find_checkpoint
 from lopt_hf.data.pretrained import resolve_model
 from lopt_hf.local.blocks import split_layers
@@ -189,11 +187,7 @@ def launch_stages(args: PipelineArguments, arguments: Sequence[str], devices: st
     assert args.num_stages is not None
     options = [] if devices is None else ["--gpu_ids", devices]
     command = launch_command(args.num_stages * args.data_parallel, arguments, options)
-    # In a session of its own, so that a signal reaches the launcher once: it ends the stages, and must be let do so.
-    launcher = subprocess.Popen(command, start_new_session=True, env={**os.environ, **parent_environment()})
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, frame: launcher.send_signal(number))
-    code = launcher.wait()
+    code = run_launcher(command)
     if code != 0:
         print(_how_to_go_on(args), file=sys.stderr)
     return code

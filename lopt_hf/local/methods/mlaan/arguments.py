@@ -147,7 +147,7 @@ class MLAANSettings(ReachArguments):
         if run.wants_one_backward is not None:
             raise ValueError(
                 f"MLAAN does not work under {run.wants_one_backward}, which must see one backward per step; train in "
-                "one process or with DDP (recipes/accelerate_configs/ddp_2.yaml), with another optimizer."
+                "one process or with DDP (--accelerate_config ddp_2), with another optimizer."
             )
         if max(self.window, self.schedule.highest) > 1 and run.reentrant_checkpointing:
             name = "window" if self.window > 1 else "task_reach"

@@ -1,0 +1,31 @@
+"""Starting `accelerate launch` and waiting for it, as if it were this command."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+
+from lopt_hf.common.parent import parent_environment
+
+__all__ = ["LAUNCHER", "run_launcher"]
+
+LAUNCHER = (sys.executable, "-m", "accelerate.commands.launch")
+
+
+def run_launcher(command: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
+    """Runs a launcher until it ends; its processes end with this one, however this one goes.
+
+    Args:
+        command: The launcher's command line.
+        environment: Variables that are added to those of this process.
+
+    Returns:
+        The launcher's exit status.
+    """
+    added = {**parent_environment(), **(environment or {})}
+    # In a session of its own, so that a signal reaches the launcher once: it ends its processes, if it is let.
+    launcher = subprocess.Popen(command, start_new_session=True, env={**os.environ, **added})
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: launcher.send_signal(number))
+    return launcher.wait()

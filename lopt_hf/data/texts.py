@@ -1,0 +1,64 @@
+"""Plain text: a file, a split of the hub, or prose that every Python carries."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from datasets import Dataset
+
+from lopt_hf.common.evaluation import general_text
+from lopt_hf.data.loading import NoHubError, load_sft_dataset
+from lopt_hf.data.mirror import find_in_mirror, given_data_dir, say_once
+
+__all__ = ["is_text", "prose", "read_text"]
+
+
+def is_text(name: str) -> bool:
+    """Tells whether a name is one of text: a `.txt` file, or `id:configuration:split` of the hub."""
+    return name.endswith(".txt") or name.count(":") == 2
+
+
+def prose(half: Literal["first", "second"]) -> str:
+    """Returns a half of the prose that every Python carries."""
+    text = general_text()
+    middle = len(text) // 2
+    return text[:middle] if half == "first" else text[middle:]
+
+
+def read_text(
+    name: str, setting: str, data_dir: str | None = None, fallback: Literal["first", "second"] = "first"
+) -> str:
+    """Reads text.
+
+    Args:
+        name: A file, or `id:configuration:split` of a data set of the hub with a column `text`.
+        setting: What it is for, for messages.
+        data_dir: Folder with copies of the hub's data sets.
+        fallback: The half of Python's prose to take where no hub answers; one line says so.
+
+    Raises:
+        ValueError: If there is no such text.
+        FileNotFoundError: If the hub does not have it.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    if name.count(":") != 2:
+        raise ValueError(
+            f"{setting}={name!r} is no file here; give the path of a text file, or id:configuration:split of the hub."
+        )
+    hub_id, config, split = name.split(":")
+    folder = given_data_dir(data_dir)
+    if folder is not None and (copy := find_in_mirror(folder, hub_id, config, split, [".txt"])) and copy[0].is_file():
+        say_once(f"Data: {hub_id}, split {split}, from its copy {copy[0]}.")
+        return copy[0].read_text(encoding="utf-8")
+    try:
+        rows: Any = load_sft_dataset(hub_id, config, split, data_dir=data_dir)
+    except NoHubError:
+        say_once(
+            f"Data: no hub answers for {hub_id}; {setting} is the {fallback} half of the prose that every Python has."
+        )
+        return prose(fallback)
+    assert isinstance(rows, Dataset)
+    if "text" not in rows.column_names:
+        raise ValueError(f"{setting}={name!r} has the columns {rows.column_names} and no text; name other data.")
+    return "".join(rows["text"])

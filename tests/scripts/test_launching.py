@@ -1,0 +1,99 @@
+"""`--accelerate_config`: a training command that starts itself by `accelerate launch`."""
+
+import sys
+
+import pytest
+
+from lopt_hf import cli
+from lopt_hf.scripts import launching
+from lopt_hf.scripts.launching import launch_if_asked
+from tests.scripts.test_training import arguments
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What would be launched, in place of a launcher that ends with status 3."""
+    commands = []
+
+    def run(command, environment):
+        assert environment == {"LOPT_HF_LAUNCHED": "1"}
+        commands.append(list(command))
+        return 3
+
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(launching, "run_launcher", run)
+    return commands
+
+
+def launch(*given, command="sft"):
+    checked = []
+    with pytest.raises(SystemExit) as ended:
+        launch_if_asked(command, list(given), checked.append)
+    assert ended.value.code == 3
+    return checked
+
+
+def test_the_launcher_gets_its_own_options_and_the_command_all_others(launched):
+    checked = launch("--accelerate_config", "fsdp2_8", "--num_blocks", "4", "--num_processes=2", "--config", "a.yaml")
+    (command,) = launched
+    assert command[:4] == [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    assert command[4].endswith("accelerate_configs/fsdp2_8.yaml")
+    rest = ["--num_blocks", "4", "--config", "a.yaml"]
+    assert command[5:] == ["--num_processes", "2", "--main_process_port", "0", "-m", "lopt_hf.scripts.sft", *rest]
+    assert checked == [rest]
+
+
+@pytest.mark.parametrize("given", [["--num_machines", "2"], ["--main-process-port", "29501"]])
+def test_several_machines_meet_where_the_user_says(launched, given):
+    launch("--accelerate-config", "ddp_8", *given)
+    assert "0" not in launched[0]
+
+
+def test_a_recipe_may_name_the_configuration(launched, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("accelerate_config: ddp_2")
+    launch("--config", str(recipe), command="dpo")
+    launch("--config", str(recipe), "--accelerate_config", "single", command="dpo")
+    assert [command[4].rpartition("/")[2] for command in launched] == ["ddp_2.yaml", "single.yaml"]
+    assert launched[0][-4:] == ["-m", "lopt_hf.scripts.dpo", "--config", str(recipe)]
+
+
+def test_nothing_is_launched_twice(launched, tmp_path, monkeypatch, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("accelerate_config: ddp_2")
+    launch_if_asked("sft", ["--num_blocks", "2"])
+    monkeypatch.setenv("RANK", "0")
+    launch_if_asked("sft", ["--config", str(recipe)])
+    with pytest.raises(SystemExit) as ended:
+        launch_if_asked("sft", ["--accelerate_config", "ddp_2"])
+    assert ended.value.code == 2 and "leave out one of the two" in capsys.readouterr().err
+    monkeypatch.setenv("LOPT_HF_LAUNCHED", "1")
+    launch_if_asked("sft", ["--accelerate_config", "ddp_2"])
+    assert not launched
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            ["--accelerate_config", "ddp2"],
+            "accelerate_config='ddp2' is no file here, nor one of the package's",
+        ),
+        (["--accelerate_config", "ddp_2", "--num_blcks", "2"], "did you mean 'num_blocks'?"),
+    ],
+)
+@pytest.mark.parametrize("command", ["sft", "dpo", "grpo", "mlaan", "pipeline"])
+def test_errors_come_before_the_launch(launched, capsys, command, given, message):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, *given])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1 and message in error
+    assert not launched
+
+
+def test_a_run_in_one_process(tmp_path, capfd):
+    """The real launcher, from the command to the saved model."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["sft", *arguments(tmp_path, "sft"), "--accelerate_config", "single"])
+    assert ended.value.code == 0, capfd.readouterr().err
+    assert (tmp_path / "out" / "model.safetensors").is_file()
