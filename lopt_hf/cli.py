@@ -31,7 +31,7 @@ def _usage() -> str:
     return (
         "usage: lopt-hf <command> [options]\n\nLocal learning for LLM post-training with Hugging Face.\n\n"
         f"commands:\n{rows}\n\n`lopt-hf <command> --help` tells a command's options. On several devices: "
-        "`accelerate launch -m lopt_hf.scripts.<command> [options]`. `lopt-hf --version` tells the version.\n"
+        "`lopt-hf <command> --accelerate_config ddp_8 [options]`. `lopt-hf --version` tells the version.\n"
     )
 
 

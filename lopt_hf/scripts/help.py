@@ -9,7 +9,15 @@ __all__ = ["COMMON", "HelpAll", "HelpFormatter", "format_sections", "without_fen
 # What recipes set and nearly every run needs, of this package, transformers and TRL
 COMMON = (
     *("model_name_or_path", "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split"),
-    *("dataset_max_samples", "method", "reward_funcs", "output_dir", "resume_from_checkpoint", "seed"),
+    *(
+        "dataset_max_samples",
+        "accelerate_config",
+        "method",
+        "reward_funcs",
+        "output_dir",
+        "resume_from_checkpoint",
+        "seed",
+    ),
     *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm"),
     *("max_length", "packing", "dtype", "bf16", "activation_checkpointing"),

@@ -20,9 +20,6 @@ from lopt_hf.scripts.settings import OneLineErrors
 __all__ = ["chosen_method", "make_trl_parser", "parse_or_exit", "refuse_method"]
 
 CONFIG_HELP = (
-    "`--config recipe.yaml` reads any of these options from a file, or from one of `lopt-hf recipes`; the command line "
-    "wins over it."
-)
     "`--config recipe.yaml` reads any of these options from a file or one of `lopt-hf recipes`; the command line wins "
     "over it."
 )
