@@ -46,8 +46,8 @@ def mlaan_window(num_blocks: int) -> int:
 
 
 def reach_cycle(num_blocks: int, task_reach: Sequence[int] | None) -> tuple[int, ...]:
-    """Returns the cycle of reach for a number of blocks: as given, or all of them at every fourth step."""
-    return (1, 1, 1, num_blocks) if task_reach is None else tuple(task_reach)
+    """Returns the cycle of reach for a number of blocks: as given, or all of them in a quarter of the steps, first."""
+    return (num_blocks, 1, 1, 1) if task_reach is None else tuple(task_reach)
 
 
 def check_reach(num_blocks: Sequence[int], task_reach: Sequence[int] | None) -> None:

@@ -22,6 +22,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _CHOICES = {
     "dtype": tuple(DTYPES),
     "optim": tuple(OPTIMIZERS),
+    "reach_unit": ("run", "step"),
     "strategies": STRATEGIES,
     "tied_embeddings": ("untie", "freeze"),
 }
@@ -50,8 +51,11 @@ class PlanSettings:
     num_blocks: tuple[int, ...] = option((2, 4, 8), "Blocks of the LoPT and MLAAN rows, and segments.")
     task_reach: tuple[int, ...] | None = option(
         None,
-        "Cycle of the reach rows over steps, as [1,1,1,4], with as many blocks as it reaches. Default: "
-        "for each --num-blocks all of them at every fourth step.",
+        "Blocks, counted from the last, that the reach rows' task loss trains, as [4,1,1,1]; the rows have as many "
+        "blocks as it reaches. Default: for each --num-blocks all of them in a quarter of the steps.",
+    )
+    reach_unit: str = option(
+        "run", "What task_reach runs over, for a recipe: the run, once, or optimizer steps; what it costs is the same."
     )
     strategies: tuple[str, ...] = option(
         DEFAULT_STRATEGIES, f"Any of {', '.join(STRATEGIES)}; joint is LoPT with the released code's one backward."

@@ -76,7 +76,7 @@ def _method(plan: Plan, row: PlanRow) -> dict[str, Any]:
     if strategy.method == "lopt_local_step":
         return {"method": "lopt", **local, **early, "local_backward": "eager", "local_step": True}
     if strategy.method in ("reach", "reach_local_step"):
-        reach = {"task_reach": list(strategy.task_reach), "local_objective": "none"}
+        reach = {"task_reach": list(strategy.task_reach), "reach_unit": settings.reach_unit, "local_objective": "none"}
         step = {"local_step": True} if strategy.method == "reach_local_step" else {}
         return {"method": "lopt", **local, **reach, **step}
     if strategy.method == "mlaan":

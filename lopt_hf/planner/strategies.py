@@ -13,8 +13,8 @@ from lopt_hf.repl.neighbours import check_family
 __all__ = ["STRATEGIES", "Strategy", "make_strategies"]
 
 END_TO_END = "end-to-end"
-DEFAULT_STRATEGIES = ("e2e", "lopt", "lopt_local_step", "mlaan", "freeze", "lora", "repl", "ppll")
-STRATEGIES = (*DEFAULT_STRATEGIES, "reach", "reach_local_step", "joint", *PEERS)
+DEFAULT_STRATEGIES = ("e2e", "reach", "lopt", "lopt_local_step", "mlaan", "freeze", "lora", "repl", "ppll")
+STRATEGIES = (*DEFAULT_STRATEGIES, "reach_local_step", "joint", *PEERS)
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Strategy:
         checkpointing: Whether activations are recomputed in the backward.
         num_stages: Devices that share one copy of the model.
         window: Blocks that a loss of MLAAN reaches.
-        task_reach: Blocks, counted from the last, that the task's gradient reaches, over a cycle of steps.
+        task_reach: Blocks, counted from the last, that the task's gradient reaches, over a cycle of steps; over a run
+            they cost the same.
         settings: Arguments of another method of local learning, whose row this is.
     """
 
@@ -96,8 +97,7 @@ def make_strategies(
         num_gpus: Devices; the pipeline takes all of them, at most one per layer, and needs two.
         lora_rank: Rank of the adapters.
         accumulation_steps: Micro-batches of an optimizer step; one that steps in the backward has no second.
-        task_reach: Cycle of the reach rows, which have as many blocks as it reaches. Default: all of them at every
-            fourth step.
+        task_reach: Cycle of the reach rows, which have as many blocks as it reaches. Default: see `reach_cycle`.
 
     Returns:
         The rows, and why others are left out.

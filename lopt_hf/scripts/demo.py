@@ -1,9 +1,10 @@
 """Fine-tune a real model on this machine in a few minutes, and see what changed.
 
-SmolLM2-135M-Instruct learns generated arithmetic word problems with LoPT; then the same measurements before and after:
-loss and exact match on held-out problems, loss on general English, and what a step costs beside end-to-end training.
-That step is measured first, and as many follow as fit in --minutes. With --task-reach the early blocks learn from the
-task loss, at the steps at which it reaches them: lopt-hf demo --num-blocks 4 --task-reach 1,1,1,4
+SmolLM2-135M-Instruct learns generated arithmetic word problems; then the same measurements before and after: loss and
+exact match on held-out problems, loss on general English, and what a step costs beside end-to-end training. That step
+is measured first, and as many follow as fit in --minutes. The task loss trains all of the model in the first quarter
+of the run and its last block after that; with --method lopt the last block only, and the first learns to reconstruct
+its input.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from lopt_hf.bench.step import StepBenchSettings, run_step_bench
 from lopt_hf.common.arithmetic import DTYPE_HELP, Arithmetic, choose_arithmetic
+from lopt_hf.common.compared_methods import reach_cycle
 from lopt_hf.common.evaluation import answer_loss, general_text, generate_answers, text_loss
 from lopt_hf.common.files import write_text
 from lopt_hf.common.settings import option
@@ -57,17 +59,20 @@ class DemoOptions:
     dtype: str = option("auto", DTYPE_HELP)
     output_dir: Path = option(Path("lopt-demo"), "New folder.")
     model: str = option(SMOLLM2_ID, "Hub id or local folder.")
+    method: str = option("reach", "reach or lopt.", choices=("reach", "lopt"))
     learning_rate: float = option(1e-4, "Peak rate.")
     early_learning_rate: float | None = option(
         None,
-        f"Peak rate of the early blocks. Default: {RECONSTRUCTION_RATE:g}, since AdamW's step is as long as its rate, "
-        "however small the gradient of a reconstruction; with --task-reach that of the last block.",
+        f"Peak rate of the early blocks. Default: that of the last block; with --method lopt {RECONSTRUCTION_RATE:g}, "
+        "since AdamW's step is as long as its rate, however small the gradient of a reconstruction.",
     )
     num_blocks: int = option(2, "Blocks of the decoder.")
     task_reach: tuple[int, ...] | None = option(
         None,
-        "Blocks, counted from the last, that the task loss trains, as a cycle over steps; no reconstruction then.",
+        "Blocks, counted from the last, that the task loss trains, each number for an equal part of --reach-unit. "
+        "Default: all of them, then 1,1,1.",
     )
+    reach_unit: str = option("run", "run, once, or step: a cycle over optimizer steps.", choices=("run", "step"))
     seed: int = option(0, "Seed of data and training.")
 
 
@@ -110,7 +115,7 @@ def step_settings(options: argparse.Namespace, model_path: str, dtype: str) -> S
     """Makes the settings of a measurement of what a step costs, end-to-end and with the demo's method."""
     return StepBenchSettings(
         model=model_path,
-        methods=("e2e", "lopt" if options.task_reach is None else "reach"),
+        methods=("e2e", options.method),
         num_blocks=(options.num_blocks,),
         task_reach=options.task_reach,
         local_update_interval=(1,),
@@ -190,7 +195,7 @@ def train(
     """
     reach: dict[str, Any] = {}
     if options.task_reach is not None:
-        reach = {"task_reach": list(options.task_reach), "local_objective": "none"}
+        reach = {"task_reach": list(options.task_reach), "reach_unit": options.reach_unit, "local_objective": "none"}
     args = LoPTConfig(
         output_dir=str(options.output_dir / "model"),
         num_blocks=options.num_blocks,
@@ -256,7 +261,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _check_and_run(options: argparse.Namespace) -> None:
-    if options.early_learning_rate is None and options.task_reach is None:
+    if options.method == "lopt" and options.task_reach is not None:
+        reach = ",".join(map(str, options.task_reach))
+        raise ValueError(f"--task-reach {reach} is for --method reach, and --method is lopt; leave one out.")
+    if options.method == "reach":
+        options.task_reach = reach_cycle(options.num_blocks, options.task_reach)
+    elif options.early_learning_rate is None:
         options.early_learning_rate = RECONSTRUCTION_RATE
     check_options(options)
     step_settings(options, options.model, options.dtype)  # checks the blocks and their reach

@@ -112,6 +112,8 @@ def report(options: argparse.Namespace, result: DemoResult, question: str, step:
     folder, training, before, after = options.output_dir, result.training, result.before, result.after
     early = "" if options.early_learning_rate is None else f" (early blocks: {options.early_learning_rate:g})"
     method = "LoPT" if options.task_reach is None else f"Reach {','.join(map(str, options.task_reach))}"
+    if options.task_reach is not None and options.reach_unit == "run":
+        method += " over the run"
     return (
         f"## {method}, {options.num_blocks} blocks, {training.steps} steps of {training.batch_size} problems, "
         f"learning rate {options.learning_rate:g}{early}\n\n"

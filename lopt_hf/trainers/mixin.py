@@ -220,11 +220,12 @@ class LocalLearningMixin(TrainerBase):
                 ]
                 set_learning_rate(optimizer, members, rate)
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, Any]:
+    def _prepare_for_training(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[nn.Module, Any]:
+        self.learner.schedule.check_length(max_steps)
         # The early blocks' gradients are ready inside the forward, or do not follow from the forward's output; DDP's
         # reducer would wait for them, or see them twice. `GradientReducer` averages them instead.
         with ignored_by_ddp(self.model, [name for block in self.learner.owned()[:-1] for name in block]):
-            prepared = super()._prepare_for_training(*args, **kwargs)
+            prepared = super()._prepare_for_training(max_steps, *args, **kwargs)
         self._share_gradients()
         if self.learner.schedule.highest > 1:
             self._say(self._reach_line())

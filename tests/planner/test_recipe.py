@@ -72,7 +72,11 @@ def test_round_trip(strategy, tmp_path):
         "report_to": [],
     }
     if strategy.method in ("reach", "reach_local_step"):
-        expected |= {"num_blocks": strategy.num_blocks, "task_reach": [1, 1, 1, strategy.num_blocks]}
+        expected |= {
+            "num_blocks": strategy.num_blocks,
+            "task_reach": [strategy.num_blocks, 1, 1, 1],
+            "reach_unit": "run",
+        }
     if strategy.method == "mlaan":
         expected["window"] = strategy.window
     if strategy.method in ("lopt", "lopt_local_step", "mlaan", "joint", "ppll", "e2e_segments"):

@@ -216,7 +216,7 @@ def test_state_of_the_trained_layers_only(method, num_layers):
 def test_reach_has_as_many_blocks_as_it_reaches():
     config = tiny_config(num_hidden_layers=8)
     rows, _ = make_strategies(("reach",), (2, 4), config)
-    assert [row.name for row in rows[::2]] == ["K=2, reach 1,1,1,2", "K=4, reach 1,1,1,4"]
+    assert [row.name for row in rows[::2]] == ["K=2, reach 2,1,1,1", "K=4, reach 4,1,1,1"]
     rows, _ = make_strategies(("reach",), (2, 4), config, task_reach=(1, 2, 1, 4))
     assert [row.name for row in rows[::2]] == ["K=4, reach 1,2,1,4"]
 
@@ -405,6 +405,7 @@ def test_default_strategies_of_a_small_model():
     rows, left_out = make_strategies(DEFAULT_STRATEGIES, (2, 8), config, num_gpus=8)
     assert [row.name for row in rows[::2]] == [
         "end-to-end",
+        "K=2, reach 2,1,1,1",
         "LoPT K=2",
         "LoPT K=2, local step",
         "MLAAN K=2, window 1",

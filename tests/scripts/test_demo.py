@@ -79,23 +79,26 @@ def test_training_ends_when_its_time_is_up():
 
 
 @pytest.mark.parametrize(
-    ("reach", "method", "title"),
-    [([], "LoPT K=2", "## LoPT, 2 blocks"), (["--task-reach", "1,2"], "K=2, reach 1,2", "## Reach 1,2, 2 blocks")],
+    ("given", "method", "title"),
+    [
+        ([], "K=2, reach 2,1,1,1", "## Reach 2,1,1,1 over the run, 2 blocks"),
+        (["--method", "lopt"], "LoPT K=2", "## LoPT, 2 blocks"),
+        (["--task-reach", "1,2", "--reach-unit", "step"], "K=2, reach 1,2", "## Reach 1,2, 2 blocks"),
+    ],
 )
 def test_a_run(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture, reach: list[str], method: str, title: str
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture, given: list[str], method: str, title: str
 ) -> None:
     output = tmp_path / "out"
-    given = ["--model", str(base), "--steps", "2", "--dtype", "fp32", "--output-dir", str(output), *reach]
     with forked_instead_of_spawned(step):
-        demo.main(given)
+        demo.main(["--model", str(base), "--steps", "2", "--dtype", "fp32", "--output-dir", str(output), *given])
     shown = capsys.readouterr().out
     assert shown.startswith("Arithmetic: float32 on ") and (output / "report.md").read_text() in shown
     figures = json.loads((output / "report.json").read_text())
     assert figures["training"]["steps"] == 2
     assert figures["arithmetic"]["dtype"] == "float32" == figures["step"][0]["dtype"]
     assert [cost["method"] for cost in figures["step"]] == ["e2e", method]
-    assert title in shown and ("early blocks: 1e-05" in shown) is (reach == [])
+    assert title in shown and ("early blocks: 1e-05" in shown) is ("lopt" in given)
     assert figures["before"]["answer_loss"] != figures["after"]["answer_loss"]
     assert 0 < figures["seconds"]
     AutoModelForCausalLM.from_pretrained(output / "model")
@@ -109,6 +112,7 @@ def test_a_run(
         (["--minutes", "0"], "--minutes 0 is no time; give more than 0"),
         (["--minutes", "nan"], "--minutes nan is no time"),
         (["--task-reach", "1,4"], "task_reach=(1, 4) reaches 4 blocks, which num_blocks=(2,) does not name"),
+        (["--method", "lopt", "--task-reach", "1,2"], "--task-reach 1,2 is for --method reach, and --method is lopt"),
         (["--dtype", "int8"], "dtype='int8' is unknown; use auto, float32 or bfloat16"),
     ],
 )

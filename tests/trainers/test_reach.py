@@ -1,5 +1,6 @@
 """The schedule of the task's gradient: exact at both ends of the dial, and in between what each step says."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import TrainerCallback
 
 from lopt_hf import LoPTConfig
 from lopt_hf.local.blocks import untie_output_embeddings
+from lopt_hf.local.schedule import ReachSchedule
 from lopt_hf.meters.gradient_bytes import GradientBytes
 from lopt_hf.meters.saved_bytes import SavedBytes
 from tests.tiny import FAMILIES, make_model
@@ -162,6 +164,16 @@ def test_each_step_has_the_end_to_end_gradients_of_the_blocks_that_it_reaches(tm
                     assert gradients[name] is None, (step, name)
                 else:
                     torch.testing.assert_close(gradients[name], expected[name], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("unit", ["run", "step"])
+def test_a_run_that_is_too_short_for_its_schedule(tmp_path, unit):
+    trainer = make_trainer(tmp_path, task_reach=[1, 1, 1, 2], reach_unit=unit, max_steps=3, local_objective="none")
+    message = "task_reach=[1, 1, 1, 2] reaches 2 blocks at none of the run's 3 steps"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        trainer.train()
+    ReachSchedule((1, 1, 1, 2), 2, unit).check_length(4)
+    ReachSchedule((2, 1, 1, 1), 2, unit).check_length(1)
 
 
 def test_a_step_changes_the_blocks_that_it_reaches(tmp_path):
