@@ -405,9 +405,9 @@ def test_default_strategies_of_a_small_model():
     rows, left_out = make_strategies(DEFAULT_STRATEGIES, (2, 8), config, num_gpus=8)
     assert [row.name for row in rows[::2]] == [
         "end-to-end",
-        "K=2, reach 2,1,1,1",
         "LoPT K=2",
         "LoPT K=2, local step",
+        "K=2, reach 2,1,1,1",
         "MLAAN K=2, window 1",
         "freeze 1 of 2 blocks",
         "LoRA r=16",
