@@ -485,6 +485,7 @@ class LocalLearner:
             "task_reach": list(self.schedule.cycle),
             "reach_unit": self.schedule.unit,
             "reach_rate": self.settings.reach_rate,
+            **({"reach_anneal": True} if self.settings.reach_anneal else {}),
         }
 
 

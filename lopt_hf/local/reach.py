@@ -66,6 +66,9 @@ class ReachArguments(LocalArguments):
         reach_rate: How the learning rate of a block follows from how often it is reached, once in n steps:
             `"none"` not at all, `"sqrt"` times the root of n, `"inverse"` times n. `early_learning_rate` wins over it.
         reach_rate_limit: The most that a rate is multiplied by.
+        reach_anneal: With `reach_unit="run"`, whether a block's learning rate runs through the whole of
+            `lr_scheduler_type`, warmup and all, by the last step that reaches it (as in FreezeOut, arXiv 1706.04983);
+            otherwise the block is left where a high rate brought it.
 
     Raises:
         ValueError: If a value is out of range; the message names field, value and fix.
@@ -95,6 +98,9 @@ class ReachArguments(LocalArguments):
     )
     reach_rate_limit: float = option(  # type: ignore[misc]  # of the class where it is not a choice
         4.0, "The most that `reach_rate` multiplies a learning rate by."
+    )
+    reach_anneal: bool = option(  # type: ignore[misc]  # of the class where it is not a choice
+        False, "Run a block's learning rate through the whole of its schedule by the last step that reaches it."
     )
 
     @property
@@ -127,6 +133,11 @@ class ReachArguments(LocalArguments):
                     f"{name}={getattr(self, name)!r} does nothing with task_reach={cycle}, which is the same at every "
                     "step; leave it out, or raise one of the numbers."
                 )
+        if self.reach_anneal and self.reach_unit != "run":
+            raise ValueError(
+                f"reach_anneal=True does nothing with reach_unit={self.reach_unit!r}, which reaches every block until "
+                "the end; set it to False, or reach_unit to 'run'."
+            )
         if self.reach_unit != "step" and self.reach_rate != "none":
             raise ValueError(
                 f"reach_rate={self.reach_rate!r} does not go with reach_unit={self.reach_unit!r}, where no block "

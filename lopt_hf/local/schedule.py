@@ -47,22 +47,24 @@ class ReachSchedule:
             return self.cycle[min(step * len(self.cycle) // total_steps, len(self.cycle) - 1)]
         return self.cycle[(step if self.unit == "step" else micro_batch) % len(self.cycle)]
 
-    def check_length(self, total_steps: int) -> None:
-        """Checks that a run is long enough for every block of the cycle to be trained.
+    def end(self, block: int, total_steps: int) -> int:
+        """Returns how many of a run's steps pass until the task's gradient has reached a block for the last time.
+
+        Args:
+            block: The block's index.
+            total_steps: Optimizer steps of the run.
+        """
+        furthest = self.num_blocks - block
+        return max((step + 1 for step in range(total_steps) if self.at(step, 0, total_steps) >= furthest), default=0)
+
+    def furthest(self, total_steps: int) -> int:
+        """Returns the furthest reach that a run comes to, which is not the cycle's if the run is too short.
 
         Args:
             total_steps: Optimizer steps of the run.
-
-        Raises:
-            ValueError: If it isn't; the message names the cycle, the steps and the fix.
         """
         steps = range(min(total_steps, len(self.cycle)) if self.unit == "step" else total_steps)
-        if self.unit == "microbatch" or any(self.at(step, 0, total_steps) == self.highest for step in steps):
-            return
-        raise ValueError(
-            f"task_reach={list(self.cycle)} reaches {self.highest} blocks at none of the run's {total_steps} steps, "
-            "so the first of them would not be trained; train longer, or put the furthest reach first."
-        )
+        return self.highest if self.unit == "microbatch" else max(self.at(step, 0, total_steps) for step in steps)
 
     def reaches(self, block: int, step: int, micro_batch: int = 0) -> bool:
         """Tells whether the task's gradient reaches a block, by its index."""

@@ -1,16 +1,18 @@
 """Stepping an optimizer part by part: which gradients are clipped together, and steps that see some gradients only."""
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-__all__ = ["ClipGroup", "GradientsComplete", "set_learning_rate", "stepping_only"]
+__all__ = ["ClipGroup", "GradientsComplete", "end_schedules_at", "set_learning_rate", "stepping_only"]
 
 
 @dataclass(frozen=True)
@@ -97,3 +99,32 @@ def set_learning_rate(
         if chosen:
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in members]
             optimizer.add_param_group({**group, "params": chosen, "lr": learning_rate})
+
+
+def end_schedules_at(
+    scheduler: LRScheduler, ends: Iterable[tuple[Collection[nn.Parameter], int]], total_steps: int
+) -> None:
+    """Lets the learning rates of some parameters run through the whole of a schedule in fewer steps.
+
+    Args:
+        scheduler: Of one of transformers' schedules, over groups each of which holds parameters of one set alone.
+        ends: Sets of parameters, each with the number of steps of its schedule; 0 leaves the schedule as it is.
+        total_steps: Those of the scheduler's.
+
+    Raises:
+        ValueError: If the scheduler follows the loss, and no function of the step.
+    """
+    if not isinstance(scheduler, LambdaLR):
+        raise ValueError(
+            f"reach_anneal=True needs a schedule that is a function of the step, and {type(scheduler).__name__} "
+            "follows the loss; set lr_scheduler_type to one such as cosine or linear."
+        )
+    end_of = {id(parameter): end for parameters, end in ends for parameter in parameters}
+    for index, group in enumerate(scheduler.optimizer.param_groups):
+        end = end_of.get(id(group["params"][0])) if group["params"] else None
+        if end:
+            scheduler.lr_lambdas[index] = partial(_sooner, scheduler.lr_lambdas[index], total_steps / end, total_steps)
+
+
+def _sooner(factor: Callable[[Any], float], speed: float, total_steps: int, step: int) -> float:
+    return factor(min(step * speed, total_steps))

@@ -28,7 +28,7 @@ from lopt_hf.local.heads import LocalHeads
 from lopt_hf.local.hooks import BlockBoundary
 from lopt_hf.local.learner import LearnerEvents, LocalLearner
 from lopt_hf.local.methods.base import Method
-from lopt_hf.local.stepping import set_learning_rate
+from lopt_hf.local.stepping import end_schedules_at, set_learning_rate
 from lopt_hf.meters.drift import WeightDrift
 from lopt_hf.trainers.checkpoint import (
     HEADS_FILE,
@@ -178,6 +178,11 @@ class LocalLearningMixin(TrainerBase):
                 f"reach_rate={args.reach_rate!r} has no effect on an optimizer of your own; give the blocks parameter "
                 "groups with the rates that you want, and set reach_rate to 'none'."
             )
+        if args.reach_anneal and (self.optimizer is not None or self.lr_scheduler is not None):
+            raise ValueError(
+                "reach_anneal=True has no effect on an optimizer or a scheduler of your own; let the trainer make "
+                "both, or set it to False."
+            )
         if self.optimizer is None and not isinstance(self.model, PeftModel):
             advice = self.learner.method.rate_advice(self.learner, args.learning_rate)
             if advice is not None:
@@ -213,6 +218,10 @@ class LocalLearningMixin(TrainerBase):
         """Gives blocks the rates that `early_learning_rate` or `reach_rate` say, where they are not the run's."""
         rates = self.learner.learning_rates(self.args.learning_rate)
         learners = self.learner.learners()
+        if self.args.reach_anneal:  # a group for each block, as the schedules of their rates end apart
+            for block, rate in zip(learners[:-1], rates[:-1], strict=True):
+                set_learning_rate(optimizer, block, rate)
+            return
         for rate in dict.fromkeys(rates[:-1]):
             if rate != rates[-1] or self.args.early_learning_rate is not None:
                 members = [
@@ -220,8 +229,16 @@ class LocalLearningMixin(TrainerBase):
                 ]
                 set_learning_rate(optimizer, members, rate)
 
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """Makes the scheduler; with `reach_anneal` a block's part of it ends with the last step that reaches it."""
+        scheduler = super().create_scheduler(num_training_steps, *args, **kwargs)
+        if self.args.reach_anneal:
+            schedule, learners = self.learner.schedule, self.learner.learners()
+            ends = [(block, schedule.end(index, num_training_steps)) for index, block in enumerate(learners)]
+            end_schedules_at(scheduler, ends, num_training_steps)
+        return scheduler
+
     def _prepare_for_training(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[nn.Module, Any]:
-        self.learner.schedule.check_length(max_steps)
         # The early blocks' gradients are ready inside the forward, or do not follow from the forward's output; DDP's
         # reducer would wait for them, or see them twice. `GradientReducer` averages them instead.
         with ignored_by_ddp(self.model, [name for block in self.learner.owned()[:-1] for name in block]):
@@ -229,6 +246,13 @@ class LocalLearningMixin(TrainerBase):
         self._share_gradients()
         if self.learner.schedule.highest > 1:
             self._say(self._reach_line())
+            furthest = self.learner.schedule.furthest(max_steps)
+            if furthest < self.learner.schedule.highest:
+                self._say(
+                    f"The run's {max_steps} steps are too few for task_reach={self.args.task_reach}: the task's "
+                    f"gradient reaches the last {furthest} of {len(self.blocks)} blocks at most. Train longer, or "
+                    "put the furthest reach first."
+                )
         return prepared
 
     def _reach_line(self) -> str:

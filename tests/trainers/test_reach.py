@@ -1,13 +1,12 @@
 """The schedule of the task's gradient: exact at both ends of the dial, and in between what each step says."""
 
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import TrainerCallback
+from transformers import TrainerCallback, get_scheduler
 
 from lopt_hf import LoPTConfig
 from lopt_hf.local.blocks import untie_output_embeddings
@@ -167,13 +166,13 @@ def test_each_step_has_the_end_to_end_gradients_of_the_blocks_that_it_reaches(tm
 
 
 @pytest.mark.parametrize("unit", ["run", "step"])
-def test_a_run_that_is_too_short_for_its_schedule(tmp_path, unit):
-    trainer = make_trainer(tmp_path, task_reach=[1, 1, 1, 2], reach_unit=unit, max_steps=3, local_objective="none")
-    message = "task_reach=[1, 1, 1, 2] reaches 2 blocks at none of the run's 3 steps"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        trainer.train()
-    ReachSchedule((1, 1, 1, 2), 2, unit).check_length(4)
-    ReachSchedule((2, 1, 1, 1), 2, unit).check_length(1)
+def test_a_run_that_is_too_short_for_its_schedule_says_so(tmp_path, caplog, unit):
+    settings = {**NONE, "task_reach": [1, 1, 1, 2], "reach_unit": unit}
+    too_few = "The run's 3 steps are too few for task_reach=[1, 1, 1, 2]: the task's gradient reaches the last 1 of 2"
+    for steps in (4, 3):
+        make_trainer(tmp_path, **settings, max_steps=steps).train()
+        assert any(record.message.startswith(too_few) for record in caplog.records) is (steps == 3)
+    assert ReachSchedule((2, 1, 1, 1), 2, unit).furthest(1) == 2
 
 
 def test_a_step_changes_the_blocks_that_it_reaches(tmp_path):
@@ -313,9 +312,11 @@ def test_one_blocks_activations_and_gradients_at_a_time(tmp_path):
     assert peaks["reach"][1] <= 0.35 * peaks["joined"][1]
 
 
-@pytest.mark.parametrize("unit", ["step", "run", "microbatch"])
+@pytest.mark.parametrize("unit", ["step", "run", "annealed run", "microbatch"])
 def test_a_run_resumed_in_mid_cycle_equals_the_uninterrupted_one(tmp_path, unit):
     settings = {**NONE, "num_blocks": 4, "task_reach": [1, 2, 4], "reach_unit": unit, "max_steps": 8, **CLIPPED}
+    if unit == "annealed run":
+        settings |= {"reach_unit": "run", "reach_anneal": True, "task_reach": [4, 4, 4, 2, 1]}
     settings |= {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 1}
     settings |= {"reach_rate": "sqrt"} if unit == "step" else {}
     whole = make_trainer(tmp_path / "whole", **settings)
@@ -360,6 +361,45 @@ def test_rates_follow_from_how_often_a_block_is_reached(tmp_path, caplog, settin
     assert all(f"{rate:.3g}" in said for rate in rates) and "0.25, 0.5, 1" in said
 
 
+@pytest.mark.parametrize(("kind", "warmup"), [("linear", 0), ("cosine", 0.25)])
+def test_a_blocks_rate_runs_through_its_schedule_while_it_is_reached(tmp_path, kind, warmup):
+    class Rates(TrainerCallback):
+        def __init__(self) -> None:
+            self.seen: list[dict[int, float]] = []
+
+        def on_step_begin(self, args, state, control, optimizer, **kwargs):
+            self.seen.append({id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]})
+
+    rates = Rates()
+    settings = {**NONE, "num_blocks": 3, "task_reach": [3, 2, 1], "reach_unit": "run", "reach_anneal": True}
+    settings |= {"lr_scheduler_type": kind, "warmup_steps": warmup, "max_steps": 12}
+    trainer = make_trainer(tmp_path, None, {"callbacks": [rates]}, **settings)
+    trainer.train()
+    for names, steps in zip(trainer.learner.owned(), (4, 8, 12), strict=True):
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=trainer.args.learning_rate)
+        schedule = get_scheduler(kind, optimizer, int(warmup * steps), steps)  # that of a run of so many steps
+        expected = []
+        for _ in range(steps):
+            expected.append(schedule.get_last_lr()[0])
+            optimizer.step()
+            schedule.step()
+        for parameter in names.values():
+            seen = [of_step[id(parameter)] for of_step in rates.seen]
+            assert seen == pytest.approx(expected + [0.0] * (12 - steps))
+
+
+def test_annealing_needs_the_trainers_own_schedule(tmp_path):
+    settings = {**NONE, "task_reach": [2, 1], "reach_unit": "run", "reach_anneal": True}
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    with pytest.raises(ValueError, match="reach_anneal=True has no effect on an optimizer or a scheduler of your own"):
+        make_trainer(tmp_path, None, {"optimizers": (optimizer, None)}, **settings)
+    plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "metric_for_best_model": "loss"}
+    rows = {"eval_dataset": make_trainer(tmp_path).train_dataset}
+    trainer = make_trainer(tmp_path, None, rows, **settings, **plateau)
+    with pytest.raises(ValueError, match="ReduceLROnPlateau follows the loss; set lr_scheduler_type"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("text", ["[1,1,1,4]", "1,1,1,4", (1, 1, 1, 4)])
 def test_a_cycle_is_read_from_text(tmp_path, text):
     config = LoPTConfig(str(tmp_path), num_blocks=4, task_reach=text, **NONE)
@@ -401,6 +441,11 @@ def test_a_cycle_is_read_from_text(tmp_path, text):
         ),
         ({"task_reach": 2, "reconstruction_weight": 1.0}, "reconstruction_weight=1.0 does nothing"),
         ({"task_reach": 2, "local_update_interval": 2}, "local_update_interval=2 does nothing"),
+        ({"task_reach": [2, 1], "reach_anneal": True}, "reach_anneal=True does nothing with reach_unit='step'"),
+        (
+            {"task_reach": [2, 1], "reach_unit": "run", "reach_anneal": True, "local_objective": "reconstruction"},
+            "reach_anneal=True would end local_objective='reconstruction'",
+        ),
         ({"task_reach": 2, "optim": "lomo"}, "reach_recompute=True does not work with optim='lomo'"),
     ],
     ids=str,

@@ -135,6 +135,11 @@ class LoPTArguments(ReachArguments):
         super().check()
         if self.local_objective == "none":
             self._check_without_objective()
+        elif self.reach_anneal:
+            raise ValueError(
+                f"reach_anneal=True would end local_objective={self.local_objective!r} with the task's reach, which "
+                "goes on after; set it to False, or local_objective to 'none'."
+            )
 
     def _check_without_objective(self) -> None:
         for name in (*_RECONSTRUCTION, "local_backward", "local_update_interval"):
