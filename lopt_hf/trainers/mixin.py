@@ -264,6 +264,8 @@ class LocalLearningMixin(TrainerBase):
             f"task_reach={self.args.task_reach}: of the steps the task's gradient reaches each block at a share of "
             f"{', '.join(shares)} (first to last); learning rates {', '.join(rates)}"
         )
+        if self.args.reach_anneal:
+            line += ", each of which ends its schedule with the last step that reaches the block"
         if self.accelerator.num_processes == 1:
             return f"{line}."
         per_block = [sum(p.numel() * p.element_size() for p in ps if p.requires_grad) for ps in learner.learners()]

@@ -135,11 +135,10 @@ class LoPTArguments(ReachArguments):
         super().check()
         if self.local_objective == "none":
             self._check_without_objective()
-        elif self.reach_anneal:
-            raise ValueError(
-                f"reach_anneal=True would end local_objective={self.local_objective!r} with the task's reach, which "
-                "goes on after; set it to False, or local_objective to 'none'."
-            )
+
+    @property
+    def learns_after_reach(self) -> bool:
+        return self.local_objective != "none"
 
     def _check_without_objective(self) -> None:
         for name in (*_RECONSTRUCTION, "local_backward", "local_update_interval"):

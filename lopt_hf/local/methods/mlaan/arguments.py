@@ -159,11 +159,6 @@ class MLAANSettings(ReachArguments):
 
     def check(self) -> None:
         super().check()
-        if self.reach_anneal:
-            raise ValueError(
-                "reach_anneal=True would end the blocks' own objective with the task's reach, which MLAAN's goes on "
-                "after; set it to False."
-            )
         highest = max(read_cycle(self.task_reach))
         if 1 < highest <= self.window:
             raise ValueError(
