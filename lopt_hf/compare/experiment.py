@@ -99,8 +99,11 @@ class GridEvaluation:
 
     def _settings(self) -> dict[str, Any]:
         grid = self.grid
+        counts = {run.method: run.num_train for run in grid.runs()}
+        rows = f"{grid.num_train} rows for each run"
+        rows += "".join(f", {count} of {method}" for method, count in counts.items() if count != grid.num_train)
         return {
-            "train_dataset": f"{grid.train_dataset}, split {grid.train_split}: {grid.num_train} rows for each run",
+            "train_dataset": f"{grid.train_dataset}, split {grid.train_split}: {rows}",
             "heldout_dataset": f"{grid.heldout_dataset}, split {grid.heldout_split}: {grid.num_heldout} rows",
             "seeds": list(grid.seeds),
             "training": {**grid.training, **arithmetic_argument(grid, grid.training)},

@@ -9,7 +9,7 @@ from typing import Any
 
 from lopt_hf.common.arithmetic import DTYPE_HELP, read_dtype
 from lopt_hf.common.compared_methods import PEERS
-from lopt_hf.common.settings import check_distinct, check_lowest, option, suggest
+from lopt_hf.common.settings import check_at_least, check_distinct, check_lowest, option, suggest
 from lopt_hf.common.typed import check_types, check_value
 from lopt_hf.common.yaml_files import load_settings
 from lopt_hf.data.mirror import given_data_dir
@@ -28,6 +28,7 @@ class GridRun:
         method: Label of the method.
         learning_rate: Peak learning rate.
         seed: Seed of the drawn training rows, of their order and of new weights.
+        num_train: How many rows are drawn.
         arguments: Arguments of `lopt-hf sft`, without data and output folder; `method: mlaan` is `lopt-hf mlaan`,
             and a method of `PEERS` is one of `lopt-hf peers`.
     """
@@ -35,6 +36,7 @@ class GridRun:
     method: str
     learning_rate: float
     seed: int
+    num_train: int
     arguments: Mapping[str, Any]
 
     @property
@@ -72,7 +74,7 @@ class Grid:
         metadata={
             "help": "Label -> arguments of lopt-hf sft, with method: mlaan of lopt-hf mlaan, with "
             f"{', '.join(PEERS)} of lopt-hf peers. "
-            "Also learning_rates, in place of the grid's, and "
+            "Also learning_rates and num_train, in place of the grid's, and "
             f"{EARLY_RATE_RATIO}: the early blocks' rate as a share of the run's."
         }
     )
@@ -177,10 +179,11 @@ class Grid:
     def _run(self, method: str, learning_rate: float, seed: int) -> GridRun:
         arguments = {**self.training, **self.methods[method], "learning_rate": learning_rate, "seed": seed}
         arguments.pop("learning_rates", None)
+        num_train = arguments.pop("num_train", self.num_train)
         ratio = arguments.pop(EARLY_RATE_RATIO, None)
         if ratio is not None:
             arguments["early_learning_rate"] = float(f"{ratio * learning_rate:.6g}")
-        return GridRun(method, learning_rate, seed, arguments)
+        return GridRun(method, learning_rate, seed, num_train, arguments)
 
 
 def load_grid(path: Path, data_dir: Path | None = None, **overrides: Any) -> Grid:
@@ -236,6 +239,7 @@ def _check_option_types(settings: Mapping[str, Any]) -> None:
     if "max_length" in settings["training"]:
         check_value("training.max_length", settings["training"]["max_length"], int)
     for method, options in settings["methods"].items():
-        types = {"learning_rates": Sequence[float], EARLY_RATE_RATIO: float}
+        types = {"learning_rates": Sequence[float], "num_train": int, EARLY_RATE_RATIO: float}
         for name in types.keys() & options.keys():
             check_value(f"methods.{method}.{name}", options[name], types[name])
+        check_at_least(f"methods.{method}.num_train", options.get("num_train", 1), 1)

@@ -110,7 +110,7 @@ def prepare_data(grid: Grid) -> None:
     is_stale = stored != settings and not is_trained
     if is_stale:
         record.unlink(missing_ok=True)  # first: what a kill leaves half prepared is prepared again
-    counts = {"train": grid.num_train, "heldout": grid.num_heldout}
+    counts = {"train": max(run.num_train for run in grid.runs()), "heldout": grid.num_heldout}
     for name, count in counts.items():
         target = grid.output_path / "data" / f"{name}.jsonl"
         if is_stale or not target.is_file():
@@ -202,7 +202,7 @@ def _arguments(grid: Grid, run: GridRun, output_dir: Path) -> dict[str, Any]:
         **arithmetic_argument(grid, run.arguments),
         "model_name_or_path": resolve_model(grid.model),
         "dataset_name": str(grid.output_path / "data" / "train.jsonl"),
-        "dataset_max_samples": grid.num_train,
+        "dataset_max_samples": run.num_train,
         "output_dir": str(output_dir),
     }
 

@@ -145,6 +145,20 @@ def test_interrupted_training_starts_that_run_anew(config: Path, tmp_path: Path,
     assert not left.exists()
 
 
+def test_a_method_with_more_rows_than_the_others(config: Path, tmp_path: Path, trained_here: list[str]) -> None:
+    """As when a cheaper method trains for the same time."""
+    change(config, methods={"end-to-end": {"method": "e2e"}, "more": {"method": "e2e", "num_train": 12}}, contrasts=[])
+    compare.main(["--config", str(config)])
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert report["settings"]["train_dataset"].endswith("8 rows for each run, 12 of more")
+    for label, steps in (("end-to-end", 2), ("more", 3)):
+        state = tmp_path / "out" / "runs" / f"{label}_lr0.01_seed0" / "model" / "trainer_state.json"
+        assert json.loads(state.read_text(encoding="utf-8"))["global_step"] == steps
+    change(config, methods={"more": {"num_train": 100}})
+    with pytest.raises(SystemExit):
+        compare.main(["--config", str(config), "--output-dir", str(tmp_path / "new")])
+
+
 def change(config: Path, **settings: Any) -> None:
     stored = yaml.safe_load(config.read_text(encoding="utf-8"))
     config.write_text(yaml.safe_dump({**stored, **settings}, sort_keys=False), encoding="utf-8")

@@ -58,7 +58,7 @@ def test_every_method_rate_and_seed_is_one_run() -> None:
     ],
 )
 def test_each_method_has_its_command(method: str, command: str, left: dict[str, Any]) -> None:
-    run = GridRun("a method", 1e-4, 0, {"method": method, "max_length": 64})
+    run = GridRun("a method", 1e-4, 0, 8, {"method": method, "max_length": 64})
     assert (run.command, run.command_arguments) == (command, {**left, "max_length": 64})
 
 
@@ -101,6 +101,8 @@ def test_bad_settings(tmp_path: Path, changes: dict[str, Any], message: str) -> 
             "methods: {a: {early_learning_rate_ratio: half}}",
             "methods.a.early_learning_rate_ratio='half' must be a number",
         ),
+        ("methods: {a: {num_train: 0}}", "methods.a.num_train=0 must be at least 1"),
+        ("methods: {a: {num_train: '8'}}", "methods.a.num_train='8' must be a whole number"),
         ("methods: {a: {learning_rates: [0]}}", "methods.a.learning_rates: 0 is no learning rate"),
         ("workers: two", "workers='two' must be a whole number; write it without quotes"),
         ("seeds: 3", "seeds=3 must be a list of whole numbers"),
