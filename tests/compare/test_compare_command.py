@@ -151,7 +151,7 @@ def test_a_method_with_more_rows_than_the_others(config: Path, tmp_path: Path, t
     compare.main(["--config", str(config)])
     report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
     assert report["settings"]["train_dataset"].endswith("8 rows for each run, 12 of more")
-    for label, steps in (("end-to-end", 2), ("more", 3)):
+    for label, steps in (("end-to-end", 6), ("more", 9)):  # of 4 rows, three times over
         state = tmp_path / "out" / "runs" / f"{label}_lr0.01_seed0" / "model" / "trainer_state.json"
         assert json.loads(state.read_text(encoding="utf-8"))["global_step"] == steps
     change(config, methods={"more": {"num_train": 100}})

@@ -101,7 +101,7 @@ def test_bad_settings(tmp_path: Path, changes: dict[str, Any], message: str) -> 
             "methods: {a: {early_learning_rate_ratio: half}}",
             "methods.a.early_learning_rate_ratio='half' must be a number",
         ),
-        ("methods: {a: {num_train: 0}}", "methods.a.num_train=0 must be at least 1"),
+        ("methods: {a: {num_train: 0}}", "methods.a.num_train=0 is too small; set it to 1 or more"),
         ("methods: {a: {num_train: '8'}}", "methods.a.num_train='8' must be a whole number"),
         ("methods: {a: {learning_rates: [0]}}", "methods.a.learning_rates: 0 is no learning rate"),
         ("workers: two", "workers='two' must be a whole number; write it without quotes"),
