@@ -1,4 +1,4 @@
-.PHONY: demo test check-fast gpu-check test-changed types quality figures notebooks docs
+.PHONY: demo test check-fast gpu-check test-changed types quality workflows figures notebooks docs
 
 demo:  ## the main job on this machine: fine-tune SmolLM2-135M with LoPT, compare before and after
 	lopt-hf demo
@@ -20,9 +20,16 @@ test-changed:
 types:
 	mypy
 
-quality: types  ## lint, format, types
+quality: types workflows  ## lint, format, types, the files for GitHub
 	ruff check .
 	ruff format --check .
+
+workflows:  ## the files for GitHub, against their schemas
+	check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/idea.yml
+	check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 
 figures:  ## the drawings in the README
 	python docs/assets/draw_mechanism.py
