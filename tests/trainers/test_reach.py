@@ -165,6 +165,20 @@ def test_each_step_has_the_end_to_end_gradients_of_the_blocks_that_it_reaches(tm
                     torch.testing.assert_close(gradients[name], expected[name], rtol=1e-6, atol=1e-9)
 
 
+def test_half_the_reach_in_twice_the_blocks_holds_fewer_activations_and_trains_the_same(tmp_path):
+    """`[4, 2, 2, 2]` of four blocks is `[2, 1, 1, 1]` of two, whose last block is then computed in two parts."""
+    settings = {**NONE, "reach_unit": "run", "max_steps": 4, **CLIPPED, "clip_scope": "global"}
+    ends, bytes_held = [], []
+    for blocks, reach in ((2, [2, 1, 1, 1]), (4, [4, 2, 2, 2])):
+        trainer = make_trainer(tmp_path, num_blocks=blocks, task_reach=reach, **settings)
+        with SavedBytes(trainer.model) as meter:
+            trainer.train()
+        bytes_held.append(meter.peak)
+        ends.append({name: tensor for name, tensor in trainer.model.state_dict().items()})
+    assert_equal(*ends)
+    assert bytes_held[1] < bytes_held[0]
+
+
 @pytest.mark.parametrize("unit", ["run", "step"])
 def test_a_run_that_is_too_short_for_its_schedule_says_so(tmp_path, caplog, unit):
     settings = {**NONE, "task_reach": [1, 1, 1, 2], "reach_unit": unit}
