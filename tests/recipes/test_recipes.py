@@ -89,7 +89,8 @@ SMOLLM2_RECIPES = {
     "e2e": {"method": "e2e"},
     "lopt_k2": {"method": "lopt", "num_blocks": 2, "train_early_blocks": True},
     "lopt_k4": {"method": "lopt", "num_blocks": 4, "train_early_blocks": True},
-    "reach_k4": {"num_blocks": 4, "task_reach": [1, 1, 1, 4], "local_objective": "none"},
+    "reach_k2": {"num_blocks": 2, "task_reach": [2, 1, 1, 1], "reach_unit": "run", "local_objective": "none"},
+    "reach_k4": {"num_blocks": 4, "task_reach": [4, 2, 2, 2], "reach_unit": "run", "local_objective": "none"},
     "freeze": {"method": "lopt", "num_blocks": 2, "train_early_blocks": False},
     "lora": {"method": "e2e", "use_peft": True, "lora_r": 16, "learning_rate": 2e-4},
 }
