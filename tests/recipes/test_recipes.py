@@ -12,7 +12,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
 from lopt_hf.compare.grid import load_grid
-from lopt_hf.scripts import dpo, grpo, mlaan, pipeline, repl, sft
+from lopt_hf.scripts import dpo, grpo, mlaan, peers, pipeline, repl, sft
 from lopt_hf.scripts.parsing import chosen_method
 from tests.machine import set_machine
 
@@ -30,6 +30,7 @@ PARSERS = {
     "pipeline": pipeline.make_parser,
     "repl": repl.make_parser,
     "mlaan": mlaan.make_parser,
+    "peers": peers.make_parser,
 }  # by the recipe's folder
 
 # LoPT, arXiv 2605.04913 v3
@@ -227,7 +228,10 @@ def test_smollm2_recipes_of_other_losses_differ_in_the_method_only(task: str) ->
     of_the_method = {"method", "num_blocks", "reconstruction_weight", "early_learning_rate", "output_dir"}
     assert {key for key in lopt.keys() | e2e.keys() if lopt.get(key) != e2e.get(key)} == of_the_method
     assert lopt["early_learning_rate"] == pytest.approx(lopt["learning_rate"] / 10)
-    assert {path.stem for path in folder.glob("*.yaml")} == {"lopt_k2", "e2e"}
+    reach = yaml.safe_load((folder / "reach_k2.yaml").read_text())
+    of_the_method = {"method", "num_blocks", "task_reach", "reach_unit", "local_objective", "output_dir"}
+    assert {key for key in reach.keys() | e2e.keys() if reach.get(key) != e2e.get(key)} == of_the_method
+    assert {path.stem for path in folder.glob("*.yaml")} == {"lopt_k2", "reach_k2", "e2e"}
 
 
 @pytest.mark.parametrize("name", SMOLLM2_RECIPES)
