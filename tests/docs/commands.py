@@ -4,8 +4,8 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
+from lopt_hf.common.packaged import find_accelerate_config, find_config
 from lopt_hf.compare.grid import load_grid
 from lopt_hf.scripts import (
     bench,
@@ -20,13 +20,14 @@ from lopt_hf.scripts import (
     pipeline_export,
     pipeline_simulate,
     plan,
+    recipes,
     repl,
     retention,
     sft,
 )
 from lopt_hf.scripts.parsing import chosen_method, parse_or_exit
 from lopt_hf.scripts.settings import with_dashes
-from tests.docs.markdown import ROOT, blocks
+from tests.docs.markdown import blocks
 
 PLAIN = {
     "bench": bench,
@@ -36,6 +37,7 @@ PLAIN = {
     "pipeline export": pipeline_export,
     "pipeline simulate": pipeline_simulate,
     "plan": plan,
+    "recipes": recipes,
     "retention": retention,
 }
 RECIPES = {
@@ -77,7 +79,7 @@ def as_command(words: list[str]) -> tuple[str, list[str]] | None:
         module = words.index("-m") + 1
         launched, name, arguments = words[2 : module - 1], words[module].rpartition(".")[2], words[module + 1 :]
         if "--config_file" in launched:
-            assert (ROOT / launched[launched.index("--config_file") + 1]).is_file(), launched
+            assert find_accelerate_config(launched[launched.index("--config_file") + 1]).is_file(), launched
         assert words[module] == f"lopt_hf.scripts.{name}"
     else:
         return None
@@ -104,4 +106,4 @@ def parse(name: str, arguments: list[str]) -> None:
         sys.exit(f"there is no command lopt-hf {name}")
     options = PLAIN[name].make_parser().parse_args(with_dashes(arguments))
     if name == "compare":
-        load_grid(Path(options.config))
+        load_grid(find_config(options.config))
