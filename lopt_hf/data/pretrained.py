@@ -78,10 +78,12 @@ def _is_hub_reachable() -> bool:
 def _converted_checkpoint(cache_dir: Path) -> Path:
     """Return the folder of the converted model, converting it first where that has not been done yet."""
     checkpoint = cache_dir / SMOLLM2_ID.rpartition("/")[2]
+    if checkpoint.is_dir():  # it appears whole; reading it needs no lock, for which the folder may not be writable
+        logger.info("%s: no hub, using the checkpoint converted earlier: %s", SMOLLM2_ID, checkpoint)
+        return checkpoint
     cache_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{checkpoint}.lock"):  # the processes of a distributed launch come here together
-        if checkpoint.is_dir():
-            logger.info("%s: no hub, using the checkpoint converted earlier: %s", SMOLLM2_ID, checkpoint)
+        if checkpoint.is_dir():  # another process has converted it meanwhile
             return checkpoint
         if not is_gguf_available():
             raise ImportError(

@@ -228,3 +228,17 @@ def test_real_conversion(tmp_path: Path, no_hub: None) -> None:
     output = model.generate(**inputs, max_new_tokens=20, do_sample=False)
     assert "Paris" in tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
     model.save_pretrained(tmp_path / "again")  # a quantised model would refuse
+
+
+def test_a_converted_checkpoint_is_read_where_nothing_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_hub: None
+) -> None:
+    checkpoint = tmp_path / SMOLLM2_ID.rpartition("/")[2]
+    checkpoint.mkdir()
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError("read-only file system")
+
+    monkeypatch.setattr(pretrained, "FileLock", refuse)
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert resolve_model(SMOLLM2_ID, tmp_path) == str(checkpoint)

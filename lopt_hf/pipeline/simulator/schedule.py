@@ -31,6 +31,8 @@ __all__ = [
     "simulate_all",
 ]
 
+MOST_FORWARDS = 5_000_000  # simulated at a time, with what belongs to them: ours, minutes and 3 GB
+
 
 class UnfitWorkloadError(ValueError):
     """The number of micro-batches does not fit the schedule."""
@@ -190,13 +192,12 @@ def simulate(schedule: str, workload: Workload) -> ScheduleResult:
         workload: The step and the hardware.
 
     Raises:
-        ValueError: If there is no such schedule.
+        ValueError: If there is no such schedule, or if it is too large to simulate.
         UnfitWorkloadError: If the micro-batches do not fit it.
     """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule={schedule!r}: choose among {', '.join(SCHEDULES)}.")
+    _check_size([schedule], [workload])
     chosen, ranks = SCHEDULES[schedule], workload.times.num_stages
-    chunks = workload.virtual_stages if chosen.has_virtual_stages else 1
+    chunks = _chunks(schedule, workload)
     _check_rounds(schedule, ranks, chunks, workload.microbatches)
     steps = _steps(chosen.is_local, workload)
     orders = make_orders(chosen, ranks, chunks, workload.microbatches, sum(steps))
@@ -220,8 +221,9 @@ def simulate_all(schedules: Sequence[str], workloads: Sequence[Workload]) -> tup
         The results, and for each pair that is missing why.
 
     Raises:
-        ValueError: If there is no such schedule, or no result at all.
+        ValueError: If there is no such schedule, no result at all, or if they are too large to simulate.
     """
+    _check_size(schedules, workloads)
     results: list[ScheduleResult] = []
     reasons: list[UnfitWorkloadError] = []
     for workload in workloads:
@@ -233,6 +235,29 @@ def simulate_all(schedules: Sequence[str], workloads: Sequence[Workload]) -> tup
     if not results:
         raise reasons[0]
     return results, [str(reason) for reason in reasons]
+
+
+def _check_size(schedules: Sequence[str], workloads: Sequence[Workload]) -> None:
+    for schedule in schedules:
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule={schedule!r}: choose among {', '.join(SCHEDULES)}.")
+    number = sum(_num_forwards(schedule, workload) for schedule in schedules for workload in workloads)
+    if number > MOST_FORWARDS:
+        largest = max(workloads, key=lambda workload: workload.times.num_stages * workload.microbatches)
+        raise ValueError(
+            f"stages={largest.times.num_stages} with microbatches={largest.microbatches}, "
+            f"channel_depth={largest.channel_depth} and virtual_stages={largest.virtual_stages}: {number:,} forwards "
+            f"in all, and at most {MOST_FORWARDS:,} are simulated; lower one of these, or name fewer schedules."
+        )
+
+
+def _chunks(schedule: str, workload: Workload) -> int:
+    return workload.virtual_stages if SCHEDULES[schedule].has_virtual_stages else 1
+
+
+def _num_forwards(schedule: str, workload: Workload) -> int:
+    stages = workload.times.num_stages * _chunks(schedule, workload)
+    return stages * workload.microbatches * sum(_steps(SCHEDULES[schedule].is_local, workload))
 
 
 class _Steps(NamedTuple):

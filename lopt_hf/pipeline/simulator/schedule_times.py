@@ -13,6 +13,7 @@ from lopt_hf.pipeline.simulator.schedule import StageTimes
 __all__ = ["TimesSource", "read_times"]
 
 DEFAULT_STAGES = 4
+MOST_STAGES = 10_000  # ours: far beyond any pipeline, and still simulated in minutes
 LISTS = ("forward", "backward", "local", "optimizer")
 NUMBERS = ("message_bytes", "tokens_per_microbatch")
 
@@ -53,10 +54,12 @@ class TimesSource:
         """Returns the times for a number of stages.
 
         Raises:
-            ValueError: If the times are those of another number of stages.
+            ValueError: If the times are those of another number of stages, or if there are none or too many of these.
         """
         if stages < 1:
             raise ValueError(f"stages={stages}: must be at least 1.")
+        if stages > MOST_STAGES:
+            raise ValueError(f"stages={stages}: must be at most {MOST_STAGES:,}.")
         if self.whole_model:
             mean_local = statistics.fmean(self.local if len(self.local) == 1 else self.local[:-1])
             forward, backward, optimizer = (
