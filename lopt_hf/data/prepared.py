@@ -5,7 +5,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-__all__ = ["check_prepared", "say_what_was_cut"]
+__all__ = ["check_answers_fit", "check_prepared", "say_what_was_cut"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +39,44 @@ def check_prepared(dataset: Any, args: Any, name: str = "train_dataset") -> None
     else:
         is_trained_on = len(dataset) > 0
     if not is_trained_on:
-        raise ValueError(
-            f"max_length={max_length} cuts off every answer: no row of the {name} has {what} left to train on; raise "
-            "max_length, or shorten the prompts."
-        )
+        raise _all_cut(max_length, name, what)
+
+
+def check_answers_fit(dataset: Any, tokenizer: Any, args: Any, name: str = "train_dataset") -> None:
+    """Checks before a model is loaded that a length leaves something of an answer, as `check_prepared` does later.
+
+    Args:
+        dataset: Prompts and completions, as texts or as messages; anything else, and a stream, passes.
+        tokenizer: The model's tokenizer.
+        args: Arguments of `SFTTrainer`.
+        name: The data set's name, for the message.
+
+    Raises:
+        ValueError: If every prompt fills the length.
+    """
+    if not isinstance(dataset, Dataset) or not {"prompt", "completion"} <= set(dataset.column_names):
+        return
+    cuts_ends = args.max_length is not None and args.truncation_mode == "keep_start"
+    splits = args.packing and args.packing_strategy != "bfd"  # what is over the length goes into the next row
+    if not cuts_ends or splits or args.completion_only_loss is False or args.chat_template_path is not None:
+        return
+    if not any(_prompt_length(row["prompt"], tokenizer) < args.max_length for row in dataset):
+        raise _all_cut(args.max_length, name, "a token")
+
+
+def _prompt_length(prompt: str | list[dict[str, Any]], tokenizer: Any) -> int:
+    if isinstance(prompt, str):
+        return len(tokenizer(prompt, verbose=False)["input_ids"])
+    if tokenizer.chat_template is None:  # the trainer says so
+        return 0
+    return len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+
+def _all_cut(max_length: int, name: str, what: str) -> ValueError:
+    return ValueError(
+        f"max_length={max_length} cuts off every answer: no row of the {name} has {what} left to train on; raise "
+        "max_length, or shorten the prompts."
+    )
 
 
 def _differs(row: dict[str, Any], max_length: int) -> bool:

@@ -179,11 +179,20 @@ def untie_output_embeddings(model: PreTrainedModel) -> bool:
 
     Returns:
         Whether the weights had been tied.
+
+    Raises:
+        ValueError: If an adapter keeps them tied.
     """
     embeddings: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
     if head.weight is not embeddings.weight:
         return False
+    if "weight" not in dict(head.named_parameters(recurse=False)):  # a wrapper, which PEFT ties anew when it loads it
+        raise ValueError(
+            "ensure_weight_tying=True makes one weight of the adapter's input embedding and LM head, which belong to "
+            "the first and to the last block; leave it out, so that each learns for itself, or set tied_embeddings to "
+            "'freeze'."
+        )
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
     model.config.get_text_config(decoder=True).tie_word_embeddings = False
     model.config.tie_word_embeddings = False

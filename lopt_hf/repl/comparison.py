@@ -4,7 +4,6 @@ import copy
 import json
 import sys
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -18,6 +17,7 @@ from lopt_hf.common.arithmetic import DTYPE_HELP, arithmetic_of
 from lopt_hf.common.files import write_text
 from lopt_hf.common.settings import check_distinct, check_lowest, option
 from lopt_hf.data.mirror import DATA_DIR_HELP
+from lopt_hf.data.prepared import check_answers_fit
 from lopt_hf.data.pretrained import resolve_model
 from lopt_hf.data.texts import prose, read_text
 from lopt_hf.repl.config import RepLConfig
@@ -141,10 +141,22 @@ class Comparison:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(self.name)
         if self.script_args.scratch is not None:
             check_scratch(self.config)
+        for text in self.script_args.compare:
+            parse_variant(text, self.config)
         self.calibration, evaluation = read_texts(self.script_args)
         length, count = self.script_args.eval_chunk_length, self.script_args.eval_chunks
         self.chunks_BT = cut_chunks(self.tokenizer, evaluation, length, count)
+        self.dataset = self._load_dataset()
         self.rows: list[Row] = []
+
+    def _load_dataset(self) -> Dataset | None:
+        """The data that the models are trained on, checked before one is loaded."""
+        name, data_dir = self.script_args.dataset_name, self.script_args.data_dir
+        if name is None:
+            return None
+        dataset = healing_data(name, self.tokenizer, self.args.max_length or 512, data_dir)
+        check_answers_fit(dataset, self.tokenizer, self.args, f"data set {name}")
+        return dataset
 
     def describe_arithmetic(self) -> str:
         """Says in which types models are trained and evaluated, and why, in one line."""
@@ -200,16 +212,11 @@ class Comparison:
 
     def train(self, name: str, model: Any, seed: int, removed: list[int]) -> Any:
         """Trains a model, adds its row and returns it."""
+        assert self.dataset is not None
         start = perf_counter()
         trained = heal(model, seed, self.dataset, self.args, self.model_args, self.tokenizer)
         self.measure(name, trained, seed=seed, seconds=perf_counter() - start, removed=removed)
         return trained
-
-    @cached_property
-    def dataset(self) -> Dataset:
-        """The data that the models are trained on."""
-        given = self.script_args
-        return healing_data(str(given.dataset_name), self.tokenizer, self.args.max_length or 512, given.data_dir)
 
     def save(self, repl: Any) -> None:
         """Writes `unfolded`, `folded`, the report as JSON and its table as Markdown."""

@@ -13,6 +13,8 @@ from lopt_hf.common.arithmetic import pick_bf16
 from lopt_hf.common.settings import option
 from lopt_hf.data.formats import to_trl_format
 from lopt_hf.data.loading import load_sft_dataset
+from lopt_hf.data.prepared import check_prepared
+from lopt_hf.data.rows import RowError
 from lopt_hf.data.texts import is_text, read_text
 from lopt_hf.repl.model import RepLModel
 
@@ -41,12 +43,25 @@ class HealingConfig(SFTConfig):
 
 
 def healing_data(name: str, tokenizer: Any, length: int, data_dir: str | None = None) -> Dataset:
-    """Loads healing data; text is cut into rows of `length` tokens."""
+    """Loads healing data; text is cut into rows of `length` tokens.
+
+    Raises:
+        ValueError: If the data cannot be read or trained on; names the row.
+        FileNotFoundError: If they cannot be found.
+    """
     if not is_text(name):
-        return to_trl_format(load_sft_dataset(name, data_dir=data_dir))  # type: ignore[return-value]
+        try:
+            return to_trl_format(load_sft_dataset(name, data_dir=data_dir))  # type: ignore[return-value]
+        except RowError as error:
+            raise RowError(f"dataset_name={name}, {error}") from error
     text = read_text(name, "dataset_name", data_dir)
     token_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     rows = [token_ids[start : start + length] for start in range(0, len(token_ids) - length + 1, length)]
+    if not rows:
+        raise ValueError(
+            f"dataset_name={name!r} has {len(token_ids)} tokens, less than one row of max_length={length}; give a "
+            "longer text, or lower max_length."
+        )
     return Dataset.from_dict({"input_ids": rows})
 
 
@@ -141,6 +156,7 @@ def heal(model: Any, seed: int, dataset: Dataset, args: HealingConfig, model_arg
         peft_config.modules_to_save = ["surrogate"]
     kind: Any = RepLTrainer if is_repl else SFTTrainer
     trainer = kind(model, args=run_args, train_dataset=dataset, processing_class=tokenizer, peft_config=peft_config)
+    check_prepared(trainer.train_dataset, run_args)
     trainer.train()
     trained = trainer.model
     return trained.merge_and_unload() if peft_config is not None else trained

@@ -26,7 +26,7 @@ from lopt_hf.scripts.parsing import make_trl_parser, refuse_method
 from lopt_hf.scripts.training import DataArguments, MethodArguments, load_rows, prepare, run_training
 from lopt_hf.trainers.checks import check_rewards
 from lopt_hf.trainers.configs import LoPTGRPOConfig, convert_config
-from lopt_hf.trainers.grpo import LoPTGRPOTrainer
+from lopt_hf.trainers.grpo import LoPTGRPOTrainer, TruncationWarning
 
 __all__ = ["GRPOScriptArguments", "find_reward", "main", "make_parser"]
 
@@ -114,7 +114,8 @@ def make_trainer(script_args: GRPOScriptArguments, args: LoPTGRPOConfig, model_a
     model, given = prepare(script_args, args, model_args, load_split)
     if script_args.method == "e2e":
         check_rewards(rewards, given["train_dataset"])
-        return GRPOTrainer(model, rewards, convert_config(args, GRPOConfig), **given)
+        said: list[Any] = [TruncationWarning(args.max_completion_length)]
+        return GRPOTrainer(model, rewards, convert_config(args, GRPOConfig), callbacks=said, **given)
     return LoPTGRPOTrainer(model, rewards, args, **given)
 
 

@@ -18,20 +18,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from datasets import Dataset, IterableDataset
+from transformers import AutoTokenizer
 from trl import ModelConfig, TrlParser
 
 from lopt_hf.common.parent import end_with_parent
+from lopt_hf.common.resuming import find_checkpoint
 from lopt_hf.common.settings import option
+from lopt_hf.data.prepared import check_answers_fit
 from lopt_hf.pipeline.runtime.config import MLAANPipelineConfig, PipelineConfig
 from lopt_hf.pipeline.runtime.health import PipelineError, report_failure
 from lopt_hf.pipeline.runtime.launch import Rendezvous
-from lopt_hf.pipeline.runtime.run import launch_stages, run_stage
+from lopt_hf.pipeline.runtime.run import StageConfig, find_model, launch_stages, run_stage
 from lopt_hf.scripts import pipeline_export, pipeline_simulate
 from lopt_hf.scripts.launching import launch_if_asked
 from lopt_hf.scripts.parsing import chosen_method, make_trl_parser, parse_or_exit, refuse_method
 from lopt_hf.scripts.settings import UsageExit
 from lopt_hf.scripts.sft import SFTDataArguments, load_split
 from lopt_hf.scripts.training import load_checked, subsample
+from lopt_hf.trainers.checks import check_optimizer
 
 __all__ = ["main", "make_parser"]
 
@@ -79,10 +83,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     refuse_method("pipeline", arguments, _REFUSED_METHODS)
     launch_if_asked("pipeline", arguments, lambda given: parse_or_exit(make_parser(chosen_method(given)), given))
     if "RANK" not in os.environ:
-        data_args, args, _, launch_args = parse_or_exit(make_parser(chosen_method(arguments)), arguments)
-        try:  # the stages read the data again; here an error in them is one line
-            load_checked(load_split, data_args, data_args.dataset_train_split, args.seed)
-        except (ValueError, OSError) as error:
+        data_args, args, model_args, launch_args = parse_or_exit(make_parser(chosen_method(arguments)), arguments)
+        try:
+            _check_input(data_args, args, model_args)
+        except (ValueError, OSError, ImportError) as error:
             raise UsageExit(f"lopt-hf pipeline: {error}") from error
         # Chosen here, or each stage would time the machine while the others start
         dtype = [] if args.fp16 else ["--bf16", str(args.bf16).lower()]
@@ -109,6 +113,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"lopt-hf pipeline: rank {rendezvous.rank} stops: {reason}")
     except PipelineError:
         sys.exit(1)  # the monitor has said why
+
+
+def _check_input(data_args: SFTDataArguments, args: StageConfig, model_args: ModelConfig) -> None:
+    """Reads what the stages will read: here an error in it is one line."""
+    find_checkpoint(str(args.output_dir), args.resume_from_checkpoint)
+    check_optimizer(args)
+    rows = load_checked(load_split, data_args, data_args.dataset_train_split, args.seed)
+    rows = subsample(rows, data_args.dataset_max_samples, args.seed)
+    model, _ = find_model(args, model_args)
+    check_answers_fit(rows, AutoTokenizer.from_pretrained(model, revision=model_args.model_revision), args)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from lopt_hf.repl.report import to_markdown
 from lopt_hf.repl.trainer import HealingConfig
 from lopt_hf.scripts.parsing import make_trl_parser, parse_or_exit
 from lopt_hf.scripts.settings import UsageExit
+from lopt_hf.trainers.checks import check_optimizer
 
 __all__ = ["main", "make_parser"]
 
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if model_args.model_name_or_path is None:
             raise ValueError("model_name_or_path is missing; give --model with a hub id or a local folder.")
         check_output_dir(args.output_dir)
+        check_optimizer(args)
         comparison = Comparison(script_args, config, args, model_args)
         print(comparison.describe_arithmetic(), flush=True)
         comparison.run()

@@ -26,7 +26,7 @@ from lopt_hf.data.rows import RowError
 from lopt_hf.scripts.launching import launch_if_asked
 from lopt_hf.scripts.parsing import parse_or_exit
 from lopt_hf.scripts.settings import UsageExit
-from lopt_hf.trainers.checks import check_output_dir
+from lopt_hf.trainers.checks import check_optimizer, check_output_dir
 from lopt_hf.trainers.mixin import LocalLearningMixin
 
 __all__ = [
@@ -182,6 +182,7 @@ def prepare(
     """
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is missing; give a hub id or a local folder.")
+    check_optimizer(args)
     args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,

@@ -7,14 +7,23 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 from peft import PeftModel, PrefixTuningConfig
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 from trl.data_utils import get_dataset_column_names
 
 from lopt_hf.local.blocks import find_decoder_stack, split_layers
 
-__all__ = ["check_dataset", "check_fsdp", "check_model", "check_output_dir", "check_rewards", "check_sft_dataset"]
+__all__ = [
+    "check_dataset",
+    "check_fsdp",
+    "check_model",
+    "check_optimizer",
+    "check_output_dir",
+    "check_rewards",
+    "check_sft_dataset",
+]
 
 # What `GRPOTrainer` (TRL 1.16) calls a reward function with besides the training set's columns, but for these two
 _REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -37,6 +46,21 @@ def check_output_dir(output_dir: str, resume_from_checkpoint: str | bool | None)
             f"output_dir={output_dir!r} holds another run's checkpoints (the last is {os.path.basename(last)!r}); "
             "continue that run with resume_from_checkpoint=True, or choose another output_dir."
         )
+
+
+def check_optimizer(args: TrainingArguments) -> None:
+    """Raises if the optimizer comes with a package that is not here; transformers looks when training begins.
+
+    Raises:
+        ImportError: Names the package.
+    """
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except ImportError as error:
+        name = OptimizerNames(args.optim).value
+        raise ImportError(f"optim={name!r} cannot be used here: {error}; or choose another optim.") from error
+    except ValueError:  # it wants to see the model first
+        return
 
 
 def check_fsdp(trainer: Any) -> None:

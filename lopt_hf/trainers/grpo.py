@@ -1,13 +1,14 @@
 """Local learning on TRL's GRPO trainer."""
 
 import inspect
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel, TrainingArguments
+from transformers import AutoConfig, PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 
 from lopt_hf.common.upstream.grpo import GRPOTrainer
 from lopt_hf.local.methods.base import Method
@@ -18,9 +19,38 @@ from lopt_hf.trainers.configs import LoPTGRPOConfig, local_config
 from lopt_hf.trainers.mixin import LocalLearningMixin
 from lopt_hf.trainers.reference import check_synchronised_reference, match_reference
 
-__all__ = ["LoPTGRPOTrainer", "LocalGRPOTrainer"]
+__all__ = ["LoPTGRPOTrainer", "LocalGRPOTrainer", "TruncationWarning"]
+
+logger = logging.getLogger(__name__)
 
 LAYOUTS = ({"prompt"},)
+
+
+class TruncationWarning(TrainerCallback):
+    """Says once that a run learns nothing, since all completions are cut off and what is cut off is left out.
+
+    Args:
+        max_completion_length: Where they are cut off, in tokens.
+    """
+
+    def __init__(self, max_completion_length: int | None) -> None:
+        self.max_completion_length = max_completion_length
+        self._has_said = False
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        """Looks at the share of completions that were cut off since the last log."""
+        all_cut_off = (logs or {}).get("completions/clipped_ratio") == 1.0
+        if args.mask_truncated_completions and all_cut_off and not self._has_said and state.is_world_process_zero:
+            self._has_said = True
+            logger.warning(
+                "max_completion_length=%s cut off every completion since the last log, at step %d, and "
+                "mask_truncated_completions=True leaves out what is cut off: nothing was learned from these. Raise "
+                "max_completion_length, or set mask_truncated_completions to False.",
+                self.max_completion_length,
+                state.global_step,
+            )
 
 
 class LocalGRPOTrainer(LocalLearningMixin, GRPOTrainer):
@@ -59,6 +89,7 @@ class LocalGRPOTrainer(LocalLearningMixin, GRPOTrainer):
         _check_vllm(model, args, given.get("peft_config"))
         check_synchronised_reference(args.sync_ref_model, args.sharding_engine)
         super().__init__(model, reward_funcs, args, *grpo_args, method=method, **grpo_kwargs)
+        self.add_callback(TruncationWarning(args.max_completion_length))
         if args.sync_ref_model:
             match_reference(self.learner.base_model, self.accelerator.unwrap_model(self.ref_model))
 

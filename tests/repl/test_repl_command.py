@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, trainer_optimizer
 
 from lopt_hf import RepLModel
 from lopt_hf.common.arithmetic import choose_arithmetic
@@ -126,6 +126,33 @@ def test_nothing_is_overwritten(folder):
     with pytest.raises(SystemExit, match="holds another run's report.json; choose another output_dir"):
         repl.main(arguments(folder))
     assert (folder / "out/report.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        (None, {}, "healing.jsonl"),
+        ('{"instruction": "Hi", "outp', {}, "healing.jsonl, line 1: no valid JSON"),
+        ('{"instruction": "Hi", "output": "a"}\n{"instruction": "Hi", "output": null}', {}, "row 2: 'output' is null"),
+        ('{"question": "a"}', {}, "question"),
+        ('{"prompt": "12345678", "completion": "9"}', {"max_length": 8}, "max_length=8 cuts off every answer"),
+        ('{"instruction": "12345678", "output": "9"}', {"max_length": 8}, "max_length=8 cuts off every answer"),
+        ("short", {"dataset_name": "healing.txt"}, "has 5 tokens, less than one row of max_length=1024"),
+        ("x" * 2000, {"dataset_name": "healing.txt", "compare": ["lienar"]}, "operator='lienar' is unknown"),
+        ("x" * 2000, {"dataset_name": "healing.txt", "optim": "lomo"}, "optim='lomo' cannot be used here"),
+    ],
+)
+def test_healing_that_cannot_work_ends_before_the_model_is_loaded(folder, monkeypatch, capsys, data, options, message):
+    monkeypatch.setattr(trainer_optimizer, "is_lomo_available", lambda: False)
+    name = folder / options.get("dataset_name", "healing.jsonl")
+    if data is not None:
+        name.write_text(data)
+    for path in (folder / "model").glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(SystemExit) as ended:
+        repl.main(arguments(folder, **{**options, "dataset_name": name}))
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2 and line.startswith("lopt-hf repl: ") and message in line
 
 
 @pytest.mark.parametrize(

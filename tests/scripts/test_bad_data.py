@@ -1,11 +1,13 @@
 """Bad data end a training command with one line and status 2, before the model is loaded."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+from transformers import trainer_optimizer
 
 from lopt_hf import cli
 from lopt_hf.scripts import sft
@@ -13,6 +15,21 @@ from tests.scripts.test_training import COMMANDS, arguments
 
 PAIR = {"instruction": "Hi", "output": "Hello"}
 DPO = {"question": "Hi", "chosen": "Hello", "rejected": "Go away"}
+
+
+# Optimizers that come with a package, and how transformers tells that it is there
+WITH_PACKAGES = {
+    "adamw_8bit": "is_bitsandbytes_available",
+    "paged_lion_32bit": "is_bitsandbytes_available",
+    "schedule_free_adamw": "is_schedulefree_available",
+    "lomo": "is_lomo_available",
+}
+
+
+@pytest.fixture(autouse=True)
+def no_package_of_optimizers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in set(WITH_PACKAGES.values()):
+        monkeypatch.setattr(trainer_optimizer, name, lambda *args: False)
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +112,39 @@ def test_a_length_that_cuts_every_answer_is_refused(
 def test_so_it_is_for_preferences(tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]) -> None:
     line = run("dpo", arguments(tmp_path, "dpo", method=method, max_length=4), capsys)
     assert line.startswith("lopt-hf dpo: max_length=4 cuts off every answer")
+
+
+def test_a_pipeline_starts_no_stage_whose_answers_are_all_cut_off(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values: dict[str, Any] = {"num_stages": 2, "max_length": 4}
+    line = run("pipeline", arguments(tmp_path, "sft", **values), capsys)
+    assert line.startswith("lopt-hf pipeline: max_length=4 cuts off every answer: no row of the train_dataset has")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_stages": 9}, "num_blocks=9 does not fit a model with 4 decoder layers"),
+        ({"model_name_or_path": "/nowhere"}, "/nowhere"),
+        ({"optim": "lomo"}, "optim='lomo' cannot be used here: "),
+    ],
+)
+def test_what_a_stage_could_not_do_is_said_before_it_is_started(
+    tmp_path: Path, values: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in run("pipeline", arguments(tmp_path, "sft", **{"num_stages": 2, **values}), capsys)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("optim", WITH_PACKAGES)
+def test_an_optimizer_of_a_package_that_is_not_here_is_named_before_the_model_is_loaded(
+    tmp_path: Path, command: str, optim: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = arguments(tmp_path, command, optim=optim)
+    shutil.rmtree(tmp_path / "base")
+    line = run(command, given, capsys)
+    assert line.startswith(f"lopt-hf {command}: optim={optim!r} cannot be used here: ") and "install" in line
 
 
 def test_rows_whose_answers_are_cut_off_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -130,3 +130,12 @@ def test_the_process_group_is_gone_at_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr(sft.LoPTTrainer, "end", lambda trainer: ended.append(trainer.state.global_step))
     sft.main(arguments(tmp_path, "sft"))
     assert ended == [2]
+
+
+@pytest.mark.parametrize("method", ["lopt", "e2e"])
+@pytest.mark.parametrize("masks", [True, False])
+def test_grpo_says_that_it_learns_nothing_of_completions_that_are_all_cut_off(tmp_path, caplog, method, masks):
+    cli.main(["grpo", *arguments(tmp_path, "grpo", method=method, mask_truncated_completions=masks)])
+    assert read_curve(str(tmp_path / "out"), "completions/clipped_ratio")[1] == 1.0
+    said = [message for message in caplog.messages if message.startswith("max_completion_length=4 cut off every")]
+    assert len(said) == masks

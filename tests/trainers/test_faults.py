@@ -46,6 +46,17 @@ def test_early_adapters_learn_where_the_task_reaches_them(tmp_path):
     assert all(not torch.equal(p, before[n]) for n, p in trainer.model.named_parameters() if n in before)
 
 
+@pytest.mark.parametrize("modules", [["embed_tokens"], ["embed_tokens", "lm_head"]], ids=" and ".join)
+def test_an_adapter_that_ties_what_is_untied_is_refused(tmp_path, modules):
+    adapter = LoraConfig(target_modules=["q_proj", "up_proj"], modules_to_save=modules, ensure_weight_tying=True)
+    with pytest.raises(ValueError, match="ensure_weight_tying=True makes one weight .* tied_embeddings to 'freeze'"):
+        make_trainer(tmp_path, make_model(tie_word_embeddings=True), {"peft_config": adapter})
+    trainer = make_trainer(
+        tmp_path, make_model(tie_word_embeddings=True), {"peft_config": adapter}, tied_embeddings="freeze"
+    )
+    assert trainer.train().global_step == 3
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("saved")

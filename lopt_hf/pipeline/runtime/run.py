@@ -16,6 +16,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from lopt_hf.common.arithmetic import arithmetic_of
 from lopt_hf.common.launching import run_launcher
 from lopt_hf.common.resuming import find_checkpoint
+from lopt_hf.data.prepared import check_prepared
 from lopt_hf.data.pretrained import resolve_model
 from lopt_hf.local.blocks import split_layers
 from lopt_hf.pipeline.runtime.adapters import add_adapter
@@ -28,7 +29,7 @@ from lopt_hf.pipeline.split.auxiliaries import with_auxiliaries
 from lopt_hf.pipeline.split.balance import balanced_split, format_split
 from lopt_hf.pipeline.split.costs import measure_costs
 
-__all__ = ["StageConfig", "launch_stages", "make_trainer", "run_stage"]
+__all__ = ["StageConfig", "find_model", "launch_stages", "make_trainer", "run_stage"]
 
 StageConfig = PipelineConfig | MLAANPipelineConfig
 
@@ -54,6 +55,31 @@ _OF_A_HOST = (
 )
 
 
+def find_model(args: StageConfig, model_args: ModelConfig) -> tuple[str, int]:
+    """Finds the model and checks, without loading it, that it can be cut into the stages.
+
+    Args:
+        args: Training arguments.
+        model_args: Which model.
+
+    Returns:
+        Its folder or id, and the number of its layers.
+
+    Raises:
+        ValueError: If the model is missing, is to be quantised, or has too few layers.
+        OSError: If it cannot be found.
+    """
+    if model_args.model_name_or_path is None:
+        raise ValueError("model_name_or_path is missing; give a hub id or a local folder.")
+    if get_quantization_config(model_args) is not None:
+        raise ValueError("load_in_4bit and load_in_8bit do not work in a pipeline yet; leave them out.")
+    checkpoint = resolve_model(model_args.model_name_or_path)
+    config = AutoConfig.from_pretrained(checkpoint, revision=model_args.model_revision)
+    num_layers = int(config.get_text_config(decoder=True).num_hidden_layers)
+    split_layers(num_layers, args.num_blocks, args.split_at)
+    return checkpoint, num_layers
+
+
 def make_trainer(
     args: StageConfig, model_args: ModelConfig, world: PipelineWorld, load_dataset: Callable[[], Any]
 ) -> StageTrainer:
@@ -66,13 +92,9 @@ def make_trainer(
         load_dataset: Loads the training set; called once the model is there.
 
     Raises:
-        ValueError: If the model is missing, or is to be quantised.
+        ValueError: If the model or the data cannot be trained on.
     """
-    if model_args.model_name_or_path is None:
-        raise ValueError("model_name_or_path is missing; give a hub id or a local folder.")
-    if get_quantization_config(model_args) is not None:
-        raise ValueError("load_in_4bit and load_in_8bit do not work in a pipeline yet; leave them out.")
-    checkpoint = resolve_model(model_args.model_name_or_path)
+    checkpoint, num_layers = find_model(args, model_args)
     overrides: Any = args.model_init_kwargs or {}
     kwargs = {
         "revision": model_args.model_revision,
@@ -80,8 +102,6 @@ def make_trainer(
         "dtype": model_args.dtype,
         **overrides,
     }
-    config = AutoConfig.from_pretrained(checkpoint, revision=model_args.model_revision)
-    num_layers = config.get_text_config(decoder=True).num_hidden_layers
     if args.split == "auto" and args.split_at is None:
         args.split_at = _measured_split(checkpoint, args, model_args, world)
     plans = plan_stages(split_layers(num_layers, args.num_blocks, args.split_at), world.num_stages)
@@ -97,6 +117,7 @@ def make_trainer(
         weights = str(model.dtype).removeprefix("torch.")
         print(arithmetic_of(str(args.mixed_precision), weights, args.device.type), flush=True)
     trainer: StageTrainer = trainer_class(model, args, world=world, train_dataset=load_dataset())
+    check_prepared(trainer.train_dataset, args)
     return trainer
 
 
