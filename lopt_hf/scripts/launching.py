@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,10 +14,11 @@ from lopt_hf.common.packaged import find_accelerate_config, find_config
 from lopt_hf.common.yaml_files import load_settings
 from lopt_hf.scripts.settings import UsageExit
 
-__all__ = ["launch_if_asked"]
+__all__ = ["LAUNCHED", "launch_if_asked"]
 
-# Set for the processes that are launched. `RANK` is not there where the configuration has one process only.
-_LAUNCHED = "LOPT_HF_LAUNCHED"
+# Set for the launched processes, to the arguments of the command that launches them. `RANK` is not there where the
+# configuration has one process only.
+LAUNCHED = "LOPT_HF_LAUNCHED"
 # The launcher's options that may follow: those that a machine or a job decides
 _OPTIONS = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "gpu_ids")
 
@@ -37,7 +39,7 @@ def launch_if_asked(
     arguments = list(sys.argv[1:] if argv is None else argv)
     chosen, rest = _parser(command).parse_known_args(arguments)
     name = chosen.accelerate_config or _named_in_recipe(arguments)
-    if _LAUNCHED in os.environ or name is None:
+    if LAUNCHED in os.environ or name is None:
         return
     if "RANK" in os.environ:
         if chosen.accelerate_config is None:
@@ -52,7 +54,7 @@ def launch_if_asked(
     except (ValueError, OSError) as error:
         raise UsageExit(f"lopt-hf {command}: error: {error}") from error
     check(rest)
-    sys.exit(run_launcher([*launcher, "-m", f"lopt_hf.scripts.{command}", *rest], {_LAUNCHED: "1"}))
+    sys.exit(run_launcher([*launcher, "-m", f"lopt_hf.scripts.{command}", *rest], {LAUNCHED: shlex.join(arguments)}))
 
 
 def _parser(command: str) -> argparse.ArgumentParser:

@@ -3,7 +3,7 @@
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from datasets import Dataset, DatasetDict, IterableDataset
@@ -23,6 +23,7 @@ from lopt_hf.data.mirror import DATA_DIR_HELP, say_once
 from lopt_hf.data.prepared import check_prepared
 from lopt_hf.data.pretrained import resolve_model
 from lopt_hf.data.rows import RowError
+from lopt_hf.scripts.card_facts import describe_data, is_of_hub, public_command
 from lopt_hf.scripts.launching import launch_if_asked
 from lopt_hf.scripts.parsing import parse_or_exit
 from lopt_hf.scripts.settings import UsageExit
@@ -66,6 +67,7 @@ class DataArguments(ScriptArguments):
         "recipes`. --num_processes, --gpu_ids, --num_machines, --machine_rank, --main_process_ip and "
         "--main_process_port may follow, and win over the file.",
     )
+    is_generated: bool = field(default=False, init=False)  # once the data are loaded
     dataset_max_samples: int | None = option(None, "Train on this many rows, drawn with the run's seed. Default: all.")
 
 
@@ -124,6 +126,7 @@ def load_rows(
                 raise
         say_once(f"Data: no hub answers for {name}; this run takes {fallback!r} instead, which the package generates.")
         script_args.dataset_name = name = fallback
+    script_args.is_generated = True
     splits = generated[name](**GENERATED_SIZES, seed=seed)
     if split not in splits:
         raise ValueError(f"dataset split {split!r} is unknown; {name} has {', '.join(splits)}.")
@@ -228,6 +231,8 @@ def run_training(
             check_prepared(getattr(trainer, name), args, name)
     except (ValueError, OSError, ImportError) as error:
         raise UsageExit(f"{parser.prog}: {error}") from error
+    if isinstance(trainer, LocalLearningMixin):
+        trainer.card_facts = {"data": describe_data(script_args), "command": f"`{public_command(command, argv)}`"}
     trainer.accelerator.print(_arithmetic_of(trainer), flush=True)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -249,7 +254,7 @@ def run_training(
         )
     trainer.accelerator.print(f"Model saved to {args.output_dir}")
     if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.push_to_hub(dataset_name=script_args.dataset_name if is_of_hub(script_args) else None)
         trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}")
     end_training(trainer)
 

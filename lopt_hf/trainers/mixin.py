@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
+from lopt_hf import __version__
 from lopt_hf.common.callbacks import bind_callbacks
 from lopt_hf.common.distributed import GradientReducer, broadcast_parameters
 from lopt_hf.common.locks import run_lock
@@ -39,6 +40,7 @@ from lopt_hf.trainers.checkpoint import (
     save_heads,
 )
 from lopt_hf.trainers.checks import check_fsdp, check_output_dir
+from lopt_hf.trainers.model_card import complete_card, describe_blocks, describe_reach, read_retention
 
 __all__ = ["LocalLearningMixin"]
 
@@ -61,6 +63,7 @@ class LocalLearningMixin(TrainerBase):
     Attributes:
         learner: What learns locally; everything that is not a trainer's own is there.
         start_losses: The local losses before training by name, where the method measures them.
+        card_facts: What else the model card tells, by its name; the commands add data and command line.
 
     Args:
         method: The method. Default: the one that the arguments are of.
@@ -100,6 +103,7 @@ class LocalLearningMixin(TrainerBase):
         self.add_callback(_LearnerCallback(self))
         self._drift = WeightDrift(self.learner.owned()) if self.args.log_drift else None
         self._owns_output_dir = False
+        self.card_facts: dict[str, str] = {}
 
     def _make_learner(self, method: Method | None, **options: Any) -> LocalLearner:
         return LocalLearner(
@@ -435,6 +439,27 @@ class LocalLearningMixin(TrainerBase):
                 f"resume_from_checkpoint={checkpoint!r} has no {random_state}, as when another number of processes "
                 "wrote it: random numbers, such as dropout's, are not those of the run that was left."
             )
+
+    @property
+    def all_blocks(self) -> list[Block]:
+        """The blocks of the whole model, of which `blocks` may be a part."""
+        return self.blocks
+
+    def create_model_card(  # type: ignore[override]  # as TRL's
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Writes TRL's model card, with blocks, reach, `card_facts`, and what a `RetentionCallback` has measured."""
+        super().create_model_card(model_name or Path(str(self.args.output_dir)).name, dataset_name, tags)
+        if self.is_world_process_zero():
+            facts = {
+                "method": f"{self._name}, of lopt_hf {__version__}",
+                "blocks": describe_blocks(self.all_blocks),
+                "trained by the task loss": describe_reach(self.learner.schedule),
+                **({} if dataset_name is None else {"data": dataset_name}),
+                **self.card_facts,
+            }
+            path = Path(str(self.args.output_dir)) / "README.md"
+            complete_card(path, facts, read_retention(self.state.log_history))
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)

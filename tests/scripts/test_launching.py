@@ -16,7 +16,7 @@ def launched(monkeypatch):
     commands = []
 
     def run(command, environment):
-        assert environment == {"LOPT_HF_LAUNCHED": "1"}
+        assert list(environment) == ["LOPT_HF_LAUNCHED"]
         commands.append(list(command))
         return 3
 

@@ -29,7 +29,7 @@ from trl import SFTTrainer
 
 from lopt_hf.common.distributed import GradientReducer, broadcast_parameters
 from lopt_hf.common.resuming import find_checkpoint
-from lopt_hf.local.blocks import split_layers
+from lopt_hf.local.blocks import Block, split_layers
 from lopt_hf.local.layer_calls import output_hidden
 from lopt_hf.local.learner import LearnerEvents, LocalLearner
 from lopt_hf.local.methods.base import Method
@@ -310,6 +310,11 @@ class StageTrainer(LocalLearningMixin, SFTTrainer):
         stage_checkpoint.save_stage_model(self, target)
         if self.world.reports:
             self.create_model_card(model_name=target.name)
+
+    @property
+    def all_blocks(self) -> list[Block]:
+        """The blocks of all stages."""
+        return [block for plan in self.plans for block in plan.blocks]
 
     def push_model(self) -> None:
         """Uploads the saved model to the hub, without the checkpoints; for the process that reports."""
