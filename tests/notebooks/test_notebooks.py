@@ -67,6 +67,12 @@ class TestNotebook:
         assert first["cell_type"] == "markdown" and title.startswith(f"# {path.name[0]}. ") and rest.strip()
         assert f"({path.name})" in (FOLDER / "README.md").read_text(encoding="utf-8")
 
+    def test_opens_in_colab_and_installs_the_package_where_it_is_missing(self, path):
+        cells = read(path)
+        assert f"blob/main/notebooks/{path.name})" in "".join(cells[0]["source"])
+        first = code_of(cells)[0]["source"][0]
+        assert first == '%sx python -c "import lopt_hf" || pip install -q "lopt_hf[demo]"\n'
+
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_what_a_notebook_imports_of_the_package_is_there(path):
