@@ -20,7 +20,6 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import CachingLM
 from lm_eval.api.task import Task
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.models.huggingface import HFLM
@@ -31,6 +30,7 @@ from transformers.utils import logging
 from lopt_hf.common.arithmetic import read_dtype
 from lopt_hf.common.settings import check_at_least, option
 from lopt_hf.common.upstream.lm_eval import set_model, set_process
+from lopt_hf.retention.answers import KeptAnswers
 from lopt_hf.retention.heldout import HELDOUT_TASK
 from lopt_hf.retention.references import ModelReference, load_tokenizer
 from lopt_hf.retention.scores import ScoreCache, TaskScores, infinite_perplexities
@@ -224,7 +224,7 @@ def evaluate_tasks(
         if "full" in str(error):
             raise OSError(errno.ENOSPC, f"single answers cannot be kept: {error}", str(unfinished)) from error
         remedy = "if the file is damaged, delete it; its answers will be asked again"
-        file = f"{unfinished}_rank{PartialState().process_index}.db"
+        file = f"{unfinished}_rank{PartialState().process_index}.json.db"
         raise OSError(errno.EIO, f"single answers cannot be kept: {error}; {remedy}", file) from error
     finally:
         for task, number in zip(tasks, own_fewshot, strict=True):  # lm-eval leaves its number in the task
@@ -253,7 +253,7 @@ def _keeping_answers(language_model: HFLM, unfinished: Path | None) -> Any:
     """The model, or one that looks first whether it has answered before."""
     if unfinished is None:
         return language_model
-    return CachingLM(language_model, f"{unfinished}_rank{PartialState().process_index}.db")
+    return KeptAnswers(language_model, unfinished, PartialState().process_index)
 
 
 def _tell_of_other_types(identities: Sequence[Mapping[str, Any]], cache: ScoreCache) -> None:

@@ -96,7 +96,7 @@ class ScoreCache:
         return self.folder / f"{identity['task']}-{_digest(identity)[:20]}.json"
 
     def unfinished(self, how: Mapping[str, Any]) -> Path:
-        """Beginning of the path where lm-eval may keep single answers until a model's scores are written."""
+        """Beginning of the path where single answers may be kept until a model's scores are written."""
         return self.folder / "unfinished" / _digest(how)[:20]
 
     @contextmanager

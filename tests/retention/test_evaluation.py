@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import sqlite3
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file, save_file
+from sqlitedict import SqliteDict
 
 from lopt_hf.common.statistics import MeanScores, RatioScores, ResampledScores
 from lopt_hf.retention import evaluation
@@ -432,6 +434,49 @@ def test_a_killed_run_goes_on_in_the_middle_of_a_task(
     assert_same_answers(by_us(models.base, task_folder, tmp_path / "cache", names, settings), expected)
     assert len(kept) == all_requests
     assert not list((tmp_path / "cache" / "unfinished").glob("*.db"))
+
+
+class Attack:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.mark,)
+
+
+def test_nothing_in_the_cache_is_unpickled(
+    models: SavedModels,
+    task_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Neither a file of answers that an earlier version left, nor one of today's into which somebody has written."""
+    names = ["sums", "words", "generated"]
+    expected = by_us(models.base, task_folder, tmp_path / "alone", names)
+    cache = tmp_path / "cache"
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(ScoreCache, "put", lambda *_: raise_full())
+        by_us(models.base, task_folder, cache, names)
+    gc.collect()
+    (answers_file,) = (cache / "unfinished").glob("*.db")
+    keys = [key for (key,) in sqlite3.connect(answers_file).execute("SELECT key FROM unnamed")]
+    assert len(keys) > NUM_ROWS["sums"]
+    earlier = answers_file.with_name(answers_file.name.replace(".json.db", ".db"))
+    for path in {earlier, answers_file}:
+        planted = SqliteDict(str(path), autocommit=True)
+        for key in keys:
+            planted[key] = Attack(tmp_path / "mark")
+        planted.close()
+    with pytest.raises(OSError, match=f"delete it; its answers will be asked again.*{answers_file}"):
+        by_us(models.base, task_folder, cache, names)
+    gc.collect()
+    answers_file.unlink()
+    assert_same_answers(by_us(models.base, task_folder, cache, names), expected)
+    assert not (tmp_path / "mark").exists()
+    assert f"{earlier} is of an earlier version and left aside" in caplog.text
 
 
 def test_two_commands_at_one_model_take_turns(
