@@ -146,3 +146,33 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
     broken.write_text("- a list", encoding="utf-8")
     with pytest.raises(ValueError, match="does not hold `name: value` pairs"):
         load_grid(broken)
+
+
+def test_a_mirror_takes_the_place_of_the_hubs_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the folder, as an option or in the environment; only what is a path is looked for in it."""
+    monkeypatch.delenv("LOPT_HF_DATA_DIR", raising=False)
+    mirror = {"train_dataset": "data/a.jsonl", "include_path": "tasks", "tasks": ["mine"], "heldout_split": "train"}
+    path = write(tmp_path, mirror=mirror, heldout_split="test")
+    hub = load_grid(path)
+    assert (hub.train_dataset, hub.include_path, hub.tasks) == ("train.jsonl", None, ["piqa"])
+    monkeypatch.setenv("LOPT_HF_DATA_DIR", str(tmp_path))
+    for grid in (load_grid(path), load_grid(path, data_dir=tmp_path)):
+        assert grid.train_dataset == str(tmp_path / "data/a.jsonl") and grid.include_path == str(tmp_path / "tasks")
+        assert (grid.tasks, grid.heldout_dataset, grid.heldout_split) == (["mine"], "test.jsonl", "train")
+    assert (
+        load_grid(write(tmp_path)).train_dataset == "train.jsonl"
+    )  # one without a mirror has no use for the variable
+
+
+@pytest.mark.parametrize(
+    ("changes", "folder", "message"),
+    [
+        ({}, ".", "data_dir='.': config=.* has no mirror, so leave it out, or add one."),
+        ({"mirror": {}}, "nowhere", "data_dir='nowhere' is no folder"),
+        ({"mirror": {"taks": []}}, ".", "unknown setting 'taks'"),
+        ({"mirror": ["a"]}, ".", r"mirror=\['a'\] must be"),
+    ],
+)
+def test_a_bad_mirror(tmp_path: Path, changes: dict[str, Any], folder: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_grid(write(tmp_path, **changes), data_dir=Path(folder))
