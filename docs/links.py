@@ -13,6 +13,8 @@ from mkdocs.exceptions import PluginError
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = "docs/"
 LINK = re.compile(r"(?<=\]\()([^)\s#:]+)(?=[)#])")  # of [text](target#anchor), the target of a relative link
+# In docstrings, as Hugging Face's documentation builder reads it: [`~trl.SFTTrainer`]
+REFERENCE = re.compile(r"\[<code>~?([\w.]+)</code>\]")
 FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 
 
@@ -24,6 +26,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
     parts = FENCE.split(markdown)
     parts[::2] = [LINK.sub(lambda link: _target(link[1], source, config["repo_url"]), text) for text in parts[::2]]
     return "".join(parts)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Shows references to other libraries, which a docstring has in Hugging Face's form, as code."""
+    return REFERENCE.sub(r"<code>\1</code>", html)
 
 
 def _target(link: str, source: str, repo_url: str) -> str:
