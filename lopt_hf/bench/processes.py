@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from lopt_hf.common.parent import end_with_spawner
+
 __all__ = [
     "MALLOC",
     "MALLOC_HELP",
@@ -131,6 +133,7 @@ def _receive(name: str, connection: Connection, process: BaseProcess) -> tuple[s
 
 def _run(connection: Connection, work: Callable[..., Any], arguments: tuple[Any, ...], reports: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle: it ends its processes
+    end_with_spawner()
     with FailuresTo(connection):
 
         def on_step() -> None:

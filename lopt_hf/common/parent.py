@@ -5,14 +5,16 @@ unseen, and race the run that is resumed in its place. Between the two stands `a
 environment variable passes, and neither an inherited pipe nor a signal at the parent's death.
 """
 
+import multiprocessing
 import os
 import sys
 import threading
 import time
+from multiprocessing.process import BaseProcess
 
 import psutil
 
-__all__ = ["end_with_parent", "parent_environment"]
+__all__ = ["end_with_parent", "end_with_spawner", "parent_environment"]
 
 _VARIABLE = "LOPT_HF_PARENT"
 _SECONDS = 1.0  # between two looks
@@ -30,9 +32,25 @@ def end_with_parent() -> None:
         threading.Thread(target=_watch, args=(int(number), float(created)), daemon=True, name="parent").start()
 
 
+def end_with_spawner() -> None:
+    """Lets this process end when the one is gone that has started it by `multiprocessing`, if one has."""
+    spawner = multiprocessing.parent_process()
+    if spawner is not None:
+        threading.Thread(target=_join, args=(spawner,), daemon=True, name="spawner").start()
+
+
 def _watch(number: int, created: float) -> None:
     while _is_alive(number, created):
         time.sleep(_SECONDS)
+    _end(number)
+
+
+def _join(spawner: BaseProcess) -> None:
+    spawner.join()
+    _end(spawner.pid)
+
+
+def _end(number: int | None) -> None:
     print(f"lopt-hf: the command that started this process ({number}) is gone; this ends, too.", file=sys.stderr)
     sys.stderr.flush()
     os._exit(1)

@@ -9,6 +9,8 @@ import time
 import psutil
 import pytest
 
+from lopt_hf.common.parent import end_with_spawner
+
 CHILD = (
     "import time; from lopt_hf.common.parent import end_with_parent; end_with_parent(); print(1, flush=True); "
     "time.sleep(99)"
@@ -32,6 +34,28 @@ def test_a_killed_command_takes_what_it_started_along(code):
     while time.monotonic() < deadline and any(p.is_running() for p in started):
         time.sleep(0.1)
     assert started and not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in started)
+
+
+def spawned() -> None:
+    end_with_spawner()
+    print(1, flush=True)
+    time.sleep(99)
+
+
+def test_a_killed_command_takes_what_it_spawned_along():
+    code = (
+        "from multiprocessing import get_context\n"
+        "from tests.common.test_parent import spawned\n"
+        "process = get_context('spawn').Process(target=spawned)\n"
+        "process.start()\n"
+        "process.join()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as parent:
+        assert parent.stdout.readline() == b"1\n"
+        started = psutil.Process(parent.pid).children(recursive=True)
+        os.kill(parent.pid, signal.SIGTERM)
+    _, alive = psutil.wait_procs(started, timeout=60)
+    assert started and not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_a_process_that_nobody_started_goes_on():

@@ -14,6 +14,7 @@ from types import TracebackType
 
 from lopt_hf.bench.gpu.parts import Case, Outcome, Part
 from lopt_hf.bench.processes import FailuresTo
+from lopt_hf.common.parent import end_with_spawner
 
 __all__ = ["clean", "work"]
 
@@ -26,6 +27,7 @@ def work(connection: Connection, part: Part, first: int, folder: str, log: str) 
     """
     os.setsid()  # the parent ends a group of processes: a case may start some
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    end_with_spawner()
     with open(log, "ab") as file:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()

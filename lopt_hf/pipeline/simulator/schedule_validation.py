@@ -21,6 +21,7 @@ from torch.distributed.pipelining.schedules import ScheduleInterleavedZeroBubble
 from torch.multiprocessing.spawn import ProcessException
 
 from lopt_hf.common.distributed import new_group
+from lopt_hf.common.parent import end_with_spawner
 from lopt_hf.pipeline.runtime.channel import BatchId, ReceivingChannel, SendingChannel
 from lopt_hf.pipeline.runtime.health import PeerMonitor
 from lopt_hf.pipeline.simulator.schedule import Workload
@@ -100,6 +101,7 @@ def _launch(ranks: int, cases: list[tuple[str, Workload]]) -> list[float]:
 
 def _work(rank: int, ranks: int, port: int, output: Path, cases: list[tuple[str, Workload]]) -> None:
     """One process: runs every case; the first writes their step times."""
+    end_with_spawner()
     torch.set_num_threads(1)
     store = dist.TCPStore(HOST, port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
