@@ -193,6 +193,7 @@ def test_reach(tiny_model):
         num_blocks=(4,),
         clip_scope=("part",),
         batch_size=2,
+        task_reach=(1, 1, 1, 4),
         seq_length=32,
         steps=2,
         warmup=0,
@@ -332,7 +333,7 @@ def test_old_spelling_of_a_type(old, name):
 
 def test_reach_rows():
     rows = make_rows(StepBenchSettings(methods=("reach", "reach_local_step")))
-    names = [f"K={blocks}, reach 1,1,1,{blocks}" for blocks in (2, 4)]
+    names = [f"K={blocks}, reach {blocks},1,1,1" for blocks in (2, 4)]
     assert [row.name for row in rows] == [
         *names,
         *(f"{name}, local step{parts}" for name in names for parts in ("", ", in parts")),
