@@ -61,8 +61,10 @@ def markdown_table(
 
 
 def mega(size: float | None) -> str:
-    """Formats a size in units of 10^6; `None` as `-`."""
-    return "-" if size is None else f"{size / 1e6:,.0f}"
+    """Formats a size in units of 10^6, with two decimals below 10; `None` as `-`."""
+    if size is None:
+        return "-"
+    return f"{size / 1e6:,.0f}" if size >= 1e7 else f"{size / 1e6:.2f}"
 
 
 def ratio_text(ratio: float | None) -> str:

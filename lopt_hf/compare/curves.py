@@ -29,6 +29,8 @@ def read_curve(output_dir: str, metric: str) -> Curve:
     folders = [Path(output_dir)]
     if folders[0].is_dir() and (last := get_last_checkpoint(output_dir)) is not None:
         folders.append(Path(last))  # of a run that has not ended
+    # Of a pipeline's stages the last one logs for all
+    folders += [stage for folder in folders for stage in sorted(folder.glob("stage-*"), key=_stage_number)[-1:]]
     files = [path for folder in folders if (path := folder / TRAINER_STATE_NAME).is_file()]
     if not files:
         raise ValueError(f"--run {output_dir}: there is no {TRAINER_STATE_NAME}; give the output_dir of a run.")
@@ -38,6 +40,10 @@ def read_curve(output_dir: str, metric: str) -> Curve:
         known = ", ".join(sorted({name for row in rows for name in row} - {"step", "epoch"}))
         raise ValueError(f"--metric {metric}: the log of {output_dir} does not have it; choose from {known}.")
     return curve
+
+
+def _stage_number(folder: Path) -> int:
+    return int(folder.name.partition("-")[2])
 
 
 def smoothed(curve: Curve, window: int) -> Curve:

@@ -175,10 +175,12 @@ def _prepare(grid: Grid, name: str, target: Path) -> None:
     source, split = of_train if name == "train" else of_heldout
     max_length = int(grid.training["max_length"])
     dataset = to_trl_format(load_sft_dataset(source, grid.dataset_config, split))
-    if not {"prompt", "completion"} <= set(dataset.column_names or ()):
+    columns = set(dataset.column_names or ())
+    if not {"prompt", "completion"} <= columns or isinstance(next(iter(dataset))["prompt"], str):
         raise ValueError(
-            f"{name}_dataset={source} has the columns {dataset.column_names}; a comparison needs prompts and "
-            "completions, so that the loss of an answer can be told."
+            f"{name}_dataset={source} has the columns {sorted(columns)}; a comparison needs prompts and completions "
+            "as messages, so that the loss of an answer can be told; give it those, or one of the question-and-answer "
+            "layouts of lopt-hf sft."
         )
     fitting = dataset.select_columns(["prompt", "completion"]).filter(
         _fits,

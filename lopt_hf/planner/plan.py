@@ -1,12 +1,13 @@
 """A plan: what every strategy needs on a device, whether it fits, and which one that fits is the cheapest."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from lopt_hf.common.compared_methods import check_reach
+from lopt_hf.common.quantization import check_trainable, is_quantized
 from lopt_hf.common.settings import check_choices, check_lowest, option
 from lopt_hf.planner.device import DeviceSpeed
 from lopt_hf.planner.dimensions import load_config
@@ -132,12 +133,14 @@ class Plan:
         rows: One for each strategy, in order.
         speed: The device whose speed predicts the times, if one is known.
         left_out: Why rows are not there, one sentence each.
+        is_quantized: Whether the model's weights are; they are counted as if they were not.
     """
 
     settings: PlanSettings
     rows: tuple[PlanRow, ...]
     speed: DeviceSpeed | None = None
     left_out: tuple[str, ...] = ()
+    is_quantized: bool = False
 
     @property
     def cheapest(self) -> PlanRow | None:
@@ -164,7 +167,7 @@ def make_plan(
     settings: PlanSettings,
     config: PretrainedConfig | None = None,
     speed: DeviceSpeed | None = None,
-    progress: Callable[[str], None] = lambda name: None,
+    progress: Callable[[Sequence[Strategy]], Iterable[Strategy]] = iter,
 ) -> Plan:
     """Simulates every strategy on a model.
 
@@ -172,7 +175,7 @@ def make_plan(
         settings: What to plan.
         config: The model's configuration. Default: that of `settings.model`, see `dimensions.load_config`.
         speed: A device's speed, see `device.measure_speed`. Without one, times are predicted by FLOPs alone.
-        progress: Told the name of each strategy before it is simulated.
+        progress: Goes through the strategies as they are simulated, and may show where it is.
 
     Raises:
         ValueError: If the model is unknown or no decoder-only language model, or none of the strategies suits it.
@@ -195,19 +198,37 @@ def make_plan(
         settings.accumulation_steps,
         settings.task_reach,
     )
+    strategies, refused = _trainable(strategies, config, settings.model)
+    left_out = [*left_out, *refused]
     if not strategies:
         raise ValueError(
             f"strategies={settings.strategies}: none of them is possible with this model, "
             f"num_blocks={settings.num_blocks} and num_gpus={settings.num_gpus}; name others. {' '.join(left_out)}"
         )
     measured = []
-    for strategy in strategies:
-        progress(strategy.name)
+    for strategy in progress(strategies):
         on_gpu = speed is None or speed.device != "cpu"
         measured.append((strategy, simulate(config, strategy, settings.workload, on_gpu)))
     baseline = next((costs[0] for strategy, costs in measured if strategy.name == END_TO_END), None)
     rows = [_make_row(strategy, costs, baseline, settings, speed) for strategy, costs in measured]
-    return Plan(settings, tuple(rows), speed, tuple(left_out))
+    return Plan(settings, tuple(rows), speed, tuple(left_out), is_quantized(config))
+
+
+def _trainable(
+    strategies: Sequence[Strategy], config: PretrainedConfig, model: str
+) -> tuple[list[Strategy], list[str]]:
+    """The strategies that the trainers would take, by their own check; and why not the others, in one sentence."""
+    taken: list[Strategy] = []
+    names: list[str] = []
+    problem = ""
+    for strategy in strategies:
+        try:
+            check_trainable(repr(model), is_quantized(config), has_adapter=strategy.method == "lora")
+            taken.append(strategy)
+        except ValueError as error:
+            names.append(strategy.name)
+            problem = str(error)
+    return taken, [f"{', '.join(names)}: {problem}"] if names else []
 
 
 def _make_row(

@@ -9,7 +9,7 @@ from lopt_hf.common.compared_methods import PEERS
 from lopt_hf.planner.plan import Plan, PlanRow
 from lopt_hf.planner.setups import LORA_ALPHA_PER_RANK
 from lopt_hf.planner.strategies import REPL_EVERY
-from lopt_hf.planner.units import gibibytes
+from lopt_hf.planner.units import size_text
 
 __all__ = ["Recipe", "make_recipe"]
 
@@ -58,7 +58,7 @@ def _comment(plan: Plan, row: PlanRow, command: str) -> str:
         "",
         f"  {launch}",
         "",
-        f"Predicted peak: {gibibytes(row.cost.peak_bytes)} GiB of {gibibytes(settings.device_bytes)} GiB, for "
+        f"Predicted peak: {size_text(row.cost.peak_bytes)} of {size_text(settings.device_bytes)}, for "
         f"{settings.batch_size} x {settings.seq_length} tokens without padding.",
         "Learning rates and schedule are LoPT's (arXiv 2605.04913) or those of recipes/smollm2-135m: tune them.",
     ]

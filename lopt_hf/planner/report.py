@@ -8,7 +8,7 @@ from lopt_hf.common.figures import OKABE_ITO, new_figure
 from lopt_hf.common.tables import describe_run, markdown_table, ratio_text
 from lopt_hf.planner.memory import CATEGORIES
 from lopt_hf.planner.plan import Plan, PlanRow
-from lopt_hf.planner.units import GIB, gibibytes
+from lopt_hf.planner.units import SizeUnit, size_text, suitable_unit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,33 +18,40 @@ __all__ = ["plot_plan", "to_json", "to_markdown"]
 # One for each category
 COLORS = ("#999999", *(OKABE_ITO[name] for name in ("orange", "blue", "green", "vermilion", "purple")))
 GIGA = 1e9
+QUANTISED = "The checkpoint is quantised; its weights are counted as if they were not: what is needed is less."
 
 
 def to_markdown(plan: Plan) -> str:
-    """The table, in GiB per device, and the sentences that a reader needs with it."""
+    """The table, per device in the unit that suits its sizes, and the sentences that a reader needs with it."""
+    unit = _unit(plan)
     header = ["strategy", *CATEGORIES, "**peak**", "saved for backward", "fits", "GFLOP/token", "time x e2e"]
-    table = markdown_table(header, [_cells(plan, row) for row in plan.rows], (0, header.index("fits")))
-    return "\n".join([table, "", *_notes(plan)])
+    table = markdown_table(header, [_cells(plan, row, unit) for row in plan.rows], (0, header.index("fits")))
+    return "\n".join([table, "", *_notes(plan, unit)])
 
 
-def _cells(plan: Plan, row: PlanRow) -> list[str]:
+def _unit(plan: Plan) -> SizeUnit:
+    return suitable_unit(max((row.cost.peak_bytes for row in plan.rows), default=plan.settings.device_bytes))
+
+
+def _cells(plan: Plan, row: PlanRow, unit: SizeUnit) -> list[str]:
     name = f"**{row.strategy.name}** (cheapest)" if row is plan.cheapest else row.strategy.name
     return [
         name,
-        *(gibibytes(row.cost.peak[category]) for category in CATEGORIES),
-        f"**{gibibytes(row.cost.peak_bytes)}**",
-        "-" if row.cost.saved_bytes is None else gibibytes(row.cost.saved_bytes),
+        *(unit.count(row.cost.peak[category]) for category in CATEGORIES),
+        f"**{unit.count(row.cost.peak_bytes)}**",
+        "-" if row.cost.saved_bytes is None else unit.count(row.cost.saved_bytes),
         "yes" if row.fits else "no",
         f"{row.flops_per_token / GIGA:,.2f}",
         ratio_text(row.relative_time),
     ]
 
 
-def _notes(plan: Plan) -> list[str]:
+def _notes(plan: Plan, unit: SizeUnit) -> list[str]:
     settings = plan.settings
     notes = [
         f"{settings.model}: batch {settings.batch_size} x {settings.seq_length} tokens, {settings.dtype} weights, "
-        f"{settings.optim}, {_devices(plan)}, GiB on the fullest device at the moment of the peak.",
+        f"{settings.optim}, {_devices(plan)}, {unit.name} on the fullest device at the moment of the peak.",
+        *([QUANTISED] if plan.is_quantized else []),
         _verdict(plan),
         _time_note(plan),
     ]
@@ -58,12 +65,12 @@ def _devices(plan: Plan) -> str:
 
 def _verdict(plan: Plan) -> str:
     settings, chosen = plan.settings, plan.cheapest
-    size = f"{gibibytes(settings.device_bytes)} GiB with {settings.headroom:.0%} kept free"
+    size = f"{size_text(settings.device_bytes)} with {settings.headroom:.0%} kept free"
     if chosen is None:
         smallest = plan.smallest
         needed = smallest.cost.peak_bytes / (1 - settings.headroom)
         return (
-            f"Nothing fits in {size}. The least is {smallest.strategy.name!r} with {gibibytes(needed)} GiB (the share "
+            f"Nothing fits in {size}. The least is {smallest.strategy.name!r} with {size_text(needed)} (the share "
             "kept free included): take a larger device, more devices, a smaller batch or shorter sequences."
         )
     what = "every weight is trained" if chosen.strategy.trains_all else "nothing that trains every weight fits"
@@ -113,19 +120,22 @@ def plot_plan(plan: Plan) -> "Figure":
     """
     figure = new_figure(9.0, 1.6 + 0.3 * len(plan.rows))
     axes = figure.subplots()
+    settings = plan.settings
+    unit = suitable_unit(settings.device_bytes)
     marks = {id(plan.cheapest): " (cheapest)"}
     names = [row.strategy.name + marks.get(id(row), "") for row in plan.rows]
     starts = [0.0] * len(plan.rows)
     for category, color in zip(CATEGORIES, COLORS, strict=True):
-        widths = [row.cost.peak[category] / GIB for row in plan.rows]
+        widths = [row.cost.peak[category] / unit.size for row in plan.rows]
         if any(widths):
             axes.barh(names, widths, left=starts, color=color, label=category)
         starts = [start + width for start, width in zip(starts, widths, strict=True)]
-    settings = plan.settings
-    axes.axvline(settings.device_bytes / GIB, color="black", linewidth=1.2, label="device")
-    axes.axvline(settings.usable_memory / GIB, color="black", linewidth=1.0, linestyle=":", label="without headroom")
+    axes.axvline(settings.device_bytes / unit.size, color="black", linewidth=1.2, label="device")
+    axes.axvline(
+        settings.usable_memory / unit.size, color="black", linewidth=1.0, linestyle=":", label="without headroom"
+    )
     axes.margins(y=0.01)
     axes.invert_yaxis()
-    axes.set_xlabel(f"GiB at the peak, {settings.model}, batch {settings.batch_size} x {settings.seq_length}")
+    axes.set_xlabel(f"{unit.name} at the peak, {settings.model}, batch {settings.batch_size} x {settings.seq_length}")
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
     return figure

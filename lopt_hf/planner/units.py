@@ -1,8 +1,9 @@
 """Sizes of memory, read and written."""
 
 import re
+from dataclasses import dataclass
 
-__all__ = ["GIB", "gibibytes", "read_bytes"]
+__all__ = ["GIB", "SizeUnit", "read_bytes", "size_text", "suitable_unit"]
 
 GIB = 2**30
 _UNITS = {"mib": 2**20, "gib": GIB, "tib": 2**40, "mb": 10**6, "gb": 10**9, "tb": 10**12}
@@ -29,7 +30,31 @@ def read_bytes(name: str, text: str) -> int:
     return int(float(match.group(1)) * _UNITS[unit])
 
 
-def gibibytes(size: float) -> str:
-    """A size in GiB: two decimals below 100, one above."""
-    value = size / GIB
-    return f"{value:,.2f}" if value < 100 else f"{value:,.1f}"
+@dataclass(frozen=True)
+class SizeUnit:
+    """A unit of memory.
+
+    Attributes:
+        name: As it is printed.
+        size: In bytes.
+    """
+
+    name: str
+    size: int
+
+    def count(self, size: float) -> str:
+        """A size in this unit: two decimals below 100, one above."""
+        value = size / self.size
+        return f"{value:,.2f}" if value < 100 else f"{value:,.1f}"
+
+
+def suitable_unit(largest: float) -> SizeUnit:
+    """Returns the largest unit in which the largest of several sizes is at least 1; KiB for what is smaller still."""
+    units = [SizeUnit("GiB", GIB), SizeUnit("MiB", 2**20), SizeUnit("KiB", 2**10)]
+    return next((unit for unit in units if largest >= unit.size), units[-1])
+
+
+def size_text(size: float) -> str:
+    """A size with the unit that suits it."""
+    unit = suitable_unit(size)
+    return f"{unit.count(size)} {unit.name}"

@@ -223,9 +223,8 @@ class Comparison:
         folder = Path(str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         repl.save_pretrained(folder / "unfolded")
-        save_with_code(repl.merge_and_unload(), folder / "folded")
-        for name in ("unfolded", "folded"):
-            self.tokenizer.save_pretrained(folder / name)
+        self.tokenizer.save_pretrained(folder / "unfolded")
+        save_with_code(repl.merge_and_unload(), folder / "folded", self.tokenizer)
         settings = {"script": asdict(self.script_args), "repl": self.config.to_dict(), "sft": self.args.to_dict()}
         settings["model"] = str(self.model_args.model_name_or_path)
         settings["arithmetic"] = self.describe_arithmetic()

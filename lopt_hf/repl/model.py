@@ -13,7 +13,14 @@ from lopt_hf.repl.calibration import block_influence, calibrate
 from lopt_hf.repl.calibration_data import make_batches
 from lopt_hf.repl.config import UNFOLDED_MODEL_TYPE, RepLConfig
 from lopt_hf.repl.configuration_repl import FoldedRepLConfig
-from lopt_hf.repl.modeling_repl import FoldedSurrogate, SurrogateHook, family_classes, find_layers, make_folded_classes
+from lopt_hf.repl.modeling_repl import (
+    FoldedSurrogate,
+    SurrogateHook,
+    family_classes,
+    find_layers,
+    find_made_class,
+    make_folded_classes,
+)
 from lopt_hf.repl.neighbours import Neighbour, check_family
 from lopt_hf.repl.operator_base import Operator, SurrogateCost, cost_of, layer_cost
 from lopt_hf.repl.operators import make_operator
@@ -153,6 +160,10 @@ def _neighbours(
 def make_classes(architecture: str) -> tuple[Any, Any]:
     """The unfolded model's config class and model class of an architecture, registered with the auto classes."""
     return family_classes(architecture, "RepL", UNFOLDED_MODEL_TYPE, RepLModel)
+
+
+def __getattr__(name: str) -> Any:
+    return find_made_class(name, "RepL", make_classes)
 
 
 def get_repl_model(

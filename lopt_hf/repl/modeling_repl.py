@@ -5,18 +5,39 @@ Copied beside exported checkpoints, for `trust_remote_code=True`: imports torch 
 Shapes: B batch, T tokens, D hidden channels, I inner width of the MLP.
 """
 
+import shutil
+import sys
 from collections.abc import Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-__all__ = ["FoldedSurrogate", "SurrogateHook", "family_classes", "find_layers", "make_folded_classes"]
+__all__ = [
+    "FoldedSurrogate",
+    "SurrogateHook",
+    "family_classes",
+    "find_layers",
+    "find_made_class",
+    "make_folded_classes",
+]
+
+
+CODE_FILES = ("configuration_repl.py", "modeling_repl.py")  # beside each other here, and in a checkpoint
+FOLDED_PREFIX = "FoldedRepL"
 
 
 class FoldedMLP(nn.Module):
@@ -131,6 +152,21 @@ class FoldedModel:
             layer.surrogate = FoldedSurrogate(spec)
             layer.register_forward_pre_hook(SurrogateHook(), with_kwargs=True)
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Saves the model as a stock one is saved, with the code that it needs where `lopt_hf` is not imported.
+
+        Args:
+            save_directory: Folder of the checkpoint.
+            *args: Further arguments of `PreTrainedModel.save_pretrained`.
+            **kwargs: Likewise.
+        """
+        self.config.auto_map = {"AutoConfig": "configuration_repl.FoldedRepLConfig"}
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        for name in CODE_FILES if kwargs.get("is_main_process", True) else ():
+            source, target = Path(__file__).with_name(name), Path(save_directory) / name
+            if not (target.exists() and target.samefile(source)):
+                shutil.copyfile(source, target)
+
     def train(self, mode: bool = True) -> Any:
         """As the stock model's, but a folded model is there to be used, not to be trained.
 
@@ -161,10 +197,11 @@ def family_classes(architecture: str, prefix: str, model_type: str, mixin: type)
     if not (isinstance(base, type) and issubclass(base, PreTrainedModel)):
         raise ValueError(f"architecture={architecture!r} is no model of transformers {transformers.__version__}.")
     base_config: Any = base.config_class
-    config_class = type(f"{prefix}{base_config.__name__}", (base_config,), {"model_type": model_type})
-    model_class = type(
-        f"{prefix}{architecture}", (mixin, base), {"config_class": config_class, "__module__": mixin.__module__}
-    )
+    module = {"__module__": mixin.__module__}
+    config_class = type(f"{prefix}{base_config.__name__}", (base_config,), {"model_type": model_type, **module})
+    model_class = type(f"{prefix}{architecture}", (mixin, base), {"config_class": config_class, **module})
+    for made in (config_class, model_class):  # pickle looks classes up by module and name
+        setattr(sys.modules[mixin.__module__], made.__name__, made)
     is_causal = architecture.endswith(("ForCausalLM", "LMHeadModel"))
     auto_class: Any = AutoModelForCausalLM if is_causal else AutoModelForImageClassification
     auto_class.register(config_class, model_class, exist_ok=True)
@@ -179,4 +216,31 @@ def make_folded_classes(architecture: str, model_type: str) -> tuple[Any, Any]:
         architecture: Name of a model class of `transformers`.
         model_type: That of `FoldedRepLConfig`.
     """
-    return family_classes(architecture, "FoldedRepL", model_type, FoldedModel)
+    return family_classes(architecture, FOLDED_PREFIX, model_type, FoldedModel)
+
+
+def find_made_class(name: str, prefix: str, make: Any) -> Any:
+    """Finds a class that `family_classes` makes by its name: pickle asks for it in a process that has not made it.
+
+    Args:
+        name: The class's name.
+        prefix: What it starts with.
+        make: Makes the classes of an architecture.
+
+    Raises:
+        AttributeError: If there is no such class.
+    """
+    stock = getattr(transformers, name.removeprefix(prefix), None) if name.startswith(prefix) else None
+    architectures = [stock.__name__] if isinstance(stock, type) and issubclass(stock, PreTrainedModel) else []
+    if isinstance(stock, type) and issubclass(stock, PreTrainedConfig):
+        mappings: Any = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING)
+        architectures = [mapping[stock].__name__ for mapping in mappings if stock in mapping]
+    for architecture in architectures:
+        made = next((made for made in make(architecture) if made.__name__ == name), None)
+        if made is not None:
+            return made
+    raise AttributeError(f"there is no class {name!r} here.")
+
+
+def __getattr__(name: str) -> Any:
+    return find_made_class(name, FOLDED_PREFIX, lambda architecture: make_folded_classes(architecture, "repl"))

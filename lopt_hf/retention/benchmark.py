@@ -56,6 +56,7 @@ class RetentionBenchmark:
         cache: Where scores are kept.
         heldout: Rows with `prompt` and `completion` of the task trained on; their answers' loss is the gain.
         confidence: Level of all intervals.
+        adapter_base: Base of the models that are adapters, in place of those that they name.
 
     Raises:
         ValueError: If there is no such baseline, held-out data cannot be used, or samples are asked for of a task that
@@ -70,6 +71,7 @@ class RetentionBenchmark:
         cache: ScoreCache,
         heldout: Sequence[Mapping[str, Any]] = (),
         confidence: float = 0.95,
+        adapter_base: str | None = None,
     ) -> None:
         if not 0 < confidence < 1:
             raise ValueError(f"confidence={confidence} is not between 0 and 1; 0.95 is usual.")
@@ -79,7 +81,8 @@ class RetentionBenchmark:
                 raise ValueError(
                     f"samples are given for {name!r}, which is not measured; tasks are {', '.join(known)}."
                 )
-        self.baseline = ModelReference.find(baseline)
+        self._adapter_base = adapter_base
+        self.baseline = ModelReference.find(baseline, adapter_base)
         self.entries = list(entries)
         self.arithmetic = _choose_arithmetic(settings.dtype, self.baseline)
         self.settings = replace(settings, dtype=self.arithmetic.dtype)
@@ -109,7 +112,7 @@ class RetentionBenchmark:
         """
         if model in self._references:
             return self._references[model]
-        reference = ModelReference.find(model)
+        reference = ModelReference.find(model, self._adapter_base)
         own, base = load_tokenizer(reference).get_vocab(), self._tokenizer.get_vocab()
         if own != base:
             differing = sum(base.get(token) != index for token, index in own.items())

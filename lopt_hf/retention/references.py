@@ -55,23 +55,29 @@ class ModelReference:
     adapter_revision: str | None = None
 
     @classmethod
-    def find(cls, name: str) -> "ModelReference":
+    def find(cls, name: str, adapter_base: str | None = None) -> "ModelReference":
         """Tells a full model from an adapter.
 
         Args:
             name: A folder, or a hub id, whose revision may follow an `@`. An adapter's base is the one that its
-                configuration names, at the revision that it names.
+            configuration names, at the revision that it names.
+            adapter_base: Base of an adapter, in place of the one that it names, as after that one was moved.
 
         Raises:
-            ValueError: If there is no such model.
+            ValueError: If there is no such model, or an adapter's base is missing.
         """
         source, revision = _split_revision(name)
         source = resolve_model(source)
         config = _adapter_config(source, revision)
         if config is None:
             return cls(name, source, revision)
-        base = resolve_model(str(config["base_model_name_or_path"]))
-        return cls(name, base, config.get("revision"), source, revision)
+        base: str | None = config.get("base_model_name_or_path")
+        base_revision: str | None = config.get("revision")
+        if adapter_base is not None:
+            base, base_revision = _split_revision(adapter_base)
+        base = None if base is None else resolve_model(base)
+        _check_base(name, base, base_revision, adapter_base)
+        return cls(name, str(base), base_revision, source, revision)
 
     def fingerprint(self) -> str:
         """Returns what identifies the model, as it was when first asked for."""
@@ -100,6 +106,19 @@ def load_tokenizer(reference: ModelReference) -> PreTrainedTokenizerBase:
         raise ValueError(
             f"model {reference.name!r} has no tokenizer that can be loaded; save its base's beside it. ({error})"
         ) from error
+
+
+def _check_base(name: str, base: str | None, revision: str | None, adapter_base: str | None) -> None:
+    """Raises if an adapter's base is not to be had."""
+    try:
+        if base is not None and _find_file(base, CONFIG, revision) is not None:
+            return
+    except OSError:
+        pass  # no folder, and not to be had from the hub
+    if adapter_base is not None:
+        raise ValueError(f"adapter_base={adapter_base!r} is no model here or on the hub; give its folder or hub id.")
+    named = "names no base model" if base is None else f"was trained on {base!r}, which is not there (was it moved?)"
+    raise ValueError(f"model {name!r} is an adapter that {named}; give the base with --adapter-base.")
 
 
 def _split_revision(name: str) -> tuple[str, str | None]:

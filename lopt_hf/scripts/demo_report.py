@@ -1,6 +1,7 @@
 """What `lopt-hf demo` shows at its end: the text of its report, and the curves of its run."""
 
 import argparse
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from lopt_hf.common.figures import new_figure, save_figure
 from lopt_hf.common.tables import markdown_table
 
 __all__ = ["DemoResult", "Measurement", "Training", "plot_curves", "report"]
+
+HEADROOM = 1.1  # of an axis, above its highest point
 
 
 @dataclass(frozen=True)
@@ -88,15 +91,15 @@ def plot_curves(log_history: list[dict[str, Any]], result: DemoResult, path: Pat
     held_out = [result.before.answer_loss, result.after.answer_loss]
     task.plot([0, steps[-1]], held_out, "o", color="tab:red", label="held out")
     task.set(title="Task loss", xlabel="optimizer step", ylabel="nats per answer token")
-    task.legend()
     for local in others:
         for name in local_losses:
             local.plot(steps, [row[name] for row in rows], label=name.removeprefix("local_loss/"))
         local.set(title="Reconstruction loss (early blocks)", xlabel="optimizer step", ylabel="mean squared error")
-        local.legend()
     for axes in (task, *others):
         axes.grid(alpha=0.3)
-        axes.set_ylim(bottom=0)
+        values = [float(value) for line in axes.lines for value in line.get_ydata()]
+        axes.set_ylim(0, HEADROOM * max(filter(math.isfinite, values), default=1.0) or 1.0)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=4, frameon=False)  # below: off the data
     save_figure(figure, path)
 
 

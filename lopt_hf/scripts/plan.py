@@ -35,8 +35,10 @@ examples:
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from tqdm import tqdm
 
 from lopt_hf.common.figures import save_figure
 from lopt_hf.common.files import write_text
@@ -45,6 +47,7 @@ from lopt_hf.planner.dimensions import load_config
 from lopt_hf.planner.plan import Plan, PlanSettings, make_plan
 from lopt_hf.planner.recipe import make_recipe
 from lopt_hf.planner.report import plot_plan, to_json, to_markdown
+from lopt_hf.planner.strategies import Strategy
 from lopt_hf.scripts.settings import OneLineParser, add_settings, check_output_folders, read_settings
 from lopt_hf.scripts.sft import WORD_PROBLEMS
 
@@ -99,9 +102,17 @@ def _run(arguments: argparse.Namespace) -> None:
     settings = read_settings(arguments, PlanSettings)
     config = load_config(settings.model)  # before anything that takes time
     speed = _speed(arguments)
-    plan = make_plan(settings, config, speed, progress=lambda name: print(f"simulating {name} ...", file=sys.stderr))
+    plan = make_plan(settings, config, speed, _progress)
     print(to_markdown(plan))
     _write_files(arguments, plan)
+
+
+def _progress(strategies: Sequence[Strategy]) -> Iterator[Strategy]:
+    """Goes through the strategies, with a bar on stderr that names the one that is simulated."""
+    with tqdm(strategies, file=sys.stderr, leave=False) as bar:
+        for strategy in bar:
+            bar.set_description(f"simulating {strategy.name}")
+            yield strategy
 
 
 def _write_files(arguments: argparse.Namespace, plan: Plan) -> None:

@@ -65,6 +65,11 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="[LABEL=]MODEL",
         help="a model fine-tuned from it, or a PEFT adapter; give it once for each",
     )
+    parser.add_argument(
+        "--adapter-base",
+        metavar="MODEL",
+        help="base of the adapters, where it is no longer what they name; usually the baseline",
+    )
     what = parser.add_argument_group("what to measure")
     what.add_argument("--suite", choices=sorted(SUITES), help="a named set of tasks (default: offline)")
     what.add_argument("--tasks", metavar="NAME,NAME", help="lm-eval tasks, groups or tags; with --suite in addition")
@@ -116,6 +121,7 @@ def run(options: argparse.Namespace, command: str) -> None:
         ScoreCache(options.cache_dir or DEFAULT_CACHE),
         [] if options.heldout_data is None else load_heldout_rows(options.heldout_data, options.num_heldout),
         options.confidence,
+        options.adapter_base,
     )
     if PartialState().is_main_process:
         print(benchmark.arithmetic, flush=True)

@@ -13,6 +13,7 @@ from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 from trl.data_utils import get_dataset_column_names
 
+from lopt_hf.common.quantization import check_trainable, is_quantized
 from lopt_hf.local.blocks import find_decoder_stack, split_layers
 
 __all__ = [
@@ -166,25 +167,17 @@ def check_model(
         except OSError as error:  # which does not always name the model
             raise OSError(f"model={model!r} cannot be loaded: {error}") from error
         given = quantization_config or kwargs.get("quantization_config")
-        quantized = given is not None or _is_quantized(config)
+        quantized = given is not None or is_quantized(config)
         _check_config(model, config)
         num_layers = config.get_text_config(decoder=True).num_hidden_layers
     else:
         base_model: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        quantized = _is_quantized(base_model.config)
+        quantized = is_quantized(base_model.config)
         num_layers = len(find_decoder_stack(base_model).layers)
     _check_adapter(model, peft_config)
     split_layers(num_layers, args.num_blocks, args.split_at)
-    if quantized and peft_config is None and not isinstance(model, PeftModel):
-        name = model if isinstance(model, str) else type(model).__name__
-        raise ValueError(
-            f"model={name} is quantised, and quantised weights cannot be trained; pass a peft_config such as "
-            "`peft.LoraConfig()`, or load the model without quantisation."
-        )
-
-
-def _is_quantized(config: PretrainedConfig) -> bool:
-    return config.to_dict().get("quantization_config") is not None
+    name = model if isinstance(model, str) else type(model).__name__
+    check_trainable(name, quantized, has_adapter=peft_config is not None or isinstance(model, PeftModel))
 
 
 def _check_adapter(model: Any, peft_config: Any) -> None:

@@ -1,5 +1,6 @@
 """The settings of a comparison: what runs they make, and what is wrong with bad ones."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import yaml
 
 from lopt_hf.compare.grid import Grid, GridRun, load_grid
+from lopt_hf.compare.grid_training import prepare_data
 
 SETTINGS: dict[str, Any] = {
     "model": "base",
@@ -176,3 +178,13 @@ def test_a_mirror_takes_the_place_of_the_hubs_settings(tmp_path: Path, monkeypat
 def test_a_bad_mirror(tmp_path: Path, changes: dict[str, Any], folder: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_grid(write(tmp_path, **changes), data_dir=Path(folder))
+
+
+def test_data_whose_answers_are_no_messages(tmp_path: Path) -> None:
+    """Their loss could not be told apart from the prompt's by the chat template."""
+    rows = [{"prompt": "What is 1 + 1? ", "completion": "2"}] * 4
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = str(tmp_path / "rows.jsonl")
+    grid = Grid(**{**SETTINGS, "train_dataset": data, "heldout_dataset": data, "output_dir": str(tmp_path / "out")})
+    with pytest.raises(ValueError, match="train_dataset=.*needs prompts and completions as messages.*give it those"):
+        prepare_data(grid)

@@ -1,6 +1,7 @@
 """`lopt-hf plan` as a user runs it, on the configuration of a tiny model."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -8,6 +9,8 @@ import yaml
 from lopt_hf import cli
 from lopt_hf.scripts import sft
 from lopt_hf.scripts.plan import main
+from lopt_hf.trainers.checks import check_model
+from lopt_hf.trainers.configs import LoPTConfig
 from tests.planner.test_simulation import tiny_config
 
 ARGUMENTS = ["--device-memory", "1GiB", "--batch-size", "2", "--seq-length", "16", "--num-blocks", "2"]
@@ -64,11 +67,38 @@ def test_calibrated_then_read_again(folder, tmp_path, capsys):
     assert "communication not counted" in first
 
 
+def test_a_bar_tells_how_far_the_simulation_is_and_sizes_of_a_small_model_are_not_zero(folder, capsys):
+    main(["--model", folder, *ARGUMENTS, "--strategies", "e2e,lora"])
+    printed = capsys.readouterr()
+    assert "simulating LoRA" in printed.err and "4/4" in printed.err
+    assert "0.00 | 0.00 | 0.00" not in printed.out and "MiB on the fullest device" in printed.out
+
+
+@pytest.mark.parametrize("method", ["gptq", "fp8", "bitsandbytes"])
+def test_a_quantised_checkpoint_is_planned_as_sft_takes_it(method, folder, tmp_path, capsys):
+    """With adapters only, in the words in which `sft` refuses the rest."""
+    config = json.loads((Path(folder) / "config.json").read_text())
+    quantised = tmp_path / "quantised"
+    quantised.mkdir()
+    quantization = {"quant_method": method, "bits": 4, "load_in_4bit": True}
+    (quantised / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    main(["--model", str(quantised), *ARGUMENTS, "--strategies", "e2e,lopt,lora"])
+    printed = capsys.readouterr().out
+    names = [line.split("|")[1].strip(" *") for line in printed.splitlines() if line.startswith("| ")][2:]
+    assert names and all(name.startswith("LoRA") for name in names)
+    reason = "is quantised, and quantised weights cannot be trained; pass a peft_config"
+    assert reason in printed and "end-to-end, end-to-end + checkpointing, LoPT K=2" in printed
+    assert "its weights are counted as if they were not" in printed
+    assert reason in fails(capsys, "--model", str(quantised), *ARGUMENTS, "--strategies", "e2e")
+    with pytest.raises(ValueError, match=reason):
+        check_model(str(quantised), LoPTConfig(str(tmp_path / "out")), None, None)
+
+
 def test_a_device_too_small_for_anything(folder, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     arguments = ["--model", folder, *ARGUMENTS, "--strategies", "e2e", "--device-memory", "0.01MiB"]
     main(arguments)
-    assert "Nothing fits in 0.00 GiB with 10% kept free. The least is 'end-to-end" in capsys.readouterr().out
+    assert "Nothing fits in 10.24 KiB with 10% kept free. The least is 'end-to-end" in capsys.readouterr().out
     assert "no strategy fits, so there is no recipe to write" in fails(capsys, *arguments, "--write", str(recipe))
     assert not recipe.exists()
 

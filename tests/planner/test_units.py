@@ -1,6 +1,6 @@
 import pytest
 
-from lopt_hf.planner.units import gibibytes, read_bytes
+from lopt_hf.planner.units import read_bytes, size_text, suitable_unit
 
 
 @pytest.mark.parametrize(
@@ -16,5 +16,11 @@ def test_what_is_no_size(text):
         read_bytes("device_memory", text)
 
 
-def test_gibibytes():
-    assert (gibibytes(2**30), gibibytes(123.45 * 2**30)) == ("1.00", "123.5")
+def test_a_size_has_the_unit_that_suits_it():
+    sizes = (0, 512, 2**10, 1.5 * 2**20, 2**30 - 2**20, 2**30, 123.45 * 2**30)
+    texts = ("0.00 KiB", "0.50 KiB", "1.00 KiB", "1.50 MiB", "1,023.0 MiB", "1.00 GiB", "123.5 GiB")
+    assert tuple(size_text(size) for size in sizes) == texts
+
+
+def test_a_tables_unit_is_that_of_its_largest_size():
+    assert suitable_unit(3 * 2**20).count(2**18) == "0.25" and suitable_unit(3 * 2**30).name == "GiB"

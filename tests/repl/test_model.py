@@ -3,13 +3,14 @@
 import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
 from lopt_hf import RepLConfig, RepLModel, get_repl_model
 from lopt_hf.repl.calibration import _LinearFit
@@ -242,6 +243,79 @@ def test_exported_model_loads_without_this_package(tmp_path):
     environment |= {name: os.environ[name] for name in os.environ if name.startswith(("ATEN_CPU", "ONEDNN_MAX_CPU"))}
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
+
+
+ROUND_TRIPS = """
+import pickle, sys, torch
+sys.modules["lopt_hf"] = None
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, quantise = sys.argv[1], sys.argv[2:] == ["quantise"]
+load = lambda path, **how: AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, **how).eval()
+logits = lambda model: model(torch.arange(3, 27).reshape(2, 12)).logits
+if quantise:
+    from transformers import TorchAoConfig
+    from torchao.quantization import Int8WeightOnlyConfig
+    model = load(folder, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()))
+else:
+    model = load(folder)
+    before = logits(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    logits(model).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(logits(model), before)
+for trip in ("first", "second"):
+    expected = logits(model)
+    if not quantise:  # torchao's tensors say of themselves whether they can be pickled
+        model = pickle.loads(pickle.dumps(model))
+        assert torch.equal(logits(model), expected)
+    model.save_pretrained(f"{folder}-{trip}")
+    model = load(f"{folder}-{trip}")
+    assert torch.equal(logits(model), expected), trip
+assert AutoTokenizer.from_pretrained(folder).vocab_size
+"""
+
+
+@pytest.mark.parametrize("what", ["finetune", "quantise"])
+def test_an_export_goes_round_without_this_package(what, tmp_path):
+    """Loaded, changed, pickled, saved and loaded again, twice; all by its own code."""
+    if what == "quantise":
+        pytest.importorskip("torchao")
+    folded = make_repl(operator="branches", branches=["identity", "value", "mlp"]).merge_and_unload()
+    save_with_code(folded, tmp_path / "export", make_tokenizer())
+    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
+    command = [sys.executable, "-c", ROUND_TRIPS, str(tmp_path / "export"), what]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+@pytest.mark.parametrize("is_folded", [True, False])
+def test_a_process_that_has_made_no_class_yet_unpickles_a_model(is_folded, tmp_path):
+    model = make_repl()
+    model = model.merge_and_unload() if is_folded else model.eval()
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(model))
+    torch.save(logits(model), tmp_path / "logits.pt")
+    program = (
+        "import pickle, sys, torch\n"
+        "model = pickle.load(open('model.pkl', 'rb'))\n"
+        "with torch.no_grad():\n"
+        "    found = model(torch.arange(3, 27).reshape(2, 12)).logits\n"
+        "assert torch.equal(found, torch.load('logits.pt'))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_the_tokenizer_of_where_a_model_came_from_goes_with_it(tmp_path, caplog):
+    make_stock().save_pretrained(tmp_path / "stock")
+    make_tokenizer().save_pretrained(tmp_path / "stock")
+    folded = make_repl(AutoModelForCausalLM.from_pretrained(tmp_path / "stock")).merge_and_unload()
+    save_with_code(folded, tmp_path / "export")
+    assert AutoTokenizer.from_pretrained(tmp_path / "export").get_vocab() == make_tokenizer().get_vocab()
+    save_with_code(make_repl().merge_and_unload(), tmp_path / "none")  # made here, with no folder to look in
+    assert (tmp_path / "none/model.safetensors").is_file() and "no tokenizer was found" in caplog.text
 
 
 @pytest.mark.parametrize("first", ["import lopt_hf, transformers", "import transformers, lopt_hf"])

@@ -93,3 +93,26 @@ def test_an_adapters_tokenizer_is_its_own_where_it_has_one(models: SavedModels, 
     tokenizer.chat_template = "own"
     tokenizer.save_pretrained(folder)
     assert load_tokenizer(ModelReference.find(str(folder))).chat_template == "own"
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        (None, "is an adapter that names no base model; give the base with --adapter-base."),
+        ("/moved/base", "is an adapter that was trained on '/moved/base', which is not there"),
+    ],
+)
+def test_an_adapter_whose_base_is_missing(models: SavedModels, tmp_path: Path, base: str | None, message: str) -> None:
+    """It is named, and can be given."""
+    adapter = tmp_path / "adapter"
+    shutil.copytree(models.adapter, adapter)
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": base}))
+    with pytest.raises(ValueError) as error:
+        ModelReference.find(str(adapter))
+    assert str(error.value).startswith(f"model {str(adapter)!r} {message}") and "--adapter-base" in str(error.value)
+    with pytest.raises(ValueError, match="adapter_base='/nowhere' is no model here or on the hub"):
+        ModelReference.find(str(adapter), "/nowhere")
+    found = ModelReference.find(str(adapter), models.base)
+    assert (found.base, found.adapter) == (models.base, str(adapter))
+    assert load_tokenizer(found).get_vocab() == make_tokenizer().get_vocab()

@@ -269,3 +269,15 @@ def test_full_disk_while_answering(arguments: Arguments, tmp_path: Path, monkeyp
     assert "single answers cannot be kept: database or disk is full" in message
     run(arguments)
     assert (tmp_path / "out" / "report.json").is_file()
+
+
+def test_an_adapters_base_can_be_given(arguments: Arguments, models: SavedModels, tmp_path: Path) -> None:
+    """The adapter gives what it gave with the base that it names."""
+    run({**arguments, "--model": models.adapter})
+    expected = json.loads((tmp_path / "out" / "report.json").read_text())["models"][0]["deltas"]
+    adapter = shutil.copytree(models.adapter, tmp_path / "adapter")
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": None}))
+    moved = {**arguments, "--model": str(adapter), "--output-dir": str(tmp_path / "again")}
+    run({**moved, "--adapter-base": models.base})
+    assert json.loads((tmp_path / "again" / "report.json").read_text())["models"][0]["deltas"] == expected

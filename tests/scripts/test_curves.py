@@ -39,6 +39,12 @@ def test_the_log_of_a_run_that_has_not_ended(tmp_path):
     assert read_curve(str(tmp_path / "out"), "reward") == {1: 1.0, 2: 2.0}
 
 
+def test_the_log_of_a_pipeline_that_has_not_ended(tmp_path):
+    for stage, losses in ((2, [0.0]), (10, [5.0, 4.0])):  # the last stage, by number, logs for all
+        write_run(tmp_path / f"out/checkpoint-5/stage-{stage}", losses, "loss")
+    assert read_curve(str(tmp_path / "out"), "loss") == {1: 5.0, 2: 4.0}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -3,13 +3,14 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoModelForCausalLM
 
 from lopt_hf.bench import step
-from lopt_hf.scripts import demo
-from lopt_hf.scripts.demo_report import Training
+from lopt_hf.scripts import demo, demo_report
+from lopt_hf.scripts.demo_report import Training, plot_curves
 from tests.forkserver import forked_instead_of_spawned
 from tests.tiny import make_model, make_tokenizer
 
@@ -24,6 +25,20 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def options(*given: str) -> object:
     return demo.make_parser().parse_args(given)
+
+
+@pytest.mark.parametrize("losses", [[3.0, 1.0, 0.5], [0.5, 2.0, float("nan")]])
+def test_curves_clip_nothing_and_their_legends_cover_nothing(losses, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(demo_report, "save_figure", lambda figure, path: figures.append(figure))
+    rows = [{"step": i, "loss": loss, "local_loss/block_0": 9 * loss} for i, loss in enumerate(losses, 1)]
+    ends = SimpleNamespace(before=SimpleNamespace(answer_loss=2.9), after=SimpleNamespace(answer_loss=0.4))
+    plot_curves(rows, ends, tmp_path / "curves.png")
+    pytest.importorskip("matplotlib.backends.backend_agg").FigureCanvasAgg(figures[0]).draw()
+    for axes in figures[0].axes:
+        highest = max(value for line in axes.lines for value in line.get_ydata() if value == value)
+        assert axes.get_ylim() == (0, pytest.approx(1.1 * highest))
+        assert axes.get_legend().get_window_extent().y1 < axes.bbox.y0
 
 
 # --- How many steps ---

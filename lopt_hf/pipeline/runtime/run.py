@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from transformers import AutoConfig
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
@@ -181,6 +182,8 @@ def run_stage(
         trainer = make_trainer(args, model_args, world, load_dataset)
         trainer.train(resume_from_checkpoint=find_checkpoint(str(args.output_dir), args.resume_from_checkpoint))
         trainer.save_model(args.output_dir)
+        if world.reports:  # what was logged: `lopt-hf curves` draws it
+            trainer.state.save_to_json(os.path.join(str(args.output_dir), TRAINER_STATE_NAME))
         if args.push_to_hub and world.reports:
             trainer.push_model()
         world.monitor.barrier(world.store, "end", world.mesh.size())  # the store's host leaves last

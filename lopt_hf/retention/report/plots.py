@@ -204,7 +204,7 @@ def _draw_drift(axes: Axes, drift: Sequence[Sequence[float]]) -> None:
     image = draw_heat_map(axes, drift, limits, UNCHANGED, gap=1)
     place: Any = {"location": "top", "shrink": 0.7, "anchor": (0, 0), "aspect": 40, "pad": 0.45 / len(drift)}
     bar = axes.figure.colorbar(image, ax=axes, **place)
-    bar.set_label("relative drift ||W - W0|| / ||W0||")
+    bar.set_label("relative drift ||W - W0|| / ||W0||", loc="left")  # where the bar is shorter, to the right
     if any(value == 0 for row in drift for value in row):
         patch = Patch(color=UNCHANGED, label="unchanged")
         axes.legend(handles=[patch], loc="lower right", bbox_to_anchor=(1, 1), frameon=False, borderaxespad=0.1)

@@ -5,6 +5,7 @@ The page needs nothing beside it; its text and its style are in `page.html`.
 
 import base64
 import re
+import struct
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
@@ -23,6 +24,7 @@ from lopt_hf.retention.results import RetentionReport, main_outcomes
 __all__ = ["check_report_folder", "render_page", "to_html", "to_markdown", "write_report"]
 
 PLOTS = {"deltas.png": plot_deltas, "frontier.png": plot_frontier, "drift.png": plot_drift}
+CSS_PIXELS_PER_INCH = 96  # CSS Values and Units 3, Sec. 6.2
 MAX_VALUES = 20  # of a list among the settings
 MAX_OPEN_TABLES = 4  # more tables of single models are folded
 TEXT_COLUMNS = ("", "Model", "Tasks", "Task", "Metric", "First", "Second", "Better", "Reading")
@@ -125,6 +127,7 @@ def render_page(report: RetentionReport, plots: Mapping[str, bytes]) -> str:
         findings=findings(report),
         outcomes=", ".join(f"{outcome.task} {outcome.metric}" for outcome in main_outcomes(report)),
         frontiers=[(outcome.task, frontier_labels(report, outcome)) for outcome in retention_outcomes(report)],
+        widths={name: _width_on_page(image) for name, image in plots.items()},
         plots={name: base64.b64encode(image).decode("ascii") for name, image in plots.items()},
         tables=make_tables(report),
         labels=labels,
@@ -132,6 +135,12 @@ def render_page(report: RetentionReport, plots: Mapping[str, bytes]) -> str:
         max_values=MAX_VALUES,
         nbsp=NO_BREAK_SPACE,
     )
+
+
+def _width_on_page(image: bytes) -> int:
+    """CSS pixels that a PNG file takes at the size that it was drawn for, with its type at that of the page."""
+    (pixels,) = struct.unpack(">I", image[16:20])  # PNG, 3rd edition, Sec. 11.2.1: the header's first field
+    return round(pixels / DPI * CSS_PIXELS_PER_INCH)
 
 
 def _column_class(header: str) -> str:

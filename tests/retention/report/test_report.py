@@ -390,6 +390,41 @@ def test_nothing_to_plot(single):
     assert plot_drift(single) is None
 
 
+def test_a_heat_maps_labels_do_not_stick_out(single):
+    """Also where the bar of its colours is short beside its title."""
+    moved = replace(single.models[0], drift={"embeddings": 1e-3, "0": 1e-3, "1": 2e-3, "rest": 0.0})
+    figure = plot_drift(replace(single, models=(moved,)))
+    pytest.importorskip("matplotlib.backends.backend_agg").FigureCanvasAgg(figure).draw()
+    heat, bar = figure.axes
+    assert bar.xaxis.label.get_window_extent().x0 >= heat.get_window_extent().x0 - 1
+    drawn, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    assert min(drawn.x0, drawn.y0) >= 0 and drawn.x1 <= width and drawn.y1 <= height
+
+
+def test_type_on_the_page_is_of_one_size_however_wide_a_plot_is(single):
+    """An image's width there is that of its figure in inches, not the page's."""
+    page = to_html(single)
+    (width,) = re.findall(r'style="--width: (\d+)px"', page)
+    assert int(width) == pytest.approx(96 * plot_deltas(single).get_figwidth(), abs=1)
+    assert "width: var(--width)" in page
+
+
+def test_a_page_has_a_dark_mode(single):
+    page = to_html(single)
+    light, dark = (
+        dict(re.findall(r"--([\w]+): (#\w+);", part)) for part in page.split("prefers-color-scheme: dark")[:2]
+    )
+    assert "color-scheme: light dark" in page and dark.keys() >= light.keys() == {
+        "ink",
+        "faint",
+        "line",
+        "paper",
+        "worse",
+        "better",
+    }
+    assert not re.search(r"background: #", page.split(".scroll img")[0])  # but of drawings, which are on white
+
+
 def test_unmoved_weights_are_drawn(single):
     frozen = replace(single.models[0], drift={"embeddings": 0.0, "0": 0.0})
     axes = plot_drift(replace(single, models=(frozen,))).axes[0]
