@@ -104,16 +104,16 @@ def run_pipeline_bench(settings: PipelineBenchSettings, progress: bool = True) -
         ValueError: If the model cannot be loaded or does not fit the settings.
         BenchWorkerError: If a method's process fails. The others are ended.
     """
-    from torch.distributed import TCPStore
     from tqdm.auto import tqdm
 
-    from lopt_hf.bench.pipeline_worker import HOST, MethodRun
+    from lopt_hf.bench.pipeline_worker import MethodRun
+    from lopt_hf.common.host_store import host_store
     from lopt_hf.data.pretrained import resolve_model
 
     checkpoint = resolve_model(settings.model)
     split_at = _given_split(settings, checkpoint)
     settings = replace(settings, dtype=choose_arithmetic(settings.dtype, "cpu").dtype)
-    store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+    store = host_store()
     measured: dict[str, list[_Round]] = {method: [] for method in settings.methods}
     with (
         tqdm(unit="step", disable=not progress) as bar,

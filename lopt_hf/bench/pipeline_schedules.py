@@ -15,7 +15,8 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoTokenizer, PreTrainedModel, Trainer
 
-from lopt_hf.bench.pipeline_worker import HOST, MethodRun, Record, make_config, make_plans, make_rows, prepare
+from lopt_hf.bench.pipeline_worker import MethodRun, Record, make_config, make_plans, make_rows, prepare
+from lopt_hf.common.host_store import LOOPBACK
 from lopt_hf.common.upstream.trl import add_fused_lm_head
 from lopt_hf.local.blocks import find_decoder_stack
 from lopt_hf.meters.saved_bytes import SavedBytes
@@ -81,7 +82,7 @@ class _TimedStage(PipelineStage):
 def train_by_schedule(on_step: Callable[[], None], rank: int, run: MethodRun) -> Record:
     """Trains a stage by one of torch's schedules, with the optimizer and the batches of the trainers."""
     prepare(run.settings)
-    store = dist.TCPStore(HOST, run.port, is_master=False)
+    store = dist.TCPStore(LOOPBACK, run.port, is_master=False)
     world_size = run.settings.stages
     dist.init_process_group("gloo", store=dist.PrefixStore(run.folder, store), rank=rank, world_size=world_size)
     training = _ScheduledTraining(rank, run)

@@ -25,6 +25,7 @@ from trl import SFTConfig, SFTTrainer
 from lopt_hf.bench.pipeline_settings import PipelineBenchSettings
 from lopt_hf.bench.processes import peak_resident_bytes
 from lopt_hf.bench.training import SHARED_ARGUMENTS, silence, token_rows
+from lopt_hf.common.host_store import LOOPBACK
 from lopt_hf.local.blocks import find_decoder_stack, parameters_by_block, split_layers, untie_output_embeddings
 from lopt_hf.meters.saved_bytes import SavedBytes
 from lopt_hf.pipeline.runtime.config import PipelineConfig
@@ -39,7 +40,6 @@ from lopt_hf.trainers.sft import LoPTTrainer
 
 __all__ = ["MethodRun", "Record", "find_split", "make_config", "make_plans", "make_rows", "prepare", "train"]
 
-HOST = "127.0.0.1"
 PEER_TIMEOUT_SECONDS = 60.0  # importing torch in several processes on a busy machine takes a while
 
 
@@ -168,7 +168,7 @@ def train(on_step: Callable[[], None], rank: int, run: MethodRun) -> Record:
 
 
 def _init_world(rank: int, run: MethodRun) -> PipelineWorld:
-    store = dist.TCPStore(HOST, run.port, is_master=False)
+    store = dist.TCPStore(LOOPBACK, run.port, is_master=False)
     rendezvous = Rendezvous(dist.PrefixStore(run.folder, store), rank, run.settings.stages, rank)
     return init_world(rendezvous, run.settings.stages, 1, "cpu", PEER_TIMEOUT_SECONDS)
 

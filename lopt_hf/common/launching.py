@@ -8,9 +8,12 @@ from collections.abc import Mapping, Sequence
 
 from lopt_hf.common.parent import parent_environment
 
-__all__ = ["LAUNCHER", "run_launcher"]
+__all__ = ["HOST_BACKEND", "LAUNCHER", "ON_THIS_HOST", "run_launcher"]
 
-LAUNCHER = (sys.executable, "-m", "accelerate.commands.launch")
+LAUNCHER = (sys.executable, "-m", "lopt_hf.common.host_launcher")
+HOST_BACKEND = "lopt_hf_host"
+# Options of a launch on one host: torch's own store would listen on all of the host's interfaces
+ON_THIS_HOST = ("--rdzv_backend", HOST_BACKEND, "--main_process_port", "0")
 
 
 def run_launcher(command: Sequence[str], environment: Mapping[str, str] | None = None) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lopt_hf.common.launching import LAUNCHER, run_launcher
+from lopt_hf.common.launching import LAUNCHER, ON_THIS_HOST, run_launcher
 from lopt_hf.common.packaged import find_accelerate_config, find_config
 from lopt_hf.common.yaml_files import load_settings
 from lopt_hf.scripts.settings import UsageExit
@@ -77,10 +77,12 @@ def _named_in_recipe(arguments: Sequence[str]) -> str | None:
 
 
 def _options(chosen: argparse.Namespace, path: Path) -> list[str]:
-    """The launcher's own options; on one machine its processes meet at any free port, or two runs could not."""
+    """The launcher's own options; on one machine its processes meet there, at any free port unless one is given."""
     given = {name: value for name in _OPTIONS if (value := getattr(chosen, name)) is not None}
     settings = load_settings(path)
     num_machines = str(given.get("num_machines", settings.get("num_machines", 1)))
-    if num_machines == "1" and settings.get("main_process_port") is None:
-        given.setdefault("main_process_port", "0")
-    return [part for name, value in given.items() for part in (f"--{name}", value)]
+    options: list[str] = []
+    if num_machines == "1" and settings.get("rdzv_backend", "static") == "static":
+        port = given.pop("main_process_port", None) or settings.get("main_process_port")
+        options = [*ON_THIS_HOST, *(("--rdzv_conf", f"port={port}") if port else ())]
+    return [part for name, value in given.items() for part in (f"--{name}", value)] + options

@@ -26,7 +26,7 @@ from lopt_hf.common.resuming import find_checkpoint
 from lopt_hf.common.settings import option
 from lopt_hf.data.prepared import check_answers_fit
 from lopt_hf.pipeline.runtime.config import MLAANPipelineConfig, PipelineConfig
-from lopt_hf.pipeline.runtime.health import PipelineError, report_failure
+from lopt_hf.pipeline.runtime.health import PipelineError, failure_status, report_failure
 from lopt_hf.pipeline.runtime.launch import Rendezvous
 from lopt_hf.pipeline.runtime.run import StageConfig, find_model, launch_stages, run_stage
 from lopt_hf.scripts import pipeline_export, pipeline_simulate
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         rendezvous = Rendezvous.from_environment()
     except ValueError as error:
-        sys.exit(f"lopt-hf pipeline: {error}")
+        raise UsageExit(f"lopt-hf pipeline: {error}") from error
     try:
         data_args, args, model_args, _ = parse_or_exit(make_parser(chosen_method(arguments)), arguments)
 
@@ -110,9 +110,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise
     except ValueError as error:
         reason = report_failure(rendezvous.store, f"rank {rendezvous.rank} failed: {error}")
-        sys.exit(f"lopt-hf pipeline: rank {rendezvous.rank} stops: {reason}")
+        raise UsageExit(f"lopt-hf pipeline: rank {rendezvous.rank} stops: {reason}") from error
     except PipelineError:
-        sys.exit(1)  # the monitor has said why
+        sys.exit(failure_status(rendezvous.store))  # the monitor has said why
 
 
 def _check_input(data_args: SFTDataArguments, args: StageConfig, model_args: ModelConfig) -> None:

@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from lopt_hf import cli
+from lopt_hf.common.launching import ON_THIS_HOST
 from lopt_hf.scripts import launching
 from lopt_hf.scripts.launching import launch_if_asked
 from tests.scripts.test_training import arguments
@@ -36,17 +37,22 @@ def launch(*given, command="sft"):
 def test_the_launcher_gets_its_own_options_and_the_command_all_others(launched):
     checked = launch("--accelerate_config", "fsdp2_8", "--num_blocks", "4", "--num_processes=2", "--config", "a.yaml")
     (command,) = launched
-    assert command[:4] == [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    assert command[:4] == [sys.executable, "-m", "lopt_hf.common.host_launcher", "--config_file"]
     assert command[4].endswith("accelerate_configs/fsdp2_8.yaml")
     rest = ["--num_blocks", "4", "--config", "a.yaml"]
-    assert command[5:] == ["--num_processes", "2", "--main_process_port", "0", "-m", "lopt_hf.scripts.sft", *rest]
+    assert command[5:] == ["--num_processes", "2", *ON_THIS_HOST, "-m", "lopt_hf.scripts.sft", *rest]
     assert checked == [rest]
 
 
-@pytest.mark.parametrize("given", [["--num_machines", "2"], ["--main-process-port", "29501"]])
-def test_several_machines_meet_where_the_user_says(launched, given):
-    launch("--accelerate-config", "ddp_8", *given)
-    assert "0" not in launched[0]
+def test_several_machines_meet_where_the_user_says(launched):
+    launch("--accelerate-config", "ddp_8", "--num_machines", "2", "--main_process_port", "29501")
+    assert not {"0", "--rdzv_backend"} & set(launched[0])
+    assert launched[0][launched[0].index("--main_process_port") + 1] == "29501"
+
+
+def test_processes_of_one_machine_meet_at_the_port_that_the_user_gives(launched):
+    launch("--accelerate-config", "ddp_8", "--main-process-port", "29501")
+    assert launched[0][5:-2] == [*ON_THIS_HOST, "--rdzv_conf", "port=29501"]
 
 
 def test_a_recipe_may_name_the_configuration(launched, tmp_path):

@@ -16,10 +16,10 @@ from lopt_hf.bench.gpu.training import Training
 from lopt_hf.bench.gpu.updates import Comparison
 from lopt_hf.bench.gpu.worker import clean
 from lopt_hf.bench.gpu.workload import Workload
+from lopt_hf.common.launching import LAUNCHER, ON_THIS_HOST
 
 __all__ = ["Sharded", "main", "read_runs", "write_runs"]
 
-_ONE_PROCESS = ("--num_processes", "1", "--main_process_port", "29517")
 # A machine without a network has this interface alone.
 _INTERFACE = {"NCCL_SOCKET_IFNAME": "lo", "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
 
@@ -58,9 +58,9 @@ class Sharded:
         if not self.config_file.exists():
             raise ValueError(f"{self.config_file} is missing; run from a checkout, which has the recipes.")
         write_runs(self.runs, folder)
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(self.config_file)]
+        launcher = [*LAUNCHER, *ON_THIS_HOST, "--config_file", str(self.config_file), "--num_processes", "1"]
         script = ["-m", "lopt_hf.bench.gpu.sharded", str(folder), str(self.index)]
-        subprocess.run([*launcher, *_ONE_PROCESS, *script], env={**os.environ, **_INTERFACE}, check=False)
+        subprocess.run([*launcher, *script], env={**os.environ, **_INTERFACE}, check=False)
 
 
 def write_runs(runs: Sequence[Training], folder: Path) -> None:

@@ -12,13 +12,23 @@ from collections.abc import Mapping
 
 import torch.distributed as dist
 
-__all__ = ["PeerMonitor", "PipelineError", "report_failure", "report_termination"]
+__all__ = [
+    "BAD_INPUT_STATUS",
+    "PeerMonitor",
+    "PipelineError",
+    "failure_status",
+    "report_bad_input",
+    "report_failure",
+    "report_termination",
+]
 
 BEAT_SECONDS = 1.0
 GRACE_SECONDS = 3.0  # after a failure is known, for the main thread to end by itself
 TERMINATION_SECONDS = 2.0  # after SIGTERM, to learn of a failure that is the launcher's reason; it waits 30 s
 POLL_SECONDS = 0.02
 FAILURE = "failure"
+BAD_INPUT = "bad input"
+BAD_INPUT_STATUS = 2
 DONE = "done"
 
 
@@ -208,6 +218,19 @@ def report_failure(store: dist.Store, reason: str) -> str:
         The reason that counts: the first.
     """
     return store.compare_set(FAILURE, "", reason).decode() or reason
+
+
+def report_bad_input(store: dist.Store) -> None:
+    """Tells all processes that the failure which is told next is of what the user gave."""
+    store.set(BAD_INPUT, "")
+
+
+def failure_status(store: dist.Store) -> int:
+    """Returns the status with which a process ends after a failure: 2 where what the user gave was the cause."""
+    with contextlib.suppress(RuntimeError):  # the store may be what is lost
+        if store.check([BAD_INPUT]):
+            return BAD_INPUT_STATUS
+    return 1
 
 
 def report_termination(monitor: PeerMonitor, name: str) -> None:

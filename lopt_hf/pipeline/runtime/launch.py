@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lopt_hf.common.distributed import new_group
-from lopt_hf.common.launching import LAUNCHER
+from lopt_hf.common.launching import LAUNCHER, ON_THIS_HOST
 from lopt_hf.pipeline.runtime.health import PeerMonitor
 
 __all__ = ["PipelineWorld", "Rendezvous", "check_same", "init_world", "launch_command", "rank_name"]
@@ -258,7 +258,7 @@ def launch_command(num_processes: int, arguments: Sequence[str], launcher_argume
         arguments: Arguments of the pipeline.
         launcher_arguments: Further arguments of `accelerate launch`.
     """
-    command = [*LAUNCHER, "--multi_gpu"]
+    command = [*LAUNCHER, *ON_THIS_HOST, "--multi_gpu"]
     command += ["--num_processes", str(num_processes), "--num_machines", "1", "--mixed_precision", "no"]
-    command += ["--dynamo_backend", "no", "--main_process_port", "0", *launcher_arguments]
+    command += ["--dynamo_backend", "no", *launcher_arguments]
     return [*command, "-m", "lopt_hf.scripts.pipeline", *arguments]

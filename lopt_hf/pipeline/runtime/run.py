@@ -22,7 +22,7 @@ from lopt_hf.data.pretrained import resolve_model
 from lopt_hf.local.blocks import split_layers
 from lopt_hf.pipeline.runtime.adapters import add_adapter
 from lopt_hf.pipeline.runtime.config import MLAANPipelineConfig, PipelineArguments, PipelineConfig
-from lopt_hf.pipeline.runtime.health import PipelineError, report_termination
+from lopt_hf.pipeline.runtime.health import BAD_INPUT_STATUS, PipelineError, report_bad_input, report_termination
 from lopt_hf.pipeline.runtime.launch import PipelineWorld, Rendezvous, init_world, launch_command, rank_name
 from lopt_hf.pipeline.runtime.stage import plan_stages
 from lopt_hf.pipeline.runtime.trainer import MLAANPipelineTrainer, PipelineTrainer, StageTrainer
@@ -179,7 +179,7 @@ def run_stage(
     name = rank_name(world.rank, world.num_replicas)
     report_termination(world.monitor, name)
     try:
-        trainer = make_trainer(args, model_args, world, load_dataset)
+        trainer = _make_trainer(args, model_args, world, load_dataset)
         trainer.train(resume_from_checkpoint=find_checkpoint(str(args.output_dir), args.resume_from_checkpoint))
         trainer.save_model(args.output_dir)
         if world.reports:  # what was logged: `lopt-hf curves` draws it
@@ -197,6 +197,16 @@ def run_stage(
         print(f"Model saved to {args.output_dir}")
 
 
+def _make_trainer(
+    args: StageConfig, model_args: ModelConfig, world: PipelineWorld, load_dataset: Callable[[], Any]
+) -> StageTrainer:
+    try:
+        return make_trainer(args, model_args, world, load_dataset)
+    except (ValueError, OSError, ImportError):
+        report_bad_input(world.store)
+        raise
+
+
 def launch_stages(args: PipelineArguments, arguments: Sequence[str], devices: str | None = None) -> int:
     """Starts all stages on this host by `accelerate launch`, and waits for them.
 
@@ -212,7 +222,7 @@ def launch_stages(args: PipelineArguments, arguments: Sequence[str], devices: st
     options = [] if devices is None else ["--gpu_ids", devices]
     command = launch_command(args.num_stages * args.data_parallel, arguments, options)
     code = run_launcher(command)
-    if code != 0:
+    if code not in (0, BAD_INPUT_STATUS):
         print(_how_to_go_on(args), file=sys.stderr)
     return code
 

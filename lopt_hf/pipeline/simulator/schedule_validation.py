@@ -21,6 +21,7 @@ from torch.distributed.pipelining.schedules import ScheduleInterleavedZeroBubble
 from torch.multiprocessing.spawn import ProcessException
 
 from lopt_hf.common.distributed import new_group
+from lopt_hf.common.host_store import LOOPBACK, host_store
 from lopt_hf.common.parent import end_with_spawner
 from lopt_hf.pipeline.runtime.channel import BatchId, ReceivingChannel, SendingChannel
 from lopt_hf.pipeline.runtime.health import PeerMonitor
@@ -29,7 +30,6 @@ from lopt_hf.pipeline.simulator.schedule_orders import rounds_of
 
 __all__ = ["ScheduleRunError", "check_measurable", "measure_schedules"]
 
-HOST = "127.0.0.1"
 PEER_TIMEOUT_SECONDS = 60.0  # importing torch in several processes on a busy machine takes a while
 MAX_PROCESSES = 16  # ours: each takes about 300 MB for torch alone
 MEASURED_STEPS = 3
@@ -89,7 +89,7 @@ def check_measurable(schedule: str, workload: Workload) -> None:
 
 def _launch(ranks: int, cases: list[tuple[str, Workload]]) -> list[float]:
     """Runs the cases one after the other in one set of processes."""
-    store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+    store = host_store()
     with tempfile.TemporaryDirectory(prefix="lopt_schedules_") as folder:
         output = Path(folder) / "seconds.json"
         try:
@@ -103,7 +103,7 @@ def _work(rank: int, ranks: int, port: int, output: Path, cases: list[tuple[str,
     """One process: runs every case; the first writes their step times."""
     end_with_spawner()
     torch.set_num_threads(1)
-    store = dist.TCPStore(HOST, port, is_master=False)
+    store = dist.TCPStore(LOOPBACK, port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     links = [new_group([sender, sender + 1]) for sender in range(ranks - 1)]
     monitor = PeerMonitor(store, rank, {}, PEER_TIMEOUT_SECONDS)
