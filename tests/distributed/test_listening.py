@@ -1,70 +1,39 @@
 """Where the processes of one host listen: on the loopback, whoever may reach the host's other interfaces."""
 
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from ipaddress import ip_address
 from pathlib import Path
 
 import psutil
 import pytest
+from torch.distributed.elastic.rendezvous import RendezvousParameters
 
 from lopt_hf.bench import processes
 from lopt_hf.bench.pipeline import run_pipeline_bench
 from lopt_hf.bench.pipeline_settings import PipelineBenchSettings
+from lopt_hf.common.host_launcher import HostRendezvous
 from lopt_hf.common.host_store import host_store
-from lopt_hf.pipeline.simulator.schedule import StageTimes, Workload
-from lopt_hf.pipeline.simulator.schedule_validation import measure_schedules
+from lopt_hf.common.launching import HOST_BACKEND
 from tests.distributed.pipeline_processes import Host
+from tests.distributed.sockets import assert_on_loopback, listening, watched
 from tests.forkserver import forked_instead_of_spawned
 from tests.scripts.test_training import arguments
 from tests.tiny import make_model, make_tokenizer
 
 
-def listening(process: psutil.Process) -> set[tuple[int, str, int]]:
-    """Process, address and port of what a process and those that it started listen to."""
-    found = set()
-    with suppress(psutil.Error):
-        for each in [process, *process.children(recursive=True)]:
-            with suppress(psutil.Error):
-                found |= {
-                    (each.pid, *connection.laddr)
-                    for connection in each.net_connections("tcp")
-                    if connection.status == psutil.CONN_LISTEN
-                }
-    return found
+def test_the_rendezvous_of_a_launch() -> None:
+    with watched(psutil.Process()) as found:
+        handler = HostRendezvous(RendezvousParameters(HOST_BACKEND, "", "run", 1, 1))
+        info = handler.next_rendezvous()
+        info.store.set("key", "value")
+        found |= listening(psutil.Process())
+    assert info.bootstrap_store_info.master_port in {port for _, _, port in found}
+    assert_on_loopback(found, 1)
 
 
-@contextmanager
-def watched(process: psutil.Process) -> Iterator[set[tuple[int, str, int]]]:
-    """What is listened to within the block, besides what was before."""
-    before, found, ended = listening(process), set[tuple[int, str, int]](), threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(0.05):
-            found.update(listening(process) - before)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield found
-    finally:
-        ended.set()
-        thread.join()
-
-
-def assert_on_loopback(found: set[tuple[int, str, int]], processes: int) -> None:
-    assert len({process for process, _, _ in found}) >= processes
-    assert not [address for _, address, _ in found if not ip_address(address).is_loopback], found
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "options", "settings"),
-    [
-        ("pipeline", [], {"num_stages": 2}),
-        pytest.param("sft", ["--accelerate_config", "ddp_2"], {"use_cpu": True}, marks=pytest.mark.slow),
-    ],
+    [("pipeline", [], {"num_stages": 2}), ("sft", ["--accelerate_config", "ddp_2"], {"use_cpu": True})],
 )
 def test_a_run_on_one_host(tmp_path: Path, command: str, options: list[str], settings: dict) -> None:
     given = [*arguments(tmp_path, "sft", **settings), *options]
@@ -74,12 +43,7 @@ def test_a_run_on_one_host(tmp_path: Path, command: str, options: list[str], set
     assert_on_loopback(found, 1 if command == "sft" else 3)  # the launcher's store, and gloo in each stage
 
 
-def test_a_measured_schedule() -> None:
-    with watched(psutil.Process()) as found:
-        measure_schedules([("ppll", Workload(StageTimes.equal(2, 0.01, 0.01), 2))])
-    assert_on_loopback(found, 1)
-
-
+@pytest.mark.slow
 def test_a_benchmark_of_the_pipeline(tmp_path: Path) -> None:
     make_model().save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)

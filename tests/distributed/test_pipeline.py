@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,6 +19,7 @@ from lopt_hf.pipeline.runtime.launch import launch_command
 from lopt_hf.pipeline.runtime.stage import plan_stages
 from tests.distributed.pipeline_processes import Processes
 from tests.distributed.pipeline_worker import make_lora, run_rank
+from tests.distributed.sockets import assert_on_loopback, watched
 from tests.tiny import make_dataset, make_model, make_tokenizer
 from tests.trainers.helpers import training_args
 
@@ -116,8 +118,10 @@ def launch(num_processes: int, arguments: list[str]) -> None:
     """As the command does it."""
     command = launch_command(num_processes, arguments)
     command[command.index("lopt_hf.scripts.pipeline")] = "tests.distributed.pipeline_worker"
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
+    with watched(psutil.Process()) as found:
+        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
     assert result.returncode == 0, result.stderr[-6000:]
+    assert_on_loopback(found, num_processes)  # the launcher's store, and gloo in the stages
 
 
 class StagesInOneProcess(MLAANTrainer):

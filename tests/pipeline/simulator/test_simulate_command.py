@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lopt_hf.scripts.pipeline_simulate import main, make_parser
+from tests.distributed.sockets import assert_on_loopback, watched
 
 MEASURED = {
     "forward": [0.1, 0.12, 0.2],
@@ -120,7 +122,9 @@ def test_pictures(tmp_path):
 
 def test_sleeping_stages_run(capsys):
     """That they run; how well they agree is a matter of time and in the slow tests."""
-    simulate("--stages", 2, "--microbatches", 2, "--forward-ms", 1, "--validate")
+    with watched(psutil.Process()) as found:
+        simulate("--stages", 2, "--microbatches", 2, "--forward-ms", 1, "--validate")
+    assert_on_loopback(found, 1)
     table = capsys.readouterr().out.split("\n\n")[-1]
     schedules = [line.split()[1] for line in table.splitlines()[2:]]
     assert schedules == ["ppll", "gpipe", "1f1b", "interleaved", "zero-bubble"]
