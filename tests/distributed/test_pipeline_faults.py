@@ -321,6 +321,18 @@ def test_a_launcher_with_restarts_goes_on_by_itself(tmp_path, inputs):
 
 
 @pytest.mark.slow
+def test_bad_input_that_only_a_stage_finds_ends_the_command_with_status_2(tmp_path, inputs):
+    """Each stage names the cause; nothing of the launcher's own comes after it."""
+    given = arguments(inputs, tmp_path / "out", use_peft=True, lora_target_modules="nowhere")
+    launcher = Host().start([sys.executable, "-m", "lopt_hf.cli", "pipeline", *given], tmp_path / "log")
+    assert launcher.wait(120) == 2
+    text = (tmp_path / "log").read_text()
+    said = [line for line in text.splitlines() if line.startswith("lopt-hf pipeline: ")]
+    assert said and all("nowhere" in line and " stops: rank " in line for line in said)
+    assert "Traceback" not in text and "exitcode" not in text and "has not ended" not in text
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_command_ends_all_processes(tmp_path, inputs, number):
     """And it says how to go on."""
