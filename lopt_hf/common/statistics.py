@@ -123,6 +123,7 @@ class Interval:
         draws: The same over resamples of the samples, shape (seeds, resamples).
         num_samples: Samples in all.
         is_binary: Whether each sample is right or wrong.
+        bounds: What the difference can be at all, such as -1 to 1 between two accuracies; the interval ends there.
     """
 
     delta: float
@@ -132,6 +133,7 @@ class Interval:
     draws: NDArray[Any]
     num_samples: int
     is_binary: bool
+    bounds: tuple[float, float] = (-np.inf, np.inf)
 
 
 def difference_interval(
@@ -187,7 +189,10 @@ def difference_interval(
     ends = None
     if len(tasks) == 1 and not is_binary and 2 <= num_samples <= MAX_BCA_SAMPLES:
         ends = _accelerated_ends(tasks[0], of_seed.mean(axis=0), draws.mean(axis=0), confidence)
-    return _interval(by_seed, draws, num_samples, is_binary, confidence, rng, ends)
+    bounds = (-np.inf, np.inf)
+    if is_binary:
+        bounds = float(of_seed.clip(max=0).sum(axis=1).mean()), float(of_seed.clip(min=0).sum(axis=1).mean())
+    return _interval(by_seed, draws, num_samples, is_binary, confidence, rng, bounds, ends)
 
 
 def paired_interval(after: Scores, before: Scores, confidence: float = 0.95, seed: int = 0) -> Interval:
@@ -209,7 +214,8 @@ def mean_interval(intervals: Sequence[Interval], confidence: float = 0.95, seed:
     by_seed = np.mean([interval.by_seed for interval in intervals], axis=0)
     num_samples = sum(interval.num_samples for interval in intervals)
     is_binary = all(interval.is_binary for interval in intervals)
-    return _interval(by_seed, draws, num_samples, is_binary, confidence, rng)
+    low, high = np.mean([interval.bounds for interval in intervals], axis=0)
+    return _interval(by_seed, draws, num_samples, is_binary, confidence, rng, (float(low), float(high)))
 
 
 def mcnemar(before: MeanScores, after: MeanScores) -> tuple[float, int, int]:
@@ -292,6 +298,7 @@ def _interval(
     is_binary: bool,
     confidence: float,
     rng: np.random.Generator,
+    bounds: tuple[float, float],
     ends: tuple[float, float] | None = None,
 ) -> Interval:
     """Corrects the bootstrap over samples for few changes, the variance between seeds, and small samples."""
@@ -313,7 +320,8 @@ def _interval(
             low, high = (delta + factor * (end - delta) for end in (low, high))
         else:
             low, high = delta - total, delta + total
-    return Interval(delta, float(low), float(high), by_seed, draws, num_samples, is_binary)
+    low, high = np.clip((low, high), *bounds)
+    return Interval(delta, float(low), float(high), by_seed, draws, num_samples, is_binary, bounds)
 
 
 def _variance_of_seeds(by_seed: NDArray[Any], draws: NDArray[Any]) -> float:

@@ -95,8 +95,8 @@ def format_sections(parser: argparse.ArgumentParser, dataclass_types: Iterable[t
     sections = {"common options": common, "other options of lopt_hf": own}
     if shows_all:
         sections["other options of transformers and TRL"] = others
-    formatter = parser._get_formatter()
-    formatter.add_usage(parser.usage, parser._actions, parser._mutually_exclusive_groups)
+    formatter = parser.formatter_class(prog=parser.prog)
+    formatter.add_usage(parser.usage, parser._actions, ())
     formatter.add_text(parser.description)
     for title, names in sections.items():
         formatter.start_section(title)

@@ -155,6 +155,21 @@ def test_interval_is_scipys_stretched() -> None:
     assert interval.high == pytest.approx(middle + stretch * (expected.confidence_interval.high - middle))
 
 
+@pytest.mark.parametrize("number", [2, 3, 4])
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_an_interval_ends_where_the_difference_does(number: int, seeds: int) -> None:
+    """Of two accuracies it is between -1 and 1, of two such differences between -2 and 2, however few the samples."""
+    right, wrong = MeanScores(np.ones(number)), MeanScores(np.zeros(number))
+    half = MeanScores(np.arange(number) % 2)
+    for after, before in ((wrong, right), (right, wrong), (half, right), (half, wrong)):
+        models = [[after], [before]]
+        once = difference_interval(models, [[1.0, -1.0]] * seeds)
+        assert -1 <= once.low <= once.delta <= once.high <= 1
+        assert -1 <= mean_interval([once, once]).low and mean_interval([once, once]).high <= 1
+        twice = difference_interval([*models, [right], [wrong]], [[1.0, -1.0, 1.0, -1.0]] * seeds)
+        assert -2 <= twice.low <= twice.high <= 2 and twice.bounds == (-2.0, 2.0)
+
+
 def test_no_changes_are_no_certainty() -> None:
     """100 samples without a change do not show that nothing changes: about 3 in 100 could be unseen."""
     same = MeanScores(np.tile([0.0, 1.0], 50))
