@@ -19,6 +19,7 @@ PACKAGE = Path(lopt_hf.__file__).parent
 UPSTREAM = PACKAGE / "common" / "upstream"
 TRAINERS = [getattr(lopt_hf, name) for name in lopt_hf.__all__ if name.endswith("Trainer")]
 STANDARD_LIBRARY = {"_ActionsContainer", "_ArgumentGroup", "_actions", "_exit"}
+STANDARD_LIBRARY |= {"_format_args", "_get_default_metavar_for_optional"}  # what a formatter of argparse overrides
 
 
 def _modules() -> Iterator[tuple[Path, ast.Module]]:
