@@ -93,10 +93,11 @@ def plot_curves(log_history: list[dict[str, Any]], result: DemoResult, path: Pat
     task.set(title="Task loss", xlabel="optimizer step", ylabel="nats per answer token")
     for local in others:
         for name in local_losses:
-            local.plot(steps, [row[name] for row in rows], label=name.removeprefix("local_loss/"))
+            local.plot(steps, [row[name] for row in rows], label=name.removeprefix("local_loss/").replace("_", " "))
         local.set(title="Reconstruction loss (early blocks)", xlabel="optimizer step", ylabel="mean squared error")
     for axes in (task, *others):
         axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)  # there is no half step
         values = [float(value) for line in axes.lines for value in line.get_ydata()]
         axes.set_ylim(0, HEADROOM * max(filter(math.isfinite, values), default=1.0) or 1.0)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=4, frameon=False)  # below: off the data

@@ -39,6 +39,8 @@ def test_curves_clip_nothing_and_their_legends_cover_nothing(losses, tmp_path, m
         highest = max(value for line in axes.lines for value in line.get_ydata() if value == value)
         assert axes.get_ylim() == (0, pytest.approx(1.1 * highest))
         assert axes.get_legend().get_window_extent().y1 < axes.bbox.y0
+        assert all(tick == round(tick) for tick in axes.get_xticks())
+    assert figures[0].axes[1].get_legend().get_texts()[0].get_text() == "block 0"
 
 
 # --- How many steps ---
