@@ -3,6 +3,7 @@ import os
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported; also switches TRL's telemetry off
+os.environ.pop("LOPT_HF_DATA_DIR", None)  # a user's copies, which grids would read in place of the hub's
 
 import datasets  # noqa: E402
 import pytest  # noqa: E402
