@@ -78,3 +78,10 @@ def start(arguments: Sequence[str], log: Path) -> Any:
     process = CONTEXT.Process(target=run_command, args=(list(arguments), log))
     process.start()
     return process
+
+
+def warm_up() -> None:
+    """Waits until processes can be forked: the first waits for all imports."""
+    process = CONTEXT.Process(target=int)
+    process.start()
+    process.join()
