@@ -34,6 +34,7 @@ SEED = int(os.environ.get("LOPT_HF_KILL_SEED", "0"))
 SHARES = {"sft": 24, "mlaan": 20, "dpo": 20, "pipeline": 16, "compare": 8, "retention": 12}  # of a hundred
 KILLS_IN_A_ROW = 4  # in one folder, before the run is let end
 TIMEOUT = 600.0
+START_TIMEOUT = 60.0  # of a pipeline's stages
 
 Result = dict[str, Any]
 
@@ -231,7 +232,7 @@ def test_a_killed_pipeline_run_again_ends_with_the_same_bits(inputs: Path, tmp_p
     times = random.Random(f"{SEED} pipeline")
 
     def launch(folder: Path) -> pipeline_processes.Processes:
-        settings = {"save_steps": 1, "resume_from_checkpoint": "auto"}
+        settings = {"save_steps": 1, "resume_from_checkpoint": "auto", "start_timeout": START_TIMEOUT}
         command = pipeline_processes.arguments(inputs, folder / "out", **settings)
         return pipeline_processes.Processes([command] * ranks, folder / "logs")
 
@@ -248,7 +249,7 @@ def test_a_killed_pipeline_run_again_ends_with_the_same_bits(inputs: Path, tmp_p
             time.sleep(times.uniform(0.0, duration))
             victims = range(ranks) if times.random() < 0.5 else [times.randrange(ranks)]
             killed = [processes.kill(rank) for rank in victims]
-            codes = processes.wait(120)
+            codes = processes.wait(4 * START_TIMEOUT)  # who was killed as it started is waited for until then
             assert None not in codes, "an orphan runs on"
             assert_nothing_is_left([], folder)
             if not any(killed):

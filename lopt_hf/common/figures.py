@@ -12,9 +12,20 @@ if TYPE_CHECKING:
 else:
     Axes = Figure = Any
 
-__all__ = ["DPI", "OKABE_ITO", "PANEL_PADDING", "Axes", "Figure", "draw_heat_map", "new_figure", "save_figure"]
+__all__ = [
+    "DPI",
+    "OKABE_ITO",
+    "PANEL_PADDING",
+    "Axes",
+    "Figure",
+    "check_figure_path",
+    "draw_heat_map",
+    "new_figure",
+    "save_figure",
+]
 
 DPI = 150
+FORMATS = (".png", ".svg", ".pdf")
 PANEL_PADDING = 0.1  # inches above and below each panel with a title and axes of its own
 # Okabe and Ito's palette, which colour-blind readers can tell apart
 OKABE_ITO = {
@@ -44,6 +55,21 @@ def new_figure(width: float, height: float, panel_padding: float | None = None) 
     except ImportError as error:
         raise ImportError('Plots need `matplotlib`: `pip install "lopt_hf[demo]"`.') from error
     return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(h_pad=panel_padding))
+
+
+def check_figure_path(name: str, path: Path | None) -> None:
+    """Checks before anything takes time that a figure can be written as the path's suffix says.
+
+    Args:
+        name: The option that gave the path.
+        path: The file to write, if one is.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    if path is not None and path.suffix not in FORMATS:
+        what = repr(path.suffix) if path.suffix else "no suffix"
+        raise ValueError(f"{name}={path}: {what} is no format of a figure; use {', '.join(FORMATS)}.")
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -34,7 +34,10 @@ def read_curve(output_dir: str, metric: str) -> Curve:
     files = [path for folder in folders if (path := folder / TRAINER_STATE_NAME).is_file()]
     if not files:
         raise ValueError(f"--run {output_dir}: there is no {TRAINER_STATE_NAME}; give the output_dir of a run.")
-    rows = json.loads(files[0].read_text(encoding="utf-8"))["log_history"]
+    try:
+        rows = json.loads(files[0].read_text(encoding="utf-8"))["log_history"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--run {output_dir}: {files[0]} is no whole log ({error}); name another folder.") from error
     curve = {row["step"]: row[metric] for row in rows if row.get(metric) is not None}
     if not curve:
         known = ", ".join(sorted({name for row in rows for name in row} - {"step", "epoch"}))

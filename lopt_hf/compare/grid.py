@@ -9,7 +9,7 @@ from typing import Any
 
 from lopt_hf.common.arithmetic import DTYPE_HELP, read_dtype
 from lopt_hf.common.compared_methods import PEERS
-from lopt_hf.common.settings import check_at_least, check_distinct, check_lowest, option, suggest
+from lopt_hf.common.settings import check_at_least, check_choice, check_distinct, check_lowest, option, suggest
 from lopt_hf.common.typed import check_types, check_value
 from lopt_hf.common.yaml_files import load_settings
 from lopt_hf.data.mirror import given_data_dir
@@ -18,6 +18,8 @@ __all__ = ["Grid", "GridRun", "load_grid"]
 
 # An option of a method that stands for another one: the early blocks' rate, as a share of the run's learning rate
 EARLY_RATE_RATIO = "early_learning_rate_ratio"
+
+METHODS = ("lopt", "mlaan", "e2e", *PEERS)
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,8 @@ class Grid:
             value = getattr(self, name)
             if not value:
                 raise ValueError(f"{name}={value!r} is empty; name at least one.")
+        for label, arguments in self.methods.items():
+            check_choice(f"methods.{label}.method", arguments.get("method", "lopt"), METHODS)
         self._check_rates()
         check_distinct("seeds", self.seeds)
         check_lowest(self, dict.fromkeys(("num_train", "num_heldout", "workers", "eval_batch_size"), 1))

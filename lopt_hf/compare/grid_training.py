@@ -26,6 +26,7 @@ from lopt_hf.compare.grid import Grid, GridRun
 from lopt_hf.data.formats import to_trl_format
 from lopt_hf.data.loading import load_sft_dataset
 from lopt_hf.data.pretrained import resolve_model
+from lopt_hf.retention.references import ModelReference
 
 __all__ = [
     "GridTrainingError",
@@ -182,6 +183,7 @@ def _prepare(grid: Grid, name: str, target: Path) -> None:
             "as messages, so that the loss of an answer can be told; give it those, or one of the question-and-answer "
             "layouts of lopt-hf sft."
         )
+    ModelReference.find(grid.model)  # says what is wrong with it
     fitting = dataset.select_columns(["prompt", "completion"]).filter(
         _fits,
         fn_kwargs={"tokenizer": AutoTokenizer.from_pretrained(resolve_model(grid.model)), "max_length": max_length},

@@ -7,6 +7,7 @@ from trl import SFTConfig
 
 from lopt_hf.common.arithmetic import pick_bf16
 from lopt_hf.common.settings import check_choice, check_lowest, option
+from lopt_hf.common.training_numbers import check_training_numbers
 from lopt_hf.peers.base import Peer
 from lopt_hf.peers.freezing import FreezeLast
 from lopt_hf.peers.layer_switching import BADAM_PERIOD, LISA, LISA_LAYERS, LISA_PERIOD, BAdam
@@ -77,6 +78,7 @@ class PeerConfig(PeerArguments, SFTConfig):
 
     def __post_init__(self) -> None:
         self.check_peers()
+        check_training_numbers(self)
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.use_cpu:
             self.bf16 = pick_bf16(self.bf16, self.fp16)

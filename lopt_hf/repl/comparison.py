@@ -243,6 +243,8 @@ def check_output_dir(output_dir: str) -> None:
     Raises:
         ValueError: If the folder holds another run's report or models.
     """
+    if Path(output_dir).is_file():
+        raise ValueError(f"output_dir={output_dir!r} is a file; name a folder.")
     for name in (REPORT, "report.md", "unfolded", "folded"):
         if (Path(output_dir) / name).exists():
             raise ValueError(f"output_dir={output_dir!r} holds another run's {name}; choose another output_dir.")

@@ -11,6 +11,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
 from lopt_hf.common.arithmetic import pick_bf16
 from lopt_hf.common.settings import option
+from lopt_hf.common.training_numbers import check_training_numbers
 from lopt_hf.data.formats import to_trl_format
 from lopt_hf.data.loading import load_sft_dataset
 from lopt_hf.data.prepared import check_prepared
@@ -33,6 +34,7 @@ class HealingConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        check_training_numbers(self)
         # transformers refuses bf16, the default of TRL's configs, on such a machine unless told that this is meant.
         if not torch.accelerator.is_available():
             self.use_cpu = True

@@ -59,6 +59,8 @@ def run(options: argparse.Namespace, command: str) -> None:
     """
     overrides = {name: getattr(options, name) for name in ("data_dir", "output_dir", "workers", "dtype")}
     grid = load_grid(find_config(options.config), **overrides)
+    if grid.output_path.is_file():
+        raise ValueError(f"output_dir={grid.output_path} is a file; name a folder.")
     prepare_data(grid)
     evaluation = GridEvaluation(grid)  # before training: tasks that cannot be loaded are found at once
     print(evaluation.describe_arithmetic(), flush=True)

@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from lopt_hf.common.figures import save_figure
+from lopt_hf.common.figures import check_figure_path, save_figure
 from lopt_hf.common.settings import check_at_least
 from lopt_hf.compare.curves import Curve, plot_curves, read_curve, to_markdown
 from lopt_hf.scripts.settings import OneLineParser
@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     groups: dict[str, list[Curve]] = {}
+    check_figure_path("--output", options.output)
     for name in ("smooth", "part"):
         check_at_least(f"--{name}", getattr(options, name), 1)
     for run in options.runs:

@@ -25,7 +25,7 @@ from lopt_hf.common.arithmetic import DTYPE_HELP, Arithmetic, choose_arithmetic
 from lopt_hf.common.compared_methods import reach_cycle
 from lopt_hf.common.evaluation import answer_loss, general_text, generate_answers, text_loss
 from lopt_hf.common.files import write_text
-from lopt_hf.common.settings import option
+from lopt_hf.common.settings import check_at_least, option
 from lopt_hf.data.pretrained import SMOLLM2_ID, resolve_model
 from lopt_hf.data.word_problems import extract_answer, make_word_problems
 from lopt_hf.scripts.demo_report import DemoResult, Measurement, Training, plot_curves, report
@@ -87,6 +87,8 @@ def check_options(options: argparse.Namespace) -> None:
     """Raises `ValueError` for options that cannot work, before anything is loaded."""
     if options.steps is not None and options.steps < 1:
         raise ValueError(f"--steps {options.steps} trains nothing; give at least 1.")
+    for name in ("learning_rate", "early_learning_rate"):
+        check_at_least(f"--{name.replace('_', '-')}", getattr(options, name), 0)
     if not options.minutes > 0:
         raise ValueError(f"--minutes {options.minutes:g} is no time; give more than 0, such as 8.")
     if options.output_dir.exists() and (not options.output_dir.is_dir() or any(options.output_dir.iterdir())):

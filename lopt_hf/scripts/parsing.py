@@ -11,7 +11,7 @@ from typing import Any
 from trl import TrlParser
 
 from lopt_hf.common.packaged import find_config
-from lopt_hf.common.settings import nearest
+from lopt_hf.common.settings import check_choice, nearest
 from lopt_hf.common.typed import check_types, check_value
 from lopt_hf.common.yaml_files import load_settings
 from lopt_hf.scripts.help import HelpAll, HelpFormatter, format_sections, without_fences
@@ -76,6 +76,10 @@ class _RecipeParser(OneLineErrors, TrlParser):
         checked = {name: value for name, value in settings.items() if name not in _LOOSELY_TYPED}
         for dataclass_type in self.dataclass_types:
             check_types(checked, dataclass_type, parses_text=True)
+        for action in self._actions:  # argparse compares the command line's only
+            value = settings.get(action.dest)
+            if isinstance(value, str) and action.choices is not None:
+                check_choice(action.dest, value, [str(choice) for choice in action.choices])
 
 
 def make_trl_parser(command: str, description: str | None, *dataclass_types: type) -> TrlParser:

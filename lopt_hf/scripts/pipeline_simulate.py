@@ -31,7 +31,7 @@ from typing import Any
 
 from lopt_hf.common.figures import save_figure
 from lopt_hf.common.files import write_text
-from lopt_hf.common.settings import option
+from lopt_hf.common.settings import check_at_least, option
 from lopt_hf.pipeline.events import chrome_trace, plot_timeline
 from lopt_hf.pipeline.simulator import schedule_report
 from lopt_hf.pipeline.simulator.schedule import SCHEDULES, ScheduleResult, Workload, simulate_all
@@ -95,6 +95,10 @@ def make_parser() -> OneLineParser:
 
 
 def _workloads(arguments: argparse.Namespace) -> list[Workload]:
+    check_at_least("tokens", arguments.tokens, 1)
+    check_at_least("latency_us", arguments.latency_us, 0)
+    if arguments.link_gbps is not None and not arguments.link_gbps > 0:
+        raise ValueError(f"link_gbps={arguments.link_gbps} must be more than 0; leave it out for no limit.")
     source = _source(arguments)
     bandwidth = math.inf if arguments.link_gbps is None else arguments.link_gbps * GIGA / BITS_PER_BYTE
     return [

@@ -40,7 +40,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lopt_hf.common.figures import save_figure
+from lopt_hf.common.figures import check_figure_path, save_figure
 from lopt_hf.common.files import write_text
 from lopt_hf.planner.device import DeviceSpeed, measure_speed, read_speed, write_speed
 from lopt_hf.planner.dimensions import load_config
@@ -83,6 +83,7 @@ def _check_files(arguments: argparse.Namespace) -> None:
         if path is not None and path.exists():
             raise ValueError(f"{name}={str(path)!r} exists and is not overwritten; choose another name.")
     check_output_folders(arguments, names)
+    check_figure_path("plot", arguments.plot)
     if arguments.calibrate is not None and arguments.calibration is not None:
         raise ValueError("calibrate measures and calibration reads a speed; give one of them.")
 

@@ -113,6 +113,8 @@ def run(options: argparse.Namespace, command: str) -> None:
     # Without an accelerator, accelerate has to be told that launched processes belong together
     PartialState(cpu=not torch.accelerator.is_available(), timeout=DISTRIBUTED_TIMEOUT)
     check_report_folder(options.output_dir)
+    if options.cache_dir is not None and options.cache_dir.is_file():
+        raise ValueError(f"cache_dir={options.cache_dir} is a file; name a folder.")
     candidates = [_candidate(text) for text in options.model]
     benchmark = RetentionBenchmark(
         options.baseline,
@@ -123,6 +125,8 @@ def run(options: argparse.Namespace, command: str) -> None:
         options.confidence,
         options.adapter_base,
     )
+    if options.adapter_base and not any(benchmark.reference(c.models[0]).adapter for c in candidates):
+        raise ValueError(f"adapter_base={options.adapter_base!r}: no model is an adapter; leave it out.")
     if PartialState().is_main_process:
         print(benchmark.arithmetic, flush=True)
     report = benchmark.compare(candidates, with_drift=not options.no_drift)

@@ -37,8 +37,10 @@ def check_output_dir(output_dir: str, resume_from_checkpoint: str | bool | None)
     """Raises if a new run would mix its checkpoints with another run's.
 
     Raises:
-        ValueError: If `output_dir` holds checkpoints and the run does not resume.
+        ValueError: If `output_dir` is a file, or holds checkpoints and the run does not resume.
     """
+    if os.path.isfile(output_dir):
+        raise ValueError(f"output_dir={output_dir!r} is a file; name a folder.")
     if resume_from_checkpoint or not os.path.isdir(output_dir):
         return
     last = get_last_checkpoint(output_dir)

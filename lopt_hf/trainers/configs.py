@@ -1,6 +1,5 @@
 """Training arguments: those of a method of local learning joined to a TRL trainer's config."""
 
-import math
 import os
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -13,7 +12,8 @@ from trl import DPOConfig, GRPOConfig, SFTConfig
 from trl.trainer.utils import get_config_model_id
 
 from lopt_hf.common.arithmetic import pick_bf16
-from lopt_hf.common.settings import option
+from lopt_hf.common.settings import check_choice, option
+from lopt_hf.common.training_numbers import check_training_numbers
 from lopt_hf.local.methods.lopt import LoPTArguments
 from lopt_hf.local.methods.mlaan.method import MLAANArguments
 from lopt_hf.local.run_facts import RunFacts
@@ -37,6 +37,14 @@ if TYPE_CHECKING:
 else:
     ArgumentsBase = object
 
+# Those of `DPOTrainer.compute_loss` (TRL 1.16)
+DPO_LOSSES = (
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+)
+# Those of `GRPOTrainer._compute_loss` (TRL 1.16)
+GRPO_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "luspo", "sapo", "vespo")
+
 ConfigT = TypeVar("ConfigT", bound=TrainingArguments)
 
 
@@ -57,7 +65,7 @@ class LocalTrainingArguments(ArgumentsBase):
         # First of all: transformers' own checks need the engine that they are for to be installed.
         self.check()
         self.check_run(self.run_facts)
-        self._check_numbers()
+        check_training_numbers(self, beta_is_positive=self._task == "DPO")
         # transformers refuses bf16, the default of TRL's configs, on a machine without an accelerator unless told
         # that this is meant.
         if not torch.accelerator.is_available():
@@ -65,22 +73,6 @@ class LocalTrainingArguments(ArgumentsBase):
         if self.use_cpu:
             self.bf16 = pick_bf16(self.bf16, self.fp16)
         super().__post_init__()
-
-    def _check_numbers(self) -> None:
-        """Refuses numbers that the parents accept, and with which a run trains nothing or something else."""
-        for name in ("learning_rate", "max_grad_norm", "weight_decay"):
-            value = getattr(self, name)
-            if isinstance(value, int | float) and not 0 <= value < math.inf:
-                raise ValueError(f"{name}={value} must be a number from 0 on.")
-        for name in (
-            "max_length",
-            "max_completion_length",
-            "per_device_train_batch_size",
-            "gradient_accumulation_steps",
-        ):
-            value = getattr(self, name, None)
-            if isinstance(value, int) and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1.")
 
     @property
     def sharding_engine(self) -> str | None:
@@ -130,6 +122,11 @@ class LoPTDPOConfig(LocalTrainingArguments, LoPTArguments, DPOConfig):
 
     _task: ClassVar[str] = "DPO"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for loss in self.loss_type:  # TRL looks at them in the first step
+            check_choice("loss_type", loss, DPO_LOSSES)
+
 
 @dataclass
 class LoPTGRPOConfig(LocalTrainingArguments, LoPTArguments, GRPOConfig):
@@ -151,6 +148,12 @@ class LoPTGRPOConfig(LocalTrainingArguments, LoPTArguments, GRPOConfig):
     """
 
     _task: ClassVar[str] = "GRPO"
+
+    def __post_init__(self) -> None:
+        check_choice("loss_type", self.loss_type, GRPO_LOSSES)  # TRL looks at these in the first step
+        if isinstance(self.scale_rewards, str):  # or true or false
+            check_choice("scale_rewards", self.scale_rewards, ("group", "batch", "none"))
+        super().__post_init__()
 
     learning_rate: float = option(5e-6, "The initial learning rate for AdamW (paper: 5e-6; released script: 1e-6).")
     num_generations: int | None = option(

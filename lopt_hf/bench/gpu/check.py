@@ -53,8 +53,10 @@ def run_gpu_check(
         Everything that was measured.
 
     Raises:
-        ValueError: If a model is unknown.
+        ValueError: If a model is unknown, or `folder` is a file.
     """
+    if folder.is_file():
+        raise ValueError(f"output_dir={folder} is a file; name a folder.")
     device = _device(settings)
     known = {name: load_config(name) for name in settings.models} if device["type"] == "cuda" else {}
     sizes = make_sizes(settings, device["type"], known)

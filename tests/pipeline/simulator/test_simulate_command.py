@@ -144,7 +144,7 @@ def test_sleeping_stages_run(capsys):
             "backward=[0.001, 0.002, 0.003] has 3 values but forward has 2;",
         ),
         (["--forward-ms", "-1"], "times are finite and not negative."),
-        (["--link-gbps", "0"], "bandwidth=0.0: must be more than 0."),
+        (["--link-gbps", "0"], "link_gbps=0.0 must be more than 0; leave it out for no limit."),
         (["--times", "none.json"], "times=none.json: No such file or directory; name a JSON file of measured times."),
         (["--times", "x.json", "--local-ms", "1"], "times and local_ms: times come from the file or by hand"),
         (["--plot", "x.png"], "plot: a plot of scaling needs several numbers of stages, such as --stages 2,4,8,16."),
