@@ -48,7 +48,7 @@ class LocalArguments(ABC):
     window: ClassVar[int] = 1
     reach_rate: ClassVar[str] = "none"
     reach_rate_limit: ClassVar[float] = 1.0
-    reach_anneal: ClassVar[bool | None] = False
+    reach_anneal: ClassVar[bool] = False
     reach_recompute: ClassVar[bool] = False
 
     # Extended by each method: the lowest value of a number (whole if it is), and what must be one of its `choices`.

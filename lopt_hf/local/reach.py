@@ -68,8 +68,7 @@ class ReachArguments(LocalArguments):
         reach_rate_limit: The most that a rate is multiplied by.
         reach_anneal: With `reach_unit="run"`, whether a block's learning rate runs through the whole of
             `lr_scheduler_type`, warmup and all, by the last step that reaches it (as in FreezeOut, arXiv 1706.04983);
-            otherwise the block is left where a high rate brought it. Default: where it has no local objective to go on
-            with.
+            otherwise the block is left where a high rate brought it. It helps at high rates, and costs at low ones.
 
     Raises:
         ValueError: If a value is out of range; the message names field, value and fix.
@@ -100,10 +99,10 @@ class ReachArguments(LocalArguments):
     reach_rate_limit: float = option(  # type: ignore[misc]  # of the class where it is not a choice
         4.0, "The most that `reach_rate` multiplies a learning rate by."
     )
-    reach_anneal: bool | None = option(  # type: ignore[assignment,misc]  # of the class where it is not a choice
-        None,
+    reach_anneal: bool = option(  # type: ignore[misc]  # of the class where it is not a choice
+        False,
         "With `reach_unit='run'`: run a block's learning rate through the whole of its schedule by the last step that "
-        "reaches it. Default: where it has no local objective.",
+        "reaches it.",
     )
 
     @property
@@ -141,8 +140,6 @@ class ReachArguments(LocalArguments):
                     f"{name}={getattr(self, name)!r} does nothing with task_reach={cycle}, which is the same at every "
                     "step; leave it out, or raise one of the numbers."
                 )
-        if self.reach_anneal is None:
-            self.reach_anneal = self.reach_unit == "run" and not self.learns_after_reach
         if self.reach_anneal and self.reach_unit != "run":
             raise ValueError(
                 f"reach_anneal=True does nothing with reach_unit={self.reach_unit!r}, which reaches every block until "

@@ -330,7 +330,7 @@ def test_one_blocks_activations_and_gradients_at_a_time(tmp_path):
 def test_a_run_resumed_in_mid_cycle_equals_the_uninterrupted_one(tmp_path, unit):
     settings = {**NONE, "num_blocks": 4, "task_reach": [1, 2, 4], "reach_unit": unit, "max_steps": 8, **CLIPPED}
     if unit == "annealed run":
-        settings |= {"reach_unit": "run", "task_reach": [4, 4, 4, 2, 1]}
+        settings |= {"reach_unit": "run", "reach_anneal": True, "task_reach": [4, 4, 4, 2, 1]}
     settings |= {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 1}
     settings |= {"reach_rate": "sqrt"} if unit == "step" else {}
     whole = make_trainer(tmp_path / "whole", **settings)
@@ -385,7 +385,7 @@ def test_a_blocks_rate_runs_through_its_schedule_while_it_is_reached(tmp_path, k
             self.seen.append({id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]})
 
     rates = Rates()
-    settings = {**NONE, "num_blocks": 3, "task_reach": [3, 2, 1], "reach_unit": "run"}
+    settings = {**NONE, "num_blocks": 3, "task_reach": [3, 2, 1], "reach_unit": "run", "reach_anneal": True}
     settings |= {"lr_scheduler_type": kind, "warmup_steps": warmup, "max_steps": 12}
     trainer = make_trainer(tmp_path, None, {"callbacks": [rates]}, **settings)
     trainer.train()
@@ -403,7 +403,7 @@ def test_a_blocks_rate_runs_through_its_schedule_while_it_is_reached(tmp_path, k
 
 
 def test_annealing_needs_the_trainers_own_schedule(tmp_path):
-    settings = {**NONE, "task_reach": [2, 1], "reach_unit": "run"}
+    settings = {**NONE, "task_reach": [2, 1], "reach_unit": "run", "reach_anneal": True}
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
     with pytest.raises(ValueError, match="reach_anneal=True has no effect on an optimizer or a scheduler of your own"):
         make_trainer(tmp_path, None, {"optimizers": (optimizer, None)}, **settings)
