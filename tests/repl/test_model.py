@@ -249,13 +249,16 @@ ROUND_TRIPS = """
 import pickle, sys, torch
 sys.modules["lopt_hf"] = None
 from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, quantise = sys.argv[1], sys.argv[2:] == ["quantise"]
+folder, what = sys.argv[1:]
 load = lambda path, **how: AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, **how).eval()
 logits = lambda model: model(torch.arange(3, 27).reshape(2, 12)).logits
-if quantise:
+if what == "torchao":
     from transformers import TorchAoConfig
     from torchao.quantization import Int8WeightOnlyConfig
     model = load(folder, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()))
+elif what == "bitsandbytes":
+    from transformers import BitsAndBytesConfig
+    model = load(folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
 else:
     model = load(folder)
     before = logits(model)
@@ -263,9 +266,10 @@ else:
     logits(model).square().mean().backward()
     optimizer.step()
     assert not torch.equal(logits(model), before)
-for trip in ("first", "second"):
+# transformers 5.23 cannot save a quantised checkpoint that it has loaded, of a stock model either
+for trip in ("first", "second") if what == "finetune" else ("first",):
     expected = logits(model)
-    if not quantise:  # torchao's tensors say of themselves whether they can be pickled
+    if what == "finetune":  # a quantiser's tensors say of themselves whether they can be pickled
         model = pickle.loads(pickle.dumps(model))
         assert torch.equal(logits(model), expected)
     model.save_pretrained(f"{folder}-{trip}")
@@ -275,11 +279,11 @@ assert AutoTokenizer.from_pretrained(folder).vocab_size
 """
 
 
-@pytest.mark.parametrize("what", ["finetune", "quantise"])
+@pytest.mark.parametrize("what", ["finetune", "torchao", "bitsandbytes"])
 def test_an_export_goes_round_without_this_package(what, tmp_path):
     """Loaded, changed, pickled, saved and loaded again, twice; all by its own code."""
-    if what == "quantise":
-        pytest.importorskip("torchao")
+    if what != "finetune":
+        pytest.importorskip(what)
     folded = make_repl(operator="branches", branches=["identity", "value", "mlp"]).merge_and_unload()
     save_with_code(folded, tmp_path / "export", make_tokenizer())
     environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
