@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from lopt_hf.compare.curves import read_curve
 from lopt_hf.pipeline.runtime.checkpoint import Manifest
 from tests.distributed.pipeline_fault_worker import Fault
 from tests.distributed.pipeline_processes import (
@@ -47,6 +48,13 @@ def reference(inputs: Path) -> Path:
     """A run in which nothing went wrong."""
     assert_succeeded(*run(inputs, inputs / "reference"))
     return inputs / "reference"
+
+
+def test_a_runs_log_lies_beside_its_model(reference: Path) -> None:
+    """Where that of `lopt-hf sft` lies, for `lopt-hf curves`; of all stages."""
+    assert list(read_curve(str(reference), "loss")) == list(read_curve(str(reference), "local_loss/block_0"))
+    assert list(read_curve(str(reference), "loss")) == list(range(1, 9))
+    assert (reference / "trainer_state.json").is_file()
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
