@@ -57,6 +57,7 @@ class _RecipeParser(OneLineErrors, TrlParser):
             del arguments[place : place + 2]
             self._set_environment(settings.pop("env", {}))
             self._check_types(settings)
+            self._check_choices(settings, arguments)
             unknown = self.set_defaults_with_config(**settings)
         *parsed, remaining = self.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
         if return_remaining_strings:
@@ -76,9 +77,13 @@ class _RecipeParser(OneLineErrors, TrlParser):
         checked = {name: value for name, value in settings.items() if name not in _LOOSELY_TYPED}
         for dataclass_type in self.dataclass_types:
             check_types(checked, dataclass_type, parses_text=True)
-        for action in self._actions:  # argparse compares the command line's only
+
+    def _check_choices(self, settings: Mapping[str, Any], arguments: Iterable[str]) -> None:
+        """Compares the values that the command line does not replace; argparse compares its own only."""
+        replaced = {text.partition("=")[0][2:].replace("-", "_") for text in arguments if text.startswith("--")}
+        for action in self._actions:
             value = settings.get(action.dest)
-            if isinstance(value, str) and action.choices is not None:
+            if isinstance(value, str) and action.choices is not None and action.dest not in replaced:
                 check_choice(action.dest, value, [str(choice) for choice in action.choices])
 
 
