@@ -60,7 +60,7 @@ class ModelReference:
 
         Args:
             name: A folder, or a hub id, whose revision may follow an `@`. An adapter's base is the one that its
-            configuration names, at the revision that it names.
+                configuration names, at the revision that it names.
             adapter_base: Base of an adapter, in place of the one that it names, as after that one was moved.
 
         Raises:

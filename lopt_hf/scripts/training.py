@@ -99,10 +99,10 @@ def load_rows(
         seed: What generated data follow from.
         generated: By name what makes data instead of loading them, given `GENERATED_SIZES` and `seed`.
 
+    Where no hub answers for the data to train on, those of `dataset_fallback` take their place, in `script_args` too.
+
     Returns:
         `Dataset`, or `IterableDataset` with `dataset_streaming`.
-
-    Where no hub answers for the data to train on, those of `dataset_fallback` take their place, in `script_args` too.
 
     Raises:
         ValueError: If no data are named, or if they do not have the split.
