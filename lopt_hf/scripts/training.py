@@ -93,13 +93,13 @@ def load_rows(
 ) -> Any:
     """Loads or generates one split of the data that `dataset_name` names.
 
+    Where no hub answers for the data to train on, those of `dataset_fallback` take their place, in `script_args` too.
+
     Args:
         script_args: Which data.
         split: The split's name.
         seed: What generated data follow from.
         generated: By name what makes data instead of loading them, given `GENERATED_SIZES` and `seed`.
-
-    Where no hub answers for the data to train on, those of `dataset_fallback` take their place, in `script_args` too.
 
     Returns:
         `Dataset`, or `IterableDataset` with `dataset_streaming`.
