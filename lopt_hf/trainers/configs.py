@@ -5,7 +5,6 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
-from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.training_args import OptimizerNames
 from trl import DPOConfig, GRPOConfig, SFTConfig
@@ -17,6 +16,7 @@ from lopt_hf.common.training_numbers import check_training_numbers
 from lopt_hf.local.methods.lopt import LoPTArguments
 from lopt_hf.local.methods.mlaan.method import MLAANArguments
 from lopt_hf.local.run_facts import RunFacts
+from lopt_hf.trainers.engines import asked_engine
 
 __all__ = [
     "LoPTConfig",
@@ -75,23 +75,14 @@ class LocalTrainingArguments(ArgumentsBase):
         super().__post_init__()
 
     @property
-    def sharding_engine(self) -> str | None:
-        """`"FSDP"` or `"DeepSpeed"` if the run shards the model, as its arguments or `accelerate launch` say."""
-        if self.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
-            return "FSDP"
-        if self.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-            return "DeepSpeed"
-        return None
-
-    @property
     def run_facts(self) -> RunFacts:
-        """What the method must know of the run."""
+        """What the method must know of the run; the engine is the one that it asks for."""
         launched_as = os.environ.get("ACCELERATE_MIXED_PRECISION")  # counts where neither fp16 nor bf16 is set
         checkpointing: Any = self.gradient_checkpointing_kwargs
         reentrant = isinstance(checkpointing, dict) and checkpointing.get("use_reentrant", False)
         return RunFacts(
             task=self._task,
-            engine=self.sharding_engine,
+            engine=asked_engine(self),
             optim=OptimizerNames(self.optim).value,
             is_fp16=bool(self.fp16 or (self.bf16 is False and launched_as == "fp16")),
             reentrant_checkpointing=bool(self.gradient_checkpointing and reentrant),

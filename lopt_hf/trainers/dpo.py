@@ -11,6 +11,7 @@ from lopt_hf.local.methods.lopt import LOPT_PAPER, LoPT
 from lopt_hf.local.objectives import LocalObjective
 from lopt_hf.trainers.checks import check_dataset, check_model
 from lopt_hf.trainers.configs import LoPTDPOConfig, local_config
+from lopt_hf.trainers.engines import asked_engine
 from lopt_hf.trainers.mixin import LocalLearningMixin
 from lopt_hf.trainers.reference import check_synchronised_reference, match_reference
 
@@ -51,7 +52,7 @@ class LocalDPOTrainer(LocalLearningMixin, DPOTrainer):
         given = parameters.bind_partial(self, model, ref_model, args, *dpo_args, **dpo_kwargs).arguments
         check_model(model, args, given.get("peft_config"), given.get("quantization_config"))
         check_dataset(given.get("train_dataset"), LAYOUTS)
-        check_synchronised_reference(args.sync_ref_model, args.sharding_engine)
+        check_synchronised_reference(args.sync_ref_model, asked_engine(args))
         super().__init__(model, ref_model, args, *dpo_args, method=method, **dpo_kwargs)
         if args.sync_ref_model:
             match_reference(self.learner.base_model, self.accelerator.unwrap_model(self.ref_model))

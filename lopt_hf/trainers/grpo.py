@@ -16,6 +16,7 @@ from lopt_hf.local.methods.lopt import LOPT_PAPER, LoPT
 from lopt_hf.local.objectives import LocalObjective
 from lopt_hf.trainers.checks import check_dataset, check_model, check_rewards
 from lopt_hf.trainers.configs import LoPTGRPOConfig, local_config
+from lopt_hf.trainers.engines import asked_engine
 from lopt_hf.trainers.mixin import LocalLearningMixin
 from lopt_hf.trainers.reference import check_synchronised_reference, match_reference
 
@@ -87,7 +88,7 @@ class LocalGRPOTrainer(LocalLearningMixin, GRPOTrainer):
         check_dataset(given.get("train_dataset"), LAYOUTS)
         check_rewards(reward_funcs, given.get("train_dataset"))
         _check_vllm(model, args, given.get("peft_config"))
-        check_synchronised_reference(args.sync_ref_model, args.sharding_engine)
+        check_synchronised_reference(args.sync_ref_model, asked_engine(args))
         super().__init__(model, reward_funcs, args, *grpo_args, method=method, **grpo_kwargs)
         self.add_callback(TruncationWarning(args.max_completion_length))
         if args.sync_ref_model:

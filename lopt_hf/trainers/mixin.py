@@ -1,6 +1,7 @@
 """Local learning in a trainer of transformers or TRL: the overrides, each of which calls `self.learner`."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import weakref
@@ -29,6 +30,7 @@ from lopt_hf.local.heads import LocalHeads
 from lopt_hf.local.hooks import BlockBoundary
 from lopt_hf.local.learner import LearnerEvents, LocalLearner
 from lopt_hf.local.methods.base import Method
+from lopt_hf.local.run_facts import RunFacts
 from lopt_hf.local.stepping import end_schedules_at, set_learning_rate
 from lopt_hf.meters.drift import WeightDrift
 from lopt_hf.trainers.checkpoint import (
@@ -40,6 +42,7 @@ from lopt_hf.trainers.checkpoint import (
     save_heads,
 )
 from lopt_hf.trainers.checks import check_fsdp, check_output_dir
+from lopt_hf.trainers.engines import engine_of, fallback_warning
 from lopt_hf.trainers.model_card import complete_card, describe_blocks, describe_reach, read_retention
 
 __all__ = ["LocalLearningMixin"]
@@ -92,8 +95,9 @@ class LocalLearningMixin(TrainerBase):
         check_prepared(self.train_dataset, self.args)
         bind_callbacks(self.callback_handler.callbacks, self)
         check_fsdp(self)
+        self._run_facts = self._facts_of_the_run()
         self._reducer = GradientReducer()
-        self._heads_in_model = self.args.sharding_engine is not None
+        self._heads_in_model = self._run_facts.engine is not None
         self.learner = self._make_learner(method)
         self.start_losses = dict(self.learner.method.start_losses())
         weakref.finalize(self, self.learner.boundary.remove)
@@ -105,13 +109,23 @@ class LocalLearningMixin(TrainerBase):
         self._owns_output_dir = False
         self.card_facts: dict[str, str] = {}
 
+    def _facts_of_the_run(self) -> RunFacts:
+        """What the method must know of the run, with the engine that accelerate has taken."""
+        asked: RunFacts = self.args.run_facts
+        facts = dataclasses.replace(asked, engine=engine_of(self.accelerator))
+        warning = fallback_warning(self.accelerator, asked.engine)
+        if warning is not None:
+            self._say(warning)
+            self.args.check_run(facts)
+        return facts
+
     def _make_learner(self, method: Method | None, **options: Any) -> LocalLearner:
         return LocalLearner(
             self.accelerator.unwrap_model(self.model),
             self.args,
             method,
             events=self._learner_events(),
-            run=self.args.run_facts,
+            run=self._run_facts,
             seed=self.args.seed,
             device=self.args.device,
             router_coefficient=self.router_aux_loss_coef if self.aux_loss_enabled else 0.0,

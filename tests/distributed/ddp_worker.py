@@ -7,6 +7,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate import PartialState
 from safetensors.torch import save_file
@@ -38,6 +39,8 @@ EQUAL_TO_ONE: dict[str, dict[str, Any]] = {
     "checkpointing, accumulation": {"gradient_checkpointing": True, "gradient_accumulation_steps": 2},
     "4 blocks": {"num_blocks": 4},
     "joint": {"local_backward": "joint"},
+    # For which accelerate takes DDP on a machine without an accelerator
+    "launched for FSDP": {"launched_for": "FSDP"},
     "readout": {"local_objective": "readout"},
     "dpo": {"kind": "dpo"},
     "grpo": {"kind": "grpo"},
@@ -67,8 +70,14 @@ OTHERS: dict[str, dict[str, Any]] = {
 RUNS = EQUAL_TO_ONE | OTHERS
 
 
-def run(output_dir: Path, kind: str = "sft", **settings: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+def run(
+    output_dir: Path, kind: str = "sft", launched_for: str | None = None, **settings: Any
+) -> tuple[Any, dict[str, torch.Tensor]]:
     """A run with the same micro-batches, however they are spread over processes and accumulation steps."""
+    if launched_for is not None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(f"ACCELERATE_USE_{launched_for.upper()}", "true")
+            return run(output_dir, kind, **settings)
     settings = {"per_device_train_batch_size": 2, **settings}
     if kind in REPL:
         trainer = make_repl_trainer(REPL[kind], output_dir, make_repl(operator="branches"), **settings)
