@@ -85,6 +85,20 @@ class LocalHeads(nn.ModuleDict):
         finally:
             self.attach(model)
 
+    @contextlib.contextmanager
+    def left_out(self, model: nn.Module) -> Iterator[None]:
+        """Leaves the heads, which stay a part of a model, out of its state dict for a while."""
+
+        def leave_out(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+            for name in [name for name in state if name.startswith(f"{prefix}{HEADS_NAME}.")]:
+                del state[name]
+
+        handle = model.register_state_dict_post_hook(leave_out)
+        try:
+            yield
+        finally:
+            handle.remove()
+
     @staticmethod
     def is_name_of_head(name: str) -> bool:
         """Tells whether a parameter, by its name in a model that the heads are a part of, is a head's."""

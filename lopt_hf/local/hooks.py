@@ -101,6 +101,11 @@ class BlockBoundary(ABC):
         """Whether early blocks have an objective beside the task's."""
         return not isinstance(self.objective, NoObjective)
 
+    @property
+    def in_forward(self) -> bool:
+        """Whether a forward that learns locally is under way."""
+        return self._in_forward
+
     def recompute_reached(self) -> None:
         """Lets early blocks that the task's gradient reaches run again, from now on, and keep no graph until then."""
         self._replays = Replays(self.stack, self.early_blocks)

@@ -146,6 +146,7 @@ class LocalLearner:
         self.blocks = split_layers(len(self.stack.layers), settings.num_blocks, settings.split_at)
         here = range(len(self.blocks) - 1) if early_blocks is None else early_blocks
         self.early_blocks = [self.blocks[index] for index in here]
+        self._owned: list[dict[str, nn.Parameter]] | None = None
         self._prepare_model()
         if early_blocks is None:
             self._check_task_is_learned()
@@ -222,7 +223,14 @@ class LocalLearner:
 
     def owned(self) -> list[dict[str, nn.Parameter]]:
         """For each block its parameters by their names in `model`."""
-        return parameters_by_block(self.model, self.stack, self.blocks)
+        return self._owned or parameters_by_block(self.model, self.stack, self.blocks)
+
+    def keep_sharded(self) -> None:
+        """Remembers the parameters, now that an engine has sharded the model.
+
+        While a module is whole, in its forward, FSDP2 has put others in their place, to which nothing is stepped.
+        """
+        self._owned = parameters_by_block(self.model, self.stack, self.blocks)
 
     def early_parameters(self) -> list[nn.Parameter]:
         """The parameters of all blocks but the last."""

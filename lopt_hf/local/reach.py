@@ -160,10 +160,10 @@ class ReachArguments(LocalArguments):
         super().check_run(run)
         if self.schedule.highest == 1:
             return
-        if run.engine is not None:
+        if run.engine not in (None, "FSDP2"):
             raise ValueError(
                 f"task_reach={self.task_reach} does not work under {run.engine}, whose sharded blocks cannot run "
-                "outside of the model's forward, or miss a step; set it to 1, or use one process or DDP."
+                "outside of the model's forward, or miss a step; set it to 1, or use FSDP2, DDP or one process."
             )
         if self.reach_recompute and run.wants_one_backward is not None:
             raise ValueError(

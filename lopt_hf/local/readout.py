@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -83,7 +83,9 @@ class ReadoutObjective:
         self.token_loss = TokenLoss()
 
     @classmethod
-    def from_model(cls, model: PreTrainedModel, copy: bool = True, max_logits: int = MAX_LOGITS) -> "ReadoutObjective":
+    def from_model(
+        cls, model: PreTrainedModel, copy: bool | Literal["all"] = True, max_logits: int = MAX_LOGITS
+    ) -> "ReadoutObjective":
         """Makes the objective from what a causal language model runs after its decoder layers.
 
         Adapters on these modules are left out: the readout is the base model's.
@@ -92,7 +94,7 @@ class ReadoutObjective:
             model: A `transformers` causal language model, with the weights that the run starts from (of a
                 `PeftModel`, its base model). Of its weights only those after the layers are read.
             copy: Copy what trains; modules that are frozen are shared, since they stay as they are. `False` shares
-                all of them.
+                all of them, `"all"` none: an engine is going to shard the model's.
             max_logits: Most logits that exist at once, as tokens times vocabulary.
 
         Raises:
@@ -270,8 +272,8 @@ def unadapted(module: nn.Module) -> Any:
     return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
 
 
-def frozen_copy(module: nn.Module, empty: nn.Module, copy: bool) -> nn.Module:
-    """The module itself if it is frozen or not to be copied, else `empty` with frozen copies of its weights.
+def frozen_copy(module: nn.Module, empty: nn.Module, copy: bool | Literal["all"]) -> nn.Module:
+    """The module itself if it is not to be copied, else `empty` with frozen copies of its weights.
 
     Not a deep copy: that would take hooks along, and forwards that are bound to the module they were made for.
     """
@@ -283,7 +285,7 @@ def frozen_copy(module: nn.Module, empty: nn.Module, copy: bool) -> nn.Module:
             f"model: the weights of {type(empty).__name__}, after the decoder layers, are not loaded; load them "
             "before making the readout."
         )
-    if not copy or not any(parameter.requires_grad for parameter in module.parameters()):
+    if copy != "all" and not (copy and any(parameter.requires_grad for parameter in module.parameters())):
         return module
     empty.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, assign=True)
     return empty.requires_grad_(False)

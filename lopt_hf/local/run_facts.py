@@ -17,7 +17,8 @@ class RunFacts:
 
     Attributes:
         task: `"SFT"`, `"DPO"` or `"GRPO"`.
-        engine: `"FSDP"` or `"DeepSpeed"` if the run shards the model.
+        engine: `"FSDP2"`, `"FSDP1"` or `"DeepSpeed"` if the run shards the model; what of its set-up matters follows
+            the name, as in `"FSDP2 with NO_WRAP"`.
         optim: The optimizer's name, of `TrainingArguments.optim`.
         is_fp16: Whether gradients are scaled for fp16.
         reentrant_checkpointing: Whether activations are checkpointed in the reentrant form.
@@ -36,6 +37,6 @@ class RunFacts:
     @property
     def wants_one_backward(self) -> str | None:
         """What must see one backward per step, if anything: the engine, or the optimizer."""
-        if self.engine is None and self.optim in ("lomo", "adalomo"):
-            return f"optim={self.optim!r}"
-        return self.engine
+        if self.engine not in (None, "FSDP2"):
+            return self.engine
+        return f"optim={self.optim!r}" if self.optim in ("lomo", "adalomo") else None

@@ -11,12 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils.constants import FSDP_MODEL_NAME, OPTIMIZER_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import StateDictType
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-__all__ = ["HEADS_FILE", "STATE_FILE", "ResumeState", "StagedCheckpoint", "check_files", "load_heads", "save_heads"]
+__all__ = [
+    "HEADS_FILE",
+    "STATE_FILE",
+    "ResumeState",
+    "StagedCheckpoint",
+    "check_files",
+    "fsdp_files",
+    "load_heads",
+    "load_whole_state",
+    "save_heads",
+    "whole_state",
+]
 
 HEADS_FILE = "local_heads.safetensors"
 STATE_FILE = "local_learning.json"
@@ -154,6 +169,25 @@ def save_heads(state: Mapping[str, torch.Tensor], folder: Path) -> None:
 def load_heads(checkpoint: str) -> dict[str, torch.Tensor]:
     """Reads what `save_heads` wrote."""
     return load_file(os.path.join(checkpoint, HEADS_FILE))
+
+
+def whole_state(heads: nn.Module) -> dict[str, torch.Tensor]:
+    """Returns weights that FSDP2 has sharded, whole and in host memory; the first process's only. All must call it."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state: dict[str, Any] = get_model_state_dict(heads, options=options)
+    return state
+
+
+def load_whole_state(heads: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Loads what `whole_state` returned, of which each process takes its part."""
+    set_model_state_dict(heads, dict(state), options=StateDictOptions(full_state_dict=True))
+
+
+def fsdp_files(plugin: FullyShardedDataParallelPlugin) -> list[str]:
+    """Names of the files in which accelerate's plugin saves model and optimizer, of each one by which it is known."""
+    if plugin.state_dict_type == StateDictType.FULL_STATE_DICT:
+        return [f"{FSDP_MODEL_NAME}.bin", f"{OPTIMIZER_NAME}.bin"]
+    return [f"{FSDP_MODEL_NAME}_0/.metadata", f"{OPTIMIZER_NAME}_0/.metadata"]
 
 
 class StagedCheckpoint:

@@ -78,6 +78,12 @@ def check_fsdp(trainer: Any) -> None:
             "fsdp_activation_checkpointing=True runs the decoder layers' hooks a second time in the backward; set it "
             "to false and use activation_checkpointing=True, which does not."
         )
+    is_readout = vars(trainer.args).get("local_objective") == "readout"
+    if plugin is not None and plugin.cpu_ram_efficient_loading and is_readout:
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading=True loads the weights in one process, but local_objective='readout' "
+            "reads through a copy of the norm and head that each has loaded; set it to false."
+        )
     if plugin is not None and plugin.fsdp_version == 1 and trainer.args.clip_scope != "global":
         raise ValueError(
             f"clip_scope={trainer.args.clip_scope!r} needs FSDP2; set fsdp_version to 2, or clip_scope to 'global'."

@@ -15,7 +15,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS_NAME
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from lopt_hf import __version__
 from lopt_hf.common.callbacks import bind_callbacks
@@ -38,11 +38,14 @@ from lopt_hf.trainers.checkpoint import (
     ResumeState,
     StagedCheckpoint,
     check_files,
+    fsdp_files,
     load_heads,
+    load_whole_state,
     save_heads,
+    whole_state,
 )
 from lopt_hf.trainers.checks import check_fsdp, check_output_dir
-from lopt_hf.trainers.engines import engine_of, fallback_warning
+from lopt_hf.trainers.engines import engine_of, fallback_warning, root_kept_whole, shard_heads_apart
 from lopt_hf.trainers.model_card import complete_card, describe_blocks, describe_reach, read_retention
 
 __all__ = ["LocalLearningMixin"]
@@ -116,6 +119,7 @@ class LocalLearningMixin(TrainerBase):
         warning = fallback_warning(self.accelerator, asked.engine)
         if warning is not None:
             self._say(warning)
+        if facts != asked:
             self.args.check_run(facts)
         return facts
 
@@ -141,8 +145,12 @@ class LocalLearningMixin(TrainerBase):
             autocast=self.accelerator.autocast,
             calibration_batches=self._calibration_batches,
             say=self._say,
-            **others,
+            **{"around_backward": self._around_backward, **others},
         )
+
+    def _around_backward(self) -> contextlib.AbstractContextManager[None]:
+        is_sharded = self._run_facts.engine == "FSDP2"
+        return root_kept_whole(self.model) if is_sharded and self.boundary.in_forward else contextlib.nullcontext()
 
     # ---- The learner's parts, by the names that they have always had ----
 
@@ -259,8 +267,12 @@ class LocalLearningMixin(TrainerBase):
     def _prepare_for_training(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[nn.Module, Any]:
         # The early blocks' gradients are ready inside the forward, or do not follow from the forward's output; DDP's
         # reducer would wait for them, or see them twice. `GradientReducer` averages them instead.
+        if self._run_facts.engine == "FSDP2" and (self.boundary.mode == "eager" or self.learner.schedule.highest > 1):
+            shard_heads_apart(self.accelerator, self.model, self.learner.heads)
         with ignored_by_ddp(self.model, [name for block in self.learner.owned()[:-1] for name in block]):
             prepared = super()._prepare_for_training(max_steps, *args, **kwargs)
+        if self._is_fsdp2:
+            self.learner.keep_sharded()
         self._share_gradients()
         if self.learner.schedule.highest > 1:
             self._say(self._reach_line())
@@ -431,11 +443,25 @@ class LocalLearningMixin(TrainerBase):
                 missing or damaged.
         """
         state = ResumeState.read(checkpoint, self._name, self.learner.fingerprint())
-        if not self._heads_in_model:  # an engine has files of its own
+        if self._saves_heads_apart:  # another engine has files of its own
             self._check_files(checkpoint)
         return state
 
+    @property
+    def _is_fsdp2(self) -> bool:
+        """Whether FSDP2 shards: it trains the heads as a part of the model, and saves them in their own file."""
+        return self._run_facts.engine is not None and self._run_facts.engine.startswith("FSDP2")
+
+    @property
+    def _saves_heads_apart(self) -> bool:
+        """Whether a checkpoint has the heads in a file of their own, and not among the model's weights."""
+        return self._is_fsdp2 or not self._heads_in_model
+
     def _check_files(self, checkpoint: str) -> None:
+        if self._is_fsdp2:
+            sharded = fsdp_files(self.accelerator.state.fsdp_plugin)
+            check_files(checkpoint, [*sharded, SCHEDULER_NAME, TRAINER_STATE_NAME, HEADS_FILE], {})
+            return
         names = [OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, HEADS_FILE]
         index, weights = SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
         if isinstance(self.model, PeftModel):
@@ -507,10 +533,14 @@ class LocalLearningMixin(TrainerBase):
         loss_since_log = self.accelerator.gather(self._tr_loss.reshape(1)).tolist()
         if self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(final)  # on every rank: each loads the best model at the end
+        heads = whole_state(self.learner.heads) if self._is_fsdp2 else self.learner.state()  # from all processes
         if not self.args.should_save:
             return
-        if not self._heads_in_model:
-            save_heads(self.learner.state(), staged)
+        if self._saves_heads_apart:
+            save_heads(heads, staged)
+        if self._is_fsdp2 and not isinstance(self.model, PeftModel) and not (staged / CONFIG_NAME).is_file():
+            # A sharded checkpoint has none, and only this run's says whether its LM head has a weight of its own.
+            self.learner.base_model.config.save_pretrained(staged)
         ResumeState(
             trainer=self._name,
             settings=self.learner.fingerprint(),
@@ -524,9 +554,27 @@ class LocalLearningMixin(TrainerBase):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.check_checkpoint(resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if not self._heads_in_model:
+        with self._without_heads():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._is_fsdp2:
+            load_whole_state(self.learner.heads, load_heads(resume_from_checkpoint))
+        elif self._saves_heads_apart:
             self.learner.load_state(load_heads(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        with self._without_heads():
+            super()._load_best_model()
+
+    def _without_heads(self) -> contextlib.AbstractContextManager[None]:
+        """Makes a context in which the model has the weights that a checkpoint has of it."""
+        heads, model = self.learner.heads, self.learner.base_model
+        return heads.hidden(model) if self._is_fsdp2 else contextlib.nullcontext()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        # Of the state dict alone: the optimizer's state is saved by the names that the model gives the heads.
+        heads, model = self.learner.heads, self.learner.base_model
+        with heads.left_out(model) if self._is_fsdp2 else contextlib.nullcontext():
+            super()._save_optimizer_and_scheduler(output_dir)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # The parent starts these at zero when it resumes between two logs.

@@ -12,6 +12,7 @@ from tests.tiny import make_model
 from tests.trainers.helpers import KINDS, make_trainer
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
+FSDP1 = {"fsdp": True, "fsdp_config": {"version": 1}}
 COMMANDS = {"sft": sft, "dpo": dpo, "grpo": grpo}
 
 
@@ -35,7 +36,7 @@ COMMANDS = {"sft": sft, "dpo": dpo, "grpo": grpo}
         ({"clip_scope": "layer"}, "clip_scope='layer' .* block, global"),
         ({"tied_embeddings": "tie"}, "tied_embeddings='tie' .* untie, freeze"),
         ({"reconstruction_mask": "labels"}, "reconstruction_mask='labels' .* attention, none"),
-        ({"local_backward": "eager", "fsdp": True}, "local_backward='eager' .* FSDP.*'joint'"),
+        ({"local_backward": "eager", **FSDP1}, "local_backward='eager' .* FSDP1.*'joint'"),
         (
             {"local_backward": "eager", "optim": "lomo"},
             "local_backward='eager' does not work under optim='lomo'.*'joint'",
@@ -50,7 +51,9 @@ COMMANDS = {"sft": sft, "dpo": dpo, "grpo": grpo}
             "local_step=True .* optim='lomo'.*choose another, or set local_step to",
         ),
         ({"local_step": True, "optim": "galore_adamw_layerwise"}, "local_step=True .* optim='galore_adamw_layerwise'"),
-        ({"local_step": True, "fsdp": True}, "local_step=True .* FSDP"),
+        ({"local_step": True, **FSDP1}, "local_step=True .* FSDP1.*use FSDP2"),
+        ({"task_reach": 2, **FSDP1}, "task_reach=.2. does not work under FSDP1.*use FSDP2"),
+        ({"log_drift": True, "fsdp": True}, "log_drift=True does not work under FSDP2"),
         ({"local_step": True, "train_early_blocks": False}, "local_step=True .* train_early_blocks=False.*to True"),
         ({"local_step": True, "enable_jit_checkpoint": True}, "local_step=True .* enable_jit_checkpoint=True"),
         ({"local_step": True, "fp16": True}, "local_step=True .* fp16.*use bf16"),

@@ -145,7 +145,10 @@ def test_resuming_with_the_other_objective_is_refused(tmp_path):
         ({"reconstruction_weight": 5.0}, "reconstruction_weight=5.0 does nothing with local_objective='readout'"),
         ({"reconstruction_bottleneck": 2}, "reconstruction_bottleneck=2 does nothing"),
         ({"reconstruction_mask": "none"}, "reconstruction_mask='none' does nothing"),
-        ({"fsdp": True}, "local_objective='readout' does not work under FSDP"),
+        (
+            {"fsdp": True, "fsdp_config": {"version": 1}},
+            "local_objective='readout' does not work under FSDP1.*use FSDP2",
+        ),
         ({"local_objective": "contrastive"}, "local_objective='contrastive' .* reconstruction, readout"),
     ],
 )

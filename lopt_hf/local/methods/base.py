@@ -31,6 +31,7 @@ class Learner(Protocol):
         settings: The method's arguments.
         run: What the method must know of the run.
         seed: What the heads are drawn from.
+        device: Where the run computes.
         router_coefficient: Weight of the load-balancing loss; 0 where the model has no routers.
         stage_starts: First blocks of the stages of a pipeline.
         heads: The heads, once they are made.
@@ -44,6 +45,7 @@ class Learner(Protocol):
     settings: Any
     run: RunFacts
     seed: int
+    device: torch.device
     router_coefficient: float
     stage_starts: list[int]
     heads: LocalHeads

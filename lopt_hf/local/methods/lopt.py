@@ -55,7 +55,7 @@ class LoPTArguments(ReachArguments):
             `"none"` counts it too (code).
         local_backward: `"eager"` runs each block's local backward in the forward, as soon as the block is done
             (paper, App. L), which frees its activations; `"joint"` adds the local losses to the task loss (code).
-            `"auto"` picks eager where it works: one process or DDP.
+            `"auto"` picks eager where it works: one process, DDP or FSDP2.
         local_update_interval: Update the early blocks at every n-th optimizer step only; at the others they run
             without gradients, which saves the arithmetic too. Ours; paper and code update at every step.
         local_step: Let an early block take its optimizer step right after its local backward, and free its gradients
@@ -106,7 +106,7 @@ class LoPTArguments(ReachArguments):
         "auto",
         "'eager' runs a block's local backward as soon as the block is done and frees its activations "
         "(paper, App. L), 'joint' adds the local losses to the task loss (released code), 'auto' is eager where "
-        "it works: one process or DDP.",
+        "it works: one process, DDP or FSDP2.",
         ["auto", "eager", "joint"],
     )
     local_update_interval: int = option(  # type: ignore[misc]  # of the class where it is not a choice
@@ -200,10 +200,10 @@ class LoPTArguments(ReachArguments):
                     f"{name}={value!r} does nothing with local_objective='readout', whose weight is 1 and which "
                     "counts the tokens that have a label; leave it out, or set local_objective to 'reconstruction'."
                 )
-        if run.engine is not None:
+        if run.engine not in (None, "FSDP2"):
             raise ValueError(
                 f"local_objective='readout' does not work under {run.engine}, which shards the norm and head that it "
-                "reads through; set it to 'reconstruction'."
+                "reads through; use FSDP2 with TRANSFORMER_BASED_WRAP, or set it to 'reconstruction'."
             )
 
     def _check_added_to_objective(self, run: RunFacts) -> None:
@@ -230,7 +230,10 @@ class LoPTArguments(ReachArguments):
         conflicts = [
             (self.clip_scope == "global", "clip_scope='global', one norm of all blocks; set clip_scope to 'block'"),
             (self.local_backward == "joint", "local_backward='joint', one backward for all; set it to 'eager'"),
-            (run.engine is not None, f"{run.engine}, which must see one backward per step; use one process or DDP"),
+            (
+                run.engine not in (None, "FSDP2"),
+                f"{run.engine}, which must see one backward per step; use FSDP2, DDP or one process",
+            ),
             (joint, f"{optim}, which must see one backward per step; choose another"),
             (run.optim.endswith("layerwise"), f"{optim}, which steps in the backward; choose another"),
             (
@@ -270,7 +273,12 @@ class LoPT(Method):
         if settings.local_objective == "none":
             return NoObjective()
         if settings.local_objective == "readout":
-            return ReadoutObjective.from_model(learner.base_model)
+            if learner.run.engine is None:
+                return ReadoutObjective.from_model(learner.base_model)
+            # The engine is going to shard the model's own norm and head, and to move them to the device.
+            objective = ReadoutObjective.from_model(learner.base_model, copy="all")
+            objective.readout.to(learner.device)
+            return objective
         return ReconstructionObjective(
             settings.reconstruction_bottleneck, masked=settings.reconstruction_mask == "attention"
         )
@@ -279,7 +287,11 @@ class LoPT(Method):
         settings: LoPTArguments = learner.settings
         mode = settings.pick_local_backward(learner.run)
         if settings.local_backward == "auto" and mode == "eager" and not isinstance(objective, NoObjective):
-            logger.info("local_backward='auto' is 'eager': each block's activations are freed when it is done.")
+            line = "local_backward='auto' is 'eager': each block's activations are freed when it is done."
+            if learner.run.engine is None:
+                logger.info(line)
+            else:  # where it was not always so
+                learner.say(f"Under {learner.run.engine} {line}")
         weight = settings.reconstruction_weight / (len(learner.blocks) - 1)
         if isinstance(objective, ReadoutObjective):
             weight = 1.0  # ZeroLock: a block learns the next token as the last one does

@@ -144,6 +144,12 @@ class MLAANSettings(ReachArguments):
             raise ValueError(
                 f"method='mlaan' does not fit {run.task}: {NEXT_TOKEN_MISFITS[run.task]}; set it to 'lopt'."
             )
+        if run.engine == "FSDP2":
+            raise ValueError(
+                "MLAAN does not work under FSDP2, which shards the layers whose weights its auxiliaries average; "
+                "train in one process or with DDP (--accelerate_config ddp_2), or set method to "
+                "'lopt'."
+            )
         if run.wants_one_backward is not None:
             raise ValueError(
                 f"MLAAN does not work under {run.wants_one_backward}, which must see one backward per step; train in "

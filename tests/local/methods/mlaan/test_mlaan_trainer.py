@@ -174,7 +174,7 @@ def test_memory_is_stated_and_checked(tmp_path, monkeypatch, caplog):
         ({"combine": "max"}, "combine='max' .* mean, sum"),
         ({"ema_decay": 1.5}, "ema_decay=1.5 is too high; it must be at most 1"),
         ({"independent_weight": 0.0, "cascaded_weight": 0.0}, "cascaded_weight are both 0"),
-        ({"fsdp": True}, "MLAAN does not work under FSDP.*DDP"),
+        ({"fsdp": True}, "MLAAN does not work under FSDP2.*DDP"),
         ({"optim": "lomo"}, "MLAAN does not work under optim='lomo'"),
         (
             {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},

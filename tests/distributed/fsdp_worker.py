@@ -1,0 +1,186 @@
+"""One rank of the FSDP2 runs that `conftest.py` launches, one after the other in one world."""
+
+import gc
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+
+import tests.conftest  # noqa: F401  (offline, one thread)
+from lopt_hf.meters.saved_bytes import SavedBytes
+from tests.distributed.engines import use_real_engines
+from tests.tiny import make_dataset, make_model
+from tests.trainers.helpers import make_trainer
+
+REACH: dict[str, Any] = {"local_objective": "none", "num_blocks": 4, "task_reach": [2, 4, 1]}
+RESHARDED_LATE = {"FSDP_RESHARD_AFTER_FORWARD": "false"}
+NO_WRAP = {"FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}
+REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+
+# The runs that must end where one process with the same micro-batches does.
+EQUAL_TO_ONE: dict[str, dict[str, Any]] = {
+    "joint": {"local_backward": "joint"},
+    "4 blocks, global": {"num_blocks": 4, "clip_scope": "global"},
+    "accumulation, part": {"num_blocks": 4, "gradient_accumulation_steps": 2, "clip_scope": "part"},
+    "checkpointing, dpo": {"kind": "dpo", "gradient_checkpointing": True},
+    "reentrant checkpointing": REENTRANT,
+    "lora": {"lora": True, "num_blocks": 4},
+    "mixture of experts": {"family": "mixtral"},
+    # Its embedding of positions is block 0's and in the root's unit; AdamW would blow up its keys' biases, whose
+    # gradient is rounding alone.
+    "gpt2, local step": {"family": "gpt2", "local_step": True, "optim": "sgd", "learning_rate": 0.1},
+    "local step, part": {"num_blocks": 4, "local_step": True, "clip_scope": "part"},
+    "interval": {"local_update_interval": 2, "num_blocks": 3},
+    "readout": {"local_objective": "readout"},
+    "readout, frozen": {"local_objective": "readout", "lora": True},
+    "reach, local step": {**REACH, "local_step": True},
+    "reach, graphs kept": {**REACH, "reach_recompute": False},
+    "reach, micro-batches": {
+        **REACH,
+        "reach_unit": "microbatch",
+        "gradient_accumulation_steps": 2,
+        "task_reach": [4, 1],
+    },
+    "reach, reconstruction": {**REACH, "local_objective": "reconstruction", "gradient_checkpointing": True},
+    "reach, mixture of experts, run": {**REACH, "family": "mixtral", "reach_unit": "run"},
+    "resharded late": {"environment": RESHARDED_LATE, "num_blocks": 4},
+    "one unit": {"environment": NO_WRAP},
+}
+# In bf16, whose rounding is that of the sharded arithmetic: local losses eager, joint, and with reach.
+BF16: dict[str, dict[str, Any]] = {
+    "bf16": {"bf16": True, "num_blocks": 4},
+    "bf16, joint": {"bf16": True, "num_blocks": 4, "local_backward": "joint"},
+    "bf16, reach": {**REACH, "bf16": True},
+    "bf16, readout": {"bf16": True, "local_objective": "readout"},
+}
+SAVED = {"num_blocks": 4, "save_strategy": "steps", "save_steps": 2}
+# Left after two of three steps, and gone on from there.
+RESUMED: dict[str, dict[str, Any]] = {
+    "full": {**SAVED, "environment": {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}},
+    "sharded": {**SAVED, "environment": {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}},
+    "sharded, lora": {**SAVED, "environment": {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, "lora": True},
+}
+# The first of three evaluations is the best: the rate is so high that the loss only rises.
+BEST: dict[str, Any] = {
+    **{"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1},
+    **{"load_best_model_at_end": True, "learning_rate": 10.0},
+}
+# How many blocks an eager run's activations are measured with; a joint one with two.
+MEASURED = (2, 4, 8)
+
+
+def run(
+    output_dir: Path,
+    lora: bool = False,
+    family: str = "llama",
+    layers: int = 4,
+    environment: Mapping[str, str] | None = None,
+    resume: bool | None = None,
+    callbacks: tuple[TrainerCallback, ...] = (),
+    **settings: Any,
+) -> Any:
+    """A run with the same micro-batches, however they are spread over processes and accumulation steps."""
+    kwargs: dict[str, Any] = {"callbacks": list(callbacks), "eval_dataset": make_dataset(8)}
+    if lora:
+        kwargs["peft_config"] = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    settings = {"per_device_train_batch_size": 2, **settings}
+    if settings.get("kind") == "dpo":
+        kwargs.pop("eval_dataset")
+    model = make_model(family, **({} if layers == 4 else {"num_hidden_layers": layers}))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (environment or {}).items():
+            patch.setenv(name, value)
+        trainer = make_trainer(output_dir, model=model, trainer_kwargs=kwargs, **settings)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def whole_weights(trainer: Any) -> dict[str, torch.Tensor]:
+    """What a run has trained, heads included, by the same names on any number of processes."""
+    model = {n: p for n, p in trainer.model.named_parameters() if "local_heads." not in n and p.requires_grad}
+    heads = {f"head.{n}": p for n, p in trainer.local_heads.named_parameters()}
+    whole = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in {**model, **heads}.items()}
+    return {name: parameter.detach().clone().contiguous() for name, parameter in whole.items()}
+
+
+def keep(folder: Path, trainer: Any) -> None:
+    """Writes what a run ended with, and tells what it was."""
+    assert isinstance(trainer.model, FSDPModule)
+    weights = whole_weights(trainer)
+    if trainer.accelerator.is_main_process:
+        save_file(weights, folder / "weights.safetensors")
+        facts = {"log": trainer.state.log_history, "mode": trainer.boundary.mode, "engine": trainer.learner.run.engine}
+        (folder / "facts.json").write_text(json.dumps(facts))
+    trainer.accelerator.wait_for_everyone()
+
+
+def keep_resumed(folder: Path, settings: dict[str, Any]) -> None:
+    """Runs to the end in `whole`, and again in `resumed` from its second step on."""
+    for part in ("whole", "resumed"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    trainer = run(folder / "whole", **settings)
+    keep(folder / "whole", trainer)
+    if trainer.accelerator.is_main_process:
+        shutil.copytree(folder / "whole/checkpoint-2", folder / "resumed/checkpoint-2")
+    trainer.accelerator.wait_for_everyone()
+    trainer = run(folder / "resumed", resume=True, **settings)
+    keep(folder / "resumed", trainer)
+
+
+class SecondStep(TrainerCallback):
+    """Measures what autograd keeps in the second step, when every unit has been whole once."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step != 1:
+            return
+        units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        whole: list[torch.Tensor] = []
+        for unit in units:
+            unit.unshard()
+            whole += [p for p in unit.parameters() if not isinstance(p, DTensor)]
+            unit.reshard()
+        self._meter = SavedBytes([*whole, *model.buffers()])
+        self._meter.__enter__()
+
+    def on_step_end(self, args: Any, state: Any, *others: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            self._meter.__exit__()
+            self.peak = self._meter.peak
+
+
+def saved_bytes(folder: Path, **settings: Any) -> int:
+    """The peak of what autograd keeps on this rank, with eight layers."""
+    meter = SecondStep()
+    run(folder, layers=8, callbacks=(meter,), max_steps=2, **settings)
+    return meter.peak
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    gc.freeze()  # as in tests/conftest.py
+    use_real_engines()
+    for name, settings in (EQUAL_TO_ONE | BF16 | {"best": BEST}).items():
+        (folder / name).mkdir(exist_ok=True)
+        keep(folder / name, run(folder / name, **settings))
+    for name, settings in RESUMED.items():
+        keep_resumed(folder / name, settings)
+    peaks = {"joint": saved_bytes(folder / "bytes", local_backward="joint")}
+    peaks |= {str(blocks): saved_bytes(folder / "bytes", num_blocks=blocks) for blocks in MEASURED}
+    (folder / "bytes.json").write_text(json.dumps(peaks))
+
+
+if __name__ == "__main__":
+    main()
