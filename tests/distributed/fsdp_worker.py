@@ -36,10 +36,14 @@ EQUAL_TO_ONE: dict[str, dict[str, Any]] = {
     "reentrant checkpointing": REENTRANT,
     "lora": {"lora": True, "num_blocks": 4},
     "mixture of experts": {"family": "mixtral"},
-    # Its embedding of positions is block 0's and in the root's unit; AdamW would blow up its keys' biases, whose
-    # gradient is rounding alone.
-    "gpt2, local step": {"family": "gpt2", "local_step": True, "optim": "sgd", "learning_rate": 0.1},
-    "local step, part": {"num_blocks": 4, "local_step": True, "clip_scope": "part"},
+    # Its embedding of positions is block 0's, in the root's unit, and learns enough to be missed in the norm. AdamW
+    # would blow up its keys' biases, whose gradient is rounding alone.
+    "gpt2, local step": {
+        **{"family": "gpt2", "local_step": True, "local_objective": "readout"},
+        **{"optim": "sgd", "learning_rate": 0.1},
+    },
+    # So that the heads' gradients are to be clipped
+    "local step, part": {"num_blocks": 4, "local_step": True, "clip_scope": "part", "reconstruction_weight": 1000.0},
     "interval": {"local_update_interval": 2, "num_blocks": 3},
     "readout": {"local_objective": "readout"},
     "readout, frozen": {"local_objective": "readout", "lora": True},
@@ -116,6 +120,8 @@ def whole_weights(trainer: Any) -> dict[str, torch.Tensor]:
 def keep(folder: Path, trainer: Any) -> None:
     """Writes what a run ended with, and tells what it was."""
     assert isinstance(trainer.model, FSDPModule)
+    units = {isinstance(head, FSDPModule) for head in trainer.local_heads.values() if list(head.parameters())}
+    assert units <= {trainer.boundary.mode == "eager"}
     weights = whole_weights(trainer)
     if trainer.accelerator.is_main_process:
         save_file(weights, folder / "weights.safetensors")

@@ -207,8 +207,7 @@ def _sharded(sizes: Sizes) -> Part:
         f"{name}, FSDP2": replace(
             plain,
             options=options,
-            # The log has the sum of all losses where their backward is one.
-            comparison=Comparison(f"plain {name}", _FSDP2_TOLERANCE, of_losses="num_blocks" not in options),
+            comparison=Comparison(f"plain {name}", _FSDP2_TOLERANCE),
             sharded=True,
         )
         for name, options in methods
