@@ -4,10 +4,8 @@ Every statement is a difference between models that answered the same samples, s
 cancels. Samples are resampled together for all models and seeds.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,12 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from lopt_hf.common.sample_scores import MeanScores, ResampledScores, Scores
+
 __all__ = [
     "Interval",
-    "MeanScores",
-    "RatioScores",
-    "ResampledScores",
-    "Scores",
     "difference_interval",
     "mcnemar",
     "mean_interval",
@@ -34,83 +30,6 @@ MAX_BCA_SAMPLES = 2_000
 BATCH_ELEMENTS = 4_000_000
 
 
-class Scores(ABC):
-    """Scores of one model on each sample, and the metric that follows from them."""
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """The number of samples."""
-
-    @abstractmethod
-    def value(self, index: NDArray[Any]) -> NDArray[Any]:
-        """The metric over chosen samples.
-
-        Args:
-            index: Sample numbers, shape (..., samples).
-
-        Returns:
-            Shape (...).
-        """
-
-    @cached_property
-    def total(self) -> float:
-        """The metric over all samples."""
-        return float(self.value(np.arange(len(self))))
-
-
-class MeanScores(Scores):
-    """A metric that is the mean of one number per sample, such as accuracy."""
-
-    def __init__(self, values: Sequence[float] | NDArray[Any]) -> None:
-        self.values = np.asarray(values, dtype=np.float64)
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def value(self, index: NDArray[Any]) -> NDArray[Any]:
-        return self.values[index].mean(-1)
-
-    @property
-    def is_binary(self) -> bool:
-        """Whether each sample is right or wrong."""
-        return bool(np.isin(self.values, (0.0, 1.0)).all())
-
-
-class RatioScores(Scores):
-    """A metric that follows from a sum over samples by another sum, such as perplexity per word.
-
-    Args:
-        pairs: Numerator and denominator of each sample, such as log-likelihood and number of words.
-        transform: From the ratio to the metric; works on arrays.
-    """
-
-    def __init__(self, pairs: Sequence[Sequence[float]], transform: Callable[[NDArray[Any]], NDArray[Any]]) -> None:
-        self.numerator, self.denominator = np.asarray(pairs, dtype=np.float64).reshape(-1, 2).T
-        self._transform = transform
-
-    def __len__(self) -> int:
-        return len(self.numerator)
-
-    def value(self, index: NDArray[Any]) -> NDArray[Any]:
-        return self._transform(self.numerator[index].sum(-1) / self.denominator[index].sum(-1))
-
-
-class ResampledScores(Scores):
-    """Any other metric: recomputed from the chosen samples by its own aggregation."""
-
-    def __init__(self, items: Sequence[Any], aggregate: Callable[[list[Any]], float]) -> None:
-        self._items = items
-        self._aggregate = aggregate
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def value(self, index: NDArray[Any]) -> NDArray[Any]:
-        rows = index.reshape(-1, index.shape[-1])
-        values = [self._aggregate([self._items[i] for i in row]) for row in rows]
-        return np.array(values, dtype=np.float64).reshape(index.shape[:-1])
-
-
 @dataclass(frozen=True)
 class Interval:
     """A difference with its confidence interval, and the resamples needed to average it with others.
@@ -121,9 +40,12 @@ class Interval:
         high: Upper end.
         by_seed: The difference of each seed, shape (seeds,).
         draws: The same over resamples of the samples, shape (seeds, resamples).
-        num_samples: Samples in all.
+        num_samples: Samples in all, or clusters of them where clusters are resampled.
         is_binary: Whether each sample is right or wrong.
         bounds: What the difference can be at all, such as -1 to 1 between two accuracies; the interval ends there.
+        confidence: Level of the interval.
+        degrees_of_freedom: Of Student's distribution that the difference, over its standard error, is taken to have:
+            Welch and Satterthwaite's for what varies between samples and between seeds.
     """
 
     delta: float
@@ -134,6 +56,55 @@ class Interval:
     num_samples: int
     is_binary: bool
     bounds: tuple[float, float] = (-np.inf, np.inf)
+    confidence: float = 0.95
+    degrees_of_freedom: float = np.inf
+
+    @property
+    def p_value(self) -> float:
+        """Two-sided p-value of no difference: below `1 - confidence` just where the interval leaves out zero.
+
+        `nan` where there is no interval.
+        """
+        distance = self.delta - (self.low if self.delta > 0 else self.high)
+        if np.isnan(distance):
+            return float("nan")
+        if self.delta == 0 or distance == 0:
+            return float(self.delta == 0)
+        return float(2 * stats.t.sf(self._quantile(self.confidence) * self.delta / distance, self.degrees_of_freedom))
+
+    def at(self, confidence: float) -> tuple[float, float]:
+        """Returns the ends of the interval at another level, by Student's quantiles at both levels."""
+        factor = self._quantile(confidence) / self._quantile(self.confidence)
+        low, high = (self.delta + factor * (end - self.delta) for end in (self.low, self.high))
+        return max(low, self.bounds[0]), min(high, self.bounds[1])
+
+    def detectable(self, power: float = 0.8) -> float:
+        """Returns the smallest difference that samples like these would have shown.
+
+        Args:
+            power: Share of repetitions in which a difference of that size leaves zero out of the interval.
+
+        Returns:
+            The sum of the quantiles of level and power times the standard error, which is the half width over the
+            former (Miller 2024, arXiv 2411.00640, Sec. 5, with Student's quantiles); `nan` where there is no interval.
+        """
+        level = self._quantile(self.confidence)
+        needed = level + float(stats.t.ppf(power, self.degrees_of_freedom))
+        return (self.high - self.low) / 2 * needed / level
+
+    def is_within(self, margin: float) -> bool:
+        """Whether the difference is shown to be smaller than a margin in either direction.
+
+        Two one-sided tests, each at `1 - confidence` (Schuirmann 1987): at 95 % the 90 % interval lies between them.
+
+        Args:
+            margin: In units of the difference, above 0.
+        """
+        low, high = self.at(max(0.0, 2 * self.confidence - 1))
+        return bool(-margin < low and high < margin)
+
+    def _quantile(self, confidence: float) -> float:
+        return float(stats.t.ppf((1 + confidence) / 2, self.degrees_of_freedom))
 
 
 def difference_interval(
@@ -147,10 +118,12 @@ def difference_interval(
 
     Samples are resampled, for all models together and for each task apart. The interval is that of the bootstrap:
     bias-corrected and accelerated (Efron 1987, by `scipy.stats.bootstrap`) for a single task, of percentiles for
-    several and for metrics that are right or wrong per sample. Three things are added.
+    several and for metrics that are right or wrong per sample. Four things are added.
 
     - It is stretched by `sqrt(n / (n - 1))` and by what Student's quantile is wider than the normal one, since a
       bootstrap of few samples is too narrow (Hesterberg 2015).
+    - Clusters of samples get the interval of the normal distribution with the bootstrap's standard error, as in
+      cluster-robust regression: with some tens of clusters, percentiles cover less.
     - Right and wrong answers get one pseudo-change of either kind, as in the interval of Bonett and Price (2012): few
       changes would make it too short, and none at all would leave it no width.
     - With several seeds the half-width for the variance between them is added, as the root of the sum of squares: by
@@ -176,21 +149,26 @@ def difference_interval(
     shares = np.asarray(weights, dtype=np.float64) / np.sum(weights)
     num_samples = sum(len(task[0]) for task in tasks)
     is_binary = all(isinstance(scores, MeanScores) and scores.is_binary for task in tasks for scores in task)
+    is_share = all(scores.is_share for task in tasks for scores in task)
     by_task = [_combined(of_seed, [scores.total for scores in task]) for task in tasks]
     by_seed: NDArray[Any] = np.tensordot(shares, by_task, axes=1)
     if not np.isfinite(by_seed).all():  # as of the perplexity of a diverged model
         nothing = np.full((len(of_seed), RESAMPLES), np.nan)
-        return Interval(float(by_seed.mean()), np.nan, np.nan, by_seed, nothing, num_samples, is_binary)
+        delta = float(by_seed.mean())
+        return Interval(delta, np.nan, np.nan, by_seed, nothing, num_samples, is_binary, confidence=confidence)
     rng = np.random.default_rng(seed)
     deviations: NDArray[Any] = np.zeros((len(of_seed), 1))
     for share, task, difference in zip(shares, tasks, by_task, strict=True):
         deviations = deviations + share * _deviations(task, of_seed, difference, rng)
     draws = by_seed[:, None] + deviations
     ends = None
-    if len(tasks) == 1 and not is_binary and 2 <= num_samples <= MAX_BCA_SAMPLES:
+    if any(len(scores) < scores.num_samples for task in tasks for scores in task):
+        half = stats.norm.ppf((1 + confidence) / 2) * draws.mean(axis=0).std()
+        ends = float(by_seed.mean() - half), float(by_seed.mean() + half)
+    elif len(tasks) == 1 and not is_binary and 2 <= num_samples <= MAX_BCA_SAMPLES:
         ends = _accelerated_ends(tasks[0], of_seed.mean(axis=0), draws.mean(axis=0), confidence)
     bounds = (-np.inf, np.inf)
-    if is_binary:
+    if is_share:
         bounds = float(of_seed.clip(max=0).sum(axis=1).mean()), float(of_seed.clip(min=0).sum(axis=1).mean())
     return _interval(by_seed, draws, num_samples, is_binary, confidence, rng, bounds, ends)
 
@@ -310,6 +288,7 @@ def _interval(
     level = (1 + confidence) / 2
     low, high = ends or np.quantile(means, (1 - level, level))
     of_samples, of_seeds = float(np.var(means)), _variance_of_seeds(by_seed, draws)
+    freedom = np.inf
     if num_samples > 1 and of_samples + of_seeds > 0:
         widths = stats.t.ppf(level, num_samples - 1) * np.sqrt(of_samples), 0.0
         if of_seeds > 0:
@@ -320,8 +299,11 @@ def _interval(
             low, high = (delta + factor * (end - delta) for end in (low, high))
         else:
             low, high = delta - total, delta + total
+        parts = of_samples**2 / (num_samples - 1) + (of_seeds**2 / (num_seeds - 1) if num_seeds > 1 else 0.0)
+        freedom = (of_samples + of_seeds) ** 2 / parts
     low, high = np.clip((low, high), *bounds)
-    return Interval(delta, float(low), float(high), by_seed, draws, num_samples, is_binary, bounds)
+    ends = float(low), float(high)
+    return Interval(delta, *ends, by_seed, draws, num_samples, is_binary, bounds, confidence, float(freedom))
 
 
 def _variance_of_seeds(by_seed: NDArray[Any], draws: NDArray[Any]) -> float:

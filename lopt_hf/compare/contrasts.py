@@ -12,13 +12,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lopt_hf.common.statistics import Scores, difference_interval
+from lopt_hf.common.sample_scores import Scores
+from lopt_hf.common.statistics import difference_interval
 from lopt_hf.retention.deltas import (
     ModelScores,
     entry_metrics,
     entry_scores,
     gain_scores,
     is_higher_better,
+    margin_of,
     task_weights,
 )
 from lopt_hf.retention.heldout import HELDOUT_TASK
@@ -44,14 +46,20 @@ class MethodPoint:
 
 
 def rate_contrasts(
-    first: Sequence[MethodPoint], second: Sequence[MethodPoint], entries: Sequence[TaskEntry], confidence: float
+    first: Sequence[MethodPoint],
+    second: Sequence[MethodPoint],
+    entries: Sequence[TaskEntry],
+    confidence: float,
+    margin: float | None = None,
 ) -> Iterator[Contrast]:
     """The first method minus the second at each rate that both have: gain and each task's main metric."""
     for point in first:
         for other in second:
             if point.learning_rate == other.learning_rate:
                 weights = [{seed: 1.0} for seed in range(len(point.seeds))]
-                yield from _contrasts(point, other.label, other.seeds, weights, entries, confidence, with_gain=True)
+                yield from _contrasts(
+                    point, other.label, other.seeds, weights, entries, confidence, margin, with_gain=True
+                )
 
 
 def matched_contrasts(
@@ -60,6 +68,7 @@ def matched_contrasts(
     baseline: ModelScores,
     entries: Sequence[TaskEntry],
     confidence: float,
+    margin: float | None = None,
 ) -> Iterator[Contrast]:
     """The first method's points minus the second method's line at the same gain; `nan` beyond the line's ends."""
     if HELDOUT_TASK not in baseline:
@@ -71,7 +80,9 @@ def matched_contrasts(
         for seed, scores in enumerate(point.seeds):
             line = _rising([0, *_positions(second, seed)], gains)
             weights.append(_interpolation(line, gains, _gain(baseline, scores)))
-        yield from _contrasts(point, f"{_method(second)} at the same gain", models, weights, entries, confidence)
+        yield from _contrasts(
+            point, f"{_method(second)} at the same gain", models, weights, entries, confidence, margin
+        )
 
 
 def _gain(baseline: ModelScores, scores: ModelScores) -> float:
@@ -116,6 +127,7 @@ def _contrasts(
     weights: Sequence[Mapping[int, float] | None],
     entries: Sequence[TaskEntry],
     confidence: float,
+    margin: float | None,
     with_gain: bool = False,
 ) -> Iterator[Contrast]:
     """The point minus a weighted mean of models, whose weights differ from seed to seed.
@@ -130,11 +142,20 @@ def _contrasts(
             coefficients[seed, num_seeds + position] -= weight
 
     def contrast(task: str, metric: str, higher: bool, parts: list[list[Scores]], sizes: Sequence[float]) -> Contrast:
-        difference = low = high = float("nan")
-        if len(known) == num_seeds:
-            interval = difference_interval(parts, coefficients, sizes, confidence)
-            difference, low, high = interval.delta, interval.low, interval.high
-        return Contrast(point.label, label, task, metric, higher, difference, low, high, num_seeds)
+        nothing = float("nan")
+        if len(known) < num_seeds:
+            return Contrast(point.label, label, task, metric, higher, nothing, nothing, nothing, num_seeds)
+        interval = difference_interval(parts, coefficients, sizes, confidence)
+        values = (interval.delta, interval.low, interval.high)
+        level = float(np.average([part.total for part in parts[0]], weights=sizes))
+        equal = None if margin is None else margin_of(margin, higher, level)
+        return Contrast(
+            *(point.label, label, task, metric, higher, *values, num_seeds),
+            p_value=interval.p_value,
+            detectable=interval.detectable(),
+            margin=equal,
+            is_within_margin=equal is not None and interval.is_within(equal),
+        )
 
     everyone = [*point.seeds, *models]
     if with_gain and HELDOUT_TASK in everyone[0]:

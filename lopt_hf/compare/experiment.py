@@ -1,6 +1,7 @@
 """Evaluation of every run of a grid, and the comparison of methods over their seeds."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from lopt_hf.compare.contrasts import MethodPoint, matched_contrasts, rate_contr
 from lopt_hf.compare.grid import Grid, GridRun
 from lopt_hf.compare.grid_training import arithmetic_argument, heldout_rows, model_folder, training_arithmetic
 from lopt_hf.retention.benchmark import Candidate, RetentionBenchmark, flips
+from lopt_hf.retention.comparisons import adjusted
 from lopt_hf.retention.evaluation import EvaluationSettings
 from lopt_hf.retention.results import Contrast, RetentionReport
 from lopt_hf.retention.scores import ScoreCache
@@ -41,6 +43,8 @@ class GridEvaluation:
             ),
             ScoreCache(grid.output_path / "scores"),
             heldout_rows(grid),
+            margin=grid.margin,
+            cluster_by=grid.cluster_by,
         )
 
     def describe_arithmetic(self) -> str:
@@ -57,13 +61,8 @@ class GridEvaluation:
         candidates = [Candidate(point_label(*point), point[0], tuple(self._models(runs, *point))) for point in points]
         report = self.benchmark.compare(candidates)
         assert report is not None  # only distributed launches have other processes
-        return RetentionReport(
-            baseline=report.baseline,
-            models=report.models,
-            settings={**report.settings, **self._settings()},
-            confidence=report.confidence,
-            contrasts=tuple(self._contrasts(runs)),
-        )
+        contrasts = tuple(self._contrasts(runs))
+        return adjusted(replace(report, settings={**report.settings, **self._settings()}, contrasts=contrasts))
 
     def flips(self) -> Iterator[dict[str, Any]]:
         """The samples that each run's model answers otherwise than the baseline, as `benchmark.flips`."""
@@ -93,8 +92,8 @@ class GridEvaluation:
         baseline = benchmark.scores(benchmark.baseline.name)
         for first, second in self.grid.contrasts:
             points = self._points(runs, first), self._points(runs, second)
-            found += rate_contrasts(*points, benchmark.entries, benchmark.confidence)
-            found += matched_contrasts(*points, baseline, benchmark.entries, benchmark.confidence)
+            found += rate_contrasts(*points, benchmark.entries, benchmark.confidence, benchmark.margin)
+            found += matched_contrasts(*points, baseline, benchmark.entries, benchmark.confidence, benchmark.margin)
         return found
 
     def _settings(self) -> dict[str, Any]:

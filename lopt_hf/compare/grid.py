@@ -13,6 +13,8 @@ from lopt_hf.common.settings import check_at_least, check_choice, check_distinct
 from lopt_hf.common.typed import check_types, check_value
 from lopt_hf.common.yaml_files import load_settings
 from lopt_hf.data.mirror import given_data_dir
+from lopt_hf.retention.clusters import AUTO, CLUSTER_HELP
+from lopt_hf.retention.deltas import MARGIN_HELP
 
 __all__ = ["Grid", "GridRun", "load_grid"]
 
@@ -102,6 +104,8 @@ class Grid:
     seeds: Sequence[int] = option((0, 1, 2), "Each run is repeated with each seed.")
     num_train: int = option(128, "Rows to train on, drawn with the run's seed.")
     num_heldout: int = option(64, "First rows of the held-out data.")
+    margin: float = option(1.0, MARGIN_HELP)
+    cluster_by: str = option(AUTO, CLUSTER_HELP)
     workers: int = option(1, "Runs at a time; on a CPU each takes its share of the cores.")
     eval_batch_size: int = option(16, "Requests per forward when measuring.")
     dtype: str = option(
@@ -126,6 +130,8 @@ class Grid:
             check_choice(f"methods.{label}.method", arguments.get("method", "lopt"), METHODS)
         self._check_rates()
         check_distinct("seeds", self.seeds)
+        if not 0 < self.margin < math.inf:
+            raise ValueError(f"margin={self.margin} is no change; give one above 0, such as 1 for one point.")
         check_lowest(self, dict.fromkeys(("num_train", "num_heldout", "workers", "eval_batch_size"), 1))
         if "max_length" not in self.training:
             raise ValueError("training.max_length is missing; set it: longer rows are left out of every run's data.")

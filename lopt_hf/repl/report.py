@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from lopt_hf.common.statistics import Interval, RatioScores, difference_interval
+from lopt_hf.common.sample_scores import RatioScores
+from lopt_hf.common.statistics import Interval, difference_interval
 from lopt_hf.common.tables import markdown_table
 from lopt_hf.repl.experiment import PLAIN, Row
 

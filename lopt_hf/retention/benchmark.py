@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +18,8 @@ from transformers import AutoConfig
 
 from lopt_hf.common.arithmetic import Arithmetic, choose_arithmetic, choose_for_saved
 from lopt_hf.common.files import atomic_file, write_text
+from lopt_hf.retention.clusters import AUTO, check_cluster_field, with_clusters
+from lopt_hf.retention.comparisons import adjusted
 from lopt_hf.retention.deltas import ModelScores, entry_deltas, gain_delta, mean_delta
 from lopt_hf.retention.evaluation import VERSIONS, EvaluationSettings, evaluate_model
 from lopt_hf.retention.heldout import HELDOUT_TASK, heldout_task
@@ -56,6 +59,10 @@ class RetentionBenchmark:
         cache: Where scores are kept.
         heldout: Rows with `prompt` and `completion` of the task trained on; their answers' loss is the gain.
         confidence: Level of all intervals.
+        margin: Change below which two models are taken to be equal: points of a score from 0 to 1, per cent of the
+            baseline's value of other metrics (`deltas.margin_of`).
+        cluster_by: Which samples belong together: a field of the tasks' documents, `auto` or `none`
+            (`clusters.cluster_labels`).
         adapter_base: Base of the models that are adapters, in place of those that they name.
 
     Raises:
@@ -72,9 +79,14 @@ class RetentionBenchmark:
         heldout: Sequence[Mapping[str, Any]] = (),
         confidence: float = 0.95,
         adapter_base: str | None = None,
+        margin: float = 1.0,
+        cluster_by: str = AUTO,
     ) -> None:
         if not 0 < confidence < 1:
             raise ValueError(f"confidence={confidence} is not between 0 and 1; 0.95 is usual.")
+        if not 0 < margin < math.inf:
+            raise ValueError(f"margin={margin} is no change; give one above 0, such as 1 for one point.")
+        check_cluster_field([task for entry in entries for task in entry.tasks], cluster_by)
         known = [task.task_name for entry in entries for task in entry.tasks]
         for name in settings.samples:
             if name not in known:
@@ -88,6 +100,8 @@ class RetentionBenchmark:
         self.settings = replace(settings, dtype=self.arithmetic.dtype)
         self.cache = cache
         self.confidence = confidence
+        self.margin = margin
+        self.cluster_by = cluster_by
         self._tokenizer = load_tokenizer(self.baseline)
         self._references = {baseline: self.baseline}
         self._scores: dict[str, ModelScores] = {}
@@ -101,7 +115,9 @@ class RetentionBenchmark:
         """
         if model not in self._scores:
             reference = self.reference(model)
-            self._scores[model] = evaluate_model(reference, [*self._heldout, *self.entries], self.settings, self.cache)
+            entries = [*self._heldout, *self.entries]
+            found = evaluate_model(reference, entries, self.settings, self.cache)
+            self._scores[model] = with_clusters(found, [t for each in entries for t in each.tasks], self.cluster_by)
         return self._scores[model]
 
     def reference(self, model: str) -> ModelReference:
@@ -166,7 +182,7 @@ class RetentionBenchmark:
             self.result(candidate, before, after, self._drift(candidate) if with_drift else {})
             for candidate, after in zip(candidates, measured, strict=True)
         )
-        return RetentionReport(self.baseline.name, results, self.describe(before), self.confidence)
+        return adjusted(RetentionReport(self.baseline.name, results, self.describe(before), self.confidence))
 
     def result(
         self, candidate: Candidate, before: ModelScores, after: Sequence[ModelScores], drift: Mapping[str, float]
@@ -177,13 +193,14 @@ class RetentionBenchmark:
             for model, scores in zip(candidate.models, after, strict=True)
             if len(after) > 1
         )
-        found = [entry_deltas(entry, before, after, self.confidence) for entry in self.entries]
+        how = self.confidence, self.margin
+        found = [entry_deltas(entry, before, after, *how) for entry in self.entries]
         return ModelResult(
             label=candidate.label,
             group=candidate.group,
             deltas=tuple(delta for entry in found for delta, _ in entry),
-            mean=mean_delta([entry[0] for entry in found], self.confidence),
-            gain=gain_delta(before, after, self.confidence),
+            mean=mean_delta([entry[0] for entry in found], *how),
+            gain=gain_delta(before, after, *how),
             drift=drift,
             seeds=seeds,
         )
@@ -195,7 +212,8 @@ class RetentionBenchmark:
             for task in before.values()
         ]
         settings = {name: value for name, value in asdict(self.settings).items() if value not in (None, {})}
-        return {"baseline": self.baseline.name, "tasks": tasks, **settings, **describe_machine()}
+        judged = {"margin": self.margin, "cluster_by": self.cluster_by}
+        return {"baseline": self.baseline.name, "tasks": tasks, **settings, **judged, **describe_machine()}
 
     def _drift(self, candidate: Candidate) -> dict[str, float]:
         """Mean drift over the candidate's models, kept beside the scores; none if there is none to tell."""

@@ -22,6 +22,7 @@ from lopt_hf.common.callbacks import TrainerBound
 from lopt_hf.common.files import write_text
 from lopt_hf.common.settings import check_at_least
 from lopt_hf.common.upstream.lm_eval import set_process
+from lopt_hf.retention.clusters import AUTO, with_clusters
 from lopt_hf.retention.deltas import ModelScores, entry_deltas, mean_delta
 from lopt_hf.retention.evaluation import SOFTMAX_DTYPE, EvaluationSettings, evaluate_tasks, task_identity
 from lopt_hf.retention.results import Delta
@@ -134,7 +135,8 @@ class RetentionCallback(TrainerBound):
         with _undisturbed(model, trainer.accelerator.device):
             language_model = _wrap(model, tokenizer, trainer, self.settings.batch_size)
             tasks = [task for entry in self.entries for task in entry.tasks]
-            return evaluate_tasks(language_model, tasks, self.settings.num_fewshot, self.settings)
+            scores = evaluate_tasks(language_model, tasks, self.settings.num_fewshot, self.settings)
+            return with_clusters(scores, tasks, AUTO)
 
     def _log(self, trainer: Trainer, scores: ModelScores) -> None:
         logs: dict[str, float] = {}

@@ -7,13 +7,15 @@ import numpy as np
 from lm_eval.api.task import Task
 from numpy.typing import NDArray
 
-from lopt_hf.common.statistics import Interval, MeanScores, Scores, difference_interval, mcnemar, mean_interval
+from lopt_hf.common.sample_scores import MeanScores, Scores, clustered
+from lopt_hf.common.statistics import Interval, difference_interval, mcnemar, mean_interval
 from lopt_hf.retention.heldout import ANSWER_METRIC, HELDOUT_TASK, answer_scores
 from lopt_hf.retention.results import Delta
 from lopt_hf.retention.scores import TaskScores, metric_scores
 from lopt_hf.retention.suites import TaskEntry
 
 __all__ = [
+    "MARGIN_HELP",
     "ModelScores",
     "against_one",
     "entry_deltas",
@@ -22,9 +24,15 @@ __all__ = [
     "gain_delta",
     "gain_scores",
     "is_higher_better",
+    "margin_of",
     "mean_delta",
     "task_weights",
 ]
+
+MARGIN_HELP = (
+    "Change below which two models are taken to be equal: points of a score from 0 to 1, per cent of the baseline's "
+    "value of other metrics."
+)
 
 # One model's scores by task
 ModelScores = Mapping[str, TaskScores]
@@ -44,10 +52,12 @@ def entry_metrics(entry: TaskEntry, scores: ModelScores) -> list[str]:
 
 
 def entry_scores(entry: TaskEntry, name: str, scores: ModelScores) -> list[Scores]:
-    """Returns the scores of one metric, one `Scores` for each task of the entry that has it."""
-    metric = name.partition(",")[0]
-    tasks = _tasks_with(entry, name, scores)
-    return [metric_scores(scores[task.task_name].metrics[name], task, metric) for task in tasks]
+    """Returns the scores of one metric, one `Scores` for each task of the entry that has it.
+
+    Where the samples of a task belong together (`TaskScores.clusters`), they are the scores of clusters.
+    """
+    clusters = [scores[task.task_name].clusters for task in _tasks_with(entry, name, scores)]
+    return [clustered(*part) for part in zip(_sample_scores(entry, name, scores), clusters, strict=True)]
 
 
 def is_higher_better(entry: TaskEntry, name: str, scores: ModelScores) -> bool:
@@ -55,8 +65,23 @@ def is_higher_better(entry: TaskEntry, name: str, scores: ModelScores) -> bool:
     return scores[_tasks_with(entry, name, scores)[0].task_name].higher_is_better[name]
 
 
+def margin_of(points: float, higher_is_better: bool, baseline: float) -> float:
+    """Returns the change below which two values are taken to be equal, in the metric's units.
+
+    Args:
+        points: In points of a score from 0 to 1, 1 being best; of other metrics in per cent of the baseline's value.
+        higher_is_better: Direction of the metric.
+        baseline: The baseline's value.
+    """
+    return points / 100 * (1.0 if _is_score(higher_is_better, baseline) else abs(baseline))
+
+
 def entry_deltas(
-    entry: TaskEntry, before: ModelScores, after: Sequence[ModelScores], confidence: float
+    entry: TaskEntry,
+    before: ModelScores,
+    after: Sequence[ModelScores],
+    confidence: float,
+    margin: float | None = None,
 ) -> list[tuple[Delta, Interval]]:
     """Returns the paired change of each metric of a task or group.
 
@@ -65,49 +90,81 @@ def entry_deltas(
         before: The baseline's scores.
         after: The model's; of several seeds the mean counts, and the interval includes what varies between them.
         confidence: Level of the intervals.
+        margin: As `points` of `margin_of`; `None` leaves open whether there is no change or too few samples.
     """
-    return [_entry_delta(entry, name, before, after, confidence) for name in entry_metrics(entry, before)]
+    return [_entry_delta(entry, name, before, after, confidence, margin) for name in entry_metrics(entry, before)]
 
 
-def mean_delta(main: Sequence[tuple[Delta, Interval]], confidence: float) -> Delta | None:
+def mean_delta(main: Sequence[tuple[Delta, Interval]], confidence: float, margin: float | None = None) -> Delta | None:
     """Returns the mean change over tasks with a score from 0 to 1, 1 being best; `None` with fewer than two.
 
     Args:
         main: Each task's main metric. Which of them count is decided by the baseline alone.
         confidence: Level of the interval.
+        margin: As in `entry_deltas`.
     """
-    chosen = [(delta, interval) for delta, interval in main if delta.higher_is_better and 0 <= delta.baseline <= 1]
+    chosen = [(delta, interval) for delta, interval in main if _is_score(delta.higher_is_better, delta.baseline)]
     if len(chosen) < 2:
         return None
     interval = mean_interval([interval for _, interval in chosen], confidence)
     baseline = float(np.mean([delta.baseline for delta, _ in chosen]))
     number = sum(delta.n for delta, _ in chosen)
-    return _delta(f"mean of {len(chosen)} tasks", "score", True, baseline, interval, number)
+    return _delta(f"mean of {len(chosen)} tasks", "score", True, baseline, interval, number, margin)
 
 
 def gain_scores(scores: ModelScores) -> Scores:
     """Returns the loss of held-out answers as scores."""
     heldout = scores[HELDOUT_TASK]
     num_tokens = [int(sample["doc"]["num_tokens"]) for sample in heldout.samples]
-    return answer_scores(heldout.metrics[ANSWER_METRIC], num_tokens)
+    return clustered(answer_scores(heldout.metrics[ANSWER_METRIC], num_tokens), heldout.clusters)
 
 
-def gain_delta(before: ModelScores, after: Sequence[ModelScores], confidence: float) -> Delta | None:
+def gain_delta(
+    before: ModelScores, after: Sequence[ModelScores], confidence: float, margin: float | None = None
+) -> Delta | None:
     """Returns the change in the loss of held-out answers; `None` if there are none."""
     if HELDOUT_TASK not in before:
         return None
     baseline = gain_scores(before)
     models = [[gain_scores(scores)] for scores in after]
     interval = difference_interval([*models, [baseline]], against_one(len(models)), confidence=confidence)
-    return _delta(HELDOUT_TASK, "answer_loss", False, baseline.total, interval, len(baseline))
+    number = baseline.num_samples
+    return _delta(HELDOUT_TASK, "answer_loss", False, baseline.total, interval, number, margin)
 
 
 def _delta(
-    task: str, metric: str, higher_is_better: bool, baseline: float, interval: Interval, n: int, **changes: Any
+    task: str,
+    metric: str,
+    higher_is_better: bool,
+    baseline: float,
+    interval: Interval,
+    n: int,
+    margin: float | None,
+    **changes: Any,
 ) -> Delta:
     """The change that an interval is of."""
     value, ends = baseline + interval.delta, (interval.low, interval.high)
-    return Delta(task, metric, higher_is_better, baseline, value, interval.delta, *ends, n, **changes)
+    equal = None if margin is None else margin_of(margin, higher_is_better, baseline)
+    return Delta(
+        *(task, metric, higher_is_better, baseline, value, interval.delta, *ends, n),
+        detectable=interval.detectable(),
+        margin=equal,
+        is_within_margin=equal is not None and interval.is_within(equal),
+        num_clusters=interval.num_samples if interval.num_samples < n else None,
+        p_interval=interval.p_value,
+        **changes,
+    )
+
+
+def _is_score(higher_is_better: bool, baseline: float) -> bool:
+    """Whether a metric is taken for a score from 0 to 1, 1 being best, by its direction and the baseline's value."""
+    return higher_is_better and 0 <= baseline <= 1
+
+
+def _sample_scores(entry: TaskEntry, name: str, scores: ModelScores) -> list[Scores]:
+    metric = name.partition(",")[0]
+    tasks = _tasks_with(entry, name, scores)
+    return [metric_scores(scores[task.task_name].metrics[name], task, metric) for task in tasks]
 
 
 def _tasks_with(entry: TaskEntry, name: str, scores: ModelScores) -> list[Task]:
@@ -116,21 +173,31 @@ def _tasks_with(entry: TaskEntry, name: str, scores: ModelScores) -> list[Task]:
 
 
 def _entry_delta(
-    entry: TaskEntry, name: str, before: ModelScores, after: Sequence[ModelScores], confidence: float
+    entry: TaskEntry,
+    name: str,
+    before: ModelScores,
+    after: Sequence[ModelScores],
+    confidence: float,
+    margin: float | None,
 ) -> tuple[Delta, Interval]:
     baseline = entry_scores(entry, name, before)
     models = [entry_scores(entry, name, scores) for scores in after]
     weights = task_weights(entry, name, baseline)
     interval = difference_interval([*models, baseline], against_one(len(models)), weights, confidence)
     value = float(np.average([part.total for part in baseline], weights=weights))
-    changes = _changes(baseline, models[0]) if len(models) == 1 and _is_pooled(weights, baseline) else {}
-    higher, number = is_higher_better(entry, name, before), sum(len(part) for part in baseline)
-    return _delta(entry.name, name.removesuffix(",none"), higher, value, interval, number, **changes), interval
+    changes = {}
+    if len(models) == 1 and _is_pooled(weights, baseline):
+        changes = _changes(*(_sample_scores(entry, name, scores) for scores in (before, after[0])))
+        if changes and any(before[task.task_name].clusters for task in _tasks_with(entry, name, before)):
+            del changes["p_value"]  # McNemar's test takes the samples for independent
+    higher, number = is_higher_better(entry, name, before), sum(part.num_samples for part in baseline)
+    metric = name.removesuffix(",none")
+    return _delta(entry.name, metric, higher, value, interval, number, margin, **changes), interval
 
 
 def task_weights(entry: TaskEntry, name: str, parts: Sequence[Scores]) -> list[float]:
     """Returns the weight of each task in an entry: its size, or the same for all, as the group says."""
-    return [float(len(part)) if entry.group_metrics.get(name, True) else 1.0 for part in parts]
+    return [float(part.num_samples) if entry.group_metrics.get(name, True) else 1.0 for part in parts]
 
 
 def against_one(num_seeds: int) -> NDArray[Any]:
@@ -140,7 +207,7 @@ def against_one(num_seeds: int) -> NDArray[Any]:
 
 def _is_pooled(weights: Sequence[float], parts: Sequence[Scores]) -> bool:
     """Whether every sample counts the same, so that a test on all of them is about the same quantity."""
-    return len({weight / len(part) for weight, part in zip(weights, parts, strict=True)}) == 1
+    return len({weight / part.num_samples for weight, part in zip(weights, parts, strict=True)}) == 1
 
 
 def _changes(before: Sequence[Scores], after: Sequence[Scores]) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask, Task
 from transformers import PreTrainedTokenizerBase
 
+from lopt_hf.common.sample_scores import RatioScores
 from lopt_hf.common.settings import check_at_least
-from lopt_hf.common.statistics import RatioScores
 from lopt_hf.data.formats import to_trl_format
 from lopt_hf.data.loading import load_sft_dataset
 

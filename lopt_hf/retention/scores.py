@@ -19,7 +19,7 @@ from lm_eval.api.task import Task
 from numpy.typing import NDArray
 
 from lopt_hf.common.files import write_text
-from lopt_hf.common.statistics import MeanScores, RatioScores, ResampledScores, Scores
+from lopt_hf.common.sample_scores import MeanScores, RatioScores, ResampledScores, Scores
 
 __all__ = ["DEFAULT_CACHE", "ScoreCache", "TaskScores", "infinite_perplexities", "metric_scores"]
 
@@ -39,6 +39,8 @@ class TaskScores:
         higher_is_better: For each, its direction.
         samples: For each sample its number in the task and its hash; but for whole texts, which are long, also the
             document, the target and, by filter, the model's responses.
+        clusters: The cluster of each sample, where samples belong together (`clusters.with_clusters`); not kept in the
+            cache.
     """
 
     task: str
@@ -48,6 +50,7 @@ class TaskScores:
     values: Mapping[str, float]
     higher_is_better: Mapping[str, bool]
     samples: Sequence[Mapping[str, Any]]
+    clusters: Sequence[int] | None = None
 
     @classmethod
     def from_lm_eval(cls, task: Task, results: Mapping[str, Any]) -> "TaskScores":

@@ -6,6 +6,7 @@ with its confidence interval. Results are kept: a stopped run goes on where it w
 
 import argparse
 import logging
+import math
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,8 +21,11 @@ from accelerate import PartialState
 from lopt_hf.common.files import is_disk_full
 from lopt_hf.data.pretrained import SMOLLM2_ID
 from lopt_hf.retention.benchmark import Candidate, RetentionBenchmark, flips, write_flips
+from lopt_hf.retention.clusters import AUTO, CLUSTER_HELP
+from lopt_hf.retention.deltas import MARGIN_HELP
 from lopt_hf.retention.evaluation import EvaluationSettings
 from lopt_hf.retention.heldout import load_heldout_rows
+from lopt_hf.retention.power import detectable_changes, detection_table
 from lopt_hf.retention.report.report import check_report_folder, write_report
 from lopt_hf.retention.report.tables import to_markdown
 from lopt_hf.retention.results import RetentionReport
@@ -34,11 +38,15 @@ __all__ = ["exit_on_error", "main", "make_parser", "write_results"]
 # A rank may wait for another's long answers; lm-eval sets the same, but `run` has brought them together before
 DISTRIBUTED_TIMEOUT = timedelta(weeks=52)
 
+# Of `--detect`, where none is given: cautious, as a fine-tuned model answers most questions as its base does
+CORRELATION = 0.5
+
 EXAMPLES = f"""\
 examples:
   lopt-hf retention --baseline {SMOLLM2_ID} --model out --suite offline
   lopt-hf retention --baseline BASE --model e2e=out_e2e --model lopt=out_lopt --tasks arc_easy,piqa --limit 200
   lopt-hf retention --baseline BASE --model out --suite paper --heldout-data my_test.jsonl
+  lopt-hf retention --baseline BASE --tasks arc_easy,piqa --detect 1.0
   accelerate launch -m lopt_hf.scripts.retention --baseline BASE --model out --suite paper
 
 suites:
@@ -60,7 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--model",
-        required=True,
+        default=[],
         action="append",
         metavar="[LABEL=]MODEL",
         help="a model fine-tuned from it, or a PEFT adapter; give it once for each",
@@ -85,7 +93,26 @@ def make_parser() -> argparse.ArgumentParser:
     how = parser.add_argument_group("how")
     add_settings(how, EvaluationSettings, leave_out=("samples",))
     how.add_argument("--confidence", type=float, default=0.95, help="level of the intervals (default: %(default)s)")
+    how.add_argument(
+        "--margin", type=float, default=1.0, metavar="POINTS", help=f"{MARGIN_HELP} (default: %(default)s)"
+    )
+    how.add_argument("--cluster-by", default=AUTO, metavar="FIELD", help=f"{CLUSTER_HELP} (default: %(default)s)")
     how.add_argument("--no-drift", action="store_true", help="do not compare the weights layer by layer")
+    before = parser.add_argument_group("before anything is trained")
+    before.add_argument(
+        "--detect",
+        type=float,
+        metavar="POINTS",
+        help="say how many samples each task needs to see a change of so many points of a score from 0 to 1 (per cent "
+        "of other metrics) with 80 %% power, from the baseline's own answers; needs no --model",
+    )
+    before.add_argument(
+        "--correlation",
+        type=float,
+        metavar="R",
+        help="for --detect: between the scores of baseline and model on the same samples; the more training leaves as "
+        f"it was, the higher, and the fewer samples are needed (default: {CORRELATION})",
+    )
     out = parser.add_argument_group("where results go")
     out.add_argument(
         "--output-dir", type=Path, default=Path("retention-report"), help="folder of the report (default: %(default)s)"
@@ -115,6 +142,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     check_report_folder(options.output_dir)
     if options.cache_dir is not None and options.cache_dir.is_file():
         raise ValueError(f"cache_dir={options.cache_dir} is a file; name a folder.")
+    _check_what_is_asked(options)
     candidates = [_candidate(text) for text in options.model]
     benchmark = RetentionBenchmark(
         options.baseline,
@@ -124,17 +152,52 @@ def run(options: argparse.Namespace, command: str) -> None:
         [] if options.heldout_data is None else load_heldout_rows(options.heldout_data, options.num_heldout),
         options.confidence,
         options.adapter_base,
+        options.margin,
+        options.cluster_by,
     )
     if options.adapter_base and not any(benchmark.reference(c.models[0]).adapter for c in candidates):
         raise ValueError(f"adapter_base={options.adapter_base!r}: no model is an adapter; leave it out.")
     if PartialState().is_main_process:
         print(benchmark.arithmetic, flush=True)
+    if options.detect is not None:
+        _print_detectable(benchmark, options)
+        return
     report = benchmark.compare(candidates, with_drift=not options.no_drift)
     if report is None:  # not the first process
         return
     before = benchmark.scores(benchmark.baseline.name)
     rows = (row for c in candidates for row in flips(c.label, before, benchmark.scores(c.models[0])))
     write_results(report, rows, options.output_dir, command)
+
+
+def _check_what_is_asked(options: argparse.Namespace) -> None:
+    """Checks which of `--model` and `--detect` are given, before anything takes time."""
+    if options.detect is None:
+        if not options.model:
+            raise ValueError("the following arguments are required: --model (or --detect, which needs the base only)")
+        if options.correlation is not None:
+            raise ValueError(f"correlation={options.correlation} is for --detect; leave it out, or add --detect 1.")
+        return
+    if options.model or options.adapter_base:
+        raise ValueError("detect is answered by the baseline alone; leave out --model and --adapter-base.")
+    if not 0 < options.detect < math.inf:
+        raise ValueError(f"detect={options.detect} is no change; give one above 0, such as 1 for one point.")
+    if options.correlation is not None and not -1 <= options.correlation < 1:
+        raise ValueError(f"correlation={options.correlation} is not from -1 to below 1; 0.5 is cautious.")
+
+
+def _print_detectable(benchmark: RetentionBenchmark, options: argparse.Namespace) -> None:
+    baseline = benchmark.scores(benchmark.baseline.name)
+    if not PartialState().is_main_process:
+        return
+    correlation = CORRELATION if options.correlation is None else options.correlation
+    changes = detectable_changes(benchmark.entries, baseline, options.detect, correlation, benchmark.confidence)
+    print(f"""
+Samples needed to see a change of {options.detect:g} point{"s" if options.detect != 1 else ""} of a score from 0 to 1,
+or of {options.detect:g} % of another metric, at {100 * benchmark.confidence:g} % with 80 % power, if the scores of
+baseline and model correlate by {correlation:g} on the same samples:
+
+{detection_table(changes)}""")
 
 
 def write_results(report: RetentionReport, rows: Iterator[Mapping[str, Any]], folder: Path, command: str) -> None:

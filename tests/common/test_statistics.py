@@ -7,16 +7,8 @@ import pytest
 from scipy import stats
 
 from lopt_hf.common import statistics
-from lopt_hf.common.statistics import (
-    MeanScores,
-    RatioScores,
-    ResampledScores,
-    Scores,
-    difference_interval,
-    mcnemar,
-    mean_interval,
-    paired_interval,
-)
+from lopt_hf.common.sample_scores import MeanScores, RatioScores, ResampledScores, Scores
+from lopt_hf.common.statistics import difference_interval, mcnemar, mean_interval, paired_interval
 
 TRIALS = 2_000
 Pair = tuple[Scores, Scores]

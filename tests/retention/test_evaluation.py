@@ -24,7 +24,7 @@ from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file, save_file
 from sqlitedict import SqliteDict
 
-from lopt_hf.common.statistics import MeanScores, RatioScores, ResampledScores
+from lopt_hf.common.sample_scores import MeanScores, RatioScores, ResampledScores
 from lopt_hf.retention import evaluation
 from lopt_hf.retention.evaluation import EvaluationSettings, evaluate_model
 from lopt_hf.retention.references import ModelReference

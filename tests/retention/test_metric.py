@@ -4,7 +4,8 @@ import evaluate
 import numpy as np
 import pytest
 
-from lopt_hf.common.statistics import MeanScores, mcnemar, paired_interval
+from lopt_hf.common.sample_scores import MeanScores
+from lopt_hf.common.statistics import mcnemar, paired_interval
 from lopt_hf.retention import METRIC_PATH
 
 

@@ -72,6 +72,48 @@ def error_of(arguments: Arguments, *flags: str) -> str:
     return message
 
 
+def test_samples_needed_are_told_beforehand(
+    arguments: Arguments, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """From the baseline alone: of 0 or 1 per sample the variance is p (1 - p), and Miller's formula has the rest."""
+    del arguments["--model"]
+    run(arguments, "--detect", "2.5", "--correlation", "0.8")
+    table = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("|")
+    ]
+    headers, _, sums, texts = table
+    assert headers[5:] == ["Needs", "Enough", "Smallest seen now"]
+    assert sums[:2] == ["sums", "acc"] and texts[:2] == ["texts", "word_perplexity"]
+    share, number = float(sums[2].split()[0]), int(sums[3])
+    expected = (1.959964 + 0.841621) ** 2 * 2 * (1 - 0.8) * share * (1 - share) / 0.025**2
+    assert int(sums[5].replace(",", "")) == pytest.approx(expected, rel=0.1)  # the bootstrap's noise
+    assert float(sums[7]) == pytest.approx(0.025 * (expected / number) ** 0.5, rel=0.1)
+    assert sums[6] == "no" and float(texts[4]) == pytest.approx(0.025 * float(texts[2].split()[0]), rel=1e-3)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "without_model", "message"),
+    [
+        ([], True, "required: --model (or --detect"),
+        (["--detect", "1"], False, "leave out --model"),
+        (["--detect", "0"], True, "detect=0.0 is no change"),
+        (["--detect", "1", "--correlation", "1"], True, "correlation=1.0 is not from -1 to below 1"),
+        (["--correlation", "0.5"], False, "correlation=0.5 is for --detect"),
+        (["--margin", "0"], False, "margin=0.0 is no change"),
+        (["--cluster-by", "pasage"], False, "cluster_by='pasage' is auto, none, or a field"),
+    ],
+)
+def test_what_is_asked_makes_no_sense(
+    arguments: Arguments, nothing_is_loaded: None, flags: list[str], without_model: bool, message: str
+) -> None:
+    if without_model:
+        del arguments["--model"]
+    assert message in error_of(arguments, *flags)
+
+
 def test_from_models_to_a_report(
     arguments: Arguments,
     models: SavedModels,

@@ -7,7 +7,8 @@ from typing import Any
 import datasets
 import evaluate
 
-from lopt_hf.common.statistics import MeanScores, mcnemar, paired_interval
+from lopt_hf.common.sample_scores import MeanScores
+from lopt_hf.common.statistics import mcnemar, paired_interval
 
 __all__ = ["PairedRetention"]
 

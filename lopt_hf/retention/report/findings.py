@@ -1,15 +1,23 @@
 """Findings of a report in words: in what each model is detectably worse or better than the baseline."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lopt_hf.retention.report.tables import interval_text, signed_text, value_text
-from lopt_hf.retention.results import NO_CHANGE, Delta, ModelResult, RetentionReport
+from lopt_hf.retention.results import Delta, ModelResult, RetentionReport
 
 __all__ = ["Finding", "Statement", "findings"]
 
 NO_BREAK_SPACE = "\u00a0"
+
+CANNOT_TELL = "Cannot tell"
+# How a statement on changes whose interval includes zero begins, and which they are
+OPEN_VERDICTS: dict[str, Callable[[Delta], bool]] = {
+    "No detectable change": lambda delta: delta.is_open and delta.margin is None,
+    "No change larger than the margin": lambda delta: delta.is_open and delta.is_within_margin,
+    CANNOT_TELL: lambda delta: delta.is_open and delta.margin is not None and not delta.is_within_margin,
+}
 
 
 @dataclass(frozen=True)
@@ -46,16 +54,14 @@ def _statements(result: ModelResult) -> list[Statement]:
         changed = [delta for delta in judged if delta.verdict == verdict]
         if changed:
             statements.append(Statement(f"{verdict.capitalize()}:", _by_task(changed, with_change=True), verdict))
-    same = [delta for delta in judged if delta.verdict == NO_CHANGE]
-    if judged and len(same) == len(judged):
-        statements.append(
-            Statement(
-                "No detectable change",
-                f"in any retention task (n{NO_BREAK_SPACE}={NO_BREAK_SPACE}{_samples(result.deltas)}).",
-            )
-        )
-    elif same:
-        statements.append(Statement("No detectable change:", _by_task(same)))
+    for start, is_kind in OPEN_VERDICTS.items():
+        same = [delta for delta in judged if is_kind(delta)]
+        detail = {"with_detectable": True} if start == CANNOT_TELL else {}
+        if judged and len(same) == len(judged) and not detail:
+            samples = f"(n{NO_BREAK_SPACE}={NO_BREAK_SPACE}{_samples(result.deltas)})"
+            statements.append(Statement(start, f"in any retention task {samples}."))
+        elif same:
+            statements.append(Statement(f"{start}:", _by_task(same, **detail)))
     unjudged = [delta for delta in deltas if not _has_interval(delta)]
     if unjudged:
         statements.append(Statement("No interval, so nothing can be told:", _by_task(unjudged)))
@@ -74,11 +80,13 @@ def _change(delta: Delta) -> str:
     return f"{signed_text(delta.delta)} {interval_text(delta)}".replace(" ", NO_BREAK_SPACE)
 
 
-def _by_task(deltas: Sequence[Delta], with_change: bool = False) -> str:
+def _by_task(deltas: Sequence[Delta], with_change: bool = False, with_detectable: bool = False) -> str:
     """Tasks with their metrics, such as `piqa acc, acc_norm; wikitext word_perplexity.`"""
     metrics: dict[str, list[str]] = {}
     for delta in deltas:
-        text = f"{delta.metric} {_change(delta)}" if with_change else delta.metric
+        text = f"{delta.metric} {_change(delta)}" if with_change or with_detectable else delta.metric
+        if with_detectable:
+            text += f" (could have seen ±{delta.detectable:.4f})".replace(" ", NO_BREAK_SPACE)
         metrics.setdefault(delta.task, []).append(text)
     return "; ".join(f"{task} {', '.join(texts)}" for task, texts in metrics.items()) + "."
 

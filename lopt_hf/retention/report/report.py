@@ -15,6 +15,7 @@ from markupsafe import Markup, escape
 
 from lopt_hf.common.figures import DPI
 from lopt_hf.common.files import atomic_file, write_text
+from lopt_hf.retention.comparisons import chance_line
 from lopt_hf.retention.report.findings import NO_BREAK_SPACE, findings
 from lopt_hf.retention.report.frontier import frontier_labels, plot_frontier, retention_outcomes
 from lopt_hf.retention.report.plots import plot_deltas, plot_drift
@@ -124,6 +125,8 @@ def render_page(report: RetentionReport, plots: Mapping[str, bytes]) -> str:
         gain=next((result.gain for result in report.models if result.gain), None),
         one_in=round(1 / (1 - report.confidence)),
         num_intervals=sum(len(r.deltas) + bool(r.mean) for r in report.models) + len(report.contrasts),
+        is_judged=any(delta.margin is not None for result in report.models for delta in result.deltas),
+        chance=chance_line(report),
         findings=findings(report),
         outcomes=", ".join(f"{outcome.task} {outcome.metric}" for outcome in main_outcomes(report)),
         frontiers=[(outcome.task, frontier_labels(report, outcome)) for outcome in retention_outcomes(report)],

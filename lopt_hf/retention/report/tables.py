@@ -7,6 +7,7 @@ from typing import NamedTuple
 from pytablewriter import MarkdownTableWriter
 from pytablewriter.typehint import String
 
+from lopt_hf.retention.comparisons import chance_line
 from lopt_hf.retention.results import Contrast, Delta, ModelResult, RetentionReport, arrow, main_outcomes
 
 __all__ = [
@@ -54,10 +55,14 @@ class Table:
 def to_markdown(report: RetentionReport) -> str:
     """Returns the tables of a report as Markdown: an overview of many models or seeds, each model, and the contrasts.
 
+    A last line tells how many of the tests stand out, and how many would by chance.
+
     Args:
         report: What to show.
     """
-    return "\n".join(table.to_markdown() for table in make_tables(report))
+    tables = "\n".join(table.to_markdown() for table in make_tables(report))
+    line = chance_line(report)
+    return f"{tables}\n{line}\n" if line else tables
 
 
 def make_tables(report: RetentionReport) -> list[Table]:
@@ -94,6 +99,8 @@ def model_table(result: ModelResult, confidence: float) -> Table:
     headers += ["Seeds"] if result.seeds else []
     with_changes = any(delta.p_value is not None or delta.right_to_wrong is not None for delta in result.deltas)
     headers += ["right to wrong / wrong to right", "McNemar p"] if with_changes else []
+    with_tests = any(delta.p_adjusted is not None for delta in result.deltas)
+    headers += ["Holm p", "detectable"] if with_tests else []
     entries = [(delta.task, delta) for delta in result.deltas]
     if result.mean:
         entries.insert(0, (result.mean.task, result.mean))
@@ -105,6 +112,7 @@ def model_table(result: ModelResult, confidence: float) -> Table:
         cells = [task if task != previous else "", *_delta_texts(delta)]
         cells += [_count(result.seeds)] if result.seeds else []
         cells += [_flips(delta), _p_text(delta.p_value)] if with_changes else []
+        cells += [_p_text(delta.p_adjusted), _size_text(delta.detectable)] if with_tests else []
         rows.append((*map(Cell, cells), Cell(delta.verdict, delta.verdict)))
         previous = task
     return Table(result.label, (*headers, "Reading"), tuple(rows))
@@ -112,9 +120,11 @@ def model_table(result: ModelResult, confidence: float) -> Table:
 
 def contrast_table(report: RetentionReport) -> Table:
     """Returns the table of differences between methods that were trained with the same seeds."""
-    headers = ("First", "Second", "Task", "Metric", "", "Difference", f"{level_text(report.confidence)} interval")
-    rows = tuple(_contrast_row(contrast) for contrast in report.contrasts)
-    return Table("Differences between methods: first minus second", (*headers, "Seeds", "Better"), rows)
+    headers = ["First", "Second", "Task", "Metric", "", "Difference", f"{level_text(report.confidence)} interval"]
+    with_tests = any(contrast.p_adjusted is not None for contrast in report.contrasts)
+    headers += ["Seeds", *(["Holm p", "detectable"] if with_tests else []), "Better"]
+    rows = tuple(_contrast_row(contrast, with_tests) for contrast in report.contrasts)
+    return Table("Differences between methods: first minus second", tuple(headers), rows)
 
 
 def value_text(value: float) -> str:
@@ -141,12 +151,14 @@ def interval_text(entry: Delta | Contrast) -> str:
 
 def _delta_texts(delta: Delta) -> list[str]:
     change = [value_text(delta.baseline), "→", value_text(delta.value), signed_text(delta.delta), interval_text(delta)]
-    return [delta.metric, arrow(delta.higher_is_better), *change, str(delta.n)]
+    return [delta.metric, arrow(delta.higher_is_better), *change, _sample_text(delta)]
 
 
-def _contrast_row(contrast: Contrast) -> tuple[Cell, ...]:
+def _contrast_row(contrast: Contrast, with_tests: bool) -> tuple[Cell, ...]:
     texts = [contrast.first, contrast.second, contrast.task, contrast.metric, arrow(contrast.higher_is_better)]
-    texts += [signed_text(contrast.difference), interval_text(contrast), str(contrast.seeds), contrast.verdict]
+    texts += [signed_text(contrast.difference), interval_text(contrast), str(contrast.seeds)]
+    texts += [_p_text(contrast.p_adjusted), _size_text(contrast.detectable)] if with_tests else []
+    texts.append(contrast.verdict)
     return tuple(map(Cell, texts))
 
 
@@ -164,6 +176,16 @@ def _p_text(p_value: float | None) -> str:
     if p_value is None or math.isnan(p_value):
         return NOTHING
     return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
+
+
+def _sample_text(delta: Delta) -> str:
+    """Formats the number of samples, and of the clusters that they are in."""
+    return str(delta.n) if delta.num_clusters is None else f"{delta.n} in {delta.num_clusters} clusters"
+
+
+def _size_text(value: float) -> str:
+    """Formats a size without a sign."""
+    return NOTHING if math.isnan(value) else f"±{value:.4f}"
 
 
 def _flips(delta: Delta) -> str:
