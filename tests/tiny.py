@@ -65,7 +65,7 @@ FAMILIES = {
 }
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(**others: object) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("<eos>|<pad>|."), behavior="isolated")
     return PreTrainedTokenizerFast(
@@ -75,6 +75,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         chat_template=CHAT_TEMPLATE,
         model_max_length=128,
+        **others,
     )
 
 

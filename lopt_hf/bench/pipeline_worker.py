@@ -26,7 +26,8 @@ from lopt_hf.bench.pipeline_settings import PipelineBenchSettings
 from lopt_hf.bench.processes import peak_resident_bytes
 from lopt_hf.bench.training import SHARED_ARGUMENTS, silence, token_rows
 from lopt_hf.common.host_store import LOOPBACK
-from lopt_hf.local.blocks import find_decoder_stack, parameters_by_block, split_layers, untie_output_embeddings
+from lopt_hf.local.blocks import find_decoder_stack, split_layers, untie_output_embeddings
+from lopt_hf.local.ownership import parameters_by_block
 from lopt_hf.meters.saved_bytes import SavedBytes
 from lopt_hf.pipeline.runtime.config import PipelineConfig
 from lopt_hf.pipeline.runtime.launch import PipelineWorld, Rendezvous, init_world

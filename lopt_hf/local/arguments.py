@@ -34,6 +34,9 @@ class LocalArguments(ABC):
             memory at the same time then).
         tied_embeddings: What to do where the LM head shares the input embedding: `"untie"` gives the head a copy
             (paper and code), `"freeze"` keeps them tied and frozen, so the checkpoint keeps its size and layout.
+        train_vision: Of a vision-language model also train the vision tower and its projector, which belong to the
+            first block, as the embeddings do. Ours; off, as vision-language recipes leave the tower frozen, so that
+            what sees is what it was. Adapters on them are trained or frozen with them.
         log_drift: Log each block's relative weight drift from the start, `||W - W0|| / ||W0||` over its trainable
             parameters. Keeps a copy of them in host memory.
 
@@ -74,6 +77,11 @@ class LocalArguments(ABC):
         "'freeze' keeps both tied and frozen.",
         ["untie", "freeze"],
     )
+    train_vision: bool = option(
+        False,
+        "Of a vision-language model also train the vision tower and projector, with the first block (ours). Default: "
+        "frozen, adapters on them included.",
+    )
     log_drift: bool = option(
         False, "Log each block's relative weight drift from the start; keeps a copy of the weights."
     )
@@ -95,6 +103,11 @@ class LocalArguments(ABC):
         """
         self._check_ranges()
         self._check_choices()
+        if self.train_vision and not self.train_early_blocks:
+            raise ValueError(
+                "train_vision=True does not work with train_early_blocks=False: the vision tower belongs to the first "
+                "block; set one of them to the other's value."
+            )
 
     def check_run(self, run: RunFacts) -> None:
         """Checks the values against the run that they are for.

@@ -1,6 +1,5 @@
 """Where a model's decoder layers are, and how they are cut into blocks."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,18 +12,9 @@ __all__ = [
     "Block",
     "DecoderStack",
     "find_decoder_stack",
-    "is_before_the_layers",
-    "parameters_by_block",
     "split_layers",
     "untie_output_embeddings",
 ]
-
-# Modules besides `nn.Embedding` through which tokens reach the first decoder layer: OPT's input projection, BLOOM's
-# layer norm of the embeddings, and what PEFT puts in an embedding's place. A weight that this misses is caught by
-# `GradientBoundary`, which checks on the first step that every gradient stays in its block.
-_BEFORE_THE_LAYERS = re.compile(
-    r"(^|\.)(embed_tokens|embed_positions|embed_in|embeddings?|wte|wpe|word_embeddings\w*|project_in)(\.|$)"
-)
 
 
 @dataclass(frozen=True)
@@ -129,46 +119,6 @@ def _even_cuts(num_layers: int, num_blocks: int) -> list[int]:
         return [num_layers // 2]
     size, remainder = divmod(num_layers, num_blocks)
     return [i * size + min(i, remainder) for i in range(1, num_blocks)]
-
-
-def is_before_the_layers(name: str, module: nn.Module) -> bool:
-    """Whether a module of a decoder (by its dotted name) is one through which tokens reach the first layer."""
-    return isinstance(module, nn.Embedding) or _BEFORE_THE_LAYERS.search(name) is not None
-
-
-def parameters_by_block(
-    model: nn.Module, stack: DecoderStack, blocks: Sequence[Block]
-) -> list[dict[str, nn.Parameter]]:
-    """Tells which block owns each parameter of a model.
-
-    A block owns its layers; the first one also owns what runs before the layers (embeddings), the last one what runs
-    after them (final norm, LM head).
-
-    Args:
-        model: The model that holds `stack`, PEFT-wrapped or not.
-        stack: Its decoder.
-        blocks: The cut of the decoder.
-
-    Returns:
-        For each block, its parameters by their names in `model`.
-    """
-    owner = {
-        id(parameter): block.index
-        for block in blocks
-        for layer in stack.layers[block.start : block.stop]
-        for parameter in layer.parameters()
-    }
-    embeddings = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, nn.Embedding)
-        for parameter in module.parameters(recurse=False)
-    }
-    owned: list[dict[str, nn.Parameter]] = [{} for _ in blocks]
-    for name, parameter in model.named_parameters():
-        before = id(parameter) in embeddings or _BEFORE_THE_LAYERS.search(name) is not None
-        owned[owner.get(id(parameter), 0 if before else -1)][name] = parameter
-    return owned
 
 
 def untie_output_embeddings(model: PreTrainedModel) -> bool:

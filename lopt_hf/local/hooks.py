@@ -17,11 +17,12 @@ from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from lopt_hf.common.upstream.transformers import active_collector
-from lopt_hf.local.blocks import Block, find_decoder_stack, parameters_by_block
+from lopt_hf.local.blocks import Block, find_decoder_stack
 from lopt_hf.local.heads import HEADS_NAME
 from lopt_hf.local.layer_calls import hidden_of, output_hidden, with_hidden, with_output_hidden
 from lopt_hf.local.micro_batch import MicroBatch
 from lopt_hf.local.objectives import LocalBatch, LocalObjective, NoObjective
+from lopt_hf.local.ownership import leaves_behind, parameters_by_block
 from lopt_hf.local.replay import BlockRun, Replay, Replays
 
 __all__ = ["BlockBoundary", "Way", "cut"]
@@ -78,7 +79,8 @@ class BlockBoundary(ABC):
         self._in_forward = False
         self._mask_BT: torch.Tensor | None = None
         self._routers_seen = 0
-        self._unchecked = set(range(len(self.blocks)))
+        self._unchecked: set[int] = set()
+        self._checked_kinds: set[tuple[frozenset[str], int]] = set()
         self._unchecked_replays = set(range(len(self.blocks)))
         self._replays: Replays | None = None
         self._handles = self._install_hooks()
@@ -126,6 +128,7 @@ class BlockBoundary(ABC):
             micro_batch: What they are given, and what to call back.
         """
         self.micro_batch = micro_batch
+        self._look_again_at_new_kinds(micro_batch.inputs)
         self.begin()
         self._active = True
         try:
@@ -225,6 +228,8 @@ class BlockBoundary(ABC):
             return
         self.enter_decoder(args, kwargs)
         mask = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments.get("attention_mask")
+        if isinstance(mask, Mapping):  # Gemma 3 makes the layers' masks before it calls its decoder
+            mask = self.micro_batch.inputs.get("attention_mask")
         self._mask_BT = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
         self._routers_seen = 0
         if self._replays is not None:
@@ -383,8 +388,21 @@ class BlockBoundary(ABC):
         if torch.is_autocast_enabled(device_type):
             torch.clear_autocast_cache()
 
+    def _look_again_at_new_kinds(self, inputs: Mapping[str, Any]) -> None:
+        """Lets `check_reach` look at every block again where parameters may get their first gradient.
+
+        Those of a vision tower have none before the first batch with an image, nor what was frozen before it is not.
+        """
+        given = frozenset(name for name, value in inputs.items() if value is not None)
+        in_layers = {id(parameter) for parameter in self.stack.layers.parameters()}
+        others = (p for p in self.model.parameters() if id(p) not in in_layers and p.requires_grad)
+        kinds = given, sum(1 for _ in others)
+        if kinds not in self._checked_kinds:
+            self._checked_kinds.add(kinds)
+            self._unchecked = set(range(len(self.blocks)))
+
     def check_reach(self, index: int, loss: torch.Tensor, first: int | None = None) -> None:
-        """Raises if the first loss of a block reaches a parameter of another block; costs nothing where it doesn't.
+        """Raises if a block's first loss, or first with inputs of a new kind, reaches a parameter of another block.
 
         Args:
             index: The block's index.
@@ -408,13 +426,15 @@ class BlockBoundary(ABC):
         }
         if not foreign:
             return
-        gradients = torch.autograd.grad(loss, list(foreign.values()), retain_graph=True, allow_unused=True)
-        reached = [name for name, gradient in zip(foreign, gradients, strict=True) if gradient is not None]
+        # Not by a backward: where two blocks share a part of the graph, the first one's has freed it.
+        leaves = leaves_behind([loss])
+        reached = [name for name, parameter in foreign.items() if parameter in leaves]
         if reached:
             raise RuntimeError(
                 f"The loss of block {index} reaches {reached[0]!r}, which belongs to another block. The blocks of "
-                f"{type(self.model).__name__} share weights (inputs for every layer, as in Gemma 3n, for instance), "
-                "and local learning cannot separate them; please report the architecture."
+                f"{type(self.model).__name__} share weights or inputs (for every layer, as in Gemma 3n, or image "
+                "features that later layers are given too), and local learning cannot separate them; freeze that "
+                "parameter, or please report the architecture."
             )
 
 

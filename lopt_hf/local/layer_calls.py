@@ -34,6 +34,9 @@ __all__ = [
     "with_output_hidden",
 ]
 
+# What a decoder adds to hidden states between layers (Qwen3-VL), on which no layer's call depends.
+_BETWEEN_LAYERS = ("deepstack_visual_embeds",)
+
 # A copy keeps no keys and values of its own, and must not write into the model's.
 _CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 
@@ -179,7 +182,7 @@ def record_layer_calls(stack: DecoderStack, args: tuple[Any, ...], kwargs: Mappi
     try:
         with torch.random.fork_rng(devices=[device.index for device in devices]), _recording(stack.layers, calls):
             with suppress(_StopForwardError):
-                stack.decoder.forward(*args, **kwargs)
+                stack.decoder.forward(*args, **{k: v for k, v in kwargs.items() if k not in _BETWEEN_LAYERS})
     finally:
         active_collector.reset(token)
     return calls

@@ -21,8 +21,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from lopt_hf.common.upstream.torch import FakeTensorMode
+from lopt_hf.common.upstream.transformers import no_init_weights
 from lopt_hf.local.blocks import find_decoder_stack
 from lopt_hf.local.objectives import LocalBatch
+from lopt_hf.local.ownership import modules_before_decoder
 
 __all__ = [
     "ChunkedCrossEntropy",
@@ -237,6 +239,9 @@ def model_after_the_layers(
     decoder, fake_head = model.get_decoder(), shell.get_output_embeddings()
     tail = {name: take(decoder.get_submodule(name), fake_decoder.get_submodule(name)) for name in names}
     head = take(model.get_output_embeddings(), fake_head)
+    for name in modules_before_decoder(shell, find_decoder_stack(shell)):  # to what is read no image comes
+        owner, _, attribute = name.rpartition(".")
+        setattr(shell.get_submodule(owner), attribute, None)
     path = {id(module): name for name, module in shell.named_modules()}
     shell.set_submodule(path[id(fake_decoder)], _AfterTheLayers(tail))
     shell.set_submodule(path[id(fake_head)], head)
@@ -246,7 +251,8 @@ def model_after_the_layers(
 def _empty_model(model: PreTrainedModel) -> PreTrainedModel:
     config = copying.deepcopy(model.config)
     config.get_text_config(decoder=True).output_router_logits = False  # no router runs
-    return type(model)._from_config(config, attn_implementation="eager")
+    with no_init_weights():  # some of vision towers' draws depend on values
+        return type(model)._from_config(config, attn_implementation="eager")
 
 
 def _run_after_the_layers(model: PreTrainedModel) -> list[str]:

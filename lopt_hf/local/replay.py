@@ -109,6 +109,13 @@ class Replay:
             torch.autograd.backward(*self._roots(cotangent_BTD, run))
 
 
+def _changed_between(where: str) -> str:
+    return (
+        f"{where} the decoder changes the hidden states, which a block that runs again by itself would miss; set "
+        "reach_recompute to False, and please report the architecture."
+    )
+
+
 class Replays:
     """Writes down how blocks run, and runs them again.
 
@@ -149,6 +156,9 @@ class Replays:
             hidden_BTD: The hidden states that it starts from.
             target_BTD: What a local objective is given as its input.
         """
+        before = self.forwards[-1].get(index - 1)
+        if before is not None and before.output_BTD is not hidden_BTD:
+            raise RuntimeError(_changed_between(f"Between blocks {index - 1} and {index}"))
         device_type = hidden_BTD.device.type
         self._running = BlockRun(hidden_BTD, target_BTD, _RandomState(hidden_BTD), _autocast_of(device_type))
         self._last_BTD = hidden_BTD
@@ -170,10 +180,7 @@ class Replays:
         if self._running is None:
             return
         if hidden_of(args, kwargs) is not self._last_BTD:
-            raise RuntimeError(
-                f"Between two layers of block {index} the decoder changes the hidden states, which a block that runs "
-                "again by itself would miss; set reach_recompute to False, and please report the architecture."
-            )
+            raise RuntimeError(_changed_between(f"Between two layers of block {index}"))
         call = LayerCall.of(args, kwargs)
         learned = [v for v in (*call.args, *call.kwargs.values()) if isinstance(v, torch.Tensor) and v.requires_grad]
         if learned:

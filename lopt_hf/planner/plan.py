@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PretrainedConfig
 
 from lopt_hf.common.compared_methods import check_reach
 from lopt_hf.common.quantization import check_trainable, is_quantized
@@ -255,7 +255,8 @@ def _make_row(
 
 
 def _check_model(config: PretrainedConfig, settings: PlanSettings) -> None:
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
+    known = {*MODEL_FOR_CAUSAL_LM_MAPPING, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING}
+    if type(config) not in known or config.is_encoder_decoder:
         raise ValueError(
             f"model={settings.model!r} ({type(config).__name__}) is no decoder-only language model of transformers, "
             "and the planner runs no remote code; name another model."

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AttentionInterface,
     AttentionMaskInterface,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -26,7 +28,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lopt_hf.common.upstream.torch import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from lopt_hf.local.blocks import split_layers
+from lopt_hf.local.blocks import find_decoder_stack, split_layers
+from lopt_hf.local.ownership import parameters_before_decoder
 from lopt_hf.pipeline.runtime.stage import StagePlan, plan_stages
 from lopt_hf.planner.setups import make_setup
 from lopt_hf.planner.step import Step, StepCost, Workload
@@ -94,7 +97,10 @@ def _simulate_stage(
 
 
 def _make_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+    auto_class = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+    model: PreTrainedModel = auto_class.from_config(copy.deepcopy(config), dtype=dtype)
+    for parameter in parameters_before_decoder(model, find_decoder_stack(model)).values():
+        parameter.requires_grad_(False)  # what sees: sequences are text only, and by default it is frozen
     if model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
         model.set_attn_implementation(UNPADDED)
     return model

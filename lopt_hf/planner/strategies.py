@@ -8,6 +8,7 @@ from lopt_hf.common.compared_methods import PEERS, REPL_EVERY, mlaan_window, rea
 from lopt_hf.local.arguments import LocalArguments
 from lopt_hf.local.methods.lopt import LoPTArguments
 from lopt_hf.local.methods.mlaan.method import MLAANArguments
+from lopt_hf.local.ownership import num_deepstack_layers
 from lopt_hf.repl.neighbours import check_family
 
 __all__ = ["STRATEGIES", "Strategy", "make_strategies"]
@@ -106,6 +107,10 @@ def make_strategies(
     cuts = [blocks for blocks in num_blocks if blocks <= num_layers]
     stages = min(num_gpus, num_layers)
     left_out = [f"K={blocks}: the model has {num_layers} layers." for blocks in num_blocks if blocks not in cuts]
+    for kind, misfit in _vision_misfits(config).items():
+        if any(method.startswith(kind) for method in methods) and (kind != "ppll" or stages > 1):
+            left_out.append(misfit)
+            methods = tuple(method for method in methods if not method.startswith(kind))
     rows: list[Strategy] = []
 
     def add(
@@ -149,6 +154,19 @@ def make_strategies(
     stepping = [row.name for row in rows if row.method == "e2e_step_in_backward" and accumulation_steps > 1]
     left_out += [f"{name}: a second micro-batch would find no gradients to add to." for name in stepping]
     return [row for row in rows if row.name not in (*alone, *stepping)], left_out
+
+
+def _vision_misfits(config: PretrainedConfig) -> dict[str, str]:
+    """What a vision-language model cannot be trained by, as the learner and the pipeline say, with the reasons."""
+    if config.get_text_config(decoder=True) is config:
+        return {}
+    misfits = {"ppll": "PPLL: no stage of a pipeline would hold the vision tower."}
+    if num_deepstack_layers(config):
+        misfits["reach"] = (
+            "reach: image features come in behind the first layers, which needs reach_recompute=False, and the rows "
+            "run blocks again."
+        )
+    return misfits
 
 
 def _why_not_repl(config: PretrainedConfig, num_layers: int) -> str | None:

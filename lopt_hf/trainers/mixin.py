@@ -213,6 +213,11 @@ class LocalLearningMixin(TrainerBase):
             advice = self.learner.method.rate_advice(self.learner, args.learning_rate)
             if advice is not None:
                 logger.warning(advice)
+        if args.neftune_noise_alpha is not None and self.learner.vision_parameters():
+            raise ValueError(
+                f"neftune_noise_alpha={args.neftune_noise_alpha} is not supported for a vision-language model, whose "
+                "first block would learn to keep the noise; leave it out."
+            )
         if args.local_step and args.gradient_accumulation_steps > 1:
             logger.warning(
                 f"local_step=True saves no memory with gradient_accumulation_steps="

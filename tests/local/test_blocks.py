@@ -1,7 +1,8 @@
 import pytest
 from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM, BertConfig, T5Config
 
-from lopt_hf.local.blocks import find_decoder_stack, parameters_by_block, split_layers, untie_output_embeddings
+from lopt_hf.local.blocks import find_decoder_stack, split_layers, untie_output_embeddings
+from lopt_hf.local.ownership import parameters_by_block
 from tests.tiny import FAMILIES, make_model
 
 

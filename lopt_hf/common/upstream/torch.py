@@ -23,6 +23,7 @@ __all__ = [
     "storage_key",
     "tree_iter",
     "without_forward_hooks",
+    "without_modes",
 ]
 
 TORCH = Upstream("torch", "2.11", "2.15")
@@ -33,7 +34,7 @@ with TORCH.names():
         DynamicOutputShapeException,
         FakeTensorMode,
     )
-    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
     from torch.utils._pytree import tree_iter
 
     _product: Any = torch.ops.aten.mm.default
@@ -87,6 +88,13 @@ def without_forward_hooks(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module._forward_pre_hooks, module._forward_hooks = hooks
+
+
+@contextmanager
+def without_modes() -> Iterator[None]:
+    """Lets no mode that follows operations (fake tensors, meters) see those of this block."""
+    with _disable_current_modes():
+        yield
 
 
 @contextmanager

@@ -4,11 +4,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lopt_hf.common.upstream.guard import Upstream
 
-__all__ = ["TRANSFORMERS", "active_collector"]
+__all__ = ["TRANSFORMERS", "active_collector", "no_init_weights"]
 
 TRANSFORMERS = Upstream("transformers", "5.23", "5.25")
 
 with TRANSFORMERS.names():
+    from transformers.initialization import no_init_weights
+
     # The outputs that the running forward collects, by name: hidden states, router logits.
     from transformers.utils.output_capturing import _active_collector as active_collector
 

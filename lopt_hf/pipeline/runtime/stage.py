@@ -16,8 +16,9 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lopt_hf.local.blocks import Block, DecoderStack, find_decoder_stack, is_before_the_layers, parameters_by_block
+from lopt_hf.local.blocks import Block, DecoderStack, find_decoder_stack
 from lopt_hf.local.layer_calls import stop_at, with_hidden
+from lopt_hf.local.ownership import feeds_first_layer, parameters_by_block
 
 __all__ = ["HiddenStateInput", "StagePlan", "keep_stage", "load_stage", "plan_stages", "separate_stage_embeddings"]
 
@@ -280,7 +281,7 @@ def _drop_other_stages(model: PreTrainedModel, plan: StagePlan, keeps_embeddings
     for name, module in list(stack.decoder.named_children()):
         if module is stack.layers or not any(True for _ in module.parameters()):
             continue
-        is_before = is_before_the_layers(name, module)
+        is_before = feeds_first_layer(stack, name)
         keeps = (
             (plan.is_first or (keeps_embeddings and module is model.get_input_embeddings()))
             if is_before
