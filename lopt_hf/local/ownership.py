@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lopt_hf.common.upstream.torch import without_modes
@@ -163,7 +164,11 @@ def _trace(stack: DecoderStack) -> frozenset[str]:
     decoder, kind = cast(Any, stack.decoder), cast(Any, type(stack.decoder))
     if decoder not in _traced:
         name = next(name for name, module in decoder.named_modules() if module is stack.layers)
-        _traced[decoder] = _trace_twin(kind, _Config(decoder.config), name)
+        try:
+            _traced[decoder] = _trace_twin(kind, _Config(decoder.config), name)
+        except (RuntimeError, TypeError):  # a decoder of somebody's own that does not run on shapes alone
+            embeddings = (name for name, module in decoder.named_modules() if isinstance(module, nn.Embedding))
+            _traced[decoder] = frozenset(embeddings)  # what this misses, `BlockBoundary.check_reach` finds
     return _traced[decoder]
 
 
@@ -181,6 +186,13 @@ class _Config:
         return hash(self._text)
 
 
+class _Yes(TorchFunctionMode):
+    """Answers what a forward asks of the values of a mask that is all ones, and that has none on the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return True if func in (torch.Tensor.__bool__, torch.Tensor.item) else func(*args, **(kwargs or {}))
+
+
 @functools.lru_cache(maxsize=64)
 def _trace_twin(decoder_class: Any, config: _Config, layers: str) -> frozenset[str]:
     own = copy.deepcopy(config.config)
@@ -190,7 +202,7 @@ def _trace_twin(decoder_class: Any, config: _Config, layers: str) -> frozenset[s
         twin = decoder_class(own)
         tokens_BT = torch.zeros(1, 2, dtype=torch.long)
         first = twin.get_submodule(layers)[0]
-        with torch.enable_grad(), stop_at(first) as calls:
+        with _Yes(), torch.enable_grad(), stop_at(first) as calls:
             twin(input_ids=tokens_BT, attention_mask=torch.ones_like(tokens_BT), use_cache=False)
     args, kwargs = calls[0]
     leaves = leaves_behind([*args, *kwargs.values()])

@@ -1,5 +1,6 @@
 import pytest
 from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM, BertConfig, T5Config
+from transformers.models.opt.modeling_opt import OPTDecoder
 
 from lopt_hf.local.blocks import find_decoder_stack, split_layers, untie_output_embeddings
 from lopt_hf.local.ownership import parameters_by_block
@@ -62,6 +63,32 @@ def test_opt_projections_are_on_their_own_sides_of_the_layers():
     assert "model.decoder.project_in.weight" in first
     assert "model.decoder.embed_positions.weight" in first
     assert "model.decoder.project_out.weight" in last
+
+
+def test_what_feeds_the_first_layer_is_traced_and_not_named():
+    """OPT's input projection under a name that nobody knows; and where it cannot be traced, the embeddings."""
+
+    class Renamed(OPTDecoder):
+        def __init__(self, config):
+            super().__init__(config)
+            self.a_name_of_its_own = self._modules.pop("project_in")
+
+        @property
+        def project_in(self):
+            return self.a_name_of_its_own
+
+    model = make_model("opt")
+    model.model.decoder = Renamed(model.config)
+    first, _ = parameters_by_block(model, find_decoder_stack(model), split_layers(4, 2))
+    assert "model.decoder.a_name_of_its_own.weight" in first
+
+    class Untraceable(OPTDecoder):
+        def __init__(self, config, more):
+            super().__init__(config)
+
+    model.model.decoder = Untraceable(model.config, 1)
+    first, _ = parameters_by_block(model, find_decoder_stack(model), split_layers(4, 2))
+    assert "model.decoder.embed_positions.weight" in first and "model.decoder.project_in.weight" not in first
 
 
 def test_untie_copies_the_head_once():
