@@ -10,15 +10,24 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from lopt_hf.common.arithmetic import DTYPE_HELP, choose_arithmetic, read_dtype
-from lopt_hf.common.settings import check_lowest, option
+from lopt_hf.common.settings import check_choices, check_lowest, option
 from lopt_hf.common.tables import describe_run, interquartile_range, markdown_table
+from lopt_hf.repl.config import OPERATORS, STOCK_OPERATORS, RepLConfig
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["RepLBenchSettings", "RepLResult", "run_repl_bench", "time_generation", "to_json", "to_markdown"]
 
-_SMALLEST = {"every": 2, "tokens": 1, "prompt_tokens": 1, "batch_size": 1, "rounds": 1, "calibration_tokens": 512}
+_SMALLEST = {
+    "every": 2,
+    "calibration_layers": 1,
+    "tokens": 1,
+    "prompt_tokens": 1,
+    "batch_size": 1,
+    "rounds": 1,
+    "calibration_tokens": 512,
+}
 
 
 @dataclass(frozen=True)
@@ -35,12 +44,15 @@ class RepLBenchSettings:
     tokens: int = option(64, "Tokens that are generated after it.")
     batch_size: int = option(1, "Prompts at a time.")
     rounds: int = option(7, "Timed turns of each model, after one untimed.")
-    calibration_tokens: int = option(8192, "Tokens to calibrate four layers on, chosen by block influence.")
+    operator: str = option("linear", "What stands in the replaced layers' places.", OPERATORS)
+    calibration_layers: int = option(4, "Layers to choose and calibrate: as one span if the operator folds to stock.")
+    calibration_tokens: int = option(8192, "Tokens to choose and calibrate them on.")
     dtype: str = option("auto", f"{DTYPE_HELP} The weights are of that type too.")
     threads: int | None = option(None, "CPU threads; torch's default if unset.")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", read_dtype(self.dtype))
+        check_choices(self)
         check_lowest(self, _SMALLEST)
 
 
@@ -53,7 +65,8 @@ class RepLResult:
         full_seconds: Seconds of each turn of the full model.
         folded_seconds: Seconds of each turn of the folded one.
         new_tokens: Tokens generated in a turn.
-        calibration_seconds: Time to choose and calibrate four layers.
+        calibration_seconds: Time to choose and calibrate layers.
+        calibrated: How many layers that were.
         replaced: How many layers the folded model has replaced, and of how many.
     """
 
@@ -62,6 +75,7 @@ class RepLResult:
     folded_seconds: list[float]
     new_tokens: int
     calibration_seconds: float
+    calibrated: int
     replaced: tuple[int, int]
 
     @property
@@ -82,7 +96,6 @@ def run_repl_bench(settings: RepLBenchSettings) -> RepLResult:
 
     from lopt_hf.common.evaluation import general_text
     from lopt_hf.data.pretrained import resolve_model
-    from lopt_hf.repl.config import RepLConfig
     from lopt_hf.repl.experiment import make_variant
 
     if settings.threads is not None:
@@ -91,17 +104,24 @@ def run_repl_bench(settings: RepLBenchSettings) -> RepLResult:
     name = resolve_model(settings.model)
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=arithmetic.torch_dtype).eval()
-    config = RepLConfig(num_layers_to_replace=4, calibration_tokens=settings.calibration_tokens)
+    config = RepLConfig(
+        operator=settings.operator,
+        placement="span" if settings.operator in STOCK_OPERATORS else "block_influence",
+        num_layers_to_replace=settings.calibration_layers,
+        calibration_tokens=settings.calibration_tokens,
+    )
     _, seconds = make_variant(model, config, [general_text()], tokenizer)
     # What the surrogates start from changes no arithmetic.
-    folded = make_variant(model, RepLConfig(placement="every", every=settings.every, init="skip"), None, tokenizer)[0]
-    folded = folded.merge_and_unload()
+    skip = RepLConfig(settings.operator, placement="every", every=settings.every, init="skip")
+    folded = make_variant(model, skip, None, tokenizer)[0].merge_and_unload()
     text = tokenizer(general_text(), add_special_tokens=False, verbose=False)["input_ids"]
     shape = (settings.batch_size, settings.prompt_tokens)
     prompts = torch.tensor(text[: shape[0] * shape[1]]).view(shape)
     times = time_generation((model, folded), prompts, settings.tokens, settings.rounds)
     counts = (model.config.num_hidden_layers - folded.config.num_hidden_layers, model.config.num_hidden_layers)
-    return RepLResult(arithmetic.dtype, *times, settings.tokens * settings.batch_size, seconds, counts)
+    return RepLResult(
+        arithmetic.dtype, *times, settings.tokens * settings.batch_size, seconds, settings.calibration_layers, counts
+    )
 
 
 def time_generation(
@@ -146,7 +166,9 @@ def to_markdown(result: RepLResult) -> str:
         speed, spread = result.new_tokens / statistics.median(seconds), interquartile_range(seconds)
         rows.append([name, f"{speed:.1f}", f"{spread:.3f}", f"{ratio:.2f}"])
     table = markdown_table(["model", "tokens/s (median)", "seconds per turn, IQR", "x full model"], rows)
-    return "\n".join([table, "", f"Choosing and calibrating 4 layers: {result.calibration_seconds:.0f} s"])
+    return "\n".join(
+        [table, "", f"Choosing and calibrating {result.calibrated} layers: {result.calibration_seconds:.0f} s"]
+    )
 
 
 def to_json(result: RepLResult, settings: RepLBenchSettings) -> str:

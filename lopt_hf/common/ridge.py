@@ -74,39 +74,50 @@ class SharedRidge(ChannelRidge):
 
 
 class LinearRidge:
-    """A linear map with a constant, `y_ND ~ x_ND W^T + b`, shrunk towards a prior instead of 0.
+    """A linear map with a constant, `y_ND ~ x_NK W^T + b`, shrunk towards a prior instead of 0.
 
     Args:
-        num_channels: D.
+        num_channels: K.
         ridge: Penalty on the distance from the prior relative to the mean square of the features.
+        device: Where the sums are.
+        num_outputs: D; default: K.
+        constant: Whether there is a b.
     """
 
-    def __init__(self, num_channels: int, ridge: float, device: torch.device | None = None) -> None:
-        self.ridge = ridge
-        self.gram_FF = torch.zeros(num_channels + 1, num_channels + 1, dtype=torch.float64, device=device)
-        self.right_FD = torch.zeros(num_channels + 1, num_channels, dtype=torch.float64, device=device)
-        self._outside_penalty_F = torch.zeros(num_channels + 1, dtype=torch.float64, device=device)
+    def __init__(
+        self,
+        num_channels: int,
+        ridge: float,
+        device: torch.device | None = None,
+        num_outputs: int | None = None,
+        constant: bool = True,
+    ) -> None:
+        self.ridge, self.constant = ridge, constant
+        rows, columns = num_channels + constant, num_channels if num_outputs is None else num_outputs
+        self.gram_FF = torch.zeros(rows, rows, dtype=torch.float64, device=device)
+        self.right_FD = torch.zeros(rows, columns, dtype=torch.float64, device=device)
+        self._outside_penalty_F = torch.zeros(rows, dtype=torch.float64, device=device)
 
-    def add(self, x_ND: torch.Tensor, target_ND: torch.Tensor, in_penalty: bool = True) -> None:
+    def add(self, x_NK: torch.Tensor, target_ND: torch.Tensor, in_penalty: bool = True) -> None:
         """Adds tokens.
 
         Args:
-            x_ND: Inputs of the map.
+            x_NK: Inputs of the map.
             target_ND: Its targets.
             in_penalty: Whether the tokens count in the mean square that the penalty is relative to.
         """
-        features_NF = torch.cat([x_ND, torch.ones_like(x_ND[:, :1])], 1).double()
+        features_NF = (torch.cat([x_NK, torch.ones_like(x_NK[:, :1])], 1) if self.constant else x_NK).double()
         self.gram_FF += features_NF.T @ features_NF
         self.right_FD += features_NF.T @ target_ND.double()
         if not in_penalty:
             self._outside_penalty_F += features_NF.square().sum(0)
 
-    def solve(self, prior_FD: torch.Tensor) -> torch.Tensor:
-        """Returns the map transposed, (F, D) with F = D + 1; the last row is the constant.
+    def solve(self, prior_FD: torch.Tensor | None = None) -> torch.Tensor:
+        """Returns the map transposed, (F, D) with F = K + 1; the last row is the constant. Without it F = K.
 
         Args:
-            prior_FD: The prior in the same layout.
+            prior_FD: The prior in the same layout; default: 0.
         """
-        prior_FD = prior_FD.to(self.gram_FF)
+        prior_FD = torch.zeros_like(self.right_FD) if prior_FD is None else prior_FD.to(self.gram_FF)
         right_FD = self.right_FD - self.gram_FF @ prior_FD
         return prior_FD + _solve(self.gram_FF, right_FD, self.ridge, self._outside_penalty_F)

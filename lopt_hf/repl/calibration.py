@@ -5,6 +5,7 @@ Shapes: N tokens, D hidden channels, K features.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,13 +15,28 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lopt_hf.common.ridge import ChannelRidge, LinearRidge, SharedRidge
-from lopt_hf.local.layer_calls import evaluating, hidden_of, stop_behind
+from lopt_hf.local.layer_calls import evaluating, hidden_of, output_hidden, stop_behind
+from lopt_hf.repl.map_operators import MLPMap, Patch, Scale, rotation
 from lopt_hf.repl.modeling_repl import find_layers, normalise
 from lopt_hf.repl.neighbours import Affine, Neighbour
 from lopt_hf.repl.operator_base import Operator
 from lopt_hf.repl.operators import Branches, Linear, prior_of
+from lopt_hf.repl.placement import Span
 
-__all__ = ["block_influence", "calibrate"]
+__all__ = [
+    "Batches",
+    "SpanStates",
+    "add_states",
+    "block_influence",
+    "calibrate",
+    "check_finite",
+    "forward_base",
+    "kept_tokens",
+    "make_fit",
+    "reading",
+    "run_operator",
+    "select_tokens",
+]
 
 Batches = Sequence[Mapping[str, torch.Tensor]]
 TOKENS_AT_ONCE = 512  # bounds the memory of the features of all branches; no effect on the result
@@ -29,20 +45,20 @@ TOKENS_AT_ONCE = 512  # bounds the memory of the features of all branches; no ef
 @torch.no_grad()
 def calibrate(
     model: PreTrainedModel,
-    operators: Mapping[int, Operator],
-    neighbours: Mapping[int, tuple[Neighbour, Neighbour]],
+    operators: Mapping[Span, Operator],
+    neighbours: Mapping[Span, tuple[Neighbour, Neighbour]],
     batches: Batches,
     ridge: float,
 ) -> None:
-    """Sets the coefficients of all operators, from the lowest layer on, each behind those already fitted.
+    """Sets the coefficients of all operators, from the lowest span on, each behind those already fitted.
 
-    The target of each is the output of its own removed layer on the input that it will see. The layers below a fitted
+    The target of each is the output of its own removed layers on the input that it will see. The layers below a fitted
     surrogate run once: its inputs are kept in temporary files, so that memory does not grow with the data.
 
     Args:
         model: The model with all its layers.
-        operators: The operator for each layer to replace.
-        neighbours: Their neighbours.
+        operators: The operator for each span of layers to replace.
+        neighbours: The layers before and behind each.
         batches: Model inputs.
         ridge: See `RepLConfig.ridge`.
 
@@ -50,20 +66,99 @@ def calibrate(
         FloatingPointError: If the model's hidden states are not finite.
     """
     layers = find_layers(model)
-    start, below = 0, None  # what is below layer `start` is done: its output follows from the files
+    start: int = 0  # what is below layer `start` is done: its input follows from the files
+    below: tuple[Operator, tuple[Neighbour, Neighbour]] | None = None
     with evaluating(model), TemporaryDirectory() as folder:
-        for index in sorted(operators):
-            kind: Any = _LinearFit if isinstance(operators[index], Linear) else _CoefficientFit
-            fit = kind(operators[index], *neighbours[index], ridge)
+        for span in sorted(operators):
+            fit = make_fit(operators[span], neighbours[span], ridge)
             for number, batch in enumerate(batches):
                 file = f"{folder}/{number}.pt"
-                resumed = None if below is None else below[0](torch.load(file, weights_only=True), *below[1])
+                resumed = None if below is None else run_operator(*below, *torch.load(file, weights_only=True))
                 with _from_layer(layers, start, resumed):
-                    h_BTD, output_BTD = _input_and_output(model, layers[index], batch)
-                torch.save(h_BTD, file)
-                _add(fit, h_BTD, output_BTD, _kept_tokens(batch))
+                    seen = _span_states(model, layers, span, batch, operators[span], neighbours[span])
+                torch.save((seen.h_BTD, seen.read_BTK), file)
+                add_states(fit, seen, kept_tokens(batch))
             fit.finish()
-            start, below = index + 1, (operators[index], neighbours[index])
+            start, below = span[1], (operators[span], neighbours[span])
+
+
+def run_operator(
+    operator: Operator, beside: tuple[Neighbour, Neighbour], h_BTD: torch.Tensor, read_BTK: torch.Tensor
+) -> torch.Tensor:
+    """What the layer behind a span is given: `h_BTD` are the hidden states before the span, without the surrogate."""
+    made = operator(read_BTK, *beside)
+    return h_BTD + made if isinstance(operator, MLPMap) else made
+
+
+@dataclass(frozen=True)
+class SpanStates:
+    """What there is to fit a surrogate to.
+
+    Attributes:
+        h_BTD: Hidden states before the span.
+        output_BTD: Hidden states behind it.
+        read_BTK: What the surrogate reads: the same as `h_BTD`, or the MLP's output or inner activations.
+    """
+
+    h_BTD: torch.Tensor
+    output_BTD: torch.Tensor
+    read_BTK: torch.Tensor
+
+
+@contextmanager
+def reading(operator: Operator, previous: Neighbour) -> Iterator[list[torch.Tensor]]:
+    """Records what a surrogate reads inside the layer before its span; nothing if it reads hidden states."""
+    read: list[torch.Tensor] = []
+    if not isinstance(operator, MLPMap):
+        yield read
+        return
+
+    def keep(module: nn.Module, args: tuple, output: Any) -> None:
+        read.append(args[0] if operator.reads_input else output_hidden(output))
+
+    handle = operator.place(previous).register_forward_hook(keep)
+    try:
+        yield read
+    finally:
+        handle.remove()
+
+
+def _span_states(
+    model: PreTrainedModel,
+    layers: nn.ModuleList,
+    span: Span,
+    batch: Mapping[str, torch.Tensor],
+    operator: Operator,
+    beside: tuple[Neighbour, Neighbour],
+) -> SpanStates:
+    """Hidden states before and behind a span; the forward ends there."""
+    first: list[torch.Tensor] = []
+
+    def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        first.append(hidden_of(args, kwargs))
+
+    handle = layers[span[0]].register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        with reading(operator, beside[0]) as read, stop_behind(layers[span[1] - 1]) as seen:
+            forward_base(model, batch)
+    finally:
+        handle.remove()
+    h_BTD, output_BTD = first[0], seen[0][1]
+    check_finite(h_BTD, output_BTD)
+    return SpanStates(h_BTD, output_BTD, read[0].view(*h_BTD.shape[:-1], -1) if read else h_BTD)
+
+
+def check_finite(*tensors: torch.Tensor) -> None:
+    """Checks hidden states that something is fitted to.
+
+    Raises:
+        FloatingPointError: If they are not finite.
+    """
+    if not all(torch.isfinite(value).all() for value in tensors):
+        raise FloatingPointError(
+            "The hidden states of the calibration data are not finite, so nothing can be fitted to them; load "
+            "the model in another dtype, or check the data."
+        )
 
 
 @torch.no_grad()
@@ -75,7 +170,8 @@ def block_influence(model: PreTrainedModel, batches: Batches) -> list[float]:
 
     def add(index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any], output_BTD: torch.Tensor) -> None:
         h_BTD = hidden_of(args, kwargs)
-        changes = 1 - _select(nn.functional.cosine_similarity(h_BTD.float(), output_BTD.float(), dim=-1), mask_BT)
+        cosines_BT = nn.functional.cosine_similarity(h_BTD.float(), output_BTD.float(), dim=-1)
+        changes = 1 - select_tokens(cosines_BT, mask_BT)
         totals[index] += changes.sum().item()
         tokens[index] += changes.numel()
 
@@ -83,8 +179,8 @@ def block_influence(model: PreTrainedModel, batches: Batches) -> list[float]:
         for index, layer in enumerate(layers):
             hooks.enter_context(layer.register_forward_hook(partial(add, index), with_kwargs=True))
         for batch in batches:
-            mask_BT = _kept_tokens(batch)
-            _forward(model, batch)
+            mask_BT = kept_tokens(batch)
+            forward_base(model, batch)
     return [total / count for total, count in zip(totals, tokens, strict=True)]
 
 
@@ -112,39 +208,36 @@ def _from_layer(layers: nn.ModuleList, start: int, resumed_BTD: torch.Tensor | N
             layers[index] = layer
 
 
-def _forward(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> None:
+def forward_base(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> None:
+    """Runs a model without its head."""
     inputs = {name: value.to(model.device) for name, value in batch.items()}
     uses_cache = "use_cache" in model.config.get_text_config().to_dict()
     model.base_model(**inputs, **({"use_cache": False} if uses_cache else {}))
 
 
-def _kept_tokens(batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+def kept_tokens(batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """Returns which tokens are no padding (B, T); `None` for all of them."""
     return batch["attention_mask"].bool() if "attention_mask" in batch else None
 
 
-def _select(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def select_tokens(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Returns the values (B, T, ...) of the tokens that are no padding, (N, ...)."""
     return values.flatten(0, 1) if mask is None else values[mask.to(values.device)]
 
 
-def _input_and_output(
-    model: PreTrainedModel, layer: nn.Module, batch: Mapping[str, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A layer's input and output; the forward ends there."""
-    with stop_behind(layer) as seen:
-        _forward(model, batch)
-    if not all(torch.isfinite(value).all() for value in seen[0]):
-        raise FloatingPointError(
-            "The hidden states of the calibration data are not finite, so nothing can be fitted to them; load "
-            "the model in another dtype, or check the data."
-        )
-    return seen[0]
-
-
-def _add(fit: Any, h_BTD: torch.Tensor, output_BTD: torch.Tensor, mask_BT: torch.Tensor | None) -> None:
+def add_states(fit: Any, seen: SpanStates, mask_BT: torch.Tensor | None) -> None:
     """Adds a batch to a fit, without padding."""
-    h_ND, output_ND = (_select(value, mask_BT).float() for value in (h_BTD, output_BTD))
-    for h, output in zip(h_ND.split(TOKENS_AT_ONCE), output_ND.split(TOKENS_AT_ONCE), strict=True):
-        fit.add(h, output - h)
+    flat = [select_tokens(value, mask_BT).float() for value in (seen.h_BTD, seen.output_BTD, seen.read_BTK)]
+    for h, output, read in zip(*(value.split(TOKENS_AT_ONCE) for value in flat), strict=True):
+        fit.add(read, output - h)
+
+
+def make_fit(operator: Operator, beside: tuple[Neighbour, Neighbour], ridge: float) -> Any:
+    """Makes what sets an operator's coefficients: `add` takes what it reads and what is to be added."""
+    kinds: dict[type, Any] = {Linear: _LinearFit, Scale: _ScaleFit, Patch: _PatchFit}
+    if isinstance(operator, MLPMap):
+        return _MapFit(operator, ridge)
+    return kinds.get(type(operator), _CoefficientFit)(operator, *beside, ridge)
 
 
 class _CoefficientFit:
@@ -192,3 +285,57 @@ class _LinearFit:
         bias = torch.zeros_like(prior.weight[:, 0]) if prior.bias is None else prior.bias
         fitted_FD = self.sums.solve(torch.cat([prior.weight.T, bias[None]]))
         self.operator.start_from(Affine(fitted_FD[:-1].T, fitted_FD[-1]))
+
+
+class _MapFit:
+    """Fits a map in the MLP before the span, towards adding nothing."""
+
+    def __init__(self, operator: MLPMap, ridge: float) -> None:
+        self.operator = operator
+        outputs, inputs = operator.coefficients.shape
+        has_bias = operator.bias is not None
+        self.sums = LinearRidge(inputs, ridge, operator.coefficients.device, outputs, has_bias)
+
+    def add(self, read_NK: torch.Tensor, added_ND: torch.Tensor) -> None:
+        self.sums.add(read_NK, added_ND)
+
+    def finish(self) -> None:
+        fitted_FD = self.sums.solve()
+        if self.operator.bias is not None:
+            self.operator.bias.data.copy_(fitted_FD[-1])
+            fitted_FD = fitted_FD[:-1]
+        self.operator.coefficients.data.copy_(fitted_FD.T)
+
+
+class _ScaleFit:
+    """Sets `Scale` to the mean over tokens of how much longer the hidden states get."""
+
+    def __init__(self, operator: Scale, previous: Neighbour, following: Neighbour, ridge: float) -> None:
+        self.operator, self.total, self.count = operator, 0.0, 0
+
+    def add(self, h_ND: torch.Tensor, added_ND: torch.Tensor) -> None:
+        self.total += ((h_ND + added_ND).norm(dim=1) / h_ND.norm(dim=1)).double().sum().item()
+        self.count += len(h_ND)
+
+    def finish(self) -> None:
+        self.operator.coefficients.data.fill_(self.total / self.count - 1)
+
+
+class _PatchFit:
+    """Sets `Patch` from the mean absolute value of each rotated channel before and behind the span."""
+
+    def __init__(self, operator: Patch, previous: Neighbour, following: Neighbour, ridge: float) -> None:
+        self.operator = operator
+        self.rotation_DD = rotation(operator.spec["hidden_size"], operator.coefficients.device)
+        self.before_D = torch.zeros_like(self.rotation_DD[0])
+        self.behind_D = torch.zeros_like(self.before_D)
+
+    def add(self, h_ND: torch.Tensor, added_ND: torch.Tensor) -> None:
+        rotated_ND = h_ND.double() @ self.rotation_DD.T
+        self.before_D += rotated_ND.abs().sum(0)
+        self.behind_D += (rotated_ND + added_ND.double() @ self.rotation_DD.T).abs().sum(0)
+
+    def finish(self) -> None:
+        growth_D = self.behind_D / self.before_D.clamp_min(torch.finfo(torch.float32).tiny)
+        patch_DD = self.rotation_DD.T @ ((growth_D - 1)[:, None] * self.rotation_DD)
+        self.operator.coefficients.data.copy_(patch_DD)

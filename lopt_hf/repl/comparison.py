@@ -21,14 +21,26 @@ from lopt_hf.data.prepared import check_answers_fit
 from lopt_hf.data.pretrained import resolve_model
 from lopt_hf.data.texts import prose, read_text
 from lopt_hf.repl.config import RepLConfig
-from lopt_hf.repl.experiment import FULL, PLAIN, Row, cut_chunks, make_plain, make_row, make_variant, parse_variant
+from lopt_hf.repl.experiment import (
+    FULL,
+    PLAIN,
+    Row,
+    all_variants,
+    cut_chunks,
+    make_plain,
+    make_row,
+    make_variant,
+    parse_variant,
+)
 from lopt_hf.repl.export import save_with_code
+from lopt_hf.repl.placement import runs_of
 from lopt_hf.repl.report import to_json, to_markdown
 from lopt_hf.repl.trainer import HealingConfig, heal, healing_data
 
 __all__ = ["Comparison", "ComparisonArguments", "ComparisonModelConfig", "check_output_dir"]
 
 REPORT = "report.json"
+ALL = "all"  # a value of `compare`
 _TEXT_HELP = "a .txt file, or id:configuration:split of the hub, such as Salesforce/wikitext:wikitext-2-raw-v1:test."
 
 
@@ -44,7 +56,8 @@ class ComparisonArguments:
         data_dir: Folder with copies of the hub's data sets.
         eval_chunks: Number of pieces of it, spread evenly.
         eval_chunk_length: Tokens of each piece.
-        compare: Further operators to measure untrained, as `operator` or `operator:init`.
+        compare: Further operators to measure untrained, as `operator` or `operator:init`, or `all` of them, of which
+            those that do not fit the model are left out.
         seeds: Seeds of the healing runs.
         scratch: Changes to the model's config. With it nothing is pretrained: for every seed the full model, plain
             removal and RepL are trained from the same random weights (the paper's language experiment).
@@ -56,7 +69,7 @@ class ComparisonArguments:
     data_dir: str | None = option(None, DATA_DIR_HELP)
     eval_chunks: int = option(32, "Pieces of the text to measure perplexity on.")
     eval_chunk_length: int = option(256, "Tokens of each piece.")
-    compare: list[str] = option([], "Further operators beside it, as 'operator' or 'operator:init'.")
+    compare: list[str] = option([], "Further operators beside it, as 'operator' or 'operator:init'; 'all' of them.")
     seeds: list[int] = option([0], "Seeds of the healing runs.")
     scratch: dict[str, Any] | str | None = option(
         None, "Start from random weights; JSON with changes to the model's config, '{}' for none."
@@ -109,8 +122,10 @@ def check_scratch(config: RepLConfig) -> None:
     """
     if config.init == "calibrate":
         raise ValueError("init='calibrate' has nothing to imitate in random weights; use 'paper' or 'skip'.")
-    if config.placement == "block_influence" and config.layers_to_replace is None:
-        raise ValueError("placement='block_influence' says nothing of random weights; use 'every' or name the layers.")
+    if config.chooses_by_data:
+        raise ValueError(
+            f"placement={config.placement!r} says nothing of random weights; use 'every' or name the layers."
+        )
 
 
 def read_texts(script_args: ComparisonArguments) -> tuple[str, str]:
@@ -141,13 +156,17 @@ class Comparison:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(self.name)
         if self.script_args.scratch is not None:
             check_scratch(self.config)
-        for text in self.script_args.compare:
+        for text in self._variants():
             parse_variant(text, self.config)
         self.calibration, evaluation = read_texts(self.script_args)
         length, count = self.script_args.eval_chunk_length, self.script_args.eval_chunks
         self.chunks_BT = cut_chunks(self.tokenizer, evaluation, length, count)
         self.dataset = self._load_dataset()
         self.rows: list[Row] = []
+
+    def _variants(self) -> list[str]:
+        named = self.script_args.compare
+        return all_variants(self.config) if ALL in named else named
 
     def _load_dataset(self) -> Dataset | None:
         """The data that the models are trained on, checked before one is loaded."""
@@ -183,10 +202,19 @@ class Comparison:
         removed = repl.config.repl["removed"]
         self.measure(PLAIN, make_plain(model, removed), removed=removed)
         self.measure(_name(self.config), repl, seconds=seconds, removed=removed)
-        for text in self.script_args.compare:
-            other = parse_variant(text, replace(self.config, num_layers_to_replace=None, layers_to_replace=removed))
-            variant, seconds = make_variant(model, other, [self.calibration], self.tokenizer)
+        spans = [list(span) for span in runs_of(removed)]
+        named = replace(self.config, num_layers_to_replace=None, layers_to_replace=None, spans=spans)
+        for text in self._variants():
+            other = parse_variant(text, named)
+            try:
+                variant, seconds = make_variant(model, other, [self.calibration], self.tokenizer)
+            except ValueError as error:
+                if ALL not in self.script_args.compare:
+                    raise
+                print(f"{_name(other)} is left out: {error}", file=sys.stderr)
+                continue
             self.measure(_name(other), variant, seconds=seconds, removed=removed)
+            del variant
         if self.script_args.dataset_name is None:
             return repl
         trained = []

@@ -1,16 +1,29 @@
 """Arguments of `get_repl_model`."""
 
+import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from lopt_hf.common.settings import check_choices, check_lowest, option
 
-__all__ = ["BRANCHES", "OPERATORS", "UNFOLDED_MODEL_TYPE", "RepLConfig"]
+__all__ = [
+    "BRANCHES",
+    "MAP_OPERATORS",
+    "MLP_OPERATORS",
+    "OPERATORS",
+    "STOCK_OPERATORS",
+    "UNFOLDED_MODEL_TYPE",
+    "RepLConfig",
+]
 
 UNFOLDED_MODEL_TYPE = "repl_unfolded"  # in the config.json of a model whose surrogates still follow their neighbours
 
-OPERATORS = ("linear", "branches", "proj", "head", "mlp", "head+mlp")
-PLACEMENTS = ("block_influence", "every")
+STOCK_OPERATORS = ("down_proj", "refit", "scale")  # folded, the model is of its family's own class
+MLP_OPERATORS = ("down_proj", "refit")  # they sit in the MLP before the span
+MAP_OPERATORS = (*STOCK_OPERATORS, "patch")  # they read no weights of the neighbours
+OPERATORS = ("linear", "branches", "proj", "head", "mlp", "head+mlp", *MAP_OPERATORS)
+PLACEMENTS = ("block_influence", "every", "influence", "span")
+SPAN_CRITERIA = ("error", "influence", "angle")
 INITS = ("calibrate", "paper", "skip")
 COEFFICIENTS = ("channel", "head", "scalar")
 BRANCHES = ("identity", "value", "output", "mlp")
@@ -22,19 +35,30 @@ _SMALLEST = {"every": 2, "calibration_tokens": 1, "calibration_seq_length": 2, "
 class RepLConfig:
     """Which layers are replaced, by what, and how the surrogates start.
 
-    Source: RepL, arXiv 2605.19533 ("paper"), which has no code. What goes beyond it is marked "ours".
+    Source: RepL, arXiv 2605.19533 ("paper"), which has no code. What goes beyond it is marked "ours". A span is a run
+    of adjacent layers that one surrogate replaces.
 
     Parameters:
         operator: What stands in a layer's place. `"proj"`, `"head"`, `"mlp"`, `"head+mlp"`: the paper's (Eq 19-21,
             22-24, 25-27, and both in sequence). `"branches"` (ours): the span of `branches`, folded to one d x d map.
             `"linear"` (ours): one residual d x d map on the normed input, whose start is synthesised from the
-            neighbours.
+            neighbours. Four more leave the neighbours' weights out of it; the first three fold into the weights of a
+            model of the family's own class. `"down_proj"`: a linear map of the MLP output before the span (ReplaceMe,
+            arXiv 2505.02819: least squares). `"refit"` (ours): that layer's whole `down_proj` anew, by the same
+            regression on its inputs. `"scale"`: one factor, the growth of the hidden states over the span (Prune&Comp,
+            arXiv 2507.18212). `"patch"`: a factor for each channel of rotated hidden states (LinearPatch, arXiv
+            2505.24680), which no stock layer can hold.
         placement: `"block_influence"` (ours): the layers that change their input least, no two of them adjacent,
             on a quarter of the calibration data. `"every"` (paper): layers K, 2K, ... counted from 1, the last layer
-            kept.
-        num_layers_to_replace: How many layers `"block_influence"` picks.
+            kept. `"influence"` (ours): the layers of least influence, adjacent ones as one span. `"span"`: one span.
+        num_layers_to_replace: How many layers `"block_influence"`, `"influence"` and `"span"` pick.
+        span_criterion: How `"span"` chooses. `"error"` (ours): the surrogate's error on held-out calibration data,
+            where every span gets one. `"influence"`: the sum of its layers' block influence. `"angle"`: the angle
+            between the hidden states before and behind it (arXiv 2403.17887).
         every: K of `"every"`. Paper: 4.
-        layers_to_replace: Layers, counted from 0, instead of a placement.
+        layers_to_replace: Layers, counted from 0, instead of a placement; no two of them adjacent.
+        spans: Spans as `[first, end]`, counted from 0, without the end, instead of a placement: `[[14, 18]]` is layers
+            14 to 17.
         init: `"calibrate"` (ours): the coefficients that imitate the removed layers best on the calibration data.
             `"paper"`: 0.5 for both neighbours. `"skip"`: 0, which is plain removal.
         coefficients: Of `"branches"`: one for each `"channel"`, attention `"head"` (value paths only) or a `"scalar"`.
@@ -43,7 +67,8 @@ class RepLConfig:
             the neighbours' MLPs, which alone costs more than the rest).
         detach_sources: Read the neighbours' weights as constants (paper, Eq 30); `False` lets gradients reach them,
             which `LoPTTrainer` does not allow where a block starts with a surrogate.
-        ridge: Weight of the ridge penalty, relative to the mean square of the features.
+        ridge: Weight of the ridge penalty, relative to the mean square of the features. It draws `"down_proj"` and
+            `"refit"` to the weights that are there.
         calibration_tokens: Tokens of the calibration data that are used, at most.
         calibration_seq_length: Tokens of each calibration sequence.
         calibration_batch_size: Calibration sequences for each forward.
@@ -59,9 +84,15 @@ class RepLConfig:
     operator: str = option("linear", "What stands in a removed layer's place.", OPERATORS)
     # ours: at the same number of layers plain removal hurts less there than every K-th
     placement: str = option("block_influence", "How layers are chosen.", PLACEMENTS)
-    num_layers_to_replace: int | None = option(None, "How many layers placement 'block_influence' picks.")
+    num_layers_to_replace: int | None = option(
+        None, "How many layers the placements 'block_influence', 'influence' and 'span' pick."
+    )
+    span_criterion: str = option("error", "How placement 'span' chooses its layers.", SPAN_CRITERIA)  # ours
     every: int = option(4, "K of placement 'every' (paper: 4).")  # paper, Sec. 4
     layers_to_replace: list[int] | None = option(None, "Layers to replace, counted from 0, instead of a placement.")
+    spans: list[list[int]] | str | None = option(
+        None, "Runs of adjacent layers, one surrogate each, as JSON: [[14, 18]] is layers 14 to 17."
+    )
     # ours: the paper's coefficients destroy a pretrained model
     init: str = option("calibrate", "How the surrogates start.", INITS)
     # ours: scalars hardly help
@@ -90,7 +121,17 @@ class RepLConfig:
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name}={value} must be a number from 0 on.")
         self._check_branches()
+        self._read_spans()
         self._check_placement()
+        if self.operator in MAP_OPERATORS and self.init == "paper":
+            raise ValueError(
+                f"init='paper' is RepL's, which has no operator={self.operator!r}; set init to 'calibrate' or 'skip'."
+            )
+        if self.operator in MLP_OPERATORS and self.distillation_weight > 0:
+            raise ValueError(
+                f"distillation_weight={self.distillation_weight} compares what stands in front of a layer, where "
+                f"operator={self.operator!r} has nothing; set it to 0, or use another operator."
+            )
         if self.operator == "mlp" and self.init != "paper":
             raise ValueError(
                 f"operator='mlp' has no coefficients (paper, Eq 25-27), so init={self.init!r} has nothing to set; "
@@ -107,30 +148,56 @@ class RepLConfig:
                 "use ['value'], or another granularity."
             )
 
+    def _read_spans(self) -> None:
+        if self.spans is None:
+            return
+        try:
+            spans = json.loads(self.spans) if isinstance(self.spans, str) else self.spans
+        except json.JSONDecodeError:
+            spans = None
+        pairs = spans if isinstance(spans, list | tuple) else []
+        if not pairs or not all(_is_pair(pair) for pair in pairs):
+            raise ValueError(f"spans={self.spans!r} must list pairs [first, end] of layers, like [[14, 18]].")
+        self.spans = [list(pair) for pair in pairs]
+
     def _check_placement(self) -> None:
-        if self.layers_to_replace is not None:
+        named = {name: getattr(self, name) for name in ("num_layers_to_replace", "layers_to_replace", "spans")}
+        given = [f"{name}={value}" for name, value in named.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are two ways to say which layers; leave one of them out.")
+        if self.layers_to_replace is not None or self.spans is not None:
+            return
+        if self.placement == "every":
             if self.num_layers_to_replace is not None:
                 raise ValueError(
-                    f"num_layers_to_replace={self.num_layers_to_replace} and layers_to_replace="
-                    f"{self.layers_to_replace} are two ways to say which layers; leave one of them out."
+                    f"num_layers_to_replace={self.num_layers_to_replace} has no effect with placement='every', where "
+                    f"every={self.every} says how many; leave it out."
                 )
-        elif self.placement == "block_influence" and self.num_layers_to_replace is None:
+        elif self.num_layers_to_replace is None:
             raise ValueError(
-                "num_layers_to_replace is missing; say how many layers placement='block_influence' replaces, "
-                "or name them with layers_to_replace."
+                f"num_layers_to_replace is missing; say how many layers placement={self.placement!r} replaces, "
+                "or name them with layers_to_replace or spans."
             )
-        elif self.placement == "every" and self.num_layers_to_replace is not None:
-            raise ValueError(
-                f"num_layers_to_replace={self.num_layers_to_replace} has no effect with placement='every', where "
-                f"every={self.every} says how many; leave it out."
-            )
+
+    @property
+    def chooses_by_data(self) -> bool:
+        """Whether the surrogates' places follow from data."""
+        return self.layers_to_replace is None and self.spans is None and self.placement != "every"
 
     @property
     def needs_calibration_data(self) -> bool:
         """Whether the surrogates or their places follow from data."""
-        chooses = self.layers_to_replace is None and self.placement == "block_influence"
-        return chooses or self.init == "calibrate"
+        return self.chooses_by_data or self.init == "calibrate"
 
     def to_dict(self) -> dict[str, Any]:
         """The arguments as plain values."""
         return asdict(self)
+
+
+def _is_pair(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == 2
+        and all(isinstance(number, int) and not isinstance(number, bool) for number in value)
+        and value[0] < value[1]
+    )

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lopt_hf.repl.config import RepLConfig
+from lopt_hf.repl.config import OPERATORS, STOCK_OPERATORS, RepLConfig
 from lopt_hf.repl.model import RepLModel, get_repl_model
 from lopt_hf.repl.surgery import remove_layers
 
@@ -22,6 +22,7 @@ __all__ = [
     "PLAIN",
     "ChunkLosses",
     "Row",
+    "all_variants",
     "chunk_losses",
     "cut_chunks",
     "make_plain",
@@ -46,6 +47,7 @@ class Row:
         cost_ratio: A surrogate's multiply-adds per token relative to its removed layer's; `None` without surrogates.
         seconds: What choosing layers and calibrating took, or healing.
         removed: The layers taken out, from 0.
+        is_stock: Whether it is, folded, of its family's own class.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Row:
     cost_ratio: float | None = None
     seconds: float | None = None
     removed: list[int] = field(default_factory=list)
+    is_stock: bool = True
 
     @property
     def mean_loss(self) -> float:
@@ -101,6 +104,12 @@ def parse_variant(text: str, config: RepLConfig) -> RepLConfig:
     return replace(config, operator=operator, init=init or config.init)
 
 
+def all_variants(config: RepLConfig) -> list[str]:
+    """Every other operator than a config's, with the best start that it has, as `parse_variant` reads them."""
+    starts = {"mlp": "paper"}  # it has no coefficients to calibrate
+    return [f"{name}:{starts.get(name, 'calibrate')}" for name in OPERATORS if name != config.operator]
+
+
 def make_plain(model: PreTrainedModel, removed: Sequence[int]) -> PreTrainedModel:
     """A copy of a model without some layers, a stock model still."""
     plain = copy.deepcopy(model)
@@ -122,4 +131,6 @@ def make_row(name: str, model: Any, chunks_BT: torch.Tensor, **facts: Any) -> Ro
     costs = model.surrogate_costs if isinstance(model, RepLModel) else []
     parameters = model.num_parameters() + sum(cost.parameters - cost.coefficients for cost in costs)
     ratio = costs[0].ratio if costs else None
-    return Row(name, chunk_losses(model, chunks_BT), parameters, cost_ratio=ratio, **facts)
+    losses = chunk_losses(model, chunks_BT)
+    is_stock = not isinstance(model, RepLModel) or model.config.repl["config"]["operator"] in STOCK_OPERATORS
+    return Row(name, losses, parameters, cost_ratio=ratio, is_stock=is_stock, **facts)

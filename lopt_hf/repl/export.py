@@ -6,7 +6,7 @@ from typing import Any
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from lopt_hf.repl.configuration_repl import FoldedRepLConfig
+from lopt_hf.repl.config import UNFOLDED_MODEL_TYPE
 
 __all__ = ["save_with_code"]
 
@@ -15,6 +15,8 @@ logger = logging.get_logger(__name__)
 
 def save_with_code(model: Any, save_directory: str | Path, processing_class: Any = None) -> None:
     """Saves a folded model, its modelling files and its tokenizer, to be loaded with `trust_remote_code=True`.
+
+    A model of its family's own class needs no code, and none is saved beside it.
 
     Args:
         model: What `merge_and_unload` returned.
@@ -25,7 +27,7 @@ def save_with_code(model: Any, save_directory: str | Path, processing_class: Any
     Raises:
         ValueError: If the model is not folded.
     """
-    if model.config.model_type != FoldedRepLConfig.model_type:
+    if model.config.model_type == UNFOLDED_MODEL_TYPE:
         raise ValueError(f"model={type(model).__name__} is not folded; call its merge_and_unload() first.")
     model.save_pretrained(save_directory)
     if processing_class is None:

@@ -5,14 +5,19 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
+from transformers.utils import logging
 
 from lopt_hf.common.upstream.torch import forward_pre_hooks
-from lopt_hf.repl.calibration import block_influence, calibrate
+from lopt_hf.repl.calibration import calibrate
 from lopt_hf.repl.calibration_data import make_batches
-from lopt_hf.repl.config import UNFOLDED_MODEL_TYPE, RepLConfig
+from lopt_hf.repl.choosing import check_count, check_enough_tokens, choose_spans, layer_kinds
+from lopt_hf.repl.config import MLP_OPERATORS, STOCK_OPERATORS, UNFOLDED_MODEL_TYPE, RepLConfig
 from lopt_hf.repl.configuration_repl import FoldedRepLConfig
+from lopt_hf.repl.folding import fold
+from lopt_hf.repl.map_operators import MLPMap
 from lopt_hf.repl.modeling_repl import (
     FoldedSurrogate,
     SurrogateHook,
@@ -24,10 +29,12 @@ from lopt_hf.repl.modeling_repl import (
 from lopt_hf.repl.neighbours import Neighbour, check_family
 from lopt_hf.repl.operator_base import Operator, SurrogateCost, cost_of, layer_cost
 from lopt_hf.repl.operators import make_operator
-from lopt_hf.repl.placement import choose_layers
-from lopt_hf.repl.surgery import SynthesisHook, attach, kept_index, remove_layers
+from lopt_hf.repl.placement import Span, named_spans, runs_of
+from lopt_hf.repl.surgery import SynthesisHook, attach, attach_in_mlp, kept_index, remove_layers
 
 __all__ = ["RepLModel", "get_repl_model", "make_classes"]
+
+logger = logging.get_logger(__name__)
 
 HUB_ARGUMENTS = ("revision", "subfolder", "cache_dir", "token", "local_files_only")
 
@@ -46,10 +53,9 @@ class RepLModel:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         repl, layers = config.repl, find_layers(self)  # type: ignore[arg-type]
         settings = RepLConfig(**repl["config"])
-        for removed in repl["removed"]:
-            index = kept_index(removed, repl["removed"])
+        for _, index in _places(repl["removed"]):
             beside = _neighbours(layers, index - 1, index, config, repl["family"], settings)
-            attach(layers[index], make_operator(settings, *beside), SynthesisHook(*beside))
+            _put(make_operator(settings, *beside), *beside)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -81,23 +87,26 @@ class RepLModel:
 
     @property
     def surrogates(self) -> dict[int, Operator]:
-        """The surrogate for each removed layer, by that layer's number in the model it was taken from."""
-        removed, layers = self.config.repl["removed"], find_layers(self)  # type: ignore[arg-type]
-        return {layer: _surrogate(layers[kept_index(layer, removed)]) for layer in removed}
+        """The surrogate for each span, by the number of its first layer in the model it was taken from."""
+        layers = find_layers(self)  # type: ignore[arg-type]
+        offset = 1 if self.config.repl["config"]["operator"] in MLP_OPERATORS else 0  # in the layer before, or behind
+        return {
+            first: _surrogate(layers[index - offset]) for (first, _), index in _places(self.config.repl["removed"])
+        }
 
     @property
     def surrogate_costs(self) -> list[SurrogateCost]:
-        """What each surrogate costs beside its removed layer."""
+        """What each surrogate costs beside its removed layers."""
         layers = find_layers(self)  # type: ignore[arg-type]
-        removed = self.config.repl["removed"]
-        return [
-            cost_of(layer, operator, layer_cost(layers[kept_index(layer, removed) - 1]))  # its neighbour's are its own
-            for layer, operator in self.surrogates.items()
-        ]
+        operators, costs = self.surrogates, []
+        for (first, end), index in _places(self.config.repl["removed"]):
+            of_one = layer_cost(layers[index - 1])  # its neighbour's are its own
+            costs.append(cost_of(first, operators[first], [(end - first) * value for value in of_one]))
+        return costs
 
     @property
     def hooks(self) -> list[SynthesisHook]:
-        """The hooks that run the surrogates, from the lowest on."""
+        """The hooks that run the surrogates in front of layers, from the lowest on."""
         hooks = (hook for layer in find_layers(self) for hook in forward_pre_hooks(layer))  # type: ignore[arg-type]
         return [hook for hook in hooks if isinstance(hook, SynthesisHook)]
 
@@ -116,25 +125,66 @@ class RepLModel:
         """Folds every surrogate to static weights, in place.
 
         Returns:
-            The same model, now of an architecture that `AutoModelForCausalLM` loads wherever `lopt_hf` is imported, or
-            that `save_with_code` saves for everybody else. It is set to evaluation.
+            The same model, set to evaluation. With an operator of `STOCK_OPERATORS` it is of its family's own class
+            and loads everywhere. Else it is of an architecture that `AutoModelForCausalLM` loads wherever `lopt_hf`
+            is imported, or that `save_with_code` saves for everybody else.
+
+        Raises:
+            ValueError: If there are adapters on weights that it folds into.
         """
         self.eval()  # type: ignore[attr-defined]
-        layers, repl = find_layers(self), self.config.repl  # type: ignore[arg-type]
-        folded: dict[str, Any] = {}
-        for removed, hook in zip(repl["removed"], self.hooks, strict=True):
-            index = kept_index(removed, repl["removed"])
-            operator = _surrogate(layers[index])
-            surrogate = FoldedSurrogate(operator.spec).to(next(layers[index].parameters()))
-            surrogate.load_state_dict(operator.synthesise(hook.previous, hook.following))
-            attach(layers[index], surrogate.eval(), SurrogateHook())
-            folded[str(index)] = operator.spec
-        config_class, model_class = make_folded_classes(repl["architecture"], FoldedRepLConfig.model_type)
-        _change_class(self.config, config_class)
-        kept = {name: repl[name] for name in ("architecture", "family", "removed")}
-        self.config.repl = {**kept, "surrogates": folded}
-        self.__class__ = model_class
-        return self
+        repl = self.config.repl
+        return _fold_to_stock(self) if repl["config"]["operator"] in STOCK_OPERATORS else _fold_beside(self)
+
+
+def _fold_to_stock(model: Any) -> Any:
+    layers, repl = find_layers(model), model.config.repl
+    operators, settings = model.surrogates, RepLConfig(**repl["config"])
+    read = partial(Neighbour, config=model.config, family=repl["family"], detach=settings.detach_sources)
+    for (first, _), index in _places(repl["removed"]):
+        fold(operators[first], read(layers[index - 1]), [read(layer) for layer in layers[index:]])
+    model_class: Any = getattr(transformers, repl["architecture"])
+    del model.config.repl
+    _change_class(model.config, model_class.config_class)
+    model.__class__ = model_class
+    return model
+
+
+def _fold_beside(model: Any) -> Any:
+    layers, repl = find_layers(model), model.config.repl
+    if repl["config"]["operator"] == "patch":
+        logger.warning(
+            "operator='patch' maps the residual stream, which no stock layer does, so the folded model keeps a matrix "
+            "of its own: it loads where lopt_hf is imported, or saved by save_with_code. Operators that leave a stock "
+            "model are %s.",
+            ", ".join(STOCK_OPERATORS),
+        )
+    folded: dict[str, Any] = {}
+    for (_, index), hook in zip(_places(repl["removed"]), model.hooks, strict=True):
+        operator = _surrogate(layers[index])
+        surrogate = FoldedSurrogate(operator.spec).to(next(layers[index].parameters()))
+        surrogate.load_state_dict(operator.synthesise(hook.previous, hook.following))
+        attach(layers[index], surrogate.eval(), SurrogateHook())
+        folded[str(index)] = operator.spec
+    config_class, model_class = make_folded_classes(repl["architecture"], FoldedRepLConfig.model_type)
+    _change_class(model.config, config_class)
+    kept = {name: repl[name] for name in ("architecture", "family", "removed")}
+    model.config.repl = {**kept, "surrogates": folded}
+    model.__class__ = model_class
+    return model
+
+
+def _places(removed: Sequence[int]) -> list[tuple[Span, int]]:
+    """The spans that were removed, each with the number that the layer behind it has now."""
+    return [(span, kept_index(span[1], removed)) for span in runs_of(removed)]
+
+
+def _put(operator: Operator, previous: Neighbour, following: Neighbour, teachers: Sequence[nn.Module] = ()) -> None:
+    """Puts a surrogate in its place."""
+    if isinstance(operator, MLPMap):
+        attach_in_mlp(previous, operator)
+    else:
+        attach(following.layer, operator, SynthesisHook(previous, following, teachers))
 
 
 def _change_class(config: Any, config_class: type) -> None:
@@ -156,6 +206,11 @@ def _neighbours(
     return read(layers[previous]), read(layers[following])
 
 
+def _surrogate_of(config: RepLConfig, read: Any, span: Span) -> tuple[Operator, tuple[Neighbour, Neighbour]]:
+    beside = read(span[0] - 1, span[1])
+    return make_operator(config, *beside), beside
+
+
 @lru_cache
 def make_classes(architecture: str) -> tuple[Any, Any]:
     """The unfolded model's config class and model class of an architecture, registered with the auto classes."""
@@ -174,8 +229,8 @@ def get_repl_model(
     Args:
         model: A `transformers` causal language model, or a `ViTForImageClassification`, of a supported family.
         config: Which layers, and by what.
-        calibration_data: Texts, a data set, or batches of model inputs; needed by `init="calibrate"` and by
-            `placement="block_influence"`, see `make_batches`.
+        calibration_data: Texts, a data set, or batches of model inputs; needed by `init="calibrate"` and by every
+            placement but `"every"`, see `make_batches`.
         processing_class: The tokenizer, where the data are text.
 
     Returns:
@@ -193,18 +248,20 @@ def get_repl_model(
     """
     _check_model(model)
     layers, family = find_layers(model), model.config.model_type
+    spans = named_spans(config, layer_kinds(model))  # before the data are run through the model
+    if spans is None:
+        check_count(config, layer_kinds(model))
     batches = make_batches(calibration_data, processing_class, config) if config.needs_calibration_data else []
-    by_influence = config.layers_to_replace is None and config.placement == "block_influence"
-    if by_influence:  # before the data are run through the model
-        choose_layers(config, len(layers), [0.0] * len(layers))
-    some = batches[: max(1, len(batches) // 4)]  # a ranking of layers needs less data than a fit
-    removed = choose_layers(config, len(layers), block_influence(model, some) if by_influence else None)
+    check_enough_tokens(config, model, batches)
+    read = partial(_neighbours, layers, config=model.config, family=family, settings=config)
+    if spans is None:
+        spans = choose_spans(model, config, batches, partial(_surrogate_of, config, read))
     if config.distillation_weight > 0:
-        _check_distillation(model, removed)
-    neighbours = {r: _neighbours(layers, r - 1, r + 1, model.config, family, config) for r in removed}
-    operators = {r: make_operator(config, *neighbours[r]) for r in removed}
+        _check_distillation(model, spans)
+    neighbours = {(first, end): read(first - 1, end) for first, end in spans}
+    operators = {span: make_operator(config, *beside) for span, beside in neighbours.items()}
     _initialise(model, config, operators, neighbours, batches)
-    return _replace(model, config, removed, operators, neighbours)
+    return _replace(model, config, spans, operators, neighbours)
 
 
 def _check_model(model: PreTrainedModel) -> None:
@@ -219,13 +276,14 @@ def _check_model(model: PreTrainedModel) -> None:
     check_family(model.config)
 
 
-def _check_distillation(model: PreTrainedModel, removed: Sequence[int]) -> None:
+def _check_distillation(model: PreTrainedModel, spans: Sequence[Span]) -> None:
     types = model.config.get_text_config().to_dict().get("layer_types") or []
-    for layer in removed:
-        if types and types[layer] != types[layer + 1]:
+    for first, end in spans if types else ():
+        layer = next((layer for layer in range(first, end) if types[layer] != types[end]), None)
+        if layer is not None:
             raise ValueError(
                 f"distillation_weight needs layer {layer} and the one after it to attend alike, but they are "
-                f"{types[layer]!r} and {types[layer + 1]!r}; set distillation_weight to 0 or replace other layers."
+                f"{types[layer]!r} and {types[end]!r}; set distillation_weight to 0 or replace other layers."
             )
 
 
@@ -233,22 +291,22 @@ def _initialise(model: Any, config: RepLConfig, operators: Any, neighbours: Any,
     if config.init == "calibrate":
         calibrate(model, operators, neighbours, batches, config.ridge)
         return
-    for layer, operator in operators.items():
+    for span, operator in operators.items():
         if config.init == "paper":
-            operator.start_as_paper(*neighbours[layer])
+            operator.start_as_paper(*neighbours[span])
         else:
             operator.start_as_skip()
 
 
-def _replace(model: Any, config: RepLConfig, removed: list[int], operators: Any, neighbours: Any) -> Any:
+def _replace(model: Any, config: RepLConfig, spans: Sequence[Span], operators: Any, neighbours: Any) -> Any:
     architecture, family = type(model).__name__, model.config.model_type
     config_class, model_class = make_classes(architecture)
-    gone = remove_layers(model, removed)
-    layers = find_layers(model)
-    for layer, teacher in zip(removed, gone, strict=True):
-        kept = teacher.requires_grad_(False).eval() if config.distillation_weight > 0 else None
-        before, after = neighbours[layer]
-        attach(layers[kept_index(layer, removed)], operators[layer], SynthesisHook(before, after, kept))
+    removed = [layer for first, end in spans for layer in range(first, end)]
+    gone = dict(zip(removed, remove_layers(model, removed), strict=True))
+    for span in spans:
+        teachers = [gone[layer].requires_grad_(False).eval() for layer in range(*span)]
+        before, after = neighbours[span]
+        _put(operators[span], before, after, teachers if config.distillation_weight > 0 else ())
     _change_class(model.config, config_class)
     origin = {"architecture": architecture, "family": family}
     model.config.repl = {**origin, "removed": removed, "config": config.to_dict()}

@@ -21,7 +21,8 @@ __all__ = ["FAMILIES", "Affine", "MLPWeights", "Neighbour", "NormWeights", "chec
 class Layout:
     """Where a family keeps the weights of a layer; what is left out is as in LLaMA, but for the gate.
 
-    `value` may be packed with others; `value_packing` is `"rows"` where query, key and value follow each other,
+    `mlp` is the module whose output is added to the residual stream, but for a norm behind it. `value` may be packed
+    with others; `value_packing` is `"rows"` where query, key and value follow each other,
     `"heads"` where those of each head do.
     """
 
@@ -31,9 +32,11 @@ class Layout:
     mlp_norm: str = "post_attention_layernorm"
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
+    mlp: str = "mlp"
     gate: str | None = None
     value_packing: str | None = None
     packs_gate: bool = False
+    post_attention_norm: str | None = None
     post_mlp_norm: str | None = None
     norm: str = "rms"
     norm_offset: float = 0.0
@@ -41,10 +44,13 @@ class Layout:
 
 
 FAMILIES = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3"), Layout(gate="mlp.gate_proj")),
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3", "smollm3", "mixtral", "qwen3_moe"), Layout(gate="mlp.gate_proj")
+    ),
     "gemma2": Layout(
         gate="mlp.gate_proj",
         mlp_norm="pre_feedforward_layernorm",
+        post_attention_norm="post_attention_layernorm",
         post_mlp_norm="post_feedforward_layernorm",
         norm_offset=1.0,
         activation="hidden_activation",
@@ -75,6 +81,7 @@ FAMILIES = {
         mlp_norm="final_layer_norm",
         up="fc1",
         down="fc2",
+        mlp="fc2",
         norm="layer",
         activation="activation_function",
     ),
@@ -88,6 +95,9 @@ FAMILIES = {
         norm="layer",
     ),
 }
+
+
+EXPERTS = "mlp.experts"  # packed by transformers, `down_proj` is (experts, out, in)
 
 
 def check_family(config: PretrainedConfig) -> None:
@@ -239,8 +249,17 @@ class Neighbour:
         return self.output().after(self.attention_norm().into(self.value()))
 
     def mlp(self) -> MLPWeights:
-        """Returns the weights of the MLP with its norms."""
+        """Returns the weights of the MLP with its norms.
+
+        Raises:
+            ValueError: If it is a mixture of experts.
+        """
         layout = self.layout
+        if self.experts is not None:
+            raise ValueError(
+                "The MLP is a mixture of experts, whose mean is none; use an operator without an MLP, such as "
+                "'linear' or 'down_proj'."
+            )
         up, gate = self._affine(layout.up), None
         if layout.packs_gate:
             gate_rows, up_rows = up.weight.chunk(2)
@@ -249,6 +268,50 @@ class Neighbour:
             gate = self._affine(layout.gate)
         post_norm = None if layout.post_mlp_norm is None else self._norm(layout.post_mlp_norm)
         return MLPWeights(self._norm(layout.mlp_norm), up, gate, self._affine(layout.down), post_norm)
+
+    @property
+    def experts(self) -> nn.Module | None:
+        """The experts of the MLP; `None` where it is a plain one."""
+        return dict(self.layer.named_modules()).get(EXPERTS)
+
+    def mlp_output(self) -> nn.Module:
+        """Returns the module whose output is what the MLP adds to the residual stream."""
+        return self.layer.get_submodule(self.layout.mlp)
+
+    def down_module(self) -> nn.Module:
+        """Returns the last projection of a plain MLP, without adapters."""
+        module: Any = self.layer.get_submodule(self.layout.down)
+        return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+    def down(self) -> Affine:
+        """Returns the last projection of a plain MLP, w_DI."""
+        return self._affine(self.layout.down)
+
+    @property
+    def has_down_bias(self) -> bool:
+        """Whether the last projection of the MLP has a bias."""
+        return self.experts is None and self.down().bias is not None
+
+    def check_down(self, operator: str, experts: bool = True) -> None:
+        """Checks that a linear map behind the MLP can be folded into it.
+
+        Args:
+            operator: Which needs it, for the error.
+            experts: Whether the MLP may be a mixture of experts.
+
+        Raises:
+            ValueError: If it cannot.
+        """
+        if self.layout.post_mlp_norm is not None:
+            raise ValueError(
+                f"operator={operator!r} folds a map into the MLP's last projection, but here a norm comes behind it "
+                f"({self.layout.post_mlp_norm}); use operator 'scale', 'patch' or 'linear'."
+            )
+        if self.experts is not None and not experts:
+            raise ValueError(
+                f"operator={operator!r} fits one MLP's last projection, but here it is a mixture of experts; use "
+                "operator 'down_proj'."
+            )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the layer's own weights by name: neighbours must share them."""

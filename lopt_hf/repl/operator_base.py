@@ -43,10 +43,12 @@ class Operator(nn.Module):
         coefficients: What it owns and trains, `(K, size)`; none in `MeanMLP`.
         per_channel: Whether a branch has a coefficient for each channel; else each `(branch, size)` entry is one
             feature of all channels.
+        is_stock: Whether it folds into weights that a stock model has.
     """
 
     coefficients: nn.Parameter
     per_channel = False
+    is_stock = False
 
     def __init__(self, spec: dict[str, Any]) -> None:
         super().__init__()
@@ -176,15 +178,15 @@ def check_square(name: str, neighbour: Neighbour) -> None:
 
 @dataclass(frozen=True)
 class SurrogateCost:
-    """Parameters and multiply-adds per token of one surrogate and of its removed layer.
+    """Parameters and multiply-adds per token of one surrogate and of its removed layers.
 
     Attributes:
-        layer: Number of the removed layer, from 0.
+        layer: Number of the first removed layer, from 0.
         parameters: Of the folded surrogate.
         coefficients: What the unfolded one owns and trains.
         multiply_adds: Of the folded surrogate, in its matrices.
-        removed_parameters: Of the removed layer.
-        removed_multiply_adds: Of the removed layer, in its matrices; the attention scores, which grow with the
+        removed_parameters: Of the removed layers.
+        removed_multiply_adds: Of the removed layers, in their matrices; the attention scores, which grow with the
             context, come on top.
     """
 
@@ -197,13 +199,16 @@ class SurrogateCost:
 
     @property
     def ratio(self) -> float:
-        """The surrogate's multiply-adds per token relative to the removed layer's."""
+        """The surrogate's multiply-adds per token relative to the removed layers'."""
         return self.multiply_adds / self.removed_multiply_adds
 
 
 def layer_cost(layer: nn.Module) -> tuple[int, int]:
-    """Parameters, and multiply-adds per token, of a layer or a folded surrogate: each matrix entry is used once."""
-    parameters = list(layer.parameters())
+    """Parameters, and multiply-adds per token, of a layer or a folded surrogate: each matrix entry is used once.
+
+    A surrogate that the layer carries for another one does not count.
+    """
+    parameters = [p for name, p in layer.named_parameters() if not name.startswith("surrogate.")]
     return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.ndim == 2)
 
 
@@ -211,11 +216,11 @@ def cost_of(layer: int, operator: Operator, removed: Sequence[int]) -> Surrogate
     """The cost of one surrogate.
 
     Args:
-        layer: Number of the removed layer.
-        operator: What stands in its place.
-        removed: `layer_cost` of the removed layer.
+        layer: Number of the first removed layer.
+        operator: What stands in their place.
+        removed: `layer_cost` of the removed layers together.
     """
     folded: FoldedSurrogate = operator._folded[0]
-    parameters, multiply_adds = layer_cost(folded)
+    parameters, multiply_adds = (0, 0) if operator.is_stock else layer_cost(folded)
     coefficients = sum(parameter.numel() for parameter in operator.parameters())
     return SurrogateCost(layer, parameters, coefficients, multiply_adds, *removed)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lopt_hf.repl.config import RepLConfig
+from lopt_hf.repl.map_operators import DownProj, Patch, Refit, Scale
 from lopt_hf.repl.modeling_repl import normalise
 from lopt_hf.repl.neighbours import Affine, Neighbour, NormWeights
 from lopt_hf.repl.operator_base import (
@@ -255,11 +256,14 @@ def make_operator(config: RepLConfig, previous: Neighbour, following: Neighbour)
     Raises:
         ValueError: If the neighbours differ in shape, or if the operator needs a square output projection.
     """
+    maps: dict[str, Any] = {"down_proj": DownProj, "refit": Refit, "scale": Scale, "patch": Patch}
+    if config.operator in maps:
+        return maps[config.operator](previous, following)
     if previous.shapes() != following.shapes():
         names = [name for name, shape in previous.shapes().items() if following.shapes().get(name) != shape]
         raise ValueError(
             f"The neighbours of a layer to replace differ in shape ({names[0] if names else 'their weights'}): "
-            "RepL needs two of one kind; choose other layers with layers_to_replace."
+            "RepL needs two of one kind; choose other layers with layers_to_replace or spans."
         )
     if config.operator == "branches":
         return Branches(previous, following, config.branches, config.coefficients)

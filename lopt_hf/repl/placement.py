@@ -1,10 +1,25 @@
-"""Placement of surrogates: never in place of the first or the last layer, never of two neighbours."""
+"""Placement of surrogates: spans of layers of one kind, never the first or the last layer, with a layer between them.
+
+A span is `(first, end)`, layers from 0, without the end.
+"""
 
 from collections.abc import Sequence
 
 from lopt_hf.repl.config import RepLConfig
 
-__all__ = ["check_layers", "every_kth", "least_influence"]
+__all__ = [
+    "Span",
+    "candidate_spans",
+    "check_layers",
+    "check_spans",
+    "every_kth",
+    "least_influence",
+    "least_influence_spans",
+    "named_spans",
+    "runs_of",
+]
+
+Span = tuple[int, int]
 
 
 def every_kth(num_layers: int, every: int) -> list[int]:
@@ -63,25 +78,133 @@ def check_layers(layers: Sequence[int], num_layers: int) -> list[int]:
         if later - earlier < 2:
             raise ValueError(
                 f"layers_to_replace={list(layers)}: layers {earlier} and {later} are not apart, but a surrogate needs "
-                "both of its neighbours; leave one of them out."
+                "both of its neighbours; leave one of them out, or name the run in spans."
             )
     return chosen
 
 
-def choose_layers(config: RepLConfig, num_layers: int, influence: Sequence[float] | None) -> list[int]:
-    """The layers that a config asks for.
+def runs_of(layers: Sequence[int]) -> list[Span]:
+    """The spans that some layers, in order, make up."""
+    spans: list[Span] = []
+    for layer in layers:
+        if spans and spans[-1][1] == layer:
+            spans[-1] = (spans[-1][0], layer + 1)
+        else:
+            spans.append((layer, layer + 1))
+    return spans
+
+
+def check_spans(spans: Sequence[Sequence[int]], kinds: Sequence[str]) -> list[Span]:
+    """Explicitly chosen spans in order.
 
     Args:
-        config: Says how.
-        num_layers: Layers of the model.
-        influence: Each layer's block influence, for the placement of that name.
+        spans: The spans.
+        kinds: What each layer of the model is, such as its type of attention.
+
+    Raises:
+        ValueError: If a span has the first, the last or none of the model's layers, if two overlap or touch, or if one
+            has layers of more than one kind.
+    """
+    chosen = sorted((first, end) for first, end in spans)
+    for first, end in chosen:
+        name = f"spans={[list(span) for span in spans]}"
+        if first < 1 or end > len(kinds) - 1:
+            raise ValueError(
+                f"{name}: [{first}, {end}] must lie within [1, {len(kinds) - 1}] in a model with {len(kinds)} layers, "
+                "whose first layer comes before every surrogate and whose last is kept."
+            )
+        change = _change_within((first, end), kinds)
+        if change is not None:
+            raise ValueError(
+                f"{name}: [{first}, {end}] crosses a change of layer type, from {kinds[change - 1]} to "
+                f"{kinds[change]} at layer {change}; end it there, or start there."
+            )
+    for earlier, later in zip(chosen, chosen[1:], strict=False):
+        if later[0] < earlier[1]:
+            raise ValueError(
+                f"spans={list(spans)}: {list(earlier)} and {list(later)} overlap; make them one, or part."
+            )
+        if later[0] == earlier[1]:
+            raise ValueError(
+                f"spans={list(spans)}: {list(earlier)} and {list(later)} touch, but a surrogate needs a layer before "
+                f"it; make them one, [{earlier[0]}, {later[1]}], or leave a layer between them."
+            )
+    return chosen
+
+
+def _change_within(span: Span, kinds: Sequence[str]) -> int | None:
+    return next((layer for layer in range(span[0] + 1, span[1]) if kinds[layer] != kinds[layer - 1]), None)
+
+
+def candidate_spans(count: int, kinds: Sequence[str]) -> list[Span]:
+    """All spans of `count` layers that may go.
+
+    Args:
+        count: Their length.
+        kinds: What each layer of the model is.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    spans = [(first, first + count) for first in range(1, len(kinds) - count)]
+    fitting = [span for span in spans if count > 0 and _change_within(span, kinds) is None]
+    if not fitting:
+        longest = max(end - first for first, end in _runs_of_a_kind(kinds))
+        raise ValueError(
+            f"num_layers_to_replace={count} does not fit a model with {len(kinds)} layers as one span of one type of "
+            f"layer between the first and the last; choose a number from 1 to {longest}."
+        )
+    return fitting
+
+
+def _runs_of_a_kind(kinds: Sequence[str]) -> list[Span]:
+    """The longest spans of layers of one kind, between the first layer and the last."""
+    changes = [layer for layer in range(2, len(kinds) - 1) if kinds[layer] != kinds[layer - 1]]
+    return list(zip([1, *changes], [*changes, len(kinds) - 1], strict=True))
+
+
+def least_influence_spans(influence: Sequence[float], count: int, kinds: Sequence[str]) -> list[Span]:
+    """The layers of least influence one by one, adjacent ones as one span.
+
+    A layer is passed over where it would stand beside a chosen layer of another kind.
+
+    Args:
+        influence: One value for each layer of the model.
+        count: How many to choose.
+        kinds: What each layer of the model is.
+
+    Raises:
+        ValueError: If the model has too few layers.
+    """
+    chosen: set[int] = set()
+    for layer in sorted(range(1, len(influence) - 1), key=influence.__getitem__):
+        beside = [other for other in (layer - 1, layer + 1) if other in chosen]
+        if len(chosen) < count and all(kinds[other] == kinds[layer] for other in beside):
+            chosen.add(layer)
+    if count < 1 or len(chosen) < count:
+        raise ValueError(
+            f"num_layers_to_replace={count} does not fit a model with {len(influence)} layers, of which neither the "
+            f"first, nor the last, nor neighbours of two types are replaced; choose a number from 1 to {len(chosen)}."
+        )
+    return runs_of(sorted(chosen))
+
+
+def named_spans(config: RepLConfig, kinds: Sequence[str]) -> list[Span] | None:
+    """The spans that a config says without data; `None` if it leaves them to the data.
+
+    What a config asks for in vain is found here, before any data are run through a model.
+
+    Args:
+        config: Says which.
+        kinds: What each layer of the model is.
 
     Raises:
         ValueError: If the layers are not fit to be replaced.
     """
+    if config.spans is not None:
+        return check_spans(config.spans, kinds)  # type: ignore[arg-type]  # text is read by the config
     if config.layers_to_replace is not None:
-        return check_layers(config.layers_to_replace, num_layers)
+        return runs_of(check_layers(config.layers_to_replace, len(kinds)))
     if config.placement == "every":
-        return every_kth(num_layers, config.every)
-    assert influence is not None and config.num_layers_to_replace is not None
-    return least_influence(influence, config.num_layers_to_replace)
+        return runs_of(every_kth(len(kinds), config.every))
+    return None

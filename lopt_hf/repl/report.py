@@ -63,8 +63,11 @@ def _table(groups: dict[str, list[Row]], trained: bool) -> str:
         cost = members[0].cost_ratio
         ratio = "" if name == PLAIN or PLAIN not in groups else _ratio(against_plain(members, groups[PLAIN]))
         count = f"{members[0].parameters / 1e6:.1f} M"
-        rows.append([name, "" if cost is None else f"{cost:.3f}", count, _perplexity(members), ratio])
-    return markdown_table([what, "surrogate / layer", "parameters", "perplexity", "x plain removal [95 %]"], rows)
+        kind = "stock" if members[0].is_stock else "RepL"
+        rows.append([name, "" if cost is None else f"{cost:.3f}", count, kind, _perplexity(members), ratio])
+    return markdown_table(
+        [what, "surrogate / layer", "parameters", "class", "perplexity", "x plain removal [95 %]"], rows
+    )
 
 
 def to_json(rows: Sequence[Row], settings: dict[str, Any]) -> str:

@@ -3,8 +3,8 @@
 Four things say which layers a model has: the `ModuleList`, each layer's `layer_idx` (its slot in the KV cache),
 `config.num_hidden_layers`, and the config's lists with one entry for each layer. They stay in step here.
 
-A surrogate is a child of the layer that follows it and runs before that layer: it has no entry in the `ModuleList` and
-no slot in the cache.
+A surrogate is a child of the layer that follows it and runs before that layer, or of the layer before it, in whose MLP
+it runs: it has no entry in the `ModuleList` and no slot in the cache.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,11 +14,13 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
-from lopt_hf.common.upstream.torch import remove_forward_pre_hooks
+from lopt_hf.common.upstream.torch import remove_forward_hooks, remove_forward_pre_hooks
+from lopt_hf.local.layer_calls import output_hidden, with_output_hidden
+from lopt_hf.repl.map_operators import MLPMap
 from lopt_hf.repl.modeling_repl import SurrogateHook, find_layers
 from lopt_hf.repl.neighbours import Neighbour
 
-__all__ = ["SynthesisHook", "attach", "kept_index", "remove_layers"]
+__all__ = ["SynthesisHook", "attach", "attach_in_mlp", "detach", "detach_from_mlp", "kept_index", "remove_layers"]
 
 PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
 
@@ -43,6 +45,7 @@ def remove_layers(model: PreTrainedModel, removed: Sequence[int]) -> list[nn.Mod
     kept = [layer for index, layer in enumerate(layers) if index not in removed]
     config: Any = model.config.get_text_config()
     lists = {name: values for name, values in config.to_dict().items() if name in PER_LAYER_LISTS and values}
+    _renumber_experts(config, removed)
     config.num_hidden_layers = len(kept)
     for name, values in lists.items():
         setattr(config, name, [value for index, value in enumerate(values) if index not in removed])
@@ -55,40 +58,52 @@ def remove_layers(model: PreTrainedModel, removed: Sequence[int]) -> list[nn.Mod
     return gone
 
 
+def _renumber_experts(config: Any, removed: Sequence[int]) -> None:
+    """Says which layers have no experts by their new numbers (Qwen's MoE families say it by layer or by a step)."""
+    values = config.to_dict()
+    if "mlp_only_layers" not in values:
+        return
+    step, dense = values["decoder_sparse_step"], values["mlp_only_layers"] or []
+    kept = [layer for layer in range(values["num_hidden_layers"]) if layer not in removed]
+    config.mlp_only_layers = [i for i, layer in enumerate(kept) if layer in dense or (layer + 1) % step]
+    config.decoder_sparse_step = 1
+
+
 class SynthesisHook(SurrogateHook):
     """Runs a layer's surrogate with weights synthesised from this layer and the one before.
 
     Args:
-        previous: The layer before the removed one.
-        following: The layer after it, whose hook this is.
-        teacher: The removed layer, to compare the surrogate's output with; `None`: not kept.
+        previous: The layer before the removed ones.
+        following: The layer after them, whose hook this is.
+        teachers: The removed layers, to compare the surrogate's output with; empty: not kept.
     """
 
-    def __init__(self, previous: Neighbour, following: Neighbour, teacher: nn.Module | None = None) -> None:
+    def __init__(self, previous: Neighbour, following: Neighbour, teachers: Sequence[nn.Module] = ()) -> None:
         self.previous = previous
         self.following = following
-        self.teacher = teacher
+        self.teachers = list(teachers)
         self.distance: torch.Tensor | None = None
         self.measures = False
 
     def run(self, layer: Any, hidden_BTD: torch.Tensor, args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor:
         output_BTD = layer.surrogate(hidden_BTD, self.previous, self.following)
-        if self.measures and self.teacher is not None:
+        if self.measures and self.teachers:
             self.distance = self._distance(output_BTD, self._teach(hidden_BTD, args, kwargs), hidden_BTD)
         return output_BTD
 
     @torch.no_grad()
     def _teach(self, hidden_BTD: torch.Tensor, args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor:
-        """The removed layer's output, given what the following one is given but the cache."""
-        assert self.teacher is not None
+        """The removed layers' output, given what the following one is given but the cache."""
         others = [None if isinstance(value, Cache) else value for value in args]
         named = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
         named.pop("hidden_states", None)
-        return self.teacher.to(hidden_BTD.device)(hidden_BTD, *others, **named)
+        for teacher in self.teachers:
+            hidden_BTD = teacher.to(hidden_BTD.device)(hidden_BTD, *others, **named)
+        return hidden_BTD
 
     @staticmethod
     def _distance(output_BTD: torch.Tensor, target_BTD: torch.Tensor, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        """Mean square distance of each token from its target, relative to what the removed layer added to it."""
+        """Mean square distance of each token from its target, relative to what the removed layers added to it."""
         added_BT = (target_BTD - hidden_BTD.detach()).float().pow(2).mean(-1)
         error_BT = (output_BTD - target_BTD).float().pow(2).mean(-1)
         return (error_BT / added_BT.clamp_min(torch.finfo(torch.float32).tiny)).mean()
@@ -106,3 +121,33 @@ def detach(layer: Any) -> None:
     if "surrogate" in dict(layer.named_children()):
         del layer.surrogate
     remove_forward_pre_hooks(layer, SurrogateHook)
+
+
+class MLPHook:
+    """Adds what the surrogate of a layer makes to its MLP's output: a forward hook of a module in the MLP.
+
+    Args:
+        previous: The layer before the removed ones, whose surrogate this runs.
+        reads_input: Whether the surrogate reads the module's input; else its output.
+    """
+
+    def __init__(self, previous: Neighbour, reads_input: bool) -> None:
+        self.previous, self.reads_input = previous, reads_input
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        layer: Any = self.previous.layer
+        mlp_BTD = output_hidden(output)
+        added_BTD = layer.surrogate(args[0] if self.reads_input else mlp_BTD)
+        return with_output_hidden(output, mlp_BTD + added_BTD.to(mlp_BTD.dtype))
+
+
+def attach_in_mlp(previous: Neighbour, surrogate: MLPMap) -> None:
+    """Puts a surrogate into the MLP of the layer before the removed ones."""
+    previous.layer.surrogate = surrogate
+    surrogate.place(previous).register_forward_hook(MLPHook(previous, surrogate.reads_input))
+
+
+def detach_from_mlp(previous: Neighbour, surrogate: MLPMap) -> None:
+    """Takes the surrogate out of a layer's MLP."""
+    remove_forward_hooks(surrogate.place(previous), MLPHook)
+    del previous.layer.surrogate

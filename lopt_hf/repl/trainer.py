@@ -138,9 +138,7 @@ class RepLTrainer(DistillationMixin, SFTTrainer):
         if not isinstance(model, RepLModel):
             name = model if isinstance(model, str) else type(model).__name__
             raise ValueError(f"model={name} is no unfolded RepL model; pass what get_repl_model returns.")
-        if model.config.repl["config"]["distillation_weight"] > 0 and any(
-            hook.teacher is None for hook in model.hooks
-        ):
+        if model.config.repl["config"]["distillation_weight"] > 0 and any(not hook.teachers for hook in model.hooks):
             raise ValueError(
                 "distillation_weight > 0, but the removed layers are not saved with a model and this one was loaded "
                 "without them; call get_repl_model on the stock model, or set distillation_weight to 0 in its config."

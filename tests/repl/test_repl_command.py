@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, trainer_optimizer
 from lopt_hf import RepLModel
 from lopt_hf.common.arithmetic import choose_arithmetic
 from lopt_hf.repl import comparison
+from lopt_hf.repl.config import OPERATORS, STOCK_OPERATORS
 from lopt_hf.scripts import bench, repl
 from tests.machine import set_machine
 from tests.repl.helpers import make_stock
@@ -118,6 +119,48 @@ def test_adapters(folder):
     repl.main(arguments(folder, dataset_name=folder / "healing.txt", **{**HEALING, "seeds": [0]}, **lora))
     unfolded = RepLModel.from_pretrained(folder / "out/unfolded")
     assert all(operator.coefficients.any() for operator in unfolded.surrogates.values())
+
+
+def test_every_operator_in_one_table_and_a_stock_model_saved(folder, capsys):
+    span = {"num_layers_to_replace": None, "spans": "[[2, 4]]", "operator": "down_proj"}
+    repl.main(arguments(folder, compare="all", **span))
+    report = json.loads((folder / "out/report.json").read_text())
+    assert all(row["removed"] == [2, 3] for row in report["rows"][1:])
+    stock = {row["name"] for row in report["rows"] if row["is_stock"]}
+    assert stock == {"full model", "plain removal", *(f"{name}, calibrate" for name in STOCK_OPERATORS)}
+    measured = {row["name"].split(",")[0].split()[0] for row in report["rows"][2:]}
+    assert measured == set(OPERATORS)
+    table = capsys.readouterr().out
+    assert "| down_proj, calibrate" in table and "| patch, calibrate" in table
+    folded = AutoModelForCausalLM.from_pretrained(folder / "out/folded")
+    assert type(folded).__name__ == "LlamaForCausalLM" and folded.config.num_hidden_layers == 4
+    assert not (folder / "out/folded/modeling_repl.py").exists()
+
+
+def test_operators_that_do_not_fit_are_left_out_of_all_and_refused_by_name(folder, capsys):
+    make_stock("gemma2").save_pretrained(folder / "model")
+    span = {"num_layers_to_replace": None, "spans": "[[2, 3]]", "operator": "scale"}
+    repl.main(arguments(folder, compare="all", **span))
+    captured = capsys.readouterr()
+    assert "down_proj, calibrate is left out: operator='down_proj' folds a map" in captured.err
+    assert "| scale, calibrate" in captured.out and "down_proj" not in captured.out
+    with pytest.raises(SystemExit, match="operator='down_proj' folds a map"):
+        repl.main(arguments(folder, compare="down_proj", **span, output_dir=folder / "other"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"spans": "[[1, 3], [2, 4]]"}, "overlap"),
+        ({"spans": "[[0, 2]]"}, "must lie within [1, 5]"),
+        ({"spans": "14"}, "spans='14' must list pairs"),
+        ({"spans": "[[1, 3]]", "calibration_tokens": 32}, "has 32 tokens, but operator='refit' fits a map of 48"),
+    ],
+)
+def test_spans_that_cannot_be_end_in_one_line(options, message, folder, capsys):
+    with pytest.raises(SystemExit) as ended:
+        repl.main(arguments(folder, num_layers_to_replace=None, operator="refit", **options))
+    assert ended.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_nothing_is_overwritten(folder):
@@ -232,6 +275,7 @@ def test_bench(folder, capsys, tmp_path):
     assert table.startswith(str(choose_arithmetic(device="cpu")))
     bench.main(
         ["repl", "--model", str(folder / "deeper"), *options, "--dtype", "bf16", "--output", str(tmp_path / "x")]
+        + ["--operator", "down_proj", "--calibration-layers", "3", "--calibration-tokens", "2048"]
     )
     report = json.loads((tmp_path / "x").read_text())
     assert report["settings"]["dtype"] == report["result"]["dtype"] == "bfloat16"

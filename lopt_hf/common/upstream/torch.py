@@ -19,6 +19,7 @@ __all__ = [
     "clear_forward_hooks",
     "forward_pre_hooks",
     "ignored_by_ddp",
+    "remove_forward_hooks",
     "remove_forward_pre_hooks",
     "storage_key",
     "tree_iter",
@@ -71,6 +72,12 @@ def remove_forward_pre_hooks(module: nn.Module, kind: type) -> None:
     for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, kind)]:
         del module._forward_pre_hooks[key]
         module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def remove_forward_hooks(module: nn.Module, kind: type) -> None:
+    """Takes away the hooks of one class that run behind a module's forward."""
+    for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, kind)]:
+        del module._forward_hooks[key]
 
 
 def clear_forward_hooks(module: nn.Module) -> None:

@@ -1,0 +1,239 @@
+"""Which spans go, where that follows from data."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from math import pi
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lopt_hf.local.layer_calls import evaluating, hidden_of, output_hidden
+from lopt_hf.repl.calibration import (
+    Batches,
+    SpanStates,
+    add_states,
+    block_influence,
+    check_finite,
+    forward_base,
+    kept_tokens,
+    make_fit,
+    reading,
+    run_operator,
+    select_tokens,
+)
+from lopt_hf.repl.config import MLP_OPERATORS, RepLConfig
+from lopt_hf.repl.modeling_repl import find_layers
+from lopt_hf.repl.neighbours import Neighbour
+from lopt_hf.repl.operator_base import Operator
+from lopt_hf.repl.operators import MeanMLP
+from lopt_hf.repl.placement import Span, candidate_spans, least_influence, least_influence_spans, runs_of
+
+__all__ = ["check_count", "check_enough_tokens", "choose_spans", "layer_kinds", "span_angles", "span_errors"]
+
+HELD_OUT = 4  # one sequence in so many measures a span's error, the others are what its surrogate is fitted to
+Surrogate = tuple[Operator, tuple[Neighbour, Neighbour]]
+
+
+def layer_kinds(model: PreTrainedModel) -> list[str]:
+    """What each layer is: its type of attention where the config names one, and the class of its MLP."""
+    config = model.config.get_text_config().to_dict()
+    kinds = []
+    for index, layer in enumerate(find_layers(model)):
+        named = [config[name][index] for name in ("layer_types", "mlp_layer_types") if config.get(name)]
+        mlp = dict(layer.named_children()).get("mlp")
+        kinds.append(" with ".join([*named, *([] if mlp is None else [type(mlp).__name__])]))
+    return kinds
+
+
+def check_count(config: RepLConfig, kinds: Sequence[str]) -> None:
+    """Checks that a model has the layers that a placement asks for.
+
+    Raises:
+        ValueError: If it has not.
+    """
+    count = config.num_layers_to_replace
+    assert count is not None
+    if config.placement == "span":
+        candidate_spans(count, kinds)
+    elif config.placement == "influence":
+        least_influence_spans([0.0] * len(kinds), count, kinds)
+    else:
+        least_influence([0.0] * len(kinds), count)
+
+
+def check_enough_tokens(config: RepLConfig, model: PreTrainedModel, batches: Batches) -> None:
+    """Checks that calibration data determine the map of an operator in an MLP.
+
+    Raises:
+        ValueError: If they have fewer tokens than it has inputs.
+    """
+    if config.operator not in MLP_OPERATORS or config.init != "calibrate":
+        return
+    tokens = sum(_count_tokens(batch) for batch in batches)
+    layers = find_layers(model)
+    middle = Neighbour(layers[len(layers) // 2], model.config, model.config.model_type)
+    is_refit = config.operator == "refit" and middle.experts is None
+    width = middle.down().weight.shape[1] if is_refit else middle.output().weight.shape[0]
+    if tokens < width:
+        raise ValueError(
+            f"calibration_data has {tokens} tokens, but operator={config.operator!r} fits a map of {width} inputs; "
+            f"give at least {width} tokens, some thousand better (of which calibration_tokens="
+            f"{config.calibration_tokens} are used at most)."
+        )
+
+
+def _count_tokens(batch: Mapping[str, torch.Tensor]) -> int:
+    mask_BT = kept_tokens(batch)
+    return next(iter(batch.values())).numel() if mask_BT is None else int(mask_BT.sum())
+
+
+def choose_spans(
+    model: PreTrainedModel, config: RepLConfig, batches: Batches, make: Callable[[Span], Surrogate]
+) -> list[Span]:
+    """Chooses spans by a placement that goes by data.
+
+    Args:
+        model: The model with all its layers.
+        config: Says how.
+        batches: Calibration data.
+        make: Makes a surrogate for a span, with the layers before and behind it.
+
+    Raises:
+        ValueError: If there are too few sequences to hold some out.
+        FloatingPointError: If the model's hidden states are not finite.
+    """
+    count, kinds = config.num_layers_to_replace, layer_kinds(model)
+    assert count is not None
+    some = batches[: max(1, len(batches) // 4)]  # a ranking of layers needs less data than a fit
+    if config.placement == "block_influence":
+        return runs_of(least_influence(block_influence(model, some), count))
+    if config.placement == "influence":
+        return least_influence_spans(block_influence(model, some), count, kinds)
+    spans = candidate_spans(count, kinds)
+    if config.span_criterion == "error":
+        costs = span_errors(model, {span: make(span) for span in spans}, batches, config.ridge)
+    elif config.span_criterion == "angle":
+        costs = span_angles(model, spans, some)
+    else:
+        influence = block_influence(model, some)
+        costs = [sum(influence[first:end]) for first, end in spans]
+    return [spans[min(range(len(spans)), key=costs.__getitem__)]]
+
+
+@torch.no_grad()
+def span_angles(model: PreTrainedModel, spans: Sequence[Span], batches: Batches) -> list[float]:
+    """For each span the angle between the hidden states before and behind it, as a share of pi, averaged over tokens.
+
+    Source: Gromov et al., arXiv 2403.17887, who take the last token of each sequence only.
+    """
+    totals, tokens = [0.0] * len(spans), 0
+    with evaluating(model), _recording(find_layers(model)) as states:
+        for batch in batches:
+            forward_base(model, batch)
+            h_LND = torch.stack([select_tokens(h_BTD, kept_tokens(batch)).float() for h_BTD in states])
+            for index, (first, end) in enumerate(spans):
+                cosines_N = nn.functional.cosine_similarity(h_LND[first], h_LND[end], dim=-1)
+                totals[index] += (cosines_N.clamp(-1, 1).acos() / pi).sum().item()
+            tokens += h_LND.shape[1]
+    return [total / tokens for total in totals]
+
+
+@torch.no_grad()
+def span_errors(
+    model: PreTrainedModel, surrogates: Mapping[Span, Surrogate], batches: Batches, ridge: float
+) -> list[float]:
+    """For each span how far its surrogate is from the hidden states behind it, on data that it was not fitted to.
+
+    The error is each token's squared distance relative to its squared length, since the next norm divides by that,
+    averaged over tokens. All surrogates are fitted in one pass over the data.
+
+    Args:
+        model: The model with all its layers.
+        surrogates: For each span its surrogate, whose coefficients are set, and the layers beside it.
+        batches: Calibration data.
+        ridge: See `RepLConfig.ridge`.
+
+    Raises:
+        ValueError: If there are fewer than two sequences.
+    """
+    fitted_to, measured_on = _split(batches)
+    fits = {
+        span: make_fit(*surrogate, ridge)
+        for span, surrogate in surrogates.items()
+        if not isinstance(surrogate[0], MeanMLP)  # which has nothing to fit
+    }
+    for batch, seen in _all_states(model, surrogates, fitted_to):
+        for span, fit in fits.items():
+            add_states(fit, seen[span], kept_tokens(batch))
+    for fit in fits.values():
+        fit.finish()
+    totals, tokens = dict.fromkeys(surrogates, 0.0), 0
+    for batch, seen in _all_states(model, surrogates, measured_on):
+        for span, (operator, beside) in surrogates.items():
+            made_BTD = run_operator(operator, beside, seen[span].h_BTD, seen[span].read_BTK)
+            target_BTD = seen[span].output_BTD
+            error_BT = (made_BTD - target_BTD).float().square().sum(-1) / target_BTD.float().square().sum(-1)
+            error_N = select_tokens(error_BT, kept_tokens(batch))
+            totals[span] += error_N.sum().item()
+        tokens += len(error_N)
+    return [total / tokens for total in totals.values()]
+
+
+def _split(batches: Batches) -> tuple[Batches, Batches]:
+    """Sequences to fit to and sequences to measure on, in batches as they came."""
+    parts: tuple[list[Any], list[Any]] = ([], [])
+    number = 0
+    for batch in batches:
+        rows = len(next(iter(batch.values())))
+        is_held_out = (torch.arange(number, number + rows) + 1) % HELD_OUT == 0
+        number += rows
+        for part, chosen in zip(parts, (~is_held_out, is_held_out), strict=True):
+            if chosen.any():
+                part.append({name: value[chosen.to(value.device)] for name, value in batch.items()})
+    if not parts[1]:
+        raise ValueError(
+            f"calibration_data has {number} sequences, but span_criterion='error' measures on every {HELD_OUT}th "
+            "that it does not fit to; give more data, or shorten calibration_seq_length, or choose 'angle'."
+        )
+    return parts
+
+
+@contextmanager
+def _recording(layers: nn.ModuleList) -> Iterator[list[torch.Tensor]]:
+    """Keeps the inputs of all layers and the output of the last, of the latest forward."""
+    states: list[torch.Tensor] = []
+
+    def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if module is layers[0]:
+            states.clear()
+        states.append(hidden_of(args, kwargs))
+
+    def behind(module: nn.Module, args: tuple, output: Any) -> None:
+        states.append(output_hidden(output))
+
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_pre_hook(before, with_kwargs=True))
+        hooks.enter_context(layers[-1].register_forward_hook(behind))
+        yield states
+
+
+def _all_states(
+    model: PreTrainedModel, surrogates: Mapping[Span, Surrogate], batches: Batches
+) -> Iterator[tuple[Mapping[str, torch.Tensor], dict[Span, SpanStates]]]:
+    """Each batch with what there is to fit each span's surrogate to."""
+    with evaluating(model), _recording(find_layers(model)) as states, ExitStack() as stack:
+        read = {span: stack.enter_context(reading(made, beside[0])) for span, (made, beside) in surrogates.items()}
+        for batch in batches:
+            for values in read.values():
+                values.clear()
+            forward_base(model, batch)
+            check_finite(*states)
+            seen = {}
+            for (first, end), values in read.items():
+                h_BTD = states[first]
+                own = values[0].view(*h_BTD.shape[:-1], -1) if values else h_BTD
+                seen[first, end] = SpanStates(h_BTD, states[end], own)
+            yield batch, seen
