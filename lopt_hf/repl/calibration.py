@@ -31,6 +31,7 @@ __all__ = [
     "calibrate",
     "check_finite",
     "forward_base",
+    "from_layer",
     "kept_tokens",
     "make_fit",
     "reading",
@@ -74,7 +75,7 @@ def calibrate(
             for number, batch in enumerate(batches):
                 file = f"{folder}/{number}.pt"
                 resumed = None if below is None else run_operator(*below, *torch.load(file, weights_only=True))
-                with _from_layer(layers, start, resumed):
+                with from_layer(layers, start, resumed):
                     seen = _span_states(model, layers, span, batch, operators[span], neighbours[span])
                 torch.save((seen.h_BTD, seen.read_BTK), file)
                 add_states(fit, seen, kept_tokens(batch))
@@ -196,7 +197,7 @@ class _Done(nn.Module):
 
 
 @contextmanager
-def _from_layer(layers: nn.ModuleList, start: int, resumed_BTD: torch.Tensor | None) -> Iterator[None]:
+def from_layer(layers: nn.ModuleList, start: int, resumed_BTD: torch.Tensor | None) -> Iterator[None]:
     """Lets the model's own forward begin at layer `start`, with `resumed_BTD` as that layer's input."""
     originals = list(layers[:start])
     try:

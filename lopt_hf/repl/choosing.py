@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lopt_hf.local.layer_calls import evaluating, hidden_of, output_hidden
+from lopt_hf.local.layer_calls import evaluating, hidden_of, output_hidden, stop_behind
 from lopt_hf.repl.calibration import (
     Batches,
     SpanStates,
@@ -17,6 +17,7 @@ from lopt_hf.repl.calibration import (
     block_influence,
     check_finite,
     forward_base,
+    from_layer,
     kept_tokens,
     make_fit,
     reading,
@@ -32,7 +33,7 @@ from lopt_hf.repl.placement import Span, candidate_spans, least_influence, least
 
 __all__ = ["check_count", "check_enough_tokens", "choose_spans", "layer_kinds", "span_angles", "span_errors"]
 
-HELD_OUT = 4  # one sequence in so many measures a span's error, the others are what its surrogate is fitted to
+HELD_OUT = 8  # one sequence in so many measures a span's error, the others are what its surrogate is fitted to
 Surrogate = tuple[Operator, tuple[Neighbour, Neighbour]]
 
 
@@ -144,10 +145,11 @@ def span_angles(model: PreTrainedModel, spans: Sequence[Span], batches: Batches)
 def span_errors(
     model: PreTrainedModel, surrogates: Mapping[Span, Surrogate], batches: Batches, ridge: float
 ) -> list[float]:
-    """For each span how far its surrogate is from the hidden states behind it, on data that it was not fitted to.
+    """For each span how far off the model's last hidden states are with its surrogate, on data held out from the fit.
 
-    The error is each token's squared distance relative to its squared length, since the next norm divides by that,
-    averaged over tokens. All surrogates are fitted in one pass over the data.
+    The error is 1 - cos, since the last norm divides by the length, averaged over tokens. What a surrogate misses
+    counts by what the layers behind it make of it: right behind the span, low spans have small errors, which grow. All
+    surrogates are fitted in one pass over the data; then the layers behind each run once on the data held out.
 
     Args:
         model: The model with all its layers.
@@ -159,23 +161,25 @@ def span_errors(
         ValueError: If there are fewer than two sequences.
     """
     fitted_to, measured_on = _split(batches)
+    layers = find_layers(model)
     fits = {
         span: make_fit(*surrogate, ridge)
         for span, surrogate in surrogates.items()
         if not isinstance(surrogate[0], MeanMLP)  # which has nothing to fit
     }
-    for batch, seen in _all_states(model, surrogates, fitted_to):
+    for batch, seen, _ in _all_states(model, surrogates, fitted_to):
         for span, fit in fits.items():
             add_states(fit, seen[span], kept_tokens(batch))
     for fit in fits.values():
         fit.finish()
     totals, tokens = dict.fromkeys(surrogates, 0.0), 0
-    for batch, seen in _all_states(model, surrogates, measured_on):
+    for batch, seen, last_BTD in _all_states(model, surrogates, measured_on):
         for span, (operator, beside) in surrogates.items():
             made_BTD = run_operator(operator, beside, seen[span].h_BTD, seen[span].read_BTK)
-            target_BTD = seen[span].output_BTD
-            error_BT = (made_BTD - target_BTD).float().square().sum(-1) / target_BTD.float().square().sum(-1)
-            error_N = select_tokens(error_BT, kept_tokens(batch))
+            with from_layer(layers, span[1], made_BTD), stop_behind(layers[-1]) as ended:
+                forward_base(model, batch)
+            cosine_BT = nn.functional.cosine_similarity(ended[0][1].float(), last_BTD.float(), dim=-1)
+            error_N = select_tokens(1 - cosine_BT, kept_tokens(batch))
             totals[span] += error_N.sum().item()
         tokens += len(error_N)
     return [total / tokens for total in totals.values()]
@@ -222,18 +226,16 @@ def _recording(layers: nn.ModuleList) -> Iterator[list[torch.Tensor]]:
 
 def _all_states(
     model: PreTrainedModel, surrogates: Mapping[Span, Surrogate], batches: Batches
-) -> Iterator[tuple[Mapping[str, torch.Tensor], dict[Span, SpanStates]]]:
-    """Each batch with what there is to fit each span's surrogate to."""
-    with evaluating(model), _recording(find_layers(model)) as states, ExitStack() as stack:
-        read = {span: stack.enter_context(reading(made, beside[0])) for span, (made, beside) in surrogates.items()}
-        for batch in batches:
-            for values in read.values():
-                values.clear()
+) -> Iterator[tuple[Mapping[str, torch.Tensor], dict[Span, SpanStates], torch.Tensor]]:
+    """Each batch with what there is to fit each span's surrogate to, and with the last layer's output."""
+    for batch in batches:
+        with evaluating(model), _recording(find_layers(model)) as states, ExitStack() as stack:
+            read = {span: stack.enter_context(reading(made, beside[0])) for span, (made, beside) in surrogates.items()}
             forward_base(model, batch)
-            check_finite(*states)
-            seen = {}
-            for (first, end), values in read.items():
-                h_BTD = states[first]
-                own = values[0].view(*h_BTD.shape[:-1], -1) if values else h_BTD
-                seen[first, end] = SpanStates(h_BTD, states[end], own)
-            yield batch, seen
+        check_finite(*states)
+        seen = {}
+        for (first, end), values in read.items():
+            h_BTD = states[first]
+            own = values[0].view(*h_BTD.shape[:-1], -1) if values else h_BTD
+            seen[first, end] = SpanStates(h_BTD, states[end], own)
+        yield batch, seen, states[-1]

@@ -52,9 +52,9 @@ class RepLConfig:
             on a quarter of the calibration data. `"every"` (paper): layers K, 2K, ... counted from 1, the last layer
             kept. `"influence"` (ours): the layers of least influence, adjacent ones as one span. `"span"`: one span.
         num_layers_to_replace: How many layers `"block_influence"`, `"influence"` and `"span"` pick.
-        span_criterion: How `"span"` chooses. `"error"` (ours): the surrogate's error on held-out calibration data,
-            where every span gets one. `"influence"`: the sum of its layers' block influence. `"angle"`: the angle
-            between the hidden states before and behind it (arXiv 2403.17887).
+        span_criterion: How `"span"` chooses. `"error"` (ours): by the error of the last hidden states on held-out
+            calibration data, each span with a fitted surrogate. `"influence"`: by the sum of its layers' block
+            influence. `"angle"`: by the angle between the hidden states before and behind it (arXiv 2403.17887).
         every: K of `"every"`. Paper: 4.
         layers_to_replace: Layers, counted from 0, instead of a placement; no two of them adjacent.
         spans: Spans as `[first, end]`, counted from 0, without the end, instead of a placement: `[[14, 18]]` is layers

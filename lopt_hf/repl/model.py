@@ -1,6 +1,7 @@
 """A stock model with some layers replaced, under PEFT's verbs: `get_repl_model`, `RepLModel`."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -207,8 +208,10 @@ def _neighbours(
 
 
 def _surrogate_of(config: RepLConfig, read: Any, span: Span) -> tuple[Operator, tuple[Neighbour, Neighbour]]:
+    """The surrogate that a span is tried with: of `refit` the smaller map, which takes less memory for all spans."""
     beside = read(span[0] - 1, span[1])
-    return make_operator(config, *beside), beside
+    tried = replace(config, operator="down_proj") if config.operator == "refit" else config
+    return make_operator(tried, *beside), beside
 
 
 @lru_cache

@@ -269,13 +269,13 @@ def test_bench(folder, capsys, tmp_path):
     options = ["--every", "2", "--tokens", "4", "--prompt-tokens", "8", "--rounds", "2", "--calibration-tokens", "512"]
     make_stock(num_hidden_layers=10).save_pretrained(folder / "deeper")
     make_tokenizer().save_pretrained(folder / "deeper")
-    bench.main(["repl", "--model", str(folder / "deeper"), *options])
+    stock = ["--operator", "down_proj", "--calibration-layers", "3", "--calibration-tokens", "4096"]
+    bench.main(["repl", "--model", str(folder / "deeper"), *options, *stock])
     table = capsys.readouterr().out
-    assert "RepL, 4 of 10 layers, folded" in table and "Choosing and calibrating 4 layers" in table
+    assert "RepL, 4 of 10 layers, folded" in table and "Choosing and calibrating 3 layers" in table
     assert table.startswith(str(choose_arithmetic(device="cpu")))
     bench.main(
         ["repl", "--model", str(folder / "deeper"), *options, "--dtype", "bf16", "--output", str(tmp_path / "x")]
-        + ["--operator", "down_proj", "--calibration-layers", "3", "--calibration-tokens", "2048"]
     )
     report = json.loads((tmp_path / "x").read_text())
     assert report["settings"]["dtype"] == report["result"]["dtype"] == "bfloat16"
