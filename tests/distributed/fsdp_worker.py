@@ -57,6 +57,8 @@ EQUAL_TO_ONE: dict[str, dict[str, Any]] = {
     },
     "reach, reconstruction": {**REACH, "local_objective": "reconstruction", "gradient_checkpointing": True},
     "reach, mixture of experts, run": {**REACH, "family": "mixtral", "reach_unit": "run"},
+    # Whose embedding, norm and head accelerate makes one unit, of which a part has run when a block learns.
+    "tied and frozen": {"tied": True, "tied_embeddings": "freeze", "num_blocks": 4},
     "resharded late": {"environment": RESHARDED_LATE, "num_blocks": 4},
     "one unit": {"environment": NO_WRAP},
 }
@@ -88,6 +90,7 @@ def run(
     lora: bool = False,
     family: str = "llama",
     layers: int = 4,
+    tied: bool = False,
     environment: Mapping[str, str] | None = None,
     resume: bool | None = None,
     callbacks: tuple[TrainerCallback, ...] = (),
@@ -100,7 +103,8 @@ def run(
     settings = {"per_device_train_batch_size": 2, **settings}
     if settings.get("kind") == "dpo":
         kwargs.pop("eval_dataset")
-    model = make_model(family, **({} if layers == 4 else {"num_hidden_layers": layers}))
+    changed = ({"num_hidden_layers": layers} if layers != 4 else {}) | ({"tie_word_embeddings": True} if tied else {})
+    model = make_model(family, **changed)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (environment or {}).items():
             patch.setenv(name, value)
