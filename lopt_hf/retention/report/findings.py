@@ -86,7 +86,7 @@ def _by_task(deltas: Sequence[Delta], with_change: bool = False, with_detectable
     for delta in deltas:
         text = f"{delta.metric} {_change(delta)}" if with_change or with_detectable else delta.metric
         if with_detectable:
-            text += f" (could have seen ±{delta.detectable:.4f})".replace(" ", NO_BREAK_SPACE)
+            text += " " + f"(could have seen ±{delta.detectable:.4f})".replace(" ", NO_BREAK_SPACE)
         metrics.setdefault(delta.task, []).append(text)
     return "; ".join(f"{task} {', '.join(texts)}" for task, texts in metrics.items()) + "."
 
