@@ -5,7 +5,8 @@ own code, and does what the trainers do in a step. The second step is what count
 Where the steps of a cycle differ, the second cycle is.
 
 What is assumed: no token is padding, every token has a label, and attention runs in torch's scaled-dot-product kernel
-of the flash kind, which keeps queries, keys, values, output and one number for each token and head.
+of the flash kind, which keeps queries, keys, values, output and one number for each token and head. A
+vision-language model gets sequences of text; its vision tower is there, and frozen.
 """
 
 import contextlib

@@ -24,7 +24,8 @@ strategies (each without and with activation checkpointing, but for the segments
   joint            LoPT with one backward for all losses, as its released code has it
 
 What is assumed: no padding, a label for every token, bf16 arithmetic, attention in a flash kernel of torch's
-scaled_dot_product_attention, TRL's fused LM head, clipping. What is not in it: the device's context, the allocator's
+scaled_dot_product_attention, TRL's fused LM head, clipping; of a vision-language model sequences of text, the vision
+tower there and frozen. What is not in it: the device's context, the allocator's
 fragmentation and libraries' workspaces, for which --headroom keeps a share free.
 
 examples:
