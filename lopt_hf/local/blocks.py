@@ -5,16 +5,31 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 __all__ = [
     "Block",
     "DecoderStack",
+    "check_architecture",
     "find_decoder_stack",
     "split_layers",
     "untie_output_embeddings",
 ]
+
+# Decoders whose layers are plain modules, from before `GradientCheckpointingLayer`.
+_PLAIN_LAYERS = frozenset({"ctrl", "gpt_neox_japanese", "openai-gpt"})
+
+# Why what looks like a decoder cannot be cut, by its config's `model_type`.
+_UNCUT = {
+    "cpmant": "one learned position bias feeds all of its layers, so that no block's gradient stays in the block",
+    "dory": "its middle layers run several times each, in loops, and not once from the first to the last",
+    "hrm_text": "its two stacks of layers run several times each, in turns, and not once from the first to the last",
+    "reformer": "its layers are reversible: they make their gradients themselves, where no boundary can stop them",
+    "xlm": "its layers are no modules of their own that could be cut, but lists of attentions and of MLPs",
+    "xlnet": "it is trained on permutations of the tokens, with two streams of hidden states",
+    "zaya": "each layer's router reads what the router before it made, a second way for gradients between layers",
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +56,21 @@ class DecoderStack:
     hidden_size: int
 
 
+def check_architecture(name: str, text_config: PretrainedConfig) -> None:
+    """Raises if a model's architecture is known not to be one stack of layers; its weights need not be loaded.
+
+    Args:
+        name: What the model is called in the message.
+        text_config: The config of its text decoder.
+
+    Raises:
+        ValueError: With the reason.
+    """
+    reason = _UNCUT.get(text_config.model_type)
+    if reason is not None:
+        raise ValueError(f"model={name} cannot be trained block by block: {reason}; pass another model.")
+
+
 def find_decoder_stack(model: PreTrainedModel) -> DecoderStack:
     """Finds the decoder layers of a causal language model by its structure, whatever its attributes are called.
 
@@ -57,23 +87,41 @@ def find_decoder_stack(model: PreTrainedModel) -> DecoderStack:
         raise ValueError(
             f"model={name} has no language-modelling head; load it with `AutoModelForCausalLM` or pass another model."
         )
-    decoder = model.get_decoder()
     text_config = model.config.get_text_config(decoder=True)
-    stacks = [
-        module
-        for module in decoder.modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == text_config.num_hidden_layers
-        and all(isinstance(layer, GradientCheckpointingLayer) for layer in module)
-    ]
-    if len(stacks) != 1:
-        raise ValueError(
-            f"model={name} has {len(stacks)} stacks of {text_config.num_hidden_layers} decoder layers, not one; "
-            "local learning needs a model with a single stack of decoder layers."
-        )
-    if any(vars(module).get("is_causal") is False for module in stacks[0].modules()):
+    check_architecture(name, text_config)
+    decoder = _decoder_of(model)
+    layers = _only_stack(name, decoder, text_config)
+    if any(vars(module).get("is_causal") is False for module in layers.modules()):
         raise ValueError(f"model={name} attends in both directions (an encoder); pass a causal language model.")
-    return DecoderStack(decoder=decoder, layers=stacks[0], hidden_size=text_config.hidden_size)
+    return DecoderStack(decoder=decoder, layers=layers, hidden_size=text_config.hidden_size)
+
+
+def _decoder_of(model: PreTrainedModel) -> nn.Module:
+    decoder = model.get_decoder()
+    # ModernBERT-decoder calls its LM head `decoder`.
+    return model.base_model if decoder is model.get_output_embeddings() else decoder
+
+
+def _only_stack(name: str, decoder: nn.Module, text_config: PretrainedConfig) -> nn.ModuleList:
+    layer_type = nn.Module if text_config.model_type in _PLAIN_LAYERS else GradientCheckpointingLayer
+    stacks = {
+        path: module
+        for path, module in decoder.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and all(isinstance(m, layer_type) for m in module)
+    }
+    expected = text_config.num_hidden_layers
+    fitting = [stack for stack in stacks.values() if len(stack) == expected]
+    if not fitting:  # LongCat has two attentions to a layer, and counts them
+        fitting = [stack for stack in stacks.values() if len(stack) == vars(text_config).get("num_layers")]
+    if len(fitting) == 1:
+        return fitting[0]
+    found = ", ".join(f"{path!r} of {len(stack)}" for path, stack in stacks.items())
+    plain = "" if found else f", and no list of `{GradientCheckpointingLayer.__name__}` by which layers are known"
+    raise ValueError(
+        f"model={name}: local learning needs one stack of the {expected} decoder layers that its config tells of, "
+        f"which run once, one after the other; it has {found or 'none'}{plain}. Pass another model, or report the "
+        "architecture."
+    )
 
 
 def split_layers(num_layers: int, num_blocks: int, split_at: Sequence[int] | None = None) -> list[Block]:
@@ -146,5 +194,20 @@ def untie_output_embeddings(model: PreTrainedModel) -> bool:
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
     model.config.get_text_config(decoder=True).tie_word_embeddings = False
     model.config.tie_word_embeddings = False
+    _untie_bias(model, head)
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)  # type: ignore[operator]
     return True
+
+
+def _untie_bias(model: PreTrainedModel, head: Any) -> None:
+    """Gives the other name of an LM head's bias a tensor of its own; only checkpoints have it (BERT).
+
+    The config unties it with the weight, so that loading expects both, while of a shared tensor one name is saved.
+    """
+    bias = vars(head).get("_parameters", {}).get("bias")
+    if bias is None:
+        return
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter is bias and module is not head:
+                setattr(module, name, nn.Parameter(bias.detach().clone(), requires_grad=False))

@@ -79,6 +79,7 @@ class BlockBoundary(ABC):
         self._in_forward = False
         self._mask_BT: torch.Tensor | None = None
         self._routers_seen = 0
+        self._left: set[int] = set()  # the blocks that have run in this forward
         self._unchecked: set[int] = set()
         self._checked_kinds: set[tuple[frozenset[str], int]] = set()
         self._unchecked_replays = set(range(len(self.blocks)))
@@ -232,6 +233,7 @@ class BlockBoundary(ABC):
             mask = self.micro_batch.inputs.get("attention_mask")
         self._mask_BT = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
         self._routers_seen = 0
+        self._left.clear()
         if self._replays is not None:
             self._replays.begin_forward()
         if self.early_blocks and self.way(self.early_blocks[0].index) == "blind":
@@ -263,6 +265,7 @@ class BlockBoundary(ABC):
     def _leave_block(self, index: int, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if not self._in_forward:
             return None
+        self._check_runs_once(index)
         way, output_BTD = self.way(index), output_hidden(output)
         if way == "blind":
             self._routers_seen = len(self._router_logits())
@@ -278,6 +281,16 @@ class BlockBoundary(ABC):
         if index == len(self.blocks) - 2:
             torch.set_grad_enabled(True)
         return with_output_hidden(output, next_BTD)
+
+    def _check_runs_once(self, index: int) -> None:
+        """Raises if a block runs again in the same forward: its boundary would not be the one place where it ends."""
+        if index in self._left:
+            raise RuntimeError(
+                f"The last layer of block {index} runs more than once in a forward of {type(self.model).__name__}, "
+                "whose layers run in loops; local learning cannot cut there. Choose split_at so that no boundary lies "
+                "in a loop, or another model."
+            )
+        self._left.add(index)
 
     def _pass_through(self, index: int, output_BTD: torch.Tensor) -> torch.Tensor:
         """Ends a block that the task's gradient reaches through its graph; returns what the next block starts from."""
@@ -366,7 +379,9 @@ class BlockBoundary(ABC):
         logits[:] = [layer_logits.detach() for layer_logits in logits]
         config = self.model.config.get_text_config(decoder=True)
         share = self.router_coefficient * len(own) / len(self.stack.layers)
-        loss = load_balancing_loss_func(own, config.num_experts, config.num_experts_per_tok, self._mask_BT)
+        # The model knows it where the config has another name for it (DeepSeek-V4).
+        experts = vars(self.model).get("num_experts") or config.num_experts
+        loss = load_balancing_loss_func(own, experts, config.num_experts_per_tok, self._mask_BT)
         return share * torch.as_tensor(loss)
 
     def _router_logits(self) -> list[Any]:

@@ -1,8 +1,8 @@
 """How a stock decoder calls its layers: where hidden states stand in a call, and recording the calls of a forward.
 
-Decoders pass hidden states by position or as `hidden_states=`, and some layers (Falcon's) return a tuple that starts
-with them. What a layer is given besides depends on the architecture and on the layer (sliding windows, local and
-global rotary embeddings), and only the decoder knows it.
+Decoders pass hidden states by position or as `hidden_states=`, and some layers (Falcon's, OpenAI-GPT's) return a tuple
+or a list that starts with them. What a layer is given besides depends on the architecture and on the layer (sliding
+windows, local and global rotary embeddings), and only the decoder knows it.
 
 Shapes: B batch, T tokens, D hidden channels.
 """
@@ -56,13 +56,13 @@ def with_hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any], hidden_BTD: to
 
 def output_hidden(output: Any) -> torch.Tensor:
     """Returns the hidden states (B, T, D) in what a layer returned."""
-    hidden_BTD: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    hidden_BTD: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
     return hidden_BTD
 
 
 def with_output_hidden(output: Any, hidden_BTD: torch.Tensor) -> Any:
     """Returns a layer's output with other hidden states in it."""
-    return (hidden_BTD, *output[1:]) if isinstance(output, tuple) else hidden_BTD
+    return (hidden_BTD, *output[1:]) if isinstance(output, tuple | list) else hidden_BTD
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Local objectives: what a block learns from where the task gradient does not reach it.
 
-Shapes: B batch, T tokens, D hidden channels.
+Shapes: B batch, T tokens, D hidden channels. Of a model with N residual streams (hyper-connections) what is called BTD
+has the shape (B, T, N, D).
 """
 
 from collections.abc import Mapping
@@ -117,6 +118,10 @@ class ReconstructionObjective:
 
     LoPT paper, Sec. 3: `L_aux = mean (g(h_out) - sg(h_in))^2`.
 
+    Of a model with hyper-connections, whose layers hand on several residual streams (B, T, N, D), the one head maps
+    each stream to the same stream of the input, and the mean is over all of them. What the layers read and write is
+    the streams; their sum or mean would leave out what a block moves from one to another (ours: the paper has none).
+
     Args:
         bottleneck: Divisor of the head's inner width (paper: d -> d/4 -> d).
         masked: Leave padding out of the mean (paper, App. L); `False` averages over it too, as the code does.
@@ -136,6 +141,6 @@ class ReconstructionObjective:
         reconstruction_BTD = head(output_BTD).float()
         if not self.masked or batch.mask_BT is None:
             return F.mse_loss(reconstruction_BTD, input_BTD.float())
-        error_BT = (reconstruction_BTD - input_BTD.float()).square().mean(dim=-1)
+        error_BT = (reconstruction_BTD - input_BTD.float()).square().flatten(2).mean(dim=-1)
         mask_BT = batch.mask_BT.to(error_BT.dtype)
         return (error_BT * mask_BT).sum() / mask_BT.sum().clamp(min=1)

@@ -231,12 +231,21 @@ def model_after_the_layers(
         model: A causal language model, or the part of one that has its final norm and LM head.
         take: Gives the module to use for each that runs after the layers. Called with the model's own and with one of
             the same kind that has no weights.
+
+    Raises:
+        ValueError: If the layers hand on several residual streams.
     """
+    streams = vars(model.config.get_text_config(decoder=True)).get("hc_mult")
+    if streams is not None:
+        raise ValueError(
+            f"model={type(model).__name__} has hyper-connections: its layers hand on hc_mult={streams} streams of "
+            "hidden states, which no readout is made for. Use LoPT with local_objective='reconstruction' or 'none'."
+        )
     with FakeTensorMode():  # without memory: it is traced, then its modules are replaced
         shell = _empty_model(model).eval()
         fake_decoder = find_decoder_stack(shell).decoder
         names = _run_after_the_layers(shell)
-    decoder, fake_head = model.get_decoder(), shell.get_output_embeddings()
+    decoder, fake_head = find_decoder_stack(model).decoder, shell.get_output_embeddings()
     tail = {name: take(decoder.get_submodule(name), fake_decoder.get_submodule(name)) for name in names}
     head = take(model.get_output_embeddings(), fake_head)
     for name in modules_before_decoder(shell, find_decoder_stack(shell)):  # to what is read no image comes

@@ -14,7 +14,7 @@ from trl import SFTConfig
 from trl.data_utils import get_dataset_column_names
 
 from lopt_hf.common.quantization import check_trainable, is_quantized
-from lopt_hf.local.blocks import find_decoder_stack, split_layers
+from lopt_hf.local.blocks import check_architecture, find_decoder_stack, split_layers
 
 __all__ = [
     "check_dataset",
@@ -200,3 +200,4 @@ def _check_adapter(model: Any, peft_config: Any) -> None:
 def _check_config(name: str, config: PretrainedConfig) -> None:
     if config.is_encoder_decoder:
         raise ValueError(f"model={name} is an encoder-decoder; local learning needs a decoder-only language model.")
+    check_architecture(name, config.get_text_config(decoder=True))
