@@ -164,6 +164,13 @@ class LoPTArguments(ReachArguments):
         super().check_run(run)
         self._check_added_to_objective(run)
         self._check_local_step(run)
+        if run.engine == "DeepSpeed" and self.local_update_interval > 1:
+            # Its partitions of flat gradients hold zeros for what got none, so that Adam's moments go on moving it.
+            raise ValueError(
+                f"local_update_interval={self.local_update_interval} does not work under DeepSpeed, whose optimizer "
+                "steps the early blocks at every step, with a gradient of zero too; set it to 1, or use one process, "
+                "DDP or FSDP2."
+            )
 
     def nothing_trainable(self, block: Block) -> str:
         return (
