@@ -145,8 +145,10 @@ def describe_frozen_vision(model: PreTrainedModel, stack: DecoderStack, has_adap
 
 
 def _branch_of_head(model: PreTrainedModel) -> Iterator[nn.Module]:
-    """The largest module that holds the LM head and nothing of the decoder."""
+    """The LM head, and the largest module that holds it and nothing of the decoder."""
     head, decoder = model.get_output_embeddings(), model.get_decoder()
+    assert head is not None
+    yield head
     for child in model.children():
         parts = set(child.modules())
         if head in parts and decoder not in parts:
