@@ -55,6 +55,11 @@ KNOWN_MODELS: dict[str, dict[str, Any]] = {
     ),
     "meta-llama/Llama-3.1-8B": _dimensions("llama", 4096, 32, 32, 8, 14336, 128256, 131072),
     "meta-llama/Llama-3.1-70B": _dimensions("llama", 8192, 80, 64, 8, 28672, 128256, 131072),
+    # Its vision tower, CLIP's of 336 pixels, is what `LlavaConfig` has where none is named.
+    "llava-hf/llava-1.5-7b-hf": {
+        "model_type": "llava",
+        "text_config": _dimensions("llama", 4096, 32, 32, 32, 11008, 32064, 4096),
+    },
 }
 _SUFFIX = "-Instruct"  # an instruction-tuned model has its base model's dimensions
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from lopt_hf.planner.dimensions import KNOWN_MODELS, load_config
 from tests.tiny import make_model
@@ -20,6 +20,7 @@ PARAMETERS = {
     "Qwen/Qwen3-4B": 4_022_468_096,
     "meta-llama/Llama-3.1-8B": 8_030_261_248,
     "meta-llama/Llama-3.1-70B": 70_553_706_496,
+    "llava-hf/llava-1.5-7b-hf": 7_063_427_072,
 }
 
 
@@ -29,8 +30,11 @@ def test_every_known_model_is_compared():
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_number_of_parameters_is_the_published_one(name):
+    config = load_config(name)
+    is_vision_model = config.model_type == "llava"
+    auto_class = AutoModelForImageTextToText if is_vision_model else AutoModelForCausalLM
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(load_config(name))
+        model = auto_class.from_config(config)
     assert model.num_parameters() == PARAMETERS[name]
 
 
