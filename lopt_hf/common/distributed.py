@@ -62,15 +62,35 @@ class GradientReducer:
         self._group = group
         self._pending: list[tuple[dist.Work, torch.Tensor, list[torch.Tensor]]] = []
 
-    def start(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Starts averaging the gradients of those parameters that have one, the same on every rank."""
+    def start(self, parameters: Iterable[nn.Parameter], may_differ: bool = False) -> None:
+        """Starts averaging the gradients of those parameters that have one.
+
+        Args:
+            parameters: The parameters, in the same order on every rank.
+            may_differ: Whether it depends on the rank's batch which of them have a gradient, as those of a vision
+                tower do on images; then what has one on some rank counts as zero on the others.
+        """
         if self._group is None:
             self._group = new_group()
             atexit.register(_close, self._group)
+        parameters = list(parameters)
+        if may_differ:
+            self._fill_in_zeros(parameters)
         for gradients in self._buckets(parameters):
             flat = torch.cat([gradient.reshape(-1) for gradient in gradients]).div_(dist.get_world_size(self._group))
             work = dist.all_reduce(flat, group=self._group, async_op=True)
             self._pending.append((work, flat, gradients))
+
+    def _fill_in_zeros(self, parameters: list[nn.Parameter]) -> None:
+        """Gives a gradient of zeros to each parameter that has one on another rank only."""
+        learning = [parameter for parameter in parameters if parameter.requires_grad]
+        if not learning:
+            return
+        has_one = torch.tensor([p.grad is not None for p in learning], dtype=torch.uint8, device=learning[0].device)
+        dist.all_reduce(has_one, dist.ReduceOp.MAX, group=self._group)
+        for parameter, is_somewhere in zip(learning, has_one.tolist(), strict=True):
+            if is_somewhere and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     def wait(self) -> None:
         """Waits for what was started and puts the averages into the gradients."""

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-__all__ = ["holm_adjusted", "samples_needed"]
+__all__ = ["holm_adjusted", "samples_needed", "smallest_change"]
 
 
 def holm_adjusted(p_values: Sequence[float]) -> list[float]:
@@ -47,7 +47,18 @@ def samples_needed(
     """
     if not change:
         raise ValueError(f"change={change} cannot be seen with any number of samples; give one above 0.")
+    return max(2, math.ceil((_factor(correlation, confidence, power) * math.sqrt(variance) / change) ** 2))
+
+
+def smallest_change(
+    number: int, variance: float, correlation: float, confidence: float = 0.95, power: float = 0.8
+) -> float:
+    """Returns the smallest change that a paired comparison of so many samples sees; see `samples_needed`."""
+    return _factor(correlation, confidence, power) * math.sqrt(variance / number)
+
+
+def _factor(correlation: float, confidence: float, power: float) -> float:
+    """The change over the standard deviation of a sample's score, for one sample."""
     if not -1 <= correlation <= 1:
         raise ValueError(f"correlation={correlation} is not between -1 and 1.")
-    quantiles = stats.norm.ppf((1 + confidence) / 2) + stats.norm.ppf(power)
-    return max(2, math.ceil(quantiles**2 * 2 * (1 - correlation) * variance / change**2))
+    return float(stats.norm.ppf((1 + confidence) / 2) + stats.norm.ppf(power)) * math.sqrt(2 * (1 - correlation))

@@ -41,7 +41,7 @@ class Interval:
         by_seed: The difference of each seed, shape (seeds,).
         draws: The same over resamples of the samples, shape (seeds, resamples).
         num_samples: Samples in all, or clusters of them where clusters are resampled.
-        is_binary: Whether each sample is right or wrong.
+        is_share: Whether the metric is the share of samples that are right.
         bounds: What the difference can be at all, such as -1 to 1 between two accuracies; the interval ends there.
         confidence: Level of the interval.
         degrees_of_freedom: Of Student's distribution that the difference, over its standard error, is taken to have:
@@ -54,7 +54,7 @@ class Interval:
     by_seed: NDArray[Any]
     draws: NDArray[Any]
     num_samples: int
-    is_binary: bool
+    is_share: bool
     bounds: tuple[float, float] = (-np.inf, np.inf)
     confidence: float = 0.95
     degrees_of_freedom: float = np.inf
@@ -125,7 +125,8 @@ def difference_interval(
     - Clusters of samples get the interval of the normal distribution with the bootstrap's standard error, as in
       cluster-robust regression: with some tens of clusters, percentiles cover less.
     - Right and wrong answers get one pseudo-change of either kind, as in the interval of Bonett and Price (2012): few
-      changes would make it too short, and none at all would leave it no width.
+      changes would make it too short, and none at all would leave it no width. Clusters of answers get it where none
+      of them changed.
     - With several seeds the half-width for the variance between them is added, as the root of the sum of squares: by
       Student's quantile, less what the samples make of that variance, which the bootstrap holds already.
 
@@ -148,29 +149,32 @@ def difference_interval(
     of_seed = of_seed[:, used]
     shares = np.asarray(weights, dtype=np.float64) / np.sum(weights)
     num_samples = sum(len(task[0]) for task in tasks)
-    is_binary = all(isinstance(scores, MeanScores) and scores.is_binary for task in tasks for scores in task)
     is_share = all(scores.is_share for task in tasks for scores in task)
     by_task = [_combined(of_seed, [scores.total for scores in task]) for task in tasks]
     by_seed: NDArray[Any] = np.tensordot(shares, by_task, axes=1)
     if not np.isfinite(by_seed).all():  # as of the perplexity of a diverged model
         nothing = np.full((len(of_seed), RESAMPLES), np.nan)
         delta = float(by_seed.mean())
-        return Interval(delta, np.nan, np.nan, by_seed, nothing, num_samples, is_binary, confidence=confidence)
+        return Interval(delta, np.nan, np.nan, by_seed, nothing, num_samples, is_share, confidence=confidence)
     rng = np.random.default_rng(seed)
     deviations: NDArray[Any] = np.zeros((len(of_seed), 1))
     for share, task, difference in zip(shares, tasks, by_task, strict=True):
         deviations = deviations + share * _deviations(task, of_seed, difference, rng)
     draws = by_seed[:, None] + deviations
+    means = draws.mean(axis=0)
+    clustered = [any(len(scores) < scores.num_samples for scores in task) for task in tasks]
+    # A cluster that changes as a whole would say too much of clusters that change in part
+    with_pseudo_changes = is_share and (not all(clustered) or np.ptp(means) == 0)
     ends = None
-    if any(len(scores) < scores.num_samples for task in tasks for scores in task):
-        half = stats.norm.ppf((1 + confidence) / 2) * draws.mean(axis=0).std()
+    if any(clustered) and not with_pseudo_changes:
+        half = stats.norm.ppf((1 + confidence) / 2) * means.std()
         ends = float(by_seed.mean() - half), float(by_seed.mean() + half)
-    elif len(tasks) == 1 and not is_binary and 2 <= num_samples <= MAX_BCA_SAMPLES:
-        ends = _accelerated_ends(tasks[0], of_seed.mean(axis=0), draws.mean(axis=0), confidence)
+    elif len(tasks) == 1 and not is_share and 2 <= num_samples <= MAX_BCA_SAMPLES:
+        ends = _accelerated_ends(tasks[0], of_seed.mean(axis=0), means, confidence)
     bounds = (-np.inf, np.inf)
     if is_share:
         bounds = float(of_seed.clip(max=0).sum(axis=1).mean()), float(of_seed.clip(min=0).sum(axis=1).mean())
-    return _interval(by_seed, draws, num_samples, is_binary, confidence, rng, bounds, ends)
+    return _interval(by_seed, draws, num_samples, is_share, confidence, rng, bounds, ends, with_pseudo_changes)
 
 
 def paired_interval(after: Scores, before: Scores, confidence: float = 0.95, seed: int = 0) -> Interval:
@@ -191,9 +195,10 @@ def mean_interval(intervals: Sequence[Interval], confidence: float = 0.95, seed:
     draws = np.mean([rng.permutation(interval.draws, axis=1)[:, :size] for interval in intervals], axis=0)
     by_seed = np.mean([interval.by_seed for interval in intervals], axis=0)
     num_samples = sum(interval.num_samples for interval in intervals)
-    is_binary = all(interval.is_binary for interval in intervals)
+    is_share = all(interval.is_share for interval in intervals)
     low, high = np.mean([interval.bounds for interval in intervals], axis=0)
-    return _interval(by_seed, draws, num_samples, is_binary, confidence, rng, (float(low), float(high)))
+    bounds = float(low), float(high)
+    return _interval(by_seed, draws, num_samples, is_share, confidence, rng, bounds, with_pseudo_changes=is_share)
 
 
 def mcnemar(before: MeanScores, after: MeanScores) -> tuple[float, int, int]:
@@ -273,16 +278,17 @@ def _interval(
     by_seed: NDArray[Any],
     draws: NDArray[Any],
     num_samples: int,
-    is_binary: bool,
+    is_share: bool,
     confidence: float,
     rng: np.random.Generator,
     bounds: tuple[float, float],
     ends: tuple[float, float] | None = None,
+    with_pseudo_changes: bool = False,
 ) -> Interval:
     """Corrects the bootstrap over samples for few changes, the variance between seeds, and small samples."""
     delta, num_seeds = float(by_seed.mean()), len(by_seed)
     means = draws.mean(axis=0)
-    if is_binary:
+    if with_pseudo_changes:
         either = rng.poisson(1, (2, len(means)))
         means = means + (either[0] - either[1]) / (num_samples * np.sqrt(num_seeds))
     level = (1 + confidence) / 2
@@ -303,7 +309,7 @@ def _interval(
         freedom = (of_samples + of_seeds) ** 2 / parts
     low, high = np.clip((low, high), *bounds)
     ends = float(low), float(high)
-    return Interval(delta, *ends, by_seed, draws, num_samples, is_binary, bounds, confidence, float(freedom))
+    return Interval(delta, *ends, by_seed, draws, num_samples, is_share, bounds, confidence, float(freedom))
 
 
 def _variance_of_seeds(by_seed: NDArray[Any], draws: NDArray[Any]) -> float:

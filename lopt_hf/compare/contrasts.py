@@ -7,8 +7,9 @@ more; it is drawn for each seed apart. If forgetting grows faster than gain, a s
 between two points, and favours the first method. The gains, measured on held-out answers, are taken as they are.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -27,7 +28,7 @@ from lopt_hf.retention.heldout import HELDOUT_TASK
 from lopt_hf.retention.results import Contrast
 from lopt_hf.retention.suites import TaskEntry
 
-__all__ = ["MethodPoint", "matched_contrasts", "rate_contrasts"]
+__all__ = ["Margin", "MethodPoint", "matched_contrasts", "rate_contrasts"]
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,25 @@ class MethodPoint:
     seeds: Sequence[ModelScores]
 
 
+@dataclass(frozen=True)
+class Margin:
+    """The difference below which two methods are taken to be equal.
+
+    Parameters:
+        points: As in `deltas.margin_of`.
+        baseline: Scores of the baseline, whose values it is relative to.
+    """
+
+    points: float
+    baseline: ModelScores
+
+
 def rate_contrasts(
     first: Sequence[MethodPoint],
     second: Sequence[MethodPoint],
     entries: Sequence[TaskEntry],
     confidence: float,
-    margin: float | None = None,
+    margin: Margin | None = None,
 ) -> Iterator[Contrast]:
     """The first method minus the second at each rate that both have: gain and each task's main metric."""
     for point in first:
@@ -68,7 +82,7 @@ def matched_contrasts(
     baseline: ModelScores,
     entries: Sequence[TaskEntry],
     confidence: float,
-    margin: float | None = None,
+    margin: Margin | None = None,
 ) -> Iterator[Contrast]:
     """The first method's points minus the second method's line at the same gain; `nan` beyond the line's ends."""
     if HELDOUT_TASK not in baseline:
@@ -127,7 +141,7 @@ def _contrasts(
     weights: Sequence[Mapping[int, float] | None],
     entries: Sequence[TaskEntry],
     confidence: float,
-    margin: float | None,
+    margin: Margin | None,
     with_gain: bool = False,
 ) -> Iterator[Contrast]:
     """The point minus a weighted mean of models, whose weights differ from seed to seed.
@@ -141,14 +155,26 @@ def _contrasts(
         for position, weight in of_seed.items():
             coefficients[seed, num_seeds + position] -= weight
 
-    def contrast(task: str, metric: str, higher: bool, parts: list[list[Scores]], sizes: Sequence[float]) -> Contrast:
+    everyone = [*point.seeds, *models]
+
+    def contrast(
+        task: str,
+        metric: str,
+        higher: bool,
+        parts_of: Callable[[ModelScores], list[Scores]],
+        weights_of: Callable[[list[Scores]], list[float]],
+    ) -> Contrast:
         nothing = float("nan")
         if len(known) < num_seeds:
             return Contrast(point.label, label, task, metric, higher, nothing, nothing, nothing, num_seeds)
+        parts = [parts_of(scores) for scores in everyone]
+        sizes = weights_of(parts[0])
         interval = difference_interval(parts, coefficients, sizes, confidence)
         values = (interval.delta, interval.low, interval.high)
-        level = float(np.average([part.total for part in parts[0]], weights=sizes))
-        equal = None if margin is None else margin_of(margin, higher, level)
+        equal = None
+        if margin is not None:
+            of_baseline = np.average([part.total for part in parts_of(margin.baseline)], weights=sizes)
+            equal = margin_of(margin.points, higher, float(of_baseline))
         return Contrast(
             *(point.label, label, task, metric, higher, *values, num_seeds),
             p_value=interval.p_value,
@@ -157,12 +183,10 @@ def _contrasts(
             is_within_margin=equal is not None and interval.is_within(equal),
         )
 
-    everyone = [*point.seeds, *models]
     if with_gain and HELDOUT_TASK in everyone[0]:
-        parts = [[gain_scores(scores)] for scores in everyone]
-        yield contrast(HELDOUT_TASK, "answer_loss", False, parts, [1.0])
+        yield contrast(HELDOUT_TASK, "answer_loss", False, lambda scores: [gain_scores(scores)], lambda _: [1.0])
     for entry in entries:
         name = entry_metrics(entry, everyone[0])[0]
-        parts = [entry_scores(entry, name, scores) for scores in everyone]
         higher = is_higher_better(entry, name, everyone[0])
-        yield contrast(entry.name, name.removesuffix(",none"), higher, parts, task_weights(entry, name, parts[0]))
+        read = partial(entry_scores, entry, name), partial(task_weights, entry, name)
+        yield contrast(entry.name, name.removesuffix(",none"), higher, *read)

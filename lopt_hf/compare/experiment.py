@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lopt_hf.compare.contrasts import MethodPoint, matched_contrasts, rate_contrasts
+from lopt_hf.compare.contrasts import Margin, MethodPoint, matched_contrasts, rate_contrasts
 from lopt_hf.compare.grid import Grid, GridRun
 from lopt_hf.compare.grid_training import arithmetic_argument, heldout_rows, model_folder, training_arithmetic
 from lopt_hf.retention.benchmark import Candidate, RetentionBenchmark, flips
@@ -90,10 +90,11 @@ class GridEvaluation:
         benchmark = self.benchmark
         found: list[Contrast] = []
         baseline = benchmark.scores(benchmark.baseline.name)
+        margin = Margin(benchmark.margin, baseline)
         for first, second in self.grid.contrasts:
             points = self._points(runs, first), self._points(runs, second)
-            found += rate_contrasts(*points, benchmark.entries, benchmark.confidence, benchmark.margin)
-            found += matched_contrasts(*points, baseline, benchmark.entries, benchmark.confidence, benchmark.margin)
+            found += rate_contrasts(*points, benchmark.entries, benchmark.confidence, margin)
+            found += matched_contrasts(*points, baseline, benchmark.entries, benchmark.confidence, margin)
         return found
 
     def _settings(self) -> dict[str, Any]:

@@ -409,9 +409,7 @@ class BlockBoundary(ABC):
         Those of a vision tower have none before the first batch with an image, nor what was frozen before it is not.
         """
         given = frozenset(name for name, value in inputs.items() if value is not None)
-        in_layers = {id(parameter) for parameter in self.stack.layers.parameters()}
-        others = (p for p in self.model.parameters() if id(p) not in in_layers and p.requires_grad)
-        kinds = given, sum(1 for _ in others)
+        kinds = given, sum(parameter.requires_grad for parameter in self.model.parameters())
         if kinds not in self._checked_kinds:
             self._checked_kinds.add(kinds)
             self._unchecked = set(range(len(self.blocks)))

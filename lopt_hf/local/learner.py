@@ -453,7 +453,8 @@ class LocalLearner:
 
     def _average(self, index: int) -> None:
         if self._reducer is not None and index in self._reduced:
-            self._reducer.start(self.learners()[index])
+            sees = index == 0 and self.settings.train_vision
+            self._reducer.start(self.learners()[index], may_differ=sees)
             self._started.add(index)
 
     def wait_for_averages(self) -> None:

@@ -158,6 +158,9 @@ def _branch_of_head(model: PreTrainedModel) -> Iterator[nn.Module]:
 # ---- The trace ----
 
 
+# How a decoder of somebody's own may fail that does not run on shapes alone
+TRACE_ERRORS: tuple[type[Exception], ...] = (ArithmeticError, AssertionError, AttributeError, ImportError)
+TRACE_ERRORS += (LookupError, RuntimeError, TypeError, ValueError)
 _traced: weakref.WeakKeyDictionary[nn.Module, frozenset[str]] = weakref.WeakKeyDictionary()
 
 
@@ -168,7 +171,7 @@ def _trace(stack: DecoderStack) -> frozenset[str]:
         name = next(name for name, module in decoder.named_modules() if module is stack.layers)
         try:
             _traced[decoder] = _trace_twin(kind, _Config(decoder.config), name)
-        except (RuntimeError, TypeError):  # a decoder of somebody's own that does not run on shapes alone
+        except TRACE_ERRORS:
             embeddings = (name for name, module in decoder.named_modules() if isinstance(module, nn.Embedding))
             _traced[decoder] = frozenset(embeddings)  # what this misses, `BlockBoundary.check_reach` finds
     return _traced[decoder]

@@ -108,7 +108,7 @@ class _LoneReducer(GradientReducer):
         self.meter = meter
         self.buckets: list[torch.Tensor] = []
 
-    def start(self, parameters: Iterable[nn.Parameter]) -> None:
+    def start(self, parameters: Iterable[nn.Parameter], may_differ: bool = False) -> None:
         with self.meter.region("communication"):
             for gradients in self._buckets(parameters):
                 self.buckets.append(torch.cat([gradient.reshape(-1) for gradient in gradients]))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lopt_hf.common.inference import samples_needed
+from lopt_hf.common.inference import samples_needed, smallest_change
 from lopt_hf.common.statistics import difference_interval
 from lopt_hf.common.tables import markdown_table
 from lopt_hf.retention.deltas import (
@@ -37,7 +37,7 @@ class DetectableChange:
         num_clusters: Clusters of them; `None` for single samples.
         change: The change asked for, in the metric's units.
         detectable: The smallest change that they show, in the same units.
-        needed: Samples that the change asked for needs.
+        needed: Samples that the change asked for needs; `None` where the baseline's answers do not tell.
     """
 
     task: str
@@ -48,7 +48,7 @@ class DetectableChange:
     num_clusters: int | None
     change: float
     detectable: float
-    needed: int
+    needed: int | None
 
 
 def detectable_changes(
@@ -87,13 +87,17 @@ def detection_table(changes: Sequence[DetectableChange]) -> str:
             f"{change.baseline:.4f} ± {change.standard_error:.4f}",
             f"{change.n:,}" + ("" if change.num_clusters is None else f" in {change.num_clusters:,} clusters"),
             f"{change.change:.4g}",
-            f"{change.needed:,}",
-            "yes" if change.needed <= change.n else "no",
-            f"{change.detectable:.4g}",
+            *_verdict(change),
         ]
         for change in changes
     ]
     return markdown_table(headers, rows)
+
+
+def _verdict(change: DetectableChange) -> list[str]:
+    if change.needed is None:
+        return ["-", "cannot tell", "-"]
+    return [f"{change.needed:,}", "yes" if change.needed <= change.n else "no", f"{change.detectable:.4g}"]
 
 
 def _detectable(
@@ -107,9 +111,14 @@ def _detectable(
     error = float(np.std(interval.draws.mean(axis=0)))
     number = sum(part.num_samples for part in parts)
     change = margin_of(points, is_higher_better(entry, name, baseline), value)
-    needed = samples_needed(change, number * error**2, correlation, confidence, POWER)
-    # The standard error falls with the root of the number of samples
-    detectable = change * math.sqrt(needed / number) if error else 0.0
+    variance = number * error**2
+    if all(part.is_share for part in parts):  # none or all right says little of how many: one of either is added
+        share = (value * number + 1) / (number + 2)
+        variance = max(variance, share * (1 - share))
+    needed, detectable = None, math.nan
+    if math.isfinite(variance) and change > 0:
+        needed = samples_needed(change, variance, correlation, confidence, POWER)
+        detectable = smallest_change(number, variance, correlation, confidence, POWER)
     clusters = interval.num_samples if interval.num_samples < number else None
     return DetectableChange(
         entry.name, name.removesuffix(",none"), value, error, number, clusters, change, detectable, needed

@@ -139,7 +139,8 @@ def run(options: argparse.Namespace, command: str) -> None:
     """
     # Without an accelerator, accelerate has to be told that launched processes belong together
     PartialState(cpu=not torch.accelerator.is_available(), timeout=DISTRIBUTED_TIMEOUT)
-    check_report_folder(options.output_dir)
+    if options.detect is None:  # which writes no report
+        check_report_folder(options.output_dir)
     if options.cache_dir is not None and options.cache_dir.is_file():
         raise ValueError(f"cache_dir={options.cache_dir} is a file; name a folder.")
     _check_what_is_asked(options)
@@ -178,8 +179,10 @@ def _check_what_is_asked(options: argparse.Namespace) -> None:
         if options.correlation is not None:
             raise ValueError(f"correlation={options.correlation} is for --detect; leave it out, or add --detect 1.")
         return
-    if options.model or options.adapter_base:
-        raise ValueError("detect is answered by the baseline alone; leave out --model and --adapter-base.")
+    if options.model or options.adapter_base or options.heldout_data:
+        raise ValueError(
+            "detect is answered by the baseline's tasks alone; leave out --model, --adapter-base and --heldout-data."
+        )
     if not 0 < options.detect < math.inf:
         raise ValueError(f"detect={options.detect} is no change; give one above 0, such as 1 for one point.")
     if options.correlation is not None and not -1 <= options.correlation < 1:

@@ -11,7 +11,7 @@ from statsmodels.stats.power import TTestPower
 from statsmodels.stats.weightstats import ttost_paired
 
 from lopt_hf.common import statistics
-from lopt_hf.common.inference import holm_adjusted, samples_needed
+from lopt_hf.common.inference import holm_adjusted, samples_needed, smallest_change
 from lopt_hf.common.sample_scores import MeanScores, RatioScores, ResampledScores, Scores, clustered
 from lopt_hf.common.statistics import Interval, difference_interval, mcnemar, mean_interval, paired_interval
 
@@ -130,7 +130,9 @@ def test_samples_needed_are_statsmodels() -> None:
     for change, variance, correlation in ((0.03, 0.25, 0.5), (0.1, 1.3, 0.0), (0.02, 0.2, 0.9)):
         effect = change / np.sqrt(2 * (1 - correlation) * variance)
         theirs = TTestPower().solve_power(effect_size=effect, alpha=0.05, power=0.8)
-        assert samples_needed(change, variance, correlation) == pytest.approx(theirs, abs=3)
+        needed = samples_needed(change, variance, correlation)
+        assert needed == pytest.approx(theirs, abs=3)
+        assert smallest_change(needed, variance, correlation) == pytest.approx(change, rel=0.01)
 
 
 @pytest.mark.parametrize(("change", "correlation", "message"), [(0.0, 0.5, "change=0.0"), (0.1, 2, "correlation=2")])
@@ -229,6 +231,17 @@ def test_shares_over_clusters_stay_between_their_bounds() -> None:
     labels = [number % 3 for number in range(30)]
     interval = paired_interval(clustered(after, labels), clustered(before, labels))
     assert -1 <= interval.low <= interval.high <= 1
+
+
+def test_clusters_without_a_change_are_no_proof_of_equality() -> None:
+    """Nothing changed in 15 passages: the interval has a width, as it has of single answers."""
+    answers_given = MeanScores([1.0, 0.0, 1.0, 1.0] * 15)
+    part = clustered(answers_given, [i // 4 for i in range(60)])
+    interval = paired_interval(part, part)
+    assert interval.delta == 0 and interval.low < -0.05 and interval.high > 0.05
+    assert not interval.is_within(0.05) and interval.detectable() > 0.1 and interval.p_value == 1
+    mean = mean_interval([interval, paired_interval(answers_given, answers_given)])
+    assert mean.low < 0 < mean.high
 
 
 def test_too_many_labels() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lopt_hf.compare.contrasts import MethodPoint, matched_contrasts, rate_contrasts
+from lopt_hf.compare.contrasts import Margin, MethodPoint, matched_contrasts, rate_contrasts
 from lopt_hf.retention.heldout import ANSWER_METRIC, HELDOUT_TASK
 from lopt_hf.retention.scores import TaskScores
 from lopt_hf.retention.suites import TaskEntry
@@ -78,6 +78,18 @@ def test_difference_at_the_same_gain(gain: float, on_the_line: list[float]) -> N
     (kept,) = matched_contrasts(first, SECOND, BASE, [ENTRY], 0.95)
     assert kept.second == "B at the same gain"
     assert kept.difference == pytest.approx(-0.2 - np.mean(on_the_line))
+
+
+def test_margin_is_of_the_baseline() -> None:
+    """Two per cent of its loss of 2.0, whichever method comes first, and two points of a score."""
+    first = [point("A, 1", 1.0, [(-0.1, 1.5)] * 3)]
+    margin = Margin(2.0, BASE)
+    for pair in ((first, SECOND), (SECOND, first)):
+        gain, kept = rate_contrasts(*pair, [ENTRY], 0.95, margin)
+        assert gain.margin == pytest.approx(0.04) and kept.margin == pytest.approx(0.02)
+    assert gain.verdict == "no difference larger than 0.04"
+    (matched,) = matched_contrasts([point("A, 1", 1.0, [(-0.2, 1.75)] * 3)], SECOND, BASE, [ENTRY], 0.95, margin)
+    assert matched.margin == pytest.approx(0.02)
 
 
 def test_gains_beyond_the_line_are_not_compared() -> None:

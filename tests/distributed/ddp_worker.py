@@ -23,6 +23,7 @@ from tests.repl.test_training import make_trainer as make_repl_trainer
 from tests.repl.test_training import snapshot as snapshot_of_model
 from tests.tiny import make_dataset, make_questions
 from tests.trainers.helpers import InTwoForwards, WithFixedCompletions, make_trainer, snapshot
+from tests.trainers.test_vision import make_trainer as make_vision_trainer
 
 # Whose completions do not depend on the number of processes
 GRPO = {"grpo": WithFixedCompletions, "grpo-in-two-forwards": InTwoForwards}
@@ -53,6 +54,8 @@ EQUAL_TO_ONE: dict[str, dict[str, Any]] = {
     "reach, graphs kept": {**REACH, "reach_recompute": False},
     "reach, reconstruction": {**REACH, "local_objective": "reconstruction"},
     "reach, dpo": {**REACH, "kind": "dpo"},
+    # Of each step's two micro-batches one has pictures: the first rank's
+    "vision": {"kind": "vision", "train_vision": True},
     "RepL, sft": {"kind": "repl-sft"},
     "RepL, lopt": {"kind": "repl-lopt"},
 }
@@ -82,7 +85,9 @@ def run(
         trainer = make_repl_trainer(REPL[kind], output_dir, make_repl(operator="branches"), **settings)
         trainer.train()
         return trainer, snapshot_of_model(trainer.model)
-    if "window" in settings:
+    if kind == "vision":
+        trainer = make_vision_trainer(output_dir, "llava", [1, 1, 0, 0] * 3, **settings)
+    elif "window" in settings:
         trainer = make_mlaan_trainer(output_dir, **settings)
     elif kind in GRPO:
         # Prompts of one length: which of them share a micro-batch is random, and must not matter.

@@ -99,6 +99,7 @@ def test_samples_needed_are_told_beforehand(
     [
         ([], True, "required: --model (or --detect"),
         (["--detect", "1"], False, "leave out --model"),
+        (["--detect", "1", "--heldout-data", "rows.jsonl"], True, "leave out --model, --adapter-base and --heldout"),
         (["--detect", "0"], True, "detect=0.0 is no change"),
         (["--detect", "1", "--correlation", "1"], True, "correlation=1.0 is not from -1 to below 1"),
         (["--correlation", "0.5"], False, "correlation=0.5 is for --detect"),

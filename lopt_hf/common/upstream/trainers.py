@@ -29,6 +29,7 @@ OVERRIDDEN = (
     "_get_grad_norm",
     "_get_num_items_in_batch",
     "_get_output_dir",
+    "_load_best_model",
     "_load_from_checkpoint",
     "_load_optimizer_and_scheduler",
     "_prepare_for_training",
@@ -36,6 +37,7 @@ OVERRIDDEN = (
     "_run_epoch",
     "_save",
     "_save_checkpoint",
+    "_save_optimizer_and_scheduler",
 )
 CALLED = ("_prepare_inputs", "_save_rng_state")
 

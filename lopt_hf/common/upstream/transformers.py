@@ -19,6 +19,7 @@ TRANSFORMERS.check(
     "_from_config",
     "_init_weights",
     "_keys_to_ignore_on_load_unexpected",
+    "_no_split_modules",
     "_supports_attention_backend",
 )
 TRANSFORMERS.check(PreTrainedConfig(), "_attn_implementation")
