@@ -16,6 +16,7 @@ from accelerate.utils.constants import FSDP_MODEL_NAME, OPTIMIZER_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import StateDictType
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -27,6 +28,7 @@ __all__ = [
     "StagedCheckpoint",
     "check_files",
     "fsdp_files",
+    "fsdp_weights",
     "load_heads",
     "load_whole_state",
     "save_heads",
@@ -179,8 +181,17 @@ def whole_state(heads: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def load_whole_state(heads: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Loads what `whole_state` returned, of which each process takes its part."""
-    set_model_state_dict(heads, dict(state), options=StateDictOptions(full_state_dict=True))
+    """Loads what `whole_state` returned, of which each process takes its part. All must call it.
+
+    Args:
+        heads: The sharded heads, some or all of which may have no weights.
+        state: What the first process's `whole_state` returned. Those of the others are not read: a checkpoint that
+            each node has saved for itself holds the heads on the first node only.
+    """
+    if not heads.state_dict():  # torch takes an empty state for a lost one
+        return
+    of_first: dict[str, Any] = dict(state) if torch.distributed.get_rank() == 0 else {}
+    set_model_state_dict(heads, of_first, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
 
 
 def fsdp_files(plugin: FullyShardedDataParallelPlugin) -> list[str]:
@@ -188,6 +199,14 @@ def fsdp_files(plugin: FullyShardedDataParallelPlugin) -> list[str]:
     if plugin.state_dict_type == StateDictType.FULL_STATE_DICT:
         return [f"{FSDP_MODEL_NAME}.bin", f"{OPTIMIZER_NAME}.bin"]
     return [f"{FSDP_MODEL_NAME}_0/.metadata", f"{OPTIMIZER_NAME}_0/.metadata"]
+
+
+def fsdp_weights(plugin: FullyShardedDataParallelPlugin, checkpoint: str) -> set[str]:
+    """Names of the weights that accelerate's plugin has saved of a model; the weights themselves are not read."""
+    if plugin.state_dict_type == StateDictType.FULL_STATE_DICT:
+        return set(torch.load(Path(checkpoint) / f"{FSDP_MODEL_NAME}.bin", "cpu", weights_only=True, mmap=True))
+    metadata = FileSystemReader(Path(checkpoint) / f"{FSDP_MODEL_NAME}_0").read_metadata()
+    return {name.removeprefix("model.") for name in metadata.state_dict_metadata}
 
 
 class StagedCheckpoint:

@@ -26,7 +26,7 @@ from lopt_hf.common.upstream.trainers import OPTIMIZER_NAME, SCHEDULER_NAME, TRA
 from lopt_hf.data.prepared import check_prepared
 from lopt_hf.data.sampling import spread_batches
 from lopt_hf.local.blocks import Block, DecoderStack
-from lopt_hf.local.heads import LocalHeads
+from lopt_hf.local.heads import HEADS_NAME, LocalHeads
 from lopt_hf.local.hooks import BlockBoundary
 from lopt_hf.local.learner import LearnerEvents, LocalLearner
 from lopt_hf.local.methods.base import Method
@@ -39,6 +39,7 @@ from lopt_hf.trainers.checkpoint import (
     StagedCheckpoint,
     check_files,
     fsdp_files,
+    fsdp_weights,
     load_heads,
     load_whole_state,
     save_heads,
@@ -463,10 +464,29 @@ class LocalLearningMixin(TrainerBase):
         return self._is_fsdp2 or not self._heads_in_model
 
     def _check_files(self, checkpoint: str) -> None:
-        if self._is_fsdp2:
-            sharded = fsdp_files(self.accelerator.state.fsdp_plugin)
-            check_files(checkpoint, [*sharded, SCHEDULER_NAME, TRAINER_STATE_NAME, HEADS_FILE], {})
-            return
+        self._check_sharded_files(checkpoint) if self._is_fsdp2 else self._check_whole_files(checkpoint)
+        processes = self.args.world_size
+        random_state = "rng_state.pth" if processes == 1 else f"rng_state_{self.args.process_index}.pth"
+        if not (Path(checkpoint) / random_state).is_file():
+            logger.warning(
+                f"resume_from_checkpoint={checkpoint!r} has no {random_state}, as when another number of processes "
+                "wrote it: random numbers, such as dropout's, are not those of the run that was left."
+            )
+
+    def _check_sharded_files(self, checkpoint: str) -> None:
+        sharded = fsdp_files(self.accelerator.state.fsdp_plugin)
+        check_files(checkpoint, [*sharded, SCHEDULER_NAME, TRAINER_STATE_NAME], {})
+        if not self._has_heads_within(checkpoint):
+            check_files(checkpoint, [HEADS_FILE], {})
+
+    def _has_heads_within(self, checkpoint: str) -> bool:
+        """Whether a checkpoint has the heads among the model's weights, where FSDP2 runs had them at first."""
+        if not self._is_fsdp2 or isinstance(self.model, PeftModel) or (Path(checkpoint) / HEADS_FILE).is_file():
+            return False
+        heads = {f"{HEADS_NAME}.{name}" for name in self.learner.heads.state_dict()}
+        return heads <= fsdp_weights(self.accelerator.state.fsdp_plugin, checkpoint)
+
+    def _check_whole_files(self, checkpoint: str) -> None:
         names = [OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, HEADS_FILE]
         index, weights = SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
         if isinstance(self.model, PeftModel):
@@ -477,13 +497,6 @@ class LocalLearningMixin(TrainerBase):
             shards = json.loads((Path(checkpoint) / index).read_text(encoding="utf-8"))["weight_map"].values()
             names += sorted(set(shards))
         check_files(checkpoint, names, {name: tensor.shape for name, tensor in self.model.state_dict().items()})
-        processes = self.args.world_size
-        random_state = "rng_state.pth" if processes == 1 else f"rng_state_{self.args.process_index}.pth"
-        if not (Path(checkpoint) / random_state).is_file():
-            logger.warning(
-                f"resume_from_checkpoint={checkpoint!r} has no {random_state}, as when another number of processes "
-                "wrote it: random numbers, such as dropout's, are not those of the run that was left."
-            )
 
     @property
     def all_blocks(self) -> list[Block]:
@@ -559,21 +572,24 @@ class LocalLearningMixin(TrainerBase):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.check_checkpoint(resume_from_checkpoint)
-        with self._without_heads():
+        with self._as_saved_in(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._has_heads_within(resume_from_checkpoint):
+            return
         if self._is_fsdp2:
             load_whole_state(self.learner.heads, load_heads(resume_from_checkpoint))
         elif self._saves_heads_apart:
             self.learner.load_state(load_heads(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        with self._without_heads():
+        with self._as_saved_in(str(self.state.best_model_checkpoint)):
             super()._load_best_model()
 
-    def _without_heads(self) -> contextlib.AbstractContextManager[None]:
+    def _as_saved_in(self, checkpoint: str) -> contextlib.AbstractContextManager[None]:
         """Makes a context in which the model has the weights that a checkpoint has of it."""
         heads, model = self.learner.heads, self.learner.base_model
-        return heads.hidden(model) if self._is_fsdp2 else contextlib.nullcontext()
+        is_apart = self._is_fsdp2 and not self._has_heads_within(checkpoint)
+        return heads.hidden(model) if is_apart else contextlib.nullcontext()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         # Of the state dict alone: the optimizer's state is saved by the names that the model gives the heads.

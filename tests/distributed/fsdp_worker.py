@@ -1,5 +1,6 @@
 """One rank of the FSDP2 runs that `conftest.py` launches, one after the other in one world."""
 
+import contextlib
 import gc
 import json
 import shutil
@@ -17,7 +18,9 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 import tests.conftest  # noqa: F401  (offline, one thread)
+from lopt_hf.local.heads import LocalHeads
 from lopt_hf.meters.saved_bytes import SavedBytes
+from lopt_hf.trainers.checkpoint import HEADS_FILE
 from tests.distributed.engines import use_real_engines
 from tests.tiny import make_dataset, make_model
 from tests.trainers.helpers import make_trainer
@@ -70,12 +73,20 @@ BF16: dict[str, dict[str, Any]] = {
     "bf16, readout": {"bf16": True, "local_objective": "readout"},
 }
 SAVED = {"num_blocks": 4, "save_strategy": "steps", "save_steps": 2}
+FULL = {**SAVED, "environment": {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}}
+SHARDED = {**SAVED, "environment": {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}}
 # Left after two of three steps, and gone on from there.
 RESUMED: dict[str, dict[str, Any]] = {
-    "full": {**SAVED, "environment": {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}},
-    "sharded": {**SAVED, "environment": {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}},
-    "sharded, lora": {**SAVED, "environment": {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, "lora": True},
+    "full": FULL,
+    "sharded": SHARDED,
+    "sharded, lora": {**SHARDED, "lora": True},
+    "full, heads within": FULL,
+    "sharded, heads within": SHARDED,
+    "readout": {**FULL, "local_objective": "readout"},
+    "reach": {**REACH, **SHARDED},
 }
+# Of those the ones whose checkpoints have the heads among the model's weights, and no states of random numbers.
+HEADS_WITHIN = ("full, heads within", "sharded, heads within")
 # The first of three evaluations is the best: the rate is so high that the loss only rises.
 BEST: dict[str, Any] = {
     **{"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1},
@@ -134,14 +145,19 @@ def keep(folder: Path, trainer: Any) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def keep_resumed(folder: Path, settings: dict[str, Any]) -> None:
+def keep_resumed(folder: Path, settings: dict[str, Any], heads_within: bool = False) -> None:
     """Runs to the end in `whole`, and again in `resumed` from its second step on."""
     for part in ("whole", "resumed"):
         (folder / part).mkdir(parents=True, exist_ok=True)
-    trainer = run(folder / "whole", **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        if heads_within:
+            patch.setattr(LocalHeads, "left_out", lambda heads, model: contextlib.nullcontext())
+        trainer = run(folder / "whole", **settings)
     keep(folder / "whole", trainer)
     if trainer.accelerator.is_main_process:
-        shutil.copytree(folder / "whole/checkpoint-2", folder / "resumed/checkpoint-2")
+        left = (HEADS_FILE, "rng_state_*") if heads_within else ()
+        ignored = shutil.ignore_patterns(*left)
+        shutil.copytree(folder / "whole/checkpoint-2", folder / "resumed/checkpoint-2", ignore=ignored)
     trainer.accelerator.wait_for_everyone()
     trainer = run(folder / "resumed", resume=True, **settings)
     keep(folder / "resumed", trainer)
@@ -186,7 +202,7 @@ def main() -> None:
         (folder / name).mkdir(exist_ok=True)
         keep(folder / name, run(folder / name, **settings))
     for name, settings in RESUMED.items():
-        keep_resumed(folder / name, settings)
+        keep_resumed(folder / name, settings, name in HEADS_WITHIN)
     peaks = {"joint": saved_bytes(folder / "bytes", local_backward="joint")}
     peaks |= {str(blocks): saved_bytes(folder / "bytes", num_blocks=blocks) for blocks in MEASURED}
     (folder / "bytes.json").write_text(json.dumps(peaks))

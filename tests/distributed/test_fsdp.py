@@ -84,9 +84,13 @@ def test_in_bf16(sharded):
 def test_a_resumed_run_equals_the_whole_one(sharded, name):
     whole, resumed = sharded.weights(f"{name}/whole"), sharded.weights(f"{name}/resumed")
     assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
-    assert any("head." in name for name in whole)
+    assert any(name.startswith("head.") for name in whole) == (name not in ("readout", "reach"))
     facts = [sharded.facts(f"{name}/{part}")["log"][-2] for part in ("whole", "resumed")]
     assert facts[0]["loss"] == facts[1]["loss"]
+
+
+def test_it_says_that_random_numbers_are_others(sharded):
+    assert all(f"has no rng_state_{rank}.pth, as when" in sharded.result.stderr for rank in range(2))
 
 
 def merged(checkpoint: Path, folder: Path) -> Path:
