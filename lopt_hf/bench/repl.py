@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lopt_hf.common.arithmetic import DTYPE_HELP, choose_arithmetic, read_dtype
 from lopt_hf.common.settings import check_choices, check_lowest, option
 from lopt_hf.common.tables import describe_run, interquartile_range, markdown_table
-from lopt_hf.repl.config import OPERATORS, STOCK_OPERATORS, RepLConfig
+from lopt_hf.repl.config import OPERATORS, STOCK_OPERATORS, RepLConfig, init_of
 
 if TYPE_CHECKING:
     import torch
@@ -108,12 +108,14 @@ def run_repl_bench(settings: RepLBenchSettings) -> RepLResult:
         operator=settings.operator,
         placement="span" if settings.operator in STOCK_OPERATORS else "block_influence",
         num_layers_to_replace=settings.calibration_layers,
+        init=init_of(settings.operator),
         calibration_tokens=settings.calibration_tokens,
     )
     _, seconds = make_variant(model, config, [general_text()], tokenizer)
     # What the surrogates start from changes no arithmetic.
-    skip = RepLConfig(settings.operator, placement="every", every=settings.every, init="skip")
-    folded = make_variant(model, skip, None, tokenizer)[0].merge_and_unload()
+    init = "paper" if settings.operator == "mlp" else "skip"
+    uncalibrated = RepLConfig(settings.operator, placement="every", every=settings.every, init=init)
+    folded = make_variant(model, uncalibrated, None, tokenizer)[0].merge_and_unload()
     text = tokenizer(general_text(), add_special_tokens=False, verbose=False)["input_ids"]
     shape = (settings.batch_size, settings.prompt_tokens)
     prompts = torch.tensor(text[: shape[0] * shape[1]]).view(shape)

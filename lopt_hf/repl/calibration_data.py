@@ -26,9 +26,12 @@ def make_batches(data: Any, processing_class: Any, config: RepLConfig) -> list[B
         ValueError: If there is no data, not a whole sequence of it, or no tokenizer for it.
     """
     if data is None:
+        needs = {f"init={config.init!r}": "set init to 'skip'"} if config.init == "calibrate" else {}
+        if config.chooses_by_data:
+            needs[f"placement={config.placement!r}"] = "name the layers (layers_to_replace, spans)"
         raise ValueError(
-            "calibration_data is missing, but init='calibrate' and placement='block_influence' need it; pass texts or "
-            "a data set, or choose init='paper' or 'skip' with another placement."
+            f"calibration_data is missing, but {' and '.join(needs)} must have it; pass texts or a data set, or "
+            f"{' and '.join(needs.values())}."
         )
     if isinstance(data, dict) or not isinstance(data, Iterable):
         name = type(data).__name__

@@ -1,8 +1,8 @@
 """Which spans go, where that follows from data."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from math import pi
 from typing import Any
 
 import torch
@@ -31,7 +31,15 @@ from lopt_hf.repl.operator_base import Operator
 from lopt_hf.repl.operators import MeanMLP
 from lopt_hf.repl.placement import Span, candidate_spans, least_influence, least_influence_spans, runs_of
 
-__all__ = ["check_count", "check_enough_tokens", "choose_spans", "layer_kinds", "span_angles", "span_errors"]
+__all__ = [
+    "check_count",
+    "check_enough_tokens",
+    "check_operator",
+    "choose_spans",
+    "layer_kinds",
+    "span_angles",
+    "span_errors",
+]
 
 HELD_OUT = 8  # one sequence in so many measures a span's error, the others are what its surrogate is fitted to
 Surrogate = tuple[Operator, tuple[Neighbour, Neighbour]]
@@ -64,6 +72,18 @@ def check_count(config: RepLConfig, kinds: Sequence[str]) -> None:
         least_influence([0.0] * len(kinds), count)
 
 
+def check_operator(config: RepLConfig, model: PreTrainedModel) -> None:
+    """Checks that an operator in the MLP before a span fits wherever the data may put the span.
+
+    Raises:
+        ValueError: If there is a layer whose MLP it does not fit.
+    """
+    if config.operator in MLP_OPERATORS:
+        for layer in find_layers(model)[:-2]:  # a span ends before the last layer and begins behind one of these
+            neighbour = Neighbour(layer, model.config, model.config.model_type)
+            neighbour.check_down(config.operator, experts=config.operator != "refit")
+
+
 def check_enough_tokens(config: RepLConfig, model: PreTrainedModel, batches: Batches) -> None:
     """Checks that calibration data determine the map of an operator in an MLP.
 
@@ -72,7 +92,7 @@ def check_enough_tokens(config: RepLConfig, model: PreTrainedModel, batches: Bat
     """
     if config.operator not in MLP_OPERATORS or config.init != "calibrate":
         return
-    tokens = sum(_count_tokens(batch) for batch in batches)
+    tokens = sum(_count_tokens(batch, model.config) for batch in batches)
     layers = find_layers(model)
     middle = Neighbour(layers[len(layers) // 2], model.config, model.config.model_type)
     is_refit = config.operator == "refit" and middle.experts is None
@@ -85,9 +105,15 @@ def check_enough_tokens(config: RepLConfig, model: PreTrainedModel, batches: Bat
         )
 
 
-def _count_tokens(batch: Mapping[str, torch.Tensor]) -> int:
+def _count_tokens(batch: Mapping[str, torch.Tensor], config: Any) -> int:
     mask_BT = kept_tokens(batch)
-    return next(iter(batch.values())).numel() if mask_BT is None else int(mask_BT.sum())
+    if mask_BT is not None:
+        return int(mask_BT.sum())
+    if "pixel_values" in batch:  # (B, channels, height, width)
+        images = batch["pixel_values"]
+        patches = math.prod(side // config.patch_size for side in images.shape[-2:])
+        return len(images) * (patches + 1)  # and the class token
+    return math.prod(next(iter(batch.values())).shape[:2])  # (B, T), or (B, T, D) of embeddings
 
 
 def choose_spans(
@@ -136,7 +162,7 @@ def span_angles(model: PreTrainedModel, spans: Sequence[Span], batches: Batches)
             h_LND = torch.stack([select_tokens(h_BTD, kept_tokens(batch)).float() for h_BTD in states])
             for index, (first, end) in enumerate(spans):
                 cosines_N = nn.functional.cosine_similarity(h_LND[first], h_LND[end], dim=-1)
-                totals[index] += (cosines_N.clamp(-1, 1).acos() / pi).sum().item()
+                totals[index] += (cosines_N.clamp(-1, 1).acos() / math.pi).sum().item()
             tokens += h_LND.shape[1]
     return [total / tokens for total in totals]
 
@@ -176,7 +202,7 @@ def span_errors(
     for batch, seen, last_BTD in _all_states(model, surrogates, measured_on):
         for span, (operator, beside) in surrogates.items():
             made_BTD = run_operator(operator, beside, seen[span].h_BTD, seen[span].read_BTK)
-            with from_layer(layers, span[1], made_BTD), stop_behind(layers[-1]) as ended:
+            with evaluating(model), from_layer(layers, span[1], made_BTD), stop_behind(layers[-1]) as ended:
                 forward_base(model, batch)
             cosine_BT = nn.functional.cosine_similarity(ended[0][1].float(), last_BTD.float(), dim=-1)
             error_N = select_tokens(1 - cosine_BT, kept_tokens(batch))

@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -56,8 +57,8 @@ class ComparisonArguments:
         data_dir: Folder with copies of the hub's data sets.
         eval_chunks: Number of pieces of it, spread evenly.
         eval_chunk_length: Tokens of each piece.
-        compare: Further operators to measure untrained, as `operator` or `operator:init`, or `all` of them, of which
-            those that do not fit the model are left out.
+        compare: Further operators to measure untrained, as `operator` or `operator:init`. `all` adds all of them, but
+            for those that do not fit the model or the settings.
         seeds: Seeds of the healing runs.
         scratch: Changes to the model's config. With it nothing is pretrained: for every seed the full model, plain
             removal and RepL are trained from the same random weights (the paper's language experiment).
@@ -156,7 +157,7 @@ class Comparison:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(self.name)
         if self.script_args.scratch is not None:
             check_scratch(self.config)
-        for text in self._variants():
+        for text in self._named():
             parse_variant(text, self.config)
         self.calibration, evaluation = read_texts(self.script_args)
         length, count = self.script_args.eval_chunk_length, self.script_args.eval_chunks
@@ -164,9 +165,22 @@ class Comparison:
         self.dataset = self._load_dataset()
         self.rows: list[Row] = []
 
-    def _variants(self) -> list[str]:
-        named = self.script_args.compare
-        return all_variants(self.config) if ALL in named else named
+    def _named(self) -> list[str]:
+        return [text for text in self.script_args.compare if text != ALL]
+
+    def _variants(self, config: RepLConfig) -> Iterator[RepLConfig]:
+        """What is measured beside a config, each once: what `compare` names, then what `all` adds and fits."""
+        seen = {_name(config)}
+        others = all_variants(config) if ALL in self.script_args.compare else []
+        for text in [*self._named(), *others]:
+            try:
+                variant = parse_variant(text, config)
+            except ValueError as error:
+                print(f"{text} is left out: {error}", file=sys.stderr)
+                continue
+            if _name(variant) not in seen:
+                seen.add(_name(variant))
+                yield variant
 
     def _load_dataset(self) -> Dataset | None:
         """The data that the models are trained on, checked before one is loaded."""
@@ -203,13 +217,15 @@ class Comparison:
         self.measure(PLAIN, make_plain(model, removed), removed=removed)
         self.measure(_name(self.config), repl, seconds=seconds, removed=removed)
         spans = [list(span) for span in runs_of(removed)]
-        named = replace(self.config, num_layers_to_replace=None, layers_to_replace=None, spans=spans)
-        for text in self._variants():
-            other = parse_variant(text, named)
+        same_layers = replace(
+            self.config, num_layers_to_replace=None, layers_to_replace=None, spans=spans, span_criterion="error"
+        )
+        named = {_name(parse_variant(text, same_layers)) for text in self._named()}
+        for other in self._variants(same_layers):
             try:
                 variant, seconds = make_variant(model, other, [self.calibration], self.tokenizer)
             except ValueError as error:
-                if ALL not in self.script_args.compare:
+                if _name(other) in named:
                     raise
                 print(f"{_name(other)} is left out: {error}", file=sys.stderr)
                 continue

@@ -14,6 +14,7 @@ __all__ = [
     "STOCK_OPERATORS",
     "UNFOLDED_MODEL_TYPE",
     "RepLConfig",
+    "init_of",
 ]
 
 UNFOLDED_MODEL_TYPE = "repl_unfolded"  # in the config.json of a model whose surrogates still follow their neighbours
@@ -53,7 +54,8 @@ class RepLConfig:
             kept. `"influence"` (ours): the layers of least influence, adjacent ones as one span. `"span"`: one span.
         num_layers_to_replace: How many layers `"block_influence"`, `"influence"` and `"span"` pick.
         span_criterion: How `"span"` chooses. `"error"` (ours): by the error of the last hidden states on held-out
-            calibration data, each span with a fitted surrogate. `"influence"`: by the sum of its layers' block
+            calibration data, each span with a fitted surrogate (for `"refit"` that of `"down_proj"`, since one of
+            its own for each span would take too much memory). `"influence"`: by the sum of its layers' block
             influence. `"angle"`: by the angle between the hidden states before and behind it (arXiv 2403.17887).
         every: K of `"every"`. Paper: 4.
         layers_to_replace: Layers, counted from 0, instead of a placement; no two of them adjacent.
@@ -66,7 +68,8 @@ class RepLConfig:
             projection), `output` (both neighbours' output projection alone, where it is square) and `mlp` (the mean of
             the neighbours' MLPs, which alone costs more than the rest).
         detach_sources: Read the neighbours' weights as constants (paper, Eq 30); `False` lets gradients reach them,
-            which `LoPTTrainer` does not allow where a block starts with a surrogate.
+            which `LoPTTrainer` does not allow where a block starts with a surrogate. Of no use to `"linear"` and to
+            the four maps, which read no neighbour after their start.
         ridge: Weight of the ridge penalty, relative to the mean square of the features. It draws `"down_proj"` and
             `"refit"` to the weights that are there.
         calibration_tokens: Tokens of the calibration data that are used, at most.
@@ -123,6 +126,9 @@ class RepLConfig:
         self._check_branches()
         self._read_spans()
         self._check_placement()
+        self._check_operator()
+
+    def _check_operator(self) -> None:
         if self.operator in MAP_OPERATORS and self.init == "paper":
             raise ValueError(
                 f"init='paper' is RepL's, which has no operator={self.operator!r}; set init to 'calibrate' or 'skip'."
@@ -131,6 +137,11 @@ class RepLConfig:
             raise ValueError(
                 f"distillation_weight={self.distillation_weight} compares what stands in front of a layer, where "
                 f"operator={self.operator!r} has nothing; set it to 0, or use another operator."
+            )
+        if not self.detach_sources and self.operator in ("linear", *MAP_OPERATORS):
+            raise ValueError(
+                f"detach_sources=False lets gradients reach neighbours, which operator={self.operator!r} does not "
+                "read in training; leave it out, or use 'branches'."
             )
         if self.operator == "mlp" and self.init != "paper":
             raise ValueError(
@@ -165,7 +176,14 @@ class RepLConfig:
         given = [f"{name}={value}" for name, value in named.items() if value is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are two ways to say which layers; leave one of them out.")
-        if self.layers_to_replace is not None or self.spans is not None:
+        has_names = self.layers_to_replace is not None or self.spans is not None
+        if self.span_criterion != "error" and (has_names or self.placement != "span"):
+            where = "where the layers are named" if has_names else f"with placement={self.placement!r}"
+            raise ValueError(
+                f"span_criterion={self.span_criterion!r} has no effect {where}; leave it out, or set placement to "
+                "'span' with num_layers_to_replace."
+            )
+        if has_names:
             return
         if self.placement == "every":
             if self.num_layers_to_replace is not None:
@@ -192,6 +210,11 @@ class RepLConfig:
     def to_dict(self) -> dict[str, Any]:
         """The arguments as plain values."""
         return asdict(self)
+
+
+def init_of(operator: str) -> str:
+    """The best start that an operator has: calibrated, but for one without coefficients."""
+    return "paper" if operator == "mlp" else "calibrate"
 
 
 def _is_pair(value: Any) -> bool:

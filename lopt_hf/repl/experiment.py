@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lopt_hf.repl.config import OPERATORS, STOCK_OPERATORS, RepLConfig
+from lopt_hf.repl.config import OPERATORS, STOCK_OPERATORS, RepLConfig, init_of
 from lopt_hf.repl.model import RepLModel, get_repl_model
 from lopt_hf.repl.surgery import remove_layers
 
@@ -44,7 +44,8 @@ class Row:
         losses: For each chunk of text its summed loss in nats and its number of predicted tokens.
         parameters: Of the whole model, folded.
         seed: Of its healing; `None` without.
-        cost_ratio: A surrogate's multiply-adds per token relative to its removed layer's; `None` without surrogates.
+        cost_ratio: The surrogates' multiply-adds per token relative to the removed layers', of all together; `None`
+            without surrogates.
         seconds: What choosing layers and calibrating took, or healing.
         removed: The layers taken out, from 0.
         is_stock: Whether it is, folded, of its family's own class.
@@ -95,19 +96,19 @@ def chunk_losses(model: nn.Module, chunks_BT: torch.Tensor, batch_size: int = 4)
 
 
 def parse_variant(text: str, config: RepLConfig) -> RepLConfig:
-    """`operator` or `operator:init`, with everything else as in a config.
+    """`operator` or `operator:init`, with everything else as in a config but what matters in training only.
 
     Raises:
         ValueError: If either is unknown.
     """
     operator, _, init = text.partition(":")
-    return replace(config, operator=operator, init=init or config.init)
+    init = init or config.init
+    return replace(config, operator=operator, init=init, distillation_weight=0.0, detach_sources=True)
 
 
 def all_variants(config: RepLConfig) -> list[str]:
     """Every other operator than a config's, with the best start that it has, as `parse_variant` reads them."""
-    starts = {"mlp": "paper"}  # it has no coefficients to calibrate
-    return [f"{name}:{starts.get(name, 'calibrate')}" for name in OPERATORS if name != config.operator]
+    return [f"{name}:{init_of(name)}" for name in OPERATORS if name != config.operator]
 
 
 def make_plain(model: PreTrainedModel, removed: Sequence[int]) -> PreTrainedModel:
@@ -130,7 +131,8 @@ def make_row(name: str, model: Any, chunks_BT: torch.Tensor, **facts: Any) -> Ro
     """Measures a model."""
     costs = model.surrogate_costs if isinstance(model, RepLModel) else []
     parameters = model.num_parameters() + sum(cost.parameters - cost.coefficients for cost in costs)
-    ratio = costs[0].ratio if costs else None
+    removed = sum(cost.removed_multiply_adds for cost in costs)
+    ratio = sum(cost.multiply_adds for cost in costs) / removed if costs else None
     losses = chunk_losses(model, chunks_BT)
     is_stock = not isinstance(model, RepLModel) or model.config.repl["config"]["operator"] in STOCK_OPERATORS
     return Row(name, losses, parameters, cost_ratio=ratio, is_stock=is_stock, **facts)

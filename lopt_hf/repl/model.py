@@ -14,7 +14,7 @@ from transformers.utils import logging
 from lopt_hf.common.upstream.torch import forward_pre_hooks
 from lopt_hf.repl.calibration import calibrate
 from lopt_hf.repl.calibration_data import make_batches
-from lopt_hf.repl.choosing import check_count, check_enough_tokens, choose_spans, layer_kinds
+from lopt_hf.repl.choosing import check_count, check_enough_tokens, check_operator, choose_spans, layer_kinds
 from lopt_hf.repl.config import MLP_OPERATORS, STOCK_OPERATORS, UNFOLDED_MODEL_TYPE, RepLConfig
 from lopt_hf.repl.configuration_repl import FoldedRepLConfig
 from lopt_hf.repl.folding import fold
@@ -31,7 +31,7 @@ from lopt_hf.repl.neighbours import Neighbour, check_family
 from lopt_hf.repl.operator_base import Operator, SurrogateCost, cost_of, layer_cost
 from lopt_hf.repl.operators import make_operator
 from lopt_hf.repl.placement import Span, named_spans, runs_of
-from lopt_hf.repl.surgery import SynthesisHook, attach, attach_in_mlp, kept_index, remove_layers
+from lopt_hf.repl.surgery import PER_LAYER_LISTS, SynthesisHook, attach, attach_in_mlp, kept_index, remove_layers
 
 __all__ = ["RepLModel", "get_repl_model", "make_classes"]
 
@@ -100,8 +100,9 @@ class RepLModel:
         """What each surrogate costs beside its removed layers."""
         layers = find_layers(self)  # type: ignore[arg-type]
         operators, costs = self.surrogates, []
+        per_token = self.config.get_text_config().to_dict().get("num_experts_per_tok") or 1
         for (first, end), index in _places(self.config.repl["removed"]):
-            of_one = layer_cost(layers[index - 1])  # its neighbour's are its own
+            of_one = layer_cost(layers[index - 1], per_token)  # its neighbour's are its own
             costs.append(cost_of(first, operators[first], [(end - first) * value for value in of_one]))
         return costs
 
@@ -148,7 +149,23 @@ def _fold_to_stock(model: Any) -> Any:
     del model.config.repl
     _change_class(model.config, model_class.config_class)
     model.__class__ = model_class
+    _warn_of_patterns(model.config.get_text_config())
     return model
+
+
+def _warn_of_patterns(config: Any) -> None:
+    """Warns of runtimes that take a layer's kind from its number, where that is no longer the family's pattern."""
+    usual = type(config)(num_hidden_layers=config.num_hidden_layers).to_dict()
+    values = config.to_dict()
+    for name in PER_LAYER_LISTS:
+        kinds = values.get(name) or []
+        if len(set(kinds)) > 1 and kinds != usual.get(name):
+            logger.warning(
+                "%s in config.json says of which kind each layer is that stays. A runtime that takes it from the "
+                "layers' numbers instead, as llama.cpp does for SmolLM3 and Gemma 2, runs this model wrongly; there "
+                "only whole periods of the pattern can go (of SmolLM3 4 layers).",
+                name,
+            )
 
 
 def _fold_beside(model: Any) -> Any:
@@ -254,6 +271,7 @@ def get_repl_model(
     spans = named_spans(config, layer_kinds(model))  # before the data are run through the model
     if spans is None:
         check_count(config, layer_kinds(model))
+        check_operator(config, model)
     batches = make_batches(calibration_data, processing_class, config) if config.needs_calibration_data else []
     check_enough_tokens(config, model, batches)
     read = partial(_neighbours, layers, config=model.config, family=family, settings=config)

@@ -24,6 +24,10 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.activations import ACT2FN
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 __all__ = [
@@ -202,6 +206,13 @@ def family_classes(architecture: str, prefix: str, model_type: str, mixin: type)
     model_class = type(f"{prefix}{architecture}", (mixin, base), {"config_class": config_class, **module})
     for made in (config_class, model_class):  # pickle looks classes up by module and name
         setattr(sys.modules[mixin.__module__], made.__name__, made)
+    # Checkpoints are in the stock model's layout: experts packed in memory are apart in a file. A class of another
+    # name is not taken for the stock one, and would start the tensors that it misses at random.
+    conversions = get_checkpoint_conversion_mapping(architecture) or get_checkpoint_conversion_mapping(
+        base_config.model_type
+    )
+    if conversions is not None:
+        register_checkpoint_conversion_mapping(model_class.__name__, conversions, overwrite=True)
     is_causal = architecture.endswith(("ForCausalLM", "LMHeadModel"))
     auto_class: Any = AutoModelForCausalLM if is_causal else AutoModelForImageClassification
     auto_class.register(config_class, model_class, exist_ok=True)

@@ -115,6 +115,11 @@ def check_family(config: PretrainedConfig) -> None:
         raise ValueError(
             "do_layer_norm_before=False (as in opt-350m) normalises after the branches; use another model."
         )
+    if options.get("_remove_final_layer_norm"):
+        raise ValueError(
+            "_remove_final_layer_norm=True leaves out the norm before the LM head, which takes up a factor on the "
+            "hidden states; use another model."
+        )
     if options.get("scale_attn_by_inverse_layer_idx"):
         raise ValueError(
             "scale_attn_by_inverse_layer_idx=True scales a layer's attention by its number, which changes when layers "

@@ -203,13 +203,19 @@ class SurrogateCost:
         return self.multiply_adds / self.removed_multiply_adds
 
 
-def layer_cost(layer: nn.Module) -> tuple[int, int]:
+def layer_cost(layer: nn.Module, experts_per_token: int = 1) -> tuple[int, int]:
     """Parameters, and multiply-adds per token, of a layer or a folded surrogate: each matrix entry is used once.
 
     A surrogate that the layer carries for another one does not count.
+
+    Args:
+        layer: The layer.
+        experts_per_token: How many of its experts a token goes through, whose matrices are packed as (E, out, in).
     """
     parameters = [p for name, p in layer.named_parameters() if not name.startswith("surrogate.")]
-    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.ndim == 2)
+    used = sum(p.numel() for p in parameters if p.ndim == 2)
+    used += sum(p.numel() // len(p) * experts_per_token for p in parameters if p.ndim == 3)
+    return sum(p.numel() for p in parameters), used
 
 
 def cost_of(layer: int, operator: Operator, removed: Sequence[int]) -> SurrogateCost:

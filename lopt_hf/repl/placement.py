@@ -182,9 +182,13 @@ def least_influence_spans(influence: Sequence[float], count: int, kinds: Sequenc
         if len(chosen) < count and all(kinds[other] == kinds[layer] for other in beside):
             chosen.add(layer)
     if count < 1 or len(chosen) < count:
+        by_data = (
+            " How many fit depends on the order of their influence, so on the data." if len(set(kinds)) > 1 else ""
+        )
         raise ValueError(
             f"num_layers_to_replace={count} does not fit a model with {len(influence)} layers, of which neither the "
             f"first, nor the last, nor neighbours of two types are replaced; choose a number from 1 to {len(chosen)}."
+            f"{by_data}"
         )
     return runs_of(sorted(chosen))
 

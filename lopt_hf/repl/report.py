@@ -66,7 +66,7 @@ def _table(groups: dict[str, list[Row]], trained: bool) -> str:
         kind = "stock" if members[0].is_stock else "RepL"
         rows.append([name, "" if cost is None else f"{cost:.3f}", count, kind, _perplexity(members), ratio])
     return markdown_table(
-        [what, "surrogate / layer", "parameters", "class", "perplexity", "x plain removal [95 %]"], rows
+        [what, "surrogate / removed", "parameters", "class", "perplexity", "x plain removal [95 %]"], rows
     )
 
 

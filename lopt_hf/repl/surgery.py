@@ -20,7 +20,16 @@ from lopt_hf.repl.map_operators import MLPMap
 from lopt_hf.repl.modeling_repl import SurrogateHook, find_layers
 from lopt_hf.repl.neighbours import Neighbour
 
-__all__ = ["SynthesisHook", "attach", "attach_in_mlp", "detach", "detach_from_mlp", "kept_index", "remove_layers"]
+__all__ = [
+    "PER_LAYER_LISTS",
+    "SynthesisHook",
+    "attach",
+    "attach_in_mlp",
+    "detach",
+    "detach_from_mlp",
+    "kept_index",
+    "remove_layers",
+]
 
 PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
 
@@ -46,6 +55,8 @@ def remove_layers(model: PreTrainedModel, removed: Sequence[int]) -> list[nn.Mod
     config: Any = model.config.get_text_config()
     lists = {name: values for name, values in config.to_dict().items() if name in PER_LAYER_LISTS and values}
     _renumber_experts(config, removed)
+    if "max_window_layers" in config.to_dict():  # Qwen: the layers from this one on attend in a window
+        config.max_window_layers = kept_index(config.max_window_layers, removed)
     config.num_hidden_layers = len(kept)
     for name, values in lists.items():
         setattr(config, name, [value for index, value in enumerate(values) if index not in removed])

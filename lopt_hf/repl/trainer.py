@@ -1,5 +1,6 @@
 """Healing: fine-tuning after layers were replaced or removed, also with the removed layers' outputs as targets."""
 
+import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -146,6 +147,30 @@ class RepLTrainer(DistillationMixin, SFTTrainer):
         super().__init__(model, *args, **kwargs)  # type: ignore[arg-type]
 
 
+def _check_adapters(model: Any, peft_config: Any) -> None:
+    """Checks that no adapter goes around a surrogate.
+
+    OPT's MLP is no module of its own: the surrogate of `down_proj` follows `fc2`, inside the adapter of that, so what
+    the adapter adds is mapped once it is merged, but not while it trains.
+
+    Raises:
+        ValueError: If there would be one.
+    """
+    repl, targets = model.config.repl, peft_config.target_modules
+    if repl["family"] != "opt" or repl["config"]["operator"] != "down_proj":
+        return
+    paths = [path for path, _ in model.named_modules() if path.endswith(".fc2")]
+    if isinstance(targets, str):  # a pattern, or a word for all
+        is_reached = targets == "all-linear" or any(re.fullmatch(targets, path) for path in paths)
+    else:
+        is_reached = any(f".{path}".endswith(f".{target}") for path in paths for target in targets or ())
+    if is_reached:
+        raise ValueError(
+            f"lora_target_modules={targets} reaches fc2, behind which operator='down_proj' has its surrogate; leave "
+            "fc2 out of lora_target_modules."
+        )
+
+
 def heal(model: Any, seed: int, dataset: Dataset, args: HealingConfig, model_args: ModelConfig, tokenizer: Any) -> Any:
     """Fine-tunes a model, RepL or plain, and returns it without adapters."""
     is_repl = "repl" in model.config.to_dict()
@@ -154,6 +179,7 @@ def heal(model: Any, seed: int, dataset: Dataset, args: HealingConfig, model_arg
     peft_config: Any = get_peft_config(model_args)
     if peft_config is not None and is_repl:
         peft_config.modules_to_save = ["surrogate"]
+        _check_adapters(model, peft_config)
     kind: Any = RepLTrainer if is_repl else SFTTrainer
     trainer = kind(model, args=run_args, train_dataset=dataset, processing_class=tokenizer, peft_config=peft_config)
     check_prepared(trainer.train_dataset, run_args)

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from trl import SFTConfig, SFTTrainer
+from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from lopt_hf import LoPTConfig, LoPTTrainer, RepLConfig, RepLModel, RepLTrainer, get_repl_model
 from lopt_hf.repl.export import save_with_code
+from lopt_hf.repl.trainer import HealingConfig, heal
 from tests.repl.helpers import make_repl, make_stock
 from tests.tiny import make_dataset, make_model, make_tokenizer
 from tests.trainers.helpers import training_args
@@ -36,7 +37,7 @@ def test_config(settings, message):
 
 def test_too_many_layers_are_refused_before_any_forward():
     model = make_stock()
-    model.forward = None
+    model.base_model.forward = None
     with pytest.raises(ValueError, match="num_layers_to_replace=3 does not fit a model with 6 layers.*from 1 to 2"):
         get_repl_model(model, RepLConfig(num_layers_to_replace=3), [{"input_ids": torch.ones(1, 4, dtype=torch.long)}])
 
@@ -56,6 +57,23 @@ def test_too_many_layers_are_refused_before_any_forward():
 def test_calibration_data(data, message):
     with pytest.raises(ValueError, match=message):
         get_repl_model(make_stock(), RepLConfig(num_layers_to_replace=1), data, make_tokenizer())
+
+
+def test_what_needs_calibration_data_is_named():
+    by_angle = RepLConfig("scale", placement="span", num_layers_to_replace=1, span_criterion="angle", init="skip")
+    with pytest.raises(ValueError, match="missing, but placement='span' must have it; .* or name the layers"):
+        get_repl_model(make_stock(), by_angle)
+    with pytest.raises(ValueError, match="missing, but init='calibrate' must have it; .* or set init to 'skip'"):
+        get_repl_model(make_stock(), RepLConfig("scale", spans=[[1, 3]]))
+
+
+def test_adapters_that_would_go_around_a_surrogate(tmp_path):
+    model = make_repl(make_stock("opt"), operator="down_proj")
+    args = HealingConfig(str(tmp_path), report_to="none")
+    for targets in (["q_proj", "fc2"], "all-linear", ".*[.]fc.", ["q_proj", "1.fc2"]):
+        adapters = ModelConfig(use_peft=True, lora_target_modules=targets)
+        with pytest.raises(ValueError, match="leave fc2 out of lora_target_modules"):
+            heal(model, 0, make_dataset(), args, adapters, make_tokenizer())
 
 
 def test_text_without_a_tokenizer():
@@ -79,6 +97,7 @@ def test_an_unknown_family():
     ("family", "option", "message"),
     [
         ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before=False"),
+        ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm=True"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
     ],
 )

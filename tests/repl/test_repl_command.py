@@ -148,6 +148,33 @@ def test_operators_that_do_not_fit_are_left_out_of_all_and_refused_by_name(folde
         repl.main(arguments(folder, compare="down_proj", **span, output_dir=folder / "other"))
 
 
+def test_every_variant_is_measured_once(folder):
+    span = {"num_layers_to_replace": None, "spans": "[[2, 4]]", "operator": "refit"}
+    repl.main(arguments(folder, compare=["refit", "scale", "scale"], **span))
+    names = [row["name"] for row in json.loads((folder / "out/report.json").read_text())["rows"]]
+    assert names == ["full model", "plain removal", "refit, calibrate", "scale, calibrate"]
+
+
+def test_what_matters_in_training_only_keeps_nothing_out_of_all(folder, capsys):
+    settings = {"distillation_weight": 1.0, "detach_sources": False, "coefficients": "head", "branches": "value"}
+    named = ["all", "down_proj:skip", "mlp:paper"]
+    repl.main(arguments(folder, operator="branches", compare=named, output_dir=folder / "all", **settings))
+    names = [row["name"] for row in json.loads((folder / "all/report.json").read_text())["rows"]]
+    assert {"down_proj, skip", "down_proj, calibrate", "linear, calibrate"} < set(names)
+    assert len(names) == len(set(names)) == 2 + len(OPERATORS) + 1
+    assert "left out" not in capsys.readouterr().err
+    head = {"operator": "linear", "coefficients": "head", "compare": "all", "output_dir": folder / "head"}
+    repl.main(arguments(folder, **head))
+    assert "branches:calibrate is left out: coefficients='head' needs" in capsys.readouterr().err
+
+
+def test_the_cost_is_that_of_all_surrogates_together(folder):
+    repl.main(arguments(folder, num_layers_to_replace=None, spans="[[1, 2], [3, 5]]"))
+    report = json.loads((folder / "out/report.json").read_text())
+    costs = RepLModel.from_pretrained(folder / "out/unfolded").surrogate_costs
+    assert report["rows"][2]["cost_ratio"] == pytest.approx(2 / 3 * costs[0].ratio)  # two surrogates, three layers
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -277,6 +304,8 @@ def test_bench(folder, capsys, tmp_path):
     bench.main(
         ["repl", "--model", str(folder / "deeper"), *options, "--dtype", "bf16", "--output", str(tmp_path / "x")]
     )
+    mlp = ["--operator", "mlp", "--calibration-layers", "3"]
+    bench.main(["repl", "--model", str(folder / "deeper"), *options, *mlp])
     report = json.loads((tmp_path / "x").read_text())
     assert report["settings"]["dtype"] == report["result"]["dtype"] == "bfloat16"
 

@@ -6,16 +6,18 @@ import sys
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from lopt_hf import RepLConfig, RepLModel, get_repl_model
 from lopt_hf.repl.calibration import _LinearFit
-from lopt_hf.repl.choosing import span_angles, span_errors
+from lopt_hf.repl.choosing import check_enough_tokens, span_angles, span_errors
 from lopt_hf.repl.map_operators import rotation
 from lopt_hf.repl.modeling_repl import find_layers
 from lopt_hf.repl.neighbours import Neighbour
+from lopt_hf.repl.operators import make_operator
 from lopt_hf.repl.surgery import remove_layers
-from tests.repl.helpers import FAMILIES, INPUT_IDS, batches, logits, make_repl, make_stock
+from tests.repl.helpers import FAMILIES, INPUT_IDS, batches, logits, make_repl, make_stock, make_vit
 
 SPANS = {"layers_to_replace": None, "spans": [[1, 3], [4, 5]]}
 OPTIONS = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
@@ -63,6 +65,53 @@ def test_folded_models_are_their_familys_own(family, operator, tmp_path):
     torch.testing.assert_close(logits(again.eval()), expected, **near)
     for use_cache in (True, False):
         assert torch.equal(again.generate(INPUT_IDS, use_cache=use_cache, **OPTIONS), generated)
+
+
+@pytest.mark.parametrize("is_from_hub", [True, False], ids=["from_hub", "from_config"])
+@pytest.mark.parametrize("operator", ["linear", "down_proj"])
+@pytest.mark.parametrize("family", WITH_EXPERTS)
+def test_experts_are_saved_and_found_as_the_hub_has_them(family, operator, is_from_hub, tmp_path):
+    """In memory they are packed: a model that `from_pretrained` made remembers how they were in its checkpoint."""
+    stock = make_stock(family, **WITH_EXPERTS[family])
+    if is_from_hub:
+        stock.save_pretrained(tmp_path / "stock")
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path / "stock").eval()
+    model = make_repl(stock, operator=operator, **{**SPANS, "spans": [[1, 3]]})
+    expected = logits(model)
+    for name in ("unfolded", "folded"):
+        folder = tmp_path / name
+        model.save_pretrained(folder)
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            assert any(".experts.0." in key for key in file.keys())  # noqa: SIM118
+        model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not any(info.values()), info
+        torch.testing.assert_close(logits(model.eval()), expected, rtol=1e-4, atol=1e-4)
+        if name == "unfolded":
+            model = model.merge_and_unload()
+
+
+def test_only_the_experts_that_a_token_goes_through_cost_arithmetic():
+    model = make("mixtral")
+    layer, cost = model.model.layers[0], model.surrogate_costs[0]
+    attention = sum(p.numel() for p in layer.self_attn.parameters())
+    one_expert, router = 3 * 32 * 48, 4 * 32
+    assert cost.removed_multiply_adds == 2 * (attention + router + 2 * one_expert)  # two layers, two experts
+
+
+@pytest.mark.parametrize(
+    ("family", "span", "changes"),
+    [("gemma2", [2, 3], True), ("smollm3", [2, 3], True), ("smollm3", [2, 6], False), ("llama", [2, 3], False)],
+)
+def test_runtimes_that_know_a_layer_by_its_number_are_warned_of(family, span, changes, caplog):
+    model = make_stock(family, num_hidden_layers=9)
+    make_repl(model, operator="scale", init="skip", **{**SPANS, "spans": [span]}).merge_and_unload()
+    assert ("takes it from the layers' numbers" in caplog.text) == changes
+
+
+def test_the_layer_from_which_on_windows_begin_is_counted_anew():
+    model = make_stock("qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=4)
+    remove_layers(model, [1, 2, 5])
+    assert model.config.max_window_layers == 2
 
 
 def seen_at(model, span):
@@ -232,6 +281,17 @@ class TestChoosing:
             model = make_repl(stock, operator="down_proj", span_criterion=criterion, **chosen)
             assert model.config.repl["removed"] == [2, 3], criterion
 
+    def test_errors_are_measured_without_dropout(self):
+        stock, data = make_stock("gpt2", resid_pdrop=0.1), batches(4)
+        layers = find_layers(stock)
+        found = []
+        for mode in (False, True):
+            beside = tuple(Neighbour(layers[i], stock.config, "gpt2") for i in (1, 3))
+            operator = make_operator(RepLConfig(operator="scale", spans=[[2, 3]]), *beside)
+            found += span_errors(stock.train(mode), {(2, 3): (operator, beside)}, data, 0.0)
+            assert stock.training == mode
+        assert found[0] == found[1]
+
     def test_angles_are_shares_of_half_a_turn(self):
         stock = make_stock()
         seen = seen_at(stock, (1, 3))
@@ -260,6 +320,12 @@ class TestChoosing:
         ),
         ({"spans": [[1, 2]]}, "gemma2", "operator='down_proj' folds a map into .* a norm comes behind it"),
         ({"spans": [[1, 2]], "operator": "refit"}, "mixtral", "operator='refit' .* mixture of experts"),
+        (
+            {"num_layers_to_replace": 2, "placement": "span", "operator": "refit"},
+            "mixtral",
+            "operator='refit' .* mixture of experts",
+        ),
+        ({"num_layers_to_replace": 1, "placement": "influence"}, "gemma2", "a norm comes behind it"),
         ({"num_layers_to_replace": 5, "placement": "span"}, "llama", "num_layers_to_replace=5 .* from 1 to 4"),
         ({"num_layers_to_replace": 5, "placement": "influence"}, "llama", "num_layers_to_replace=5 .* from 1 to 4"),
         ({"num_layers_to_replace": 2, "placement": "span"}, "gemma2", "num_layers_to_replace=2 .* from 1 to 1"),
@@ -267,7 +333,7 @@ class TestChoosing:
 )
 def test_spans_that_do_not_fit_a_model(settings, family, message):
     model = make_stock(family, **WITH_EXPERTS.get(family, {}))
-    model.forward = None  # all of it is found before any forward
+    model.base_model.forward = None  # all of it is found before any forward
     with pytest.raises(ValueError, match=message):
         make_repl(model, **{"operator": "down_proj", "layers_to_replace": None, **settings})
 
@@ -281,6 +347,12 @@ def test_spans_that_do_not_fit_a_model(settings, family, message):
         ({"spans": [[1, 2]], "operator": "scale", "init": "paper"}, "init='paper' is RepL's"),
         ({"spans": [[1, 2]], "operator": "refit", "distillation_weight": 1.0}, "distillation_weight=1.0 compares"),
         ({"placement": "span"}, "num_layers_to_replace is missing; .* placement='span'"),
+        (
+            {"placement": "influence", "num_layers_to_replace": 2, "span_criterion": "angle"},
+            "span_criterion='angle' has no effect with placement='influence'",
+        ),
+        ({"spans": [[1, 2]], "span_criterion": "influence"}, "span_criterion='influence' has no effect where the lay"),
+        ({"spans": [[1, 2]], "operator": "scale", "detach_sources": False}, "detach_sources=False lets gradients"),
     ],
 )
 def test_settings_that_cannot_work(settings, message):
@@ -296,6 +368,17 @@ def test_too_few_calibration_tokens():
     with pytest.raises(ValueError, match="has 1 sequences, but span_criterion='error'"):
         one = [{"input_ids": torch.ones(1, 60, dtype=torch.long)}]
         get_repl_model(make_stock(), RepLConfig(operator="scale", num_layers_to_replace=2, placement="span"), one)
+
+
+def test_tokens_are_counted_not_numbers():
+    """Of images the patches and the class token, of embeddings the positions."""
+    images, vit = [{"pixel_values": torch.zeros(1, 3, 16, 16)}], make_vit()  # 768 numbers, 17 tokens
+    embedded = [{"inputs_embeds": torch.zeros(2, 10, 32)}]  # 640 numbers, 20 tokens
+    config = RepLConfig(operator="down_proj", spans=[[1, 3]])
+    for model, data, count in ((vit, images, 17), (make_stock(), embedded, 20)):
+        with pytest.raises(ValueError, match=f"has {count} tokens"):
+            check_enough_tokens(config, model, data)
+    check_enough_tokens(config, vit, 2 * images)
 
 
 def test_a_gguf_of_a_folded_model_loads_again(tmp_path):
