@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lopt_hf.repl.calibration import block_influence
-from lopt_hf.repl.placement import check_layers, every_kth, least_influence
+from lopt_hf.repl.placement import check_layers, every_kth, least_influence, least_influence_spans
 from tests.repl.helpers import batches, make_stock
 
 
@@ -60,3 +60,10 @@ def test_padding_has_no_influence():
     mask[:, 5:] = 0
     padded = block_influence(model, [{"input_ids": ids, "attention_mask": mask}])
     assert padded == pytest.approx(block_influence(model, [{"input_ids": ids[:, :5]}]), rel=1e-4)
+
+
+def test_how_many_layers_of_two_types_fit_is_up_to_the_data():
+    kinds = ["full", "full", "sliding", "full", "full"]  # the middle one taken first leaves out both beside it
+    assert least_influence_spans([0, 1, 2, 1, 0], 2, kinds) == [(1, 2), (3, 4)]
+    with pytest.raises(ValueError, match="from 1 to 1. How many fit depends on the order of their influence"):
+        least_influence_spans([0, 2, 1, 2, 0], 2, kinds)
