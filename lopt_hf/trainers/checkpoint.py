@@ -27,6 +27,7 @@ __all__ = [
     "ResumeState",
     "StagedCheckpoint",
     "check_files",
+    "complete_states",
     "fsdp_files",
     "fsdp_weights",
     "load_heads",
@@ -37,6 +38,8 @@ __all__ = [
 
 HEADS_FILE = "local_heads.safetensors"
 STATE_FILE = "local_learning.json"
+# Optimizers that make the state of a parameter, at its first step, of zeros: also the number of its steps
+_STARTS_AT_ZERO = (torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop)
 STAGING_FOLDER = "incomplete-checkpoint"  # `get_last_checkpoint` does not match it
 
 
@@ -207,6 +210,37 @@ def fsdp_weights(plugin: FullyShardedDataParallelPlugin, checkpoint: str) -> set
         return set(torch.load(Path(checkpoint) / f"{FSDP_MODEL_NAME}.bin", "cpu", weights_only=True, mmap=True))
     metadata = FileSystemReader(Path(checkpoint) / f"{FSDP_MODEL_NAME}_0").read_metadata()
     return {name.removeprefix("model.") for name in metadata.state_dict_metadata}
+
+
+@contextlib.contextmanager
+def complete_states(optimizer: torch.optim.Optimizer) -> Iterator[int]:
+    """Gives, in this block, the parameters that have not been stepped yet the state that their first step begins with.
+
+    torch loads the state of a sharded optimizer only if it has that of every trained parameter, and blocks that wait
+    for the task's gradient have none at first.
+
+    Args:
+        optimizer: What is to be saved.
+
+    Yields:
+        How many trained parameters still have none, since it is not known what the optimizer begins with.
+    """
+    stepped = [state for state in optimizer.state.values() if state]
+    waiting = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    waiting = [parameter for parameter in waiting if not optimizer.state.get(parameter)] if stepped else []
+    if type(optimizer) not in _STARTS_AT_ZERO:
+        yield len(waiting)
+        return
+    for parameter in waiting:
+        optimizer.state[parameter] = {
+            name: torch.zeros_like(parameter, dtype=value.dtype) if value.dim() > 0 else torch.zeros_like(value)
+            for name, value in stepped[0].items()
+        }
+    try:
+        yield 0
+    finally:
+        for parameter in waiting:
+            del optimizer.state[parameter]
 
 
 class StagedCheckpoint:

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import TrainingArguments
 
+from lopt_hf.common.upstream.fsdp import forward_goes_on
 from lopt_hf.local.heads import LocalHeads
 
 __all__ = ["asked_engine", "engine_of", "fallback_warning", "root_kept_whole", "shard_heads_apart"]
@@ -100,11 +101,13 @@ def shard_heads_apart(accelerator: Accelerator, model: nn.Module, heads: LocalHe
 def root_kept_whole(model: nn.Module) -> Iterator[None]:
     """Makes a context for a backward within the forward of a model that FSDP2 shards.
 
-    The end of a backward shards the root's own parameters again, which the rest of the root's forward still needs.
+    The end of a backward shards the root's own parameters again, which the rest of the root's forward still needs, and
+    takes that forward for ended.
     """
     assert isinstance(model, FSDPModule)
     model.set_reshard_after_backward(False, recurse=False)
     try:
-        yield
+        with forward_goes_on(model):
+            yield
     finally:
         model.set_reshard_after_backward(True, recurse=False)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS_NAME
 from torch import nn
@@ -38,6 +39,7 @@ from lopt_hf.trainers.checkpoint import (
     ResumeState,
     StagedCheckpoint,
     check_files,
+    complete_states,
     fsdp_files,
     fsdp_weights,
     load_heads,
@@ -592,10 +594,20 @@ class LocalLearningMixin(TrainerBase):
         return heads.hidden(model) if is_apart else contextlib.nullcontext()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        # Of the state dict alone: the optimizer's state is saved by the names that the model gives the heads.
-        heads, model = self.learner.heads, self.learner.base_model
-        with heads.left_out(model) if self._is_fsdp2 else contextlib.nullcontext():
+        if not self._is_fsdp2:
             super()._save_optimizer_and_scheduler(output_dir)
+            return
+        heads, wrapped = self.learner.heads, self.optimizer
+        optimizer = wrapped.optimizer if isinstance(wrapped, AcceleratedOptimizer) else wrapped
+        # Of the state dict alone: the optimizer's state is saved by the names that the model gives the heads.
+        with heads.left_out(self.learner.base_model), complete_states(optimizer) as missing:
+            super()._save_optimizer_and_scheduler(output_dir)
+        if missing:
+            self._say(
+                f"The checkpoint of step {self.state.global_step} cannot be resumed from: {missing} weights have not "
+                f"been stepped yet, and torch loads the state of {type(optimizer).__name__} under FSDP2 only if it "
+                "has that of all. Resume from a later one, or set optim to adamw_torch, whose state is completed."
+            )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # The parent starts these at zero when it resumes between two logs.

@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
@@ -84,6 +85,9 @@ RESUMED: dict[str, dict[str, Any]] = {
     "sharded, heads within": SHARDED,
     "readout": {**FULL, "local_objective": "readout"},
     "reach": {**REACH, **SHARDED},
+    # At its checkpoint, only the last block has stepped.
+    "reach, run, full": {**REACH, **FULL, "task_reach": [1, 4], "reach_unit": "run"},
+    "reach, run, sharded": {**REACH, **SHARDED, "task_reach": [1, 4], "reach_unit": "run"},
 }
 # Of those the ones whose checkpoints have the heads among the model's weights, and no states of random numbers.
 HEADS_WITHIN = ("full, heads within", "sharded, heads within")
@@ -92,6 +96,8 @@ BEST: dict[str, Any] = {
     **{"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1},
     **{"load_best_model_at_end": True, "learning_rate": 10.0},
 }
+# The classes of the modules that have been the root of a forward in the run under way.
+ROOTS: set[str] = set()
 # How many blocks an eager run's activations are measured with; a joint one with two.
 MEASURED = (2, 4, 8)
 
@@ -132,6 +138,20 @@ def whole_weights(trainer: Any) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone().contiguous() for name, parameter in whole.items()}
 
 
+def note_roots() -> None:
+    """Notes in `ROOTS`, from now on, of which class a unit is that takes itself for the root of a forward."""
+
+    def root_pre_forward(state: FSDPState, module: torch.nn.Module, *args: Any) -> Any:
+        is_in_forward = state._state_ctx.iter_forward_root is not None
+        result = stock(state, module, *args)
+        if not is_in_forward:
+            ROOTS.add(type(module).__name__)
+        return result
+
+    stock = FSDPState._root_pre_forward
+    FSDPState._root_pre_forward = root_pre_forward
+
+
 def keep(folder: Path, trainer: Any) -> None:
     """Writes what a run ended with, and tells what it was."""
     assert isinstance(trainer.model, FSDPModule)
@@ -141,7 +161,9 @@ def keep(folder: Path, trainer: Any) -> None:
     if trainer.accelerator.is_main_process:
         save_file(weights, folder / "weights.safetensors")
         facts = {"log": trainer.state.log_history, "mode": trainer.boundary.mode, "engine": trainer.learner.run.engine}
+        facts["roots"] = sorted(ROOTS)
         (folder / "facts.json").write_text(json.dumps(facts))
+    ROOTS.clear()
     trainer.accelerator.wait_for_everyone()
 
 
@@ -198,6 +220,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     gc.freeze()  # as in tests/conftest.py
     use_real_engines()
+    note_roots()
     for name, settings in (EQUAL_TO_ONE | BF16 | {"best": BEST}).items():
         (folder / name).mkdir(exist_ok=True)
         keep(folder / name, run(folder / name, **settings))
