@@ -399,14 +399,15 @@ class LocalLearner:
 
         With `local_step` and `clip_scope="part"` a group steps as soon as its gradients are complete, if others of its
         block's are still to be made: the LM head before the gradients of its block's layers are made, an early
-        block's layers before those of the embeddings.
+        block's layers before those of the embeddings. Where gradients are averaged over processes they step together.
 
         Args:
             synchronises: As in `forward`.
         """
         waiting: list[GradientsComplete] = []
-        # Where gradients are averaged they are complete after that, which is after the backward.
-        if self.settings.local_step and synchronises and self._reducer is None:
+        # Where gradients are averaged they are complete after that, which is after the backward; and while FSDP2
+        # averages those of a unit, a norm that the host waits for would hold back the next unit.
+        if self.settings.local_step and synchronises and self._reducer is None and self.run.engine is None:
             waiting = [
                 GradientsComplete(group.parameters, partial(self._step_group, group))
                 for group, next_group in pairwise(self.groups())

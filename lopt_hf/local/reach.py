@@ -163,7 +163,8 @@ class ReachArguments(LocalArguments):
         if run.engine not in (None, "FSDP2"):
             raise ValueError(
                 f"task_reach={self.task_reach} does not work under {run.engine}, whose sharded blocks cannot run "
-                "outside of the model's forward, or miss a step; set it to 1, or use FSDP2, DDP or one process."
+                "outside of the model's forward, or miss a step; set it to 1, or use FSDP2 with "
+                "TRANSFORMER_BASED_WRAP, DDP or one process."
             )
         if self.reach_recompute and run.wants_one_backward is not None:
             raise ValueError(

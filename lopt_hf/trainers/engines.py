@@ -11,7 +11,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
 from transformers import TrainingArguments
 
 from lopt_hf.common.upstream.fsdp import forward_goes_on
@@ -52,8 +52,15 @@ def engine_of(accelerator: Accelerator) -> str | None:
     policy = plugin.auto_wrap_policy
     if plugin.fsdp_version == 2 and getattr(policy, "func", policy) is not transformer_auto_wrap_policy:
         # Layers must be units of their own, and the heads: what is left to the root is whole for a part of a step.
-        return "FSDP2 with NO_WRAP" if policy is None else "FSDP2 with SIZE_BASED_WRAP"
+        return f"FSDP2 with {_named(getattr(policy, 'func', policy))}"
     return f"FSDP{plugin.fsdp_version}"
+
+
+def _named(policy: Any) -> str:
+    """What an FSDP plugin calls a wrap policy that is not by the layers' class."""
+    if policy is None:
+        return "NO_WRAP"
+    return "SIZE_BASED_WRAP" if policy is size_based_auto_wrap_policy else "an auto_wrap_policy of your own"
 
 
 def fallback_warning(accelerator: Accelerator, asked: str | None) -> str | None:
@@ -88,7 +95,7 @@ def shard_heads_apart(accelerator: Accelerator, model: nn.Module, heads: LocalHe
     if own & others:
         raise ValueError(
             f"local_objective: its head is a {min(own & others)}, as other modules of the model are, and FSDP2 shards "
-            "by class; give the head a class of its own, or set local_backward to 'joint'."
+            "by class; give the head a class of its own, or set local_backward to 'joint' and task_reach to 1."
         )
     names = plugin.transformer_cls_names_to_wrap
     if names is None:

@@ -46,8 +46,11 @@ EQUAL_TO_ONE: dict[str, dict[str, Any]] = {
         **{"family": "gpt2", "local_step": True, "local_objective": "readout"},
         **{"optim": "sgd", "learning_rate": 0.1},
     },
-    # So that the heads' gradients are to be clipped
-    "local step, part": {"num_blocks": 4, "local_step": True, "clip_scope": "part", "reconstruction_weight": 1000.0},
+    # So that the heads' gradients are to be clipped; an evaluation leaves the layers whole.
+    "local step, part": {
+        **{"num_blocks": 4, "local_step": True, "clip_scope": "part", "reconstruction_weight": 1000.0},
+        **{"environment": RESHARDED_LATE, "eval_strategy": "steps", "eval_steps": 1},
+    },
     "interval": {"local_update_interval": 2, "num_blocks": 3},
     "readout": {"local_objective": "readout"},
     "readout, frozen": {"local_objective": "readout", "lora": True},

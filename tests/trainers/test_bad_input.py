@@ -51,8 +51,11 @@ COMMANDS = {"sft": sft, "dpo": dpo, "grpo": grpo}
             "local_step=True .* optim='lomo'.*choose another, or set local_step to",
         ),
         ({"local_step": True, "optim": "galore_adamw_layerwise"}, "local_step=True .* optim='galore_adamw_layerwise'"),
-        ({"local_step": True, **FSDP1}, "local_step=True .* FSDP1.*use FSDP2"),
-        ({"task_reach": 2, **FSDP1}, "task_reach=.2. does not work under FSDP1.*use FSDP2"),
+        ({"local_step": True, **FSDP1}, "local_step=True .* FSDP1.*use FSDP2 with TRANSFORMER_BASED_WRAP, DDP or"),
+        (
+            {"task_reach": 2, **FSDP1},
+            "task_reach=.2. does not work under FSDP1.*FSDP2 with TRANSFORMER_BASED_WRAP",
+        ),
         ({"log_drift": True, "fsdp": True}, "log_drift=True does not work under FSDP2"),
         ({"local_step": True, "train_early_blocks": False}, "local_step=True .* train_early_blocks=False.*to True"),
         ({"local_step": True, "enable_jit_checkpoint": True}, "local_step=True .* enable_jit_checkpoint=True"),

@@ -1,14 +1,17 @@
 """What shards is what accelerate says, and a machine without an accelerator shards nothing."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import DistributedType
 from torch import nn
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
 
 from lopt_hf.local.heads import LocalHeads
 from lopt_hf.trainers.checks import check_fsdp
-from lopt_hf.trainers.engines import asked_engine, shard_heads_apart
+from lopt_hf.trainers.engines import asked_engine, engine_of, shard_heads_apart
 from tests.tiny import make_model
 from tests.trainers.helpers import make_trainer
 
@@ -55,9 +58,25 @@ def plugin(**values):
     return SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(**values)))
 
 
+@pytest.mark.parametrize(
+    ("policy", "engine"),
+    [
+        (partial(transformer_auto_wrap_policy, transformer_layer_cls=set()), "FSDP2"),
+        (partial(size_based_auto_wrap_policy, min_num_params=1), "FSDP2 with SIZE_BASED_WRAP"),
+        (None, "FSDP2 with NO_WRAP"),
+        (lambda module, recurse, nonwrapped_numel: True, "FSDP2 with an auto_wrap_policy of your own"),
+    ],
+)
+def test_what_the_wrap_policy_makes_of_fsdp2(policy, engine):
+    accelerator = plugin(auto_wrap_policy=policy)
+    accelerator.distributed_type = DistributedType.FSDP
+    assert engine_of(accelerator) == engine
+
+
 def test_a_head_of_a_common_class_is_no_unit():
     accelerator = plugin(transformer_cls_names_to_wrap=None)
-    with pytest.raises(ValueError, match="its head is a Linear.*a class of its own, or set local_backward to 'joint'"):
+    message = "its head is a Linear.*a class of its own, or set local_backward to 'joint' and task_reach to 1"
+    with pytest.raises(ValueError, match=message):
         shard_heads_apart(accelerator, make_model(), LocalHeads({0: nn.Linear(2, 2)}))
 
 

@@ -239,7 +239,8 @@ class LoPTArguments(ReachArguments):
             (self.local_backward == "joint", "local_backward='joint', one backward for all; set it to 'eager'"),
             (
                 run.engine not in (None, "FSDP2"),
-                f"{run.engine}, which must see one backward per step; use FSDP2, DDP or one process",
+                f"{run.engine}, which must see one backward per step; use FSDP2 with TRANSFORMER_BASED_WRAP, DDP or "
+                "one process",
             ),
             (joint, f"{optim}, which must see one backward per step; choose another"),
             (run.optim.endswith("layerwise"), f"{optim}, which steps in the backward; choose another"),
