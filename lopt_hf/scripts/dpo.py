@@ -1,7 +1,7 @@
 """Direct preference optimisation with LoPT.
 
 ```bash
-lopt-hf dpo --config smollm2-135m/dpo/lopt_k2
+lopt-hf dpo --config smollm2-135m/dpo/reach_k2
 lopt-hf dpo --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name trl-lib/ultrafeedback_binarized \\
     --output_dir out
 lopt-hf dpo --accelerate_config ddp_2 --config ...

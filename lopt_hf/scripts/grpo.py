@@ -1,7 +1,7 @@
 """Group relative policy optimisation with LoPT.
 
 ```bash
-lopt-hf grpo --config smollm2-135m/grpo/lopt_k2
+lopt-hf grpo --config smollm2-135m/grpo/reach_k2
 lopt-hf grpo --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name openai/gsm8k --dataset_config main \
     --reward_funcs gsm8k_reward --output_dir out
 lopt-hf grpo --accelerate_config ddp_2 --config ...

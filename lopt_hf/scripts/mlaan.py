@@ -19,12 +19,12 @@ __all__ = ["main", "make_parser"]
 
 def make_parser() -> TrlParser:
     """Makes the parser of this command: that of `lopt-hf sft --method mlaan`."""
-    return sft.make_parser("mlaan", "mlaan")
+    return sft.make_parser("mlaan", "mlaan", __doc__)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains, saves and, if asked to, pushes a model."""
-    sft.main(["--method", "mlaan", *(sys.argv[1:] if argv is None else argv)], command="mlaan")
+    sft.main(["--method", "mlaan", *(sys.argv[1:] if argv is None else argv)], command="mlaan", description=__doc__)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """List the recipes that come with the package, print one, or copy them to change them.
 
 examples:
-  lopt-hf recipes                                                  # all, with a line each
-  lopt-hf recipes smollm2-135m/sft/lopt_k2                         # prints it
-  lopt-hf recipes smollm2-135m/sft/lopt_k2 --copy my-recipes       # nothing is overwritten
-  lopt-hf sft --config smollm2-135m/sft/lopt_k2                    # runs it; what follows wins over its settings
+  lopt-hf recipes                                                   # all, with a line each
+  lopt-hf recipes smollm2-135m/sft/reach_k2                         # prints it
+  lopt-hf recipes smollm2-135m/sft/reach_k2 --copy my-recipes       # nothing is overwritten
+  lopt-hf sft --config smollm2-135m/sft/reach_k2                    # runs it; what follows wins over its settings
 """
 
 import argparse

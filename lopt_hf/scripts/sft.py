@@ -1,7 +1,7 @@
 """Supervised fine-tuning with local learning.
 
 ```bash
-lopt-hf sft --config smollm2-135m/sft/lopt_k2
+lopt-hf sft --config smollm2-135m/sft/reach_k2
 lopt-hf sft --method mlaan --config smollm2-135m/mlaan/k4
 lopt-hf sft --method mlaan --help                                              # the options of that method
 lopt-hf sft --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name tatsu-lab/alpaca --output_dir out
@@ -52,15 +52,16 @@ class SFTScriptArguments(MethodArguments, SFTDataArguments):
     """Which data to train on, and by which method."""
 
 
-def make_parser(method: str = "lopt", command: str = "sft") -> TrlParser:
+def make_parser(method: str = "lopt", command: str = "sft", description: str = __doc__) -> TrlParser:
     """Makes the parser of this command: script, training and model arguments, and `--config file.yaml`.
 
     Args:
         method: The method whose training arguments it takes.
         command: The name after `lopt-hf`.
+        description: What `--help` says above the options.
     """
     config_class = MLAANConfig if method == "mlaan" else LoPTConfig
-    return make_trl_parser(command, __doc__, SFTScriptArguments, config_class, ModelConfig)
+    return make_trl_parser(command, description, SFTScriptArguments, config_class, ModelConfig)
 
 
 def load_split(script_args: DataArguments, split: str, seed: int) -> Any:
@@ -83,14 +84,15 @@ def make_trainer(
     return trainer
 
 
-def main(argv: Sequence[str] | None = None, command: str = "sft") -> None:
+def main(argv: Sequence[str] | None = None, command: str = "sft", description: str = __doc__) -> None:
     """Trains, saves and, if asked to, pushes a model.
 
     Args:
         argv: Arguments without the program's name; default: those of the process.
         command: The name after `lopt-hf`.
+        description: What `--help` says above the options.
     """
-    run_training(make_parser(chosen_method(argv), command), argv, make_trainer)
+    run_training(make_parser(chosen_method(argv), command, description), argv, make_trainer)
 
 
 if __name__ == "__main__":
