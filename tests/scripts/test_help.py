@@ -54,7 +54,7 @@ def test_every_common_option_is_one(capsys):
 @pytest.mark.parametrize("command", [*LONG, "curves"])
 def test_a_terminal_shows_no_code_fences(command, capsys):
     text = shown(command, "--help", capsys)
-    assert "```" not in text and f"\n  lopt-hf {'sft' if command == 'mlaan' else command} " in text
+    assert "```" not in text and f"\n  lopt-hf {command} " in text
     assert "```" in curves.__doc__  # what the documentation is made of has them
 
 
