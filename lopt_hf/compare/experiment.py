@@ -7,7 +7,8 @@ from typing import Any
 
 from lopt_hf.compare.contrasts import Margin, MethodPoint, matched_contrasts, rate_contrasts
 from lopt_hf.compare.grid import Grid, GridRun
-from lopt_hf.compare.grid_training import arithmetic_argument, heldout_rows, model_folder, training_arithmetic
+from lopt_hf.compare.grid_data import heldout_rows, model_folder
+from lopt_hf.compare.grid_training import arithmetic_argument, training_arithmetic
 from lopt_hf.retention.benchmark import Candidate, RetentionBenchmark, flips
 from lopt_hf.retention.comparisons import adjusted
 from lopt_hf.retention.evaluation import EvaluationSettings
@@ -99,12 +100,20 @@ class GridEvaluation:
 
     def _settings(self) -> dict[str, Any]:
         grid = self.grid
-        counts = {run.method: run.num_train for run in grid.runs()}
+        runs = grid.runs()
+        counts = {run.method: run.num_train for run in runs if run.source is None}
         rows = f"{grid.num_train} rows for each run"
         rows += "".join(f", {count} of {method}" for method, count in counts.items() if count != grid.num_train)
+        replayed = {run.method: run.num_replayed for run in runs if run.replay_share}
+        text = grid.replay_dataset or "prose that every Python carries"
+        general = {
+            "replay_dataset": f"{text}: "
+            + ", ".join(f"{count} rows more of {name}" for name, count in replayed.items())
+        }
         return {
             "train_dataset": f"{grid.train_dataset}, split {grid.train_split}: {rows}",
             "heldout_dataset": f"{grid.heldout_dataset}, split {grid.heldout_split}: {grid.num_heldout} rows",
+            **(general if replayed else {}),
             "seeds": list(grid.seeds),
             "training": {**grid.training, **arithmetic_argument(grid, grid.training)},
         }

@@ -1,7 +1,6 @@
 """The settings of `lopt-hf compare`: a grid of methods, learning rates and seeds over one task, read from a YAML."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -9,56 +8,15 @@ from typing import Any
 
 from lopt_hf.common.arithmetic import DTYPE_HELP, read_dtype
 from lopt_hf.common.compared_methods import PEERS
-from lopt_hf.common.settings import check_at_least, check_choice, check_distinct, check_lowest, option, suggest
+from lopt_hf.common.settings import check_distinct, check_lowest, option, suggest
 from lopt_hf.common.typed import check_types, check_value
 from lopt_hf.common.yaml_files import load_settings
+from lopt_hf.compare.runs import EARLY_RATE_RATIO, GridRun, check_methods, check_option_types, make_run, rates_of
 from lopt_hf.data.mirror import given_data_dir
 from lopt_hf.retention.clusters import AUTO, CLUSTER_HELP
 from lopt_hf.retention.deltas import MARGIN_HELP
 
 __all__ = ["Grid", "GridRun", "load_grid"]
-
-# An option of a method that stands for another one: the early blocks' rate, as a share of the run's learning rate
-EARLY_RATE_RATIO = "early_learning_rate_ratio"
-
-METHODS = ("lopt", "mlaan", "e2e", *PEERS)
-
-
-@dataclass(frozen=True)
-class GridRun:
-    """One fine-tuning run of the grid.
-
-    Parameters:
-        method: Label of the method.
-        learning_rate: Peak learning rate.
-        seed: Seed of the drawn training rows, of their order and of new weights.
-        num_train: How many rows are drawn.
-        arguments: Arguments of `lopt-hf sft`, without data and output folder; `method: mlaan` is `lopt-hf mlaan`,
-            and a method of `PEERS` is one of `lopt-hf peers`.
-    """
-
-    method: str
-    learning_rate: float
-    seed: int
-    num_train: int
-    arguments: Mapping[str, Any]
-
-    @property
-    def command(self) -> str:
-        """The command that trains it: `sft`, `peers`, or `mlaan`, which has no argument `method`."""
-        method = self.arguments.get("method")
-        return "mlaan" if method == "mlaan" else "peers" if method in PEERS else "sft"
-
-    @property
-    def command_arguments(self) -> dict[str, Any]:
-        """The arguments of that command."""
-        return {name: value for name, value in self.arguments.items() if (self.command, name) != ("mlaan", "method")}
-
-    @property
-    def name(self) -> str:
-        """Unique name, good for a folder."""
-        label = re.sub(r"[^a-z0-9]+", "-", self.method.lower()).strip("-")
-        return f"{label}_lr{self.learning_rate:g}_seed{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -77,9 +35,12 @@ class Grid:
     methods: Mapping[str, Mapping[str, Any]] = field(
         metadata={
             "help": "Label -> arguments of lopt-hf sft, with method: mlaan of lopt-hf mlaan, with "
-            f"{', '.join(PEERS)} of lopt-hf peers. "
-            "Also learning_rates and num_train, in place of the grid's, and "
-            f"{EARLY_RATE_RATIO}: the early blocks' rate as a share of the run's."
+            f"{', '.join((*PEERS, 'osf'))} of lopt-hf peers. "
+            "Also learning_rates and num_train, in place of the grid's; "
+            f"{EARLY_RATE_RATIO}: the early blocks' rate as a share of the run's; "
+            "replay_share: the share of the training rows that are of replay_dataset, added to num_train. "
+            "Or average_of and alpha in place of all these: (1 - alpha) x the base's weights + alpha x those of the "
+            "method named, without training (WiSE-FT)."
         }
     )
     learning_rates: Sequence[float] = field(metadata={"help": "Peak rates; each method runs with each."})
@@ -93,6 +54,13 @@ class Grid:
     dataset_config: str | None = option(None, "Configuration of both data sets, for hub ids that have several.")
     train_split: str = option("train", "Split of train_dataset. A file has train only.")
     heldout_split: str = option("train", "Split of heldout_dataset; test of most hub ids.")
+    replay_dataset: str | None = option(
+        None,
+        "General text of the methods with a replay_share: data in any layout of lopt-hf sft, a .txt file, or "
+        "id:configuration:split of a hub's text, whose passages are to be continued. Default: prose that every Python "
+        "carries.",
+    )
+    replay_split: str = option("train", "Split of replay_dataset.")
     samples: Mapping[str, int | Sequence[int]] = option(
         {}, "Task -> how many of its first samples, or which. Default: all."
     )
@@ -126,9 +94,8 @@ class Grid:
             value = getattr(self, name)
             if not value:
                 raise ValueError(f"{name}={value!r} is empty; name at least one.")
-        for label, arguments in self.methods.items():
-            check_choice(f"methods.{label}.method", arguments.get("method", "lopt"), METHODS)
         self._check_rates()
+        check_methods(self.methods, self.learning_rates)
         check_distinct("seeds", self.seeds)
         if not 0 < self.margin < math.inf:
             raise ValueError(f"margin={self.margin} is no change; give one above 0, such as 1 for one point.")
@@ -180,20 +147,11 @@ class Grid:
     def runs(self) -> list[GridRun]:
         """All runs, one whole pass over methods and rates for each seed."""
         return [
-            self._run(method, learning_rate, seed)
+            make_run(method, options, self.training, learning_rate, seed, self.num_train)
             for seed in self.seeds
             for method, options in self.methods.items()
-            for learning_rate in options.get("learning_rates", self.learning_rates)
+            for learning_rate in rates_of(method, self.methods, self.learning_rates)
         ]
-
-    def _run(self, method: str, learning_rate: float, seed: int) -> GridRun:
-        arguments = {**self.training, **self.methods[method], "learning_rate": learning_rate, "seed": seed}
-        arguments.pop("learning_rates", None)
-        num_train = arguments.pop("num_train", self.num_train)
-        ratio = arguments.pop(EARLY_RATE_RATIO, None)
-        if ratio is not None:
-            arguments["early_learning_rate"] = float(f"{ratio * learning_rate:.6g}")
-        return GridRun(method, learning_rate, seed, num_train, arguments)
 
 
 def load_grid(path: Path, data_dir: Path | None = None, **overrides: Any) -> Grid:
@@ -224,7 +182,9 @@ def load_grid(path: Path, data_dir: Path | None = None, **overrides: Any) -> Gri
         raise ValueError(f"config={path}: {', '.join(missing)} missing; {known[missing[0]].metadata['help']}")
     try:
         check_types(settings, Grid)
-        _check_option_types(settings)
+        if "max_length" in settings["training"]:
+            check_value("training.max_length", settings["training"]["max_length"], int)
+        check_option_types(settings["methods"])
         return Grid(**settings)
     except ValueError as error:
         raise ValueError(f"config={path}: {error}") from error
@@ -240,16 +200,6 @@ def _mirrored(path: Path, mirror: Any, data_dir: Path | None) -> dict[str, Any]:
     folder = given_data_dir(data_dir)
     if folder is None:
         return {}
-    paths = ("train_dataset", "heldout_dataset", "include_path")
-    return {name: str(folder / value) if name in paths else value for name, value in mirror.items()}
-
-
-def _check_option_types(settings: Mapping[str, Any]) -> None:
-    """Checks the options that the grid itself reads; all others are the commands'."""
-    if "max_length" in settings["training"]:
-        check_value("training.max_length", settings["training"]["max_length"], int)
-    for method, options in settings["methods"].items():
-        types = {"learning_rates": Sequence[float], "num_train": int, EARLY_RATE_RATIO: float}
-        for name in types.keys() & options.keys():
-            check_value(f"methods.{method}.{name}", options[name], types[name])
-        check_at_least(f"methods.{method}.num_train", options.get("num_train", 1), 1)
+    paths = ("train_dataset", "heldout_dataset", "replay_dataset", "include_path")
+    is_path = {name: name in paths and value is not None for name, value in mirror.items()}
+    return {name: str(folder / value) if is_path[name] else value for name, value in mirror.items()}

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from peft import OSFConfig
 from trl import SFTConfig
 
 from lopt_hf.common.arithmetic import pick_bf16
@@ -15,6 +16,8 @@ from lopt_hf.peers.segments import CheckpointSegments
 from lopt_hf.peers.step_in_backward import StepInBackward
 
 __all__ = ["PeerArguments", "PeerConfig"]
+
+OSF_EFFECTIVE_RANK = 0.5  # PEFT's default
 
 _LOWEST = {"num_blocks": 2, "lisa_layers": 1, "lisa_period": 1, "badam_period": 1}
 
@@ -29,6 +32,7 @@ class PeerArguments:
         lisa_layers: Layers that LISA trains at a time, besides embeddings, last norm and LM head.
         lisa_period: Optimizer steps after which LISA draws other layers.
         badam_period: Optimizer steps that BAdam trains a layer for.
+        osf_effective_rank: Share of each matrix's singular directions, the largest, that OSF leaves as they are.
     """
 
     num_blocks: int = option(2, "Blocks of freeze_last, which trains the first, or segments of e2e_segments.")
@@ -36,6 +40,10 @@ class PeerArguments:
     lisa_layers: int = option(LISA_LAYERS, "Layers that LISA trains at a time (paper, Tab. 1: 2 of E+H+2L).")
     lisa_period: int = option(LISA_PERIOD, "Optimizer steps from one draw of LISA's layers to the next (code: 20).")
     badam_period: int = option(BADAM_PERIOD, "Optimizer steps that BAdam trains a layer for (its README: 100).")
+    osf_effective_rank: float = option(
+        OSF_EFFECTIVE_RANK,
+        "Share of each matrix's singular directions, the largest, that OSF leaves as they are (PEFT: half).",
+    )
 
     def check_peers(self) -> None:
         """Checks the values alone.
@@ -44,6 +52,20 @@ class PeerArguments:
             ValueError: If one is out of range; the message names field, value and fix.
         """
         check_lowest(self, _LOWEST)
+        if not 0 < self.osf_effective_rank < 1:
+            raise ValueError(
+                f"osf_effective_rank={self.osf_effective_rank} is no share of the directions; give one between 0 and "
+                "1, such as 0.5."
+            )
+
+    def make_osf_config(self) -> OSFConfig:
+        """Makes PEFT's configuration of orthogonal subspace fine-tuning (https://huggingface.co/papers/2504.07097).
+
+        All linear layers of the decoder are trained, each orthogonally to its largest singular directions.
+        """
+        return OSFConfig(
+            task_type="CAUSAL_LM", target_modules="all-linear", effective_rank=float(self.osf_effective_rank)
+        )
 
     def make_peer(self, method: str) -> Peer:
         """Makes the callback of a method.

@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from itertools import zip_longest
 
 import torch
-from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lopt_hf.local.blocks import find_decoder_stack
 from lopt_hf.meters.drift import relative_drift
 from lopt_hf.retention.references import ModelReference
+from lopt_hf.retention.weights import load_pair
 
 __all__ = ["drift_by_layer", "layer_drift"]
 
@@ -18,8 +18,7 @@ __all__ = ["drift_by_layer", "layer_drift"]
 def layer_drift(baseline: ModelReference, model: ModelReference) -> dict[str, float]:
     """Relative weight drift `||W - W0|| / ||W0||` of each layer, from two models on disk or on the hub.
 
-    Both are loaded to host memory in the type that the model was saved in, an adapter's base for an adapter: the
-    rounding of an fp32 baseline is no drift of a bf16 model.
+    Both are loaded as by `load_pair`, in the type that the model was saved in.
 
     Returns:
         `embeddings`, `0` to `N-1`, and `rest` (final norm, LM head, learned positions).
@@ -27,9 +26,7 @@ def layer_drift(baseline: ModelReference, model: ModelReference) -> dict[str, fl
     Raises:
         ValueError: If the models differ in more than their weights.
     """
-    after = _load(model, "auto")
-    before = _load(baseline, after.dtype)
-    return drift_by_layer(_merged(before, baseline), _merged(after, model))
+    return drift_by_layer(*load_pair(baseline, model))
 
 
 def drift_by_layer(before: PreTrainedModel, after: PreTrainedModel) -> dict[str, float]:
@@ -47,19 +44,6 @@ def drift_by_layer(before: PreTrainedModel, after: PreTrainedModel) -> dict[str,
             )
         drift[name] = relative_drift(zip(old, new, strict=True))
     return drift
-
-
-def _load(reference: ModelReference, dtype: torch.dtype | str) -> PreTrainedModel:
-    """The model, or an adapter's base."""
-    return AutoModelForCausalLM.from_pretrained(reference.base, revision=reference.revision, dtype=dtype)
-
-
-def _merged(model: PreTrainedModel, reference: ModelReference) -> PreTrainedModel:
-    """Puts an adapter's part into its base, in fp32, which does not round it away."""
-    if reference.adapter is None:
-        return model
-    adapted = PeftModel.from_pretrained(model.float(), reference.adapter, revision=reference.adapter_revision)
-    return adapted.merge_and_unload()
 
 
 def _parts(model: PreTrainedModel) -> Iterator[tuple[str, list[torch.Tensor]]]:

@@ -18,7 +18,8 @@ from pathlib import Path
 from lopt_hf.common.packaged import find_config
 from lopt_hf.compare.experiment import GridEvaluation
 from lopt_hf.compare.grid import Grid, load_grid
-from lopt_hf.compare.grid_training import GridTrainingError, prepare_data, train_grid
+from lopt_hf.compare.grid_data import prepare_data
+from lopt_hf.compare.grid_training import GridTrainingError, train_grid
 from lopt_hf.data.mirror import DATA_DIR_HELP
 from lopt_hf.scripts.retention import exit_on_error, write_results
 from lopt_hf.scripts.settings import OneLineParser

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning by what a user could take instead of local learning: LISA, BAdam, and end-to-end for less.
+"""Supervised fine-tuning by what a user could take instead of local learning: LISA, BAdam, OSF, end-to-end for less.
 
 ```bash
 lopt-hf peers --method lisa --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name tatsu-lab/alpaca \\
@@ -27,24 +27,28 @@ from lopt_hf.scripts.training import prepare, run_training
 __all__ = ["PeerScriptArguments", "main", "make_parser"]
 
 
+METHODS = (*PEERS, "osf")
+
+
 @dataclass
 class PeerScriptArguments(SFTDataArguments):
     """Which data to train on, and by which method.
 
     Parameters:
-        method: `"lisa"`, `"badam"`; `"freeze_last"`, the reverse of freezing the early blocks; `"e2e_segments"`,
-            checkpointing by segments of the decoder; `"e2e_step_in_backward"`, the optimizer's step in the backward.
+        method: `"lisa"`, `"badam"`; `"osf"`, PEFT's adapter that learns orthogonally to what each matrix mostly does;
+            `"freeze_last"`, the reverse of freezing the early blocks; `"e2e_segments"`, checkpointing by segments of
+            the decoder; `"e2e_step_in_backward"`, the optimizer's step in the backward.
     """
 
     method: str = option(
         "lisa",
-        "lisa, badam, freeze_last (trains the first of num_blocks blocks), e2e_segments (checkpoints "
-        "num_blocks segments), or e2e_step_in_backward.",
-        PEERS,
+        "lisa, badam, osf (an adapter), freeze_last (trains the first of num_blocks blocks), e2e_segments "
+        "(checkpoints num_blocks segments), or e2e_step_in_backward.",
+        METHODS,
     )
 
     def __post_init__(self) -> None:
-        check_choice("method", self.method, PEERS)  # a YAML's is not compared with the choices
+        check_choice("method", self.method, METHODS)  # a YAML's is not compared with the choices
 
 
 def make_parser() -> TrlParser:
@@ -53,12 +57,16 @@ def make_parser() -> TrlParser:
 
 
 def make_trainer(script_args: PeerScriptArguments, args: PeerConfig, model_args: ModelConfig) -> SFTTrainer:
-    """Builds TRL's trainer with the method's callback from parsed arguments.
+    """Builds TRL's trainer with the method's callback or adapter from parsed arguments.
 
     Raises:
         ValueError: If the run does not suit the method, or if the checkpoint to go on from was trained otherwise.
     """
     model, given = prepare(script_args, args, model_args, load_split)
+    if script_args.method == "osf":
+        if given["peft_config"] is not None:
+            raise ValueError("use_peft=True adds LoRA, and osf is an adapter itself; leave it out.")
+        return SFTTrainer(model, args, **(given | {"peft_config": args.make_osf_config()}))
     peer = args.make_peer(script_args.method)
     trainer = SFTTrainer(model, args, callbacks=[peer], **given)
     checkpoint = find_checkpoint(str(args.output_dir), args.resume_from_checkpoint)

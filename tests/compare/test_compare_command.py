@@ -12,71 +12,12 @@ import pytest
 import yaml
 from filelock import FileLock
 
-from lopt_hf.compare import grid_training
+from lopt_hf.compare import grid_data, grid_training
 from lopt_hf.retention import evaluation
-from lopt_hf.scripts import compare, sft
+from lopt_hf.scripts import compare
+from tests.compare.changes import change
 from tests.machine import set_machine
-from tests.retention.small_tasks import write_tasks
-from tests.tiny import make_model, make_tokenizer
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    """Two methods, two seeds, of a tiny model on sums; one rate."""
-    make_model().save_pretrained(tmp_path / "base")
-    make_tokenizer().save_pretrained(tmp_path / "base")
-    rows = [
-        {"question": f"What is {i} + {5 * i % 9}?", "answer": f"{i + 5 * i % 9}." + " ok" * (i % 20)}
-        for i in range(40)
-    ]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    settings = {
-        "model": str(tmp_path / "base"),
-        "train_dataset": str(tmp_path / "rows.jsonl"),
-        "heldout_dataset": str(tmp_path / "rows.jsonl"),
-        "methods": {"end-to-end": {"method": "e2e"}, "LoPT": {"num_blocks": 2}},
-        "learning_rates": [0.01],
-        "seeds": [0, 1],
-        "num_train": 8,
-        "num_heldout": 6,
-        "training": {
-            "max_length": 50,
-            "per_device_train_batch_size": 4,
-            "bf16": False,
-            "use_cpu": True,
-            "activation_checkpointing": False,
-            "save_strategy": "no",
-            "report_to": "none",
-            "dtype": "float32",
-        },
-        "tasks": ["tiny_sums", "tiny_text"],
-        "include_path": str(write_tasks(tmp_path / "tasks")),
-        "contrasts": [["LoPT", "end-to-end"]],
-        "output_dir": str(tmp_path / "out"),
-    }
-    path = tmp_path / "grid.yaml"
-    path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def trained_here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Runs `lopt-hf sft` in this process, which saves the start of a new one; returns what was trained."""
-    trained: list[str] = []
-
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess:
-        assert command[1:3] == ["-m", "lopt_hf.scripts.sft"]
-        trained.append(Path(command[-1]).parent.name)
-        try:
-            sft.main(command[3:])
-        except SystemExit as error:
-            print(error)
-            return subprocess.CompletedProcess(command, 1)
-        return subprocess.CompletedProcess(command, 0)
-
-    in_process = SimpleNamespace(run=run, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT)
-    monkeypatch.setattr(grid_training, "subprocess", in_process)
-    return trained
+from tests.tiny import make_tokenizer
 
 
 def test_trains_measures_and_reports(
@@ -120,7 +61,7 @@ def test_trains_measures_and_reports(
 
 
 def test_rows_that_do_not_fit_are_left_out(config: Path, tmp_path: Path, trained_here: list[str]) -> None:
-    grid_training.prepare_data(compare.load_grid(config))
+    grid_data.prepare_data(compare.load_grid(config))
     rows = [json.loads(line) for line in (tmp_path / "out" / "data" / "train.jsonl").read_text().splitlines()]
     tokenizer = make_tokenizer()
     lengths = [len(tokenizer.apply_chat_template(row["prompt"] + row["completion"])["input_ids"]) for row in rows]
@@ -131,10 +72,10 @@ def test_rows_that_do_not_fit_are_left_out(config: Path, tmp_path: Path, trained
 def test_interrupted_training_starts_that_run_anew(config: Path, tmp_path: Path, trained_here: list[str]) -> None:
     """What a kill leaves half done is done again; what is complete is not."""
     grid = compare.load_grid(config)
-    grid_training.prepare_data(grid)
+    grid_data.prepare_data(grid)
     grid_training.train_grid(grid)
     run = grid.runs()[1]
-    model = grid_training.model_folder(grid, run)
+    model = grid_data.model_folder(grid, run)
     left = model.with_name("model.partial-1")  # no process of ours has this number
     shutil.move(model, left)
     (left / "model.safetensors").unlink()
@@ -159,11 +100,6 @@ def test_a_method_with_more_rows_than_the_others(config: Path, tmp_path: Path, t
         compare.main(["--config", str(config), "--output-dir", str(tmp_path / "new")])
 
 
-def change(config: Path, **settings: Any) -> None:
-    stored = yaml.safe_load(config.read_text(encoding="utf-8"))
-    config.write_text(yaml.safe_dump({**stored, **settings}, sort_keys=False), encoding="utf-8")
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -180,9 +116,9 @@ def test_trained_runs_are_not_taken_for_those_of_other_settings(
 ) -> None:
     """Found before anything is trained; the last run is missing, and the order of the YAML says nothing."""
     grid = compare.load_grid(config)
-    grid_training.prepare_data(grid)
+    grid_data.prepare_data(grid)
     grid_training.train_grid(grid)
-    shutil.rmtree(grid_training.run_folder(grid, grid.runs()[-1]))
+    shutil.rmtree(grid_data.run_folder(grid, grid.runs()[-1]))
     trained_here.clear()
     change(config, **settings)
     with pytest.raises(SystemExit, match=message):
@@ -201,10 +137,10 @@ def test_the_type_of_a_grid_is_kept(
     del training["bf16"]
     change(config, training=training, seeds=[0])
     grid = compare.load_grid(config)
-    grid_training.prepare_data(grid)
+    grid_data.prepare_data(grid)
     set_machine(monkeypatch, has_bfloat16=True)
     grid_training.train_grid(grid)
-    trained = grid_training.run_folder(grid, grid.runs()[0]) / "sft.yaml"
+    trained = grid_data.run_folder(grid, grid.runs()[0]) / "sft.yaml"
     told = yaml.safe_load(trained.read_text())
     assert told["bf16"] is True
     set_machine(monkeypatch, has_bfloat16=False)
@@ -225,11 +161,11 @@ def test_the_type_of_a_grid_is_kept(
 
 def test_a_moved_folder_is_used_again(config: Path, tmp_path: Path, trained_here: list[str]) -> None:
     grid = compare.load_grid(config)
-    grid_training.prepare_data(grid)
+    grid_data.prepare_data(grid)
     grid_training.train_grid(grid)
     shutil.move(tmp_path / "out", tmp_path / "moved")
     moved = compare.load_grid(config, output_dir=str(tmp_path / "moved"))
-    grid_training.prepare_data(moved)
+    grid_data.prepare_data(moved)
     grid_training.train_grid(moved)
     assert len(trained_here) == 4
 
@@ -237,18 +173,18 @@ def test_a_moved_folder_is_used_again(config: Path, tmp_path: Path, trained_here
 def test_data_are_prepared_again_while_nothing_is_trained(config: Path, tmp_path: Path) -> None:
     """With other settings, and where it is unknown with which; not with the same."""
     train = tmp_path / "out" / "data" / "train.jsonl"
-    grid_training.prepare_data(compare.load_grid(config))
+    grid_data.prepare_data(compare.load_grid(config))
     of_first = train.read_text()
     training = yaml.safe_load(config.read_text())["training"]
     change(config, training={**training, "max_length": 45})
-    grid_training.prepare_data(compare.load_grid(config))
+    grid_data.prepare_data(compare.load_grid(config))
     of_second = train.read_text()
     assert 0 < len(of_second) < len(of_first)
     train.write_text(of_first)
-    grid_training.prepare_data(compare.load_grid(config))
+    grid_data.prepare_data(compare.load_grid(config))
     assert train.read_text() == of_first
     (train.parent / "settings.json").unlink()
-    grid_training.prepare_data(compare.load_grid(config))
+    grid_data.prepare_data(compare.load_grid(config))
     assert train.read_text() == of_second
 
 
@@ -262,7 +198,7 @@ def test_splits_of_one_data_set(config: Path, tmp_path: Path, caplog: pytest.Log
     change(config, train_dataset=str(folder), heldout_dataset=str(folder), heldout_split="test")
     grid = compare.load_grid(config)
     caplog.clear()
-    grid_training.prepare_data(grid)
+    grid_data.prepare_data(grid)
     assert not caplog.records
     train, heldout = (
         {json.loads(row)["prompt"][0]["content"] for row in (tmp_path / "out" / "data" / name).open()}
@@ -270,19 +206,19 @@ def test_splits_of_one_data_set(config: Path, tmp_path: Path, caplog: pytest.Log
     )
     questions = [json.loads(row)["question"] for row in rows]
     assert train <= set(questions[:20]) and heldout <= set(questions[20:]) and train and heldout
-    (grid_training.run_folder(grid, grid.runs()[0]) / "model").mkdir(parents=True)
+    (grid_data.run_folder(grid, grid.runs()[0]) / "model").mkdir(parents=True)
     change(config, heldout_split="train")
     with pytest.raises(ValueError, match="heldout_split='test', and now heldout_split is 'not set'"):
-        grid_training.prepare_data(compare.load_grid(config))
+        grid_data.prepare_data(compare.load_grid(config))
     assert "the gain may be of rows seen in training" in caplog.text
 
 
 def test_another_command_at_the_same_run_is_waited_for(config: Path, trained_here: list[str]) -> None:
     """Its model is taken, and not trained twice."""
     grid = compare.load_grid(config)
-    grid_training.prepare_data(grid)
+    grid_data.prepare_data(grid)
     run = grid.runs()[0]
-    model = grid_training.model_folder(grid, run)
+    model = grid_data.model_folder(grid, run)
     model.parent.mkdir(parents=True)
     with ThreadPoolExecutor(1) as pool, FileLock(model.with_name("train.lock")) as lock:
         waiting = pool.submit(grid_training._train, grid, run)
@@ -330,10 +266,10 @@ def test_training_runs_in_a_process_of_its_own(config: Path) -> None:
     settings.update(methods={"LoPT": {"num_blocks": 2}}, seeds=[0], contrasts=[])
     config.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     grid = compare.load_grid(config)
-    grid_training.prepare_data(grid)
+    grid_data.prepare_data(grid)
     grid_training.train_grid(grid)
     (run,) = grid.runs()
-    folder = grid_training.run_folder(grid, run)
+    folder = grid_data.run_folder(grid, run)
     assert (folder / "model" / "model.safetensors").is_file()
     assert "Model saved to" in (folder / "train.log").read_text(encoding="utf-8")
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from lopt_hf.compare.grid import Grid, GridRun, load_grid
-from lopt_hf.compare.grid_training import prepare_data
+from lopt_hf.compare.grid_data import prepare_data
 
 SETTINGS: dict[str, Any] = {
     "model": "base",

@@ -24,6 +24,7 @@ def test_a_run(tmp_path, method):
     [
         ({"method": "lisa", "lisa_period": 0}, "lisa_period=0 is too small; set it to 1 or more"),
         ({"method": "lisa", "lisa_layer": 2}, "'lisa_layer' (did you mean 'lisa_layers'?)"),
+        ({"method": "osf", "osf_effective_rank": 1.0}, "osf_effective_rank=1.0 is no share of the directions"),
         ({"method": "lora"}, "method"),
     ],
 )
@@ -42,6 +43,7 @@ def test_bad_options_are_one_line(tmp_path, capsys, values, message):
         ({"method": "e2e_segments", "activation_checkpointing": True}, "set activation_checkpointing to False"),
         ({"method": "lisa", "lisa_layers": 5}, "LISA: layers=5, but the model has 4"),
         ({"method": "lisa", "use_peft": True}, "LISA trains the model's own weights"),
+        ({"method": "osf", "use_peft": True}, "osf is an adapter itself; leave it out"),
     ],
 )
 def test_runs_that_do_not_suit_are_one_line(tmp_path, values, message):

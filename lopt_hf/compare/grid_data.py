@@ -1,0 +1,171 @@
+"""The data of a grid: rows that fit, of the task, of its held-out part, and of general text; and where runs are."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lopt_hf.common.files import atomic_file, write_text
+from lopt_hf.compare.grid import Grid, GridRun
+from lopt_hf.compare.replay import general_rows
+from lopt_hf.data.formats import to_trl_format
+from lopt_hf.data.loading import load_sft_dataset
+from lopt_hf.data.pretrained import resolve_model
+from lopt_hf.retention.references import ModelReference
+
+__all__ = ["check_same", "heldout_rows", "model_folder", "prepare_data", "run_folder"]
+
+logger = logging.getLogger(__name__)
+
+
+def run_folder(grid: Grid, run: GridRun) -> Path:
+    """The folder of one run: its `sft.yaml`, `train.log`, and `model` once it is trained."""
+    return grid.output_path / "runs" / run.name
+
+
+def model_folder(grid: Grid, run: GridRun) -> Path:
+    """Where a run's model is; it exists only once the run is complete."""
+    return run_folder(grid, run) / "model"
+
+
+def prepare_data(grid: Grid) -> None:
+    """Writes `data/train.jsonl` and `data/heldout.jsonl`: the rows that fit in `max_length` tokens, as `prompt` and
+    `completion`. Those that are there are used again if they were made with the same settings.
+
+    Raises:
+        FileNotFoundError: If a data set is not there.
+        ValueError: If its layout has no prompt and completion, too few rows fit, or runs were trained on data made
+            with other settings.
+    """
+    record = grid.output_path / "data" / "settings.json"
+    settings = {
+        "train_dataset": grid.train_dataset,
+        "heldout_dataset": grid.heldout_dataset,
+        "training.max_length": grid.training["max_length"],
+        "model": grid.model,
+    }
+    parts = {
+        "dataset_config": grid.dataset_config,
+        "train_split": grid.train_split,
+        "heldout_split": grid.heldout_split,
+    }
+    settings |= {name: value for name, value in parts.items() if value not in (None, "train")}
+    if (grid.train_dataset, grid.train_split) == (grid.heldout_dataset, grid.heldout_split):
+        logger.warning(
+            "held-out rows are of the split that is trained on (%s, %s): the gain may be of rows seen in training; "
+            "set heldout_split or heldout_dataset.",
+            grid.heldout_dataset,
+            grid.heldout_split,
+        )
+    is_trained = any((grid.output_path / "runs").glob("*/model"))
+    stored = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+    if is_trained and stored is not None:
+        check_same(settings, stored, f"the data of the runs in {grid.output_path}", "delete that folder")
+    elif is_trained:
+        logger.warning("%s is not there: whether the data were made with these settings is unknown.", record)
+    is_stale = stored != settings and not is_trained
+    if is_stale:
+        record.unlink(missing_ok=True)  # first: what a kill leaves half prepared is prepared again
+    counts = {"train": max(run.num_train for run in grid.runs()), "heldout": grid.num_heldout}
+    for name, count in counts.items():
+        target = grid.output_path / "data" / f"{name}.jsonl"
+        if is_stale or not target.is_file():
+            source, split = getattr(grid, f"{name}_dataset"), getattr(grid, f"{name}_split")
+            _prepare(grid, name, to_trl_format(load_sft_dataset(source, grid.dataset_config, split)), target)
+        _check_count(grid, f"num_{name}={count}", count, target, settings[f"{name}_dataset"])
+    if is_stale:
+        write_text(record, json.dumps(settings, indent=2))
+    _prepare_replay(grid)
+
+
+def heldout_rows(grid: Grid) -> list[dict[str, Any]]:
+    """The held-out rows, the same for every model."""
+    dataset = load_sft_dataset(str(grid.output_path / "data" / "heldout.jsonl"))
+    assert isinstance(dataset, Dataset)
+    return list(dataset.select(range(grid.num_heldout)))
+
+
+def check_same(now: Mapping[str, Any], stored: Mapping[str, Any], what: str, remedy: str) -> None:
+    """Compares what something was made with and what the settings say now.
+
+    Args:
+        now: The settings now.
+        stored: Those that it was made with.
+        what: What was made.
+        remedy: What else than another `output_dir` helps.
+
+    Raises:
+        ValueError: At the first difference; names the setting and both values.
+    """
+    for name in (*now, *stored):
+        before, after = (values.get(name, "not set") for values in (stored, now))
+        if before != after:
+            raise ValueError(
+                f"{what}: made with {name}={before!r}, and now {name} is {after!r}; set another output_dir, or "
+                f"{remedy} to train anew."
+            )
+
+
+def _prepare_replay(grid: Grid) -> None:
+    """Writes `data/replay.jsonl`, if a method asks for general text; its settings are kept apart, as not all do."""
+    runs = [run for run in grid.runs() if run.replay_share]
+    if not runs:
+        return
+    target, record = (grid.output_path / "data" / name for name in ("replay.jsonl", "replay.json"))
+    settings = {
+        "replay_dataset": grid.replay_dataset,
+        "replay_split": grid.replay_split,
+        "training.max_length": grid.training["max_length"],
+        "model": grid.model,
+    }
+    stored = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+    if stored is not None and any(model_folder(grid, run).is_dir() for run in runs):
+        check_same(settings, stored, f"the general text of the runs in {grid.output_path}", "delete these runs")
+    if stored != settings or not target.is_file():
+        record.unlink(missing_ok=True)
+        _prepare(grid, "replay", general_rows(grid), target)
+        write_text(record, json.dumps(settings, indent=2))
+    most = max(runs, key=lambda run: run.num_replayed)
+    what = f"replay_share={most.replay_share} asks for {most.num_replayed} rows of general text"
+    _check_count(grid, what, most.num_replayed, target, grid.replay_dataset or "Python's prose")
+
+
+def _check_count(grid: Grid, what: str, count: int, target: Path, source: str) -> None:
+    """Raises if fewer rows fit than are asked for."""
+    with target.open(encoding="utf-8") as rows:
+        fitting = sum(1 for _ in rows)
+    if fitting < count:
+        raise ValueError(
+            f"{what}, but only {fitting} rows of {source} fit in max_length={grid.training['max_length']}; lower the "
+            "one or raise the other."
+        )
+
+
+def _prepare(grid: Grid, name: str, dataset: Dataset | IterableDataset, target: Path) -> None:
+    """Writes the rows of one data set that fit."""
+    max_length = int(grid.training["max_length"])
+    columns = set(dataset.column_names or ())
+    if not {"prompt", "completion"} <= columns or isinstance(next(iter(dataset))["prompt"], str):
+        raise ValueError(
+            f"{name}_dataset={getattr(grid, f'{name}_dataset')} has the columns {sorted(columns)}; a comparison needs "
+            "prompts and completions as messages, so that the loss of an answer can be told; give it those, or one of "
+            "the question-and-answer layouts of lopt-hf sft."
+        )
+    ModelReference.find(grid.model)  # says what is wrong with it
+    fitting = dataset.select_columns(["prompt", "completion"]).filter(
+        _fits,
+        fn_kwargs={"tokenizer": AutoTokenizer.from_pretrained(resolve_model(grid.model)), "max_length": max_length},
+        desc=f"{name}: rows within {max_length} tokens",
+    )
+    assert isinstance(fitting, Dataset)
+    with atomic_file(target) as partial:
+        fitting.to_json(partial)
+
+
+def _fits(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> bool:
+    text = tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"]) <= max_length
