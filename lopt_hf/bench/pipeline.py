@@ -1,4 +1,4 @@
-"""Cost of pipeline training by method: PPLL beside the same learning in one process, and beside GPipe and 1F1B.
+"""Cost of pipeline training by method: PPLL beside the same learning in one process, and beside torch's schedules.
 
 All methods train on the same batches, cut into the same micro-batches, with the same optimizer; all pipelines cut the
 model at the same layers. Methods take turns, each time in new processes, so that whatever else the machine does hits
@@ -13,7 +13,9 @@ from dataclasses import asdict, dataclass, replace
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lopt_hf.bench.pipeline_settings import METHODS, PipelineBenchSettings
+import numpy as np
+
+from lopt_hf.bench.pipeline_settings import METHODS, SCHEDULES, TWO_STAGES_PER_RANK, PipelineBenchSettings
 from lopt_hf.bench.processes import BenchWorkerError, run_together
 from lopt_hf.bench.training import num_layers
 from lopt_hf.common.arithmetic import choose_arithmetic
@@ -21,16 +23,18 @@ from lopt_hf.common.tables import describe_run, interquartile_range, markdown_ta
 
 __all__ = ["BenchWorkerError", "PipelineBenchReport", "PipelineResult", "run_pipeline_bench", "to_json", "to_markdown"]
 
-PIPELINES = ("ppll", "gpipe", "1f1b")
+PIPELINES = ("ppll", *SCHEDULES)
 LEAST_CORE_SHARE = 0.9  # ours: what is lost beyond that is as large as the differences of interest
+NAMES = {method: METHODS[method].removesuffix(", end-to-end") for method in PIPELINES}
 # What is divided by what, and what that says.
 COMPARISONS = (
     ("lopt", "e2e", "the smaller graph: local learning against end-to-end, one process each"),
     ("ppll", "lopt", "the schedule: PPLL against the same learning in one process"),
-    ("ppll", "1f1b", "both: PPLL against 1F1B"),
-    ("ppll", "gpipe", "both: PPLL against GPipe"),
-    ("1f1b", "e2e", "1F1B against the same learning in one process"),
-    ("gpipe", "e2e", "GPipe against the same learning in one process"),
+    *(("ppll", method, f"both: PPLL against {NAMES[method]}") for method in ("1f1b", "gpipe", *TWO_STAGES_PER_RANK)),
+    *(
+        (method, "e2e", f"{NAMES[method]} against the same learning in one process")
+        for method in ("1f1b", "gpipe", *TWO_STAGES_PER_RANK)
+    ),
 )
 
 
@@ -45,6 +49,7 @@ class PipelineResult:
         step_seconds: Every timed step of all rounds: from the end of the step before to its own, both when the last
             stage to end it did.
         step_seconds_iqr: Their interquartile range.
+        tokens_per_second_quartiles: Between these are the middle half of the steps.
         waiting: For each stage the share of the timed steps in which it waited for another, mean over the rounds;
             empty in one process.
         cpu_seconds: For each stage the CPU time per timed step, mean over the rounds.
@@ -55,7 +60,7 @@ class PipelineResult:
         queued_bytes: The latter, for each stage.
         peak_resident_bytes: For each stage the peak resident memory of its process.
         loss: Task loss in nats per token of the last timed step. The same for methods that compute the same: PPLL and
-            `lopt`; GPipe, 1F1B and `e2e`, but for the order of their sums.
+            `lopt`; torch's schedules and `e2e`, but for the order of their sums.
         load: The machine's load average when each round of the method began.
     """
 
@@ -64,6 +69,7 @@ class PipelineResult:
     speedup: float | None
     step_seconds: list[float]
     step_seconds_iqr: float
+    tokens_per_second_quartiles: tuple[float, float]
     waiting: list[float]
     cpu_seconds: list[float]
     core_share: float
@@ -81,12 +87,14 @@ class PipelineBenchReport:
     Attributes:
         dtype: Type of the arithmetic, `"float32"` or `"bfloat16"`.
         split_at: First layer of every stage but the first.
+        parts_at: First layer of every part but the first: where schedules with two stages on a rank cut.
         expected: What each stage was expected to cost, as a table; empty where the cut was not measured.
         results: The results by the methods' keys.
     """
 
     dtype: str
     split_at: list[int]
+    parts_at: list[int]
     expected: str
     results: dict[str, PipelineResult]
 
@@ -111,7 +119,7 @@ def run_pipeline_bench(settings: PipelineBenchSettings, progress: bool = True) -
     from lopt_hf.data.pretrained import resolve_model
 
     checkpoint = resolve_model(settings.model)
-    split_at = _given_split(settings, checkpoint)
+    cut = _given_split(settings, checkpoint)
     settings = replace(settings, dtype=choose_arithmetic(settings.dtype, "cpu").dtype)
     store = host_store()
     measured: dict[str, list[_Round]] = {method: [] for method in settings.methods}
@@ -119,12 +127,12 @@ def run_pipeline_bench(settings: PipelineBenchSettings, progress: bool = True) -
         tqdm(unit="step", disable=not progress) as bar,
         TemporaryDirectory(prefix="lopt_bench_", ignore_cleanup_errors=True) as folder,
     ):
-        expected = ""
-        if split_at is None:
+        if cut is None:
             bar.set_description("measuring the cut")
-            split_at, expected = _find_split(settings, checkpoint)
+            cut = _find_split(settings, checkpoint)
+        split_at, parts_at, expected = cut
         runs = [
-            MethodRun(method, settings, checkpoint, split_at, f"{folder}/{method}-{turn}", store.port)
+            MethodRun(method, settings, checkpoint, split_at, parts_at, f"{folder}/{method}-{turn}", store.port)
             for turn in range(settings.rounds)
             for method in settings.methods[:: 1 if turn % 2 == 0 else -1]  # none always goes first
         ]
@@ -134,23 +142,30 @@ def run_pipeline_bench(settings: PipelineBenchSettings, progress: bool = True) -
             measured[run.method].append(_measure(run, bar.update))
     baseline = _median_step(measured["lopt"]) if "lopt" in measured else None
     results = {method: _result(method, settings, rounds, baseline) for method, rounds in measured.items()}
-    return PipelineBenchReport(settings.dtype, split_at, expected, results)
+    return PipelineBenchReport(settings.dtype, split_at, parts_at, expected, results)
 
 
-def _given_split(settings: PipelineBenchSettings, checkpoint: str) -> list[int] | None:
+def _given_split(settings: PipelineBenchSettings, checkpoint: str) -> tuple[list[int], list[int], str] | None:
     """Checks that the model fits the settings; returns its cut unless that is to be measured."""
+    from lopt_hf.bench.pipeline_parts import divide_stages
     from lopt_hf.local.blocks import split_layers
 
     layers = num_layers(settings.model, checkpoint, settings.seq_length)
     if settings.stages > layers:
         raise ValueError(f"stages={settings.stages}: the model has {layers} layers; use at most {layers}.")
+    if settings.stages * settings.parts_per_stage > layers:
+        raise ValueError(
+            f"stages={settings.stages}: the model has {layers} layers, and some methods have two stages on each rank; "
+            f"use at most {layers // 2}, or leave out {', '.join(TWO_STAGES_PER_RANK)}."
+        )
     blocks = split_layers(layers, settings.stages, settings.split_at)
     if settings.split_at is None and settings.split == "auto":
         return None
-    return [block.start for block in blocks[1:]]
+    split_at = [block.start for block in blocks[1:]]
+    return split_at, divide_stages(split_at, layers, settings.parts_per_stage), ""
 
 
-def _find_split(settings: PipelineBenchSettings, checkpoint: str) -> tuple[list[int], str]:
+def _find_split(settings: PipelineBenchSettings, checkpoint: str) -> tuple[list[int], list[int], str]:
     from lopt_hf.bench.pipeline_worker import find_split
 
     arguments = [(checkpoint, settings)] * settings.stages
@@ -174,8 +189,9 @@ class _Round:
 
     @property
     def loss(self) -> float:
-        """Of the last timed step."""
-        return self.records[-1].losses[self.first_timed + self.num_timed - 1]
+        """Of the last timed step, from the last process that has it: in the form of a V the first rank does."""
+        losses = next(record.losses for record in reversed(self.records) if record.losses)
+        return losses[self.first_timed + self.num_timed - 1]
 
 
 def _measure(run: Any, on_step: Callable[[], object]) -> _Round:
@@ -184,7 +200,7 @@ def _measure(run: Any, on_step: Callable[[], object]) -> _Round:
 
     load = os.getloadavg()[0]
     settings = run.settings
-    work = train_by_schedule if run.method in ("gpipe", "1f1b") else train
+    work = train_by_schedule if run.method in SCHEDULES else train
     ranks = range(settings.stages if run.method in PIPELINES else 1)
     arguments = [(rank, run) for rank in ranks]
     records = run_together(METHODS[run.method], work, arguments, settings.environment, on_step)
@@ -199,15 +215,18 @@ def _result(
     method: str, settings: PipelineBenchSettings, rounds: Sequence[_Round], baseline: float | None
 ) -> PipelineResult:
     step_seconds = [seconds for one in rounds for seconds in one.step_seconds]
+    tokens = settings.batch_size * settings.seq_length
+    third, first = np.quantile(step_seconds, (0.75, 0.25)).tolist()
     by_stage = list(zip(*(one.records for one in rounds), strict=True))
     queued_bytes = [max(record.queued_bytes for record in stage) for stage in by_stage]
     saved_bytes = [max(record.saved_bytes for record in stage) for stage in by_stage]
     return PipelineResult(
         method=METHODS[method],
-        tokens_per_second=settings.batch_size * settings.seq_length / statistics.median(step_seconds),
+        tokens_per_second=tokens / statistics.median(step_seconds),
         speedup=None if baseline is None else baseline / statistics.median(step_seconds),
         step_seconds=step_seconds,
         step_seconds_iqr=interquartile_range(step_seconds),
+        tokens_per_second_quartiles=(tokens / third, tokens / first),
         waiting=[statistics.fmean(r.waiting for r in stage) for stage in by_stage] if method in PIPELINES else [],
         cpu_seconds=[statistics.fmean(record.cpu_seconds for record in stage) for stage in by_stage],
         core_share=min(record.core_share for one in rounds for record in one.records),
@@ -224,15 +243,18 @@ def _result(
 
 def to_markdown(report: PipelineBenchReport) -> str:
     """The results as a table, and what the gain is made of; MB is 10^6 bytes."""
-    header = ["method", "tokens/s", "x one process", "step (s)", "IQR (s)", "CPU per step (s), by stage"]
-    header += ["waiting, by stage", "first stage: saved for backward (MB)", "peak RSS, by stage (MB)", "loss"]
+    header = ["method", "tokens/s", "middle half", "x one process", "step (s)", "IQR (s)"]
+    header += ["CPU per step (s), by stage", "waiting, by stage", "saved for backward, by stage (MB)"]
+    header += ["peak RSS, by stage (MB)", "loss"]
     rows = []
     for result in report.results.values():
-        cells = [result.method, f"{result.tokens_per_second:,.0f}", ratio_text(result.speedup)]
+        low, high = result.tokens_per_second_quartiles
+        cells = [result.method, f"{result.tokens_per_second:,.0f}", f"{low:,.0f} to {high:,.0f}"]
+        cells += [ratio_text(result.speedup)]
         cells += [f"{statistics.median(result.step_seconds):.2f}", f"{result.step_seconds_iqr:.2f}"]
         cells += [", ".join(f"{seconds:.2f}" for seconds in result.cpu_seconds)]
         cells += [", ".join(f"{share:.1%}" for share in result.waiting) or "-"]
-        cells += [mega(result.saved_bytes[0]), ", ".join(map(mega, result.peak_resident_bytes))]
+        cells += [", ".join(map(mega, values)) for values in (result.saved_bytes, result.peak_resident_bytes)]
         rows.append([*cells, f"{result.loss:.3f}"])
     notes = [*_comparisons(report.results), *_warnings(report.results)]
     return "\n".join([markdown_table(header, rows), *[""] * bool(notes), *notes])
@@ -245,10 +267,13 @@ def _comparisons(results: dict[str, PipelineResult]) -> list[str]:
         if method in results and other in results:
             speed = results[method].tokens_per_second / results[other].tokens_per_second
             lines.append(f"- x {speed:.2f} tokens/s from {meaning}")
-    for other in ("1f1b", "gpipe"):
+    for other in ("1f1b", "gpipe", *TWO_STAGES_PER_RANK):
         if "ppll" in results and other in results:
             share = results["ppll"].saved_bytes[0] / results[other].saved_bytes[0]
-            lines.append(f"- x {share:.2f} bytes saved for backward on the first stage: PPLL against {METHODS[other]}")
+            rank = "rank" if other in TWO_STAGES_PER_RANK else "stage"
+            lines.append(
+                f"- x {share:.2f} bytes saved for backward on the first {rank}: PPLL against {METHODS[other]}"
+            )
     return lines
 
 

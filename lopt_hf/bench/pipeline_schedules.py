@@ -11,11 +11,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleDualPipeV,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoTokenizer, PreTrainedModel, Trainer
 
-from lopt_hf.bench.pipeline_worker import MethodRun, Record, make_config, make_plans, make_rows, prepare
+from lopt_hf.bench.pipeline_settings import TWO_STAGES_PER_RANK
+from lopt_hf.bench.pipeline_worker import MethodRun, Record, clip_groups, make_config, make_plans, make_rows, prepare
 from lopt_hf.common.host_store import LOOPBACK
 from lopt_hf.common.upstream.trl import add_fused_lm_head
 from lopt_hf.local.blocks import find_decoder_stack
@@ -24,9 +33,17 @@ from lopt_hf.pipeline.runtime.stage import HiddenStateInput, StagePlan, load_sta
 from lopt_hf.pipeline.runtime.timeline import Timeline
 from lopt_hf.pipeline.split.costs import SFT_OUTPUTS
 
-__all__ = ["train_by_schedule"]
+__all__ = ["ScheduledTraining", "stages_of", "train_by_schedule"]
 
-SCHEDULES: dict[str, Callable[..., Any]] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
+SCHEDULE_CLASSES: dict[str, Callable[..., Any]] = {
+    "gpipe": ScheduleGPipe,
+    "1f1b": Schedule1F1B,
+    "interleaved": ScheduleInterleaved1F1B,
+    "interleaved_zb": ScheduleInterleavedZeroBubble,
+    "zbv": ScheduleZBVZeroBubble,
+    "dualpipev": ScheduleDualPipeV,
+}
+V_SHAPED = ("zbv", "dualpipev")  # rank 0 has the first stage and the last
 
 
 class _StageModule(nn.Module):
@@ -78,18 +95,22 @@ class _TimedStage(PipelineStage):
         with self.timeline.span("backward"):
             return super().backward_one_chunk(*args, **kwargs)
 
+    def backward_weight_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        with self.timeline.span("backward"):
+            return super().backward_weight_one_chunk(*args, **kwargs)
+
 
 def train_by_schedule(on_step: Callable[[], None], rank: int, run: MethodRun) -> Record:
-    """Trains a stage by one of torch's schedules, with the optimizer and the batches of the trainers."""
+    """Trains the stages of a rank by one of torch's schedules, with the optimizer and the batches of the trainers."""
     prepare(run.settings)
     store = dist.TCPStore(LOOPBACK, run.port, is_master=False)
     world_size = run.settings.stages
     dist.init_process_group("gloo", store=dist.PrefixStore(run.folder, store), rank=rank, world_size=world_size)
-    training = _ScheduledTraining(rank, run)
+    training = ScheduledTraining(rank, run)
     record = Record()
     for step in range(run.total_steps):
         if step == run.settings.warmup - 1:
-            with SavedBytes(training.module) as saved:
+            with SavedBytes(training.modules) as saved:
                 training.step(step, record)
             record.saved_bytes = saved.peak
         else:
@@ -100,44 +121,79 @@ def train_by_schedule(on_step: Callable[[], None], rank: int, run: MethodRun) ->
     return record.finish(run, training.timeline)
 
 
-class _ScheduledTraining:
-    """The training loop of one stage."""
+def stages_of(method: str, rank: int, ranks: int) -> list[int]:
+    """The stages that a rank runs, in their order.
+
+    Args:
+        method: One of torch's schedules.
+        rank: The rank.
+        ranks: Number of ranks.
+    """
+    if method not in TWO_STAGES_PER_RANK:
+        return [rank]
+    return [rank, 2 * ranks - 1 - rank] if method in V_SHAPED else [rank, ranks + rank]
+
+
+class ScheduledTraining:
+    """The training loop of a rank.
+
+    Attributes:
+        modules: The rank's stages.
+        models: The parts of the model that they hold.
+        timeline: When they compute.
+    """
 
     def __init__(self, rank: int, run: MethodRun) -> None:
         settings = run.settings
-        self.plan = make_plans(run)[rank]
-        model = load_stage(run.checkpoint, self.plan, dtype=torch.float32).train()
-        self.module = _StageModule(model, self.plan, run)
+        plans = make_plans(run, run.parts_at if run.method in TWO_STAGES_PER_RANK else run.split_at)
+        indices = stages_of(run.method, rank, settings.stages)
+        self.models = [load_stage(run.checkpoint, plans[index], dtype=torch.float32).train() for index in indices]
+        self.modules = nn.ModuleList(
+            _StageModule(model, plans[index], run) for index, model in zip(indices, self.models, strict=True)
+        )
+        self.is_first, self.is_last = 0 in indices, len(plans) - 1 in indices
         self.timeline = Timeline(rank, kept_steps=run.total_steps)
-        stage = _TimedStage(self.module, rank, settings.stages, torch.device("cpu"))
-        stage.timeline = self.timeline
-        self.schedule = SCHEDULES[run.method](
-            stage,
+        stages = [
+            _TimedStage(module, index, len(plans), torch.device("cpu"))
+            for index, module in zip(indices, self.modules, strict=True)
+        ]
+        for stage in stages:
+            stage.timeline = self.timeline
+        self.schedule = SCHEDULE_CLASSES[run.method](
+            stages if run.method in TWO_STAGES_PER_RANK else stages[0],
             n_microbatches=settings.microbatches,
-            loss_fn=self.module.loss,
+            # Another rank's loss is not called; these schedules take it to tell that there is a backward.
+            loss_fn=self.modules[indices.index(max(indices))].loss,
             scale_grads=False,  # the loss is divided by the tokens of the whole batch
         )
         args = make_config(run)
         self.max_grad_norm = args.max_grad_norm
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.clip_groups = [group for model in self.models for group in clip_groups(model, run.parts_at)]
         optimizer_class, arguments = Trainer.get_optimizer_cls_and_kwargs(args)
-        self.optimizer = optimizer_class(self.parameters, weight_decay=args.weight_decay, **arguments)
+        parameters = [parameter for group in self.clip_groups for parameter in group]
+        self.optimizer = optimizer_class(parameters, weight_decay=args.weight_decay, **arguments)
         rows = make_rows(run, AutoTokenizer.from_pretrained(run.checkpoint))
         self.batches = torch.tensor(rows).split(settings.batch_size)
 
     def step(self, step: int, record: Record) -> None:
-        """One optimizer step of the stage."""
+        """One optimizer step of the rank's stages."""
         self.timeline.step = step
-        tokens = self.batches[step]
-        losses: list[torch.Tensor] = []
-        with self.timeline.span("receive"):  # without the stage's own work in it
-            args = (tokens,) if self.plan.is_first else ()
-            last = {"target": tokens, "losses": losses} if self.plan.is_last else {}
-            self.schedule.step(*args, tokens_BT=tokens, **last, return_outputs=False)
+        with self.timeline.span("receive"):  # without the stages' own work in it
+            losses = self.accumulate(step)
         with self.timeline.span("optimizer"):
-            clip_grad_norm_(self.parameters, self.max_grad_norm)
+            for group in self.clip_groups:
+                clip_grad_norm_(group, self.max_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad()
         record.end_step()
         if losses:
             record.losses.append(torch.stack(losses).sum().item())
+
+    def accumulate(self, step: int) -> list[torch.Tensor]:
+        """Adds up the gradients of a step's micro-batches; returns their losses where the rank has the last stage."""
+        tokens = self.batches[step]
+        losses: list[torch.Tensor] = []
+        args = (tokens,) if self.is_first else ()
+        last = {"target": tokens, "losses": losses} if self.is_last else {}
+        self.schedule.step(*args, tokens_BT=tokens, **last, return_outputs=False)
+        return losses

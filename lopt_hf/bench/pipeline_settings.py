@@ -6,8 +6,9 @@ from typing import Any
 from lopt_hf.bench.processes import MALLOC, MALLOC_HELP
 from lopt_hf.common.arithmetic import DTYPE_HELP, read_dtype
 from lopt_hf.common.settings import check_choices, check_distinct, check_lowest
+from lopt_hf.pipeline.simulator.schedule_orders import rounds_of
 
-__all__ = ["METHODS", "PipelineBenchSettings"]
+__all__ = ["DEFAULT_METHODS", "METHODS", "SCHEDULES", "TWO_STAGES_PER_RANK", "PipelineBenchSettings"]
 
 METHODS = {
     "lopt": "one process, local learning",
@@ -15,7 +16,14 @@ METHODS = {
     "gpipe": "GPipe, end-to-end",
     "1f1b": "1F1B, end-to-end",
     "e2e": "one process, end-to-end",
+    "interleaved": "interleaved 1F1B, end-to-end",
+    "interleaved_zb": "interleaved zero bubble, end-to-end",
+    "zbv": "ZB-V, end-to-end",
+    "dualpipev": "DualPipeV, end-to-end",
 }
+DEFAULT_METHODS = ("lopt", "ppll", "gpipe", "1f1b", "e2e")
+TWO_STAGES_PER_RANK = ("interleaved", "interleaved_zb", "zbv", "dualpipev")
+SCHEDULES = ("gpipe", "1f1b", *TWO_STAGES_PER_RANK)  # torch's; each computes the gradients of `e2e`
 _CHOICES: dict[str, tuple[str, ...]] = {
     "methods": tuple(METHODS),
     "objective": ("reconstruction", "readout"),
@@ -49,13 +57,13 @@ class PipelineBenchSettings:
     """
 
     model: str = _option("HuggingFaceTB/SmolLM2-135M-Instruct", "Hub id or local folder of a causal LM.")
-    methods: tuple[str, ...] = _option(tuple(METHODS), f"Any of {', '.join(METHODS)}.")
+    methods: tuple[str, ...] = _option(DEFAULT_METHODS, f"Any of {', '.join(METHODS)}.")
     stages: int = _option(2, "Processes of a pipeline; the local learning has as many blocks.")
     microbatches: int = _option(4, "Micro-batches of an optimizer step.")
     micro_batch_size: int = _option(2, "Sequences of a micro-batch.")
     seq_length: int = _option(128, "Tokens per sequence; there is no padding.")
     objective: str = _option("reconstruction", "Local objective: reconstruction or readout.")
-    schedule_loss: str = _option("fused", "Of gpipe and 1f1b: fused, TRL's fused LM head, or logits, see below.")
+    schedule_loss: str = _option("fused", "Of torch's schedules: fused, TRL's fused LM head, or logits, see below.")
     split: str = _option("auto", "auto: so that PPLL's slowest stage is as fast as can be, measured; even: by layers.")
     split_at: tuple[int, ...] | None = _option(None, "First layer of every stage but the first; wins over --split.")
     steps: int = _option(3, "Timed steps per method and round.")
@@ -71,13 +79,32 @@ class PipelineBenchSettings:
         check_lowest(self, _SMALLEST)
         check_choices(self, _CHOICES)
         check_distinct("methods", self.methods)
-        if "1f1b" in self.methods and self.microbatches < self.stages:
-            raise ValueError(
-                f"microbatches={self.microbatches}: torch's Schedule1F1B needs at least as many as stages="
-                f"{self.stages}; raise it, or leave 1f1b out of methods."
-            )
+        self._check_microbatches()
         if self.split_at is not None and len(self.split_at) != self.stages - 1:
             raise ValueError(f"split_at={self.split_at} must have stages - 1 = {self.stages - 1} layers.")
+
+    def _check_microbatches(self) -> None:
+        """What torch's schedules ask for, and would say in a process of each round."""
+        needed = {"1f1b": ("Schedule1F1B", self.stages), "dualpipev": ("ScheduleDualPipeV", 2 * self.stages)}
+        for method, (schedule, least) in needed.items():
+            if method in self.methods and self.microbatches < least:
+                what = "as many as" if method == "1f1b" else "twice as many as"
+                raise ValueError(
+                    f"microbatches={self.microbatches}: torch's {schedule} needs at least {what} stages="
+                    f"{self.stages}; raise it, or leave {method} out of methods."
+                )
+        rounds = rounds_of(self.stages, self.microbatches)
+        for method in ("interleaved", "interleaved_zb"):
+            if method in self.methods and self.microbatches % rounds:
+                raise ValueError(
+                    f"microbatches={self.microbatches}: {method} deals them out in {rounds} equal rounds; use a "
+                    f"multiple of stages={self.stages}, or leave {method} out of methods."
+                )
+
+    @property
+    def parts_per_stage(self) -> int:
+        """Parts into which each stage of the cut is divided: two if any schedule has two stages on a rank."""
+        return 2 if set(self.methods) & set(TWO_STAGES_PER_RANK) else 1
 
     @property
     def batch_size(self) -> int:

@@ -22,6 +22,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
+from lopt_hf.bench.pipeline_parts import divide_stages
 from lopt_hf.bench.pipeline_settings import PipelineBenchSettings
 from lopt_hf.bench.processes import peak_resident_bytes
 from lopt_hf.bench.training import SHARED_ARGUMENTS, silence, token_rows
@@ -39,7 +40,17 @@ from lopt_hf.pipeline.split.costs import measure_costs
 from lopt_hf.trainers.configs import LoPTConfig
 from lopt_hf.trainers.sft import LoPTTrainer
 
-__all__ = ["MethodRun", "Record", "find_split", "make_config", "make_plans", "make_rows", "prepare", "train"]
+__all__ = [
+    "MethodRun",
+    "Record",
+    "clip_groups",
+    "find_split",
+    "make_config",
+    "make_plans",
+    "make_rows",
+    "prepare",
+    "train",
+]
 
 PEER_TIMEOUT_SECONDS = 60.0  # importing torch in several processes on a busy machine takes a while
 
@@ -53,6 +64,8 @@ class MethodRun:
         settings: What is measured.
         checkpoint: The model's folder or hub id.
         split_at: First layer of every stage but the first.
+        parts_at: First layer of every part but the first: `split_at`, and where a schedule of the run has two stages
+            on a rank, the middle of each stage. End-to-end methods clip each part apart.
         folder: Where a trainer may write.
         port: Of the store on this host through which the processes find each other.
     """
@@ -61,6 +74,7 @@ class MethodRun:
     settings: PipelineBenchSettings
     checkpoint: str
     split_at: list[int]
+    parts_at: list[int]
     folder: str
     port: int
 
@@ -128,11 +142,14 @@ def prepare(settings: PipelineBenchSettings) -> None:
     torch.manual_seed(settings.seed)
 
 
-def find_split(on_step: Callable[[], None], checkpoint: str, settings: PipelineBenchSettings) -> tuple[list[int], str]:
+def find_split(
+    on_step: Callable[[], None], checkpoint: str, settings: PipelineBenchSettings
+) -> tuple[list[int], list[int], str]:
     """Measures where to cut; as many processes as stages do so at once, so that they share the machine as stages do.
 
     Returns:
-        The first layer of every stage but the first, and what each stage is expected to cost.
+        The first layer of every stage but the first, that of every part but the first, and what each stage is
+        expected to cost.
     """
     prepare(settings)
     costs = measure_costs(
@@ -143,8 +160,9 @@ def find_split(on_step: Callable[[], None], checkpoint: str, settings: PipelineB
         autocast=torch.bfloat16 if settings.dtype == "bfloat16" else None,
         accumulation_steps=settings.microbatches,
     )
-    split_at = balanced_split(costs, settings.stages)
-    return split_at, format_split(costs, split_at)
+    split_at = balanced_split(costs, settings.stages, least_layers=settings.parts_per_stage)
+    parts_at = divide_stages(split_at, len(costs.layers), settings.parts_per_stage, costs)
+    return split_at, parts_at, format_split(costs, split_at)
 
 
 def train(on_step: Callable[[], None], rank: int, run: MethodRun) -> Record:
@@ -227,22 +245,40 @@ def _make_trainer(run: MethodRun, world: PipelineWorld | None) -> Any:
     if run.method == "lopt":
         return LoPTTrainer(model, **shared)
     untie_output_embeddings(model)  # as on two stages of a pipeline
-    return _EndToEndTrainer(model, split_at=run.split_at, **shared)
+    return _EndToEndTrainer(model, parts_at=run.parts_at, **shared)
 
 
-def make_plans(run: MethodRun) -> list[StagePlan]:
-    """Which layers each stage runs."""
+def make_plans(run: MethodRun, split_at: list[int] | None = None) -> list[StagePlan]:
+    """Which layers each stage runs.
+
+    Args:
+        run: What is measured.
+        split_at: First layer of every stage but the first. Default: that of the run.
+    """
+    split_at = run.split_at if split_at is None else split_at
     num_layers = AutoConfig.from_pretrained(run.checkpoint).get_text_config(decoder=True).num_hidden_layers
-    return plan_stages(split_layers(num_layers, run.settings.stages, run.split_at), run.settings.stages)
+    return plan_stages(split_layers(num_layers, len(split_at) + 1, split_at), len(split_at) + 1)
+
+
+def clip_groups(model: PreTrainedModel, parts_at: list[int]) -> list[list[torch.nn.Parameter]]:
+    """The trainable parameters of each part of a model, or of a stage's part of one; parts it has nothing of are out.
+
+    Args:
+        model: The model, or what a stage holds of it.
+        parts_at: First layer of every part but the first.
+    """
+    stack = find_decoder_stack(model)
+    blocks = split_layers(len(stack.layers), len(parts_at) + 1, parts_at)
+    parts = parameters_by_block(model, stack, blocks)
+    groups = [[parameter for parameter in part.values() if parameter.requires_grad] for part in parts]
+    return [group for group in groups if group]
 
 
 class _EndToEndTrainer(SFTTrainer):
-    """TRL's trainer; the gradient of each stage's part of the model is clipped apart, as in all other methods."""
+    """TRL's trainer; the gradient of each part of the model is clipped apart, as in all other methods."""
 
-    def __init__(self, model: PreTrainedModel, split_at: list[int], **kwargs: Any) -> None:
-        stack = find_decoder_stack(model)
-        blocks = split_layers(len(stack.layers), len(split_at) + 1, split_at)
-        self.groups = [list(block.values()) for block in parameters_by_block(model, stack, blocks)]
+    def __init__(self, model: PreTrainedModel, parts_at: list[int], **kwargs: Any) -> None:
+        self.groups = clip_groups(model, parts_at)
         super().__init__(model, **kwargs)
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Measure what training costs on this machine.
 
 `step` compares methods step by step: bytes saved for backward, bytes of gradients, time, resident memory. `pipeline`
-compares the pipeline of local learners with the same learning in one process, and with GPipe and 1F1B. `repl` measures
-what a folded RepL model saves where it is used. `gpu` checks on a GPU what the package claims about one.
+compares the pipeline of local learners with the same learning in one process, and with torch's schedules. `repl`
+measures what a folded RepL model saves where it is used. `gpu` checks on a GPU what the package claims about one.
 """
 
 import argparse
@@ -65,7 +65,7 @@ example:
 PIPELINE_DESCRIPTION = """\
 Train the same model on the same batches with the same optimizer, one thread per process on the CPU, and print how many
 tokens per second each method trains, how long its stages wait for each other, and the bytes that autograd keeps for
-backward on the first stage; as a table, then as JSON.
+backward on each; as a table, then as JSON.
 
   lopt   LoPTTrainer in one process: what the ratios refer to
   ppll   PipelineTrainer: the same local learning, one process per stage
@@ -73,18 +73,26 @@ backward on the first stage; as a table, then as JSON.
   1f1b   Schedule1F1B, likewise
   e2e    SFTTrainer in one process: tells what of a gain is the schedule and what the smaller graph
 
-All compute the task loss by TRL's fused LM head, and clip each stage's gradient apart, which is in favour of GPipe and
-1F1B: a norm over all stages would make them wait once more. So is it that these two run in a plain loop, without what
-the trainers do besides. Time is counted after the pipelines have filled. Methods take turns (--rounds), each time in
-new processes.
+Others of torch's schedules have two stages on each rank, halves of these stages:
 
---schedule-loss logits lets gpipe and 1f1b compute the loss on the logits in full, as a loss function passed to torch's
-schedules does; lopt, ppll and e2e stay what the trainers are.
+  interleaved     ScheduleInterleaved1F1B
+  interleaved_zb  ScheduleInterleavedZeroBubble: the backward of the weights fills gaps
+  zbv             ScheduleZBVZeroBubble: likewise, and the first rank has the first stage and the last
+  dualpipev       ScheduleDualPipeV: likewise, forwards and backwards of different micro-batches together
+
+All compute the task loss by TRL's fused LM head, and clip each stage's gradient apart (end-to-end each half's, where a
+method has two stages on a rank), which is in favour of torch's schedules: a norm over all stages would make them wait
+once more. So is it that these run in a plain loop, without what the trainers do besides. Time is counted after the
+pipelines have filled. Methods take turns (--rounds), each time in new processes.
+
+--schedule-loss logits lets torch's schedules compute the loss on the logits in full, as a loss function passed to them
+does; lopt, ppll and e2e stay what the trainers are.
 
 {malloc}"""
 PIPELINE_EXAMPLE = """\
 example:
   lopt-hf bench pipeline --stages 2 --microbatches 4 --output pipeline.json
+  lopt-hf bench pipeline --methods ppll,1f1b,interleaved,interleaved_zb,zbv,dualpipev --microbatches 8
 """
 GPU_DESCRIPTION = """\
 Check on this machine's GPU, in at most eight minutes and without a network, what the package claims about one, and

@@ -19,7 +19,7 @@ __all__ = ["balanced_split", "format_split", "stage_costs"]
 COLUMNS = ("forward", "backward", "local", "optimizer", "total")
 
 
-def balanced_split(costs: ModelCosts, num_stages: int) -> list[int]:
+def balanced_split(costs: ModelCosts, num_stages: int, least_layers: int = 1) -> list[int]:
     """Finds the cut whose slowest stage is the fastest possible, and of such cuts the most even one.
 
     Exact, by dynamic programming over contiguous cuts: the embeddings are on the first stage, a local objective on
@@ -28,22 +28,24 @@ def balanced_split(costs: ModelCosts, num_stages: int) -> list[int]:
 
     Args:
         costs: Costs of the model's parts.
-        num_stages: Number of stages, each of at least one layer.
+        num_stages: Number of stages.
+        least_layers: Layers that each stage has at least.
 
     Returns:
         The first layer of every stage but the first: `split_at` of `LoPTConfig`.
 
     Raises:
-        ValueError: If there are more stages than layers.
+        ValueError: If there are too many stages for the layers.
     """
     num_layers = len(costs.layers)
-    if not 1 <= num_stages <= num_layers:
+    most_stages = num_layers // least_layers
+    if not 1 <= num_stages <= most_stages:
         raise ValueError(
             f"num_stages={num_stages} does not fit a model with {num_layers} decoder layers; choose a number from 1 "
-            f"to {num_layers}."
+            f"to {most_stages}."
         )
     seconds = {
-        (start, stop): costs.stage(start, stop).total
+        (start, stop): costs.stage(start, stop).total if stop - start >= least_layers else math.inf
         for start in range(num_layers)
         for stop in range(start + 1, num_layers + 1)
     }

@@ -48,9 +48,23 @@ def test_no_cut_has_a_faster_slowest_stage(seed, num_stages):
     assert slowest(costs, split_at) == best
 
 
+@pytest.mark.parametrize("num_stages", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(8))
+def test_no_cut_of_stages_with_two_layers_has_a_faster_slowest_stage(seed, num_stages):
+    costs = random_costs(seed, num_layers=7 + seed % 3)
+    cuts = itertools.combinations(range(1, len(costs.layers)), num_stages - 1)
+    edges = ((0, *cut, len(costs.layers)) for cut in cuts)
+    fit = [edge[1:-1] for edge in edges if all(b - a >= 2 for a, b in itertools.pairwise(edge))]
+    split_at = balanced_split(costs, num_stages, least_layers=2)
+    assert tuple(split_at) in fit
+    assert slowest(costs, split_at) == min(slowest(costs, cut) for cut in fit)
+
+
 def test_more_stages_than_layers():
     with pytest.raises(ValueError, match="num_stages=5 does not fit a model with 4 decoder layers"):
         balanced_split(random_costs(0, 4), 5)
+    with pytest.raises(ValueError, match="num_stages=3 does not fit .* choose a number from 1 to 2"):
+        balanced_split(random_costs(0, 5), 3, least_layers=2)
 
 
 def test_what_a_stage_is_charged():
