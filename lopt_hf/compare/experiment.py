@@ -1,9 +1,13 @@
 """Evaluation of every run of a grid, and the comparison of methods over their seeds."""
 
+import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from lm_eval.api.task import Task
 
 from lopt_hf.compare.contrasts import Margin, MethodPoint, matched_contrasts, rate_contrasts
 from lopt_hf.compare.grid import Grid, GridRun
@@ -11,12 +15,21 @@ from lopt_hf.compare.grid_data import heldout_rows, model_folder
 from lopt_hf.compare.grid_training import arithmetic_argument, training_arithmetic
 from lopt_hf.retention.benchmark import Candidate, RetentionBenchmark, flips
 from lopt_hf.retention.comparisons import adjusted
-from lopt_hf.retention.evaluation import EvaluationSettings
+from lopt_hf.retention.evaluation import EvaluationSettings, evaluate_model
 from lopt_hf.retention.results import Contrast, RetentionReport
 from lopt_hf.retention.scores import ScoreCache
 from lopt_hf.retention.suites import SuiteTask, load_entries
 
 __all__ = ["GridEvaluation", "point_label"]
+
+
+PROBE = 8  # the share of the samples, as its inverse, by which the time of all is told
+
+
+def thinned(settings: EvaluationSettings, tasks: Sequence[Task], share: float) -> dict[str, list[int]]:
+    """Returns the first samples of each task, a share of those that the settings name, and at least one."""
+    chosen = {task.task_name: settings.indices(task) or list(range(len(task.eval_docs))) for task in tasks}
+    return {name: indices[: math.ceil(share * len(indices))] for name, indices in chosen.items()}
 
 
 def point_label(method: str, learning_rate: float) -> str:
@@ -55,20 +68,44 @@ class GridEvaluation:
             f"measuring in {self.benchmark.arithmetic.description}."
         )
 
-    def report(self) -> RetentionReport:
-        """Compares all methods and rates, each over its seeds."""
-        runs = self.grid.runs()
+    def time_base(self) -> float:
+        """Measures the base on an eighth of the samples, and returns the seconds that all of them take."""
+        tasks = [task for entry in self.benchmark.entries for task in entry.tasks]
+        start = time.monotonic()
+        settings = replace(self.benchmark.settings, samples=thinned(self.benchmark.settings, tasks, 1 / PROBE))
+        evaluate_model(self.benchmark.baseline, self.benchmark.entries, settings, self.benchmark.cache)
+        return PROBE * (time.monotonic() - start)
+
+    def with_share(self, share: float) -> "GridEvaluation":
+        """Returns an evaluation on a share of each task's samples, the first ones; held-out answers stay all."""
+        if share == 1:
+            return self
+        tasks = [task for entry in self.benchmark.entries for task in entry.tasks]
+        return GridEvaluation(replace(self.grid, samples=thinned(self.benchmark.settings, tasks, share)))
+
+    def measure(self, run: GridRun) -> None:
+        """Measures one run, so that a report finds it done."""
+        label = point_label(run.method, run.learning_rate)
+        self.benchmark.compare([Candidate(label, run.method, (str(model_folder(self.grid, run)),))])
+
+    def report(self, runs: Sequence[GridRun] | None = None) -> RetentionReport:
+        """Compares methods and rates, each over its seeds.
+
+        Args:
+            runs: Those to compare, of each method and rate the same seeds. Default: all.
+        """
+        runs = self.grid.runs() if runs is None else runs
         points = list(dict.fromkeys((run.method, run.learning_rate) for run in runs))
         candidates = [Candidate(point_label(*point), point[0], tuple(self._models(runs, *point))) for point in points]
         report = self.benchmark.compare(candidates)
         assert report is not None  # only distributed launches have other processes
         contrasts = tuple(self._contrasts(runs))
-        return adjusted(replace(report, settings={**report.settings, **self._settings()}, contrasts=contrasts))
+        return adjusted(replace(report, settings={**report.settings, **self._settings(runs)}, contrasts=contrasts))
 
-    def flips(self) -> Iterator[dict[str, Any]]:
+    def flips(self, runs: Sequence[GridRun] | None = None) -> Iterator[dict[str, Any]]:
         """The samples that each run's model answers otherwise than the baseline, as `benchmark.flips`."""
         before = self.benchmark.scores(self.benchmark.baseline.name)
-        for run in self.grid.runs():
+        for run in self.grid.runs() if runs is None else runs:
             label = f"{point_label(run.method, run.learning_rate)}, seed {run.seed}"
             yield from flips(label, before, self.benchmark.scores(str(model_folder(self.grid, run))))
 
@@ -94,13 +131,14 @@ class GridEvaluation:
         margin = Margin(benchmark.margin, baseline)
         for first, second in self.grid.contrasts:
             points = self._points(runs, first), self._points(runs, second)
+            if not all(points):  # not trained yet
+                continue
             found += rate_contrasts(*points, benchmark.entries, benchmark.confidence, margin)
             found += matched_contrasts(*points, baseline, benchmark.entries, benchmark.confidence, margin)
         return found
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self, runs: Sequence[GridRun]) -> dict[str, Any]:
         grid = self.grid
-        runs = grid.runs()
         counts = {run.method: run.num_train for run in runs if run.source is None}
         rows = f"{grid.num_train} rows for each run"
         rows += "".join(f", {count} of {method}" for method, count in counts.items() if count != grid.num_train)
@@ -114,6 +152,6 @@ class GridEvaluation:
             "train_dataset": f"{grid.train_dataset}, split {grid.train_split}: {rows}",
             "heldout_dataset": f"{grid.heldout_dataset}, split {grid.heldout_split}: {grid.num_heldout} rows",
             **(general if replayed else {}),
-            "seeds": list(grid.seeds),
+            "seeds": list(dict.fromkeys(run.seed for run in runs)),
             "training": {**grid.training, **arithmetic_argument(grid, grid.training)},
         }

@@ -16,10 +16,11 @@ from dataclasses import fields
 from pathlib import Path
 
 from lopt_hf.common.packaged import find_config
+from lopt_hf.compare.budget import BudgetedRuns, BudgetRecord, complete_runs, parse_budget
 from lopt_hf.compare.experiment import GridEvaluation
-from lopt_hf.compare.grid import Grid, load_grid
+from lopt_hf.compare.grid import Grid, GridRun, load_grid
 from lopt_hf.compare.grid_data import prepare_data
-from lopt_hf.compare.grid_training import GridTrainingError, train_grid
+from lopt_hf.compare.grid_training import GridTrainingError, check_trained_runs, train_grid, train_runs
 from lopt_hf.data.mirror import DATA_DIR_HELP
 from lopt_hf.scripts.retention import exit_on_error, write_results
 from lopt_hf.scripts.settings import OneLineParser
@@ -30,8 +31,9 @@ EPILOG = """\
 settings of the YAML:
 {settings}
 
-example:
+examples:
   lopt-hf compare --config smollm2-135m/retention/gsm8k
+  lopt-hf compare --config smollm2-135m/retention/gsm8k --budget minutes=180   # again with the same line to go on
 
 Each run keeps its model in <output_dir>/runs, so that it can be looked at and measured again: the disk needs room for
 methods x learning rates x seeds of them.
@@ -48,6 +50,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output-dir", help="in place of the file's")
     parser.add_argument("--dtype", metavar="NAME", help="auto, float32 or bfloat16, in place of the file's")
     parser.add_argument("--workers", type=int, help="fine-tuning runs at a time, in place of the file's")
+    parser.add_argument(
+        "--budget",
+        metavar="minutes=N",
+        help="train and measure what fits into so much time (minutes=180, hours=3), all methods of a seed before the "
+        "next; says what that is after the first run, and reports on the seeds that are complete",
+    )
     return parser
 
 
@@ -58,6 +66,7 @@ def run(options: argparse.Namespace, command: str) -> None:
         options: Parsed arguments.
         command: The command line, for the report.
     """
+    seconds = None if options.budget is None else parse_budget(options.budget)
     overrides = {name: getattr(options, name) for name in ("data_dir", "output_dir", "workers", "dtype")}
     grid = load_grid(find_config(options.config), **overrides)
     if grid.output_path.is_file():
@@ -65,8 +74,33 @@ def run(options: argparse.Namespace, command: str) -> None:
     prepare_data(grid)
     evaluation = GridEvaluation(grid)  # before training: tasks that cannot be loaded are found at once
     print(evaluation.describe_arithmetic(), flush=True)
-    train_grid(grid)
-    write_results(evaluation.report(), evaluation.flips(), grid.output_path, command)
+    if seconds is None:
+        train_grid(grid)
+        runs = grid.runs()
+    else:
+        evaluation, runs = _run_within(seconds, grid, evaluation)
+    write_results(evaluation.report(runs), evaluation.flips(runs), grid.output_path, command)
+
+
+def _run_within(seconds: float, grid: Grid, evaluation: GridEvaluation) -> tuple[GridEvaluation, list[GridRun]]:
+    """Trains and measures what fits; the evaluation that it was measured by, and the runs to compare."""
+    check_trained_runs(grid)
+    path = grid.output_path / "budget.json"
+    record = BudgetRecord.read(path)
+    budgeted = BudgetedRuns(
+        *(grid, seconds, record, path),
+        train=lambda runs: train_runs(grid, runs),
+        measure=lambda run: evaluation.measure(run),
+        say=lambda line: print(line, flush=True),
+    )
+    if record.base is None:
+        record.base = evaluation.time_base()
+    budgeted.begin()
+    evaluation = evaluation.with_share(record.share or 1.0)
+    failures = budgeted.run()
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    return evaluation, complete_runs(grid, {run.name: budgeted.is_done(run) for run in grid.runs()})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
