@@ -377,11 +377,20 @@ class BlockBoundary(ABC):
         own = tuple(logits[self._routers_seen :])
         self._routers_seen = len(logits)
         logits[:] = [layer_logits.detach() for layer_logits in logits]
+        return self.balance_of(own, self._mask_BT)
+
+    def balance_of(self, logits: tuple[Any, ...], mask_BT: torch.Tensor | None) -> torch.Tensor:
+        """Returns the load-balancing loss of some layers' routers, with their weight in end-to-end training.
+
+        Args:
+            logits: Each layer's.
+            mask_BT: Which tokens are none of padding, if some are.
+        """
         config = self.model.config.get_text_config(decoder=True)
-        share = self.router_coefficient * len(own) / len(self.stack.layers)
+        share = self.router_coefficient * len(logits) / len(self.stack.layers)
         # The model knows it where the config has another name for it (DeepSeek-V4).
         experts = vars(self.model).get("num_experts") or config.num_experts
-        loss = load_balancing_loss_func(own, experts, config.num_experts_per_tok, self._mask_BT)
+        loss = load_balancing_loss_func(logits, experts, config.num_experts_per_tok, mask_BT)
         return share * torch.as_tensor(loss)
 
     def _router_logits(self) -> list[Any]:

@@ -6,7 +6,8 @@ cotangent back, it runs again from the same input, in the same random state, and
 Shapes: B batch, T tokens, D hidden channels.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,19 +22,35 @@ from lopt_hf.local.blocks import Block, DecoderStack
 from lopt_hf.local.layer_calls import LayerCall, hidden_of, output_hidden
 from lopt_hf.local.objectives import LocalBatch
 
-__all__ = ["BlockRun", "Replay", "Replays"]
+__all__ = ["BlockRun", "RandomState", "Replay", "Replays"]
 
 
-class _RandomState:
-    """The random state of the CPU and of a tensor's device."""
+@dataclass(frozen=True)
+class RandomState:
+    """The random state of the CPU and of some devices.
 
-    def __init__(self, hidden_BTD: torch.Tensor) -> None:
-        self._cpu = torch.get_rng_state()
-        self.devices, self._states = get_device_states(hidden_BTD)
+    Attributes:
+        cpu: That of the CPU.
+        devices: Ids of the devices.
+        states: Those of the devices, in their order.
+    """
 
-    def restore(self) -> None:
-        torch.set_rng_state(self._cpu)
-        set_device_states(self.devices, self._states)
+    cpu: torch.Tensor
+    devices: list[int]
+    states: list[torch.Tensor]
+
+    @classmethod
+    def now(cls, tensor: torch.Tensor) -> "RandomState":
+        """Returns the present state of the CPU and of a tensor's device."""
+        return cls(torch.get_rng_state(), *get_device_states(tensor))
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Makes a context that begins in this state, and behind which everything goes on as if it had not been."""
+        with torch.random.fork_rng(devices=self.devices):
+            torch.set_rng_state(self.cpu)
+            set_device_states(self.devices, self.states)
+            yield
 
 
 def _autocast_of(device_type: str) -> dict[str, Any]:
@@ -62,7 +79,7 @@ class BlockRun:
 
     input_BTD: torch.Tensor
     target_BTD: torch.Tensor
-    random_state: _RandomState
+    random_state: RandomState
     autocast: dict[str, Any]
     calls: list[LayerCall] = field(default_factory=list)
     output_BTD: torch.Tensor | None = None
@@ -160,7 +177,7 @@ class Replays:
         if before is not None and before.output_BTD is not hidden_BTD:
             raise RuntimeError(_changed_between(f"Between blocks {index - 1} and {index}"))
         device_type = hidden_BTD.device.type
-        self._running = BlockRun(hidden_BTD, target_BTD, _RandomState(hidden_BTD), _autocast_of(device_type))
+        self._running = BlockRun(hidden_BTD, target_BTD, RandomState.now(hidden_BTD), _autocast_of(device_type))
         self._last_BTD = hidden_BTD
         self.forwards[-1][index] = self._running
 
@@ -207,8 +224,7 @@ class Replays:
         collected: dict[str, Any] = {"router_logits": []} if run.router_logits else {}
         token = active_collector.set(collected)
         try:
-            with torch.random.fork_rng(devices=run.random_state.devices), torch.autocast(**run.autocast):
-                run.random_state.restore()
+            with run.random_state.restored(), torch.autocast(**run.autocast):
                 hidden_BTD = input_BTD
                 for layer, call in zip(self._layers[index], run.calls, strict=True):
                     hidden_BTD = call(layer, hidden_BTD)

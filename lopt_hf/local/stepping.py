@@ -12,7 +12,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-__all__ = ["ClipGroup", "GradientsComplete", "end_schedules_at", "set_learning_rate", "stepping_only"]
+__all__ = [
+    "ClipGroup",
+    "GradientsComplete",
+    "delay_schedules",
+    "end_schedules_at",
+    "set_learning_rate",
+    "stepping_only",
+]
 
 
 @dataclass(frozen=True)
@@ -124,6 +131,28 @@ def end_schedules_at(
         end = end_of.get(id(group["params"][0])) if group["params"] else None
         if end:
             scheduler.lr_lambdas[index] = partial(_sooner, scheduler.lr_lambdas[index], total_steps / end, total_steps)
+
+
+def delay_schedules(scheduler: LRScheduler, delay: int) -> None:
+    """Lets all learning rates begin their schedules later, and stay until then at the first value.
+
+    Args:
+        scheduler: Of one of transformers' schedules.
+        delay: Steps by which they begin later.
+
+    Raises:
+        ValueError: If the scheduler follows the loss, and no function of the step.
+    """
+    if not isinstance(scheduler, LambdaLR):
+        raise ValueError(
+            f"{type(scheduler).__name__} cannot be delayed, since it is no function of the step; set "
+            "lr_scheduler_type to one that is, such as cosine or linear."
+        )
+    scheduler.lr_lambdas = [partial(_later, factor, delay) for factor in scheduler.lr_lambdas]
+
+
+def _later(factor: Callable[[Any], float], delay: int, step: int) -> float:
+    return factor(max(step - delay, 0))
 
 
 def _sooner(factor: Callable[[Any], float], speed: float, total_steps: int, step: int) -> float:

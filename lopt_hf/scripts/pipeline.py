@@ -3,6 +3,7 @@
 ```bash
 lopt-hf pipeline --config smollm2-135m/pipeline/ppll_2          # all stages on this host
 lopt-hf pipeline --config smollm2-135m/pipeline/ppll_mlaan_2    # early blocks learn by MLAAN
+lopt-hf pipeline --config smollm2-135m/pipeline/ppll_2 --gradient delayed       # the task's gradient, a step late
 lopt-hf pipeline --method mlaan --help                                        # the options of that method
 accelerate launch --multi_gpu --num_processes 2 -m lopt_hf.scripts.pipeline --config ...
 lopt-hf pipeline export --checkpoint out/checkpoint-100 --output-dir model    # a checkpoint as a stock model
@@ -56,8 +57,8 @@ class LaunchArguments:
 
 
 _REFUSED_METHODS = {
-    "e2e": "end-to-end training sends gradients back from stage to stage, and this pipeline's messages go forward "
-    "only; train in one process with `lopt-hf sft --method e2e`"
+    "e2e": "end-to-end training sends gradients back from stage to stage within a step, and here no stage waits for "
+    "one; let them come late with `--gradient delayed`, or train in one process with `lopt-hf sft --method e2e`"
 }
 
 

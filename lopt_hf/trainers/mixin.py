@@ -94,6 +94,7 @@ class LocalLearningMixin(TrainerBase):
     _name: str  # TRL's, of the method
 
     _staging: Path | None = None  # while a checkpoint is being written
+    _completes_in_forward = True  # whether early blocks have all their gradients when their local backward is done
     _resumed: ResumeState | None = None  # from `train(resume_from_checkpoint=...)` to the first epoch
 
     def __init__(self, *trainer_args: Any, method: Method | None = None, **trainer_kwargs: Any) -> None:
@@ -348,16 +349,20 @@ class LocalLearningMixin(TrainerBase):
     def _local_forward(self, inputs: dict[str, Any], num_items: torch.Tensor | int | None) -> Iterator[None]:
         """Lets the forwards of a micro-batch learn locally."""
         steps = self.current_gradient_accumulation_steps
-        scale = self.learner.method.local_scale(inputs, num_items, steps, self._num_counted_processes())
         with self.learner.forward(
             inputs,
             self.state.global_step,
-            scale,
-            self.accelerator.sync_gradients,
+            self._local_scale(inputs, num_items),
+            self.accelerator.sync_gradients and self._completes_in_forward,
             steps,
             max(1, self.state.max_steps),
         ):
             yield
+
+    def _local_scale(self, inputs: Mapping[str, Any], num_items: torch.Tensor | int | None) -> float:
+        """The factor of the local losses of a micro-batch, as the optimizer expects gradients."""
+        steps = self.current_gradient_accumulation_steps
+        return self.learner.method.local_scale(inputs, num_items, steps, self._num_counted_processes())
 
     def _num_counted_processes(self) -> int:
         """Over how many processes the tokens of a step are counted, and their gradients averaged."""

@@ -47,7 +47,8 @@ def run(
 
 def main(arguments: Sequence[str]) -> None:
     num_stages, data_parallel = int(arguments[0]), int(arguments[1])
-    world = init_world(Rendezvous.from_environment(), num_stages, data_parallel, "cpu", peer_timeout=60.0)
+    rendezvous = Rendezvous.from_environment()
+    world = init_world(rendezvous, num_stages, data_parallel, "cpu", peer_timeout=60.0, sends_back=True)
     for line in Path(arguments[2]).read_text().splitlines():
         run(world, **json.loads(line))
     dist.barrier()

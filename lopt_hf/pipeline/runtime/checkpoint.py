@@ -73,11 +73,18 @@ class Manifest:
         content = {"stages": stages, "num_layers": plans[0].num_layers, **details}
         (folder / MANIFEST_FILE).write_text(json.dumps(content, indent=2), encoding="utf-8")
 
-    def check(self, name: str, value: Any) -> None:
-        """Raises `ValueError` if the run that wrote the checkpoint had another value of a setting."""
-        if self.content[name] != value:
+    def check(self, name: str, value: Any, default: Any = None) -> None:
+        """Raises `ValueError` if the run that wrote the checkpoint had another value of a setting.
+
+        Args:
+            name: The setting.
+            value: That of this run.
+            default: The value of checkpoints from before there was the setting.
+        """
+        saved = self.content.get(name, default)
+        if saved != value:
             raise ValueError(
-                f"resume_from_checkpoint={str(self.folder)!r} was trained with {name}={self.content[name]}, but this "
+                f"resume_from_checkpoint={str(self.folder)!r} was trained with {name}={saved}, but this "
                 f"run has {name}={value}; resume with the same, or start anew in another output_dir."
             )
 
@@ -134,21 +141,22 @@ def load_weights(tensors: Mapping[str, torch.Tensor], folders: Iterable[Path], f
 
 
 def publish_when_complete(
-    store: dist.Store, staged: Path, final: Path, plans: Sequence[StagePlan], details: Any
+    store: dist.Store, staged: Path, final: Path, plans: Sequence[StagePlan], details: Any, num_parts: int
 ) -> bool:
-    """Notes that one more stage is written; the last one adds the manifest and renames the folder.
+    """Notes that one more part is written; the last one adds the manifest and renames the folder.
 
     Args:
-        store: The store that all stages share.
-        staged: The folder that the stages write into, as `<incomplete folder>/<name>`.
+        store: The store that all processes share.
+        staged: The folder that they write into, as `<incomplete folder>/<name>`.
         final: Its name when it is complete.
         plans: All stages.
         details: Further content of the manifest.
+        num_parts: How many processes write.
 
     Returns:
         Whether this call made the checkpoint complete.
     """
-    if store.add(f"saved/{final.name}", 1) < len(plans):
+    if store.add(f"saved/{final.name}", 1) < num_parts:
         return False
     Manifest.write(staged, plans, details)
     publish_folder(staged, final)

@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lopt_hf.common.settings import option
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
+
+from lopt_hf.common.settings import check_choice, option
 from lopt_hf.trainers.configs import LoPTConfig, MLAANConfig
 
 __all__ = ["MLAANPipelineConfig", "PipelineArguments", "PipelineConfig"]
@@ -13,6 +16,8 @@ if TYPE_CHECKING:
     from lopt_hf.trainers.configs import LocalTrainingArguments as ArgumentsBase
 else:
     ArgumentsBase = object
+
+GRADIENTS = ("local", "delayed", "local_and_delayed")
 
 # Arguments of the parents that would need more than the stage has, or that reach into another stage's modules.
 _UNSUPPORTED: dict[str, tuple[object, str]] = {
@@ -42,6 +47,12 @@ class PipelineArguments(ArgumentsBase):
             next arrives; more smooths uneven stages and costs memory (paper's code: unbounded).
         peer_timeout: Seconds without a sign of life after which a process counts as lost. Ours: 20.
         start_timeout: Seconds that the other processes may take to start. Default: 300, that of torch's `TCPStore`.
+        gradient: What an early stage learns from. `"local"`: its local objective (paper). `"delayed"`: the task's
+            gradient, one optimizer step late for each stage behind it. `"local_and_delayed"`: both, the objective at
+            once. Ours; PipeDream-2BW (arXiv 2006.09503) has the constant delay, of one step for all stages.
+        gradient_recompute: Run a stage's forward again when the gradient has come, with the weights that it has then:
+            what waits is one boundary tensor for each micro-batch, for one more forward. `False` keeps the graph, all
+            activations of it, and a copy of the trainable weights of each step (PipeDream's weight stashing).
         timeline_steps: Record what each stage does in this many first steps, as picture and Chrome trace.
 
     Raises:
@@ -65,11 +76,27 @@ class PipelineArguments(ArgumentsBase):
     start_timeout: float = option(
         300.0, "Seconds that the other processes may take to start (torch's default for its store)."
     )
+    gradient: str = option(
+        "local",
+        "What an early stage learns from: its 'local' objective (paper), the task's gradient 'delayed' by one "
+        "optimizer step for each stage behind it (ours), or both: 'local_and_delayed'.",
+        GRADIENTS,
+    )
+    gradient_recompute: bool = option(
+        True,
+        "Where gradients are delayed: run a stage's forward again when its gradient comes, with the weights of then; "
+        "False keeps the graph and a copy of the weights instead (ours).",
+    )
     timeline_steps: int = option(0, "Record this many first steps of every stage, as timeline.png and timeline.json.")
 
     def __post_init__(self) -> None:
         self._check_pipeline()
         super().__post_init__()
+        if self.activation_checkpointing and not self.gradient_recompute:
+            raise ValueError(
+                "gradient_recompute=False does not work with activation_checkpointing=True (the default), which runs "
+                "layers again with other weights; set activation_checkpointing to False."
+            )
 
     def _check_pipeline(self) -> None:
         lowest = {"data_parallel": 1, "channel_depth": 1, "timeline_steps": 0, "num_blocks": 2, "num_stages": 2}
@@ -98,16 +125,62 @@ class PipelineArguments(ArgumentsBase):
                 f"eval_strategy={self.eval_strategy!r} is not supported in a pipeline; set it to 'no' and evaluate "
                 "the saved model with `lopt-hf retention`."
             )
+        self._check_gradient()
         if self.schedule.highest > 1:
             raise ValueError(
-                "task_reach above 1 does not work in a pipeline, where no gradient passes from one stage to another; "
-                "leave it out."
+                "task_reach above 1 does not work in a pipeline, where no gradient of a step passes from one stage to "
+                "another in that step; leave it out, or set gradient to 'delayed' for late ones at every step."
             )
         for name, (allowed, reason) in _UNSUPPORTED.items():
             if getattr(self, name) not in (allowed, None):
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} does not work in a pipeline: {reason}; leave it out."
                 )
+
+    @property
+    def sends_gradients_back(self) -> bool:
+        """Whether the task's gradient goes from stage to stage."""
+        return self.gradient != "local"
+
+    def _check_gradient(self) -> None:
+        check_choice("gradient", self.gradient, GRADIENTS)
+        if not self.sends_gradients_back:
+            if not self.gradient_recompute:
+                raise ValueError(
+                    "gradient_recompute=False does nothing with gradient='local', which keeps no graph; leave it out."
+                )
+            return
+        wrong = f"does not work with gradient={self.gradient!r}"
+        schedule, optim = SchedulerType(self.lr_scheduler_type).value, OptimizerNames(self.optim).value
+        conflicts = [
+            (
+                self.num_blocks != self.num_stages,
+                f"num_blocks={self.num_blocks} with num_stages={self.num_stages} {wrong}, which crosses the cuts "
+                "between stages only; leave num_blocks out",
+            ),
+            (self.local_step, f"local_step=True {wrong}, which comes after the local backward; set it to False"),
+            (
+                not self.train_early_blocks,
+                f"train_early_blocks=False {wrong}, which trains them; leave it out, or set gradient to 'local'",
+            ),
+            (self.fp16, f"fp16=True {wrong}, since each stage scales its loss by itself; use bf16"),
+            (
+                schedule in ("reduce_lr_on_plateau", "greedy"),
+                f"lr_scheduler_type={schedule!r} {wrong}: the stages must know the rates of a step before its loss; "
+                "choose one that is a function of the step, such as cosine",
+            ),
+            (
+                optim in ("lomo", "adalomo") or optim.endswith("layerwise"),
+                f"optim={optim!r}, which steps in the backward, {wrong}; choose another",
+            ),
+            (
+                not self.gradient_recompute and self.gradient != "delayed",
+                f"gradient_recompute=False {wrong}, whose local backward frees the graph; set it to True",
+            ),
+        ]
+        for exists, conflict in conflicts:
+            if exists:
+                raise ValueError(f"{conflict}.")
 
 
 @dataclass
@@ -116,12 +189,30 @@ class PipelineConfig(PipelineArguments, LoPTConfig):
 
     def _check_pipeline(self) -> None:
         super()._check_pipeline()
+        if self.gradient == "delayed":
+            self._leave_out_objective()
+            return
         if self.local_backward == "joint":
             raise ValueError("local_backward='joint' needs all blocks in one process; set it to 'auto' or 'eager'.")
         if self.local_objective == "none":
             raise ValueError(
                 "local_objective='none' leaves the early stages nothing to learn from in a pipeline; choose another."
             )
+
+    def _leave_out_objective(self) -> None:
+        """Sets the objective to none where the task's gradient takes its place."""
+        if self.local_objective == "readout":
+            raise ValueError(
+                "local_objective='readout' does nothing with gradient='delayed', where early stages learn from the "
+                "task's gradient alone; leave it out, or set gradient to 'local_and_delayed'."
+            )
+        self.local_objective = "none"
+
+    def _check_without_objective(self) -> None:
+        learns = self.train_early_blocks
+        super()._check_without_objective()
+        if self.gradient == "delayed":
+            self.train_early_blocks = learns  # which nothing would train in one process
 
 
 @dataclass
@@ -142,6 +233,11 @@ class MLAANPipelineConfig(PipelineArguments, MLAANConfig):
 
     def _check_pipeline(self) -> None:
         super()._check_pipeline()
+        if self.sends_gradients_back:
+            raise ValueError(
+                f"gradient={self.gradient!r} does not work with method='mlaan', whose auxiliaries bring early stages "
+                "the task; leave it out, or set method to 'lopt'."
+            )
         if self.window == self.num_blocks:
             raise ValueError(
                 f"window={self.window} is num_blocks, which is end-to-end training: its gradients cross stages; lower "

@@ -86,6 +86,8 @@ class PipelineWorld:
         previous: Group of this process and the one that sends to it, if there is one.
         next: Group of this process and the one that it sends to, if there is one.
         monitor: Watches the neighbours and the store.
+        previous_back: As `previous`, for what goes the other way; only where gradients do.
+        next_back: As `next`, likewise.
         runs: Numbers the training runs in this world.
     """
 
@@ -97,6 +99,8 @@ class PipelineWorld:
     previous: dist.ProcessGroup | None
     next: dist.ProcessGroup | None
     monitor: PeerMonitor
+    previous_back: dist.ProcessGroup | None = None
+    next_back: dist.ProcessGroup | None = None
     runs: Iterator[int] = field(default_factory=itertools.count)
 
     @property
@@ -169,6 +173,7 @@ def init_world(
     peer_timeout: float,
     start_timeout: float = math.inf,
     settings: Mapping[str, Any] | None = None,
+    sends_back: bool = False,
 ) -> PipelineWorld:
     """Initialises the process groups: the world, each stage's replicas, and each pair of neighbours.
 
@@ -180,6 +185,7 @@ def init_world(
         peer_timeout: Seconds of silence after which a process counts as lost.
         start_timeout: Seconds that another process may take to start.
         settings: Arguments that must be the same on all processes.
+        sends_back: Whether gradients go from stage to stage, against the hidden states.
 
     Raises:
         ValueError: If the launcher started another number of processes, or one of them has other settings.
@@ -210,6 +216,8 @@ def init_world(
         )
         mesh = init_device_mesh(device_type, (num_stages, data_parallel), mesh_dim_names=("stage", "data"))
         links = _link_stages(mesh, rendezvous.rank)
+        # Apart from those: a backend may keep the messages of a group in one order for both directions.
+        back = _link_stages(mesh, rendezvous.rank) if sends_back else {}
     except RuntimeError as error:
         advice = (
             f" The network interface was {os.environ.get(INTERFACE)!r}; set {INTERFACE} on each host to the one "
@@ -217,7 +225,16 @@ def init_world(
         )
         raise monitor.explain(error, rank_name(rendezvous.rank, data_parallel), advice) from error
     return PipelineWorld(
-        rendezvous.store, rendezvous.rank, mesh, stage, replica, links.get(stage - 1), links.get(stage), monitor
+        store=rendezvous.store,
+        rank=rendezvous.rank,
+        mesh=mesh,
+        stage=stage,
+        replica=replica,
+        previous=links.get(stage - 1),
+        next=links.get(stage),
+        monitor=monitor,
+        previous_back=back.get(stage - 1),
+        next_back=back.get(stage),
     )
 
 

@@ -39,6 +39,8 @@ def add_figures(trainer: Any, logs: dict[str, float]) -> None:
     logs.update(
         {f"pipeline/stage_{trainer.plan.index}/{name}": value for name, value in trainer.timeline.summary().items()}
     )
+    if trainer.delayed is not None:
+        logs[f"pipeline/stage_{trainer.plan.index}/kept_mib"] = trainer.delayed.kept_bytes / 2**20
     if trainer.world.reports:
         for stage in range(trainer.plan.index):
             key = _log_key(trainer, stage)
@@ -125,6 +127,10 @@ class StageCallback(TrainerCallback):
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.timeline.add("optimizer", self.started, time.perf_counter())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_training_stop:  # before the step is logged and saved
+            self.trainer.drain()
 
     def on_log(self, *args: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         if logs is not None and "loss" in logs and not self.trainer.plan.is_last and self.trainer.world.replica == 0:

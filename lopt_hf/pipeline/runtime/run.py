@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from lopt_hf.pipeline.runtime.trainer import MLAANPipelineTrainer, PipelineTrain
 from lopt_hf.pipeline.split.auxiliaries import with_auxiliaries
 from lopt_hf.pipeline.split.balance import balanced_split, format_split
 from lopt_hf.pipeline.split.costs import measure_costs
+from lopt_hf.pipeline.split.stopwatch import PartCost
 
 __all__ = ["StageConfig", "find_model", "launch_stages", "make_trainer", "run_stage"]
 
@@ -129,7 +130,7 @@ def _measured_split(checkpoint: str, args: StageConfig, model_args: ModelConfig,
             checkpoint,
             args.per_device_train_batch_size,
             args.max_length or 1024,  # TRL's default length
-            objective="readout" if isinstance(args, MLAANPipelineConfig) else args.local_objective,
+            objective=_measured_objective(args),
             autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
             device=args.device,
             accumulation_steps=args.gradient_accumulation_steps,
@@ -139,10 +140,19 @@ def _measured_split(checkpoint: str, args: StageConfig, model_args: ModelConfig,
         )
         if isinstance(args, MLAANPipelineConfig):
             costs = with_auxiliaries(costs, args)
+        if args.gradient == "delayed":
+            costs = replace(costs, objective=PartCost(0.0, 0.0, 0))
+        costs = replace(costs, runs_again=args.sends_gradients_back and args.gradient_recompute)
         split = balanced_split(costs, args.num_blocks)
         print(format_split(costs, split), flush=True)
         world.store.set("split_at", json.dumps(split))
     return list(json.loads(world.store.get("split_at")))
+
+
+def _measured_objective(args: StageConfig) -> str:
+    if isinstance(args, MLAANPipelineConfig):
+        return "readout"
+    return "reconstruction" if args.local_objective == "none" else args.local_objective
 
 
 def _settings_of_all(args: PipelineArguments, model_args: ModelConfig) -> dict[str, str]:
@@ -175,6 +185,7 @@ def run_stage(
         args.peer_timeout,
         args.start_timeout,
         _settings_of_all(args, model_args),
+        args.sends_gradients_back,
     )
     name = rank_name(world.rank, world.num_replicas)
     report_termination(world.monitor, name)

@@ -60,6 +60,11 @@ class StagePlan:
         return self.blocks[-1].stop
 
     @property
+    def delay(self) -> int:
+        """Optimizer steps by which the task's gradient is late on it, where stages send gradients back."""
+        return self.num_stages - 1 - self.index
+
+    @property
     def name(self) -> str:
         """Name of the stage's folder in a checkpoint."""
         return f"stage-{self.index}"

@@ -28,15 +28,17 @@ from lopt_hf.pipeline.runtime.logs import is_of_own_block
 from lopt_hf.trainers.checkpoint import HEADS_FILE, STATE_FILE
 
 __all__ = [
+    "load_in_flight",
     "load_optimizer_state",
     "load_stage_optimizer",
     "load_stage_weights",
     "push_model",
     "save_optimizer_state",
-    "save_stage",
+    "save_process",
     "save_stage_model",
 ]
 
+IN_FLIGHT = "in-flight"  # a checkpoint's folder of what the gradients that are on their way need
 SCHEDULER_FILE = "scheduler.pt"
 TRAINER_STATE_FILE = "trainer_state.json"
 OPTIMIZER_TENSORS_FILE = "optimizer.safetensors"
@@ -55,12 +57,51 @@ def _stepped_parameters(trainer: Any) -> dict[str, torch.Tensor]:
     return {**{n: p for n, p in trainer.model.named_parameters() if p.requires_grad}, **heads}
 
 
-def save_stage(trainer: Any) -> None:
-    """Writes a stage's part of a checkpoint, by names that do not depend on how blocks are spread."""
+def save_process(trainer: Any) -> None:
+    """Writes what a process contributes to a checkpoint: a stage's first replica the stage, all what is in flight."""
     name = f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
     output_dir = Path(trainer.args.output_dir)
     staged, final = output_dir / f"{INCOMPLETE}{name}" / name, output_dir / name
-    folder = staged / trainer.plan.name
+    num_parts = len(trainer.plans)
+    if trainer.args.sends_gradients_back:
+        num_parts *= trainer.world.num_replicas
+        if trainer.delayed is not None:
+            path = _in_flight(staged, trainer)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(trainer.delayed.state(), path)
+    elif trainer.world.replica != 0:
+        return
+    if trainer.world.replica == 0:
+        _save_stage(trainer, staged / trainer.plan.name, final)
+    details = {
+        "step": trainer.state.global_step,
+        "model": trainer.learner.base_model.config.name_or_path,
+        "data_parallel": trainer.world.num_replicas,
+        **trainer.gradient_settings,
+        **trainer.learner.fingerprint(),
+    }
+    if publish_when_complete(trainer.store, staged, final, trainer.plans, details, num_parts):
+        rotate_checkpoints(str(output_dir), save_total_limit=trainer.args.save_total_limit, use_mtime=True)
+
+
+def _in_flight(checkpoint: Path, trainer: Any) -> Path:
+    """The file of what a process has kept for the gradients that are on their way."""
+    return checkpoint / IN_FLIGHT / f"{trainer.plan.name}-{trainer.world.replica}.pt"
+
+
+def load_in_flight(trainer: Any, manifest: Manifest) -> None:
+    """Goes on with the gradients that were on their way when a checkpoint was written."""
+    path = _in_flight(manifest.folder, trainer)
+    if not path.is_file():
+        raise ValueError(
+            f"resume_from_checkpoint={str(manifest.folder)!r} has no {path.parent.name}/{path.name}, which the task's "
+            "gradients that were on their way need; go on from a whole checkpoint."
+        )
+    trainer.delayed.load_state(torch.load(path, map_location=trainer.args.device, weights_only=True))
+
+
+def _save_stage(trainer: Any, folder: Path, final: Path) -> None:
+    """Writes a stage's part of a checkpoint, by names that do not depend on how blocks are spread."""
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed while it wrote
     folder.mkdir(parents=True)
     trainer.store_flos()
@@ -76,14 +117,6 @@ def save_stage(trainer: Any) -> None:
     trainer._save_local_state(folder, final)
     if isinstance(trainer.model, PeftModel):
         trainer.model.peft_config[trainer.model.active_adapter].save_pretrained(str(folder))
-    details = {
-        "step": trainer.state.global_step,
-        "model": trainer.learner.base_model.config.name_or_path,
-        "data_parallel": trainer.world.num_replicas,
-        **trainer.learner.fingerprint(),
-    }
-    if publish_when_complete(trainer.store, staged, final, trainer.plans, details):
-        rotate_checkpoints(str(output_dir), save_total_limit=trainer.args.save_total_limit, use_mtime=True)
 
 
 def load_stage_weights(trainer: Any, manifest: Manifest) -> dict[str, list[float]]:
@@ -223,8 +256,11 @@ def load_optimizer_state(
     if missing:
         raise ValueError(f"The checkpoint has no optimizer state of {missing[0]!r}; it is from another run.")
     positions = {name: position for position, name in enumerate(order)}
+    # A group without parameters (one for biases, of an adapter that has none) has kept its settings.
+    kept = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     groups = [
-        {**(settings[group[0]] if group else {}), "params": [positions[name] for name in group]} for group in owned
+        {**(settings[group[0]] if group else own), "params": [positions[name] for name in group]}
+        for group, own in zip(owned, kept, strict=True)
     ]
     packed = {positions[name]: values for name, values in state.items() if name in positions}
     optimizer.load_state_dict({"state": packed, "param_groups": groups})

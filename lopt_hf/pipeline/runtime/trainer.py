@@ -2,7 +2,7 @@
 
 Each stage is a training run of its own, of a stock trainer on its part of the model: it builds the same batches from
 the same seed, has its own optimizer, scheduler and clipping, and exchanges nothing with the others but hidden states,
-which go forward only.
+which go forward; where `gradient` says so their cotangents come back, in time for a later step (`delayed.py`).
 
 Shapes: B batch, T tokens, D hidden channels.
 """
@@ -30,25 +30,26 @@ from trl import SFTTrainer
 from lopt_hf.common.distributed import GradientReducer, broadcast_parameters
 from lopt_hf.common.resuming import find_checkpoint
 from lopt_hf.local.blocks import Block, split_layers
-from lopt_hf.local.layer_calls import output_hidden
 from lopt_hf.local.learner import LearnerEvents, LocalLearner
 from lopt_hf.local.methods.base import Method
 from lopt_hf.local.methods.lopt import LoPT
 from lopt_hf.local.objectives import LocalObjective
+from lopt_hf.local.stepping import delay_schedules
 from lopt_hf.pipeline.runtime import stage_checkpoint
 from lopt_hf.pipeline.runtime.channel import BatchId, ReceivingChannel, SendingChannel
 from lopt_hf.pipeline.runtime.checkpoint import Manifest, check_shared_folder, remove_incomplete
 from lopt_hf.pipeline.runtime.config import MLAANPipelineConfig, PipelineConfig
+from lopt_hf.pipeline.runtime.delayed import DelayedGradients, send_back
 from lopt_hf.pipeline.runtime.launch import PipelineWorld, check_same
 from lopt_hf.pipeline.runtime.logs import StageCallback, add_figures, collect_start_losses, collect_timelines
 from lopt_hf.pipeline.runtime.stage import (
-    HiddenStateInput,
     StagePlan,
     keep_stage,
     load_stage,
     plan_stages,
     separate_stage_embeddings,
 )
+from lopt_hf.pipeline.runtime.stage_forward import StageForward
 from lopt_hf.pipeline.runtime.timeline import Timeline
 from lopt_hf.trainers.checks import check_model, check_sft_dataset
 from lopt_hf.trainers.mixin import LocalLearningMixin
@@ -102,15 +103,20 @@ class StageTrainer(LocalLearningMixin, SFTTrainer):
         collect_start_losses(self)
         if not world.reports:
             self.remove_callback(PrinterCallback)
-        self._input = None if self.plan.is_first else HiddenStateInput(self.stack.layers[self.plan.start])
+        self._forward = StageForward(self.learner.base_model, self.stack, self.plan, self._send)
         self._receiver: ReceivingChannel | None = None
         self._sender: SendingChannel | None = None
+        self._back_receiver: ReceivingChannel | None = None
+        self._back_sender: SendingChannel | None = None
+        self.delayed: DelayedGradients | None = None
+        self._hidden_BTD: torch.Tensor | None = None
         self._batch = BatchId(0, 0, 0)
         self._loss_at = 0.0
         self.micro_batch = 0
-        if not self.plan.is_last:
-            # Before the boundary's own hook: the output leaves before its local backward starts.
-            self.stack.layers[self.plan.stop - 1].register_forward_hook(self._send, prepend=True)
+        if args.sends_gradients_back:
+            self.card_facts["trained by the task loss"] = (
+                f"all {len(self.plans)} blocks, the first with a gradient {self.plans[0].delay} optimizer steps late"
+            )
         self.add_callback(StageCallback(self))
 
     # ---- What this stage is ----
@@ -163,15 +169,17 @@ class StageTrainer(LocalLearningMixin, SFTTrainer):
         self._batch = BatchId(self.state.global_step, self.micro_batch, _checksum(inputs))
         self.timeline.step = self.state.global_step
         self.timeline.micro_batch += 1
-        if self._input is not None and self._receiver is not None:
+        if self._receiver is not None:
             self.timeline.note_depth(self._receiver.depth)
             with self.timeline.span("receive"):
                 hidden_BTD = self._receiver.get(self._batch)
             # Reentrant checkpointing gives no gradient unless an input requires one.
-            self._input.hidden_BTD = hidden_BTD.requires_grad_(self.learner.base_model.is_activation_checkpointing)
+            asks = self._back_sender is not None or self.learner.base_model.is_activation_checkpointing
+            self._hidden_BTD = hidden_BTD.requires_grad_(asks)
         with self.timeline.span("forward"):
             if not self.plan.is_last:
                 return self._run_blocks(inputs, num_items_in_batch)
+            self._forward.start_from(self._hidden_BTD)
             result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._loss_at = time.perf_counter()
         if num_items_in_batch is None or self.world.num_replicas == 1:
@@ -181,18 +189,23 @@ class StageTrainer(LocalLearningMixin, SFTTrainer):
         return (result[0] * scale, result[1]) if return_outputs else result * scale
 
     def _run_blocks(self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
-        """Runs the stage's blocks, whose local losses are all that it learns from."""
+        """Runs the blocks of an early stage; all that it learns from at once are their local losses."""
         arguments = {name: value for name, value in inputs.items() if name != "labels"}
         if self.aux_loss_enabled:
             arguments["output_router_logits"] = True
-        with self._local_forward(inputs, num_items_in_batch), self.accelerator.autocast():
-            self.learner.base_model.base_model(**arguments, use_cache=False)
+        if self.delayed is not None:
+            balance = 0.0 if self.boundary.learns_locally else self._local_scale(inputs, num_items_in_batch)
+            self.delayed.keep(self._batch, arguments, self._hidden_BTD, balance * self.aux_loss_enabled)
+        if self.delayed is not None and not self.boundary.learns_locally:
+            self.delayed.run_forward()
+        else:
+            with self._local_forward(inputs, num_items_in_batch), self.accelerator.autocast():
+                self._forward(arguments, self._hidden_BTD)
         return torch.zeros((), device=self.args.device, requires_grad=True)
 
-    def _send(self, layer: nn.Module, args: tuple, output: Any) -> None:
+    def _send(self, hidden_BTD: torch.Tensor) -> None:
         if self._sender is None:
             return
-        hidden_BTD = output_hidden(output)
         with self.timeline.span("send"):
             # Here and not where it arrives: the cause is to be named by the stage that made it.
             largest = torch.linalg.vector_norm(hidden_BTD.detach(), torch.inf)
@@ -203,7 +216,55 @@ class StageTrainer(LocalLearningMixin, SFTTrainer):
         loss = super().training_step(*args, **kwargs)
         if self.plan.is_last:
             self.timeline.add("backward", self._loss_at, time.perf_counter())
+            if self._back_sender is not None:
+                assert self._hidden_BTD is not None and self._hidden_BTD.grad is not None
+                cotangent_BTD = self._hidden_BTD.grad
+                send_back(self._back_sender, self._batch, cotangent_BTD, self.timeline, self._check_finite)
+        self._hidden_BTD = None
+        if self.delayed is not None:
+            self.delayed.run_backward(self.accelerator.sync_gradients)
         return loss
+
+    # ---- The task's gradient of earlier steps ----
+
+    @property
+    def _completes_in_forward(self) -> bool:  # type: ignore[override]  # of the class where it is always so
+        return self.delayed is None
+
+    @property
+    def gradient_settings(self) -> dict[str, Any]:
+        """What a run with gradients on their way cannot change."""
+        args = self.args
+        if not args.sends_gradients_back:
+            return {"gradient": args.gradient}
+        recompute, num_stages = args.gradient_recompute, len(self.plans)
+        return {"gradient": args.gradient, "gradient_recompute": recompute, "num_stages": num_stages}
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """Makes the scheduler; where the task's gradient is late, so are the rates, which are those of its step."""
+        scheduler = super().create_scheduler(num_training_steps, *args, **kwargs)
+        if self.args.sends_gradients_back and self.plan.delay > 0:
+            delay_schedules(scheduler, self.plan.delay)
+        return scheduler
+
+    def drain(self) -> None:
+        """Learns from the gradients that are still on their way at the end of a run, each in a step of its own."""
+        if self.delayed is None:
+            return
+        scheduler = self.lr_scheduler.state_dict()
+        self.model.zero_grad()
+        self.local_heads.zero_grad()  # which have been in the step that has just ended
+        for _ in self.delayed.drain():
+            norm = self._clip_grad_norm(self.model) if self.args.max_grad_norm > 0 else None
+            self._get_grad_norm(self.model, norm)
+            self.optimizer.step()
+            self.learner.after_step()
+            self.lr_scheduler.step()
+            self.model.zero_grad()
+        # What is saved counts the run's own steps.
+        self.lr_scheduler.load_state_dict(scheduler)
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
 
     # ---- Replicas ----
 
@@ -253,13 +314,17 @@ class StageTrainer(LocalLearningMixin, SFTTrainer):
         if folder is not None:
             self._manifest = Manifest(folder)
             self._manifest.check("data_parallel", self.world.num_replicas)
+            self._manifest.check("gradient", self.args.gradient, "local")
+            for name, value in self.gradient_settings.items():
+                self._manifest.check(name, value, value)
             folder = str(self._manifest.folder_for(self.plan))
         self._open_channels()
         output = super().train(folder, *args, **kwargs)
-        for end in (self._receiver, self._sender):
+        self.drain()  # of a run that goes on from its last step, or whose data ended before it was to
+        for end in (self._receiver, self._sender, self._back_receiver, self._back_sender):
             if end is not None:
                 end.close()
-        self._sender = self._receiver = None
+        self._sender = self._receiver = self._back_sender = self._back_receiver = self.delayed = None
         collect_timelines(self)
         return output
 
@@ -270,6 +335,37 @@ class StageTrainer(LocalLearningMixin, SFTTrainer):
             self._receiver = ReceivingChannel(peer, self.world.previous, **shared)
         if self.world.next is not None:
             self._sender = SendingChannel(self.world.rank_of(self.plan.index + 1), self.world.next, **shared)
+        if self.args.sends_gradients_back:
+            self._open_way_back(shared)
+
+    def _open_way_back(self, shared: dict[str, Any]) -> None:
+        if self.world.previous_back is None and self.world.next_back is None:
+            raise ValueError(
+                f"gradient={self.args.gradient!r} needs a world in which gradients go back; pass sends_back=True to "
+                "`init_world`."
+            )
+        if self.world.previous_back is not None:
+            peer = self.world.rank_of(self.plan.index - 1)
+            self._back_sender = SendingChannel(peer, self.world.previous_back, **shared)
+        if self.world.next_back is None:
+            return
+        # The cotangents of a step: this stage takes them while it runs the next one forward, and must not wait there
+        # for the next stage to take what it sends while that waits for it.
+        depth = max(self.args.channel_depth, self.args.gradient_accumulation_steps)
+        peer = self.world.rank_of(self.plan.index + 1)
+        self._back_receiver = ReceivingChannel(peer, self.world.next_back, **{**shared, "depth": depth})
+        self.delayed = DelayedGradients(
+            self.learner.base_model,
+            self._forward,
+            self.boundary,
+            self.plan.delay,
+            self.args.gradient_recompute,
+            self._back_receiver,
+            self._back_sender,
+            self.accelerator.autocast,
+            self.timeline,
+            self._check_finite,
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self.model.training:
@@ -279,8 +375,7 @@ class StageTrainer(LocalLearningMixin, SFTTrainer):
     # ---- Checkpoints and the saved model ----
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.world.replica == 0:
-            stage_checkpoint.save_stage(self)
+        stage_checkpoint.save_process(self)
 
     @property
     def _writes_output_dir(self) -> bool:
@@ -298,6 +393,8 @@ class StageTrainer(LocalLearningMixin, SFTTrainer):
         if checkpoint is not None:
             assert self._manifest is not None
             stage_checkpoint.load_stage_optimizer(self, self._manifest, checkpoint)
+            if self.delayed is not None:
+                stage_checkpoint.load_in_flight(self, self._manifest)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Makes one stock checkpoint of all stages; every process must call it, and waits until it is complete.

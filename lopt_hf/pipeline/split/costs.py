@@ -67,6 +67,7 @@ class ModelCosts:
         head: What runs after the layers: final norm, LM head, task loss.
         step_seconds: Clipping and the optimizer's step, per trainable parameter.
         accumulation_steps: Micro-batches of an optimizer step.
+        runs_again: Whether stages but the last run forward a second time, for a gradient that comes late.
     """
 
     embeddings: PartCost
@@ -76,6 +77,7 @@ class ModelCosts:
     step_seconds: float
     accumulation_steps: int = 1
     objectives: Mapping[int, PartCost] = field(default_factory=dict)
+    runs_again: bool = False
 
     def stage(self, start: int, stop: int) -> StageCost:
         """Returns the cost of a stage that runs the layers `start` to `stop - 1`."""
@@ -83,10 +85,11 @@ class ModelCosts:
         parts = [*[self.embeddings] * is_first, *self.layers[start:stop], *[self.head] * is_last]
         objective = PartCost(0.0, 0.0, 0) if is_last else self.objectives.get(stop, self.objective)
         num_trainable = sum(part.num_trainable for part in [*parts, objective])
+        runs = 2 if self.runs_again and not is_last else 1
         return StageCost(
             start,
             stop,
-            forward=sum(part.forward for part in parts),
+            forward=runs * sum(part.forward for part in parts),
             backward=sum(part.backward for part in parts),
             local=objective.forward + objective.backward,
             optimizer=self.step_seconds * num_trainable / self.accumulation_steps,

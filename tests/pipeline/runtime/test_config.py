@@ -39,6 +39,8 @@ def test_blocks_and_stages(tmp_path, given, expected):
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0 does not work in a pipeline"),
         ({"use_liger_kernel": True}, "use_liger_kernel=True does not work in a pipeline"),
         ({"torch_compile": True}, "torch_compile=True does not work in a pipeline"),
+        ({"gradient": "late"}, "gradient='late' is unknown, nearest is 'delayed'"),
+        ({"gradient_recompute": False}, "gradient_recompute=False does nothing with gradient='local'"),
     ],
 )
 def test_bad_input(tmp_path, settings, message):
@@ -49,6 +51,36 @@ def test_bad_input(tmp_path, settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"num_blocks": 4, "num_stages": 2}, "num_blocks=4 with num_stages=2 does not work with gradient='delayed'"),
+        ({"local_step": True}, "local_step=True does not work with gradient='delayed'"),
+        ({"train_early_blocks": False}, "train_early_blocks=False does not work with gradient='delayed'"),
+        ({"fp16": True}, "fp16=True does not work with gradient='delayed'"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type='reduce_lr_on_plateau' does not work"),
+        ({"optim": "lomo"}, "optim='lomo', which steps in the backward, does not work"),
+        ({"local_objective": "readout"}, "local_objective='readout' does nothing with gradient='delayed'"),
+        ({"reconstruction_weight": 1.0}, "reconstruction_weight=1.0 does nothing"),
+        ({"gradient_recompute": False, "activation_checkpointing": True}, "gradient_recompute=False does not work"),
+        ({"gradient_recompute": False, "gradient": "local_and_delayed"}, "whose local backward frees the graph"),
+        ({"task_reach": 2}, "task_reach above 1 does not work in a pipeline"),
+    ],
+)
+def test_bad_input_of_delayed_gradients(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, **{"gradient": "delayed", "activation_checkpointing": False, **settings})
+
+
+def test_delayed_gradients_take_the_place_of_an_objective(tmp_path):
+    args = make(tmp_path, gradient="delayed")
+    assert (args.local_objective, args.train_early_blocks, args.sends_gradients_back) == ("none", True, True)
+    both = make(tmp_path, gradient="local_and_delayed", local_objective="readout")
+    assert (both.local_objective, both.sends_gradients_back) == ("readout", True)
+    assert not make(tmp_path).sends_gradients_back
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gradient": "delayed"}, "gradient='delayed' does not work with method='mlaan'"),
         ({"num_blocks": 2, "window": 2}, "window=2 is num_blocks, which is end-to-end training"),
         ({"readout": "ema"}, "readout='ema' follows a norm and LM head"),
         ({"split": "auto", "leap_layers": [3]}, "split='auto' with leap_layers"),

@@ -3,6 +3,7 @@
 import itertools
 import random
 import statistics
+from dataclasses import replace
 from time import perf_counter
 
 import pytest
@@ -236,3 +237,13 @@ def test_the_predicted_shares_of_smollm2s_stages_are_the_real_ones(objective, tm
         shares.append((boundary - start) / (end - start))
     first, last = (stage.total - stage.optimizer for stage in stage_costs(costs, [18]))
     assert first / (first + last) == pytest.approx(statistics.median(shares[1:]), abs=0.05)
+
+
+def test_stages_that_run_forward_again():
+    """All but the last, whose gradient does not come late."""
+    part = PartCost(1.0, 2.0, 0)
+    costs = ModelCosts(part, (part,) * 4, PartCost(0.5, 0.5, 0), part, 0.0)
+    again = replace(costs, runs_again=True)
+    assert [(s.forward, s.backward) for s in stage_costs(costs, [2])] == [(3.0, 6.0), (3.0, 6.0)]
+    assert [(s.forward, s.backward) for s in stage_costs(again, [2])] == [(6.0, 6.0), (3.0, 6.0)]
+    assert balanced_split(again, 2) == [1]

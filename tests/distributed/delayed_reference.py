@@ -1,0 +1,185 @@
+"""Delayed gradients in one process, as plainly as can be: whole models, whole forwards, and a list of what is late.
+
+Block k of K learns, at an optimizer step, from the task's gradient of K - 1 - k steps ago.
+"""
+
+import copy
+import math
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+from trl import SFTTrainer
+
+from lopt_hf import LoPTTrainer
+from lopt_hf.local.blocks import find_decoder_stack
+from lopt_hf.local.layer_calls import hidden_of, output_hidden, with_hidden
+
+
+class Delayed:
+    """To be mixed in before a trainer whose task loss is to train all blocks, most of them late."""
+
+    def begin(self: Any, edges: list[int], recompute: bool) -> None:
+        """Prepares for training.
+
+        Args:
+            edges: The first layers of the blocks but the first.
+            recompute: Whether a late backward sees the weights of its own step, or those of the forward's.
+        """
+        stack = find_decoder_stack(self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model)
+        self.edges = [0, *edges, len(stack.layers)]
+        self.num_blocks = len(edges) + 1
+        self.recompute = recompute
+        self.position = 0
+        self.batches: dict[tuple[int, int], dict[str, Any]] = {}
+        self.inputs: dict[tuple[int, int, int], torch.Tensor] = {}  # by block, step, micro-batch
+        self.cotangents: dict[tuple[int, int, int], torch.Tensor] = {}
+        self.old_models: dict[int, nn.Module] = {}
+        for block in range(1, self.num_blocks):
+            stack.layers[self.edges[block]].register_forward_pre_hook(
+                lambda layer, args, kwargs, block=block: self.cut(block, args, kwargs), with_kwargs=True
+            )
+        self.is_late = False
+
+    def cut(self: Any, block: int, args: tuple, kwargs: dict) -> Any:
+        if self.is_late or not self.model.training:
+            return None
+        self.entered[block] = hidden_of(args, kwargs).detach().requires_grad_()
+        return with_hidden(args, kwargs, self.entered[block])
+
+    def block_of(self: Any, name: str) -> int:
+        """By the name of a parameter."""
+        if ".layers." in name or ".h." in name:
+            layer = next(int(part) for part in name.split(".") if part.isdigit())
+            return max(block for block in range(self.num_blocks) if self.edges[block] <= layer)
+        return 0 if "embed_tokens" in name or "wte" in name or "wpe" in name else self.num_blocks - 1
+
+    def members(self: Any, block: int, model: nn.Module | None = None) -> dict[str, nn.Parameter]:
+        named = (model or self.model).named_parameters()
+        return {name: p for name, p in named if p.requires_grad and self.block_of(name) == block}
+
+    # ---- Steps ----
+
+    def training_step(self: Any, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        step = self.state.global_step
+        self.entered: dict[int, torch.Tensor] = {}
+        if self.position == 0 and not self.recompute:
+            self.old_models[step] = self.whole_copy()
+        self.batches[step, self.position] = {name: value for name, value in inputs.items() if name != "labels"}
+        loss = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        for block, hidden_BTD in self.entered.items():
+            self.inputs[block, step, self.position] = hidden_BTD.detach()
+        last = self.num_blocks - 1
+        self.cotangents[last, step, self.position] = self.entered[last].grad
+        is_last = self.accelerator.sync_gradients
+        for block in range(last):
+            self.learn_late(block, step - (last - block), self.position, is_last)
+        self.position = 0 if is_last else self.position + 1
+        return loss
+
+    def whole_copy(self: Any) -> nn.Module:
+        hooks = [(layer, layer._forward_pre_hooks, layer._forward_hooks) for layer in self.model.modules()]
+        for layer, *_ in hooks:
+            layer._forward_pre_hooks, layer._forward_hooks = OrderedDict(), OrderedDict()
+        try:
+            return copy.deepcopy(self.model)
+        finally:
+            for layer, before, behind in hooks:
+                layer._forward_pre_hooks, layer._forward_hooks = before, behind
+
+    def learn_late(self: Any, block: int, step: int, position: int, takes_rest: bool) -> None:
+        there = sorted(at for from_step, at in self.batches if from_step == step)
+        for at in there:
+            if at == position or (takes_rest and at > position):
+                self.learn_from(block, step, at)
+
+    def learn_from(self: Any, block: int, step: int, position: int) -> None:
+        model = self.model if self.recompute else self.old_models[step]
+        model.zero_grad() if model is not self.model else None
+        base = model.get_base_model() if hasattr(model, "peft_config") else model
+        layers = find_decoder_stack(base).layers
+        hidden_BTD, outputs = self.inputs.get((block, step, position)), []
+        if hidden_BTD is not None:
+            hidden_BTD.requires_grad_()
+        handles = [
+            layers[self.edges[block]].register_forward_pre_hook(
+                lambda layer, args, kwargs: None if hidden_BTD is None else with_hidden(args, kwargs, hidden_BTD),
+                with_kwargs=True,
+            ),
+            layers[self.edges[block + 1] - 1].register_forward_hook(
+                lambda layer, args, output: outputs.append(output_hidden(output)), prepend=True
+            ),
+        ]
+        self.is_late = True
+        with self.accelerator.autocast():
+            base.base_model(**self.batches[step, position], use_cache=False)
+        self.is_late = False
+        for handle in handles:
+            handle.remove()
+        outputs[0].backward(self.cotangents[block + 1, step, position])
+        if hidden_BTD is not None:
+            self.cotangents[block, step, position] = hidden_BTD.grad
+        if model is not self.model:
+            for (_, own), (_, old) in zip(
+                self.members(block).items(), self.members(block, model).items(), strict=True
+            ):
+                if old.grad is not None:
+                    own.grad = old.grad.clone() if own.grad is None else own.grad + old.grad
+
+    def finish(self: Any) -> None:
+        """Learns from what is left."""
+        last, end = self.num_blocks - 1, self.state.global_step
+        self.position = 0
+        for step in range(end, end + last):
+            self.model.zero_grad()
+            for head in getattr(self, "local_heads", {}).values():
+                head.zero_grad()
+            for block in range(last):
+                if step - (last - block) < end:
+                    self.learn_late(block, step - (last - block), 0, True)
+            self._clip_grad_norm(self.model)
+            self.optimizer.step()
+            self.lr_scheduler.step()
+
+    # ---- What each block has for itself ----
+
+    def _clip_grad_norm(self: Any, model: nn.Module) -> torch.Tensor:
+        heads = getattr(self, "local_heads", {})
+        norms = []
+        for block in range(self.num_blocks):
+            own = [*self.members(block).values()]
+            own += list(heads[str(block)].parameters()) if str(block) in heads else []
+            norms.append(clip_grad_norm_(own, self.args.max_grad_norm or math.inf))
+        return torch.stack(norms).norm()
+
+    def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        block_of = {id(p): block for block in range(self.num_blocks) for p in self.members(block).values()}
+        for index, head in getattr(self, "local_heads", {}).items():
+            block_of |= {id(p): int(index) for p in head.parameters()}
+        groups = optimizer.param_groups
+        self.group_blocks = [block for _ in groups for block in range(self.num_blocks)]
+        optimizer.param_groups = [
+            {**group, "params": [p for p in group["params"] if block_of[id(p)] == block]}
+            for group in groups
+            for block in range(self.num_blocks)
+        ]
+        return optimizer
+
+    def create_scheduler(self: Any, *args: Any, **kwargs: Any) -> Any:
+        scheduler = super().create_scheduler(*args, **kwargs)  # type: ignore[misc]
+        (factor, *_) = scheduler.lr_lambdas
+        scheduler.lr_lambdas = [
+            lambda step, late=self.num_blocks - 1 - block: factor(max(step - late, 0)) for block in self.group_blocks
+        ]
+        return scheduler
+
+
+class DelayedTrainer(Delayed, SFTTrainer):
+    """The task's gradient alone."""
+
+
+class LocalAndDelayedTrainer(Delayed, LoPTTrainer):
+    """With the blocks' local losses at once."""
