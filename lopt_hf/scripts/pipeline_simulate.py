@@ -19,6 +19,7 @@ examples:
   lopt-hf pipeline simulate --stages 2,4,8,16,32,64 --microbatches 32 --forward-ms 20 --backward-ms 40 \\
       --message-mb 8 --link-gbps 100 --latency-us 10 --plot scaling.png
   lopt-hf pipeline simulate --stages 2,3,4 --microbatches 8 --forward-ms 50 --validate
+  lopt-hf pipeline simulate --stages 4 --schedule ppll,ppll_delayed,interleaved_zb,zbv,dualpipev --microbatches 8,32
 """
 
 import argparse
@@ -41,6 +42,7 @@ from lopt_hf.scripts.settings import OneLineParser, add_settings, check_output_f
 __all__ = ["main", "make_parser"]
 
 ONE_OR_EACH = "; one number for all stages or one for each."
+DEFAULT_SCHEDULES = ("ppll", "gpipe", "1f1b", "interleaved", "zero-bubble")
 MAX_DRAWN_STAGES = 64
 MAX_DRAWN_PIPELINES = 8
 TIMELINE_STEPS = 2
@@ -54,10 +56,16 @@ class SimulateOptions:
     """Options of the command; times are of one micro-batch on one stage."""
 
     stages: tuple[int, ...] | None = option(None, "Devices in the pipeline. Default: 4, or as many as --times has.")
-    schedule: tuple[str, ...] = option(tuple(SCHEDULES), "Schedules to simulate.")
+    schedule: tuple[str, ...] = option(DEFAULT_SCHEDULES, "Schedules to simulate, see below.")
     microbatches: tuple[int, ...] = option((8, 32), "Micro-batches of an optimizer step.")
-    virtual_stages: int = option(2, "Stages on each device in `interleaved`, each with its share of the time.")
+    virtual_stages: int = option(
+        2, "Stages on each device in `interleaved` and `interleaved_zb`, each with its share of the time."
+    )
     channel_depth: int = option(2, "Hidden states that may wait at each end of a link between two stages of ppll.")
+    weight_share: float = option(0.5, "Part of the backward that zero-bubble schedules put off: that of the weights.")
+    keeps_graph: bool = option(
+        False, "ppll_delayed keeps the graphs whose gradients have not come, instead of running their forward again."
+    )
     times: Path | None = option(None, "Measured times as JSON (see above), instead of the next four.")
     forward_ms: tuple[float, ...] | None = option(None, f"Forward{ONE_OR_EACH} Default: 10")
     backward_ms: tuple[float, ...] | None = option(None, f"Backward{ONE_OR_EACH} Default: twice the forward")
@@ -81,14 +89,14 @@ class SimulateOptions:
     validate: bool = option(
         False,
         "Also run each schedule in real processes whose stages sleep for their times, those of "
-        "torch.distributed.pipelining and ppll, and print the difference. Messages then go through this machine's "
+        "torch.distributed.pipelining and ours, and print the difference. Messages then go through this machine's "
         "loopback and take its cores: leave --message-mb out to test the schedules alone.",
     )
 
 
 def make_parser() -> OneLineParser:
     """Makes the parser of `lopt-hf pipeline simulate`."""
-    schedules = "".join(f"  {name:<12} {schedule.summary}\n" for name, schedule in SCHEDULES.items())
+    schedules = "".join(f"  {name:<14} {schedule.summary}\n" for name, schedule in SCHEDULES.items())
     parser = OneLineParser("pipeline simulate", f"{__doc__}\nschedules:\n{schedules}")
     add_settings(parser, SimulateOptions)
     return parser
@@ -109,6 +117,8 @@ def _workloads(arguments: argparse.Namespace) -> list[Workload]:
             latency=arguments.latency_us * MICRO,
             channel_depth=arguments.channel_depth,
             virtual_stages=arguments.virtual_stages,
+            weight_share=arguments.weight_share,
+            keeps_graph=arguments.keeps_graph,
             cores=arguments.cores,
             bandwidth=bandwidth,
         )

@@ -1,4 +1,4 @@
-"""Simulation of pipeline schedules: local learning (PPLL) beside GPipe, 1F1B, interleaved 1F1B and zero bubble.
+"""Simulation of pipeline schedules: local learning (PPLL) beside GPipe, 1F1B, zero bubble and others of torch.
 
 The stage times are measured or given; what a schedule then costs is computed from the order of its actions, its
 messages and its waiting, without a GPU and for thousands of stages:
@@ -18,7 +18,15 @@ import numpy as np
 
 from lopt_hf.pipeline.events import Event
 from lopt_hf.pipeline.simulator.schedule_engine import Floats, Timing, run_shared, run_unshared
-from lopt_hf.pipeline.simulator.schedule_orders import SCHEDULES, Kind, Orders, link_program, make_orders, rounds_of
+from lopt_hf.pipeline.simulator.schedule_kinds import Kind
+from lopt_hf.pipeline.simulator.schedule_orders import (
+    SCHEDULES,
+    Orders,
+    Schedule,
+    link_program,
+    make_orders,
+    rounds_of,
+)
 
 __all__ = [
     "SCHEDULES",
@@ -31,6 +39,7 @@ __all__ = [
     "simulate_all",
 ]
 
+EVENTS = {kind: "backward" if kind is Kind.INPUT else kind.name.lower() for kind in Kind}
 MOST_FORWARDS = 5_000_000  # simulated at a time, with what belongs to them: ours, minutes and 3 GB
 
 
@@ -95,9 +104,11 @@ class Workload:
         bandwidth: Of each rank's link to the next one, and of its link back, in bytes per second.
         latency: Of each message, in seconds.
         channel_depth: Hidden states that wait at each end of a PPLL channel, beside the one that is under way.
-        virtual_stages: Stages on each rank in `interleaved`.
+        virtual_stages: Stages on each rank in `interleaved` and `interleaved_zb`.
         cores: Cores that all stages share; default: a device for each stage.
-        weight_share: Part of the backward that computes gradients of weights, which `zero-bubble` puts off.
+        weight_share: Part of the backward that computes gradients of weights, which zero-bubble schedules put off.
+        keeps_graph: Whether `ppll_delayed` keeps the graphs of micro-batches whose gradients have not come, instead of
+            running their forward again.
     """
 
     times: StageTimes
@@ -109,6 +120,7 @@ class Workload:
     virtual_stages: int = 2  # ours: the smallest that interleaves
     cores: float | None = None
     weight_share: float = 0.5  # matrix products of inputs and of weights cost the same (arXiv 2401.10241, Sec. 2)
+    keeps_graph: bool = False  # ours
 
     def __post_init__(self) -> None:
         for name in ("microbatches", "channel_depth", "virtual_stages"):
@@ -171,17 +183,17 @@ class ScheduleResult:
         """Yields what the stages compute in the first steps, stage by stage.
 
         Args:
-            steps: How many optimizer steps; end-to-end schedules have simulated two, ppll three or more.
+            steps: How many optimizer steps; schedules that flush have simulated two, the others three or more.
         """
         orders, timing = self._orders, self._timing
         ranks, actions = orders.kind_KA.shape
         last = actions * steps * self.workload.microbatches // orders.num_microbatches
-        columns = (orders.kind_KA, orders.stage_KA, orders.microbatch_KA, timing.start, timing.end)
+        rank_KA = np.broadcast_to(np.arange(ranks)[:, None], (ranks, actions))
+        columns = (rank_KA, orders.kind_KA, orders.chunk_KA, orders.microbatch_KA, timing.start, timing.end)
         rows = zip(*(column.reshape(ranks, actions)[:, :last].flat for column in columns), strict=True)
-        for kind, stage, microbatch, start, end in rows:
+        for rank, kind, chunk, microbatch, start, end in rows:
             if end > start:
-                rank, chunk = int(stage % ranks), int(stage // ranks)
-                yield Event(rank, Kind(kind).name.lower(), int(microbatch), float(start), float(end), chunk)
+                yield Event(int(rank), EVENTS[kind], int(microbatch), float(start), float(end), int(chunk))
 
 
 def simulate(schedule: str, workload: Workload) -> ScheduleResult:
@@ -198,12 +210,12 @@ def simulate(schedule: str, workload: Workload) -> ScheduleResult:
     _check_size([schedule], [workload])
     chosen, ranks = SCHEDULES[schedule], workload.times.num_stages
     chunks = _chunks(schedule, workload)
-    _check_rounds(schedule, ranks, chunks, workload.microbatches)
-    steps = _steps(chosen.is_local, workload)
+    _check_fit(schedule, ranks, chunks, workload.microbatches)
+    steps = _steps(chosen, workload)
     orders = make_orders(chosen, ranks, chunks, workload.microbatches, sum(steps))
-    seconds_KA = _seconds(workload, chunks, orders, puts_weights_off=schedule == "zero-bubble")
+    seconds_KA = _seconds(workload, chunks, orders, recomputes=chosen.is_delayed and not workload.keeps_graph)
     transfer, latency = workload.message_bytes / workload.bandwidth, workload.latency
-    if chosen.is_local:  # its channel has one message under way at a time
+    if not chosen.flushes:  # its channel has one message under way at a time
         transfer, latency = transfer + latency, 0.0
     program = link_program(chosen, orders, seconds_KA, transfer, latency, workload.channel_depth)
     timing = run_unshared(program) if workload.cores is None else run_shared(program, workload.cores)
@@ -252,12 +264,14 @@ def _check_size(schedules: Sequence[str], workloads: Sequence[Workload]) -> None
 
 
 def _chunks(schedule: str, workload: Workload) -> int:
+    if SCHEDULES[schedule].is_v:
+        return 2
     return workload.virtual_stages if SCHEDULES[schedule].has_virtual_stages else 1
 
 
 def _num_forwards(schedule: str, workload: Workload) -> int:
     stages = workload.times.num_stages * _chunks(schedule, workload)
-    return stages * workload.microbatches * sum(_steps(SCHEDULES[schedule].is_local, workload))
+    return stages * workload.microbatches * sum(_steps(SCHEDULES[schedule], workload))
 
 
 class _Steps(NamedTuple):
@@ -268,37 +282,45 @@ class _Steps(NamedTuple):
     after: int
 
 
-def _steps(is_local: bool, workload: Workload) -> _Steps:
-    """End-to-end steps are all alike from the second on; without a flush, the pipeline has to fill first."""
-    if not is_local:
+def _steps(schedule: Schedule, workload: Workload) -> _Steps:
+    """Steps with a flush are all alike from the second on; without one, the pipeline has to fill first."""
+    if schedule.flushes:
         return _Steps(1, 1, 0)
-    depth = workload.channel_depth
+    depth, stages = workload.channel_depth, workload.times.num_stages
     microbatches = 4 * depth
     if workload.cores is not None:  # early and late stages must be measured while all others are at work, too
-        microbatches = max(microbatches, 2 * (depth + 2) * workload.times.num_stages)
+        microbatches = max(microbatches, 2 * (depth + 2) * stages)
     each = math.ceil(microbatches / workload.microbatches)
-    return _Steps(each, each, each)
+    return _Steps(each + (stages - 1) * schedule.is_delayed, each, each)  # the first stage's gradient comes last
 
 
-def _check_rounds(schedule: str, ranks: int, chunks: int, microbatches: int) -> None:
+def _check_fit(schedule: str, ranks: int, chunks: int, microbatches: int) -> None:
     rounds = rounds_of(ranks, microbatches)
-    if chunks > 1 and microbatches % rounds:
+    if SCHEDULES[schedule].has_virtual_stages and chunks > 1 and microbatches % rounds:
         raise UnfitWorkloadError(
             f"microbatches={microbatches} with stages={ranks}: {schedule} deals micro-batches out in {rounds} equal "
             f"rounds; use a multiple of {ranks}."
         )
+    if schedule == "dualpipev" and microbatches < 2 * ranks:
+        raise UnfitWorkloadError(
+            f"microbatches={microbatches} with stages={ranks}: dualpipev needs at least twice as many as stages; use "
+            f"{2 * ranks} or more."
+        )
 
 
-def _seconds(workload: Workload, chunks: int, orders: Orders, puts_weights_off: bool) -> Floats:
+def _seconds(workload: Workload, chunks: int, orders: Orders, recomputes: bool) -> Floats:
     times = workload.times
-    weight = workload.weight_share if puts_weights_off else 0.0
-    backward_K = np.array(times.backward)
+    forward_K, backward_K = np.array(times.forward) / chunks, np.array(times.backward) / chunks
+    again_K = forward_K * recomputes
+    again_K[-1] = 0  # the last stage's gradient is there at once
     table = {
-        Kind.FORWARD: np.array(times.forward) / chunks,
-        Kind.BACKWARD: backward_K * (1 - weight) / chunks,
-        Kind.WEIGHT: backward_K * weight / chunks,
+        Kind.FORWARD: forward_K,
+        Kind.BACKWARD: backward_K + again_K,
+        Kind.INPUT: backward_K * (1 - workload.weight_share),
+        Kind.WEIGHT: backward_K * workload.weight_share,
         Kind.LOCAL: np.array(times.local),
         Kind.OPTIMIZER: np.array(times.optimizer),
+        Kind.NOTHING: np.zeros(len(forward_K)),
     }
     table_KN = np.stack([table[kind] for kind in Kind], axis=1)
     return np.take_along_axis(table_KN, orders.kind_KA, axis=1)
@@ -322,46 +344,53 @@ def _result(schedule: str, workload: Workload, steps: _Steps, orders: Orders, ti
         fill_seconds=float(start_KA[is_first][0]),
         bubble=tuple(np.maximum(0.0, 1 - busy_K / step_seconds).tolist()),
         closed_form_bubble=closed_form_bubble(schedule, workload),
-        peak_in_flight=_peak_in_flight(orders, orders.num_stages // ranks),
+        peak_in_flight=_peak_in_flight(schedule, workload, orders),
         _orders=orders,
         _timing=timing,
     )
 
 
-def _peak_in_flight(orders: Orders, chunks: int) -> tuple[float, ...]:
+def _peak_in_flight(schedule: str, workload: Workload, orders: Orders) -> tuple[float, ...]:
     """Activations live from the forward to the end of the last backward of their micro-batch."""
-    has_weights = bool((orders.kind_KA == Kind.WEIGHT).any())
-    frees = orders.kind_KA == (Kind.WEIGHT if has_weights else Kind.BACKWARD)
+    ranks = len(orders.kind_KA)
+    if SCHEDULES[schedule].is_delayed:  # what waits for its gradient is an input, or the graph of as many steps
+        late = workload.microbatches * workload.keeps_graph
+        return tuple(1.0 + (ranks - 1 - rank) * late for rank in range(ranks))
+    frees = np.isin(orders.kind_KA, (Kind.BACKWARD, Kind.WEIGHT))
     change_KA = (orders.kind_KA == Kind.FORWARD).astype(np.int64) - frees
-    return tuple((change_KA.cumsum(axis=1).max(axis=1) / chunks).tolist())
+    return tuple((change_KA.cumsum(axis=1).max(axis=1) * ranks / orders.num_stages).tolist())
 
 
 def closed_form_bubble(schedule: str, workload: Workload) -> float | None:
     """The share of the time in which stages idle if all are equal and messages and optimizer steps cost nothing.
 
     Sources: GPipe (arXiv 1811.06965, Sec. 2.3); 1F1B and interleaved (arXiv 2104.04473, Sec. 2.2), given there
-    relative to the computing time; zero bubble (arXiv 2401.10241, Tab. 1, ZB-H1). Local learning has none after the
-    fill.
+    relative to the computing time; zero bubble (arXiv 2401.10241, Tab. 1, ZB-H1; ZB-V: Sec. 6), on several smaller
+    stages as interleaving divides it. Local learning has none after the fill.
 
     Args:
         schedule: A name of `SCHEDULES`.
-        workload: Of its times only the ratio of forward to backward counts, and that for `zero-bubble` only.
+        workload: Of its times only the ratio of forward to backward counts, and that for zero bubble only.
 
     Returns:
-        The share; `None` where the formula does not hold: fewer micro-batches than stages for `zero-bubble`, and for
-        `interleaved` micro-batches that are no multiple of the stages.
+        The share; `None` where the formula does not hold: fewer micro-batches than stages for zero bubble, micro-
+        batches that are no multiple of the stages for what is interleaved, parts that differ in time for `zbv`; and
+        for `dualpipev` and `ppll_delayed`.
     """
-    stages, microbatches, idle = workload.times.num_stages, workload.microbatches, 1.0
-    if SCHEDULES[schedule].is_local:
-        return 0.0
-    if schedule == "interleaved":
-        if microbatches % stages:
-            return None
-        idle = 1 / workload.virtual_stages
-    if schedule == "zero-bubble":
-        if microbatches < stages:
-            return None
-        forward, backward = sum(workload.times.forward), sum(workload.times.backward)
-        weight = backward * workload.weight_share
-        idle = (forward + (backward - weight) - weight) / (forward + backward)
-    return (stages - 1) * idle / (microbatches + (stages - 1) * idle)
+    stages, microbatches = workload.times.num_stages, workload.microbatches
+    forward, backward = sum(workload.times.forward), sum(workload.times.backward)
+    weight = backward * workload.weight_share
+    put_off = (forward + (backward - weight) - weight) / (forward + backward)
+    idle: dict[str, float | None] = {
+        "ppll": 0.0,
+        "gpipe": 1.0,
+        "1f1b": 1.0,
+        "interleaved": None if microbatches % stages else 1 / workload.virtual_stages,
+        "zero-bubble": None if microbatches < stages else put_off,
+        "interleaved_zb": None if microbatches % stages else put_off / workload.virtual_stages,
+        "zbv": 0.0 if math.isclose(forward, weight) and math.isclose(backward, 2 * weight) else None,
+    }
+    share = idle.get(schedule)
+    if share is None or (schedule == "zbv" and microbatches < 2 * stages - 1):
+        return None
+    return (stages - 1) * share / (microbatches + (stages - 1) * share)

@@ -5,25 +5,16 @@ Arrays have one row for each rank (K ranks) and one column for each action of th
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import IntEnum
 from functools import partial
 from typing import Literal
 
 import numpy as np
 
 from lopt_hf.pipeline.simulator.schedule_engine import NO_MESSAGE, Floats, Integers, Program
+from lopt_hf.pipeline.simulator.schedule_kinds import Kind
+from lopt_hf.pipeline.simulator.schedule_v_orders import dualpipev_order, zbv_order
 
 __all__ = ["Kind", "Orders", "SCHEDULES", "Schedule", "link_program", "make_orders", "rounds_of"]
-
-
-class Kind(IntEnum):
-    """Kinds of actions, by what they compute."""
-
-    FORWARD = 0
-    BACKWARD = 1  # where weights have an action of their own: with respect to the input only
-    WEIGHT = 2  # backward with respect to the weights
-    LOCAL = 3  # the local objective of a block, forward and backward
-    OPTIMIZER = 4
 
 
 @dataclass(frozen=True)
@@ -32,14 +23,18 @@ class Orders:
 
     Attributes:
         kind_KA: `Kind` of each action.
-        stage_KA: Stage it belongs to; with V virtual stages a rank r holds r, r + K, ..., r + (V - 1) K.
-        microbatch_KA: Its micro-batch, counted from the start of the run; of an optimizer step, the step's number.
+        stage_KA: Stage it belongs to; with V virtual stages a rank r holds r, r + K, ..., r + (V - 1) K, or r and
+            2 K - 1 - r in the form of a V.
+        chunk_KA: Which of the rank's stages that is.
+        microbatch_KA: Its micro-batch, counted from the start of the run, negative of steps before it; of an optimizer
+            step, the step's number.
         num_stages: Stages of all ranks together.
         num_microbatches: Micro-batches of the run.
     """
 
     kind_KA: Integers
     stage_KA: Integers
+    chunk_KA: Integers
     microbatch_KA: Integers
     num_stages: int
     num_microbatches: int
@@ -58,7 +53,9 @@ class Schedule:
             end of the step; `bounded`, by the depth of the channel.
         summary: What it is, in a line.
         is_local: Whether stages learn locally: no gradient messages and no flush.
+        is_delayed: Whether a stage's backward is that of a step before, one for each stage behind it: no flush.
         has_virtual_stages: Whether a rank may hold more than one stage.
+        is_v: Whether a rank holds two, in the form of a V.
     """
 
     order: Callable[[int, int, int, int], Integers]
@@ -66,13 +63,24 @@ class Schedule:
     sends: Literal["one_ahead", "at_step", "bounded"]
     summary: str
     is_local: bool = False
+    is_delayed: bool = False
     has_virtual_stages: bool = False
+    is_v: bool = False
+
+    @property
+    def flushes(self) -> bool:
+        """Whether the pipeline drains at the end of each step, and fills anew."""
+        return not (self.is_local or self.is_delayed)
 
 
 def _local_order(rank: int, ranks: int, chunks: int, microbatches: int) -> Integers:
     return _rows(
         np.tile([Kind.FORWARD, Kind.LOCAL, Kind.BACKWARD], microbatches), np.repeat(np.arange(microbatches), 3)
     )
+
+
+def _delayed_order(rank: int, ranks: int, chunks: int, microbatches: int) -> Integers:
+    return _rows(np.tile([Kind.FORWARD, Kind.BACKWARD], microbatches), np.repeat(np.arange(microbatches), 2))
 
 
 def _gpipe_order(rank: int, ranks: int, chunks: int, microbatches: int) -> Integers:
@@ -107,11 +115,17 @@ _one_forward_one_backward_order = partial(_interleaved_order, hops=1)
 
 
 def _zero_bubble_order(rank: int, ranks: int, chunks: int, microbatches: int) -> Integers:
-    """ZB-H1 (arXiv 2401.10241, Sec. 2.1): 1F1B whose backwards for the weights come `rank` backwards later."""
+    """1F1B, interleaved or not, whose backwards for the weights come `rank` backwards later.
+
+    With one stage on a rank ZB-H1 (arXiv 2401.10241, Sec. 2.1), with several torch's `ScheduleInterleavedZeroBubble`.
+    """
     rows = _one_forward_one_backward_order(rank, ranks, chunks, microbatches)
-    backwards = np.flatnonzero(rows[0] == Kind.BACKWARD)
-    weights = np.concatenate([backwards[rank:], np.full(min(rank, microbatches), rows.shape[1] - 1)]) + 1
-    return np.insert(rows, weights, _rows(np.full(microbatches, Kind.WEIGHT), np.arange(microbatches)), axis=1)
+    rows[0, rows[0] == Kind.BACKWARD] = Kind.INPUT
+    inputs = np.flatnonzero(rows[0] == Kind.INPUT)
+    weights = np.concatenate([inputs[rank:], np.full(min(rank, len(inputs)), rows.shape[1] - 1)]) + 1
+    put_off = rows[:, inputs]
+    put_off[0] = Kind.WEIGHT
+    return np.insert(rows, weights, put_off, axis=1)
 
 
 def rounds_of(ranks: int, microbatches: int) -> int:
@@ -123,7 +137,7 @@ def _rows(kind: Integers, microbatch: Integers) -> Integers:
     return np.stack([kind, np.zeros_like(kind), microbatch])
 
 
-# Receives and sends of the end-to-end schedules: `schedules.py` of torch 2.13's `torch.distributed.pipelining`.
+# Receives and sends of the end-to-end schedules: `schedules.py` of torch 2.14's `torch.distributed.pipelining`.
 SCHEDULES = {
     "ppll": Schedule(
         _local_order, "bounded", "bounded", "local learning: only forward messages, no flush", is_local=True
@@ -135,6 +149,26 @@ SCHEDULES = {
     ),
     "zero-bubble": Schedule(
         _zero_bubble_order, "ahead", "at_step", "1F1B, the backward of the weights put off (ZB-H1)"
+    ),
+    "interleaved_zb": Schedule(
+        _zero_bubble_order,
+        "ahead",
+        "at_step",
+        "the same, several smaller stages on a rank",
+        has_virtual_stages=True,
+    ),
+    "zbv": Schedule(
+        zbv_order, "ahead", "at_step", "two smaller stages on a rank, the first with the last, ... (ZB-V)", is_v=True
+    ),
+    "dualpipev": Schedule(
+        dualpipev_order, "ahead", "at_step", "likewise, forwards and backwards in pairs (DualPipeV)", is_v=True
+    ),
+    "ppll_delayed": Schedule(
+        _delayed_order,
+        "bounded",
+        "bounded",
+        "the task's gradient, a step late for each stage behind: no flush",
+        is_delayed=True,
     ),
 }
 
@@ -158,10 +192,17 @@ def make_orders(schedule: Schedule, ranks: int, chunks: int, microbatches: int, 
     shift_A = np.repeat(np.arange(steps), actions) * np.tile(
         np.where(kind_KA[0] == Kind.OPTIMIZER, 1, microbatches), steps
     )
+    rank_K1 = np.arange(ranks)[:, None]
+    there_and_back_KA = np.where(chunk_KA == 0, rank_K1, 2 * ranks - 1 - rank_K1)
+    all_kinds_KA, all_microbatches_KA = np.tile(kind_KA, (1, steps)), np.tile(microbatch_KA, (1, steps)) + shift_A
+    if schedule.is_delayed:  # as in the middle of a run: of steps before the first one there are gradients, too
+        late_KA = (ranks - 1 - rank_K1) * microbatches
+        all_microbatches_KA -= np.where(all_kinds_KA == Kind.BACKWARD, late_KA, 0)
     return Orders(
-        kind_KA=np.tile(kind_KA, (1, steps)),
-        stage_KA=np.tile(chunk_KA * ranks + np.arange(ranks)[:, None], (1, steps)),
-        microbatch_KA=np.tile(microbatch_KA, (1, steps)) + shift_A,
+        kind_KA=all_kinds_KA,
+        stage_KA=np.tile(there_and_back_KA if schedule.is_v else chunk_KA * ranks + rank_K1, (1, steps)),
+        chunk_KA=np.tile(chunk_KA, (1, steps)),
+        microbatch_KA=all_microbatches_KA,
         num_stages=ranks * chunks,
         num_microbatches=steps * microbatches,
     )
@@ -177,7 +218,8 @@ def link_program(
 ) -> Program:
     """Adds the messages to the orders: which action waits for which message, and when sends and receives are posted.
 
-    Each rank has a link to the next rank for hidden states, and one to the rank before it for their gradients.
+    Each rank has a link to the next rank for hidden states, and one to the rank before it for their gradients. In the
+    form of a V the second stages of the ranks send hidden states to the rank before, and gradients to the next.
 
     Args:
         schedule: The schedule of `orders`.
@@ -196,7 +238,8 @@ def link_program(
     stamps[1, arrival_KA[arrival_KA >= 0]] = _receive_stamps(schedule, orders, number_KA, channel_depth)[
         arrival_KA >= 0
     ]
-    queues = [np.where(orders.kind_KA == kind, own_KA, NO_MESSAGE) for kind in (Kind.FORWARD, Kind.BACKWARD)]
+    is_onwards = (orders.kind_KA == Kind.FORWARD) ^ (orders.chunk_KA == 1 if schedule.is_v else False)
+    queues = [np.where(is_in, own_KA, NO_MESSAGE) for is_in in (is_onwards, ~is_onwards)]
     queue_LA = np.concatenate(queues)  # links forward, then links backward
     sender_L = np.tile(np.arange(ranks), 2)
     return Program(
@@ -220,15 +263,20 @@ def _messages(schedule: Schedule, orders: Orders) -> tuple[Integers, Integers]:
     stage_KA, last = orders.stage_KA, orders.num_stages - 1
     number_KA = stage_KA * orders.num_microbatches + orders.microbatch_KA
     backward_KA = number_KA + orders.num_stages * orders.num_microbatches
-    is_forward, is_backward = orders.kind_KA == Kind.FORWARD, orders.kind_KA == Kind.BACKWARD
+    is_forward = orders.kind_KA == Kind.FORWARD
+    is_backward = np.isin(orders.kind_KA, (Kind.BACKWARD, Kind.INPUT)) & (orders.microbatch_KA >= 0)
     crosses = len(stage_KA) > 1  # stages on the same rank hand over without a message
     to_back = crosses and not schedule.is_local
+    has_previous, has_next = stage_KA > 0, stage_KA < last
+    if schedule.is_v:  # in its middle, the next stage is on the same rank
+        middle = len(stage_KA)
+        has_previous, has_next = has_previous & (stage_KA != middle), has_next & (stage_KA != middle - 1)
     arrival_KA, own_KA = np.full_like(stage_KA, NO_MESSAGE), np.full_like(stage_KA, NO_MESSAGE)
     step = orders.num_microbatches
-    np.copyto(arrival_KA, number_KA - step, where=is_forward & (stage_KA > 0) & crosses)
-    np.copyto(arrival_KA, backward_KA + step, where=is_backward & (stage_KA < last) & to_back)
-    np.copyto(own_KA, number_KA, where=is_forward & (stage_KA < last) & crosses)
-    np.copyto(own_KA, backward_KA, where=is_backward & (stage_KA > 0) & to_back)
+    np.copyto(arrival_KA, number_KA - step, where=is_forward & has_previous & crosses)
+    np.copyto(arrival_KA, backward_KA + step, where=is_backward & has_next & to_back)
+    np.copyto(own_KA, number_KA, where=is_forward & has_next & crosses)
+    np.copyto(own_KA, backward_KA, where=is_backward & has_previous & to_back)
     return arrival_KA, own_KA
 
 
@@ -256,6 +304,8 @@ def _awaited_sends(schedule: Schedule, orders: Orders, own_KA: Integers, channel
     if schedule.sends == "at_step":
         return _last_sends_of_steps(orders, own_KA)
     unfinished = channel_depth + 1
+    # The channel for gradients takes all of a step, see `PipelineTrainer`: no rank waits to get rid of them.
+    one_before = np.where(_shifted(orders.kind_KA, 1) == Kind.FORWARD, one_before, NO_MESSAGE)
     is_sent = (one_before >= 0) & (_shifted(orders.microbatch_KA, 1) >= unfinished)
     return np.where(is_sent, one_before - unfinished, NO_MESSAGE)
 

@@ -18,6 +18,10 @@ STYLES = {
     "1f1b": (OKABE_ITO["blue"], "^"),
     "interleaved": (OKABE_ITO["purple"], "D"),
     "zero-bubble": (OKABE_ITO["orange"], "v"),
+    "interleaved_zb": (OKABE_ITO["orange"], "D"),
+    "zbv": (OKABE_ITO["sky blue"], "P"),
+    "dualpipev": ("black", "X"),
+    "ppll_delayed": (OKABE_ITO["green"], "s"),
 }
 
 JSON_FIELDS = (
@@ -37,7 +41,8 @@ x one device: micro-batches per second relative to one device that trains all st
 bubble: share of the step in which a stage computes nothing; by formula: the same if all stages are equal and messages,
   optimizer and local objective cost nothing, (K-1)/(M+K-1) for gpipe and 1f1b with K stages, M micro-batches
 in flight: micro-batches whose activations the fullest stage holds; a stage of ppll holds those of one, and beside them
-  the hidden states in its channels, at most their depth and one more at each end
+  the hidden states in its channels, at most their depth and one more at each end; one of ppll_delayed also the inputs
+  of those whose gradients have not come, or their activations with --keeps-graph
 fill: until the last stage begins its first micro-batch; end-to-end schedules fill anew in every step, ppll once"""
 
 

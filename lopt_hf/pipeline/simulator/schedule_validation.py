@@ -16,8 +16,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
-from torch.distributed.pipelining.schedules import ScheduleInterleavedZeroBubble
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleDualPipeV,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
 from torch.multiprocessing.spawn import ProcessException
 
 from lopt_hf.common.distributed import new_group
@@ -26,7 +33,7 @@ from lopt_hf.common.parent import end_with_spawner
 from lopt_hf.pipeline.runtime.channel import BatchId, ReceivingChannel, SendingChannel
 from lopt_hf.pipeline.runtime.health import PeerMonitor
 from lopt_hf.pipeline.simulator.schedule import Workload
-from lopt_hf.pipeline.simulator.schedule_orders import rounds_of
+from lopt_hf.pipeline.simulator.schedule_orders import SCHEDULES, rounds_of
 
 __all__ = ["ScheduleRunError", "check_measurable", "measure_schedules"]
 
@@ -39,8 +46,13 @@ TORCH_SCHEDULES: dict[str, Callable[..., Any]] = {
     "1f1b": Schedule1F1B,
     "interleaved": ScheduleInterleaved1F1B,
     "zero-bubble": ScheduleInterleavedZeroBubble,
+    "interleaved_zb": ScheduleInterleavedZeroBubble,
+    "zbv": ScheduleZBVZeroBubble,
+    "dualpipev": ScheduleDualPipeV,
 }
-SEVERAL_STAGES = ("interleaved", "zero-bubble")  # these take a list
+IN_ROUNDS = ("interleaved", "zero-bubble", "interleaved_zb")
+PUTS_WEIGHTS_OFF = ("zero-bubble", "interleaved_zb", "zbv", "dualpipev")
+TAKES_ONE_STAGE = ("gpipe", "1f1b")  # the others take a list
 
 
 class ScheduleRunError(RuntimeError):
@@ -81,7 +93,7 @@ def check_measurable(schedule: str, workload: Workload) -> None:
         raise ValueError(
             f"microbatches={workload.microbatches}: torch's Schedule1F1B needs at least as many as stages={stages}."
         )
-    if schedule in SEVERAL_STAGES and workload.microbatches % rounds_of(stages, workload.microbatches):
+    if schedule in IN_ROUNDS and workload.microbatches % rounds_of(stages, workload.microbatches):
         raise ValueError(
             f"microbatches={workload.microbatches}: torch's {schedule} schedule needs a multiple of stages={stages}."
         )
@@ -105,9 +117,9 @@ def _work(rank: int, ranks: int, port: int, output: Path, cases: list[tuple[str,
     torch.set_num_threads(1)
     store = dist.TCPStore(LOOPBACK, port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
-    links = [new_group([sender, sender + 1]) for sender in range(ranks - 1)]
+    links, back = ([new_group([sender, sender + 1]) for sender in range(ranks - 1)] for _ in range(2))
     monitor = PeerMonitor(store, rank, {}, PEER_TIMEOUT_SECONDS)
-    seconds = [_measure(schedule, workload, links, monitor) for schedule, workload in cases]
+    seconds = [_measure(schedule, workload, links, back, monitor) for schedule, workload in cases]
     if rank == 0:
         output.write_text(json.dumps(seconds))
     monitor.finish()
@@ -115,11 +127,21 @@ def _work(rank: int, ranks: int, port: int, output: Path, cases: list[tuple[str,
     dist.destroy_process_group()
 
 
-def _measure(schedule: str, workload: Workload, links: Sequence[dist.ProcessGroup], monitor: PeerMonitor) -> float:
-    """Step time of one case: from the end of the first step to the end of the last, over all ranks."""
-    if schedule != "ppll":
+def _measure(
+    schedule: str,
+    workload: Workload,
+    links: Sequence[dist.ProcessGroup],
+    back: Sequence[dist.ProcessGroup],
+    monitor: PeerMonitor,
+) -> float:
+    """Step time of one case, over all ranks: from the end of the first step, or the filled pipeline's, to the last."""
+    if SCHEDULES[schedule].flushes:
         return _time_steps(_end_to_end_step(schedule, workload), workload)
-    stage = _LocalStage(workload, links, monitor)
+    stage: _LocalStage | _DelayedStage = (
+        _DelayedStage(workload, links, back, monitor)
+        if SCHEDULES[schedule].is_delayed
+        else _LocalStage(workload, links, monitor)
+    )
     seconds = _time_steps(stage.step, workload)
     stage.close()
     return seconds
@@ -172,25 +194,27 @@ def _end_to_end_step(schedule: str, workload: Workload) -> Callable[[], Any]:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     stages = _stages(schedule, workload, rank)
     runner = TORCH_SCHEDULES[schedule](
-        stages if schedule in SEVERAL_STAGES else stages[0],
+        stages[0] if schedule in TAKES_ONE_STAGE else stages,
         n_microbatches=workload.microbatches,
         loss_fn=lambda output, target: output.mean(),
     )
     inputs_MN = torch.zeros(workload.microbatches, _values(workload))
     arguments = (inputs_MN,) if rank == 0 else ()
-    targets = {"target": torch.zeros(workload.microbatches)} if rank == ranks - 1 else {}
+    has_last = rank == (0 if SCHEDULES[schedule].is_v else ranks - 1)
+    targets = {"target": torch.zeros(workload.microbatches)} if has_last else {}
     return lambda: runner.step(*arguments, **targets, return_outputs=False)
 
 
 def _stages(schedule: str, workload: Workload, rank: int) -> list[PipelineStage]:
-    times, ranks = workload.times, workload.times.num_stages
-    chunks = workload.virtual_stages if schedule == "interleaved" else 1
-    weight = times.backward[rank] * workload.weight_share if schedule == "zero-bubble" else 0.0
-    module = _SleepingStage(times.forward[rank] / chunks, (times.backward[rank] - weight) / chunks)
-    puts_off = (lambda: lambda: time.sleep(weight)) if schedule == "zero-bubble" else None
+    times, ranks, chosen = workload.times, workload.times.num_stages, SCHEDULES[schedule]
+    chunks = 2 if chosen.is_v else workload.virtual_stages if chosen.has_virtual_stages else 1
+    indices = [rank, 2 * ranks - 1 - rank] if chosen.is_v else [chunk * ranks + rank for chunk in range(chunks)]
+    weight = times.backward[rank] * workload.weight_share / chunks if schedule in PUTS_WEIGHTS_OFF else 0.0
+    module = _SleepingStage(times.forward[rank] / chunks, times.backward[rank] / chunks - weight)
+    # Called for every backward, at once where a schedule leaves it whole.
+    puts_off = (lambda: lambda: time.sleep(weight)) if schedule in PUTS_WEIGHTS_OFF else None
     return [
-        PipelineStage(module, chunk * ranks + rank, chunks * ranks, torch.device("cpu"), dw_builder=puts_off)
-        for chunk in range(chunks)
+        PipelineStage(module, index, chunks * ranks, torch.device("cpu"), dw_builder=puts_off) for index in indices
     ]
 
 
@@ -212,15 +236,68 @@ class _LocalStage:
     def step(self) -> None:
         times = self.workload.times
         for micro_batch in range(self.workload.microbatches):
-            batch = BatchId(self.finished_steps, micro_batch, checksum=0)
-            hidden_BTD = self.receiver.get(batch) if self.receiver is not None else self.hidden_BTD
-            time.sleep(times.forward[self.rank])
-            if self.sender is not None:
-                self.sender.put(batch, hidden_BTD)
+            self.run_forward(micro_batch)
             time.sleep(times.local[self.rank])
             time.sleep(times.backward[self.rank])
         self.finished_steps += 1
 
+    def run_forward(self, micro_batch: int) -> None:
+        """Receives, computes and sends."""
+        batch = BatchId(self.finished_steps, micro_batch, checksum=0)
+        hidden_BTD = self.receiver.get(batch) if self.receiver is not None else self.hidden_BTD
+        time.sleep(self.workload.times.forward[self.rank])
+        if self.sender is not None:
+            self.sender.put(batch, hidden_BTD)
+
     def close(self) -> None:
         if self.sender is not None:
             self.sender.close()
+
+
+class _DelayedStage(_LocalStage):
+    """A stage whose backward is that of a step before, one for each stage behind it; the last one's is at once."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        links: Sequence[dist.ProcessGroup],
+        back: Sequence[dist.ProcessGroup],
+        monitor: PeerMonitor,
+    ) -> None:
+        super().__init__(workload, links, monitor)
+        self.delay = len(links) - self.rank
+        self.back_receiver: ReceivingChannel | None = None
+        self.back_sender: SendingChannel | None = None
+        options: Any = {"device": torch.device("cpu"), "monitor": monitor}
+        if self.delay > 0:  # takes all of a step, see `PipelineTrainer`
+            depth = max(workload.channel_depth, workload.microbatches)
+            self.back_receiver = ReceivingChannel(self.rank + 1, back[self.rank], depth=depth, **options)
+        if self.rank > 0:
+            depth = workload.channel_depth
+            self.back_sender = SendingChannel(self.rank - 1, back[self.rank - 1], depth=depth, **options)
+
+    def step(self) -> None:
+        times, again = self.workload.times, self.delay > 0 and not self.workload.keeps_graph
+        for micro_batch in range(self.workload.microbatches):
+            self.run_forward(micro_batch)
+            # Before there are gradients all take their time nevertheless, as in the middle of a run.
+            late = BatchId(self.finished_steps - self.delay, micro_batch, checksum=0)
+            if self.back_receiver is not None and late.step >= 0:
+                self.back_receiver.get(late)
+            time.sleep(times.forward[self.rank] * again + times.backward[self.rank])
+            if self.back_sender is not None and late.step >= 0:
+                self.back_sender.put(late, self.hidden_BTD)
+        self.finished_steps += 1
+
+    def close(self) -> None:
+        super().close()
+        steps = range(max(0, self.finished_steps - self.delay), self.finished_steps)
+        for late in (BatchId(step, number, 0) for step in steps for number in range(self.workload.microbatches)):
+            if self.back_receiver is not None:
+                self.back_receiver.get(late)
+            if self.back_sender is not None:
+                self.back_sender.put(late, self.hidden_BTD)
+        if self.back_sender is not None:
+            self.back_sender.close()
+        if self.back_receiver is not None:
+            self.back_receiver.close()

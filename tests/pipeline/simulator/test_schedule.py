@@ -7,18 +7,22 @@ import numpy as np
 import pytest
 from torch.distributed.pipelining.schedules import (
     Schedule1F1B,
+    ScheduleDualPipeV,
     ScheduleGPipe,
     ScheduleInterleaved1F1B,
     ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
 )
 
 from lopt_hf.pipeline.simulator.schedule import SCHEDULES, StageTimes, UnfitWorkloadError, Workload, simulate
 from lopt_hf.pipeline.simulator.schedule_engine import Program, ScheduleDeadlockError, run_shared, run_unshared
-from lopt_hf.pipeline.simulator.schedule_orders import Kind, rounds_of
+from lopt_hf.pipeline.simulator.schedule_kinds import Kind
+from lopt_hf.pipeline.simulator.schedule_orders import rounds_of
 
 FORWARD, BACKWARD = 0.1, 0.2
 LETTERS = {"FORWARD": "F", "FULL_BACKWARD": "B", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}
-END_TO_END = [name for name in SCHEDULES if name != "ppll"]
+END_TO_END = [name for name, schedule in SCHEDULES.items() if schedule.flushes]
+OWN_LETTERS = {Kind.FORWARD: "F", Kind.BACKWARD: "B", Kind.INPUT: "I", Kind.WEIGHT: "W"}
 SIZES = [(2, 4), (3, 6), (4, 4), (4, 16), (8, 64)]  # stages, micro-batches
 
 
@@ -57,6 +61,29 @@ def test_zero_bubble_idles_by_the_formula(stages, microbatches):
     assert result.bubble == pytest.approx([idle / (microbatches * 3 * FORWARD + idle)] * stages)
 
 
+@pytest.mark.parametrize("stages, microbatches", [(1, 4), *SIZES[:3], (3, 5), (4, 16), (8, 64)])
+def test_zbv_has_no_bubble_where_its_parts_take_the_same_time(stages, microbatches):
+    """As its paper says (arXiv 2401.10241, Sec. 6), with the micro-batches that fill it, 2 K - 1."""
+    result = simulate("zbv", equal_workload(stages, microbatches))
+    if microbatches >= 2 * stages - 1:
+        assert result.bubble == pytest.approx([0] * stages)
+        assert result.closed_form_bubble == 0
+    else:
+        assert min(result.bubble) > 0
+        assert result.closed_form_bubble is None
+    assert simulate("zbv", equal_workload(4, 8, weight_share=0.3)).closed_form_bubble is None
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("stages, microbatches", SIZES)
+def test_interleaved_zero_bubble_idles_by_the_formula(stages, microbatches, chunks):
+    """ZB-H1's bubble, each of whose parts is a smaller stage's."""
+    result = simulate("interleaved_zb", equal_workload(stages, microbatches, virtual_stages=chunks))
+    idle = (stages - 1) * FORWARD / chunks
+    assert result.bubble == pytest.approx([idle / (microbatches * 3 * FORWARD + idle)] * stages)
+    assert result.closed_form_bubble == pytest.approx(result.bubble[0])
+
+
 def test_zero_bubble_with_nothing_put_off_is_1f1b():
     zero_bubble, one_f_one_b = (
         simulate(name, equal_workload(4, 8, weight_share=0.0)) for name in ("zero-bubble", "1f1b")
@@ -76,7 +103,29 @@ def test_ppll_never_idles_after_the_fill(stages, microbatches):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_printed_formula_is_what_comes_out(schedule):
     result = simulate(schedule, equal_workload(6, 18))
-    assert result.bubble == pytest.approx([result.closed_form_bubble] * 6)
+    if schedule in ("dualpipev", "ppll_delayed"):
+        assert result.closed_form_bubble is None
+    else:
+        assert result.bubble == pytest.approx([result.closed_form_bubble] * 6)
+
+
+@pytest.mark.parametrize("stages, microbatches", [*SIZES, (16, 1)])
+def test_delayed_gradients_wait_for_nothing(stages, microbatches):
+    """Nor does the last stage, where graphs are kept; where forwards run again it is the only one without them."""
+    kept = simulate("ppll_delayed", equal_workload(stages, microbatches, keeps_graph=True))
+    assert kept.bubble == pytest.approx([0] * stages)
+    assert kept.speedup == pytest.approx(stages)
+    again = simulate("ppll_delayed", equal_workload(stages, microbatches))
+    assert again.step_seconds == pytest.approx(microbatches * (2 * FORWARD + BACKWARD))
+    assert again.bubble == pytest.approx([0] * (stages - 1) + [FORWARD / (2 * FORWARD + BACKWARD)])
+
+
+def test_delayed_backwards_are_of_as_many_steps_before_as_there_are_stages_behind():
+    workload = equal_workload(3, 2)
+    events = [event for event in simulate("ppll_delayed", workload).events(4) if event.stage == 0]
+    assert [(event.kind, event.microbatch) for event in events[-4:]] == [
+        ("forward", 6), ("backward", 2), ("forward", 7), ("backward", 3),
+    ]  # fmt: skip
 
 
 def test_ppll_goes_at_the_pace_of_its_slowest_stage():
@@ -109,6 +158,7 @@ def test_orders_are_those_of_torch(stages, microbatches, chunks):
     per_round = microbatches // rounds_of(stages, microbatches)
     torch_self = SimpleNamespace(
         _num_stages=stages,
+        num_stages=2 * stages,  # of the schedules in the form of a V
         pp_group_size=stages,
         n_local_stages=chunks,
         _n_microbatches=microbatches,
@@ -117,8 +167,9 @@ def test_orders_are_those_of_torch(stages, microbatches, chunks):
     for rank in range(stages):
         theirs = ScheduleInterleaved1F1B._calculate_single_rank_operations(torch_self, rank)
         assert own_order("interleaved", rank, stages, chunks, microbatches) == torch_order(theirs)
+        theirs = ScheduleInterleavedZeroBubble._calculate_single_rank_operations(torch_self, rank)
+        assert own_order("interleaved_zb", rank, stages, chunks, microbatches) == torch_order(theirs)
         if chunks == 1:
-            theirs = ScheduleInterleavedZeroBubble._calculate_single_rank_operations(torch_self, rank)
             assert own_order("zero-bubble", rank, stages, 1, microbatches) == torch_order(theirs)
             theirs = ScheduleGPipe._get_pipeline_order(torch_self)[rank]
             assert own_order("gpipe", rank, stages, 1, microbatches) == torch_order(theirs)
@@ -128,14 +179,33 @@ def test_orders_are_those_of_torch(stages, microbatches, chunks):
                 assert own_order("1f1b", rank, stages, 1, microbatches) == torch_order(theirs)
 
 
+@pytest.mark.parametrize("stages, microbatches", [*SIZES, (1, 3), (3, 7), (4, 9), (5, 20), (4, 3)])
+def test_orders_in_the_form_of_a_v_are_those_of_torch(stages, microbatches):
+    torch_self = SimpleNamespace(num_stages=2 * stages, pp_group_size=stages, _n_microbatches=microbatches)
+    for rank in range(stages):
+        theirs = ScheduleZBVZeroBubble._calculate_single_rank_operations(torch_self, rank)
+        assert own_order("zbv", rank, stages, 2, microbatches) == torch_order(theirs)
+        if microbatches >= 2 * stages:
+            theirs = ScheduleDualPipeV._calculate_single_rank_operations(torch_self, rank)
+            assert own_order("dualpipev", rank, stages, 2, microbatches) == torch_order(theirs)
+
+
 def own_order(name: str, rank: int, stages: int, chunks: int, microbatches: int) -> list[tuple[str, int, int]]:
-    letters = {Kind.FORWARD: "F", Kind.BACKWARD: "I" if name == "zero-bubble" else "B", Kind.WEIGHT: "W"}
     rows = SCHEDULES[name].order(rank, stages, chunks, microbatches)
-    return [(letters[kind], chunk * stages + rank, microbatch) for kind, chunk, microbatch in rows.T.tolist()]
+    return [
+        (OWN_LETTERS[kind], stage_of(name, rank, chunk, stages), microbatch)
+        for kind, chunk, microbatch in rows.T.tolist()
+        if kind != Kind.NOTHING
+    ]
+
+
+def stage_of(schedule: str, rank: int, chunk: int, ranks: int) -> int:
+    return 2 * ranks - 1 - rank if SCHEDULES[schedule].is_v and chunk == 1 else chunk * ranks + rank
 
 
 def torch_order(actions: list) -> list[tuple[str, int, int]]:
-    steps = [(a.computation_type.name, a.stage_index, a.microbatch_index) for a in actions if a is not None]
+    flat = [part for action in actions if action is not None for part in action.sub_actions or [action]]
+    steps = [(a.computation_type.name, a.stage_index, a.microbatch_index) for a in flat]
     return [(LETTERS[name], stage, microbatch) for name, stage, microbatch in steps if name in LETTERS]
 
 
@@ -144,17 +214,22 @@ def torch_order(actions: list) -> list[tuple[str, int, int]]:
 def test_events_respect_what_depends_on_what(schedule, cores):
     workload = uneven_workload(4, 8, message_bytes=1e6, bandwidth=1e8, latency=1e-3, cores=cores)
     events = list(simulate(schedule, workload).events(2))
-    stages = 8 if schedule == "interleaved" else 4
-    found = {(e.kind, e.chunk * 4 + e.stage, e.microbatch): e for e in events}
+    ranks, chosen = 4, SCHEDULES[schedule]
+    stages = 8 if chosen.is_v or chosen.has_virtual_stages else 4
+    found = {(e.kind, stage_of(schedule, e.stage, e.chunk, ranks), e.microbatch): e for e in events}
     assert len(found) == len(events)
-    message = 0.01 + 0.001
     for (kind, stage, microbatch), event in found.items():
+        message = 0.01 + 0.001
         if kind == "forward" and stage > 0:
-            assert event.start >= found["forward", stage - 1, microbatch].end + message - 1e-9
+            before = found["forward", stage - 1, microbatch]
+            assert event.start >= before.end + message * (before.stage != event.stage) - 1e-9
+        if microbatch < 0:  # of delayed gradients: as in the middle of a run
+            continue
         if kind == "backward":
             assert event.start >= found["forward", stage, microbatch].end - 1e-9
             if stage < stages - 1 and schedule != "ppll":
-                assert event.start >= found["backward", stage + 1, microbatch].end + message - 1e-9
+                behind = found["backward", stage + 1, microbatch]
+                assert event.start >= behind.end + message * (behind.stage != event.stage) - 1e-9
         if kind == "weight":
             assert event.start >= found["backward", stage, microbatch].end - 1e-9
     for stage in range(4):
@@ -240,7 +315,8 @@ def test_both_engines_agree_where_every_stage_has_a_core(schedule, seed):
 def test_one_core_does_all_the_work_one_after_the_other(schedule):
     workload = uneven_workload(4, 8, cores=1)
     times = workload.times
-    work = 8 * (sum(times.forward) + sum(times.backward) + sum(times.local) * (schedule == "ppll"))
+    again = sum(times.forward[:-1]) * (schedule == "ppll_delayed")
+    work = 8 * (sum(times.forward) + again + sum(times.backward) + sum(times.local) * (schedule == "ppll"))
     assert simulate(schedule, workload).step_seconds == pytest.approx(work + sum(times.optimizer), rel=0.02)
 
 
@@ -286,6 +362,12 @@ def test_activations_in_flight():
     assert peaks["gpipe"] == (8, 8, 8, 8)
     assert peaks["1f1b"] == (4, 3, 2, 1)
     assert peaks["zero-bubble"] == (4, 4, 4, 4)  # until the weights' gradients are done
+    # Of the next three each is half a rank: no more than 1F1B's first stage holds, on every rank.
+    assert peaks["interleaved_zb"] == peaks["zbv"] == (4, 4, 4, 4)
+    assert peaks["dualpipev"] == (9 / 2,) * 4
+    assert peaks["ppll_delayed"] == (1, 1, 1, 1)
+    kept = simulate("ppll_delayed", equal_workload(4, 8, keeps_graph=True))
+    assert kept.peak_in_flight == (3 * 8 + 1, 2 * 8 + 1, 8 + 1, 1)
     # Megatron's warm-up, (V - 1) K + 2 (K - 1 - rank), and the forward that follows it; each is half a rank
     assert peaks["interleaved"] == (11 / 2, 9 / 2, 7 / 2, 5 / 2)
 
@@ -325,3 +407,5 @@ def test_bad_schedules():
         simulate("zb", equal_workload(2, 4))
     with pytest.raises(UnfitWorkloadError, match="microbatches=10 with stages=3: interleaved deals .* 3 equal rounds"):
         simulate("interleaved", equal_workload(3, 10))
+    with pytest.raises(UnfitWorkloadError, match="microbatches=5 with stages=3: dualpipev needs at least twice"):
+        simulate("dualpipev", equal_workload(3, 5))

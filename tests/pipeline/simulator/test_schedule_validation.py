@@ -18,7 +18,7 @@ def test_real_runs_take_as_long_as_simulated(stages):
         local=(0.02, 0.03, 0.01, 0.0)[:stages],
         optimizer=(0.05, 0.03, 0.02, 0.06)[:stages],
     )
-    workloads = [Workload(StageTimes.equal(stages, 0.04, 0.08), stages), Workload(uneven, 2 * stages)]
+    workloads = [Workload(StageTimes.equal(stages, 0.04, 0.08), 2 * stages), Workload(uneven, 4 * stages)]
     cases = [(schedule, workload) for workload in workloads for schedule in SCHEDULES]
     for (schedule, workload), seconds in zip(cases, measure_schedules(cases), strict=True):
         simulated = simulate(schedule, workload).step_seconds

@@ -6,6 +6,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from lopt_hf.pipeline.simulator.schedule import SCHEDULES
 from lopt_hf.scripts.pipeline_simulate import main, make_parser
 from tests.distributed.sockets import assert_on_loopback, watched
 
@@ -46,7 +47,7 @@ def test_the_line_of_the_readme(capsys):
 
 def test_help_names_every_schedule_and_the_keys_of_the_file():
     text = make_parser().format_help()
-    for word in ("ppll", "gpipe", "1f1b", "interleaved", "zero-bubble", *MEASURED, "examples:"):
+    for word in ("ppll", "gpipe", "1f1b", "interleaved", "zero-bubble", *SCHEDULES, *MEASURED, "examples:"):
         assert word in text
 
 
@@ -70,6 +71,7 @@ def test_options_reach_the_simulation(tmp_path):
     output = tmp_path / "out.json"
     options = ["--forward-ms", "1,2", "--backward-ms", "3,4", "--local-ms", 5, "--optimizer-ms", 6]
     options += ["--message-mb", 2, "--link-gbps", 8, "--latency-us", 7, "--channel-depth", 3, "--virtual-stages", 4]
+    options += ["--weight-share", 0.25, "--keeps-graph"]
     simulate(*options, "--microbatches", 4, "--schedule", "interleaved", "--output", output)
     (row,) = json.loads(output.read_text())
     workload = row["workload"]
@@ -80,6 +82,7 @@ def test_options_reach_the_simulation(tmp_path):
         "optimizer": [0.006, 0.006],
     }
     assert workload["message_bytes"] == 2e6 and workload["bandwidth"] == 1e9 and workload["latency"] == 7e-6
+    assert workload["weight_share"] == 0.25 and workload["keeps_graph"]
     assert workload["channel_depth"] == 3 and workload["virtual_stages"] == 4 and workload["cores"] is None
     assert len(row["bubble"]) == len(row["peak_in_flight"]) == 2
     assert row["microbatches_per_second"] == pytest.approx(4 / row["step_seconds"])
@@ -137,7 +140,11 @@ def test_sleeping_stages_run(capsys):
         (["--stages", "a"], "argument --stages: 'a' is not a number or several with commas, as 8,32"),
         (["--stages", "0"], "stages=0: must be at least 1."),
         (["--microbatches", "0"], "microbatches=0: must be at least 1."),
-        (["--schedule", "ppl"], "schedule='ppl': choose among ppll, gpipe, 1f1b, interleaved, zero-bubble."),
+        (
+            ["--schedule", "ppl"],
+            "schedule='ppl': choose among ppll, gpipe, 1f1b, interleaved, zero-bubble, interleaved_zb, zbv, "
+            "dualpipev, ppll_delayed.",
+        ),
         (["--forward-ms", "1,2", "--stages", "3"], "stages=3: the times are those of 2 stages; give one time for all"),
         (
             ["--forward-ms", "1,2", "--backward-ms", "1,2,3"],
