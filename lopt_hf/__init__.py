@@ -21,11 +21,14 @@ _EXPORTS = {
     "LocalBatch": "lopt_hf.local.objectives",
     "LocalDPOTrainer": "lopt_hf.trainers.dpo",
     "LocalGRPOTrainer": "lopt_hf.trainers.grpo",
+    "LocalImageConfig": "lopt_hf.trainers.image",
+    "LocalImageTrainer": "lopt_hf.trainers.image",
     "LocalLearner": "lopt_hf.local.learner",
     "LocalObjective": "lopt_hf.local.objectives",
     "LocalSFTTrainer": "lopt_hf.trainers.sft",
     "LocalTrainingArguments": "lopt_hf.trainers.configs",
     "MLAANConfig": "lopt_hf.trainers.configs",
+    "MLAANImageConfig": "lopt_hf.trainers.image",
     "MLAANPipelineConfig": "lopt_hf.pipeline.runtime.config",
     "MLAANPipelineTrainer": "lopt_hf.pipeline.runtime.trainer",
     "MLAANTrainer": "lopt_hf.trainers.sft",
@@ -55,11 +58,14 @@ __all__ = [
     "LocalBatch",
     "LocalDPOTrainer",
     "LocalGRPOTrainer",
+    "LocalImageConfig",
+    "LocalImageTrainer",
     "LocalLearner",
     "LocalObjective",
     "LocalSFTTrainer",
     "LocalTrainingArguments",
     "MLAANConfig",
+    "MLAANImageConfig",
     "MLAANPipelineConfig",
     "MLAANPipelineTrainer",
     "MLAANTrainer",
@@ -95,6 +101,7 @@ if TYPE_CHECKING:
     from lopt_hf.trainers.configs import LocalTrainingArguments, LoPTConfig, LoPTDPOConfig, LoPTGRPOConfig, MLAANConfig
     from lopt_hf.trainers.dpo import LocalDPOTrainer, LoPTDPOTrainer
     from lopt_hf.trainers.grpo import LocalGRPOTrainer, LoPTGRPOTrainer
+    from lopt_hf.trainers.image import LocalImageConfig, LocalImageTrainer, MLAANImageConfig
     from lopt_hf.trainers.sft import LocalSFTTrainer, LoPTTrainer, MLAANTrainer
 
 register_when_transformers_is_loaded()

@@ -17,6 +17,7 @@ COMMANDS = {
     "peers": "the same by LISA, BAdam, or end-to-end with less memory, to compare with",
     "dpo": "preference optimisation with LoPT (or end-to-end), from chosen and rejected answers",
     "grpo": "reinforcement learning from verifiable rewards with LoPT (or end-to-end)",
+    "image": "train an image classifier (ViT, Swin, ResNet) by local learning, MLAAN, reach or end-to-end",
     "pipeline": "supervised fine-tuning in a pipeline of processes, one per stage, without bubbles",
     "repl": "replace layers of a pretrained model by cheap surrogates, heal it, compare with plain removal",
     "retention": "measure what fine-tuned models kept of what their base knew, with paired intervals",

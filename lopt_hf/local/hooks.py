@@ -17,13 +17,14 @@ from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from lopt_hf.common.upstream.transformers import active_collector
-from lopt_hf.local.blocks import Block, find_decoder_stack
+from lopt_hf.local.blocks import Block
 from lopt_hf.local.heads import HEADS_NAME
 from lopt_hf.local.layer_calls import hidden_of, output_hidden, with_hidden, with_output_hidden
 from lopt_hf.local.micro_batch import MicroBatch
 from lopt_hf.local.objectives import LocalBatch, LocalObjective, NoObjective
 from lopt_hf.local.ownership import leaves_behind, parameters_by_block
 from lopt_hf.local.replay import BlockRun, Replay, Replays
+from lopt_hf.local.stacks import find_stack
 
 __all__ = ["BlockBoundary", "Way", "cut"]
 
@@ -68,7 +69,7 @@ class BlockBoundary(ABC):
         early_blocks: Sequence[Block] | None = None,
     ) -> None:
         self.model = model
-        self.stack = find_decoder_stack(model)
+        self.stack = find_stack(model)
         self.blocks = list(blocks)
         self.early_blocks = list(blocks[:-1]) if early_blocks is None else list(early_blocks)
         self.objective = objective

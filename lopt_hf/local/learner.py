@@ -21,7 +21,6 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from lopt_hf.common.distributed import GradientReducer
 from lopt_hf.local.blocks import (
     Block,
-    find_decoder_stack,
     split_layers,
     untie_output_embeddings,
 )
@@ -36,6 +35,7 @@ from lopt_hf.local.ownership import (
 )
 from lopt_hf.local.run_facts import RunFacts
 from lopt_hf.local.schedule import ReachSchedule
+from lopt_hf.local.stacks import find_stack
 from lopt_hf.local.stepping import ClipGroup, GradientsComplete, stepping_only
 
 __all__ = ["LearnerEvents", "LocalLearner"]
@@ -81,6 +81,8 @@ class LearnerEvents:
 
 class LocalLearner:
     """Local learning of a causal language model, which is changed in place: hooks, untied or frozen weights.
+
+    An image classifier is cut in the same way, by a method that is made for it.
 
     A micro-batch is
 
@@ -147,7 +149,7 @@ class LocalLearner:
         self.device = device or torch.device("cpu")
         self.router_coefficient = router_coefficient
         self.max_grad_norm = max_grad_norm if max_grad_norm > 0 else math.inf
-        self.stack = find_decoder_stack(self.base_model)
+        self.stack = find_stack(self.base_model)
         self.blocks = split_layers(len(self.stack.layers), settings.num_blocks, settings.split_at)
         here = range(len(self.blocks) - 1) if early_blocks is None else early_blocks
         self.early_blocks = [self.blocks[index] for index in here]

@@ -19,6 +19,7 @@ from lopt_hf.common.upstream.torch import without_modes
 from lopt_hf.local.blocks import Block, DecoderStack
 from lopt_hf.local.heads import LocalHeads
 from lopt_hf.local.layer_calls import stop_at
+from lopt_hf.local.stacks import example_image
 
 __all__ = [
     "describe_frozen_vision",
@@ -168,7 +169,7 @@ def _trace(stack: DecoderStack) -> frozenset[str]:
     """The dotted names in a decoder of the modules, or parameters beside modules, that feed its first layer."""
     decoder, kind = cast(Any, stack.decoder), cast(Any, type(stack.decoder))
     if decoder not in _traced:
-        name = next(name for name, module in decoder.named_modules() if module is stack.layers)
+        name = next(name for name, module in decoder.named_modules() if module is stack.layers[0])
         try:
             _traced[decoder] = _trace_twin(kind, _Config(decoder.config), name)
         except TRACE_ERRORS:
@@ -199,21 +200,26 @@ class _Yes(TorchFunctionMode):
 
 
 @functools.lru_cache(maxsize=64)
-def _trace_twin(decoder_class: Any, config: _Config, layers: str) -> frozenset[str]:
+def _trace_twin(decoder_class: Any, config: _Config, first_layer: str) -> frozenset[str]:
     own = copy.deepcopy(config.config)
     own._attn_implementation = "eager"  # whose mask does not depend on what a mask holds
     # The twin allocates, computes and draws nothing, and nobody who counts operations is to see it.
     with without_modes(), torch.random.fork_rng(devices=[]), torch.device("meta"):
         twin = decoder_class(own)
-        tokens_BT = torch.zeros(1, 2, dtype=torch.long)
-        first = twin.get_submodule(layers)[0]
-        with _Yes(), torch.enable_grad(), stop_at(first) as calls:
-            twin(input_ids=tokens_BT, attention_mask=torch.ones_like(tokens_BT), use_cache=False)
+        with _Yes(), torch.enable_grad(), stop_at(twin.get_submodule(first_layer)) as calls:
+            twin(**_example_inputs(decoder_class, own))
     args, kwargs = calls[0]
     leaves = leaves_behind([*args, *kwargs.values()])
     # With a weight all of its module counts: where PEFT wraps a module its weight is renamed.
     names = (name for name, parameter in twin.named_parameters() if parameter in leaves)
     return frozenset(name.rpartition(".")[0] or name for name in names)
+
+
+def _example_inputs(decoder_class: Any, config: PretrainedConfig) -> dict[str, Any]:
+    if decoder_class.main_input_name == "pixel_values":
+        return {"pixel_values": example_image(config, "meta")}
+    tokens_BT = torch.zeros(1, 2, dtype=torch.long)
+    return {"input_ids": tokens_BT, "attention_mask": torch.ones_like(tokens_BT), "use_cache": False}
 
 
 def leaves_behind(values: Iterable[Any]) -> set[torch.Tensor]:

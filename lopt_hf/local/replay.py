@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import get_device_states, set_device_states
 from torch.utils.hooks import RemovableHandle
 
@@ -126,6 +127,20 @@ class Replay:
             torch.autograd.backward(*self._roots(cotangent_BTD, run))
 
 
+@contextlib.contextmanager
+def _running_statistics_kept(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Lets batch norms that train leave their running statistics alone: the first run has moved them already."""
+    norms = [m for layer in layers for m in layer.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    moving = [norm for norm in norms if norm.training]
+    for norm in moving:
+        norm.track_running_stats = False  # the statistics of the batch are used in either case
+    try:
+        yield
+    finally:
+        for norm in moving:
+            norm.track_running_stats = True
+
+
 def _changed_between(where: str) -> str:
     return (
         f"{where} the decoder changes the hidden states, which a block that runs again by itself would miss; set "
@@ -226,8 +241,9 @@ class Replays:
         try:
             with run.random_state.restored(), torch.autocast(**run.autocast):
                 hidden_BTD = input_BTD
-                for layer, call in zip(self._layers[index], run.calls, strict=True):
-                    hidden_BTD = call(layer, hidden_BTD)
+                with _running_statistics_kept(self._layers[index]):
+                    for layer, call in zip(self._layers[index], run.calls, strict=True):
+                        hidden_BTD = call(layer, hidden_BTD)
         finally:
             active_collector.reset(token)
         return Replay(input_BTD, hidden_BTD, collected.get("router_logits", []))

@@ -113,7 +113,7 @@ class WindowBoundary(BlockBoundary):
         self.window_losses: dict[str, list[torch.Tensor]] = {}
         self._segments: dict[int, _Segment] = {}
         self._boundary_BTD: torch.Tensor | None = None  # where the next block starts
-        self._calls: dict[int, LayerCall] = {}
+        self._calls: Mapping[int, LayerCall] = {}
 
     def way(self, index: int) -> Way:
         """Returns how an early block is to run: with a graph of its own, which its windows hand gradients through."""
@@ -156,7 +156,11 @@ class WindowBoundary(BlockBoundary):
         self._boundary_BTD = None
         self.window_losses = {}
         if len(self.heads):
-            self._calls = record_layer_calls(self.stack, args, kwargs)
+            self._calls = self.record_calls(args, kwargs)
+
+    def record_calls(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[int, LayerCall]:
+        """Returns how the decoder calls its layers in a forward with these arguments; auxiliaries are called so."""
+        return record_layer_calls(self.stack, args, kwargs)
 
     def leave_decoder(self) -> None:
         self._calls = {}

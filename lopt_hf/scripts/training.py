@@ -208,7 +208,7 @@ def prepare(
 
 
 def run_training(
-    parser: TrlParser, argv: Sequence[str] | None, make_trainer: Callable[[Any, Any, ModelConfig], Trainer]
+    parser: TrlParser, argv: Sequence[str] | None, make_trainer: Callable[[Any, Any, Any], Trainer]
 ) -> None:
     """Trains, saves and, if asked to, pushes a model; at the end the process group is gone.
 

@@ -300,19 +300,23 @@ class LoPT(Method):
                 logger.info(line)
             else:  # where it was not always so
                 learner.say(f"Under {learner.run.engine} {line}")
-        weight = settings.reconstruction_weight / (len(learner.blocks) - 1)
-        if isinstance(objective, ReadoutObjective):
-            weight = 1.0  # ZeroLock: a block learns the next token as the last one does
         return GradientBoundary(
             learner.base_model,
             learner.blocks,
             objective,
             heads,
-            weight,
+            self.weight_of(learner, objective),
             mode,
             learner.router_coefficient,
             learner.early_blocks,
         )
+
+    def weight_of(self, learner: Learner, objective: LocalObjective) -> float:
+        """Returns the factor of each block's local loss."""
+        if isinstance(objective, ReadoutObjective):
+            return 1.0  # ZeroLock: a block learns the next token as the last one does
+        settings: LoPTArguments = learner.settings
+        return settings.reconstruction_weight / (len(learner.blocks) - 1)
 
     def warnings(self, learner: Learner) -> Iterator[str]:
         settings: LoPTArguments = learner.settings

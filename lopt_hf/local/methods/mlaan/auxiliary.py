@@ -9,6 +9,7 @@ from typing import Literal, cast
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -132,8 +133,10 @@ def _distance(module: nn.Module, live: nn.Module) -> float:
 
 def copy_layer(model: PreTrainedModel, layer: nn.Module) -> nn.Module:
     """A layer with copies of the trainable weights, which shares the frozen ones and the model's configuration."""
-    shared = [*layer.buffers(), model.config, model.config.get_text_config(decoder=True)]
-    copies = {id(value): value for value in shared}
+    moving = {id(b) for m in layer.modules() if isinstance(m, _BatchNorm) for b in m.buffers()}  # each has its own
+    shared: list[object] = [buffer for buffer in layer.buffers() if id(buffer) not in moving]
+    shared += [model.config, model.config.get_text_config(decoder=True)]
+    copies: dict[int, object] = {id(value): value for value in shared}
     for parameter in layer.parameters():
         copies[id(parameter)] = nn.Parameter(parameter.detach().clone()) if parameter.requires_grad else parameter
     made: nn.Module = copy.deepcopy(layer, copies)

@@ -1,0 +1,150 @@
+"""Image classifiers from random weights on CIFAR-10, by several methods and seeds: the table of README.md.
+
+```bash
+python experiments/cifar10/run.py vit --train_file train.parquet --eval_file test.parquet --output_dir out
+```
+
+Each run is one `lopt-hf image` in a process of its own. Stopped at any moment and run again, it goes on where it was.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from scipy import stats
+
+from lopt_hf.common.tables import markdown_table
+from lopt_hf.meters.saved_bytes import SavedBytes
+
+BLOCKS = ["--num_blocks", "4"]
+METHODS = {
+    "end-to-end": ["--method", "e2e"],
+    "freezing": ["--method", "freeze", *BLOCKS],
+    "plain local learning": ["--method", "local", *BLOCKS],
+    "MLAAN": ["--method", "mlaan", "--window", "2", *BLOCKS],
+    "reach [1,1,1,4]": ["--method", "reach", "--task_reach", "[1,1,1,4]", *BLOCKS],
+    "reach 4": ["--method", "reach", "--task_reach", "4", *BLOCKS],
+    "readout": ["--method", "readout", *BLOCKS],
+}
+NOT_FOR_RESNET = ("readout",)  # whose layers differ in width
+COMMON = {
+    "vit": ["--architecture", "vit", "--learning_rate", "1e-3", "--weight_decay", "0.05"],
+    "resnet20": ["--architecture", "resnet20", "--learning_rate", "3e-3", "--weight_decay", "0.05"],
+}
+TRAINING = [
+    *("--per_device_train_batch_size", "64", "--per_device_eval_batch_size", "250", "--lr_scheduler_type", "cosine"),
+    *("--warmup_steps", "0.1", "--report_to", "none", "--logging_steps", "50", "--disable_tqdm", "true"),
+    *("--save_strategy", "epoch", "--save_total_limit", "1", "--dataloader_pin_memory", "false"),
+]
+
+
+def methods_of(architecture: str) -> dict[str, list[str]]:
+    """The options of the methods that an architecture is trained by, by their names."""
+    left_out = NOT_FOR_RESNET if architecture == "resnet20" else ()
+    return {name: options for name, options in METHODS.items() if name not in left_out}
+
+
+def arguments_of(options: argparse.Namespace, method: list[str], seed: int, folder: Path) -> list[str]:
+    """The arguments of one `lopt-hf image`."""
+    data = ["--train_file", str(options.train_file), "--eval_file", str(options.eval_file)]
+    length = ["--num_train_epochs", str(options.epochs), "--seed", str(seed), "--output_dir", str(folder)]
+    return [*method, *COMMON[options.architecture], *TRAINING, *data, *length]
+
+
+def result_of(folder: Path) -> dict[str, float] | None:
+    """Accuracy and seconds of a run that has ended."""
+    state = folder / "trainer_state.json"
+    if not state.is_file():
+        return None
+    logs = json.loads(state.read_text(encoding="utf-8"))["log_history"]
+    accuracy = [log["eval_accuracy"] for log in logs if "eval_accuracy" in log]
+    seconds = [log["train_runtime"] for log in logs if "train_runtime" in log]
+    return {"accuracy": accuracy[-1], "seconds": seconds[-1]} if accuracy and seconds else None
+
+
+def train(options: argparse.Namespace, name: str, method: list[str], seed: int) -> None:
+    """Trains one model, unless it is there; from its last checkpoint, if it has been stopped."""
+    folder = folder_of(options, name, seed)
+    if result_of(folder) is not None:
+        return
+    resume = ["--resume_from_checkpoint", "true"] if any(folder.glob("checkpoint-*")) else []
+    print(f"{name}, seed {seed}", flush=True)
+    command = [sys.executable, "-m", "lopt_hf.cli", "image", *arguments_of(options, method, seed, folder), *resume]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.log", "a", encoding="utf-8") as log:
+        subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+
+
+def folder_of(options: argparse.Namespace, name: str, seed: int) -> Path:
+    """Where a run writes."""
+    label = "".join(letter if letter.isalnum() else "-" for letter in name.lower()).strip("-")
+    return Path(options.output_dir) / options.architecture / f"{label}-seed{seed}"
+
+
+def saved_bytes(options: argparse.Namespace, method: list[str]) -> int:
+    """The most bytes that autograd keeps in a training step of 64 images."""
+    from lopt_hf.scripts import image
+
+    name = method[method.index("--method") + 1]
+    folder = Path(options.output_dir) / "bytes"
+    arguments = [*arguments_of(options, method, 0, folder), "--dataset_max_samples", "64", "--max_steps", "1"]
+    trainer = image.make_trainer(*image.make_parser(name).parse_args_and_config(arguments))
+    trainer.create_optimizer()
+    rows = [trainer.train_dataset[index] for index in range(64)]
+    trainer.current_gradient_accumulation_steps = 1
+    with SavedBytes(trainer.model) as saved:
+        trainer.training_step(trainer.model, trainer.data_collator(rows))
+    return saved.peak
+
+
+def report(options: argparse.Namespace) -> str:
+    """The table of what is there so far."""
+    methods = methods_of(options.architecture)
+    results = {
+        name: [result for seed in options.seeds if (result := result_of(folder_of(options, name, seed)))]
+        for name in methods
+    }
+    whole = saved_bytes(options, methods["end-to-end"])
+    rows = []
+    for name, found in results.items():
+        if found:
+            seconds = statistics.mean(result["seconds"] for result in found)
+            share = saved_bytes(options, methods[name]) / whole
+            rows.append([name, str(len(found)), interval(found), f"{seconds:.0f}", f"{share:.2f}"])
+    return markdown_table(["method", "seeds", "accuracy, %", "seconds", "saved bytes"], rows)
+
+
+def interval(found: list[dict[str, float]]) -> str:
+    """Mean accuracy in per cent, with the 95 % interval of Student's t over the seeds."""
+    values = [100 * result["accuracy"] for result in found]
+    if len(values) < 2:
+        return f"{values[0]:.1f}"
+    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.mean(values):.1f} ± {half:.1f}"
+
+
+def main() -> None:
+    """Trains what is not there yet, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("architecture", choices=list(COMMON))
+    parser.add_argument("--train_file", type=Path, required=True)
+    parser.add_argument("--eval_file", type=Path, required=True)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--report", action="store_true", help="print the table of what is there, and train nothing")
+    options = parser.parse_args()
+    for seed in () if options.report else options.seeds:  # so that what is there at any time is comparable
+        for name, method in methods_of(options.architecture).items():
+            train(options, name, method, seed)
+    print(report(options))
+
+
+if __name__ == "__main__":
+    main()

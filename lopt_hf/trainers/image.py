@@ -1,0 +1,267 @@
+"""Local learning of image classifiers on the trainer of transformers."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from datasets import Dataset
+from torch import nn
+from transformers import (
+    AutoImageProcessor,
+    EvalPrediction,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    ViTImageProcessor,
+)
+
+from lopt_hf.common.settings import option
+from lopt_hf.data.images import ImageBatches, ImageRows, make_augmentation
+from lopt_hf.local.methods.base import Method
+from lopt_hf.local.methods.image.method import LocalImageArguments
+from lopt_hf.local.methods.image.mlaan import ImageMLAANArguments
+from lopt_hf.local.stacks import find_image_stack, is_image_classifier
+from lopt_hf.trainers.configs import LocalTrainingArguments, local_config
+from lopt_hf.trainers.mixin import LocalLearningMixin
+
+__all__ = ["ImageTrainer", "ImageTrainingArguments", "LocalImageConfig", "LocalImageTrainer", "MLAANImageConfig"]
+
+# Their losses are means over the micro-batch, though their forwards take keyword arguments
+_LOSS_IS_A_MEAN = ("resnet",)
+
+
+@dataclass
+class ImageTrainingArguments(TrainingArguments):
+    """Arguments of a trainer of image classifiers: those of `TrainingArguments`, and the augmentation.
+
+    Parameters:
+        augmentation: The random change of each training image: `"crop-flip"`, `"resized-crop"` or `"none"`, see
+            `lopt_hf.data.images.make_augmentation`.
+    """
+
+    augmentation: str = option(
+        "crop-flip",
+        "Random change of each training image: 'crop-flip' (as for CIFAR), 'resized-crop' (as for ImageNet), 'none'.",
+        ["crop-flip", "resized-crop", "none"],
+    )
+    remove_unused_columns: bool = option(False, "Remove columns that the model does not know; images need it off.")
+
+
+@dataclass
+class LocalImageConfig(LocalTrainingArguments, LocalImageArguments, ImageTrainingArguments):
+    """Configuration of [`LocalImageTrainer`]: every argument of [`~transformers.TrainingArguments`] and ours."""
+
+    _task: ClassVar[str] = "image classification"
+
+    def __post_init__(self) -> None:
+        check_label_smoothing(self.label_smoothing_factor)
+        super().__post_init__()
+
+
+@dataclass
+class MLAANImageConfig(LocalTrainingArguments, ImageMLAANArguments, ImageTrainingArguments):
+    """Configuration of [`LocalImageTrainer`] for MLAAN: every argument of `TrainingArguments` and those of MLAAN."""
+
+    _task: ClassVar[str] = "image classification"
+
+    def __post_init__(self) -> None:
+        check_label_smoothing(self.label_smoothing_factor)
+        super().__post_init__()
+
+
+def check_label_smoothing(factor: float) -> None:
+    """Raises `ValueError` if labels are to be smoothed, which local losses do not know."""
+    if factor:
+        raise ValueError(f"label_smoothing_factor={factor} does not work with local learning; leave it out.")
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """The share of images whose likeliest class is their label."""
+    logits: Any = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    return {"accuracy": float((np.argmax(logits, axis=-1) == prediction.label_ids).mean())}
+
+
+def image_processor_for(model: PreTrainedModel) -> Any:
+    """The image processor of a model's checkpoint; for one from random weights 0.5 is mean and deviation."""
+    try:
+        return AutoImageProcessor.from_pretrained(model.config.name_or_path)
+    except (OSError, ValueError):  # none is there
+        size: Any = vars(model.config).get("image_size")
+        if size is None:
+            return ViTImageProcessor(do_resize=False)
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        return ViTImageProcessor(size={"height": height, "width": width})
+
+
+def _crop_size(processor: Any) -> tuple[int, int]:
+    """Height and width of the images that a processor makes."""
+    size: Any = processor.crop_size if getattr(processor, "do_center_crop", None) else processor.size
+    side = size.get("shortest_edge")
+    return (side, side) if side else (size["height"], size["width"])
+
+
+class _SayEpoch(TrainerCallback):
+    """Tells the training images which epoch begins."""
+
+    def __init__(self, rows: ImageRows) -> None:
+        self._rows = rows
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._rows.set_epoch(int(state.epoch or 0))
+
+
+class ImageTrainer(Trainer):
+    """The trainer of transformers, which takes data sets of images and labels as they are, and measures accuracy.
+
+    Args:
+        model: An image classifier.
+        args: Training arguments.
+        train_dataset: A `datasets.Dataset` with a column `image` and one `label`, or an `ImageRows`.
+        eval_dataset: The same.
+        processing_class: The image processor. Default: that of the model's checkpoint.
+        columns: The columns of images and labels, where they are not called as usual.
+        **kwargs: Further arguments of `Trainer`.
+
+    Raises:
+        RowError: If a row cannot be trained on; names it.
+        ValueError: If a column is missing.
+    """
+
+    args: Any
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: ImageTrainingArguments,
+        train_dataset: Dataset | ImageRows | None = None,
+        eval_dataset: Dataset | ImageRows | None = None,
+        processing_class: Any = None,
+        columns: tuple[str, str] | tuple[None, None] = (None, None),
+        **kwargs: Any,
+    ) -> None:
+        processor = image_processor_for(model) if processing_class is None else processing_class
+        classes = int(model.config.num_labels or 0)
+        if isinstance(train_dataset, Dataset):
+            augmentation = make_augmentation(args.augmentation, _crop_size(processor))
+            train_dataset = ImageRows(train_dataset, classes, augmentation, args.seed, *columns)
+        if isinstance(eval_dataset, Dataset):
+            eval_dataset = ImageRows(eval_dataset, classes, None, 0, *columns)
+        given = {"data_collator": ImageBatches(processor), "compute_metrics": accuracy, **kwargs}
+        super().__init__(
+            model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=processor, **given
+        )
+        if model.config.model_type in _LOSS_IS_A_MEAN:
+            self.model_accepts_loss_kwargs = False
+        if isinstance(self.train_dataset, ImageRows):
+            self.add_callback(_SayEpoch(self.train_dataset))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._load_weights(resume_from_checkpoint, self.model if model is None else model)
+
+    def _load_best_model(self) -> None:
+        self._load_weights(str(self.state.best_model_checkpoint), self.model)
+
+    @staticmethod
+    def _load_weights(checkpoint: str, model: Any) -> None:
+        """Loads a checkpoint's weights as `from_pretrained` does.
+
+        ViT and Swin are saved under other names than their modules have since transformers 5.24, which the parent
+        does not translate: it would go on with weights that it has not found.
+        """
+        loaded = type(model).from_pretrained(checkpoint, dtype=model.dtype)
+        model.load_state_dict(loaded.state_dict())
+
+
+class _MetricsTrainer(ImageTrainer):
+    """What `LocalLearningMixin` expects of a trainer and TRL's have: metrics that are averaged when it logs."""
+
+    aux_loss_enabled = False
+    router_aux_loss_coef = 0.0
+    _tag_names: ClassVar[list[str]] = ["image-classification", "local-learning"]
+    _total_train_tokens = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._metrics: dict[str, Any] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        super().__init__(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means of the metrics since the last log."""
+        model: Any = self.model
+        metrics = self._metrics["train" if model.training else "eval"]
+        means = {name: sum(values) / len(values) for name, values in metrics.items() if values}
+        super().log({**logs, **means}, start_time)
+        metrics.clear()
+
+    def create_model_card(  # type: ignore[override]  # as TRL's
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Writes the card of transformers."""
+        all_tags = [*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])]
+        super().create_model_card(
+            model_name=model_name, dataset=dataset_name, tags=all_tags, tasks="image-classification"
+        )
+
+
+class LocalImageTrainer(LocalLearningMixin, _MetricsTrainer):
+    """Trainer of image classifiers by local learning: ViT, DeiT, DINOv2, Swin and ResNet.
+
+    The layers are cut into blocks. The task loss trains the last block, or as many as `task_reach` says; early ones
+    learn the classes through a classifier of their own (`LocalImageConfig`), or by MLAAN (`MLAANImageConfig`). The
+    only change with respect to [`~transformers.Trainer`] is what local learning adds, and the saved model is a stock
+    checkpoint.
+
+    Args:
+        model: A `transformers` image classifier.
+        args: Training arguments. Default: `LocalImageConfig` with the output folder `<model>-local`.
+        *image_args: The remaining positional arguments of `ImageTrainer`.
+        method: The method. Default: the one that the arguments are of.
+        **image_kwargs: The keyword arguments of `ImageTrainer`.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from transformers import AutoModelForImageClassification
+    from lopt_hf import LocalImageTrainer, MLAANImageConfig
+
+    model = AutoModelForImageClassification.from_pretrained(
+        "google/vit-base-patch16-224-in21k", num_labels=10
+    )
+    trainer = LocalImageTrainer(
+        model, MLAANImageConfig("out", num_blocks=4, window=2), train_dataset=load_dataset("cifar10", split="train")
+    )
+    trainer.train()
+    trainer.save_model()
+    ```
+    """
+
+    _name = "Local image classification"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments | None = None,
+        *image_args: Any,
+        method: Method | None = None,
+        **image_kwargs: Any,
+    ) -> None:
+        check_image_model(model)
+        if not isinstance(args, MLAANImageConfig):
+            args = local_config(model, args, LocalImageConfig, "local")
+        super().__init__(model, args, *image_args, method=method, **image_kwargs)
+
+
+def check_image_model(model: nn.Module) -> None:
+    """Raises `ValueError` if a model is no image classifier whose layers can be cut."""
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"model={type(model).__name__} is no image classifier of transformers; adapters are not supported here."
+        )
+    if not is_image_classifier(model):
+        raise ValueError(
+            f"model={type(model).__name__} takes no pixels; load an image classifier with "
+            "`AutoModelForImageClassification`."
+        )
+    find_image_stack(model)

@@ -1,0 +1,93 @@
+"""`lopt-hf image` as a user calls it."""
+
+import json
+
+import pytest
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from lopt_hf.scripts import image
+from lopt_hf.scripts.settings import UsageExit
+from tests.image.helpers import make_images
+from tests.image.test_images import as_bytes, data_of
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    for name, number in (("train", 8), ("test", 4)):
+        make_images(number, size=32).to_parquet(folder / f"{name}.parquet")
+    return folder
+
+
+def run(files, folder, *options):
+    image.main(
+        [
+            *("--train_file", str(files / "train.parquet"), "--output_dir", str(folder), "--use_cpu", "true"),
+            *("--max_steps", "2", "--per_device_train_batch_size", "4", "--report_to", "none", *options),
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--method", "e2e"],
+        ["--method", "freeze", "--architecture", "resnet20"],
+        ["--method", "reach", "--task_reach", "[1,4]", "--num_blocks", "4"],
+        ["--method", "local", "--architecture", "resnet20", "--image_size", "32", "--num_blocks", "4"],
+        ["--method", "readout"],
+        ["--method", "mlaan", "--architecture", "resnet20", "--image_size", "32"],
+    ],
+    ids=lambda options: options[1],
+)
+def test_a_run_measures_accuracy_and_leaves_a_stock_model(files, options, tmp_path, capsys):
+    run(files, tmp_path, "--eval_file", str(files / "test.parquet"), *options)
+    assert " of 4 images)" in capsys.readouterr().out
+    model = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert model.config.num_labels == 4 and AutoImageProcessor.from_pretrained(tmp_path) is not None
+    logs = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert any("eval_accuracy" in log for log in logs)
+
+
+def test_a_checkpoint_gets_a_classifier_for_other_classes(files, tmp_path, caplog):
+    run(files, tmp_path / "one", "--method", "e2e")
+    run(files, tmp_path / "two", "--method", "mlaan", "--model_name_or_path", str(tmp_path / "one"))
+    three = data_of([as_bytes(row["image"]) for row in make_images(6, size=32)], [0, 1, 2, 0, 1, 2])
+    three.to_parquet(tmp_path / "train.parquet")
+    caplog.clear()
+    run(tmp_path, tmp_path / "three", "--method", "local", "--model_name_or_path", str(tmp_path / "one"))
+    assert any("has 4 classes, and the data 3" in message for message in caplog.messages)
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "three").config.num_labels == 3
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--method", "reach"], "task_reach=[1] is freezing the early blocks"),
+        (
+            ["--method", "readout", "--local_objective", "none"],
+            "local_objective='none' is not that of method='readout'",
+        ),
+        (["--label_column", "class"], "label_column='class' is none of the data's columns"),
+        (["--num_blocks", "9"], "num_blocks=9 does not fit a model with 8"),
+        (["--model_name_or_path", "/nowhere"], "model_name_or_path='/nowhere' cannot be loaded"),
+        (["--eval_file", "nowhere.parquet"], "nowhere.parquet"),
+    ],
+)
+def test_bad_input_is_one_line(files, options, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as raised:
+        run(files, tmp_path, *options)
+    assert raised.value.code == 2 or isinstance(raised.value, UsageExit)
+    assert message in str(raised.value) + capsys.readouterr().err
+
+
+def test_a_broken_image_and_a_label_out_of_range_are_named_before_training(files, tmp_path, capsys):
+    cells = [as_bytes(row["image"]) for row in make_images(4, size=32)]
+    data_of([*cells[:3], cells[3][:80]], [0, 1, 2, 3]).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(SystemExit) as raised:
+        run(tmp_path, tmp_path / "out")
+    assert "row 4: 'image' cannot be read" in str(raised.value) + capsys.readouterr().err
+    data_of(cells, [0, 1, 4, 3]).to_parquet(tmp_path / "test.parquet")
+    with pytest.raises(SystemExit) as raised:
+        run(files, tmp_path / "out", "--eval_file", str(tmp_path / "test.parquet"))
+    assert "row 3: 'label' is 4" in str(raised.value) + capsys.readouterr().err
