@@ -29,8 +29,9 @@ CLUSTER_HELP = (
 )
 
 # Fields of lm-eval's documents that several samples share, such as BoolQ's passages, RACE's articles, CoQA's stories,
-# SQuAD's contexts, HellaSwag's source videos and pages, and the subjects of mixed exams
-CLUSTER_FIELDS = ("passage", "article", "story", "context", "paragraph", "source_id", "subject", "subject_name")
+# SQuAD's contexts, HellaSwag's source videos and pages, and the subjects of mixed exams; `cluster` is that of ours
+SHARED_TEXTS = ("passage", "article", "story", "context", "paragraph")
+CLUSTER_FIELDS = (*SHARED_TEXTS, "source_id", "subject", "subject_name", "cluster")
 # With fewer, what varies between them is hardly known; a field that the user names is taken from two clusters on
 MIN_AUTO_CLUSTERS = 10
 

@@ -323,8 +323,12 @@ def _digest_of(documents: Iterable[Any]) -> str:
 
 
 def _config_text(task: Task) -> str:
-    """The task's configuration as text; without addresses of functions, which differ between runs."""
+    """The task's configuration as text; without addresses of functions, and without where its file is.
+
+    The former differ between runs, the latter between clones.
+    """
     config = {name: value for name, value in task.dump_config().items() if name != "num_fewshot"}
+    config["metadata"] = {k: value for k, value in (config.get("metadata") or {}).items() if k != "config_source"}
     text = json.dumps(config, sort_keys=True, default=_name)
     return re.sub(r" at 0x[0-9a-f]+", "", text)
 

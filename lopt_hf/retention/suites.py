@@ -47,7 +47,10 @@ SUITES: Mapping[str, tuple[SuiteTask, ...]] = {
         SuiteTask("winogrande", 5, "acc,none"),
     ),
     # In the package: no hub, no file from elsewhere
-    "offline": (SuiteTask("offline_knowledge"), SuiteTask("offline_language"), SuiteTask("offline_prose")),
+    "offline": tuple(
+        SuiteTask(f"offline_{part}")
+        for part in ("knowledge", "language", "numbers", "words", "code", "world", "prose")
+    ),
 }
 
 

@@ -50,7 +50,8 @@ examples:
   accelerate launch -m lopt_hf.scripts.retention --baseline BASE --model out --suite paper
 
 suites:
-  offline  general knowledge, language and prose that come with the package; needs no network
+  offline  4,604 questions on knowledge, language, numbers, words, code and the world, and prose, that come with the
+           package; needs no network; --limit 100 takes some of every kind and difficulty
   paper    the seven tasks of LoPT (arXiv 2605.04913 v3) with its shots and metrics:
            {", ".join(task.name for task in SUITES["paper"])};
            ifeval needs the packages of pip install "lopt_hf[ifeval]"

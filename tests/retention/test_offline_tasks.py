@@ -2,6 +2,7 @@
 
 import operator
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from scipy.stats import binomtest
 
 from lopt_hf.common.evaluation import general_text
 from lopt_hf.data.pretrained import SMOLLM2_ID, resolve_model
+from lopt_hf.retention.evaluation import EvaluationSettings, task_identity
+from lopt_hf.retention.suites import SuiteTask, load_entries
 from lopt_hf.retention.tasks import load
 from tests.tiny import make_model, make_tokenizer
 
@@ -186,11 +189,22 @@ def test_prose_leaves_out_what_is_no_prose() -> None:
 def test_lm_eval_runs_the_suite() -> None:
     lm = HFLM(pretrained=make_model(), tokenizer=make_tokenizer(), batch_size=8, device="cpu", max_length=128)
     results = _run(lm, limit=2)["results"]
-    accuracies = [results[task]["acc,none"] for task in ("offline_knowledge", "offline_language")]
-    assert "acc_norm,none" in results["offline_knowledge"]
-    assert results["offline_questions"]["acc,none"] == pytest.approx(sum(accuracies) / 2)
+    parts = ("knowledge", "language", "numbers", "words", "code", "world")
+    accuracies = [results[f"offline_{part}"]["acc,none"] for part in parts]
+    assert all("acc_norm,none" in results[f"offline_{part}"] for part in parts)
+    assert results["offline_questions"]["acc,none"] == pytest.approx(sum(accuracies) / len(parts))
     assert results["offline_prose"]["bits_per_byte,none"] > 0
     assert results["offline_prose"]["word_perplexity,none"] > results["offline_prose"]["byte_perplexity,none"] > 1
+
+
+def test_scores_do_not_depend_on_where_the_package_is(tmp_path: Path) -> None:
+    """They are kept by what is asked, so that another clone finds them."""
+    copied = shutil.copytree(TASKS, tmp_path / "tasks")
+    wanted, settings = [SuiteTask("offline_code"), SuiteTask("offline_knowledge")], EvaluationSettings(limit=3)
+    for one, other in zip(load_entries(wanted), load_entries(wanted, [copied]), strict=True):
+        configurations = [task.dump_config()["metadata"]["config_source"] for task in (one.tasks[0], other.tasks[0])]
+        assert configurations[0] != configurations[1]
+        assert task_identity(one.tasks[0], None, settings) == task_identity(other.tasks[0], None, settings)
 
 
 @pytest.mark.slow

@@ -58,7 +58,9 @@ def test_mmlu_is_aggregated_by_size(lm_evals_tasks: TaskManager) -> None:
 
 def test_the_offline_suite_loads() -> None:
     entries = load_entries(SUITES["offline"])
-    assert [entry.name for entry in entries] == ["offline_knowledge", "offline_language", "offline_prose"]
+    parts = ("knowledge", "language", "numbers", "words", "code", "world", "prose")
+    assert [entry.name for entry in entries] == [f"offline_{part}" for part in parts]
+    assert sum(len(entry.tasks[0].eval_docs) for entry in entries[:-1]) > 4000
 
 
 def test_unknown_task_of_lm_evals(lm_evals_tasks: TaskManager, monkeypatch: pytest.MonkeyPatch) -> None:

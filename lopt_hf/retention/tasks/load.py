@@ -1,6 +1,7 @@
-"""The data of the `offline` tasks: two files of questions beside this one, and prose that every Python carries.
+"""The data of the `offline` tasks: files of questions beside this one, and prose that every Python carries.
 
-The questions were written for this package, so no data set's licence or hub is needed to run them.
+The questions were written for this package, so no data set's licence or hub is needed to run them: those of
+`knowledge` and `language` by hand, the others by rule (`lopt_hf.retention.questions.make`).
 """
 
 import json
@@ -12,7 +13,7 @@ from datasets import Dataset
 
 from lopt_hf.common.evaluation import general_text
 
-__all__ = ["knowledge", "language", "prose", "prose_documents"]
+__all__ = ["code", "knowledge", "language", "numbers", "prose", "prose_documents", "words", "world"]
 
 QUESTIONS = Path(__file__).parent
 ORDER_SEED = 0
@@ -32,6 +33,29 @@ def knowledge(**_: Any) -> dict[str, Dataset]:
 def language(**_: Any) -> dict[str, Dataset]:
     """Questions on words, grammar, sayings and how a sentence goes on; the fields are those of `knowledge`."""
     return _questions("offline_language.jsonl")
+
+
+def numbers(**_: Any) -> dict[str, Dataset]:
+    """Questions on calculations, units, the calendar; also with `difficulty`, from 1 to 5, and a `cluster`.
+
+    Their order is such that the first ones, however many, are of all topics and difficulties in their shares.
+    """
+    return _made_questions("offline_numbers.jsonl")
+
+
+def words(**_: Any) -> dict[str, Dataset]:
+    """Questions on letters, spelling, meaning and forms of words; fields and order are those of `numbers`."""
+    return _made_questions("offline_words.jsonl")
+
+
+def code(**_: Any) -> dict[str, Dataset]:
+    """Questions on what Python prints and on its standard library; fields and order are those of `numbers`."""
+    return _made_questions("offline_code.jsonl")
+
+
+def world(**_: Any) -> dict[str, Dataset]:
+    """Questions on countries, elements, characters, status codes; fields and order are those of `numbers`."""
+    return _made_questions("offline_world.jsonl")
 
 
 def prose(**_: Any) -> dict[str, Dataset]:
@@ -62,8 +86,16 @@ def prose_documents(text: str) -> list[str]:
 
 def _questions(file: str) -> dict[str, Dataset]:
     """Loads questions in a fixed random order: the file is sorted by topic, and lm-eval's `limit` takes the first."""
-    lines = (QUESTIONS / file).read_text(encoding="utf-8").splitlines()
-    return {"test": Dataset.from_list([json.loads(line) for line in lines]).shuffle(seed=ORDER_SEED)}
+    return {"test": Dataset.from_list(_rows(file)).shuffle(seed=ORDER_SEED)}
+
+
+def _made_questions(file: str) -> dict[str, Dataset]:
+    """Loads questions in the file's order, whose beginning is a stratified sample."""
+    return {"test": Dataset.from_list(_rows(file))}
+
+
+def _rows(file: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (QUESTIONS / file).read_text(encoding="utf-8").split("\n") if line]
 
 
 def _unwrapped(paragraph: str) -> str:
