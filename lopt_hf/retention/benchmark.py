@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import math
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from lopt_hf.common.arithmetic import Arithmetic, choose_arithmetic, choose_for_
 from lopt_hf.common.files import atomic_file, write_text
 from lopt_hf.retention.clusters import AUTO, check_cluster_field, with_clusters
 from lopt_hf.retention.comparisons import adjusted
+from lopt_hf.retention.cost import describe_device
 from lopt_hf.retention.deltas import ModelScores, entry_deltas, gain_delta, mean_delta
 from lopt_hf.retention.evaluation import VERSIONS, EvaluationSettings, evaluate_model
 from lopt_hf.retention.heldout import HELDOUT_TASK, heldout_task
@@ -282,17 +282,7 @@ def _flip(
 
 def describe_machine() -> dict[str, Any]:
     """Returns the versions and the hardware of a measurement."""
-    return {"device": _device_name(), **VERSIONS}
-
-
-def _device_name() -> str:
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None:
-        instructions = torch.backends.cpu.get_cpu_capability()
-        return f"CPU, {platform.machine()} with {instructions}, {torch.get_num_threads()} threads"
-    if accelerator.type in ("cuda", "xpu"):  # others have no names
-        return torch.get_device_module(accelerator).get_device_name()
-    return str(accelerator)
+    return {"device": describe_device(), **VERSIONS}
 
 
 def write_flips(rows: Iterator[Mapping[str, Any]], path: Path) -> int:

@@ -31,6 +31,7 @@ from lopt_hf.common.arithmetic import read_dtype
 from lopt_hf.common.settings import check_at_least, option
 from lopt_hf.common.upstream.lm_eval import set_model, set_process
 from lopt_hf.retention.answers import KeptAnswers
+from lopt_hf.retention.cost import told_cost
 from lopt_hf.retention.heldout import HELDOUT_TASK
 from lopt_hf.retention.references import ModelReference, load_tokenizer
 from lopt_hf.retention.scores import ScoreCache, TaskScores, infinite_perplexities
@@ -272,17 +273,31 @@ def _tell_of_other_types(identities: Sequence[Mapping[str, Any]], cache: ScoreCa
 
 
 class _LanguageModel(HFLM):
-    """lm-eval's model; no process waits for the others' texts, of which a run that goes on may have none left."""
+    """lm-eval's model, which says what its requests cost.
+
+    No process waits for the others' texts, of which a run that goes on may have none left.
+    """
 
     _world_size: int
 
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Scores continuations."""
+        with told_cost(self, requests):
+            return super().loglikelihood(requests, disable_tqdm)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Writes answers."""
+        with told_cost(self, requests):
+            return super().generate_until(requests, disable_tqdm)
+
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Scores this process's own texts; lm-eval evens their number out for sharded models, which ours are not."""
-        world_size, self._world_size = self._world_size, 1
-        try:
-            return super().loglikelihood_rolling(requests, disable_tqdm)
-        finally:
-            self._world_size = world_size
+        with told_cost(self, requests):
+            world_size, self._world_size = self._world_size, 1
+            try:
+                return super().loglikelihood_rolling(requests, disable_tqdm)
+            finally:
+                self._world_size = world_size
 
 
 def _settings_identity(settings: EvaluationSettings) -> dict[str, Any]:

@@ -4,11 +4,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 from datasets.exceptions import DatasetsError
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
+from tqdm.auto import tqdm
 
 from lopt_hf.common.settings import nearest
 from lopt_hf.common.upstream.lm_eval import filter_names
@@ -46,6 +48,11 @@ SUITES: Mapping[str, tuple[SuiteTask, ...]] = {
         SuiteTask("truthfulqa_mc2", 0, "acc,none"),
         SuiteTask("winogrande", 5, "acc,none"),
     ),
+    # Answers that are written, not chosen; lm-eval's own shots for GSM8K are five, LoPT's four
+    "generation": (
+        SuiteTask("gsm8k", 4, "exact_match,strict-match"),
+        SuiteTask("ifeval", 0, "prompt_level_strict_acc,none"),
+    ),
     # In the package: no hub, no file from elsewhere
     "offline": tuple(
         SuiteTask(f"offline_{part}")
@@ -73,12 +80,15 @@ class TaskEntry:
     group_metrics: Mapping[str, bool] = field(default_factory=dict)
 
 
-def load_entries(wanted: Sequence[SuiteTask], include_path: Sequence[Path] = ()) -> list[TaskEntry]:
+def load_entries(
+    wanted: Sequence[SuiteTask], include_path: Sequence[Path] = (), shows_progress: bool = False
+) -> list[TaskEntry]:
     """Loads tasks by name; groups without an aggregation of their own, and tags, become their tasks.
 
     Args:
         wanted: Tasks, groups or tags.
         include_path: Folders with further tasks; their names win over lm-eval's.
+        shows_progress: Whether a progress bar says which task's data are being read, which may be a download.
 
     Raises:
         ValueError: If a name is unknown, a folder does not exist, or a task's data cannot be loaded.
@@ -88,10 +98,20 @@ def load_entries(wanted: Sequence[SuiteTask], include_path: Sequence[Path] = ())
     for folder in include_path:
         if not folder.is_dir():
             raise ValueError(f"include_path={folder} is not a folder; name one that holds lm-eval task files.")
-    folders: list[str | Path] = [OFFLINE_TASKS, *include_path]
+    with tqdm(total=len(wanted), desc="tasks", unit="task", disable=not shows_progress) as progress:
+        entries = _loaded(wanted, [OFFLINE_TASKS, *include_path], progress)
+    counts = Counter(member.task_name for entry in entries for member in entry.tasks)
+    for name, count in counts.items():
+        if count > 1:
+            raise ValueError(f"task {name!r} is asked for twice, alone or in a group; name it once.")
+    return entries
+
+
+def _loaded(wanted: Sequence[SuiteTask], folders: list[str | Path], progress: "tqdm[NoReturn]") -> list[TaskEntry]:
+    """Loads tasks one by one; the progress bar names the one whose data are being read."""
     manager = TaskManager(include_path=folders, include_defaults=False)
-    names = [task.name for task in wanted]
-    if any(name not in manager.task_index for name in names):  # indexing lm-eval's own takes some ten seconds
+    if any(task.name not in manager.task_index for task in wanted):
+        progress.set_description("lm-eval's list of tasks")  # which takes some ten seconds
         manager = TaskManager(include_path=folders)
     entries: list[TaskEntry] = []
     for task in wanted:
@@ -99,11 +119,10 @@ def load_entries(wanted: Sequence[SuiteTask], include_path: Sequence[Path] = ())
             found = nearest(task.name, manager.all_tasks, count=3)
             hint = f"; nearest are {', '.join(found)}" if found else ""
             raise ValueError(f"task {task.name!r} is unknown{hint}. `lm-eval ls tasks` lists lm-eval's own.")
+        progress.set_description(f"data of {task.name}")
         entries += _entries_of(task, manager)
-    counts = Counter(member.task_name for entry in entries for member in entry.tasks)
-    for name, count in counts.items():
-        if count > 1:
-            raise ValueError(f"task {name!r} is asked for twice, alone or in a group; name it once.")
+        progress.update()
+    progress.set_description("tasks")
     return entries
 
 

@@ -55,6 +55,8 @@ suites:
   paper    the seven tasks of LoPT (arXiv 2605.04913 v3) with its shots and metrics:
            {", ".join(task.name for task in SUITES["paper"])};
            ifeval needs the packages of pip install "lopt_hf[ifeval]"
+  generation
+           gsm8k and ifeval, whose answers are written; a run that was stopped goes on after the last batch of answers
 """
 
 
@@ -148,7 +150,9 @@ def run(options: argparse.Namespace, command: str) -> None:
     candidates = [_candidate(text) for text in options.model]
     benchmark = RetentionBenchmark(
         options.baseline,
-        load_entries(_wanted(options.suite, options.tasks), options.include_path),
+        load_entries(
+            _wanted(options.suite, options.tasks), options.include_path, shows_progress=PartialState().is_main_process
+        ),
         read_settings(options, EvaluationSettings, leave_out=("samples",)),
         ScoreCache(options.cache_dir or DEFAULT_CACHE),
         [] if options.heldout_data is None else load_heldout_rows(options.heldout_data, options.num_heldout),
