@@ -1,0 +1,175 @@
+"""What a stage learns from a gradient that comes late, beside autograd on the whole stock model."""
+
+import contextlib
+from collections import deque
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from lopt_hf.local.blocks import find_decoder_stack, split_layers
+from lopt_hf.local.boundary import GradientBoundary
+from lopt_hf.local.objectives import NoObjective
+from lopt_hf.pipeline.runtime.channel import BatchId
+from lopt_hf.pipeline.runtime.delayed import DelayedGradients
+from lopt_hf.pipeline.runtime.stage import load_stage, plan_stages
+from lopt_hf.pipeline.runtime.stage_forward import StageForward
+from lopt_hf.pipeline.runtime.timeline import Timeline
+from lopt_hf.pipeline.runtime.weight_versions import WeightVersion, weights_put_back
+from tests.tiny import make_model
+
+INPUTS = [{"input_ids": torch.arange(3, 27).reshape(2, 12) + 7 * step} for step in range(3)]
+for given in INPUTS:
+    given["attention_mask"] = torch.ones_like(given["input_ids"])
+    given["attention_mask"][0, 9:] = 0
+COTANGENTS = torch.randn(3, 2, 12, 32, generator=torch.Generator().manual_seed(0))
+COEFFICIENT, SCALE = 0.01, 0.5
+
+
+class Channel:
+    """In place of one to another process."""
+
+    def __init__(self, messages):
+        self.messages = deque(messages)
+
+    def get(self, batch):
+        return self.messages.popleft()
+
+
+def make_stage(folder, recompute=True, delay=1, cotangents=COTANGENTS):
+    plan = plan_stages(blocks := split_layers(4, 2), 2)[0]
+    model = load_stage(str(folder), plan, dtype=torch.float32).train()
+    stack, sent = find_decoder_stack(model), []
+    forward = StageForward(model, stack, plan, sent.append)
+    boundary = GradientBoundary(model, blocks, NoObjective(), nn.ModuleDict(), 1.0, "eager", COEFFICIENT, blocks[:1])
+    stage = DelayedGradients(
+        model,
+        forward,
+        boundary,
+        delay,
+        recompute,
+        Channel(cotangents),
+        None,
+        contextlib.nullcontext,
+        Timeline(0),
+        lambda name, value: None,
+    )
+    return model, stage, sent
+
+
+def run_step(stage, step):
+    arguments = {**INPUTS[step], "output_router_logits": True}
+    stage.keep(BatchId(step, 0, 0), arguments, None, SCALE)
+    stage.run_forward()
+    stage.run_backward(True)
+
+
+def expected_gradients(stock, step):
+    """Of the cotangent, and of the routers of the first two layers of four."""
+    outputs = stock.model(**INPUTS[step], output_router_logits=True, output_hidden_states=True, use_cache=False)
+    loss = (outputs.hidden_states[2] * COTANGENTS[step]).sum()
+    balance = load_balancing_loss_func(outputs.router_logits[:2], 4, 2, INPUTS[step]["attention_mask"])
+    stock.zero_grad()
+    (loss + SCALE * COEFFICIENT * 2 / 4 * balance).backward()
+    return {name: parameter.grad.clone() for name, parameter in stock.named_parameters() if parameter.grad is not None}
+
+
+def change(model):
+    """As an optimizer does, in place."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_gradients_of_a_mixture_of_experts(tmp_path, recompute):
+    """Run again they are those of the new weights; with a kept graph of the weights of the forward."""
+    stock = make_model("mixtral")
+    stock.save_pretrained(tmp_path)
+    model, stage, sent = make_stage(tmp_path, recompute=recompute)
+    run_step(stage, 0)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    if not recompute:
+        expected = expected_gradients(stock, 0)
+    change(model), change(stock)
+    if recompute:
+        expected = expected_gradients(stock, 0)
+    run_step(stage, 1)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert gradients.keys() == expected.keys() and any("gate" in name for name in gradients)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6)
+    assert len(sent) == 2, "a replayed output was sent again"
+    with torch.no_grad():
+        hidden_BTD = stock.model(**INPUTS[1], output_hidden_states=True, use_cache=False).hidden_states[2]
+    torch.testing.assert_close(sent[1], hidden_BTD)
+
+
+def test_what_waits(tmp_path):
+    """By default token ids and the random state; with graphs also activations, and weights of each step."""
+    make_model("mixtral").save_pretrained(tmp_path)
+    kept = {}
+    for recompute in (True, False):
+        model, stage, _ = make_stage(tmp_path, recompute=recompute)
+        for step in range(3):
+            run_step(stage, step)
+            kept.setdefault(recompute, set()).add(stage.kept_bytes)
+    batch = 2 * 2 * 12 * 8 + torch.get_rng_state().nbytes
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    assert kept[True] == {batch}
+    assert len(kept[False]) <= 3 and all(weights + batch < each < 40 * weights for each in kept[False])
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_what_is_in_flight_goes_on_from_a_checkpoint(tmp_path, recompute):
+    """Two steps late, and with dropout."""
+    make_model("mixtral", attention_dropout=0.3).save_pretrained(tmp_path)
+
+    def gradients(resumes):
+        torch.manual_seed(0)
+        model, stage, _ = make_stage(tmp_path, recompute=recompute, delay=2)
+        for step in range(2):
+            run_step(stage, step)
+            change(model)
+        if resumes:
+            torch.save([model.state_dict(), stage.state()], tmp_path / "in-flight.pt")
+            weights, state = torch.load(tmp_path / "in-flight.pt", weights_only=True)
+            random_state = torch.get_rng_state()
+            model, stage, _ = make_stage(tmp_path, recompute=recompute, delay=2, cotangents=COTANGENTS[1:])
+            model.load_state_dict(weights)
+            stage.load_state(state)
+            torch.set_rng_state(random_state)
+        run_step(stage, 2)
+        for _ in stage.drain():
+            pass
+        return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+    first, second = gradients(False), gradients(True)
+    assert first.keys() == second.keys() and first
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_forward_that_runs_again_has_the_dropout_of_the_first(tmp_path):
+    make_model("mixtral", attention_dropout=0.3).save_pretrained(tmp_path)
+    found = []
+    for recompute in (True, False):
+        torch.manual_seed(0)
+        model, stage, sent = make_stage(tmp_path, recompute=recompute)
+        run_step(stage, 0), run_step(stage, 1)
+        found.append([*sent, *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)])
+    assert len(found[0]) == len(found[1]) > 2
+    assert all(torch.equal(again, kept) for again, kept in zip(*found, strict=True))
+
+
+def test_weights_are_put_back():
+    model = nn.Linear(3, 3)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    version = WeightVersion(model)
+    change(model)
+    now = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with weights_put_back(model) as put:
+        put(version.weights)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(tensor, now[name]) for name, tensor in model.state_dict().items())
+    assert version.weight_bytes == 12 * 4
