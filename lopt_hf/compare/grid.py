@@ -35,7 +35,7 @@ class Grid:
     methods: Mapping[str, Mapping[str, Any]] = field(
         metadata={
             "help": "Label -> arguments of lopt-hf sft, with method: mlaan of lopt-hf mlaan, with "
-            f"{', '.join((*PEERS, 'osf'))} of lopt-hf peers. "
+            f"{', '.join((*PEERS, 'osf'))} of lopt-hf peers, with num_stages of lopt-hf pipeline. "
             "Also learning_rates and num_train, in place of the grid's; "
             f"{EARLY_RATE_RATIO}: the early blocks' rate as a share of the run's; "
             "replay_share: the share of the training rows that are of replay_dataset, added to num_train. "

@@ -57,7 +57,7 @@ class GridRun:
         seed: Seed of the drawn training rows, of their order and of new weights.
         num_train: How many rows of the task are drawn.
         arguments: Arguments of `lopt-hf sft`, without data and output folder; `method: mlaan` is `lopt-hf mlaan`,
-            and `osf` and a method of `PEERS` are of `lopt-hf peers`.
+            `osf` and a method of `PEERS` are of `lopt-hf peers`, and what has `num_stages` is of `lopt-hf pipeline`.
         source: Label of the method whose model is averaged with the base in place of training.
         alpha: Weight of that model in the average; the rest is the base's.
         replay_share: Share of the rows that are general text.
@@ -74,8 +74,10 @@ class GridRun:
 
     @property
     def command(self) -> str:
-        """The command that trains it: `sft`, `peers`, or `mlaan`, which has no argument `method`."""
+        """The command that trains it: `sft`, `pipeline`, `peers`, or `mlaan`, which has no argument `method`."""
         method = self.arguments.get("method")
+        if "num_stages" in self.arguments:
+            return "pipeline"
         return "mlaan" if method == "mlaan" else "peers" if method in (*PEERS, "osf") else "sft"
 
     @property
@@ -116,7 +118,7 @@ class GridRun:
             return "one part at a time"
         if method == "freeze_last" or arguments.get("train_early_blocks") is False:
             return "freezing"
-        if method == "lopt" and arguments.get("task_reach") is not None:
+        if method == "lopt" and (arguments.get("task_reach") or arguments.get("gradient", "local") != "local"):
             return "reach"
         if method == "lopt" and arguments.get("local_objective") == "none":
             return "freezing"

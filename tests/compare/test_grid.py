@@ -188,3 +188,23 @@ def test_data_whose_answers_are_no_messages(tmp_path: Path) -> None:
     grid = Grid(**{**SETTINGS, "train_dataset": data, "heldout_dataset": data, "output_dir": str(tmp_path / "out")})
     with pytest.raises(ValueError, match="train_dataset=.*needs prompts and completions as messages.*give it those"):
         prepare_data(grid)
+
+
+def test_what_has_stages_is_trained_in_a_pipeline() -> None:
+    methods = {
+        "local": {"num_stages": 2},
+        "late": {"num_stages": 2, "gradient": "delayed"},
+        "one process": {"num_blocks": 2},
+    }
+    runs = {run.method: run for run in Grid(**{**SETTINGS, "methods": methods, "seeds": [0]}).runs()}
+    assert {name: run.command for name, run in runs.items()} == {
+        "local": "pipeline",
+        "late": "pipeline",
+        "one process": "sft",
+    }
+    assert {name: run.family for name, run in runs.items()} == {
+        "local": "local losses",
+        "late": "reach",
+        "one process": "local losses",
+    }
+    assert runs["late"].command_line.startswith("lopt-hf pipeline ")
