@@ -56,6 +56,8 @@ class Schedule:
         is_delayed: Whether a stage's backward is that of a step before, one for each stage behind it: no flush.
         has_virtual_stages: Whether a rank may hold more than one stage.
         is_v: Whether a rank holds two, in the form of a V.
+        has_pairs: Whether a forward and the backward that follows it are one action, at whose end both have their
+            messages sent.
     """
 
     order: Callable[[int, int, int, int], Integers]
@@ -66,6 +68,7 @@ class Schedule:
     is_delayed: bool = False
     has_virtual_stages: bool = False
     is_v: bool = False
+    has_pairs: bool = False
 
     @property
     def flushes(self) -> bool:
@@ -161,7 +164,12 @@ SCHEDULES = {
         zbv_order, "ahead", "at_step", "two smaller stages on a rank, the first with the last, ... (ZB-V)", is_v=True
     ),
     "dualpipev": Schedule(
-        dualpipev_order, "ahead", "at_step", "likewise, forwards and backwards in pairs (DualPipeV)", is_v=True
+        dualpipev_order,
+        "ahead",
+        "at_step",
+        "likewise, forwards and backwards in pairs (DualPipeV)",
+        is_v=True,
+        has_pairs=True,
     ),
     "ppll_delayed": Schedule(
         _delayed_order,
@@ -234,7 +242,9 @@ def link_program(
     arrival_KA, own_KA = _messages(schedule, orders)
     number_KA = np.arange(ranks * actions).reshape(ranks, actions)
     stamps = np.zeros((2, 2 * orders.num_stages * orders.num_microbatches), dtype=np.int64)
-    stamps[0, own_KA[own_KA >= 0]] = 2 * number_KA[own_KA >= 0] + 2
+    is_first_of_pair = (orders.kind_KA == Kind.FORWARD) & (_shifted(orders.kind_KA, -1) == Kind.BACKWARD)
+    end_KA = 2 * (number_KA + (is_first_of_pair & schedule.has_pairs)) + 2
+    stamps[0, own_KA[own_KA >= 0]] = end_KA[own_KA >= 0]
     stamps[1, arrival_KA[arrival_KA >= 0]] = _receive_stamps(schedule, orders, number_KA, channel_depth)[
         arrival_KA >= 0
     ]
@@ -318,6 +328,7 @@ def _last_sends_of_steps(orders: Orders, own_KA: Integers) -> Integers:
 
 
 def _shifted(values_KA: Integers, columns: int) -> Integers:
-    shifted_KA = np.full_like(values_KA, NO_MESSAGE)
-    shifted_KA[:, columns:] = values_KA[:, :-columns]
+    """Of each action what the one so many before it has; behind it with a negative number."""
+    shifted_KA = np.roll(values_KA, columns, axis=1)
+    shifted_KA[:, slice(0, columns) if columns > 0 else slice(columns, None)] = NO_MESSAGE
     return shifted_KA

@@ -36,7 +36,7 @@ def dualpipev_order(rank: int, ranks: int, chunks: int, microbatches: int) -> In
     """DualPipeV (arXiv 2412.19437, Sec. 3.2.1, halved), as torch's `ScheduleDualPipeV` has it.
 
     In the steady state forwards of one stage and backwards of the other come in pairs; the last backwards put off
-    their part for the weights. torch runs the two of a pair one after the other, and so do we.
+    their part for the weights. torch runs the two of a pair one after the other, and then sends what both have made.
     """
     after = ranks - 1 - rank
     last = ["1", "0"] * (rank + 1)  # the backwards after all forwards: the first half in one, the second in two parts

@@ -74,6 +74,14 @@ def test_zbv_has_no_bubble_where_its_parts_take_the_same_time(stages, microbatch
     assert simulate("zbv", equal_workload(4, 8, weight_share=0.3)).closed_form_bubble is None
 
 
+@pytest.mark.parametrize("stages, microbatches", [(2, 4), (3, 6), (4, 16), (8, 64)])
+def test_dualpipev_idles_by_the_formula(stages, microbatches):
+    """(K - 1) (F&B + B - 3 W), of K ranks (arXiv 2412.19437, Tab. 2), a pair as long as its two one after the other."""
+    result = simulate("dualpipev", equal_workload(stages, microbatches))
+    idle = (stages - 1) * (FORWARD + BACKWARD + BACKWARD - 3 * FORWARD) / 2
+    assert result.bubble == pytest.approx([idle / (microbatches * 3 * FORWARD + idle)] * stages)
+
+
 @pytest.mark.parametrize("chunks", [1, 2])
 @pytest.mark.parametrize("stages, microbatches", SIZES)
 def test_interleaved_zero_bubble_idles_by_the_formula(stages, microbatches, chunks):
@@ -103,7 +111,7 @@ def test_ppll_never_idles_after_the_fill(stages, microbatches):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_printed_formula_is_what_comes_out(schedule):
     result = simulate(schedule, equal_workload(6, 18))
-    if schedule in ("dualpipev", "ppll_delayed"):
+    if schedule == "ppll_delayed":
         assert result.closed_form_bubble is None
     else:
         assert result.bubble == pytest.approx([result.closed_form_bubble] * 6)
