@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lopt_hf.bench.pipeline_settings import METHODS, SCHEDULES, TWO_STAGES_PER_RANK, PipelineBenchSettings
+from lopt_hf.bench.pipeline_settings import METHODS, PPLL, SCHEDULES, TWO_STAGES_PER_RANK, PipelineBenchSettings
 from lopt_hf.bench.processes import BenchWorkerError, run_together
 from lopt_hf.bench.training import num_layers
 from lopt_hf.common.arithmetic import choose_arithmetic
@@ -23,14 +23,19 @@ from lopt_hf.common.tables import describe_run, interquartile_range, markdown_ta
 
 __all__ = ["BenchWorkerError", "PipelineBenchReport", "PipelineResult", "run_pipeline_bench", "to_json", "to_markdown"]
 
-PIPELINES = ("ppll", *SCHEDULES)
+PIPELINES = (*PPLL, *SCHEDULES)
 LEAST_CORE_SHARE = 0.9  # ours: what is lost beyond that is as large as the differences of interest
-NAMES = {method: METHODS[method].removesuffix(", end-to-end") for method in PIPELINES}
+NAMES = {name: METHODS[name].removesuffix(", end-to-end") for name in (*PIPELINES, "e2e")}
 # What is divided by what, and what that says.
 COMPARISONS = (
     ("lopt", "e2e", "the smaller graph: local learning against end-to-end, one process each"),
     ("ppll", "lopt", "the schedule: PPLL against the same learning in one process"),
     *(("ppll", method, f"both: PPLL against {NAMES[method]}") for method in ("1f1b", "gpipe", *TWO_STAGES_PER_RANK)),
+    ("ppll_delayed", "ppll", "the gradient that comes late: what its forward costs that runs again"),
+    *(
+        ("ppll_delayed", method, f"PPLL with a delayed gradient against {NAMES[method]}")
+        for method in ("e2e", "1f1b", "gpipe", *TWO_STAGES_PER_RANK)
+    ),
     *(
         (method, "e2e", f"{NAMES[method]} against the same learning in one process")
         for method in ("1f1b", "gpipe", *TWO_STAGES_PER_RANK)
@@ -56,7 +61,7 @@ class PipelineResult:
         core_share: The least CPU time that a process had per second that it did not wait, in any round. Clearly below
             1, other programs took the rest, and the times are no measure of the method.
         saved_bytes: For each stage the peak bytes that autograd keeps for backward in a step, see `SavedBytes`, and
-            what may wait in the channel to the next stage.
+            what may wait in the channels between stages and for a delayed gradient.
         queued_bytes: The latter, for each stage.
         peak_resident_bytes: For each stage the peak resident memory of its process.
         loss: Task loss in nats per token of the last timed step. The same for methods that compute the same: PPLL and

@@ -8,7 +8,7 @@ from lopt_hf.common.arithmetic import DTYPE_HELP, read_dtype
 from lopt_hf.common.settings import check_choices, check_distinct, check_lowest
 from lopt_hf.pipeline.simulator.schedule_orders import rounds_of
 
-__all__ = ["DEFAULT_METHODS", "METHODS", "SCHEDULES", "TWO_STAGES_PER_RANK", "PipelineBenchSettings"]
+__all__ = ["DEFAULT_METHODS", "METHODS", "PPLL", "SCHEDULES", "TWO_STAGES_PER_RANK", "PipelineBenchSettings"]
 
 METHODS = {
     "lopt": "one process, local learning",
@@ -16,12 +16,14 @@ METHODS = {
     "gpipe": "GPipe, end-to-end",
     "1f1b": "1F1B, end-to-end",
     "e2e": "one process, end-to-end",
+    "ppll_delayed": "PPLL, delayed gradient",
     "interleaved": "interleaved 1F1B, end-to-end",
     "interleaved_zb": "interleaved zero bubble, end-to-end",
     "zbv": "ZB-V, end-to-end",
     "dualpipev": "DualPipeV, end-to-end",
 }
 DEFAULT_METHODS = ("lopt", "ppll", "gpipe", "1f1b", "e2e")
+PPLL = ("ppll", "ppll_delayed")
 TWO_STAGES_PER_RANK = ("interleaved", "interleaved_zb", "zbv", "dualpipev")
 SCHEDULES = ("gpipe", "1f1b", *TWO_STAGES_PER_RANK)  # torch's; each computes the gradients of `e2e`
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -80,6 +82,11 @@ class PipelineBenchSettings:
         check_choices(self, _CHOICES)
         check_distinct("methods", self.methods)
         self._check_microbatches()
+        if "ppll_delayed" in self.methods and self.warmup < self.stages:
+            raise ValueError(
+                f"warmup={self.warmup}: the first stage of ppll_delayed has its first gradient in step {self.stages}; "
+                f"set it to {self.stages} or more."
+            )
         if self.split_at is not None and len(self.split_at) != self.stages - 1:
             raise ValueError(f"split_at={self.split_at} must have stages - 1 = {self.stages - 1} layers.")
 

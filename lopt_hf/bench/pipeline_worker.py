@@ -23,7 +23,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from lopt_hf.bench.pipeline_parts import divide_stages
-from lopt_hf.bench.pipeline_settings import PipelineBenchSettings
+from lopt_hf.bench.pipeline_settings import PPLL, PipelineBenchSettings
 from lopt_hf.bench.processes import peak_resident_bytes
 from lopt_hf.bench.training import SHARED_ARGUMENTS, silence, token_rows
 from lopt_hf.common.host_store import LOOPBACK
@@ -83,7 +83,7 @@ class MethodRun:
         """Of PPLL some more: while its last steps end, earlier stages are done and no longer share the machine."""
         settings = self.settings
         steps = settings.warmup + settings.steps
-        if self.method != "ppll":
+        if self.method not in PPLL:
             return steps
         ahead = (settings.stages - 1) * (2 * PipelineConfig.channel_depth + 2)  # micro-batches of the first stage
         return steps + -(-ahead // settings.microbatches)
@@ -168,7 +168,7 @@ def find_split(
 def train(on_step: Callable[[], None], rank: int, run: MethodRun) -> Record:
     """Trains by one of the package's or TRL's trainers."""
     prepare(run.settings)
-    world = _init_world(rank, run) if run.method == "ppll" else None
+    world = _init_world(rank, run) if run.method in PPLL else None
     trainer = _make_trainer(run, world)
     trainer.remove_callback(PrinterCallback)
     record = Record()
@@ -178,8 +178,7 @@ def train(on_step: Callable[[], None], rank: int, run: MethodRun) -> Record:
         timeline = trainer.timeline = Timeline(rank, kept_steps=run.total_steps)
     trainer.train()
     if world is not None:
-        if not trainer.plan.is_last:
-            record.queued_bytes = _most_queued_bytes(run.settings, trainer.stack.hidden_size)
+        record.queued_bytes = _most_queued_bytes(run, trainer.plan, trainer.stack.hidden_size)
         dist.barrier()
         world.monitor.finish()
         dist.destroy_process_group()
@@ -189,13 +188,23 @@ def train(on_step: Callable[[], None], rank: int, run: MethodRun) -> Record:
 def _init_world(rank: int, run: MethodRun) -> PipelineWorld:
     store = dist.TCPStore(LOOPBACK, run.port, is_master=False)
     rendezvous = Rendezvous(dist.PrefixStore(run.folder, store), rank, run.settings.stages, rank)
-    return init_world(rendezvous, run.settings.stages, 1, "cpu", PEER_TIMEOUT_SECONDS)
+    sends_back = run.method == "ppll_delayed"
+    return init_world(rendezvous, run.settings.stages, 1, "cpu", PEER_TIMEOUT_SECONDS, sends_back=sends_back)
 
 
-def _most_queued_bytes(settings: PipelineBenchSettings, hidden_size: int) -> int:
-    """All that may be in the channel: the queue, the message on its way, and the one that waits for a place."""
+def _most_queued_bytes(run: MethodRun, plan: StagePlan, hidden_size: int) -> int:
+    """All that may wait in a stage, in the channel to the next one and for gradients.
+
+    A channel holds the queue, the message on its way, and the one that waits for a place. Where gradients are late,
+    those of a step may be in the channel back, and behind the first stage inputs are kept until they come.
+    """
+    settings = run.settings
+    waiting = 0 if plan.is_last else PipelineConfig.channel_depth + 2
+    if run.method == "ppll_delayed" and not plan.is_last:
+        waiting += max(PipelineConfig.channel_depth, settings.microbatches) + 2
+        waiting += 0 if plan.is_first else (plan.delay + 1) * settings.microbatches
     values = settings.micro_batch_size * settings.seq_length * hidden_size
-    return (PipelineConfig.channel_depth + 2) * values * torch.finfo(torch.float32).bits // 8
+    return waiting * values * torch.finfo(torch.float32).bits // 8
 
 
 def make_config(run: MethodRun) -> SFTConfig:
@@ -219,6 +228,8 @@ def make_config(run: MethodRun) -> SFTConfig:
     }
     if run.method == "ppll":
         return PipelineConfig(**shared, **local, num_stages=settings.stages)
+    if run.method == "ppll_delayed":  # without a local objective
+        return PipelineConfig(**shared, split_at=run.split_at, num_stages=settings.stages, gradient="delayed")
     return LoPTConfig(**shared, **local) if run.method == "lopt" else SFTConfig(**shared)
 
 
@@ -238,7 +249,7 @@ def _make_trainer(run: MethodRun, world: PipelineWorld | None) -> Any:
     }
     if world is not None:
         plan = make_plans(run)[world.stage]
-        keeps_readout = run.settings.objective == "readout"
+        keeps_readout = run.settings.objective == "readout" and run.method == "ppll"
         model = load_stage(run.checkpoint, plan, keeps_readout, dtype=torch.float32)
         return PipelineTrainer(model, world=world, **shared)
     model = AutoModelForCausalLM.from_pretrained(run.checkpoint, dtype=torch.float32)

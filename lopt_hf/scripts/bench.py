@@ -73,6 +73,9 @@ backward on each; as a table, then as JSON.
   1f1b   Schedule1F1B, likewise
   e2e    SFTTrainer in one process: tells what of a gain is the schedule and what the smaller graph
 
+ppll_delayed is the pipeline with `--gradient delayed`: early stages learn from the task's gradient of a step before,
+and run their forward again for it. It is counted from where all stages have one.
+
 Others of torch's schedules have two stages on each rank, halves of these stages:
 
   interleaved     ScheduleInterleaved1F1B

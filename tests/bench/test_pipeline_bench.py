@@ -31,7 +31,7 @@ def tiny_model(tmp_path_factory):
     return folder
 
 
-RUN_METHODS = (*DEFAULT_METHODS, "zbv")  # of the others, the gradients below
+RUN_METHODS = (*DEFAULT_METHODS, "ppll_delayed", "zbv")  # of the others, the gradients below
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def report(tiny_model, tmp_path_factory):
     """A run through the command, as JSON."""
     output = tmp_path_factory.mktemp("report") / "report.json"
     size = ["--micro-batch-size", "1", "--seq-length", "16"]
-    rounds = ["--rounds", "1", "--warmup", "1", "--steps", "2", "--dtype", "float32"]
+    rounds = ["--rounds", "1", "--warmup", "2", "--steps", "2", "--dtype", "float32"]
     with forked_instead_of_spawned(processes):
         methods = ["--methods", ",".join(RUN_METHODS)]
         main(["pipeline", "--model", str(tiny_model), *methods, *size, *rounds, "--output", str(output)])
@@ -77,7 +77,7 @@ def test_loss_on_whole_logits_is_that_of_the_fused_head(report, tiny_model, tmp_
         micro_batch_size=1,
         seq_length=16,
         rounds=1,
-        warmup=1,
+        warmup=2,
         steps=2,
     )
     results = run_pipeline_bench(settings, progress=False).results
@@ -93,6 +93,9 @@ def test_first_stage_keeps_as_many_micro_batches_as_its_schedule_says(report):
     ppll = results["ppll"]
     assert ppll["saved_bytes"][0] - ppll["queued_bytes"][0] == pytest.approx(gpipe[0] / 4, rel=0.3)
     assert ppll["queued_bytes"] == [4 * 16 * 32 * 4, 0]
+    delayed = results["ppll_delayed"]  # its gradients of a step wait, too
+    assert delayed["saved_bytes"][0] - delayed["queued_bytes"][0] == pytest.approx(gpipe[0] / 4, rel=0.3)
+    assert delayed["queued_bytes"] == [(4 + 6) * 16 * 32 * 4, 0]
 
 
 def test_waiting_is_a_share_of_each_stage(report):
@@ -141,6 +144,7 @@ def test_bf16_and_readout_on_three_stages(tiny_model):
         ({"microbatches": 1}, "microbatches=1: torch's Schedule1F1B needs at least as many as stages=2"),
         ({"microbatches": 3, "methods": ("dualpipev",)}, "ScheduleDualPipeV needs at least twice as many as stages=2"),
         ({"microbatches": 5, "methods": ("zbv", "interleaved_zb")}, "interleaved_zb deals them out in 2 equal rounds"),
+        ({"stages": 3, "methods": ("ppll_delayed",)}, "ppll_delayed has its first gradient in step 3; set it to 3"),
         ({"warmup": 0}, "warmup=0 is too small; set it to 1 or more"),
         ({"objective": "readot"}, "objective='readot' is unknown, nearest is 'readout'"),
         ({"split": "uneven"}, "split='uneven' is unknown, nearest is 'even'"),

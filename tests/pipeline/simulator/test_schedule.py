@@ -76,7 +76,7 @@ def test_zbv_has_no_bubble_where_its_parts_take_the_same_time(stages, microbatch
 
 @pytest.mark.parametrize("stages, microbatches", [(2, 4), (3, 6), (4, 16), (8, 64)])
 def test_dualpipev_idles_by_the_formula(stages, microbatches):
-    """(K - 1) (F&B + B - 3 W), of K ranks (arXiv 2412.19437, Tab. 2), a pair as long as its two one after the other."""
+    """(K - 1) (F&B + B - 3 W) with K ranks (arXiv 2412.19437, Tab. 2); a pair is as long as its two together."""
     result = simulate("dualpipev", equal_workload(stages, microbatches))
     idle = (stages - 1) * (FORWARD + BACKWARD + BACKWARD - 3 * FORWARD) / 2
     assert result.bubble == pytest.approx([idle / (microbatches * 3 * FORWARD + idle)] * stages)
