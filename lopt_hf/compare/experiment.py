@@ -16,6 +16,7 @@ from lopt_hf.compare.grid_training import arithmetic_argument, training_arithmet
 from lopt_hf.retention.benchmark import Candidate, RetentionBenchmark, flips
 from lopt_hf.retention.comparisons import adjusted
 from lopt_hf.retention.evaluation import EvaluationSettings, evaluate_model
+from lopt_hf.retention.representations import LayerSimilarity, with_similarity
 from lopt_hf.retention.results import Contrast, RetentionReport
 from lopt_hf.retention.scores import ScoreCache
 from lopt_hf.retention.suites import SuiteTask, load_entries
@@ -60,6 +61,9 @@ class GridEvaluation:
             margin=grid.margin,
             cluster_by=grid.cluster_by,
         )
+        self.similarity = LayerSimilarity(
+            self.benchmark.baseline, self.benchmark.settings.dtype, self.benchmark.cache.folder
+        )
 
     def describe_arithmetic(self) -> str:
         """In which types the grid trains and measures, and why, in one line."""
@@ -86,7 +90,9 @@ class GridEvaluation:
     def measure(self, run: GridRun) -> None:
         """Measures one run, so that a report finds it done."""
         label = point_label(run.method, run.learning_rate)
-        self.benchmark.compare([Candidate(label, run.method, (str(model_folder(self.grid, run)),))])
+        model = str(model_folder(self.grid, run))
+        self.benchmark.compare([Candidate(label, run.method, (model,))])
+        self.similarity(self.benchmark.reference(model))
 
     def report(self, runs: Sequence[GridRun] | None = None) -> RetentionReport:
         """Compares methods and rates, each over its seeds.
@@ -99,6 +105,14 @@ class GridEvaluation:
         candidates = [Candidate(point_label(*point), point[0], tuple(self._models(runs, *point))) for point in points]
         report = self.benchmark.compare(candidates)
         assert report is not None  # only distributed launches have other processes
+        references = {each.label: [self.benchmark.reference(model) for model in each.models] for each in candidates}
+        report = with_similarity(report, references, self.similarity)
+        first = {point_label(run.method, run.learning_rate): run for run in reversed(runs)}
+        models = (
+            replace(model, family=first[model.label].family, command=first[model.label].command_line)
+            for model in report.models
+        )
+        report = replace(report, models=tuple(models))
         contrasts = tuple(self._contrasts(runs))
         return adjusted(replace(report, settings={**report.settings, **self._settings(runs)}, contrasts=contrasts))
 

@@ -99,6 +99,10 @@ class ModelResult:
         gain: Loss of held-out answers of the task trained on, if such data were given.
         drift: Relative weight change `||W - W0|| / ||W0||` of the embeddings, each layer, and the rest, by name.
         seeds: The single runs behind a mean over seeds.
+        similarity: Linear CKA of the hidden states that come into the first layer and out of each with the baseline's,
+            by name.
+        family: Groups of one family are drawn alike; empty where there are none.
+        command: How the model was made, for the page.
     """
 
     label: str
@@ -108,6 +112,9 @@ class ModelResult:
     gain: Delta | None = None
     drift: Mapping[str, float] = field(default_factory=dict)
     seeds: tuple["ModelResult", ...] = ()
+    similarity: Mapping[str, float] = field(default_factory=dict)
+    family: str = ""
+    command: str = ""
 
     def main_deltas(self) -> list[Delta]:
         """The first delta of each task."""

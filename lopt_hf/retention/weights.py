@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lopt_hf.retention.references import ModelReference
 
-__all__ = ["load_pair"]
+__all__ = ["load_merged", "load_pair"]
 
 
 def load_pair(baseline: ModelReference, model: ModelReference) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -18,6 +18,12 @@ def load_pair(baseline: ModelReference, model: ModelReference) -> tuple[PreTrain
     after = _load(model, "auto")
     before = _load(baseline, after.dtype)
     return _merged(before, baseline), _merged(after, model)
+
+
+def load_merged(reference: ModelReference, dtype: torch.dtype) -> PreTrainedModel:
+    """Loads one model to host memory in a type, an adapter's part computed in fp32."""
+    is_full = reference.adapter is None
+    return _merged(_load(reference, dtype if is_full else torch.float32), reference).to(dtype)  # type: ignore[arg-type]
 
 
 def _load(reference: ModelReference, dtype: torch.dtype | str) -> PreTrainedModel:

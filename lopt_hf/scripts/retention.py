@@ -28,6 +28,7 @@ from lopt_hf.retention.heldout import load_heldout_rows
 from lopt_hf.retention.power import detectable_changes, detection_table
 from lopt_hf.retention.report.report import check_report_folder, write_report
 from lopt_hf.retention.report.tables import to_markdown
+from lopt_hf.retention.representations import LayerSimilarity, with_similarity
 from lopt_hf.retention.results import RetentionReport
 from lopt_hf.retention.scores import DEFAULT_CACHE, ScoreCache
 from lopt_hf.retention.suites import SUITES, SuiteTask, load_entries
@@ -100,7 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--margin", type=float, default=1.0, metavar="POINTS", help=f"{MARGIN_HELP} (default: %(default)s)"
     )
     how.add_argument("--cluster-by", default=AUTO, metavar="FIELD", help=f"{CLUSTER_HELP} (default: %(default)s)")
-    how.add_argument("--no-drift", action="store_true", help="do not compare the weights layer by layer")
+    how.add_argument("--no-drift", action="store_true", help="do not compare weights and hidden states layer by layer")
     before = parser.add_argument_group("before anything is trained")
     before.add_argument(
         "--detect",
@@ -171,6 +172,10 @@ def run(options: argparse.Namespace, command: str) -> None:
     report = benchmark.compare(candidates, with_drift=not options.no_drift)
     if report is None:  # not the first process
         return
+    if not options.no_drift:
+        references = {c.label: [benchmark.reference(model) for model in c.models] for c in candidates}
+        measure = LayerSimilarity(benchmark.baseline, benchmark.settings.dtype, benchmark.cache.folder)
+        report = with_similarity(report, references, measure)
     before = benchmark.scores(benchmark.baseline.name)
     rows = (row for c in candidates for row in flips(c.label, before, benchmark.scores(c.models[0])))
     write_results(report, rows, options.output_dir, command)

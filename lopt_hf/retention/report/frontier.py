@@ -1,5 +1,6 @@
 """Gain against retention: which models learn more without forgetting more."""
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,14 @@ from lopt_hf.retention.results import ModelResult, Outcome, RetentionReport, mai
 if TYPE_CHECKING:
     from matplotlib.transforms import Bbox
 
-__all__ = ["frontier_labels", "pareto_frontier", "plot_frontier", "retention_outcomes"]
+__all__ = [
+    "frontier_labels",
+    "pareto_frontier",
+    "plot_frontier",
+    "point_id",
+    "point_texts",
+    "retention_outcomes",
+]
 
 BASELINE = "baseline"
 BEYOND_EDGE = "beyond the edge: (gain, kept)"
@@ -24,7 +32,7 @@ LEGEND_COLUMNS = 4
 # Where a note may stand beside its point, best first: direction, times distance in points
 NOTE_DIRECTIONS = ((1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1.4), (0, -1.4), (1.4, 0), (-1.4, 0))
 NOTE_DISTANCES = (4, 8, 13, 20)
-POINT: dict[str, Any] = {"markersize": 7.5, "markeredgecolor": "white", "markeredgewidth": 0.6}
+POINT: dict[str, Any] = {"markersize": 7.5, "markeredgewidth": 0.8}
 
 
 @dataclass(frozen=True)
@@ -131,6 +139,24 @@ def plot_frontier(report: RetentionReport) -> Figure | None:
     return figure
 
 
+def point_id(outcome: Outcome, result: ModelResult) -> str:
+    """Returns the name of a model's point in the drawing of an outcome, where the page finds it."""
+    text = f"{outcome.task} {outcome.metric} {result.label}"
+    return f"point-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def point_texts(report: RetentionReport) -> dict[str, str]:
+    """Returns what there is to say of each point of the frontier, by its name: values, intervals and the command."""
+    texts = {}
+    for outcome in retention_outcomes(report):
+        for point in _points(report, outcome):
+            gained = f"gain {point.x:+.4f} [{min(point.x_ends):+.4f}, {max(point.x_ends):+.4f}]"
+            kept = f"{outcome.task} {point.y:+.4f} [{min(point.y_ends):+.4f}, {max(point.y_ends):+.4f}]"
+            command = f": {point.result.command}" if point.result.command else ""
+            texts[point_id(outcome, point.result)] = f"{point.result.label}; {gained}, {kept}{command}"
+    return texts
+
+
 def _points(report: RetentionReport, outcome: Outcome) -> list[_Point]:
     gain_outcome = main_outcomes(report)[0]
     points = []
@@ -177,11 +203,13 @@ def _draw_group(axes: Axes, points: Sequence[_Point], panel: _Panel, style: Grou
         axes.plot(*zip(panel.place(one), panel.place(other), strict=True), dots, color=style.color, linewidth=1)
     for point in points:
         if not panel.contains(point):
-            axes.plot(*panel.place(point), style.marker, color=style.color, clip_on=False, **HOLLOW)
+            (drawn,) = axes.plot(*panel.place(point), style.marker, color=style.color, clip_on=False, **HOLLOW)
+            drawn.set_gid(point_id(panel.outcome, point.result))
             continue
         axes.hlines(point.y, *point.x_ends, color=style.color, linewidth=0.8, alpha=0.5)
         axes.vlines(point.x, *point.y_ends, color=style.color, linewidth=0.8, alpha=0.5)
-        axes.plot(point.x, point.y, style.marker, color=style.color, zorder=4, **POINT)
+        (drawn,) = axes.plot(point.x, point.y, zorder=4, **POINT, **style.marker_settings())
+        drawn.set_gid(point_id(panel.outcome, point.result))
         for x, y in point.seeds:
             axes.plot(x, y, style.marker, color=style.color, markersize=3, alpha=0.35, markeredgewidth=0)
 
@@ -198,8 +226,7 @@ def _draw_legend(figure: Figure, styles: dict[str, GroupStyle], with_seeds: bool
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], color=style.color, marker=style.marker, **POINT, label=plot_text(group))
-        for group, style in styles.items()
+        Line2D([], [], **POINT, **style.marker_settings(), label=plot_text(group)) for group, style in styles.items()
     ]
     handles.append(Line2D([], [], color="0.25", marker="*", markersize=11, linestyle="none", label=BASELINE))
     handles.append(Line2D([], [], color="0.7", linewidth=4, alpha=0.6, label="Pareto frontier"))

@@ -1,11 +1,11 @@
-"""Plots of a retention report: what changed in each model, and how far its layers moved.
+"""Plots of a retention report: what changed in each model, how far its layers moved, and what they now compute.
 
 Axes reach up to Tukey's fences, so that a few diverged models do not squeeze all others.
 """
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -15,7 +15,16 @@ import numpy as np
 from lopt_hf.common.figures import OKABE_ITO, PANEL_PADDING, Axes, Figure, draw_heat_map, new_figure
 from lopt_hf.retention.results import Delta, ModelResult, Outcome, RetentionReport, main_outcomes
 
-__all__ = ["AxisRange", "GroupStyle", "fit_axis_range", "group_styles", "plot_deltas", "plot_drift", "plot_text"]
+__all__ = [
+    "AxisRange",
+    "GroupStyle",
+    "fit_axis_range",
+    "group_styles",
+    "plot_deltas",
+    "plot_drift",
+    "plot_similarity",
+    "plot_text",
+]
 
 COLORS = (
     "black",
@@ -23,6 +32,7 @@ COLORS = (
     *("#882255", "#999933", "#332288"),  # three dark hues of Paul Tol's palette "muted"
 )
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")  # one fewer than colours, so that pairs do not repeat early
+FILLS = ("full", "none", "left", "right", "top", "bottom")
 PANELS_PER_ROW = 3
 MAX_CHARACTERS = 44
 INCHES_PER_CHARACTER = 0.075
@@ -70,19 +80,36 @@ def fit_axis_range(values: Sequence[tuple[float, float, float]]) -> AxisRange:
 
 @dataclass(frozen=True)
 class GroupStyle:
-    """How the models of one group are drawn."""
+    """How the models of one group are drawn; the members of a family differ by which half of a marker is filled."""
 
     color: str
     marker: str
+    fill: str = "full"
+
+    def marker_settings(self) -> dict[str, Any]:
+        """Arguments of matplotlib for its markers."""
+        edge = "white" if self.fill == "full" else self.color  # what is not filled needs an outline
+        return {
+            "color": self.color,
+            "marker": self.marker,
+            "fillstyle": self.fill,
+            "markerfacecoloralt": "white",
+            "markeredgecolor": edge,
+        }
 
 
 def group_styles(report: RetentionReport) -> dict[str, GroupStyle]:
-    """Returns a colour and a marker for each group, the same in all plots of a report."""
-    groups = dict.fromkeys(result.group for result in report.models)
-    return {
-        group: GroupStyle(COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)])
-        for number, group in enumerate(groups)
-    }
+    """Returns a colour and a marker for each group, the same in all plots of a report; one for each family if any."""
+    groups = {result.group: result.family or result.group for result in report.models}
+    families = list(dict.fromkeys(groups.values()))
+    members = {name: [group for group, family in groups.items() if family == name] for name in families}
+    styles = {}
+    for group, family in groups.items():
+        number, member = families.index(family), members[family].index(group)
+        styles[group] = GroupStyle(
+            COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)], FILLS[member % len(FILLS)]
+        )
+    return styles
 
 
 def plot_text(text: str) -> str:
@@ -103,7 +130,7 @@ def plot_deltas(report: RetentionReport) -> Figure:
     outcomes = main_outcomes(report)
     columns = 2 if len(outcomes) == 4 else min(PANELS_PER_ROW, len(outcomes))
     rows = math.ceil(len(outcomes) / columns)
-    width = 1 + _label_width(report.models) + 2.8 * columns
+    width = 1 + _label_width(result.label for result in report.models) + 2.8 * columns
     figure = new_figure(width, 0.2 + rows * (1.0 + 0.25 * len(report.models)), PANEL_PADDING)
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
     for axes, outcome in zip(panels, outcomes, strict=False):
@@ -182,42 +209,64 @@ def plot_drift(report: RetentionReport) -> Figure | None:
     Raises:
         ImportError: If matplotlib is missing.
     """
-    models = [result for result in report.models if result.drift]
-    if not models:
+    rows = {result.label: result.drift for result in report.models if result.drift}
+    return _plot_layers(rows, "relative drift ||W - W0|| / ||W0||")
+
+
+def plot_similarity(report: RetentionReport) -> Figure | None:
+    """Plots how far what each layer computes is from the baseline's: 1 minus the linear CKA of hidden states.
+
+    Args:
+        report: What to draw.
+
+    Returns:
+        `None` if no model's similarity was measured.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    found = {result.label: result.similarity for result in report.models if result.similarity}
+    rows = {label: {name: max(0.0, 1 - value) for name, value in row.items()} for label, row in found.items()}
+    return _plot_layers(rows, "1 - linear CKA with the baseline's hidden states")
+
+
+def _plot_layers(rows: Mapping[str, Mapping[str, float]], what: str) -> Figure | None:
+    """A heat map of values by label and part; `None` without rows."""
+    if not rows:
         return None
-    names = _drift_columns(models)
-    width = 1 + _label_width(models) + 0.23 * max(len(names), 24)
-    figure = new_figure(min(width, MAX_WIDTH), 2.0 + 0.26 * len(models), PANEL_PADDING)
+    names = _parts_in_order(rows.values())
+    width = 1 + _label_width(rows) + 0.23 * max(len(names), 24)
+    figure = new_figure(min(width, MAX_WIDTH), 2.0 + 0.26 * len(rows), PANEL_PADDING)
     axes = figure.subplots()
-    _draw_drift(axes, [[result.drift.get(name, math.nan) for name in names] for result in models])
-    ticks = _drift_ticks(names)
+    _draw_layers(axes, [[row.get(name, math.nan) for name in names] for row in rows.values()], what)
+    ticks = _layer_ticks(names)
     axes.set_xticks(list(ticks), [plot_text(text) for text in ticks.values()], rotation=90)
-    axes.set_yticks(range(len(models)), [plot_text(result.label) for result in models])
+    axes.set_yticks(range(len(rows)), [plot_text(label) for label in rows])
     return figure
 
 
-def _draw_drift(axes: Axes, drift: Sequence[Sequence[float]]) -> None:
+def _draw_layers(axes: Axes, values: Sequence[Sequence[float]], what: str) -> None:
     from matplotlib.patches import Patch
 
-    moved = [value for row in drift for value in row if value > 0] or [1e-7, 1e-1]
+    moved = [value for row in values for value in row if value > 0] or [1e-7, 1e-1]
     limits = 10.0 ** math.floor(math.log10(min(moved))), 10.0 ** math.ceil(math.log10(max(moved)) + 1e-9)
-    image = draw_heat_map(axes, drift, limits, UNCHANGED, gap=1)
-    place: Any = {"location": "top", "shrink": 0.7, "anchor": (0, 0), "aspect": 40, "pad": 0.45 / len(drift)}
+    image = draw_heat_map(axes, values, limits, UNCHANGED, gap=1)
+    place: Any = {"location": "top", "shrink": 0.7, "anchor": (0, 0), "aspect": 40, "pad": 0.45 / len(values)}
     bar = axes.figure.colorbar(image, ax=axes, **place)
-    bar.set_label("relative drift ||W - W0|| / ||W0||", loc="left")  # where the bar is shorter, to the right
-    if any(value == 0 for row in drift for value in row):
+    bar.set_label(what, loc="left")  # where the bar is shorter, to the right
+    if any(value == 0 for row in values for value in row):
         patch = Patch(color=UNCHANGED, label="unchanged")
         axes.legend(handles=[patch], loc="lower right", bbox_to_anchor=(1, 1), frameon=False, borderaxespad=0.1)
 
 
-def _label_width(models: Sequence[ModelResult]) -> float:
+def _label_width(labels: Iterable[str]) -> float:
     """Inches that the longest label takes."""
-    return INCHES_PER_CHARACTER * max(len(plot_text(result.label)) for result in models)
+    return INCHES_PER_CHARACTER * max(len(plot_text(label)) for label in labels)
 
 
-def _drift_columns(models: Sequence[ModelResult]) -> list[str]:
+def _parts_in_order(rows: Iterable[Mapping[str, float]]) -> list[str]:
     """Names in the order of the forward pass: embeddings, layers by number, the rest as given."""
-    names = dict.fromkeys(name for result in models for name in result.drift)
+    names = dict.fromkeys(name for row in rows for name in row)
 
     def place(name: str) -> tuple[int, int]:
         number = _layer_number(name)
@@ -228,7 +277,7 @@ def _drift_columns(models: Sequence[ModelResult]) -> list[str]:
     return sorted(names, key=place)
 
 
-def _drift_ticks(names: Sequence[str]) -> dict[int, str]:
+def _layer_ticks(names: Sequence[str]) -> dict[int, str]:
     """Column -> what is written below it: layers by number, of many every fifth."""
     numbers = [_layer_number(name) for name in names]
     step = 1 if len(names) <= 20 else 5

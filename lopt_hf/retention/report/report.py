@@ -16,15 +16,21 @@ from markupsafe import Markup, escape
 from lopt_hf.common.figures import DPI
 from lopt_hf.common.files import atomic_file, write_text
 from lopt_hf.retention.comparisons import chance_line
+from lopt_hf.retention.report.drawing import draw_svg
 from lopt_hf.retention.report.findings import NO_BREAK_SPACE, findings
-from lopt_hf.retention.report.frontier import frontier_labels, plot_frontier, retention_outcomes
-from lopt_hf.retention.report.plots import plot_deltas, plot_drift
+from lopt_hf.retention.report.frontier import frontier_labels, plot_frontier, point_texts, retention_outcomes
+from lopt_hf.retention.report.plots import plot_deltas, plot_drift, plot_similarity
 from lopt_hf.retention.report.tables import level_text, make_tables, to_markdown
 from lopt_hf.retention.results import RetentionReport, main_outcomes
 
 __all__ = ["check_report_folder", "render_page", "to_html", "to_markdown", "write_report"]
 
-PLOTS = {"deltas.png": plot_deltas, "frontier.png": plot_frontier, "drift.png": plot_drift}
+PLOTS = {
+    "deltas.png": plot_deltas,
+    "frontier.png": plot_frontier,
+    "drift.png": plot_drift,
+    "similarity.png": plot_similarity,
+}
 CSS_PIXELS_PER_INCH = 96  # CSS Values and Units 3, Sec. 6.2
 MAX_VALUES = 20  # of a list among the settings
 MAX_OPEN_TABLES = 4  # more tables of single models are folded
@@ -85,7 +91,11 @@ def write_report(report: RetentionReport, folder: Path) -> list[Path]:
         else:
             (folder / name).unlink(missing_ok=True)  # of an earlier report
     write_text(folder / "report.html", page)
-    return [folder / name for name in ("report.json", "report.md", "report.html", *plots)]
+    return [
+        folder / name
+        for name in ("report.json", "report.md", "report.html", *PLOTS)
+        if name not in PLOTS or name in plots
+    ]
 
 
 def _render_plots(report: RetentionReport) -> dict[str, bytes]:
@@ -97,6 +107,8 @@ def _render_plots(report: RetentionReport) -> dict[str, bytes]:
             target = BytesIO()
             figure.savefig(target, dpi=DPI)
             images[name] = target.getvalue()
+            if name == "frontier.png":
+                images["frontier.svg"] = draw_svg(figure, point_texts(report)).encode()
     return images
 
 
@@ -105,7 +117,8 @@ def render_page(report: RetentionReport, plots: Mapping[str, bytes]) -> str:
 
     Args:
         report: What to show.
-        plots: PNG files by name, out of `deltas.png`, `frontier.png` and `drift.png`.
+        plots: PNG files by name, out of `deltas.png`, `frontier.png`, `drift.png` and `similarity.png`; in the place
+            of the frontier's, if it is there, its drawing `frontier.svg`, whose points tell of their models.
     """
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -130,8 +143,9 @@ def render_page(report: RetentionReport, plots: Mapping[str, bytes]) -> str:
         findings=findings(report),
         outcomes=", ".join(f"{outcome.task} {outcome.metric}" for outcome in main_outcomes(report)),
         frontiers=[(outcome.task, frontier_labels(report, outcome)) for outcome in retention_outcomes(report)],
-        widths={name: _width_on_page(image) for name, image in plots.items()},
-        plots={name: base64.b64encode(image).decode("ascii") for name, image in plots.items()},
+        widths={name: _width_on_page(image) for name, image in plots.items() if name in PLOTS},
+        plots={name: base64.b64encode(image).decode("ascii") for name, image in plots.items() if name in PLOTS},
+        drawing=Markup(plots["frontier.svg"].decode()) if "frontier.svg" in plots else None,
         tables=make_tables(report),
         labels=labels,
         is_folded=len(labels) > MAX_OPEN_TABLES,

@@ -14,7 +14,7 @@ import pytest
 from lopt_hf.retention.report import report as report_module
 from lopt_hf.retention.report.findings import findings
 from lopt_hf.retention.report.frontier import frontier_labels, pareto_frontier, plot_frontier, retention_outcomes
-from lopt_hf.retention.report.plots import plot_deltas, plot_drift
+from lopt_hf.retention.report.plots import group_styles, plot_deltas, plot_drift, plot_similarity
 from lopt_hf.retention.report.report import to_html, to_markdown, write_report
 from lopt_hf.retention.report.tables import make_tables
 from lopt_hf.retention.results import Contrast, Delta, ModelResult, RetentionReport, main_outcomes
@@ -122,7 +122,7 @@ class Page(HTMLParser):
         assert self._inside.pop() == tag
 
     def handle_data(self, data):
-        if not {"style", "title"} & set(self._inside):
+        if not {"style", "title", "script"} & set(self._inside):
             self.texts.append(data)
 
     @property
@@ -244,7 +244,7 @@ def test_page_shows_tables_findings_and_settings(grid, grid_html):
     ):
         assert shown in page.text
     images = [attributes for tag, attributes in page.tags if tag == "img"]
-    assert len(images) == 3
+    assert len(images) == 2 and [tag for tag, _ in page.tags].count("svg") == 1  # the frontier's points can be focused
     for image in images:
         assert image["alt"]
         assert base64.b64decode(image["src"].removeprefix("data:image/png;base64,")).startswith(PNG)
@@ -252,10 +252,51 @@ def test_page_shows_tables_findings_and_settings(grid, grid_html):
 
 def test_page_loads_nothing(grid_html):
     for tag, attributes in Page(grid_html).tags:
-        assert tag not in ("script", "link", "iframe")
+        assert tag not in ("link", "iframe")
+        assert tag != "script" or not attributes
         for name in {"src", "href", "srcset"} & attributes.keys():
             assert attributes[name].startswith("data:")
-    assert not re.search(r"https?://|@import|url\(", grid_html)
+        assert attributes.get("xlink:href", "#").startswith("#")
+    assert not re.search(r"https?://|@import|url\((?!#)", grid_html)
+
+
+def test_points_of_the_frontier_tell_of_their_models(grid):
+    """By pointing at them or by the tabulator key: values with their intervals, and the command."""
+    command = 'lopt-hf sft --method e2e --note "<5>"'
+    told = replace(grid, models=tuple(replace(model, command=command) for model in grid.models))
+    points = [attributes for tag, attributes in Page(to_html(told)).tags if attributes.get("class") == "point"]
+    assert len(points) == 2 * len(grid.models)  # in each panel
+    assert all(point["tabindex"] == "0" and point["role"] == "img" for point in points)
+    model = grid.models[3]
+    (text,) = [p["aria-label"] for p in points if model.label in p["aria-label"] and "mean of" in p["aria-label"]]
+    assert text == (
+        f"{model.label}; gain {-model.gain.delta:+.4f} [{-model.gain.high:+.4f}, {-model.gain.low:+.4f}], "
+        f"mean of 2 tasks {model.mean.delta:+.4f} [{model.mean.low:+.4f}, {model.mean.high:+.4f}]: {command}"
+    )
+
+
+def test_a_family_has_a_colour_and_a_shape(grid):
+    """Its members differ by which half of the shape is filled; without families each method is one."""
+    alone = group_styles(grid)
+    assert len({(style.color, style.marker) for style in alone.values()}) == 9
+    assert {style.fill for style in alone.values()} == {"full"}
+    models = [replace(model, family=f"family {number // 6}") for number, model in enumerate(grid.models)]
+    styles = list(group_styles(replace(grid, models=tuple(models))).values())
+    assert len(set(styles)) == 9
+    for start in (0, 3, 6):
+        assert len({(style.color, style.marker) for style in styles[start : start + 3]}) == 1
+    assert len({style.color for style in styles}) == len({style.marker for style in styles}) == 3
+
+
+def test_plot_of_similarity(single):
+    """How far from 1, by layer; what is the same bit for bit is grey."""
+    model = replace(single.models[0], similarity={"embeddings": 1.0, "0": 0.999, "1": 0.9})
+    axes = plot_similarity(replace(single, models=(model,))).axes[0]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["embeddings", "layer 0", "layer 1"]
+    drawn = [image.get_array().filled(math.nan).tolist()[0] for image in axes.images]
+    assert drawn[1] == pytest.approx([math.nan, 0.001, 0.1], nan_ok=True)
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["unchanged"]
+    assert plot_similarity(single) is None
 
 
 @pytest.mark.parametrize("label", ["<b>bold</b>", 'quote " and & sign', "a | b", "price $5 and $6"])
