@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,20 +14,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lopt_hf.common.ridge import ChannelRidge, LinearRidge, SharedRidge
-from lopt_hf.local.layer_calls import evaluating, hidden_of, output_hidden, stop_behind
+from lopt_hf.local.layer_calls import evaluating, hidden_of, output_hidden
 from lopt_hf.repl.map_operators import MLPMap, Patch, Scale, rotation
 from lopt_hf.repl.modeling_repl import find_layers, normalise
 from lopt_hf.repl.neighbours import Affine, Neighbour
 from lopt_hf.repl.operator_base import Operator
 from lopt_hf.repl.operators import Branches, Linear, prior_of
-from lopt_hf.repl.placement import Span
 
 __all__ = [
     "Batches",
     "SpanStates",
     "add_states",
     "block_influence",
-    "calibrate",
     "check_finite",
     "forward_base",
     "from_layer",
@@ -41,46 +38,6 @@ __all__ = [
 
 Batches = Sequence[Mapping[str, torch.Tensor]]
 TOKENS_AT_ONCE = 512  # bounds the memory of the features of all branches; no effect on the result
-
-
-@torch.no_grad()
-def calibrate(
-    model: PreTrainedModel,
-    operators: Mapping[Span, Operator],
-    neighbours: Mapping[Span, tuple[Neighbour, Neighbour]],
-    batches: Batches,
-    ridge: float,
-) -> None:
-    """Sets the coefficients of all operators, from the lowest span on, each behind those already fitted.
-
-    The target of each is the output of its own removed layers on the input that it will see. The layers below a fitted
-    surrogate run once: its inputs are kept in temporary files, so that memory does not grow with the data.
-
-    Args:
-        model: The model with all its layers.
-        operators: The operator for each span of layers to replace.
-        neighbours: The layers before and behind each.
-        batches: Model inputs.
-        ridge: See `RepLConfig.ridge`.
-
-    Raises:
-        FloatingPointError: If the model's hidden states are not finite.
-    """
-    layers = find_layers(model)
-    start: int = 0  # what is below layer `start` is done: its input follows from the files
-    below: tuple[Operator, tuple[Neighbour, Neighbour]] | None = None
-    with evaluating(model), TemporaryDirectory() as folder:
-        for span in sorted(operators):
-            fit = make_fit(operators[span], neighbours[span], ridge)
-            for number, batch in enumerate(batches):
-                file = f"{folder}/{number}.pt"
-                resumed = None if below is None else run_operator(*below, *torch.load(file, weights_only=True))
-                with from_layer(layers, start, resumed):
-                    seen = _span_states(model, layers, span, batch, operators[span], neighbours[span])
-                torch.save((seen.h_BTD, seen.read_BTK), file)
-                add_states(fit, seen, kept_tokens(batch))
-            fit.finish()
-            start, below = span[1], (operators[span], neighbours[span])
 
 
 def run_operator(
@@ -122,31 +79,6 @@ def reading(operator: Operator, previous: Neighbour) -> Iterator[list[torch.Tens
         yield read
     finally:
         handle.remove()
-
-
-def _span_states(
-    model: PreTrainedModel,
-    layers: nn.ModuleList,
-    span: Span,
-    batch: Mapping[str, torch.Tensor],
-    operator: Operator,
-    beside: tuple[Neighbour, Neighbour],
-) -> SpanStates:
-    """Hidden states before and behind a span; the forward ends there."""
-    first: list[torch.Tensor] = []
-
-    def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        first.append(hidden_of(args, kwargs))
-
-    handle = layers[span[0]].register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        with reading(operator, beside[0]) as read, stop_behind(layers[span[1] - 1]) as seen:
-            forward_base(model, batch)
-    finally:
-        handle.remove()
-    h_BTD, output_BTD = first[0], seen[0][1]
-    check_finite(h_BTD, output_BTD)
-    return SpanStates(h_BTD, output_BTD, read[0].view(*h_BTD.shape[:-1], -1) if read else h_BTD)
 
 
 def check_finite(*tensors: torch.Tensor) -> None:

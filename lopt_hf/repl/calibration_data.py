@@ -48,13 +48,18 @@ def make_batches(data: Any, processing_class: Any, config: RepLConfig) -> list[B
 
 def _pack(token_ids: Iterator[int], config: RepLConfig) -> list[Batch]:
     length, size = config.calibration_seq_length, config.calibration_batch_size
-    tokens = list(islice(token_ids, config.calibration_tokens))
+    seed = config.calibration_seed
+    tokens = list(islice(token_ids, config.calibration_tokens) if seed is None else token_ids)
     if len(tokens) < length:
         raise ValueError(
             f"calibration_data gives {len(tokens)} tokens of calibration_tokens={config.calibration_tokens}, less "
             f"than one sequence of calibration_seq_length={length}; pass more data or shorten the sequences."
         )
     rows_BT = torch.tensor(tokens[: len(tokens) // length * length]).view(-1, length)
+    if seed is not None:
+        count = max(1, config.calibration_tokens // length)
+        order = torch.randperm(len(rows_BT), generator=torch.Generator().manual_seed(seed))
+        rows_BT = rows_BT[order[:count]]
     return [{"input_ids": batch_BT} for batch_BT in rows_BT.split(size)]
 
 

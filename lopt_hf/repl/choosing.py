@@ -35,6 +35,7 @@ __all__ = [
     "check_count",
     "check_enough_tokens",
     "check_operator",
+    "check_refit_behind",
     "choose_spans",
     "layer_kinds",
     "span_angles",
@@ -84,6 +85,20 @@ def check_operator(config: RepLConfig, model: PreTrainedModel) -> None:
             neighbour.check_down(config.operator, experts=config.operator != "refit")
 
 
+def check_refit_behind(config: RepLConfig, model: PreTrainedModel) -> None:
+    """Checks that all layers have a projection that `refit_behind` can fit anew.
+
+    Raises:
+        ValueError: If one has not.
+    """
+    for index, layer in enumerate(find_layers(model) if config.refit_behind > 0 else ()):
+        if Neighbour(layer, model.config, model.config.model_type).experts is not None:
+            raise ValueError(
+                f"refit_behind={config.refit_behind} fits one MLP's last projection, but in layer {index} that is a "
+                "mixture of experts; set it to 0."
+            )
+
+
 def check_enough_tokens(config: RepLConfig, model: PreTrainedModel, batches: Batches) -> None:
     """Checks that calibration data determine the map of an operator in an MLP.
 
@@ -95,11 +110,13 @@ def check_enough_tokens(config: RepLConfig, model: PreTrainedModel, batches: Bat
     tokens = sum(_count_tokens(batch, model.config) for batch in batches)
     layers = find_layers(model)
     middle = Neighbour(layers[len(layers) // 2], model.config, model.config.model_type)
-    is_refit = config.operator == "refit" and middle.experts is None
+    is_refit = (config.operator == "refit" or config.refit_behind > 0) and middle.experts is None
     width = middle.down().weight.shape[1] if is_refit else middle.output().weight.shape[0]
+    behind = f" with refit_behind={config.refit_behind}" if config.refit_behind > 0 else ""
     if tokens < width:
         raise ValueError(
-            f"calibration_data has {tokens} tokens, but operator={config.operator!r} fits a map of {width} inputs; "
+            f"calibration_data has {tokens} tokens, but operator={config.operator!r}{behind} fits a map of {width} "
+            "inputs; "
             f"give at least {width} tokens, some thousand better (of which calibration_tokens="
             f"{config.calibration_tokens} are used at most)."
         )
@@ -139,7 +156,7 @@ def choose_spans(
     if config.placement == "influence":
         return least_influence_spans(block_influence(model, some), count, kinds)
     spans = candidate_spans(count, kinds)
-    if config.span_criterion == "error":
+    if config.span_criterion in ("auto", "error"):
         costs = span_errors(model, {span: make(span) for span in spans}, batches, config.ridge)
     elif config.span_criterion == "angle":
         costs = span_angles(model, spans, some)
@@ -224,8 +241,9 @@ def _split(batches: Batches) -> tuple[Batches, Batches]:
                 part.append({name: value[chosen.to(value.device)] for name, value in batch.items()})
     if not parts[1]:
         raise ValueError(
-            f"calibration_data has {number} sequences, but span_criterion='error' measures on every {HELD_OUT}th "
-            "that it does not fit to; give more data, or shorten calibration_seq_length, or choose 'angle'."
+            f"calibration_data has {number} sequences, but span_criterion='error', the default, measures on every "
+            f"{HELD_OUT}th that it does not fit to; give more data, or shorten calibration_seq_length, or choose "
+            "'angle'."
         )
     return parts
 

@@ -42,6 +42,7 @@ __all__ = ["Comparison", "ComparisonArguments", "ComparisonModelConfig", "check_
 
 REPORT = "report.json"
 ALL = "all"  # a value of `compare`
+PLAIN_FOLDER = "plain"
 _TEXT_HELP = "a .txt file, or id:configuration:split of the hub, such as Salesforce/wikitext:wikitext-2-raw-v1:test."
 
 
@@ -57,7 +58,8 @@ class ComparisonArguments:
         data_dir: Folder with copies of the hub's data sets.
         eval_chunks: Number of pieces of it, spread evenly.
         eval_chunk_length: Tokens of each piece.
-        compare: Further operators to measure untrained, as `operator` or `operator:init`. `all` adds all of them, but
+        compare: Further operators to measure untrained, as `operator`, `operator:init` or
+            `operator:init:refit_behind`. `all` adds all of them, but
             for those that do not fit the model or the settings.
         seeds: Seeds of the healing runs.
         scratch: Changes to the model's config. With it nothing is pretrained: for every seed the full model, plain
@@ -70,7 +72,7 @@ class ComparisonArguments:
     data_dir: str | None = option(None, DATA_DIR_HELP)
     eval_chunks: int = option(32, "Pieces of the text to measure perplexity on.")
     eval_chunk_length: int = option(256, "Tokens of each piece.")
-    compare: list[str] = option([], "Further operators beside it, as 'operator' or 'operator:init'; 'all' of them.")
+    compare: list[str] = option([], "Further operators beside it: 'operator[:init[:refit_behind]]'; 'all' of them.")
     seeds: list[int] = option([0], "Seeds of the healing runs.")
     scratch: dict[str, Any] | str | None = option(
         None, "Start from random weights; JSON with changes to the model's config, '{}' for none."
@@ -147,6 +149,7 @@ class Comparison:
     config: RepLConfig
     args: HealingConfig
     model_args: ModelConfig
+    saves_plain: bool = False  # plain removal too, in `plain`
 
     def __post_init__(self) -> None:
         is_open = self.model_args.dtype in ("auto", None)
@@ -157,6 +160,7 @@ class Comparison:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(self.name)
         if self.script_args.scratch is not None:
             check_scratch(self.config)
+        self._check_teacher()
         for text in self._named():
             parse_variant(text, self.config)
         self.calibration, evaluation = read_texts(self.script_args)
@@ -164,6 +168,22 @@ class Comparison:
         self.chunks_BT = cut_chunks(self.tokenizer, evaluation, length, count)
         self.dataset = self._load_dataset()
         self.rows: list[Row] = []
+
+    def _check_teacher(self) -> None:
+        """Checks that a full model is there to learn from, and data to learn it on.
+
+        Raises:
+            ValueError: If not.
+        """
+        if not self.args.has_teacher:
+            return
+        weights = f"teacher_logits_weight={self.args.teacher_logits_weight}" + (
+            f" and teacher_hidden_weight={self.args.teacher_hidden_weight}" if self.args.teacher_hidden_weight else ""
+        )
+        if self.script_args.scratch is not None:
+            raise ValueError(f"{weights} learn from the full model, which scratch leaves untrained; set them to 0.")
+        if self.script_args.dataset_name is None:
+            raise ValueError(f"{weights} have no effect without healing; give dataset_name, or leave them out.")
 
     def _named(self) -> list[str]:
         return [text for text in self.script_args.compare if text != ALL]
@@ -214,11 +234,15 @@ class Comparison:
         self.measure(FULL, model)
         repl, seconds = make_variant(model, self.config, [self.calibration], self.tokenizer)
         removed = repl.config.repl["removed"]
-        self.measure(PLAIN, make_plain(model, removed), removed=removed)
+        plain = make_plain(model, removed)
+        self.measure(PLAIN, plain, removed=removed)
+        if self.script_args.dataset_name is None:
+            self._save_plain(plain)
+        del plain
         self.measure(_name(self.config), repl, seconds=seconds, removed=removed)
         spans = [list(span) for span in runs_of(removed)]
         same_layers = replace(
-            self.config, num_layers_to_replace=None, layers_to_replace=None, spans=spans, span_criterion="error"
+            self.config, num_layers_to_replace=None, layers_to_replace=None, spans=spans, span_criterion="auto"
         )
         named = {_name(parse_variant(text, same_layers)) for text in self._named()}
         for other in self._variants(same_layers):
@@ -233,17 +257,20 @@ class Comparison:
             del variant
         if self.script_args.dataset_name is None:
             return repl
-        trained = []
+        trained: list[Any] = []
         for seed in self.script_args.seeds:
-            self.train(PLAIN, make_plain(model, removed), seed, removed)
-            trained.append(self.train(_name(self.config), copy.deepcopy(repl), seed, removed))
+            plain = self.train(PLAIN, make_plain(model, removed), seed, removed, model)
+            if not trained:
+                self._save_plain(plain)
+            del plain
+            trained.append(self.train(_name(self.config), copy.deepcopy(repl), seed, removed, model))
         return trained[0]
 
     def from_scratch(self) -> Any:
         """Trains the three models of every seed; returns the first RepL model."""
         changes: Any = self.script_args.scratch
         model_config = AutoConfig.from_pretrained(self.name, **changes)
-        trained = []
+        trained: list[Any] = []
         for seed in self.script_args.seeds:
             set_seed(seed)
             model = AutoModelForCausalLM.from_config(model_config, dtype=getattr(torch, self.dtype))
@@ -254,13 +281,20 @@ class Comparison:
             self.train(FULL, model, seed, [])
         return trained[0]
 
-    def train(self, name: str, model: Any, seed: int, removed: list[int]) -> Any:
-        """Trains a model, adds its row and returns it."""
+    def train(self, name: str, model: Any, seed: int, removed: list[int], teacher: Any = None) -> Any:
+        """Trains a model, with the full one as teacher where the arguments say so, adds its row and returns it."""
         assert self.dataset is not None
         start = perf_counter()
-        trained = heal(model, seed, self.dataset, self.args, self.model_args, self.tokenizer)
+        start_from = (self.dataset, self.args, self.model_args, self.tokenizer)
+        trained = heal(model, seed, *start_from, teacher, removed)
         self.measure(name, trained, seed=seed, seconds=perf_counter() - start, removed=removed)
         return trained
+
+    def _save_plain(self, plain: Any) -> None:
+        if self.saves_plain:
+            folder = Path(str(self.args.output_dir)) / PLAIN_FOLDER
+            plain.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
 
     def save(self, repl: Any) -> None:
         """Writes `unfolded`, `folded`, the report as JSON and its table as Markdown."""
@@ -278,7 +312,8 @@ class Comparison:
 
 def _name(config: RepLConfig) -> str:
     detail = f" {config.coefficients}" if config.operator == "branches" else ""
-    return f"{config.operator}{detail}, {config.init}"
+    behind = f", {config.refit_behind} behind" if config.refit_behind else ""
+    return f"{config.operator}{detail}, {config.init}{behind}"
 
 
 def check_output_dir(output_dir: str) -> None:
@@ -289,6 +324,6 @@ def check_output_dir(output_dir: str) -> None:
     """
     if Path(output_dir).is_file():
         raise ValueError(f"output_dir={output_dir!r} is a file; name a folder.")
-    for name in (REPORT, "report.md", "unfolded", "folded"):
+    for name in (REPORT, "report.md", "unfolded", "folded", PLAIN_FOLDER):
         if (Path(output_dir) / name).exists():
             raise ValueError(f"output_dir={output_dir!r} holds another run's {name}; choose another output_dir.")

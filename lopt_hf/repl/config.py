@@ -24,12 +24,19 @@ MLP_OPERATORS = ("down_proj", "refit")  # they sit in the MLP before the span
 MAP_OPERATORS = (*STOCK_OPERATORS, "patch")  # they read no weights of the neighbours
 OPERATORS = ("linear", "branches", "proj", "head", "mlp", "head+mlp", *MAP_OPERATORS)
 PLACEMENTS = ("block_influence", "every", "influence", "span")
-SPAN_CRITERIA = ("error", "influence", "angle")
+SPAN_CRITERIA = ("auto", "error", "influence", "angle")
 INITS = ("calibrate", "paper", "skip")
 COEFFICIENTS = ("channel", "head", "scalar")
 BRANCHES = ("identity", "value", "output", "mlp")
 TRAINABLE = ("all", "coefficients")
-_SMALLEST = {"every": 2, "calibration_tokens": 1, "calibration_seq_length": 2, "calibration_batch_size": 1}
+_SMALLEST = {
+    "every": 2,
+    "calibration_tokens": 1,
+    "calibration_seq_length": 2,
+    "calibration_batch_size": 1,
+    "refit_behind": 0,
+    "calibration_seed": 0,
+}
 
 
 @dataclass
@@ -53,10 +60,11 @@ class RepLConfig:
             on a quarter of the calibration data. `"every"` (paper): layers K, 2K, ... counted from 1, the last layer
             kept. `"influence"` (ours): the layers of least influence, adjacent ones as one span. `"span"`: one span.
         num_layers_to_replace: How many layers `"block_influence"`, `"influence"` and `"span"` pick.
-        span_criterion: How `"span"` chooses. `"error"` (ours): by the error of the last hidden states on held-out
-            calibration data, each span with a fitted surrogate (for `"refit"` that of `"down_proj"`, since one of
-            its own for each span would take too much memory). `"influence"`: by the sum of its layers' block
-            influence. `"angle"`: by the angle between the hidden states before and behind it (arXiv 2403.17887).
+        span_criterion: How `"span"` chooses. `"auto"`: as `"error"`. `"error"` (ours): by the error of the last hidden
+            states on held-out calibration data, each span with a fitted surrogate (for `"refit"` that of
+            `"down_proj"`, since one of its own for each span would take too much memory). `"influence"`: by the sum
+            of its layers' block influence. `"angle"`: by the angle between the hidden states before and behind it
+            (arXiv 2403.17887).
         every: K of `"every"`. Paper: 4.
         layers_to_replace: Layers, counted from 0, instead of a placement; no two of them adjacent.
         spans: Spans as `[first, end]`, counted from 0, without the end, instead of a placement: `[[14, 18]]` is layers
@@ -72,7 +80,12 @@ class RepLConfig:
             the four maps, which read no neighbour after their start.
         ridge: Weight of the ridge penalty, relative to the mean square of the features. It draws `"down_proj"` and
             `"refit"` to the weights that are there.
+        refit_behind: How many layers behind each span get their last MLP projection refitted too (ours), for
+            `"down_proj"` and `"refit"`: one after the other, by the regression of `"refit"`, to what these layers put
+            out behind the layers that went. Their weights change in place; fewer where the next span begins, or the
+            model ends.
         calibration_tokens: Tokens of the calibration data that are used, at most.
+        calibration_seed: Draws the sequences from all of the data at random; `None` takes the first ones.
         calibration_seq_length: Tokens of each calibration sequence.
         calibration_batch_size: Calibration sequences for each forward.
         trainable: What trains afterwards: `"all"` (paper), or the surrogates' `"coefficients"` only.
@@ -90,7 +103,8 @@ class RepLConfig:
     num_layers_to_replace: int | None = option(
         None, "How many layers the placements 'block_influence', 'influence' and 'span' pick."
     )
-    span_criterion: str = option("error", "How placement 'span' chooses its layers.", SPAN_CRITERIA)  # ours
+    # ours: auto is "error"
+    span_criterion: str = option("auto", "How placement 'span' chooses its layers.", SPAN_CRITERIA)
     every: int = option(4, "K of placement 'every' (paper: 4).")  # paper, Sec. 4
     layers_to_replace: list[int] | None = option(None, "Layers to replace, counted from 0, instead of a placement.")
     spans: list[list[int]] | str | None = option(
@@ -107,8 +121,12 @@ class RepLConfig:
     ridge: float = option(  # ours: chosen on WikiText-2, see experiments/smollm2-135m/repl
         0.1, "Ridge penalty of the calibration, relative to the mean square of the features."
     )
+    refit_behind: int = option(0, "Layers behind each span whose last MLP projection is refitted too.")  # ours
     # ours: under two minutes on two CPU cores for 135M parameters
     calibration_tokens: int = option(8192, "Tokens of the calibration data that are used, at most.")
+    calibration_seed: int | None = option(  # ours
+        None, "Draws the calibration sequences from all of the data at random; default: the first ones."
+    )
     calibration_seq_length: int = option(512, "Tokens of each calibration sequence.")  # ours
     calibration_batch_size: int = option(4, "Calibration sequences per forward.")  # ours
     trainable: str = option("all", "What trains afterwards.", TRAINABLE)  # paper
@@ -137,6 +155,12 @@ class RepLConfig:
             raise ValueError(
                 f"distillation_weight={self.distillation_weight} compares what stands in front of a layer, where "
                 f"operator={self.operator!r} has nothing; set it to 0, or use another operator."
+            )
+        if self.refit_behind > 0 and (self.operator not in MLP_OPERATORS or self.init != "calibrate"):
+            raise ValueError(
+                f"refit_behind={self.refit_behind} goes on from a calibrated operator in an MLP, but operator="
+                f"{self.operator!r} with init={self.init!r} is none; set it to 0, or use 'down_proj' or 'refit' with "
+                "'calibrate'."
             )
         if not self.detach_sources and self.operator in ("linear", *MAP_OPERATORS):
             raise ValueError(
@@ -177,7 +201,7 @@ class RepLConfig:
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are two ways to say which layers; leave one of them out.")
         has_names = self.layers_to_replace is not None or self.spans is not None
-        if self.span_criterion != "error" and (has_names or self.placement != "span"):
+        if self.span_criterion != "auto" and (has_names or self.placement != "span"):
             where = "where the layers are named" if has_names else f"with placement={self.placement!r}"
             raise ValueError(
                 f"span_criterion={self.span_criterion!r} has no effect {where}; leave it out, or set placement to "

@@ -96,14 +96,17 @@ def chunk_losses(model: nn.Module, chunks_BT: torch.Tensor, batch_size: int = 4)
 
 
 def parse_variant(text: str, config: RepLConfig) -> RepLConfig:
-    """`operator` or `operator:init`, with everything else as in a config but what matters in training only.
+    """`operator[:init[:refit_behind]]`, with everything else as in a config but what matters in training only.
 
     Raises:
-        ValueError: If either is unknown.
+        ValueError: If one of them is unknown.
     """
-    operator, _, init = text.partition(":")
-    init = init or config.init
-    return replace(config, operator=operator, init=init, distillation_weight=0.0, detach_sources=True)
+    parts = text.split(":")
+    operator, init, behind = [*parts, "", ""][:3]
+    if len(parts) > 3 or not (behind == "" or behind.isdecimal()):
+        raise ValueError(f"compare={text!r} is no operator[:init[:refit_behind]]; write it like 'refit:calibrate:4'.")
+    settings: dict[str, Any] = {"operator": operator, "init": init or config.init, "refit_behind": int(behind or 0)}
+    return replace(config, **settings, distillation_weight=0.0, detach_sources=True)
 
 
 def all_variants(config: RepLConfig) -> list[str]:

@@ -13,7 +13,7 @@ from lopt_hf.repl.neighbours import Neighbour
 from lopt_hf.repl.operator_base import Operator
 from lopt_hf.repl.surgery import detach, detach_from_mlp
 
-__all__ = ["fold"]
+__all__ = ["add_to_projection", "fold"]
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def fold(operator: Operator, previous: Neighbour, behind: Sequence[Neighbour]) -
         if isinstance(operator, DownProj):
             _map_down(previous, operator)
         elif isinstance(operator, Refit):
-            _add_to_down(previous, operator)
+            add_to_projection(previous.down_module(), operator.coefficients, operator.bias)
     elif isinstance(operator, Scale):
         detach(behind[0].layer)
         factor = 1 / (1 + operator.coefficients[0, 0].double())
@@ -59,11 +59,12 @@ def _map_down(previous: Neighbour, operator: MLPMap) -> None:
         module.bias += (map_DD @ module.bias.double() + operator.bias.double()).to(module.bias)
 
 
-def _add_to_down(previous: Neighbour, operator: MLPMap) -> None:
-    module: Any = previous.down_module()
-    module.weight += operator.coefficients.T if isinstance(module, Conv1D) else operator.coefficients
-    if operator.bias is not None:
-        module.bias += operator.bias
+@torch.no_grad()
+def add_to_projection(projection: Any, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
+    """Adds to the weights of a linear layer, or of GPT-2's, whose weight is transposed."""
+    projection.weight += weight_OI.T if isinstance(projection, Conv1D) else weight_OI
+    if bias_O is not None:
+        projection.bias += bias_O
 
 
 def _writers(neighbour: Neighbour) -> Iterator[tuple[torch.Tensor, float]]:

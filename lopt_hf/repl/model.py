@@ -12,11 +12,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClas
 from transformers.utils import logging
 
 from lopt_hf.common.upstream.torch import forward_pre_hooks
-from lopt_hf.repl.calibration import calibrate
 from lopt_hf.repl.calibration_data import make_batches
-from lopt_hf.repl.choosing import check_count, check_enough_tokens, check_operator, choose_spans, layer_kinds
+from lopt_hf.repl.choosing import (
+    check_count,
+    check_enough_tokens,
+    check_operator,
+    check_refit_behind,
+    choose_spans,
+    layer_kinds,
+)
 from lopt_hf.repl.config import MLP_OPERATORS, STOCK_OPERATORS, UNFOLDED_MODEL_TYPE, RepLConfig
 from lopt_hf.repl.configuration_repl import FoldedRepLConfig
+from lopt_hf.repl.fitting import calibrate
 from lopt_hf.repl.folding import fold
 from lopt_hf.repl.map_operators import MLPMap
 from lopt_hf.repl.modeling_repl import (
@@ -272,6 +279,7 @@ def get_repl_model(
     if spans is None:
         check_count(config, layer_kinds(model))
         check_operator(config, model)
+    check_refit_behind(config, model)
     batches = make_batches(calibration_data, processing_class, config) if config.needs_calibration_data else []
     check_enough_tokens(config, model, batches)
     read = partial(_neighbours, layers, config=model.config, family=family, settings=config)
@@ -310,7 +318,7 @@ def _check_distillation(model: PreTrainedModel, spans: Sequence[Span]) -> None:
 
 def _initialise(model: Any, config: RepLConfig, operators: Any, neighbours: Any, batches: Any) -> None:
     if config.init == "calibrate":
-        calibrate(model, operators, neighbours, batches, config.ridge)
+        calibrate(model, operators, neighbours, batches, config.ridge, config.refit_behind)
         return
     for span, operator in operators.items():
         if config.init == "paper":

@@ -28,6 +28,7 @@ __all__ = [
     "detach",
     "detach_from_mlp",
     "kept_index",
+    "relative_distance",
     "remove_layers",
 ]
 
@@ -99,7 +100,7 @@ class SynthesisHook(SurrogateHook):
     def run(self, layer: Any, hidden_BTD: torch.Tensor, args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor:
         output_BTD = layer.surrogate(hidden_BTD, self.previous, self.following)
         if self.measures and self.teachers:
-            self.distance = self._distance(output_BTD, self._teach(hidden_BTD, args, kwargs), hidden_BTD)
+            self.distance = relative_distance(output_BTD, self._teach(hidden_BTD, args, kwargs), hidden_BTD)
         return output_BTD
 
     @torch.no_grad()
@@ -112,12 +113,22 @@ class SynthesisHook(SurrogateHook):
             hidden_BTD = teacher.to(hidden_BTD.device)(hidden_BTD, *others, **named)
         return hidden_BTD
 
-    @staticmethod
-    def _distance(output_BTD: torch.Tensor, target_BTD: torch.Tensor, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        """Mean square distance of each token from its target, relative to what the removed layers added to it."""
-        added_BT = (target_BTD - hidden_BTD.detach()).float().pow(2).mean(-1)
-        error_BT = (output_BTD - target_BTD).float().pow(2).mean(-1)
-        return (error_BT / added_BT.clamp_min(torch.finfo(torch.float32).tiny)).mean()
+
+def relative_distance(
+    output_BTD: torch.Tensor, target_BTD: torch.Tensor, hidden_BTD: torch.Tensor, mask_BT: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Mean square distance of each token from its target, relative to what the removed layers added to it.
+
+    Args:
+        output_BTD: What comes of a surrogate.
+        target_BTD: What comes of the removed layers.
+        hidden_BTD: What the removed layers were given.
+        mask_BT: The tokens that count; `None`: all.
+    """
+    added_BT = (target_BTD - hidden_BTD.detach()).float().pow(2).mean(-1)
+    error_BT = (output_BTD - target_BTD).float().pow(2).mean(-1)
+    share_BT = error_BT / added_BT.clamp_min(torch.finfo(torch.float32).tiny)
+    return (share_BT if mask_BT is None else share_BT[mask_BT]).mean()
 
 
 def attach(layer: Any, surrogate: nn.Module, hook: SurrogateHook) -> None:

@@ -1,6 +1,7 @@
-"""Healing: fine-tuning after layers were replaced or removed, also with the removed layers' outputs as targets."""
+"""Healing: fine-tuning after layers were replaced or removed, also with what was removed as a teacher."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,16 +19,18 @@ from lopt_hf.data.loading import load_sft_dataset
 from lopt_hf.data.prepared import check_prepared
 from lopt_hf.data.rows import RowError
 from lopt_hf.data.texts import is_text, read_text
+from lopt_hf.repl.distillation import DistillationArguments, TeacherMixin
 from lopt_hf.repl.model import RepLModel
+from lopt_hf.repl.placement import runs_of
 
-__all__ = ["DistillationMixin", "HealingConfig", "RepLTrainer", "heal", "healing_data"]
+__all__ = ["DistillationMixin", "HealingConfig", "PlainHealingTrainer", "RepLTrainer", "heal", "healing_data"]
 
 
 @dataclass
-class HealingConfig(SFTConfig):
-    """`SFTConfig` without activation checkpointing, and for a machine without an accelerator.
+class HealingConfig(DistillationArguments, SFTConfig):
+    """`SFTConfig` with `DistillationArguments`, without activation checkpointing, and for any machine.
 
-    There `use_cpu` is set, and `bf16`, if it is left out, to what is the faster.
+    On one without an accelerator `use_cpu` is set, and `bf16`, if it is left out, to what is the faster.
     """
 
     activation_checkpointing: bool | None = option(  # ours: fewer layers keep fewer activations
@@ -36,6 +39,7 @@ class HealingConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         check_training_numbers(self)
+        self.check_distillation()
         # transformers refuses bf16, the default of TRL's configs, on such a machine unless told that this is meant.
         if not torch.accelerator.is_available():
             self.use_cpu = True
@@ -85,10 +89,6 @@ class DistillationMixin(TrainerBase):
     model: Any
     _metrics: dict[str, Any]  # TRL's
 
-    def _repl_model(self) -> Any:
-        model: Any = self.accelerator.unwrap_model(self.model)
-        return model if isinstance(model, PreTrainedModel) else model.get_base_model()
-
     def compute_loss(
         self,
         model: nn.Module,
@@ -97,7 +97,9 @@ class DistillationMixin(TrainerBase):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Adds the weighted distance to the trainer's loss."""
-        repl_model = self._repl_model()
+        repl_model: Any = self.accelerator.unwrap_model(self.model)
+        if not isinstance(repl_model, PreTrainedModel):
+            repl_model = repl_model.get_base_model()
         weight = repl_model.config.repl["config"]["distillation_weight"]
         if weight == 0 or not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -117,25 +119,27 @@ class DistillationMixin(TrainerBase):
         return (result[0] + added, result[1]) if return_outputs else result + added
 
 
-class RepLTrainer(DistillationMixin, SFTTrainer):
-    """`SFTTrainer` for a `RepLModel`, with `RepLConfig.distillation_weight`.
+class RepLTrainer(DistillationMixin, TeacherMixin, SFTTrainer):
+    """`SFTTrainer` for a `RepLModel`, with `RepLConfig.distillation_weight` and with the full model as a teacher.
 
-    Without that weight any trainer does: `SFTTrainer` itself, or `LoPTTrainer`.
+    Without either any trainer does: `SFTTrainer` itself, or `LoPTTrainer`.
 
     Args:
         model: What `get_repl_model` returned.
         *args: As for `SFTTrainer`.
+        teacher: The full model, where `HealingConfig` has a `teacher_logits_weight` or `teacher_hidden_weight`. Load
+            it anew: `get_repl_model` has changed the one that it was given.
         **kwargs: As for `SFTTrainer`.
 
     Raises:
         ValueError: If the model is no `RepLModel`, or was loaded without its removed layers while
-            `distillation_weight` asks for them.
+            `distillation_weight` asks for them; or if the teacher is missing, or is not the model's.
     """
 
     _tag_names = ["trl", "sft", "repl"]
     _name = "RepL"
 
-    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: Any, *args: Any, teacher: PreTrainedModel | None = None, **kwargs: Any) -> None:
         if not isinstance(model, RepLModel):
             name = model if isinstance(model, str) else type(model).__name__
             raise ValueError(f"model={name} is no unfolded RepL model; pass what get_repl_model returns.")
@@ -144,7 +148,12 @@ class RepLTrainer(DistillationMixin, SFTTrainer):
                 "distillation_weight > 0, but the removed layers are not saved with a model and this one was loaded "
                 "without them; call get_repl_model on the stock model, or set distillation_weight to 0 in its config."
             )
-        super().__init__(model, *args, **kwargs)  # type: ignore[arg-type]
+        spans = runs_of(model.config.repl["removed"])
+        super().__init__(model, *args, teacher=teacher, removed_spans=spans, **kwargs)
+
+
+class PlainHealingTrainer(TeacherMixin, SFTTrainer):
+    """`SFTTrainer` with a teacher, for a model of which layers were removed and nothing put in their place."""
 
 
 def _check_adapters(model: Any, peft_config: Any) -> None:
@@ -171,8 +180,28 @@ def _check_adapters(model: Any, peft_config: Any) -> None:
         )
 
 
-def heal(model: Any, seed: int, dataset: Dataset, args: HealingConfig, model_args: ModelConfig, tokenizer: Any) -> Any:
-    """Fine-tunes a model, RepL or plain, and returns it without adapters."""
+def heal(
+    model: Any,
+    seed: int,
+    dataset: Dataset,
+    args: HealingConfig,
+    model_args: ModelConfig,
+    tokenizer: Any,
+    teacher: PreTrainedModel | None = None,
+    removed: Sequence[int] = (),
+) -> Any:
+    """Fine-tunes a model, RepL or plain, and returns it without adapters.
+
+    Args:
+        model: The model.
+        seed: Of the run.
+        dataset: What it learns.
+        args: How it learns.
+        model_args: Whether it gets adapters.
+        tokenizer: Its tokenizer.
+        teacher: The full model, where `args` ask for it.
+        removed: Layers that a plain model is without.
+    """
     is_repl = "repl" in model.config.to_dict()
     run_args = replace(args, seed=seed, output_dir=f"{args.output_dir}/healing")
     set_seed(seed)
@@ -180,8 +209,13 @@ def heal(model: Any, seed: int, dataset: Dataset, args: HealingConfig, model_arg
     if peft_config is not None and is_repl:
         peft_config.modules_to_save = ["surrogate"]
         _check_adapters(model, peft_config)
-    kind: Any = RepLTrainer if is_repl else SFTTrainer
-    trainer = kind(model, args=run_args, train_dataset=dataset, processing_class=tokenizer, peft_config=peft_config)
+    taught: dict[str, Any] = {"teacher": teacher} if args.has_teacher else {}
+    if not is_repl:
+        taught["removed_spans"] = runs_of(removed)
+    kind: Any = RepLTrainer if is_repl else PlainHealingTrainer
+    trainer = kind(
+        model, args=run_args, train_dataset=dataset, processing_class=tokenizer, peft_config=peft_config, **taught
+    )
     check_prepared(trainer.train_dataset, run_args)
     trainer.train()
     trained = trainer.model

@@ -121,6 +121,16 @@ def test_adapters(folder):
     assert all(operator.coefficients.any() for operator in unfolded.surrogates.values())
 
 
+def test_both_models_are_healed_with_the_full_one_as_teacher(folder, capsys):
+    span = {"num_layers_to_replace": None, "spans": "[[2, 4]]", "operator": "down_proj"}
+    taught = {"teacher_logits_weight": 1.0, "teacher_hidden_weight": 0.1, "task_loss_weight": 0.0}
+    healing = {**HEALING, "seeds": [0], "logging_steps": 1}
+    repl.main(arguments(folder, dataset_name=folder / "healing.txt", **span, **healing, **taught))
+    printed = capsys.readouterr().out
+    assert printed.count("'teacher_divergence'") == printed.count("'teacher_distance'") == 4  # two steps of each
+    assert type(AutoModelForCausalLM.from_pretrained(folder / "out/folded")).__name__ == "LlamaForCausalLM"
+
+
 def test_every_operator_in_one_table_and_a_stock_model_saved(folder, capsys):
     span = {"num_layers_to_replace": None, "spans": "[[2, 4]]", "operator": "down_proj"}
     repl.main(arguments(folder, compare="all", **span))
