@@ -133,9 +133,10 @@ def _count_tokens(batch: Mapping[str, torch.Tensor], config: Any) -> int:
     return math.prod(next(iter(batch.values())).shape[:2])  # (B, T), or (B, T, D) of embeddings
 
 
+@torch.no_grad()
 def choose_spans(
     model: PreTrainedModel, config: RepLConfig, batches: Batches, make: Callable[[Span], Surrogate]
-) -> list[Span]:
+) -> tuple[list[Span], dict[Span, Operator]]:
     """Chooses spans by a placement that goes by data.
 
     Args:
@@ -143,6 +144,9 @@ def choose_spans(
         config: Says how.
         batches: Calibration data.
         make: Makes a surrogate for a span, with the layers before and behind it.
+
+    Returns:
+        The spans, and those surrogates that the choice has fitted to all of the data, as `calibrate` would.
 
     Raises:
         ValueError: If there are too few sequences to hold some out.
@@ -152,18 +156,24 @@ def choose_spans(
     assert count is not None
     some = batches[: max(1, len(batches) // 4)]  # a ranking of layers needs less data than a fit
     if config.placement == "block_influence":
-        return runs_of(least_influence(block_influence(model, some), count))
+        return runs_of(least_influence(block_influence(model, some), count)), {}
     if config.placement == "influence":
-        return least_influence_spans(block_influence(model, some), count, kinds)
+        return least_influence_spans(block_influence(model, some), count, kinds), {}
     spans = candidate_spans(count, kinds)
     if config.span_criterion in ("auto", "error"):
-        costs = span_errors(model, {span: make(span) for span in spans}, batches, config.ridge)
-    elif config.span_criterion == "angle":
+        surrogates = {span: make(span) for span in spans}
+        costs, fits = _fit_and_measure(model, surrogates, batches, config.ridge)
+        best = spans[min(range(len(spans)), key=costs.__getitem__)]
+        if best not in fits or config.operator == "refit" or config.init != "calibrate" or config.refit_behind:
+            return [best], {}
+        fits[best].finish()
+        return [best], {best: surrogates[best][0]}
+    if config.span_criterion == "angle":
         costs = span_angles(model, spans, some)
     else:
         influence = block_influence(model, some)
         costs = [sum(influence[first:end]) for first, end in spans]
-    return [spans[min(range(len(spans)), key=costs.__getitem__)]]
+    return [spans[min(range(len(spans)), key=costs.__getitem__)]], {}
 
 
 @torch.no_grad()
@@ -203,6 +213,14 @@ def span_errors(
     Raises:
         ValueError: If there are fewer than two sequences.
     """
+    return _fit_and_measure(model, surrogates, batches, ridge)[0]
+
+
+@torch.no_grad()
+def _fit_and_measure(
+    model: PreTrainedModel, surrogates: Mapping[Span, Surrogate], batches: Batches, ridge: float
+) -> tuple[list[float], dict[Span, Any]]:
+    """As `span_errors`; also the fits, which by then have seen the held-out data too, and have set nothing by them."""
     fitted_to, measured_on = _split(batches)
     layers = find_layers(model)
     fits = {
@@ -224,8 +242,10 @@ def span_errors(
             cosine_BT = nn.functional.cosine_similarity(ended[0][1].float(), last_BTD.float(), dim=-1)
             error_N = select_tokens(1 - cosine_BT, kept_tokens(batch))
             totals[span] += error_N.sum().item()
+            if span in fits:
+                add_states(fits[span], seen[span], kept_tokens(batch))
         tokens += len(error_N)
-    return [total / tokens for total in totals.values()]
+    return [total / tokens for total in totals.values()], fits
 
 
 def _split(batches: Batches) -> tuple[Batches, Batches]:

@@ -283,13 +283,15 @@ def get_repl_model(
     batches = make_batches(calibration_data, processing_class, config) if config.needs_calibration_data else []
     check_enough_tokens(config, model, batches)
     read = partial(_neighbours, layers, config=model.config, family=family, settings=config)
+    fitted: dict[Span, Operator] = {}
     if spans is None:
-        spans = choose_spans(model, config, batches, partial(_surrogate_of, config, read))
+        spans, fitted = choose_spans(model, config, batches, partial(_surrogate_of, config, read))
     if config.distillation_weight > 0:
         _check_distillation(model, spans)
     neighbours = {(first, end): read(first - 1, end) for first, end in spans}
-    operators = {span: make_operator(config, *beside) for span, beside in neighbours.items()}
-    _initialise(model, config, operators, neighbours, batches)
+    operators = fitted or {span: make_operator(config, *beside) for span, beside in neighbours.items()}
+    if not fitted:
+        _initialise(model, config, operators, neighbours, batches)
     return _replace(model, config, spans, operators, neighbours)
 
 

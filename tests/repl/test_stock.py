@@ -10,6 +10,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from lopt_hf import RepLConfig, RepLModel, get_repl_model
+from lopt_hf.repl import model as repl_model
 from lopt_hf.repl.calibration import _LinearFit
 from lopt_hf.repl.choosing import check_enough_tokens, span_angles, span_errors
 from lopt_hf.repl.map_operators import rotation
@@ -280,6 +281,16 @@ class TestChoosing:
             chosen = {"num_layers_to_replace": 2, "placement": "span", "layers_to_replace": None}
             model = make_repl(stock, operator="down_proj", span_criterion=criterion, **chosen)
             assert model.config.repl["removed"] == [2, 3], criterion
+
+    @pytest.mark.parametrize("operator", ["down_proj", "scale", "linear"])
+    def test_what_the_choice_has_fitted_is_not_fitted_again(self, operator, monkeypatch):
+        chosen = {"num_layers_to_replace": 2, "placement": "span", "layers_to_replace": None}
+        with monkeypatch.context() as patched:
+            patched.setattr(repl_model, "calibrate", None)
+            model = make_repl(operator=operator, **chosen)
+        first, *_, last = model.config.repl["removed"]
+        named = make_repl(operator=operator, layers_to_replace=None, spans=[[first, last + 1]])
+        torch.testing.assert_close(logits(model), logits(named), rtol=1e-4, atol=1e-5)
 
     def test_errors_are_measured_without_dropout(self):
         stock, data = make_stock("gpt2", resid_pdrop=0.1), batches(4)
