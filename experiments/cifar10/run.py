@@ -21,6 +21,7 @@ from lopt_hf.common.tables import markdown_table
 from lopt_hf.meters.saved_bytes import SavedBytes
 
 BLOCKS = ["--num_blocks", "4"]
+STEPS_OF_A_CYCLE = 4
 METHODS = {
     "end-to-end": ["--method", "e2e"],
     "freezing": ["--method", "freeze", *BLOCKS],
@@ -29,8 +30,11 @@ METHODS = {
     "reach [1,1,1,4]": ["--method", "reach", "--task_reach", "[1,1,1,4]", *BLOCKS],
     "reach 4": ["--method", "reach", "--task_reach", "4", *BLOCKS],
     "readout": ["--method", "readout", *BLOCKS],
+    "RepL, every second layer": ["--method", "repl", "--operator", "head+mlp", "--replace_every", "2"],
+    "plain removal of them": ["--method", "repl", "--operator", "removal", "--replace_every", "2"],
 }
-NOT_FOR_RESNET = ("readout",)  # whose layers differ in width
+# Its layers differ in width, and RepL replaces those of ViT here
+NOT_FOR_RESNET = ("readout", "RepL, every second layer", "plain removal of them")
 COMMON = {
     "vit": ["--architecture", "vit", "--learning_rate", "1e-3", "--weight_decay", "0.05"],
     "resnet20": ["--architecture", "resnet20", "--learning_rate", "3e-3", "--weight_decay", "0.05"],
@@ -55,15 +59,13 @@ def arguments_of(options: argparse.Namespace, method: list[str], seed: int, fold
     return [*method, *COMMON[options.architecture], *TRAINING, *data, *length]
 
 
-def result_of(folder: Path) -> dict[str, float] | None:
-    """Accuracy and seconds of a run that has ended."""
+def result_of(folder: Path) -> float | None:
+    """The accuracy of a run that has ended."""
     state = folder / "trainer_state.json"
     if not state.is_file():
         return None
     logs = json.loads(state.read_text(encoding="utf-8"))["log_history"]
-    accuracy = [log["eval_accuracy"] for log in logs if "eval_accuracy" in log]
-    seconds = [log["train_runtime"] for log in logs if "train_runtime" in log]
-    return {"accuracy": accuracy[-1], "seconds": seconds[-1]} if accuracy and seconds else None
+    return next((log["eval_accuracy"] for log in reversed(logs) if "eval_accuracy" in log), None)
 
 
 def train(options: argparse.Namespace, name: str, method: list[str], seed: int) -> None:
@@ -88,7 +90,7 @@ def folder_of(options: argparse.Namespace, name: str, seed: int) -> Path:
 
 
 def saved_bytes(options: argparse.Namespace, method: list[str]) -> int:
-    """The most bytes that autograd keeps in a training step of 64 images."""
+    """The most bytes that autograd keeps in a training step of 64 images, of as many steps as a cycle has."""
     from lopt_hf.scripts import image
 
     name = method[method.index("--method") + 1]
@@ -99,7 +101,9 @@ def saved_bytes(options: argparse.Namespace, method: list[str]) -> int:
     rows = [trainer.train_dataset[index] for index in range(64)]
     trainer.current_gradient_accumulation_steps = 1
     with SavedBytes(trainer.model) as saved:
-        trainer.training_step(trainer.model, trainer.data_collator(rows))
+        for step in range(STEPS_OF_A_CYCLE):
+            trainer.state.global_step = step
+            trainer.training_step(trainer.model, trainer.data_collator(rows))
     return saved.peak
 
 
@@ -107,24 +111,22 @@ def report(options: argparse.Namespace) -> str:
     """The table of what is there so far."""
     methods = methods_of(options.architecture)
     results = {
-        name: [result for seed in options.seeds if (result := result_of(folder_of(options, name, seed)))]
+        name: [result for seed in options.seeds if (result := result_of(folder_of(options, name, seed))) is not None]
         for name in methods
     }
     whole = saved_bytes(options, methods["end-to-end"])
     rows = []
     for name, found in results.items():
-        if found:
-            seconds = statistics.mean(result["seconds"] for result in found)
-            share = saved_bytes(options, methods[name]) / whole
-            rows.append([name, str(len(found)), interval(found), f"{seconds:.0f}", f"{share:.2f}"])
-    return markdown_table(["method", "seeds", "accuracy, %", "seconds", "saved bytes"], rows)
+        share = saved_bytes(options, methods[name]) / whole
+        rows.append([name, str(len(found)), interval(found), f"{share:.2f}"])
+    return markdown_table(["method", "seeds", "accuracy, %", "saved bytes"], rows)
 
 
-def interval(found: list[dict[str, float]]) -> str:
-    """Mean accuracy in per cent, with the 95 % interval of Student's t over the seeds."""
-    values = [100 * result["accuracy"] for result in found]
+def interval(found: list[float]) -> str:
+    """Mean accuracy in per cent, with the 95 % interval of Student's t over the seeds, if there are several."""
+    values = [100 * accuracy for accuracy in found]
     if len(values) < 2:
-        return f"{values[0]:.1f}"
+        return "".join(f"{value:.1f}" for value in values) or "-"
     half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
     return f"{statistics.mean(values):.1f} ± {half:.1f}"
 
@@ -138,7 +140,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--report", action="store_true", help="print the table of what is there, and train nothing")
+    parser.add_argument("--report", action="store_true", help="print the table of what is there; train nothing")
     options = parser.parse_args()
     for seed in () if options.report else options.seeds:  # so that what is there at any time is comparable
         for name, method in methods_of(options.architecture).items():

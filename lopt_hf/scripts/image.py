@@ -6,6 +6,7 @@ lopt-hf image --method local --architecture resnet20 --train_file train.parquet 
 lopt-hf image --method reach --task_reach '[1,1,1,4]' --num_blocks 4 --train_file train.parquet --output_dir out
 lopt-hf image --method e2e --model_name_or_path google/vit-base-patch16-224-in21k --dataset_name cifar10 \\
     --output_dir out
+lopt-hf image --method repl --operator head+mlp --replace_every 4 --train_file train.parquet --output_dir out
 lopt-hf image --method mlaan --help                                            # the options of that method
 ```
 """
@@ -21,9 +22,9 @@ from trl import TrlParser
 from lopt_hf.common.settings import check_at_least, check_choice, option
 from lopt_hf.data.images import ImageRows, class_names, find_columns
 from lopt_hf.scripts.image_models import ARCHITECTURES, make_image_model
+from lopt_hf.scripts.image_replacement import ReplacementArguments, replace_layers
 from lopt_hf.scripts.parsing import chosen_method, make_trl_parser
 from lopt_hf.scripts.training import DataArguments, load_checked, load_rows, run_training, subsample
-from lopt_hf.trainers.configs import convert_config
 from lopt_hf.trainers.image import (
     ImageTrainer,
     ImageTrainingArguments,
@@ -42,7 +43,10 @@ METHODS: dict[str, str | None] = {
     "local": "classifier",
     "readout": "readout",
     "mlaan": None,
+    "repl": None,
 }
+# Methods of the trainer of transformers
+END_TO_END = ("e2e", "repl")
 # Ours: so many images are read once before training, so that a broken one is named then and not in the last epoch
 CHECKED_IMAGES = 50_000
 
@@ -54,7 +58,8 @@ class ImageScriptArguments(DataArguments):
     Parameters:
         method: `"e2e"`: the trainer of transformers; `"freeze"`: the last block only; `"reach"`: more blocks at some
             steps (`task_reach`); `"local"`: each block through a classifier of its own; `"readout"`: through the
-            model's own, frozen; `"mlaan"`, with options of its own.
+            model's own, frozen; `"mlaan"`, with options of its own; `"repl"`: end-to-end, with layers of a ViT
+            replaced by surrogates or removed.
         train_file: A `.parquet`, `.json` or `.jsonl` file, or a folder, in place of `dataset_name`.
         eval_file: The same for the images that accuracy is measured on.
         image_column: The column of images. Default: `image` or `img`.
@@ -64,8 +69,8 @@ class ImageScriptArguments(DataArguments):
     method: str = option(
         "local",
         "'e2e' (the trainer of transformers), 'freeze' (the last block only), 'reach' (more blocks at some steps: "
-        "task_reach), 'local' (a classifier for each block), 'readout' (the model's own, frozen), or 'mlaan' "
-        "(`--method mlaan --help` shows its options).",
+        "task_reach), 'local' (a classifier for each block), 'readout' (the model's own, frozen), 'mlaan' "
+        "(`--method mlaan --help` shows its options), or 'repl' (layers of a ViT replaced, end-to-end).",
         list(METHODS),
     )
     dataset_name: str | None = option(None, "Hub id, or a local .parquet, .json or .jsonl file.")
@@ -93,8 +98,8 @@ class ImageScriptArguments(DataArguments):
 
 
 @dataclass
-class ImageModelArguments:
-    """Which model to train.
+class ImageModelArguments(ReplacementArguments):
+    """Which model to train; what `method="repl"` replaces is among the arguments.
 
     Parameters:
         model_name_or_path: An image classifier's checkpoint. Default: one of `architecture` from random weights.
@@ -115,6 +120,7 @@ class ImageModelArguments:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("architecture", self.architecture, list(ARCHITECTURES))
         check_at_least("image_size", self.image_size, 8)
         if self.model_name_or_path is not None and self.image_size is not None:
@@ -130,7 +136,7 @@ def make_parser(method: str = "local") -> TrlParser:
     Args:
         method: The method whose training arguments it takes; any that has none of its own is a local one.
     """
-    config_class: type = ImageTrainingArguments if method == "e2e" else LocalImageConfig
+    config_class: type = ImageTrainingArguments if method in END_TO_END else LocalImageConfig
     if method == "mlaan":
         config_class = MLAANImageConfig
     return make_trl_parser("image", __doc__, ImageScriptArguments, config_class, ImageModelArguments)
@@ -142,6 +148,8 @@ def make_trainer(script_args: ImageScriptArguments, args: Any, model_args: Image
     Raises:
         ValueError: If an option does not fit the method, the model or the images.
     """
+    if script_args.method != "repl":
+        model_args.check_unused(script_args.method)
     _set_objective(script_args.method, args)
     train = cast(
         Dataset, subsample(_load(script_args, "train", args.seed), script_args.dataset_max_samples, args.seed)
@@ -150,9 +158,9 @@ def make_trainer(script_args: ImageScriptArguments, args: Any, model_args: Image
     columns = find_columns(train, script_args.image_column, script_args.label_column)
     set_seed(args.seed)  # what the weights are drawn from
     model, processor = make_image_model(model_args, class_names(train, columns[1]))
-    trainer_class = ImageTrainer if script_args.method == "e2e" else LocalImageTrainer
-    if script_args.method == "e2e" and not isinstance(args, ImageTrainingArguments):
-        args = convert_config(args, ImageTrainingArguments)
+    if script_args.method == "repl":
+        model = replace_layers(model, model_args)
+    trainer_class = ImageTrainer if script_args.method in END_TO_END else LocalImageTrainer
     trainer = trainer_class(model, args, train, evaluated, processor, columns=columns)
     for images in (trainer.train_dataset, trainer.eval_dataset):
         if isinstance(images, ImageRows) and len(images) <= CHECKED_IMAGES:

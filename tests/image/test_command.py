@@ -1,10 +1,13 @@
 """`lopt-hf image` as a user calls it."""
 
 import json
+import shutil
 
 import pytest
+import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from lopt_hf import RepLModel
 from lopt_hf.scripts import image
 from lopt_hf.scripts.settings import UsageExit
 from tests.image.helpers import make_images
@@ -36,6 +39,7 @@ def run(files, folder, *options):
         ["--method", "reach", "--task_reach", "[1,4]", "--num_blocks", "4"],
         ["--method", "local", "--architecture", "resnet20", "--image_size", "32", "--num_blocks", "4"],
         ["--method", "readout"],
+        ["--method", "repl", "--operator", "removal"],
         ["--method", "mlaan", "--architecture", "resnet20", "--image_size", "32"],
     ],
     ids=lambda options: options[1],
@@ -60,9 +64,29 @@ def test_a_checkpoint_gets_a_classifier_for_other_classes(files, tmp_path, caplo
     assert AutoModelForImageClassification.from_pretrained(tmp_path / "three").config.num_labels == 3
 
 
+def test_replaced_layers_train_resume_and_fold(files, tmp_path):
+    options = ["--method", "repl", "--save_strategy", "steps", "--save_steps", "1", "--replace_every", "3"]
+    run(files, tmp_path, *options)
+    model = RepLModel.from_pretrained(tmp_path)
+    assert model.config.repl["removed"] == [2, 5] and model.config.num_hidden_layers == 6
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    run(files, tmp_path, *options, "--resume_from_checkpoint", "true")
+    again = RepLModel.from_pretrained(tmp_path)
+    for (name, one), other in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+    stock_run = tmp_path / "removal"
+    run(files, stock_run, "--method", "repl", "--operator", "removal", "--replace_every", "3")
+    removed = AutoModelForImageClassification.from_pretrained(stock_run)
+    assert removed.config.num_hidden_layers == 6 and not isinstance(removed, RepLModel)
+    # The surrogates add coefficients only
+    assert 0 < model.num_parameters() - removed.num_parameters() < 100
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
+        (["--method", "repl", "--architecture", "resnet20"], "method='repl' replaces layers of ViT, not of ResNet"),
+        (["--method", "local", "--operator", "proj"], "operator='proj' does nothing with method='local'"),
         (["--method", "reach"], "task_reach=[1] is freezing the early blocks"),
         (
             ["--method", "readout", "--local_objective", "none"],
