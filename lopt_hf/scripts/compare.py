@@ -18,7 +18,7 @@ from pathlib import Path
 from lopt_hf.common.packaged import find_config
 from lopt_hf.compare.budget import BudgetedRuns, BudgetRecord, complete_runs, parse_budget
 from lopt_hf.compare.experiment import GridEvaluation
-from lopt_hf.compare.grid import Grid, GridRun, load_grid
+from lopt_hf.compare.grid import Grid, load_grid
 from lopt_hf.compare.grid_data import prepare_data
 from lopt_hf.compare.grid_training import GridTrainingError, check_trained_runs, train_grid, train_runs
 from lopt_hf.data.mirror import DATA_DIR_HELP
@@ -74,16 +74,19 @@ def run(options: argparse.Namespace, command: str) -> None:
     prepare_data(grid)
     evaluation = GridEvaluation(grid)  # before training: tasks that cannot be loaded are found at once
     print(evaluation.describe_arithmetic(), flush=True)
-    if seconds is None:
-        train_grid(grid)
-        runs = grid.runs()
-    else:
-        evaluation, runs = _run_within(seconds, grid, evaluation)
-    write_results(evaluation.report(runs), evaluation.flips(runs), grid.output_path, command)
+    if seconds is not None:
+        _run_within(seconds, grid, evaluation, command)
+        return
+    train_grid(grid)
+    write_results(evaluation.report(), evaluation.flips(), grid.output_path, command)
 
 
-def _run_within(seconds: float, grid: Grid, evaluation: GridEvaluation) -> tuple[GridEvaluation, list[GridRun]]:
-    """Trains and measures what fits; the evaluation that it was measured by, and the runs to compare."""
+def _run_within(seconds: float, grid: Grid, evaluation: GridEvaluation, command: str) -> None:
+    """As `run`, with what fits into a time.
+
+    Raises:
+        GridTrainingError: After the report on all that is complete, if some runs failed.
+    """
     check_trained_runs(grid)
     path = grid.output_path / "budget.json"
     record = BudgetRecord.read(path)
@@ -95,12 +98,14 @@ def _run_within(seconds: float, grid: Grid, evaluation: GridEvaluation) -> tuple
     )
     if record.base is None:
         record.base = evaluation.time_base()
+        record.write(path)  # at once: answered again from the cache, the base would take no time
     budgeted.begin()
     evaluation = evaluation.with_share(record.share or 1.0)
     failures = budgeted.run()
-    for failure in failures:
-        print(failure, file=sys.stderr)
-    return evaluation, complete_runs(grid, {run.name: budgeted.is_done(run) for run in grid.runs()})
+    runs = complete_runs(grid, {run.name: budgeted.is_done(run) for run in grid.runs()})
+    write_results(evaluation.report(runs), evaluation.flips(runs), grid.output_path, command)
+    if failures:
+        raise GridTrainingError("\n".join(failures))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -145,6 +145,10 @@ def test_the_command(config: Path, tmp_path: Path, trained_here: list[str], caps
     assert set(stored["train"]) == set(stored["measure"]) == set(trained_here)
     compare.main(["--config", str(config), "--budget", "minutes=60"])
     assert len(trained_here) == 2
+    change(config, methods={"end-to-end": {"method": "e2e"}, "LISA": {"method": "lisa", "lisa_layers": 9}})
+    with pytest.raises(SystemExit) as ended:  # after the report on what is complete
+        compare.main(["--config", str(config), "--budget", "minutes=60"])
+    assert "lisa_lr0.01_seed0 ended with status 1" in str(ended.value)
     with pytest.raises(SystemExit) as ended:
         compare.main(["--config", str(config), "--budget", "60"])
     assert "budget='60' is no time" in str(ended.value)
