@@ -102,7 +102,7 @@ def test_a_kill_before_the_rename_leaves_the_previous_checkpoint_the_last(tmp_pa
     """All stages are written and the manifest too, but the folder has not got its name."""
     fault = Fault("lopt_hf.pipeline.runtime.checkpoint.Manifest.write", 2, after=True)
     # Rank 2 has the longest stage to come after it, so it is the last one to write.
-    slow = Fault("lopt_hf.pipeline.runtime.stage_checkpoint.save_weights", 0, "slow_down", ranks=(2,), after=True)
+    slow = Fault("lopt_hf.pipeline.runtime.stage_checkpoint.save_weights", 0, "pause", ranks=(2,), after=True)
     codes, outputs = run(inputs, tmp_path / "out", faults=[fault, slow], timeout=LIMIT)
     assert_stopped(codes, outputs, "rank 2 (stage 2) is gone", dead=2)
     assert checkpoints(tmp_path / "out") == ["checkpoint-2"]
