@@ -32,6 +32,9 @@ RUNS: dict[int, dict[str, dict[str, Any]]] = {
         "LoRA": {**DELAYED, "num_blocks": 2, "lora": True},
         "tied": {**DELAYED, "num_blocks": 2, "family": "gemma2", "tied": True},
         "bf16": {**DELAYED, "num_blocks": 2, "bf16": True},
+        "packing": {**DELAYED, "num_blocks": 2, "packing": True, "max_length": 64},
+        # Without the load-balancing loss, which is of all layers together in one process and of a stage's here
+        "experts": {**DELAYED, "num_blocks": 2, "family": "qwen3_moe", "router_aux_loss_coef": 0.0},
         "one step": {**DELAYED, "num_blocks": 2, "max_steps": 1},
     },
     3: {
