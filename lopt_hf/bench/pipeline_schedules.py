@@ -11,15 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.pipelining import (
-    PipelineStage,
-    Schedule1F1B,
-    ScheduleDualPipeV,
-    ScheduleGPipe,
-    ScheduleInterleaved1F1B,
-    ScheduleInterleavedZeroBubble,
-    ScheduleZBVZeroBubble,
-)
+from torch.distributed.pipelining import PipelineStage
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoTokenizer, PreTrainedModel, Trainer
 
@@ -31,18 +23,11 @@ from lopt_hf.local.blocks import find_decoder_stack
 from lopt_hf.meters.saved_bytes import SavedBytes
 from lopt_hf.pipeline.runtime.stage import HiddenStateInput, StagePlan, load_stage
 from lopt_hf.pipeline.runtime.timeline import Timeline
+from lopt_hf.pipeline.simulator.torch_schedules import TORCH_SCHEDULES
 from lopt_hf.pipeline.split.costs import SFT_OUTPUTS
 
 __all__ = ["ScheduledTraining", "stages_of", "train_by_schedule"]
 
-SCHEDULE_CLASSES: dict[str, Callable[..., Any]] = {
-    "gpipe": ScheduleGPipe,
-    "1f1b": Schedule1F1B,
-    "interleaved": ScheduleInterleaved1F1B,
-    "interleaved_zb": ScheduleInterleavedZeroBubble,
-    "zbv": ScheduleZBVZeroBubble,
-    "dualpipev": ScheduleDualPipeV,
-}
 V_SHAPED = ("zbv", "dualpipev")  # rank 0 has the first stage and the last
 
 
@@ -159,7 +144,7 @@ class ScheduledTraining:
         ]
         for stage in stages:
             stage.timeline = self.timeline
-        self.schedule = SCHEDULE_CLASSES[run.method](
+        self.schedule = TORCH_SCHEDULES[run.method](
             stages if run.method in TWO_STAGES_PER_RANK else stages[0],
             n_microbatches=settings.microbatches,
             # Another rank's loss is not called; these schedules take it to tell that there is a backward.

@@ -16,15 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
-from torch.distributed.pipelining import (
-    PipelineStage,
-    Schedule1F1B,
-    ScheduleDualPipeV,
-    ScheduleGPipe,
-    ScheduleInterleaved1F1B,
-    ScheduleInterleavedZeroBubble,
-    ScheduleZBVZeroBubble,
-)
+from torch.distributed.pipelining import PipelineStage
 from torch.multiprocessing.spawn import ProcessException
 
 from lopt_hf.common.distributed import new_group
@@ -34,6 +26,7 @@ from lopt_hf.pipeline.runtime.channel import BatchId, ReceivingChannel, SendingC
 from lopt_hf.pipeline.runtime.health import PeerMonitor
 from lopt_hf.pipeline.simulator.schedule import Workload
 from lopt_hf.pipeline.simulator.schedule_orders import SCHEDULES, rounds_of
+from lopt_hf.pipeline.simulator.torch_schedules import TORCH_SCHEDULES
 
 __all__ = ["ScheduleRunError", "check_measurable", "measure_schedules"]
 
@@ -41,15 +34,6 @@ PEER_TIMEOUT_SECONDS = 60.0  # importing torch in several processes on a busy ma
 MAX_PROCESSES = 16  # ours: each takes about 300 MB for torch alone
 MEASURED_STEPS = 3
 BYTES_PER_VALUE = 4
-TORCH_SCHEDULES: dict[str, Callable[..., Any]] = {
-    "gpipe": ScheduleGPipe,
-    "1f1b": Schedule1F1B,
-    "interleaved": ScheduleInterleaved1F1B,
-    "zero-bubble": ScheduleInterleavedZeroBubble,
-    "interleaved_zb": ScheduleInterleavedZeroBubble,
-    "zbv": ScheduleZBVZeroBubble,
-    "dualpipev": ScheduleDualPipeV,
-}
 IN_ROUNDS = ("interleaved", "zero-bubble", "interleaved_zb")
 PUTS_WEIGHTS_OFF = ("zero-bubble", "interleaved_zb", "zbv", "dualpipev")
 TAKES_ONE_STAGE = ("gpipe", "1f1b")  # the others take a list
