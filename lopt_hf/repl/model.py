@@ -1,6 +1,6 @@
 """A stock model with some layers replaced, under PEFT's verbs: `get_repl_model`, `RepLModel`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
@@ -60,7 +60,7 @@ class RepLModel:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         repl, layers = config.repl, find_layers(self)  # type: ignore[arg-type]
-        settings = RepLConfig(**repl["config"])
+        settings = _settings_of(repl)
         for _, index in _places(repl["removed"]):
             beside = _neighbours(layers, index - 1, index, config, repl["family"], settings)
             _put(make_operator(settings, *beside), *beside)
@@ -146,9 +146,20 @@ class RepLModel:
         return _fold_to_stock(self) if repl["config"]["operator"] in STOCK_OPERATORS else _fold_beside(self)
 
 
+def _settings_of(repl: Mapping[str, Any]) -> RepLConfig:
+    """The arguments that a model was made with, as its `config.json` has them.
+
+    Before `span_criterion` had `"auto"`, every model was saved with `"error"`, which now has to have an effect.
+    """
+    values = dict(repl["config"])
+    if values.get("span_criterion") == "error":
+        values["span_criterion"] = "auto"  # the same
+    return RepLConfig(**values)
+
+
 def _fold_to_stock(model: Any) -> Any:
     layers, repl = find_layers(model), model.config.repl
-    operators, settings = model.surrogates, RepLConfig(**repl["config"])
+    operators, settings = model.surrogates, _settings_of(repl)
     read = partial(Neighbour, config=model.config, family=repl["family"], detach=settings.detach_sources)
     for (first, _), index in _places(repl["removed"]):
         fold(operators[first], read(layers[index - 1]), [read(layer) for layer in layers[index:]])

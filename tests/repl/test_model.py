@@ -182,6 +182,21 @@ def test_a_config_read_from_a_file_changes_its_type_too(tmp_path):
     save_with_code(folded, tmp_path / "folded")
 
 
+def test_a_model_saved_by_an_earlier_version_loads(tmp_path):
+    """It named a criterion where none had an effect, and lacks what came later."""
+    model = make_repl(operator="down_proj")
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    for name in ("refit_behind", "calibration_seed"):
+        del saved["repl"]["config"][name]
+    saved["repl"]["config"]["span_criterion"] = "error"
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    loaded = RepLModel.from_pretrained(tmp_path).eval()
+    expected = logits(model.eval())
+    assert torch.equal(logits(loaded), expected)
+    torch.testing.assert_close(logits(loaded.merge_and_unload()), expected)
+
+
 def test_folding_keeps_nothing_of_the_neighbours_twice():
     model = make_repl(operator="branches")
     stock = make_stock()
