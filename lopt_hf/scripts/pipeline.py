@@ -26,6 +26,7 @@ from lopt_hf.common.parent import end_with_parent
 from lopt_hf.common.resuming import find_checkpoint
 from lopt_hf.common.settings import option
 from lopt_hf.data.prepared import check_answers_fit
+from lopt_hf.pipeline.runtime.checkpoint import Manifest
 from lopt_hf.pipeline.runtime.config import MLAANPipelineConfig, PipelineConfig
 from lopt_hf.pipeline.runtime.health import PipelineError, failure_status, report_failure
 from lopt_hf.pipeline.runtime.launch import Rendezvous
@@ -118,7 +119,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _check_input(data_args: SFTDataArguments, args: StageConfig, model_args: ModelConfig) -> None:
     """Reads what the stages will read: here an error in it is one line."""
-    find_checkpoint(str(args.output_dir), args.resume_from_checkpoint)
+    folder = find_checkpoint(str(args.output_dir), args.resume_from_checkpoint)
+    if folder is not None:
+        assert args.num_stages is not None
+        Manifest(folder).check_run(args.data_parallel, args.gradient_settings(args.num_stages))
     check_optimizer(args)
     rows = load_checked(load_split, data_args, data_args.dataset_train_split, args.seed)
     rows = subsample(rows, data_args.dataset_max_samples, args.seed)

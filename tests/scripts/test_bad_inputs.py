@@ -141,6 +141,15 @@ OF_A_YAML: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"num_stages": 3, "num_blocks": 2}, "num_stages=3 is more than num_blocks=2"),
         ({"max_steps": 0}, "max_steps=0 must be at least 1"),
         ({"dataset_name": "{}/empty.jsonl"}, "{}/empty.jsonl is empty"),
+        (
+            {"gradient": "delayed", "resume_from_checkpoint": "{}/late"},
+            "was trained with num_stages=3, but this run has num_stages=2",
+        ),
+        ({"resume_from_checkpoint": "{}/late"}, "was trained with gradient=delayed, but this run has gradient=local"),
+        (
+            {"data_parallel": 2, "resume_from_checkpoint": "{}/late"},
+            "was trained with data_parallel=1, but this run has data_parallel=2",
+        ),
     ],
     "compare": [
         ({"methodes": {}}, "unknown setting 'methodes' (did you mean 'methods'?)"),
@@ -245,10 +254,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_pairs(8).to_json(folder / "pairs.json")
     make_questions(8).to_json(folder / "questions.json")
     write_tasks(folder / "tasks")
-    for name in ("noconfig", "run"):
+    for name in ("noconfig", "run", "late"):
         (folder / name).mkdir()
     files = {"empty.jsonl": "", "file": "x", "broken.json": "{", "times.json": '{"forward": ["a"]}'}
-    for name, text in {**files, "run/trainer_state.json": "{"}.items():
+    late = {"data_parallel": 1, "gradient": "delayed", "gradient_recompute": True, "num_stages": 3}
+    files |= {"run/trainer_state.json": "{", "late/pipeline.json": json.dumps(late)}
+    for name, text in files.items():
         (folder / name).write_text(text)
     return folder
 

@@ -88,6 +88,18 @@ class Manifest:
                 f"run has {name}={value}; resume with the same, or start anew in another output_dir."
             )
 
+    def check_run(self, data_parallel: int, gradient_settings: Mapping[str, Any]) -> None:
+        """Raises `ValueError` if a run cannot go on from the checkpoint.
+
+        Args:
+            data_parallel: Replicas of the run.
+            gradient_settings: Its settings that no run with gradients on their way can change, by name.
+        """
+        self.check("data_parallel", data_parallel)
+        self.check("gradient", gradient_settings["gradient"], "local")
+        for name, value in gradient_settings.items():
+            self.check(name, value, value)
+
     @property
     def stage_folders(self) -> list[Path]:
         """The stages' folders, in their order."""

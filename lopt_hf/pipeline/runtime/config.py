@@ -1,7 +1,7 @@
 """Arguments of the pipeline, alone and joined to those of the methods."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
@@ -141,6 +141,17 @@ class PipelineArguments(ArgumentsBase):
     def sends_gradients_back(self) -> bool:
         """Whether the task's gradient goes from stage to stage."""
         return self.gradient != "local"
+
+    def gradient_settings(self, num_stages: int) -> dict[str, Any]:
+        """What a run with gradients on their way cannot change, by name.
+
+        Args:
+            num_stages: Stages of the run.
+        """
+        if not self.sends_gradients_back:
+            return {"gradient": self.gradient}
+        recompute = self.gradient_recompute
+        return {"gradient": self.gradient, "gradient_recompute": recompute, "num_stages": num_stages}
 
     def _check_gradient(self) -> None:
         check_choice("gradient", self.gradient, GRADIENTS)

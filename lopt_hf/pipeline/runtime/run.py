@@ -21,6 +21,7 @@ from lopt_hf.data.prepared import check_prepared
 from lopt_hf.data.pretrained import resolve_model
 from lopt_hf.local.blocks import split_layers
 from lopt_hf.pipeline.runtime.adapters import add_adapter
+from lopt_hf.pipeline.runtime.checkpoint import Manifest
 from lopt_hf.pipeline.runtime.config import MLAANPipelineConfig, PipelineArguments, PipelineConfig
 from lopt_hf.pipeline.runtime.health import BAD_INPUT_STATUS, PipelineError, report_bad_input, report_termination
 from lopt_hf.pipeline.runtime.launch import PipelineWorld, Rendezvous, init_world, launch_command, rank_name
@@ -124,29 +125,50 @@ def make_trainer(
 
 
 def _measured_split(checkpoint: str, args: StageConfig, model_args: ModelConfig, world: PipelineWorld) -> list[int]:
-    """Finds the cut whose slowest block is the fastest; one process measures, and all take its cut."""
+    """Finds the cut whose slowest block is the fastest; one process measures, and all take its cut.
+
+    A run that goes on keeps its checkpoint's: measured anew, it could come out otherwise.
+    """
     if world.rank == 0:
-        costs = measure_costs(
-            checkpoint,
-            args.per_device_train_batch_size,
-            args.max_length or 1024,  # TRL's default length
-            objective=_measured_objective(args),
-            autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
-            device=args.device,
-            accumulation_steps=args.gradient_accumulation_steps,
-            activation_checkpointing=bool(args.activation_checkpointing),
-            tied_embeddings=args.tied_embeddings,
-            peft_config=get_peft_config(model_args),
-        )
-        if isinstance(args, MLAANPipelineConfig):
-            costs = with_auxiliaries(costs, args)
-        if args.gradient == "delayed":
-            costs = replace(costs, objective=PartCost(0.0, 0.0, 0))
-        costs = replace(costs, runs_again=args.sends_gradients_back and args.gradient_recompute)
-        split = balanced_split(costs, args.num_blocks)
-        print(format_split(costs, split), flush=True)
+        split = _resumed_split(args)
+        if split is None:
+            split = _find_split(checkpoint, args, model_args)
         world.store.set("split_at", json.dumps(split))
     return list(json.loads(world.store.get("split_at")))
+
+
+def _resumed_split(args: StageConfig) -> list[int] | None:
+    folder = find_checkpoint(str(args.output_dir), args.resume_from_checkpoint)
+    if folder is None:
+        return None
+    split: list[int] = Manifest(folder).content["split_at"]
+    if len(split) != args.num_blocks - 1:  # which is refused when the checkpoint is read
+        return None
+    print(f"split_at={split}, as in {folder}", flush=True)
+    return split
+
+
+def _find_split(checkpoint: str, args: StageConfig, model_args: ModelConfig) -> list[int]:
+    costs = measure_costs(
+        checkpoint,
+        args.per_device_train_batch_size,
+        args.max_length or 1024,  # TRL's default length
+        objective=_measured_objective(args),
+        autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+        device=args.device,
+        accumulation_steps=args.gradient_accumulation_steps,
+        activation_checkpointing=bool(args.activation_checkpointing),
+        tied_embeddings=args.tied_embeddings,
+        peft_config=get_peft_config(model_args),
+    )
+    if isinstance(args, MLAANPipelineConfig):
+        costs = with_auxiliaries(costs, args)
+    if args.gradient == "delayed":
+        costs = replace(costs, objective=PartCost(0.0, 0.0, 0))
+    costs = replace(costs, runs_again=args.sends_gradients_back and args.gradient_recompute)
+    split = balanced_split(costs, args.num_blocks)
+    print(format_split(costs, split), flush=True)
+    return split
 
 
 def _measured_objective(args: StageConfig) -> str:

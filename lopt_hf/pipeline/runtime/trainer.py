@@ -234,11 +234,8 @@ class StageTrainer(LocalLearningMixin, SFTTrainer):
     @property
     def gradient_settings(self) -> dict[str, Any]:
         """What a run with gradients on their way cannot change."""
-        args = self.args
-        if not args.sends_gradients_back:
-            return {"gradient": args.gradient}
-        recompute, num_stages = args.gradient_recompute, len(self.plans)
-        return {"gradient": args.gradient, "gradient_recompute": recompute, "num_stages": num_stages}
+        settings: dict[str, Any] = self.args.gradient_settings(len(self.plans))
+        return settings
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
         """Makes the scheduler; where the task's gradient is late, so are the rates, which are those of its step."""
@@ -313,10 +310,7 @@ class StageTrainer(LocalLearningMixin, SFTTrainer):
         check_shared_folder(*shared, output_dir)
         if folder is not None:
             self._manifest = Manifest(folder)
-            self._manifest.check("data_parallel", self.world.num_replicas)
-            self._manifest.check("gradient", self.args.gradient, "local")
-            for name, value in self.gradient_settings.items():
-                self._manifest.check(name, value, value)
+            self._manifest.check_run(self.world.num_replicas, self.gradient_settings)
             folder = str(self._manifest.folder_for(self.plan))
         self._open_channels()
         output = super().train(folder, *args, **kwargs)
