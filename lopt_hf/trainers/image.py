@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from datasets import Dataset
 from torch import nn
 from transformers import (
@@ -16,20 +17,20 @@ from transformers import (
     TrainingArguments,
     ViTImageProcessor,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from lopt_hf.common.settings import option
 from lopt_hf.data.images import ImageBatches, ImageRows, make_augmentation
+from lopt_hf.local.layer_calls import evaluating
 from lopt_hf.local.methods.base import Method
 from lopt_hf.local.methods.image.method import LocalImageArguments
 from lopt_hf.local.methods.image.mlaan import ImageMLAANArguments
-from lopt_hf.local.stacks import find_image_stack, is_image_classifier
+from lopt_hf.local.ownership import TRACE_ERRORS
+from lopt_hf.local.stacks import example_image, find_image_stack, is_image_classifier
 from lopt_hf.trainers.configs import LocalTrainingArguments, local_config
 from lopt_hf.trainers.mixin import LocalLearningMixin
 
 __all__ = ["ImageTrainer", "ImageTrainingArguments", "LocalImageConfig", "LocalImageTrainer", "MLAANImageConfig"]
-
-# Their losses are means over the micro-batch, though their forwards take keyword arguments
-_LOSS_IS_A_MEAN = ("resnet",)
 
 
 @dataclass
@@ -95,6 +96,27 @@ def image_processor_for(model: PreTrainedModel) -> Any:
         return ViTImageProcessor(size={"height": height, "width": width})
 
 
+@torch.no_grad()
+def counts_images(model: PreTrainedModel) -> bool:
+    """Whether a model's loss is a sum over the images divided by `num_items_in_batch`.
+
+    The parent takes that for granted of each forward that takes keyword arguments. Some (ResNet, RegNet, BEiT, Swin
+    V2) pass over the number, and give the mean of the micro-batch: it has to be divided by the accumulation steps.
+    """
+    if is_deepspeed_zero3_enabled():  # no weight is whole here
+        return True
+    device = next(model.parameters()).device
+    try:
+        with evaluating(model), torch.random.fork_rng(devices=[]):
+            pixels = example_image(model.config, device).to(model.dtype)
+            labels = model(pixel_values=pixels).logits.argmin(-1)  # whose loss is not 0
+            of_one = model(pixel_values=pixels, labels=labels, num_items_in_batch=1).loss
+            of_two = model(pixel_values=pixels, labels=labels, num_items_in_batch=2).loss
+    except TRACE_ERRORS:  # of an architecture that wants more than pixels
+        return True
+    return bool(of_two < 0.75 * of_one)
+
+
 def _crop_size(processor: Any) -> tuple[int, int]:
     """Height and width of the images that a processor makes."""
     size: Any = processor.crop_size if getattr(processor, "do_center_crop", None) else processor.size
@@ -152,8 +174,8 @@ class ImageTrainer(Trainer):
         super().__init__(
             model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=processor, **given
         )
-        if model.config.model_type in _LOSS_IS_A_MEAN:
-            self.model_accepts_loss_kwargs = False
+        if self.model_accepts_loss_kwargs:
+            self.model_accepts_loss_kwargs = counts_images(model)
         if isinstance(self.train_dataset, ImageRows):
             self.add_callback(_SayEpoch(self.train_dataset))
 

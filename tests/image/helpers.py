@@ -13,6 +13,8 @@ from transformers import (
     ResNetForImageClassification,
     SwinConfig,
     SwinForImageClassification,
+    Swinv2Config,
+    Swinv2ForImageClassification,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -44,6 +46,13 @@ FAMILIES = {
     "swin": (
         SwinConfig,
         SwinForImageClassification,
+        {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [2, 3], "num_heads": [2, 2]}
+        | {"window_size": 4, "num_labels": NUM_LABELS, "drop_path_rate": 0.0},
+    ),
+    # The same, whose loss is a mean over the micro-batch whatever `num_items_in_batch` says
+    "swinv2": (
+        Swinv2Config,
+        Swinv2ForImageClassification,
         {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [2, 3], "num_heads": [2, 2]}
         | {"window_size": 4, "num_labels": NUM_LABELS, "drop_path_rate": 0.0},
     ),

@@ -6,13 +6,13 @@ import shutil
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, BeitConfig, Data2VecVisionConfig
 
 from lopt_hf import LocalImageConfig, LocalImageTrainer, MLAANImageConfig
 from lopt_hf.local.stacks import find_stack
 from lopt_hf.meters.saved_bytes import SavedBytes
 from lopt_hf.trainers.image import ImageTrainer, ImageTrainingArguments
-from tests.image.helpers import FAMILIES, LAYERS, make_images, make_model, options
+from tests.image.helpers import FAMILIES, LAYERS, TOKENS, make_images, make_model, options
 
 CLASSIFIERS = ("classifier", "readout", "reconstruction")
 
@@ -165,6 +165,24 @@ def test_mlaan_gradients_are_those_by_hand(family, tmp_path):
         torch.testing.assert_close(gradient, expected[name], msg=name)
 
 
+@pytest.mark.parametrize(
+    "config, arguments, message",
+    [
+        (Data2VecVisionConfig, LocalImageConfig, "what follows its layers does not run by itself"),
+        (BeitConfig, MLAANImageConfig, "whose layers are told more than hidden states"),
+    ],
+)
+def test_models_that_are_built_in_another_way_are_refused_in_one_line(config, arguments, message, tmp_path):
+    """By methods that would run a part of them alone; the task loss reaches their blocks as ever."""
+    model = AutoModelForImageClassification.from_config(
+        config(**TOKENS, num_hidden_layers=LAYERS, intermediate_size=32, use_relative_position_bias=True)
+    )
+    with pytest.raises(ValueError, match=message):
+        LocalImageTrainer(model, arguments(**options(tmp_path)), train_dataset=make_images())
+    args = LocalImageConfig(**options(tmp_path, local_objective="none", task_reach=2))
+    LocalImageTrainer(model, args, train_dataset=make_images()).train()
+
+
 RUNS = {
     **{objective: (LocalImageConfig, {"local_objective": objective, "num_blocks": 3}) for objective in CLASSIFIERS},
     "reach": (LocalImageConfig, {"local_objective": "none", "num_blocks": 3, "task_reach": [1, 3]}),
@@ -205,12 +223,13 @@ def test_every_parameter_moves(run, tmp_path):
     assert [name for name, p in model.named_parameters() if torch.equal(p, start[name])] == []
 
 
-@pytest.mark.parametrize("family", ["vit", "resnet"])
+@pytest.mark.parametrize("family", ["vit", "resnet", "swinv2"])
 def test_micro_batches_add_up(family, tmp_path):
     """Two micro-batches of two images weigh as one of four; without batch norm, which sees the micro-batch."""
     models = []
     for size in (4, 2):
         changes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size, "max_steps": 1}
+        changes["max_grad_norm"] = 1e9  # clipping would hide a factor
         trainer = LocalImageTrainer(
             make_model(family),
             LocalImageConfig(**options(tmp_path, num_blocks=2, augmentation="none", optim="sgd", **changes)),

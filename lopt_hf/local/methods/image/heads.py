@@ -12,29 +12,64 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lopt_hf.local.blocks import DecoderStack
-from lopt_hf.local.layer_calls import evaluating, output_hidden
-from lopt_hf.local.ownership import feeds_first_layer
+from lopt_hf.local.layer_calls import LayerCall, evaluating, output_hidden
+from lopt_hf.local.ownership import TRACE_ERRORS, feeds_first_layer
 from lopt_hf.local.stacks import example_image
 
-__all__ = ["MapHead", "ModelTail", "TokenHead", "has_one_shape", "layer_shapes", "make_classifier"]
+__all__ = [
+    "MapHead",
+    "ModelTail",
+    "TokenHead",
+    "are_told_more",
+    "has_one_shape",
+    "layer_shapes",
+    "make_classifier",
+]
 
 
 @torch.no_grad()
 def layer_shapes(model: PreTrainedModel, stack: DecoderStack) -> list[torch.Size]:
     """The shapes of the layers' outputs for one image, in the order of the layers; the model stays as it is."""
     shapes: list[torch.Size] = []
-    weight = next(model.parameters())
     handles = [
         layer.register_forward_hook(lambda module, args, output: shapes.append(output_hidden(output).shape))
         for layer in stack.layers
     ]
     try:
-        with evaluating(model), torch.random.fork_rng(devices=[]):
-            model(pixel_values=example_image(model.config, weight.device).to(weight.dtype))
+        _run_once(model)
     finally:
         for handle in handles:
             handle.remove()
     return shapes
+
+
+def _run_once(model: PreTrainedModel) -> torch.Tensor:
+    """The logits of one image, in evaluation."""
+    weight = next(model.parameters())
+    with evaluating(model), torch.random.fork_rng(devices=[]):
+        logits_BL: torch.Tensor = model(
+            pixel_values=example_image(model.config, weight.device).to(weight.dtype)
+        ).logits
+    return logits_BL
+
+
+@torch.no_grad()
+def are_told_more(model: PreTrainedModel, stack: DecoderStack) -> bool:
+    """Tells whether layers are called with more than hidden states: the image's size (Swin, BEiT), position biases."""
+    calls: list[LayerCall] = []
+    handles = [
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs: calls.append(LayerCall.of(args, kwargs)), with_kwargs=True
+        )
+        for layer in stack.layers
+    ]
+    try:
+        _run_once(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    values = [value for call in calls for value in (*call.args, *call.kwargs.values())]
+    return any(value is not None and not isinstance(value, bool) for value in values)
 
 
 def has_one_shape(shapes: list[torch.Size]) -> bool:
@@ -68,6 +103,28 @@ class ModelTail(nn.Module):
         memo: dict[int, Any] = {id(stack.layers): nn.ModuleList(), id(model.config): model.config}
         memo |= {id(child): _Take(model.dtype) for child in before}
         self.tail = copy.deepcopy(model, memo).requires_grad_(True)
+        self._check(model, stack)
+
+    @torch.no_grad()
+    def _check(self, model: PreTrainedModel, stack: DecoderStack) -> None:
+        """Raises `ValueError` if the copy does not make of the last layer's output what the model makes of it."""
+        outputs: list[torch.Tensor] = []
+        handle = stack.layers[-1].register_forward_hook(lambda _, args, output: outputs.append(output_hidden(output)))
+        try:
+            expected_BL = _run_once(model)
+        finally:
+            handle.remove()
+        try:
+            with evaluating(self):
+                is_same = torch.allclose(self(outputs[0]), expected_BL, rtol=1e-3, atol=1e-5)
+        except TRACE_ERRORS:  # its embeddings hand on more than hidden states (Data2Vec)
+            is_same = False
+        if not is_same:
+            raise ValueError(
+                f"model={type(model).__name__}: what follows its layers does not run by itself, so that no block can "
+                "learn through a copy of it; leave the early blocks to the task loss (method 'freeze' or 'reach', "
+                "local_objective='none')."
+            )
 
     def forward(self, h_BTD: torch.Tensor) -> torch.Tensor:
         logits_BL: torch.Tensor = self.tail(pixel_values=h_BTD).logits

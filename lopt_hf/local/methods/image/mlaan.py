@@ -16,7 +16,7 @@ from lopt_hf.local.blocks import Block
 from lopt_hf.local.heads import LocalHeads
 from lopt_hf.local.layer_calls import LayerCall
 from lopt_hf.local.methods.base import Learner
-from lopt_hf.local.methods.image.heads import ModelTail, has_one_shape, layer_shapes, make_classifier
+from lopt_hf.local.methods.image.heads import ModelTail, are_told_more, has_one_shape, layer_shapes, make_classifier
 from lopt_hf.local.methods.image.method import check_engine, check_image_options, share_of_images
 from lopt_hf.local.methods.image.objectives import AuxiliaryObjective
 from lopt_hf.local.methods.mlaan.arguments import MLAANSettings
@@ -188,6 +188,11 @@ def _leaps(learner: Learner, shapes: list[torch.Size]) -> list[list[int]]:
     if given is not None:
         check_leaps(given, blocks)
     entries: Any = leap_counts(blocks, settings.leap_share) if given is None else given
+    if any(entry not in (0, []) for entry in entries) and are_told_more(learner.base_model, learner.stack):
+        raise ValueError(
+            "MLAAN's auxiliaries cannot leap in this model, whose layers are told more than hidden states, such as "
+            "the size of the image (Swin, BEiT); set leap_layers to a list with a 0 for each early block."
+        )
     return [
         _leaps_behind(block, entry, shapes, given is not None, settings.leap)
         for block, entry in zip(blocks[:-1], entries, strict=True)
@@ -198,11 +203,6 @@ def _leaps_behind(block: Block, entry: Any, shapes: list[torch.Size], is_given: 
     stop, num_layers = block.stop, len(shapes)
     if entry in (0, []):
         return []
-    if len({len(shape) for shape in shapes}) > 1 or (len(shapes[0]) == 3 and len(set(shapes)) > 1):
-        raise ValueError(
-            "MLAAN's auxiliaries cannot leap in this model, whose layers are told the size of the image that they get "
-            "(Swin); set leap_layers to a list with a 0 for each early block."
-        )
     changing = [i for i in range(stop, num_layers) if shapes[i] != shapes[i - 1]]
     needed = sorted({*changing, num_layers - 1})
     if isinstance(entry, list):
