@@ -89,11 +89,13 @@ class Judged:
         weighed: Speed and size of each model.
         against: A report of tasks against each of the full model and plain removal, as lm-eval's tables.
         new_tokens: Tokens in a timed turn.
+        device: What they were generated on.
     """
 
     weighed: list[Weighed]
     against: dict[str, str]
     new_tokens: int
+    device: str
 
     def to_markdown(self) -> str:
         """Returns everything as tables."""
@@ -108,7 +110,7 @@ class Judged:
         ]
         table = markdown_table(["model", "tokens/s (median)", "x full model", "weights, MB"], rows)
         parts = [f"# Against {name}\n\n{text}" for name, text in self.against.items()]
-        return "\n\n".join([table, *parts])
+        return "\n\n".join([table, f"Generated on: {self.device}", *parts])
 
 
 def load_judge_tasks(settings: JudgeArguments) -> list[Any]:
@@ -134,10 +136,13 @@ def judge(settings: JudgeArguments, tasks: Sequence[Any], full: str, folder: Pat
         folder: Has the folders in `FOLDERS`.
         dtype: Of all weights: `"float32"`, `"bfloat16"` or `"float16"`.
     """
+    from lopt_hf.retention.cost import describe_device
+
     weighed = _weigh(settings, full, folder, dtype)
-    found = Judged(weighed, _ask(settings, tasks, full, folder, dtype), settings.judge_new_tokens)
+    found = Judged(weighed, _ask(settings, tasks, full, folder, dtype), settings.judge_new_tokens, describe_device())
     write_text(folder / "judge.md", found.to_markdown() + "\n")
-    text = json.dumps({"settings": asdict(settings), "models": [asdict(each) for each in found.weighed]}, indent=2)
+    models = [asdict(each) for each in found.weighed]
+    text = json.dumps({"settings": asdict(settings), "device": found.device, "models": models}, indent=2)
     write_text(folder / "judge.json", text + "\n")
     return found
 
@@ -168,12 +173,16 @@ def _weigh(settings: JudgeArguments, full: str, folder: Path, dtype: str) -> lis
 
     from lopt_hf.common.evaluation import general_text
 
+    # where the tasks are answered too
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
     def load(name: str) -> Any:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+        return model.to(device).eval()
 
     tokenizer, whole = AutoTokenizer.from_pretrained(full), load(full)
     text = tokenizer(general_text(), add_special_tokens=False, verbose=False)["input_ids"]
-    prompts_BT = torch.tensor([text[:64]])
+    prompts_BT = torch.tensor([text[:64]], device=device)
     weighed: list[Weighed] = []
     own: list[float] = []
     for name, place in FOLDERS.items():

@@ -2,11 +2,15 @@
 
 import json
 import re
+import shutil
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
+from lopt_hf.bench import repl_judge
 from lopt_hf.bench.repl_judge import JudgeArguments
+from lopt_hf.retention.cost import describe_device
 from lopt_hf.retention.suites import SUITES
 from lopt_hf.scripts import repl
 from tests.repl.test_repl_command import HEALING, arguments, folder  # noqa: F401  # a fixture
@@ -38,7 +42,7 @@ def test_all_three_models_are_judged(folder, capsys):  # noqa: F811
     healing = {**HEALING, "seeds": [0], "dataset_name": folder / "healing.txt"}
     repl.main(arguments(folder, **SPAN, **healing, **JUDGE, judge_include_path=tasks))
     printed = capsys.readouterr().out
-    assert (folder / "out/judge.md").read_text() in printed + "\n"
+    assert (folder / "out/judge.md").read_text() in printed + "\n" and f"Generated on: {describe_device()}" in printed
     against_full = deltas(folder / "out/judge/against-full/report.json")
     against_plain = deltas(folder / "out/judge/against-plain/report.json")
     assert {task for _, task, _ in against_full} == {"sums", "texts", "generated"}
@@ -53,6 +57,21 @@ def test_all_three_models_are_judged(folder, capsys):  # noqa: F811
         assert weighed[name]["weight_bytes"] == 4 * model.num_parameters()
         assert len(weighed[name]["seconds"]) == 2 and weighed[name]["speedup"] > 0
         assert re.search(rf"\| {name} +\|", printed)
+
+
+def test_models_are_timed_where_they_are_asked(folder, monkeypatch):  # noqa: F811
+    for place in repl_judge.FOLDERS.values():
+        shutil.copytree(folder / "model", folder / place)
+    used = []
+
+    def time_nothing(models, prompts_BT, *how):
+        used.extend([prompts_BT.device.type, *(model.device.type for model in models)])
+        return [1.0], [1.0]
+
+    monkeypatch.setattr(repl_judge, "time_generation", time_nothing)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **how: torch.device("meta"))
+    repl_judge._weigh(JudgeArguments(judge=True), str(folder / "model"), folder, "float32")
+    assert used == 6 * ["meta"]
 
 
 def test_suites_are_those_of_retention():
