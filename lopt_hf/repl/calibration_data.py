@@ -23,7 +23,8 @@ def make_batches(data: Any, processing_class: Any, config: RepLConfig) -> list[B
         config: Says how many tokens, in which pieces.
 
     Raises:
-        ValueError: If there is no data, not a whole sequence of it, or no tokenizer for it.
+        ValueError: If there is no data, not a whole sequence of it, no tokenizer for it, or nothing to draw from by a
+            seed.
     """
     if data is None:
         needs = {f"init={config.init!r}": "set init to 'skip'"} if config.init == "calibrate" else {}
@@ -42,6 +43,11 @@ def make_batches(data: Any, processing_class: Any, config: RepLConfig) -> list[B
         raise ValueError("calibration_data is empty; check the file or split it was loaded from.")
     rows = chain([first], rows)
     if isinstance(first, dict) and all(isinstance(value, torch.Tensor) for value in first.values()):
+        if config.calibration_seed is not None:
+            raise ValueError(
+                f"calibration_seed={config.calibration_seed} draws sequences from text, but calibration_data are "
+                "batches already, which are all taken; leave it out, or pass texts or a data set."
+            )
         return [{name: value for name, value in batch.items() if name != "labels"} for batch in rows]
     return _pack(_token_ids(rows, processing_class), config)
 
@@ -50,16 +56,15 @@ def _pack(token_ids: Iterator[int], config: RepLConfig) -> list[Batch]:
     length, size = config.calibration_seq_length, config.calibration_batch_size
     seed = config.calibration_seed
     tokens = list(islice(token_ids, config.calibration_tokens) if seed is None else token_ids)
-    if len(tokens) < length:
+    if min(len(tokens), config.calibration_tokens) < length:
         raise ValueError(
             f"calibration_data gives {len(tokens)} tokens of calibration_tokens={config.calibration_tokens}, less "
             f"than one sequence of calibration_seq_length={length}; pass more data or shorten the sequences."
         )
     rows_BT = torch.tensor(tokens[: len(tokens) // length * length]).view(-1, length)
     if seed is not None:
-        count = max(1, config.calibration_tokens // length)
         order = torch.randperm(len(rows_BT), generator=torch.Generator().manual_seed(seed))
-        rows_BT = rows_BT[order[:count]]
+        rows_BT = rows_BT[order[: config.calibration_tokens // length]]
     return [{"input_ids": batch_BT} for batch_BT in rows_BT.split(size)]
 
 

@@ -107,3 +107,15 @@ def test_calibration_sequences_drawn_by_seed():
     assert drawn[None] == [[row["input_ids"] for row in rows[:3]]]
     assert drawn[0][0] == drawn[0][1] != drawn[1][0]
     assert all(row in [each["input_ids"] for each in rows] for row in drawn[0][0]) and len(drawn[0][0]) == 3
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+def test_no_more_tokens_than_asked_for(seed):
+    config = RepLConfig("scale", spans=[[1, 2]], calibration_tokens=4, calibration_seq_length=8, calibration_seed=seed)
+    with pytest.raises(ValueError, match="gives .* calibration_tokens=4, less than one sequence"):
+        make_batches([{"input_ids": list(range(64))}], None, config)
+
+
+def test_a_seed_that_draws_nothing():
+    with pytest.raises(ValueError, match="calibration_seed=3 draws sequences from text, but calibration_data are"):
+        make_batches(batches(), None, RepLConfig("scale", spans=[[1, 2]], calibration_seed=3))
