@@ -174,13 +174,14 @@ class TeacherMixin(TrainerBase):
     """Adds what is to be learnt from the full model to the loss of a trainer of TRL, as `DistillationArguments` say.
 
     The teacher runs in evaluation mode and without gradients, and is neither trained nor saved with the model; what it
-    adds is logged as `teacher_divergence` (nats per token) and `teacher_distance`.
+    adds is logged as `teacher_divergence` (nats per token, times the temperature squared) and
+    `teacher_distance`.
 
     Args:
         model: The pruned model.
         *args: As for the trainer.
         teacher: The full model; needed by `teacher_logits_weight` and `teacher_hidden_weight`, left as it is but for
-            its mode.
+            its mode and its device.
         removed_spans: Which of its layers are gone, as `[first, end)`.
         **kwargs: As for the trainer.
 
@@ -188,7 +189,8 @@ class TeacherMixin(TrainerBase):
         max_logits: Most logits of either model that exist at once.
 
     Raises:
-        ValueError: If there is no teacher where one is needed, one where none is, or one of another model.
+        ValueError: If there is no teacher where one is needed, one where none is, or one of another model; or no span
+            behind which to compare.
     """
 
     model: Any
@@ -215,6 +217,11 @@ class TeacherMixin(TrainerBase):
             raise ValueError(
                 "teacher has no effect while teacher_logits_weight and teacher_hidden_weight are 0; set one of them "
                 "(HealingConfig), or leave the teacher out."
+            )
+        if is_taught and self.args.teacher_hidden_weight > 0 and not removed_spans:
+            raise ValueError(
+                f"teacher_hidden_weight={self.args.teacher_hidden_weight} compares hidden states behind "
+                "removed_spans, of which there are none; name them, or set it to 0."
             )
         self._removed_spans = list(removed_spans)
         if teacher is not None:
@@ -262,7 +269,7 @@ class TeacherMixin(TrainerBase):
             loss = loss + self.args.teacher_logits_weight * self._divergence(
                 student, seen, taught, inputs["labels"], num_items_in_batch
             )
-        if self.args.teacher_hidden_weight > 0 and places:
+        if self.args.teacher_hidden_weight > 0:
             distances = [
                 relative_distance(seen.at[places[span]], taught.at[span[1]], taught.at[span[0]], _mask(inputs))
                 for span in self._removed_spans

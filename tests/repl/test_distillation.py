@@ -186,6 +186,17 @@ def test_settings_that_cannot_work(settings, message, tmp_path):
         HealingConfig(**training_args(tmp_path), **settings)
 
 
+def test_hidden_states_behind_no_span(tmp_path):
+    with pytest.raises(ValueError, match="teacher_hidden_weight=1.0 compares .* behind removed_spans, of which there"):
+        PlainHealingTrainer(
+            make_stock(),
+            HealingConfig(**training_args(tmp_path), teacher_hidden_weight=1.0),
+            train_dataset=make_dataset(),
+            processing_class=make_tokenizer(),
+            teacher=make_stock(),
+        )
+
+
 @pytest.mark.parametrize(
     ("settings", "teacher", "message"),
     [
