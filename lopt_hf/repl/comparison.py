@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers.trainer_utils import IntervalStrategy
 from trl import ModelConfig
 
 from lopt_hf.common.arithmetic import DTYPE_HELP, arithmetic_of
@@ -38,7 +39,7 @@ from lopt_hf.repl.placement import runs_of
 from lopt_hf.repl.report import to_json, to_markdown
 from lopt_hf.repl.trainer import HealingConfig, heal, healing_data
 
-__all__ = ["Comparison", "ComparisonArguments", "ComparisonModelConfig", "check_output_dir"]
+__all__ = ["Comparison", "ComparisonArguments", "ComparisonModelConfig", "check_healing", "check_output_dir"]
 
 REPORT = "report.json"
 ALL = "all"  # a value of `compare`
@@ -177,13 +178,12 @@ class Comparison:
         """
         if not self.args.has_teacher:
             return
-        weights = f"teacher_logits_weight={self.args.teacher_logits_weight}" + (
-            f" and teacher_hidden_weight={self.args.teacher_hidden_weight}" if self.args.teacher_hidden_weight else ""
-        )
+        values = {name: getattr(self.args, name) for name in ("teacher_logits_weight", "teacher_hidden_weight")}
+        given = " and ".join(f"{name}={value}" for name, value in values.items() if value > 0)
         if self.script_args.scratch is not None:
-            raise ValueError(f"{weights} learn from the full model, which scratch leaves untrained; set them to 0.")
+            raise ValueError(f"{given} cannot be used with scratch, where it is untrained; leave one out.")
         if self.script_args.dataset_name is None:
-            raise ValueError(f"{weights} have no effect without healing; give dataset_name, or leave them out.")
+            raise ValueError(f"{given} cannot be used without healing; give dataset_name, or leave it out.")
 
     def _named(self) -> list[str]:
         return [text for text in self.script_args.compare if text != ALL]
@@ -314,6 +314,24 @@ def _name(config: RepLConfig) -> str:
     detail = f" {config.coefficients}" if config.operator == "branches" else ""
     behind = f", {config.refit_behind} behind" if config.refit_behind else ""
     return f"{config.operator}{detail}, {config.init}{behind}"
+
+
+def check_healing(args: HealingConfig) -> None:
+    """Checks that nothing is asked of training that healing does not do.
+
+    Raises:
+        ValueError: If something is.
+    """
+    if str(args.resume_from_checkpoint or "false").lower() != "false":
+        raise ValueError(
+            f"resume_from_checkpoint={args.resume_from_checkpoint} has no effect: a run heals several models, each "
+            "from its start; leave it out, and begin anew in another output_dir."
+        )
+    if args.eval_strategy != "no":
+        raise ValueError(
+            f"eval_strategy={IntervalStrategy(args.eval_strategy).value} has no data to evaluate on while a model "
+            "heals; leave it out. Perplexity on eval_text is measured before and after."
+        )
 
 
 def check_output_dir(output_dir: str) -> None:

@@ -15,7 +15,13 @@ from pathlib import Path
 from trl import TrlParser
 
 from lopt_hf.bench.repl_judge import JudgeArguments, judge, load_judge_tasks
-from lopt_hf.repl.comparison import Comparison, ComparisonArguments, ComparisonModelConfig, check_output_dir
+from lopt_hf.repl.comparison import (
+    Comparison,
+    ComparisonArguments,
+    ComparisonModelConfig,
+    check_healing,
+    check_output_dir,
+)
 from lopt_hf.repl.config import RepLConfig
 from lopt_hf.repl.report import to_markdown
 from lopt_hf.repl.trainer import HealingConfig
@@ -46,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError("model_name_or_path is missing; give --model with a hub id or a local folder.")
         check_output_dir(args.output_dir)
         check_optimizer(args)
+        check_healing(args)
         if judge_args.judge and script_args.scratch is not None:
             raise ValueError("judge asks what a pretrained model knows, which scratch has none of; leave one out.")
         tasks = load_judge_tasks(judge_args) if judge_args.judge else []

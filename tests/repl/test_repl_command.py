@@ -220,6 +220,8 @@ def test_nothing_is_overwritten(folder):
         ("short", {"dataset_name": "healing.txt"}, "has 5 tokens, less than one row of max_length=1024"),
         ("x" * 2000, {"dataset_name": "healing.txt", "compare": ["lienar"]}, "operator='lienar' is unknown"),
         ("x" * 2000, {"dataset_name": "healing.txt", "optim": "lomo"}, "optim='lomo' cannot be used here"),
+        ("x" * 2000, {"dataset_name": "healing.txt", "resume_from_checkpoint": "true"}, "heals several models, each"),
+        ("x" * 2000, {"dataset_name": "healing.txt", "eval_strategy": "steps"}, "eval_strategy=steps has no data"),
     ],
 )
 def test_healing_that_cannot_work_ends_before_the_model_is_loaded(folder, monkeypatch, capsys, data, options, message):
