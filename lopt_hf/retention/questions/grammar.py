@@ -106,7 +106,7 @@ def verb(random: Random, level: int) -> Question | None:
         subject = random.choice(PLURAL[level])
         text, answer = f"{subject} ___ {rest} every day", base
     elif auxiliary == 2:
-        text, answer = f"{subject} {'is' if singular else 'are'} ___ {rest} now", running
+        text, answer = f"{subject} kept ___ {rest}", running  # after "is", a participle fits too
     else:
         text, answer = f"{subject} {'has' if singular else 'have'} already ___ {rest}", participle
     wrong = tuple(form for form in (third, base, running, participle) if form != answer)

@@ -1,5 +1,6 @@
 """Questions on what short Python programs print; the answers are what Python itself prints."""
 
+import builtins
 import io
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
@@ -38,7 +39,7 @@ FAILURES: Mapping[int, tuple[tuple[str, str], ...]] = {
         ("a, b = [{n}, {m}, {n}]", "ValueError"),
         ("assert {n} < {n} - {m}", "AssertionError"),
         ("{{'{word}'}}.remove('{other}')", "KeyError"),
-        ("'{word}'[{n}:][{m}:][0]", "IndexError"),
+        ("'{word}'[{n}{m}:][0]", "IndexError"),
     ),
     5: (
         ("{{[{n}]: '{word}'}}", "TypeError"),
@@ -100,10 +101,15 @@ def exception(random: Random, level: int) -> Question | None:
     n, m = random.randint(2, 9), random.randint(1, 9)
     statement = pattern.format(n=n, m=m, word=word, other=other).partition("  #")[0]
     answer = run(statement)
-    names = [name for entries in FAILURES.values() for _, name in entries if name != answer]
+    names = [name for entries in FAILURES.values() for _, name in entries if not _is_one(answer, name)]
     wrong = tuple(dict.fromkeys(random.sample(names, len(names))))[:3]  # those that are right often are wrong often
     text = f"Which exception does this Python statement raise?\n{statement}"
     return Question(text, answer, wrong, "exception", level, f"exception {pattern}")
+
+
+def _is_one(name: str, other: str) -> bool:
+    """Whether an exception is another one too, as a `UnicodeDecodeError` is a `ValueError`."""
+    return issubclass(getattr(builtins, name), getattr(builtins, other))
 
 
 def _sum(random: Random) -> Draft:

@@ -70,6 +70,8 @@ def draw(random: Random, maker: Maker, number: int, levels: Iterable[int] = LEVE
 def near(random: Random, answer: int, steps: Iterable[int], least: int = 0) -> tuple[str, ...]:
     """Draws three wrong numbers near the right one, which is the least, the greatest or between with equal chance.
 
+    They have as many digits as it has, where there are enough of these: a model finds a shorter number likelier.
+
     Args:
         random: Where they come from.
         answer: The right number.
@@ -84,8 +86,17 @@ def near(random: Random, answer: int, steps: Iterable[int], least: int = 0) -> t
     below = sorted(answer - size for size in sizes if answer - size >= least)
     above = sorted(answer + size for size in sizes)
     num_below = min(random.randint(0, NUM_WRONG), len(below))
-    chosen = random.sample(below, num_below) + random.sample(above, NUM_WRONG - num_below)
+    chosen = [
+        *_of_a_length(random, below, len(str(answer)))[:num_below],
+        *_of_a_length(random, above, len(str(answer)))[: NUM_WRONG - num_below],
+    ]
     return tuple(str(number) for number in chosen)
+
+
+def _of_a_length(random: Random, numbers: Sequence[int], length: int) -> list[int]:
+    """Shuffles numbers, those with so many characters first."""
+    shuffled = random.sample(numbers, len(numbers))
+    return sorted(shuffled, key=lambda number: len(str(number)) != length)
 
 
 def wrong_answers(random: Random, answer: str, candidates: Iterable[str]) -> tuple[str, ...]:

@@ -1,6 +1,8 @@
 """Lists of words from which questions are made; each entry's number is its level."""
 
 __all__ = [
+    "ALSO_FITS",
+    "ALSO_RIGHT",
     "ANALOGIES",
     "ANTONYMS",
     "CATEGORIES",
@@ -111,6 +113,15 @@ ANALOGIES = {
     ),
 }
 
+# What completes an analogy nearly as well as its own word does
+ALSO_FITS = {
+    word: others
+    for word, *others in pairs(
+        "lion/den fox/lair/burrow rabbit/den beaver/den sheep/herd cattle/flock tailor/scissors carpenter/axe "
+        "wheel/bicycle string/piano pedal/car/piano roof/car baker/kitchen cook/bakery dog/howl wolf/bark"
+    )
+}
+
 # Singular and plural, by level
 PLURALS = {
     1: pairs("cat/cats dog/dogs book/books box/boxes bus/buses child/children man/men foot/feet baby/babies"),
@@ -153,17 +164,29 @@ VERBS = {
     ),
 }
 
+# Forms that dictionaries give beside those above, for which they are no wrong answers
+ALSO_RIGHT = {
+    word: forms
+    for word, *forms in pairs(
+        "cactus/cactuses radius/radiuses phenomenon/phenomenons criterion/criterions fungus/funguses "
+        "nucleus/nucleuses larva/larvas stratum/stratums echo/echos hero/heros leaf/leafs calf/calfs mouse/mouses "
+        "wolf/wolf ox/ox foot/foot attorney-general/attorney-generals sing/sung ring/rung sink/sunk shrink/shrunk "
+        "spring/sprung stink/stunk hide/hid bite/bit smite/smote tread/trod/treaded strive/strived weave/weaved/wove "
+        "slay/slayed"
+    )
+}
+
 # Words often misspelled, by level, each followed by three ways in which it is
 SPELLED = {
     1: pairs(
-        "because/becuase/becouse/beacause friend/freind/frend/friand people/poeple/peaple/pepole "
+        "because/becuase/becouse/beacause friend/freind/frend/freand people/poeple/peaple/pepole "
         "school/shcool/scool/schol believe/beleive/belive/beleave until/untill/untel/antil "
         "tomorrow/tommorow/tommorrow/tomorow beautiful/beutiful/beautifull/beautyful really/realy/reelly/raelly "
         "different/diferent/diffrent/differant"
     ),
     2: pairs(
         "separate/seperate/separete/seprate receive/recieve/receeve/receve definitely/definately/definitly/definetely "
-        "surprise/suprise/supprise/surprice calendar/calender/calander/calandar grammar/grammer/gramer/gramar "
+        "surprise/suprise/supprise/surprice calendar/calander/calandar/calendor grammar/grammer/gramer/gramar "
         "government/goverment/governmant/govermment beginning/begining/beggining/biginning "
         "necessary/neccessary/necesary/neccesary library/libary/librery/liberry"
     ),
@@ -177,13 +200,13 @@ SPELLED = {
     4: pairs(
         "conscience/concience/consience/conscence maintenance/maintainance/maintenence/maintanance "
         "millennium/millenium/milennium/milenium perseverance/perserverance/perseverence/persaverance "
-        "questionnaire/questionaire/questionnair/questionnare supersede/supercede/superceed/superseed "
+        "questionnaire/questionaire/questionnair/questionnare supersede/superceed/superseed/supersead "
         "occasionally/ocassionally/occasionaly/occassionally harass/harrass/harras/haras "
         "exaggerate/exagerate/exaggarate/exxagerate possession/posession/possesion/posesion"
     ),
     5: pairs(
         "liaison/liason/liasion/laiaison inoculate/innoculate/inocculate/innocculate "
-        "minuscule/miniscule/minescule/minnuscule desiccate/dessicate/desicate/dessiccate "
+        "minuscule/minescule/minnuscule/minuscle desiccate/dessicate/desicate/dessiccate "
         "sacrilegious/sacreligious/sacriligious/sacrelegious consensus/concensus/consencus/concencus "
         "mischievous/mischievious/mischevous/mischeivous hemorrhage/hemorrage/hemorhage/hemmorhage "
         "bureaucracy/beauracracy/bureacracy/buraucracy connoisseur/conoisseur/connoiseur/conniseur"

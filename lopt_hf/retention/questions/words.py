@@ -5,6 +5,8 @@ from random import Random
 
 from lopt_hf.retention.questions.question import LEVELS, NUM_WRONG, Question, draw, near, wrong_answers
 from lopt_hf.retention.questions.word_lists import (
+    ALSO_FITS,
+    ALSO_RIGHT,
     ANALOGIES,
     ANTONYMS,
     CATEGORIES,
@@ -27,6 +29,8 @@ ALIKE = (
     {"metal", "color"},
     {"metal", "tool"},
     {"insect", "sport"},
+    {"fish", "color"},
+    {"drink", "color"},
 )
 VOWELS = "aeiou"
 
@@ -50,7 +54,7 @@ def words(random: Random) -> list[Question]:
 def letter_count(random: Random, level: int) -> Question | None:
     """How often a letter is in a word, or how many letters it has."""
     word = random.choice(WORDS[level])
-    if random.random() < 0.4:
+    if random.random() < 0.7:  # of which any place among the choices is possible
         answer, text = len(word), f'How many letters does the word "{word}" have?'
         wrong = near(random, answer, [1, 2, 3])
     else:
@@ -58,9 +62,8 @@ def letter_count(random: Random, level: int) -> Question | None:
         letter = random.choice(repeated if repeated and random.random() < 0.5 else word)
         answer = word.count(letter)
         text = f'How many times does the letter "{letter}" occur in the word "{word}"?'
-        counts = range(1, 5) if answer == 4 else range(random.choice((0, 1)), 4)
-        others = [count for count in (*counts, 4) if count != answer][:NUM_WRONG]
-        wrong = tuple(map(str, others))
+        below = random.randint(min(answer - 1, 1), min(answer, NUM_WRONG))  # so many of the wrong ones are
+        wrong = tuple(str(answer + step) for step in range(-below, NUM_WRONG - below + 1) if step)
     return Question(text, str(answer), wrong, "letter count", level, f"letters of {word}")
 
 
@@ -141,9 +144,9 @@ def spelling(random: Random) -> list[Question]:
     return found
 
 
-def _in_some_order(random: Random, items: list[str]) -> str:
+def _in_some_order(random: Random, items: list[str], joint: str = "or") -> str:
     *most, last = random.sample(items, len(items))
-    return f"{', '.join(most)} or {last}"
+    return f"{', '.join(most)} {joint} {last}"
 
 
 def antonym(random: Random) -> list[Question]:
@@ -173,7 +176,9 @@ def category(random: Random) -> list[Question]:
             else:
                 strange = random.choice(CATEGORIES[random.choice(others)].split()[2 * level - 2 : 2 * level])
                 shown = wrong_answers(random, strange, members.split())
-                text = f"Which word does not belong with the others: {_in_some_order(random, [strange, *shown])}?"
+                mixed = _in_some_order(random, [strange, *shown], "and")
+                text = f"Three of the words {mixed} are of one kind, and one is of another. "
+                text += "Which word is of another kind?"  # than "which does not belong?", which a small model misreads
                 found.append(Question(text, strange, shown, "odd one out", level, f"odd one out of {name}"))
     return found
 
@@ -186,6 +191,7 @@ def analogy(random: Random) -> list[Question]:
         for place, (one, other) in enumerate(entries):
             example = entries[(place + 1 + number % 3) % len(entries)]
             own = [entry[1] for entry in entries if entry not in ((one, other), example)]
+            own = [word for word in own if word not in ALSO_FITS.get(one, ())]
             level = 1 + 4 * place // len(entries)
             level = min(5, level + (place % 2))
             wrong = wrong_answers(random, other, random.sample(everything, 8) if level == 1 else own)
@@ -205,7 +211,7 @@ def _wrong_plurals(random: Random, singular: str, plural: str) -> list[str]:
     stem = singular[:-2] if len(singular) > 4 else singular
     made = [f"{singular}s", f"{singular}es", f"{plural}s", singular, f"{singular[:-1]}ies", f"{stem}i", f"{stem}en"]
     made += _with_other_vowels(random, plural)
-    return [form for form in made if form != plural]
+    return [form for form in made if form not in (plural, *ALSO_RIGHT.get(singular, ()))]
 
 
 def plural(random: Random) -> list[Question]:
@@ -237,6 +243,7 @@ def verb_form(random: Random) -> list[Question]:
             for name, pick in asked:
                 answer = pick((base, past, participle))
                 others = [base, past, participle, *made_up, *_with_other_vowels(random, answer)]
+                others = [form for form in others if form not in ALSO_RIGHT.get(base, ())]
                 wrong = wrong_answers(random, answer, others)
                 text = f'Which is {name} of the verb "{base}"?'
                 found.append(Question(text, answer, wrong, "verb form", level, f"verb {base}"))

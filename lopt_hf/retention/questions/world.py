@@ -51,7 +51,7 @@ CHARACTERS: tuple[tuple[str, int], ...] = (
 WITH_ARTICLE = ("GB", "PH", "MV", "BS", "GM")
 MOST_OF_A_BLOCK = 12
 BETWEEN_CONTINENTS = ("TR", "GE", "AM", "AZ", "KZ", "RU", "EG")
-ALSO_PAID_WITH = {"PA": "dollar", "BT": "rupee"}
+ALSO_PAID_WITH = {"PA": "dollar", "BT": "rupee", "KH": "dollar", "LB": "dollar", "VE": "dollar"}
 
 STATUS_CODES = {
     200: 1,
@@ -154,7 +154,13 @@ def _currencies(pool: list[Country], country: Country) -> list[str]:
 
 def _are_alike(one: str, other: str) -> bool:
     """Whether two currencies' names are so alike that one could be taken for the other."""
-    families = ({"krona", "krone"}, {"rial", "riyal"}, {"pound", "pound sterling"}, {"franc", "CFA franc"})
+    families = (
+        {"krona", "krone"},
+        {"rial", "riyal"},
+        {"pound", "pound sterling"},
+        {"pound", "lira"},
+        {"franc", "CFA franc"},
+    )
     return one != other and {one, other} in families
 
 

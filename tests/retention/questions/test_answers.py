@@ -1,5 +1,6 @@
 """The answers that can be found in another way than that of the scripts are right, and no other choice is."""
 
+import builtins
 import calendar
 import http.client
 import importlib
@@ -363,3 +364,38 @@ def test_status_codes() -> None:
             (answer, quoted(row["question"])[0]) if answer.isdigit() else (integers(row["question"])[0], answer)
         )
         assert http.client.responses[int(code)] == phrase
+
+
+def offered(text: str) -> list[str]:
+    """The choices of the question that has such a text."""
+    return [choice for row in ROWS if text in row["question"] for choice in row["choices"]]
+
+
+def test_no_wrong_answer_is_right_too() -> None:
+    """Forms that Merriam-Webster gives beside the first one, other names of a currency, what an analogy fits too."""
+    for verb, also in {"sink": "sunk", "spring": "sprung", "stink": "stunk", "sing": "sung"}.items():
+        assert len(offered(f'past tense of the verb "{verb}"')) == 4
+        assert also not in offered(f'past tense of the verb "{verb}"')
+    for verb, also in {"hide": "hid", "bite": "bit", "tread": "trod", "strive": "strived"}.items():
+        assert also not in offered(f'past participle of the verb "{verb}"')
+    for one, also in {"cactus": "cactuses", "fungus": "funguses", "larva": "larvas", "ox": "ox"}.items():
+        assert len(offered(f'"one {one}, many ..."')) == 4
+        assert also not in offered(f'"one {one}, many ..."')
+    for word, also in {"lion": "den", "wheel": "bicycle", "tailor": "scissors", "string": "piano"}.items():
+        assert also not in offered(f'as "{word}" is to which word')
+    for country in ("Lebanon", "Syria"):
+        assert "lira" not in offered(f"currency of {country} called")
+
+
+def test_a_participle_does_not_fit_where_the_progressive_form_is_asked() -> None:
+    """As it does after a form of "be": "the list is written to the mayor", "the dog is gone"."""
+    assert [
+        row["question"] for row in of_topic("agreement") if re.search(r"\b(is|are|was|were) ___", row["question"])
+    ] == []
+
+
+def test_an_exception_is_none_of_the_wrong_ones_too() -> None:
+    for row in of_topic("exception"):
+        wrong = [choice for place, choice in enumerate(row["choices"]) if place != row["answer"]]
+        answer = getattr(builtins, row["choices"][row["answer"]])
+        assert not issubclass(answer, tuple(getattr(builtins, name) for name in wrong)), row

@@ -155,6 +155,16 @@ def test_wrong_numbers_lie_on_both_sides() -> None:
     assert all(int(text) >= 0 for answer in range(4) for text in near(random, answer, [1, 2, 3]))
 
 
+def test_wrong_numbers_have_as_many_digits_where_there_are_some() -> None:
+    """As a model finds the shorter of two numbers likelier, whatever is asked."""
+    random = Random(0)
+    for answer, steps in ((50, [1, 2, 3, 10, 100]), (11, [1, 2, 3, 5, 10, 100]), (480, [1, 2, 3, 20, 1000])):
+        lengths = {len(text) for _ in range(100) for text in near(random, answer, steps, least=1)}
+        assert lengths == {len(str(answer))} or answer == 11  # below it there is one of two digits
+        numbers = [int(text) for _ in range(100) for text in near(random, answer, steps, least=1)]
+        assert max(numbers) < 10 ** len(str(answer))
+
+
 def test_wrong_answers_are_longer_as_often_as_shorter() -> None:
     random, longer = Random(0), 0
     for _ in range(300):
