@@ -97,14 +97,18 @@ class BudgetedRuns:
         self.runs = sorted(grid.runs(), key=lambda run: (grid.seeds.index(run.seed), run.source is not None))
 
     def begin(self) -> None:
-        """Trains the first run, whose time tells what fits, and decides on the share of the samples.
+        """Trains the first runs, one for each worker, and decides by their time on the share of the samples.
 
         Raises:
-            GridTrainingError: If the run fails.
+            GridTrainingError: If all of them fail.
         """
         to_train = [run for run in self.runs if run.source is None and not model_folder(self.grid, run).is_dir()]
         if not self.record.train and to_train:
-            self._train(to_train[:1])
+            try:
+                self._train(to_train[: self.grid.workers])  # as all others will be: so many share the time
+            except GridTrainingError:
+                if not self.record.train:
+                    raise
         if self.record.share is None:
             fitting = [share for share in SHARES if self._projected(self.runs, share) <= self._left()]
             self.record.share = fitting[0] if fitting else SHARES[-1]
@@ -153,10 +157,13 @@ class BudgetedRuns:
     def _train(self, cell: Sequence[GridRun]) -> None:
         untrained = [run for run in cell if not model_folder(self.grid, run).is_dir()]
         start = self.clock()
-        self.train(cell)
-        for run in untrained:  # at a time, so each took its share
-            self.record.train[run.name] = (self.clock() - start) / len(untrained)
-        self.record.write(self.path)
+        try:
+            self.train(cell)
+        finally:
+            for run in untrained:  # at a time, so each took its share
+                if model_folder(self.grid, run).is_dir():
+                    self.record.train[run.name] = (self.clock() - start) / len(untrained)
+            self.record.write(self.path)
 
     def _projected(self, runs: Sequence[GridRun], share: float | None = None) -> float:
         """Seconds that runs will take."""

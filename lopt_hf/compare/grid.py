@@ -11,7 +11,16 @@ from lopt_hf.common.compared_methods import PEERS
 from lopt_hf.common.settings import check_distinct, check_lowest, option, suggest
 from lopt_hf.common.typed import check_types, check_value
 from lopt_hf.common.yaml_files import load_settings
-from lopt_hf.compare.runs import EARLY_RATE_RATIO, GridRun, check_methods, check_option_types, make_run, rates_of
+from lopt_hf.compare.runs import (
+    EARLY_RATE_RATIO,
+    OPTION_TYPES,
+    GridRun,
+    check_methods,
+    check_option_types,
+    check_replay,
+    make_run,
+    rates_of,
+)
 from lopt_hf.data.mirror import given_data_dir
 from lopt_hf.retention.clusters import AUTO, CLUSTER_HELP
 from lopt_hf.retention.deltas import MARGIN_HELP
@@ -105,11 +114,14 @@ class Grid:
         for setting in ("output_dir", "dataset_name", "model_name_or_path", "seed"):
             if setting in self.training:
                 raise ValueError(f"training.{setting} is set by the grid itself; remove it.")
+        for setting in OPTION_TYPES.keys() & self.training.keys():
+            raise ValueError(f"training.{setting} is an option of a method; set methods.<label>.{setting} instead.")
         if any("model_revision" in arguments for arguments in (self.training, *self.methods.values())):
             raise ValueError(
                 "model_revision would train from one revision and measure another as the base; download the one that "
                 "is meant and name its folder as `model`."
             )
+        check_replay(self.runs(), self.replay_dataset)
         for pair in self.contrasts:
             if len(pair) != 2 or any(method not in self.methods for method in pair):
                 raise ValueError(f"contrasts: {list(pair)} must be two of the methods {', '.join(self.methods)}.")

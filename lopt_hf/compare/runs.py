@@ -13,9 +13,11 @@ from lopt_hf.common.typed import check_value
 __all__ = [
     "EARLY_RATE_RATIO",
     "FAMILIES",
+    "OPTION_TYPES",
     "GridRun",
     "check_methods",
     "check_option_types",
+    "check_replay",
     "make_run",
     "rates_of",
 ]
@@ -181,6 +183,24 @@ def check_methods(methods: Mapping[str, Mapping[str, Any]], of_grid: Sequence[fl
             _check_average(label, methods, of_grid)
         elif "alpha" in options:
             raise ValueError(f"methods.{label}.alpha is a weight of an average; name the method in average_of.")
+
+
+def check_replay(runs: Sequence[GridRun], replay_dataset: str | None) -> None:
+    """Checks that general text that is asked for is trained on.
+
+    Raises:
+        ValueError: If a share is less than one row, or no method has a share of the text; names field, value and fix.
+    """
+    for run in runs:
+        if run.replay_share and not run.num_replayed:
+            raise ValueError(
+                f"methods.{run.method}.replay_share={run.replay_share:g} of {run.num_train} rows is less than one row "
+                "of general text; raise it, or num_train."
+            )
+    if replay_dataset is not None and not any(run.replay_share for run in runs):
+        raise ValueError(
+            f"replay_dataset={replay_dataset!r}, but no method has a replay_share; give one, or leave it out."
+        )
 
 
 def _check_average(label: str, methods: Mapping[str, Mapping[str, Any]], of_grid: Sequence[float]) -> None:

@@ -71,6 +71,15 @@ def test_samples_give_way_before_seeds(tmp_path: Path, seconds: float, share: fl
     assert {run.seed for run in found} == set(range(seeds)) and len(found) == 3 * seeds
 
 
+def test_the_first_runs_are_as_many_as_train_at_a_time(tmp_path: Path) -> None:
+    """One alone would tell twice the time that each of two takes, and cost samples for which there is time."""
+    shop = Workshop(tmp_path, workers=2)
+    runs = shop.run(960 - 300)
+    assert runs.record.share == 1.0
+    assert runs.record.train["e2e_lr0.0001_seed0"] == pytest.approx(50)
+    assert shop.now <= 960 - 300 and len(shop.done) == 9
+
+
 def test_it_goes_on_where_it_stopped(tmp_path: Path) -> None:
     """On the same share of the samples, which are those of the models that are done."""
     shop = Workshop(tmp_path)

@@ -171,6 +171,28 @@ def test_bad_methods(config: Path, methods: dict[str, Any], message: str) -> Non
         compare.load_grid(config)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"methods": {"e2e": {"replay_share": 0.01}}}, "replay_share=0.01 of 8 rows is less than one row"),
+        ({"replay_dataset": "general.txt"}, "replay_dataset='general.txt', but no method has a replay_share"),
+    ],
+)
+def test_general_text_that_would_not_be_trained_on(config: Path, settings: dict[str, Any], message: str) -> None:
+    change(config, contrasts=[], **settings)
+    with pytest.raises(ValueError, match=message):
+        compare.load_grid(config)
+
+
+@pytest.mark.parametrize("option", [{"replay_share": 1.0}, {"learning_rates": [1e-4]}, {"num_train": 4}])
+def test_an_option_of_a_method_among_those_of_training(config: Path, option: dict[str, Any]) -> None:
+    training = yaml.safe_load(config.read_text())["training"]
+    change(config, training={**training, **option})
+    (name,) = option
+    with pytest.raises(ValueError, match=f"training.{name} is an option of a method; set methods.<label>.{name}"):
+        compare.load_grid(config)
+
+
 def test_text_that_is_measured_is_not_trained_on(config: Path) -> None:
     change(config, methods={"e2e": {"replay_share": 0.1}}, contrasts=[], tasks=["offline_prose"])
     with pytest.raises(ValueError, match="replay_dataset is not set, .*offline_prose measures; name other text"):
