@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import get_device_states, set_device_states
 from torch.utils.hooks import RemovableHandle
 
+from lopt_hf.common.upstream.torch import BatchNorm
 from lopt_hf.common.upstream.transformers import active_collector
 from lopt_hf.local.blocks import Block, DecoderStack
 from lopt_hf.local.layer_calls import LayerCall, hidden_of, output_hidden
@@ -130,7 +130,7 @@ class Replay:
 @contextlib.contextmanager
 def _running_statistics_kept(layers: Sequence[nn.Module]) -> Iterator[None]:
     """Lets batch norms that train leave their running statistics alone: the first run has moved them already."""
-    norms = [m for layer in layers for m in layer.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    norms = [m for layer in layers for m in layer.modules() if isinstance(m, BatchNorm) and m.track_running_stats]
     moving = [norm for norm in norms if norm.training]
     for norm in moving:
         norm.track_running_stats = False  # the statistics of the batch are used in either case

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lopt_hf.common.upstream.guard import Upstream
 
 __all__ = [
+    "BatchNorm",
     "DataDependentOutputException",
     "DynamicOutputShapeException",
     "FakeTensorMode",
@@ -35,6 +36,7 @@ with TORCH.names():
         DynamicOutputShapeException,
         FakeTensorMode,
     )
+    from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
     from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
     from torch.utils._pytree import tree_iter
 

@@ -9,12 +9,11 @@ from typing import Literal, cast
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lopt_hf.common.upstream.torch import clear_forward_hooks
+from lopt_hf.common.upstream.torch import BatchNorm, clear_forward_hooks
 from lopt_hf.local.layer_calls import LayerCall
 from lopt_hf.local.methods.mlaan.translator import Translator, TranslatorFit
 
@@ -133,7 +132,7 @@ def _distance(module: nn.Module, live: nn.Module) -> float:
 
 def copy_layer(model: PreTrainedModel, layer: nn.Module) -> nn.Module:
     """A layer with copies of the trainable weights, which shares the frozen ones and the model's configuration."""
-    moving = {id(b) for m in layer.modules() if isinstance(m, _BatchNorm) for b in m.buffers()}  # each has its own
+    moving = {id(b) for m in layer.modules() if isinstance(m, BatchNorm) for b in m.buffers()}  # each has its own
     shared: list[object] = [buffer for buffer in layer.buffers() if id(buffer) not in moving]
     shared += [model.config, model.config.get_text_config(decoder=True)]
     copies: dict[int, object] = {id(value): value for value in shared}
