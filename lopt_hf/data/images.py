@@ -3,7 +3,6 @@
 Row numbers count from 1, as everywhere where data are named in an error.
 """
 
-import io
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,13 +19,22 @@ from PIL import UnidentifiedImageError
 from lopt_hf.common.settings import check_choice, suggest
 from lopt_hf.data.rows import RowError, show
 
-__all__ = ["AUGMENTATIONS", "ImageBatches", "ImageRows", "class_names", "find_columns", "make_augmentation"]
+__all__ = [
+    "AUGMENTATIONS",
+    "ImageBatches",
+    "ImageRows",
+    "check_labels",
+    "class_names",
+    "find_columns",
+    "make_augmentation",
+]
 
 logger = logging.getLogger(__name__)
 
 IMAGE_COLUMNS = ("image", "img", "pixel_values")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 AUGMENTATIONS = ("crop-flip", "resized-crop", "none")
+_DECODER = Image()
 PADDING_SHARE = 8  # ours: 4 pixels of CIFAR's 32, as in the papers
 
 Augmentation = Callable[[torch.Tensor], torch.Tensor]
@@ -114,20 +122,22 @@ def make_augmentation(name: str, size: tuple[int, int]) -> Augmentation | None:
         return None
     from torchvision.transforms import v2  # an extra of the package
 
-    flip = v2.RandomHorizontalFlip()
     if name == "resized-crop":
-        return v2.Compose([v2.RandomResizedCrop(size, antialias=True), flip])
+        return v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
+    return _crop_flip
 
-    @lru_cache(maxsize=64)
-    def crop_flip_of(height: int, width: int) -> Any:
-        padding = [max(1, width // PADDING_SHARE), max(1, height // PADDING_SHARE)]
-        return v2.Compose([v2.RandomCrop((height, width), padding=padding), flip])
 
-    def crop_flip(image: torch.Tensor) -> torch.Tensor:
-        cropped: torch.Tensor = crop_flip_of(*image.shape[-2:])(image)
-        return cropped
+@lru_cache(maxsize=64)
+def _crop_flip_of(height: int, width: int) -> Any:
+    from torchvision.transforms import v2
 
-    return crop_flip
+    padding = [max(1, width // PADDING_SHARE), max(1, height // PADDING_SHARE)]
+    return v2.Compose([v2.RandomCrop((height, width), padding=padding), v2.RandomHorizontalFlip()])
+
+
+def _crop_flip(image: torch.Tensor) -> torch.Tensor:
+    cropped: torch.Tensor = _crop_flip_of(*image.shape[-2:])(image)
+    return cropped
 
 
 class ImageRows(torch.utils.data.Dataset):
@@ -175,11 +185,12 @@ class ImageRows(torch.utils.data.Dataset):
         self.labels: list[int] = rows[self.label_column][:]
         self.augmentation = augmentation
         self.seed = seed
-        self.epoch = 0
+        self.numbers: Sequence[int] = range(1, len(rows) + 1)  # of the rows, for messages; a drawn part sets others
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # processes that stay over epochs see it too
 
     def set_epoch(self, epoch: int) -> None:
         """Says which epoch begins."""
-        self.epoch = epoch
+        self._epoch.fill_(epoch)
 
     def check_images(self) -> None:
         """Reads every image once, and says how many are no colour images and get converted.
@@ -202,19 +213,21 @@ class ImageRows(torch.utils.data.Dataset):
         image = _to_tensor(self._read(index).convert("RGB"))
         if self.augmentation is not None:
             with torch.random.fork_rng(devices=[]):
-                drawn_from = np.random.SeedSequence((self.seed, self.epoch, index)).generate_state(1)[0]
+                drawn_from = np.random.SeedSequence((self.seed, int(self._epoch), index)).generate_state(1)[0]
                 torch.default_generator.manual_seed(int(drawn_from))
                 image = self.augmentation(image)
         return {"image": image, "labels": self.labels[index]}
 
     def _read(self, index: int) -> Pillow.Image:
         cell = self.images[index][self.image_column]
-        where = f"row {index + 1}: {self.image_column!r}"
+        where = f"row {self.numbers[index]}: {self.image_column!r}"
         if cell is None or not (cell.get("bytes") or cell.get("path")):
             raise RowError(f"{where} is empty; give it an image, or remove the row.")
         try:
-            image = Pillow.open(io.BytesIO(cell["bytes"]) if cell.get("bytes") else cell["path"])
-            image.load()
+            # As `datasets` decodes it: turned as a camera notes it in EXIF, also from within an archive
+            image: Pillow.Image = _DECODER.decode_example(
+                {"path": cell.get("path"), "bytes": cell.get("bytes") or None}
+            )
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
             reason = str(error) if cell.get("path") and not cell.get("bytes") else "it is no image, or is cut off"
             raise RowError(f"{where} cannot be read ({reason}); replace or remove the row.") from error

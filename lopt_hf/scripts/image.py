@@ -20,7 +20,7 @@ from transformers import TrainerCallback, set_seed
 from trl import TrlParser
 
 from lopt_hf.common.settings import check_at_least, check_choice, option
-from lopt_hf.data.images import ImageRows, class_names, find_columns
+from lopt_hf.data.images import ImageRows, check_labels, class_names, find_columns
 from lopt_hf.scripts.image_models import ARCHITECTURES, make_image_model
 from lopt_hf.scripts.image_replacement import ReplacementArguments, replace_layers
 from lopt_hf.scripts.parsing import chosen_method, make_trl_parser
@@ -123,6 +123,15 @@ class ImageModelArguments(ReplacementArguments):
         super().__post_init__()
         check_choice("architecture", self.architecture, list(ARCHITECTURES))
         check_at_least("image_size", self.image_size, 8)
+        if self.model_name_or_path is None and self.model_revision != "main":
+            raise ValueError(
+                f"model_revision={self.model_revision!r} does nothing without model_name_or_path; leave it out."
+            )
+        if self.model_name_or_path is not None and self.architecture != "vit":
+            raise ValueError(
+                f"architecture={self.architecture!r} does nothing with model_name_or_path="
+                f"{self.model_name_or_path!r}, which has one; leave one of them out."
+            )
         if self.model_name_or_path is not None and self.image_size is not None:
             raise ValueError(
                 f"image_size={self.image_size} does nothing with model_name_or_path={self.model_name_or_path!r}, "
@@ -151,17 +160,21 @@ def make_trainer(script_args: ImageScriptArguments, args: Any, model_args: Image
     if script_args.method != "repl":
         model_args.check_unused(script_args.method)
     _set_objective(script_args.method, args)
-    train = cast(
-        Dataset, subsample(_load(script_args, "train", args.seed), script_args.dataset_max_samples, args.seed)
-    )
+    whole = cast(Dataset, _load(script_args, "train", args.seed))
     evaluated = _load(script_args, "eval", args.seed)
-    columns = find_columns(train, script_args.image_column, script_args.label_column)
+    columns = find_columns(whole, script_args.image_column, script_args.label_column)
+    names = class_names(whole, columns[1])  # a part may lack the highest label
+    check_labels(whole, columns[1], len(names))
+    train = cast(Dataset, subsample(whole, script_args.dataset_max_samples, args.seed))
     set_seed(args.seed)  # what the weights are drawn from
-    model, processor = make_image_model(model_args, class_names(train, columns[1]))
+    model, processor = make_image_model(model_args, names)
     if script_args.method == "repl":
         model = replace_layers(model, model_args)
     trainer_class = ImageTrainer if script_args.method in END_TO_END else LocalImageTrainer
     trainer = trainer_class(model, args, train, evaluated, processor, columns=columns)
+    if isinstance(trainer.train_dataset, ImageRows) and script_args.dataset_max_samples is not None:
+        numbers = Dataset.from_dict({"row": list(range(1, len(whole) + 1))})
+        trainer.train_dataset.numbers = subsample(numbers, script_args.dataset_max_samples, args.seed)["row"][:]
     for images in (trainer.train_dataset, trainer.eval_dataset):
         if isinstance(images, ImageRows) and len(images) <= CHECKED_IMAGES:
             images.check_images()
@@ -184,6 +197,11 @@ def _set_objective(method: str, args: Any) -> None:
     args.local_objective = objective
     args.check()
     args.check_run(args.run_facts)
+    if method == "freeze" and args.schedule.highest > 1:
+        raise ValueError(
+            f"task_reach={args.task_reach} trains early blocks, which method='freeze' does not; leave it out, or set "
+            "method to 'reach'."
+        )
     if method == "reach" and args.schedule.highest == 1:
         raise ValueError(
             f"task_reach={args.task_reach} is freezing the early blocks; with method='reach' give a cycle such as "

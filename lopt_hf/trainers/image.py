@@ -1,5 +1,6 @@
 """Local learning of image classifiers on the trainer of transformers."""
 
+import logging
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -31,6 +32,8 @@ from lopt_hf.trainers.configs import LocalTrainingArguments, local_config
 from lopt_hf.trainers.mixin import LocalLearningMixin
 
 __all__ = ["ImageTrainer", "ImageTrainingArguments", "LocalImageConfig", "LocalImageTrainer", "MLAANImageConfig"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -85,10 +88,16 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def image_processor_for(model: PreTrainedModel) -> Any:
-    """The image processor of a model's checkpoint; for one from random weights 0.5 is mean and deviation."""
+    """The image processor of a model's checkpoint; where it has none 0.5 is mean and deviation."""
     try:
         return AutoImageProcessor.from_pretrained(model.config.name_or_path)
     except (OSError, ValueError):  # none is there
+        if model.config.name_or_path:
+            logger.warning(
+                "%s has no image processor that can be loaded: images are normalised with 0.5 as mean and deviation. "
+                "Pass the checkpoint's as processing_class if it was trained with another.",
+                model.config.name_or_path,
+            )
         size: Any = vars(model.config).get("image_size")
         if size is None:
             return ViTImageProcessor(do_resize=False)
@@ -141,7 +150,7 @@ class ImageTrainer(Trainer):
         model: An image classifier.
         args: Training arguments.
         train_dataset: A `datasets.Dataset` with a column `image` and one `label`, or an `ImageRows`.
-        eval_dataset: The same.
+        eval_dataset: The same, or several by name; `evaluate` and `predict` take the same too.
         processing_class: The image processor. Default: that of the model's checkpoint.
         columns: The columns of images and labels, where they are not called as usual.
         **kwargs: Further arguments of `Trainer`.
@@ -158,19 +167,23 @@ class ImageTrainer(Trainer):
         model: PreTrainedModel,
         args: ImageTrainingArguments,
         train_dataset: Dataset | ImageRows | None = None,
-        eval_dataset: Dataset | ImageRows | None = None,
+        eval_dataset: Dataset | ImageRows | dict[str, Dataset] | None = None,
         processing_class: Any = None,
         columns: tuple[str, str] | tuple[None, None] = (None, None),
         **kwargs: Any,
     ) -> None:
         processor = image_processor_for(model) if processing_class is None else processing_class
-        classes = int(model.config.num_labels or 0)
-        if isinstance(train_dataset, Dataset):
-            augmentation = make_augmentation(args.augmentation, _crop_size(processor))
-            train_dataset = ImageRows(train_dataset, classes, augmentation, args.seed, *columns)
-        if isinstance(eval_dataset, Dataset):
-            eval_dataset = ImageRows(eval_dataset, classes, None, 0, *columns)
         given = {"data_collator": ImageBatches(processor), "compute_metrics": accuracy, **kwargs}
+        self._takes_images = isinstance(given["data_collator"], ImageBatches)
+        self._columns = columns
+        self._classes = int(model.config.num_labels or 0)
+        if train_dataset is not None:
+            augmentation = make_augmentation(args.augmentation, _crop_size(processor))
+            train_dataset = self._rows_of(train_dataset, augmentation, args.seed)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: self._rows_of(rows) for name, rows in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = self._rows_of(eval_dataset)
         super().__init__(
             model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=processor, **given
         )
@@ -178,6 +191,21 @@ class ImageTrainer(Trainer):
             self.model_accepts_loss_kwargs = counts_images(model)
         if isinstance(self.train_dataset, ImageRows):
             self.add_callback(_SayEpoch(self.train_dataset))
+
+    def _rows_of(self, dataset: Any, augmentation: Any = None, seed: int = 0) -> Any:
+        """What the collator takes: a data set's rows as tensors; with a collator of the user's own what is given."""
+        if isinstance(dataset, ImageRows) or not self._takes_images:
+            return dataset
+        return ImageRows(dataset, self._classes, augmentation, seed, *self._columns)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As the parent's, of a data set as it is."""
+        given = eval_dataset is not None and not isinstance(eval_dataset, str)
+        return super().get_eval_dataloader(self._rows_of(eval_dataset) if given else eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As the parent's, of a data set as it is."""
+        return super().get_test_dataloader(self._rows_of(test_dataset))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._load_weights(resume_from_checkpoint, self.model if model is None else model)

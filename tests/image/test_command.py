@@ -87,6 +87,12 @@ def test_replaced_layers_train_resume_and_fold(files, tmp_path):
     [
         (["--method", "repl", "--architecture", "resnet20"], "method='repl' replaces layers of ViT, not of ResNet"),
         (["--method", "local", "--operator", "proj"], "operator='proj' does nothing with method='local'"),
+        (["--method", "freeze", "--task_reach", "2"], "task_reach=[2] trains early blocks"),
+        (["--model_revision", "v2"], "model_revision='v2' does nothing without model_name_or_path"),
+        (
+            ["--model_name_or_path", "model", "--architecture", "resnet20"],
+            "architecture='resnet20' does nothing with model_name_or_path='model'",
+        ),
         (["--method", "reach"], "task_reach=[1] is freezing the early blocks"),
         (
             ["--method", "readout", "--local_objective", "none"],
@@ -103,6 +109,20 @@ def test_bad_input_is_one_line(files, options, message, tmp_path, capsys):
         run(files, tmp_path, *options)
     assert raised.value.code == 2 or isinstance(raised.value, UsageExit)
     assert message in str(raised.value) + capsys.readouterr().err
+
+
+def test_of_drawn_rows_the_files_classes_and_row_numbers_count(tmp_path, capsys):
+    cells = [as_bytes(row["image"]) for row in make_images(12, size=32)]
+    data_of(cells, [9, *range(9), 0, 1]).to_parquet(tmp_path / "train.parquet")
+    run(tmp_path, tmp_path / "out", "--method", "e2e", "--dataset_max_samples", "2")
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "out").config.num_labels == 10
+    capsys.readouterr()
+    for broken in (3, 7):
+        rows = [b"no image" if number == broken else cell for number, cell in enumerate(cells, start=1)]
+        data_of(rows, [0, 1, 2, 3] * 3).to_parquet(tmp_path / "train.parquet")
+        with pytest.raises(SystemExit) as raised:
+            run(tmp_path, tmp_path / "other", "--dataset_max_samples", "12")
+        assert f"row {broken}: 'image' cannot be read" in str(raised.value) + capsys.readouterr().err
 
 
 def test_a_broken_image_and_a_label_out_of_range_are_named_before_training(files, tmp_path, capsys):

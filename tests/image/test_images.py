@@ -1,13 +1,14 @@
 """Images and labels as a user has them: kinds of images, bad rows, and the same draws for a resumed run."""
 
 import io
+import pickle
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as Pillow
-from transformers import ViTImageProcessor
+from transformers import AutoModelForImageClassification, ViTImageProcessor
 
 from lopt_hf import LocalImageConfig, LocalImageTrainer
 from lopt_hf.data.images import ImageBatches, ImageRows, class_names, make_augmentation
@@ -33,6 +34,17 @@ def test_a_row_is_the_images_pixels_and_its_label():
     row = ImageRows(data_of([as_bytes(COLOUR)], [1]), num_labels=2)[0]
     assert torch.equal(row["image"], torch.arange(12, dtype=torch.uint8).view(2, 2, 3).permute(2, 0, 1))
     assert row["labels"] == 1
+
+
+def test_a_photo_is_turned_as_datasets_turns_it():
+    exif = Pillow.Exif()
+    exif[0x0112] = 6  # the orientation: to be turned by 90 degrees
+    file = io.BytesIO()
+    Pillow.fromarray(np.arange(18, dtype=np.uint8).reshape(3, 2, 3)).save(file, "PNG", exif=exif)
+    data = data_of([file.getvalue()], [0])
+    pixels = torch.from_numpy(np.array(data[0]["image"])).permute(2, 0, 1)
+    assert pixels.shape == (3, 2, 3)
+    assert torch.equal(ImageRows(data, num_labels=2)[0]["image"], pixels)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
@@ -87,6 +99,20 @@ def test_augmentation_follows_from_seed_epoch_and_row(name):
     assert not torch.equal(first, one[0]["image"])
 
 
+def test_loading_processes_that_stay_draw_anew_in_each_epoch():
+    """Whether they are forked or given a pickle, as on other systems and since Python 3.14."""
+    rows = ImageRows(make_images(2), NUM_LABELS, make_augmentation("crop-flip", (8, 8)))
+    loader = torch.utils.data.DataLoader(rows, 2, num_workers=1, persistent_workers=True)
+    epochs = []
+    for epoch in range(2):
+        rows.set_epoch(epoch)
+        expected = torch.stack([rows[index]["image"] for index in range(2)])
+        epochs.append(next(iter(loader))["image"])
+        assert torch.equal(epochs[-1], expected)
+    assert not torch.equal(*epochs)
+    assert torch.equal(pickle.loads(pickle.dumps(rows.augmentation))(torch.zeros(3, 16, 16)), torch.zeros(3, 16, 16))
+
+
 def test_batches_are_the_image_processors():
     processor = ViTImageProcessor(size={"height": 8, "width": 8})
     rows = ImageRows(make_images(3), NUM_LABELS)
@@ -127,3 +153,24 @@ def test_accuracy_is_measured(tmp_path):
     with torch.no_grad():
         logits = trainer.model.eval()(batch["pixel_values"]).logits
     assert measured == pytest.approx((logits.argmax(-1) == batch["labels"]).float().mean().item())
+
+
+def test_data_sets_are_taken_wherever_a_trainer_takes_them(tmp_path):
+    args = LocalImageConfig(**options(tmp_path))
+    named = {"a": make_images(8), "b": make_images(4, seed=1)}
+    trainer = LocalImageTrainer(make_model("vit"), args, train_dataset=make_images(), eval_dataset=named)
+    measured = trainer.evaluate()
+    assert measured["eval_a_accuracy"] == trainer.evaluate(make_images(8))["eval_accuracy"]
+    assert trainer.predict(make_images(4, seed=1)).metrics["test_accuracy"] == measured["eval_b_accuracy"]
+    with pytest.raises(ValueError, match="The images are a IterableDataset"):
+        LocalImageTrainer(make_model("vit"), args, train_dataset=make_images().to_iterable_dataset())
+
+
+def test_a_checkpoint_without_an_image_processor_is_said(tmp_path, caplog):
+    make_model("vit").save_pretrained(tmp_path / "model")
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "model")
+    LocalImageTrainer(model, LocalImageConfig(**options(tmp_path)), train_dataset=make_images())
+    assert any("has no image processor that can be loaded" in message for message in caplog.messages)
+    caplog.clear()
+    LocalImageTrainer(make_model("vit"), LocalImageConfig(**options(tmp_path)), train_dataset=make_images())
+    assert not any("has no image processor" in message for message in caplog.messages)
