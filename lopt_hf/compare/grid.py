@@ -17,6 +17,7 @@ from lopt_hf.compare.runs import (
     GridRun,
     check_methods,
     check_option_types,
+    check_pipelines,
     check_replay,
     make_run,
     rates_of,
@@ -83,7 +84,7 @@ class Grid:
     num_heldout: int = option(64, "First rows of the held-out data.")
     margin: float = option(1.0, MARGIN_HELP)
     cluster_by: str = option(AUTO, CLUSTER_HELP)
-    workers: int = option(1, "Runs at a time; on a CPU each takes its share of the cores.")
+    workers: int = option(1, "Runs at a time; on a CPU each takes its share of the cores, and so does each stage.")
     eval_batch_size: int = option(16, "Requests per forward when measuring.")
     dtype: str = option(
         "auto",
@@ -125,6 +126,7 @@ class Grid:
         for pair in self.contrasts:
             if len(pair) != 2 or any(method not in self.methods for method in pair):
                 raise ValueError(f"contrasts: {list(pair)} must be two of the methods {', '.join(self.methods)}.")
+        check_pipelines(self.runs())
         names = [run.name for run in self.runs()]
         for name in names:
             if names.count(name) > 1:

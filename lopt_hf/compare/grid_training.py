@@ -156,7 +156,7 @@ def _train_alone(grid: Grid, run: GridRun) -> list[str]:
     config.write_text(yaml.safe_dump(_arguments(grid, run, partial), sort_keys=False), encoding="utf-8")
     if run.replay_share:
         write_mixture(run, grid.output_path / "data", folder / "train.jsonl")
-    threads = max(1, torch.get_num_threads() // grid.workers)
+    threads = max(1, torch.get_num_threads() // (grid.workers * run.num_processes))
     with (folder / "train.log").open("w", encoding="utf-8") as log:
         result = subprocess.run(
             [sys.executable, "-m", f"lopt_hf.scripts.{run.command}", "--config", str(config)],

@@ -17,6 +17,7 @@ __all__ = [
     "GridRun",
     "check_methods",
     "check_option_types",
+    "check_pipelines",
     "check_replay",
     "make_run",
     "rates_of",
@@ -26,6 +27,7 @@ __all__ = [
 EARLY_RATE_RATIO = "early_learning_rate_ratio"
 
 METHODS = ("lopt", "mlaan", "e2e", *PEERS, "osf")
+PIPELINE_METHODS = ("lopt", "mlaan")
 # The options of a method that the grid reads itself; all others are the command's
 OPTION_TYPES: dict[str, Any] = {
     "learning_rates": Sequence[float],
@@ -81,6 +83,13 @@ class GridRun:
         if "num_stages" in self.arguments:
             return "pipeline"
         return "mlaan" if method == "mlaan" else "peers" if method in (*PEERS, "osf") else "sft"
+
+    @property
+    def num_processes(self) -> int:
+        """Processes of this machine that train it."""
+        if self.command != "pipeline":
+            return 1
+        return int(self.arguments["num_stages"]) * int(self.arguments.get("data_parallel", 1))
 
     @property
     def command_arguments(self) -> dict[str, Any]:
@@ -224,6 +233,29 @@ def _check_average(label: str, methods: Mapping[str, Mapping[str, Any]], of_grid
             raise ValueError(
                 f"methods.{label}.learning_rates: {options['average_of']} has no run at {rate:g}; choose from "
                 f"{', '.join(f'{each:g}' for each in known)}."
+            )
+
+
+def check_pipelines(runs: Sequence[GridRun]) -> None:
+    """Checks that what is trained in a pipeline can be, and that what is of a pipeline is trained in one.
+
+    Raises:
+        ValueError: If not; names method, argument and fix.
+    """
+    for run in runs:
+        method = run.arguments.get("method", "lopt")
+        if run.command == "pipeline":
+            check_value(f"methods.{run.method}.num_stages", run.arguments["num_stages"], int)
+            check_value(f"methods.{run.method}.data_parallel", run.arguments.get("data_parallel", 1), int)
+            if method not in PIPELINE_METHODS:
+                raise ValueError(
+                    f"methods.{run.method}: method={method!r} with num_stages={run.arguments['num_stages']}, but a "
+                    f"pipeline trains by {' or '.join(PIPELINE_METHODS)}; leave num_stages out, of `training` too."
+                )
+        elif "gradient" in run.arguments:
+            raise ValueError(
+                f"methods.{run.method}: gradient={run.arguments['gradient']!r} is an argument of lopt-hf pipeline; "
+                "give num_stages too, or leave it out."
             )
 
 

@@ -246,6 +246,11 @@ def test_threads_are_shared_out(config: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(grid_training.GridTrainingError):
         grid_training.train_grid(compare.load_grid(config, workers=2))
     assert given == ["3"] * 4
+    given.clear()
+    methods = {"in three processes": {"num_stages": 3}}
+    with pytest.raises(grid_training.GridTrainingError):
+        grid_training.train_grid(compare.load_grid(config, workers=1, methods=methods, contrasts=[]))
+    assert given == ["2"] * 2
 
 
 def test_failed_run_is_named_and_the_others_are_kept(

@@ -1,6 +1,7 @@
 """The settings of a comparison: what runs they make, and what is wrong with bad ones."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -208,3 +209,24 @@ def test_what_has_stages_is_trained_in_a_pipeline() -> None:
         "one process": "local losses",
     }
     assert runs["late"].command_line.startswith("lopt-hf pipeline ")
+
+
+@pytest.mark.parametrize(
+    ("options", "training", "message"),
+    [
+        (
+            {"method": "e2e", "num_stages": 2},
+            {},
+            "methods.m: method='e2e' with num_stages=2, but a pipeline trains by",
+        ),
+        ({"method": "lisa"}, {"num_stages": 2}, "methods.m: method='lisa' with num_stages=2, but a pipeline trains"),
+        ({"num_stages": "two"}, {}, "methods.m.num_stages='two'"),
+        ({"num_blocks": 2, "gradient": "delayed"}, {}, "methods.m: gradient='delayed' is an argument of lopt-hf pip"),
+    ],
+)
+def test_what_a_pipeline_cannot_train_is_said_at_once(
+    options: dict[str, Any], training: dict[str, Any], message: str
+) -> None:
+    settings = {**SETTINGS, "methods": {"m": options}, "training": {**SETTINGS["training"], **training}}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Grid(**settings)

@@ -140,13 +140,17 @@ class LoPTArguments(ReachArguments):
     def learns_after_reach(self) -> bool:
         return self.local_objective != "none"
 
+    @property
+    def _without_objective(self) -> tuple[str, str]:
+        """The setting by which there is no objective, and what brings one back."""
+        return "local_objective='none'", "choose an objective"
+
     def _check_without_objective(self) -> None:
+        reason, fix = self._without_objective
         for name in (*_RECONSTRUCTION, "local_backward", "local_update_interval"):
             value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
             if value != default:
-                raise ValueError(
-                    f"{name}={value!r} does nothing with local_objective='none'; leave it out, or choose an objective."
-                )
+                raise ValueError(f"{name}={value!r} does nothing with {reason}; leave it out, or {fix}.")
         highest = self.schedule.highest
         if highest == 1:  # nothing ever trains the early blocks
             self.train_early_blocks = False

@@ -219,6 +219,12 @@ class PipelineConfig(PipelineArguments, LoPTConfig):
             )
         self.local_objective = "none"
 
+    @property
+    def _without_objective(self) -> tuple[str, str]:
+        if self.gradient == "delayed":
+            return "gradient='delayed'", "set gradient to 'local_and_delayed'"
+        return super()._without_objective
+
     def _check_without_objective(self) -> None:
         learns = self.train_early_blocks
         super()._check_without_objective()

@@ -114,8 +114,10 @@ class StageTrainer(LocalLearningMixin, SFTTrainer):
         self._loss_at = 0.0
         self.micro_batch = 0
         if args.sends_gradients_back:
+            delay = self.plans[0].delay
+            late = f"{delay} optimizer step{'s' * (delay > 1)} late"
             self.card_facts["trained by the task loss"] = (
-                f"all {len(self.plans)} blocks, the first with a gradient {self.plans[0].delay} optimizer steps late"
+                f"all {len(self.plans)} blocks, the first with a gradient {late}"
             )
         self.add_callback(StageCallback(self))
 

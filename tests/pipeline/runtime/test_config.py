@@ -58,7 +58,7 @@ def test_bad_input(tmp_path, settings, message):
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type='reduce_lr_on_plateau' does not work"),
         ({"optim": "lomo"}, "optim='lomo', which steps in the backward, does not work"),
         ({"local_objective": "readout"}, "local_objective='readout' does nothing with gradient='delayed'"),
-        ({"reconstruction_weight": 1.0}, "reconstruction_weight=1.0 does nothing"),
+        ({"reconstruction_weight": 1.0}, "reconstruction_weight=1.0 does nothing with gradient='delayed'"),
         ({"gradient_recompute": False, "activation_checkpointing": True}, "gradient_recompute=False does not work"),
         ({"gradient_recompute": False, "gradient": "local_and_delayed"}, "whose local backward frees the graph"),
         ({"task_reach": 2}, "task_reach above 1 does not work in a pipeline"),
