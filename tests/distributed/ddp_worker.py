@@ -17,6 +17,7 @@ from trl import SFTTrainer
 import tests.conftest  # noqa: F401  (offline, one thread)
 from lopt_hf import LoPTTrainer, RetentionCallback
 from lopt_hf.common.distributed import end_training
+from tests.image.helpers import make_local_trainer as make_image_trainer
 from tests.local.methods.mlaan.helpers import make_mlaan_trainer
 from tests.repl.helpers import make_repl
 from tests.repl.test_training import make_trainer as make_repl_trainer
@@ -56,6 +57,12 @@ EQUAL_TO_ONE: dict[str, dict[str, Any]] = {
     "reach, dpo": {**REACH, "kind": "dpo"},
     # Of each step's two micro-batches one has pictures: the first rank's
     "vision": {"kind": "vision", "train_vision": True},
+    # Classifiers whose loss counts the step's images (ViT), and with batch norms and a mean (ResNet)
+    "image, vit": {"kind": "image", "family": "vit"},
+    "image, vit, readout": {"kind": "image", "family": "vit", "local_objective": "readout"},
+    "image, resnet": {"kind": "image", "family": "resnet"},
+    "image, resnet, reach": {"kind": "image", "family": "resnet", "local_objective": "none", "task_reach": [1, 3]},
+    "image, resnet, mlaan": {"kind": "image", "family": "resnet", "window": 2},
     "RepL, sft": {"kind": "repl-sft"},
     "RepL, lopt": {"kind": "repl-lopt"},
 }
@@ -85,7 +92,9 @@ def run(
         trainer = make_repl_trainer(REPL[kind], output_dir, make_repl(operator="branches"), **settings)
         trainer.train()
         return trainer, snapshot_of_model(trainer.model)
-    if kind == "vision":
+    if kind == "image":
+        trainer = make_image_trainer(output_dir, **settings)
+    elif kind == "vision":
         trainer = make_vision_trainer(output_dir, "llava", [1, 1, 0, 0] * 3, **settings)
     elif "window" in settings:
         trainer = make_mlaan_trainer(output_dir, **settings)

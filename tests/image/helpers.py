@@ -19,6 +19,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from lopt_hf import LocalImageConfig, LocalImageTrainer, MLAANImageConfig
+
 NUM_LABELS = 4
 TOKENS = {"hidden_size": 16, "num_attention_heads": 2, "image_size": 16, "patch_size": 8, "num_labels": NUM_LABELS}
 LAYERS = 6  # of each
@@ -88,3 +90,12 @@ def options(folder, **changes):
         "use_cpu": True,
         **changes,
     }
+
+
+def make_local_trainer(folder, family, **settings):
+    """A trainer of three blocks, by MLAAN if a window is given."""
+    config_class = MLAANImageConfig if "window" in settings else LocalImageConfig
+    changes = {"num_blocks": 3, "optim": "sgd", "max_grad_norm": 1e9, **settings}
+    return LocalImageTrainer(
+        make_model(family), config_class(**options(folder, **changes)), train_dataset=make_images()
+    )
