@@ -33,7 +33,7 @@ def in_cache(folder: Path) -> dict[str, TaskScores]:
     return {
         path.name: TaskScores(**json.loads(path.read_text())["scores"])
         for path in folder.glob("*.json")
-        if not path.name.startswith("drift")
+        if not path.name.startswith(("drift", "similarity"))
     }
 
 
