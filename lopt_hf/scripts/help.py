@@ -80,7 +80,8 @@ def format_sections(parser: argparse.ArgumentParser, dataclass_types: Iterable[t
 
     Args:
         parser: What has the options.
-        dataclass_types: Whose fields they are; those that no class of the libraries declares are this package's.
+        dataclass_types: Whose fields they are; those that no class of the libraries declares are this package's. What
+            a class names in `idle_options` has no use in its command, and stands with the libraries' other options.
         shows_all: Whether the libraries' other options are shown or only counted.
     """
     kinds = list(dataclass_types)
@@ -89,8 +90,10 @@ def format_sections(parser: argparse.ArgumentParser, dataclass_types: Iterable[t
     for action in parser._actions:
         if not (action.dest in by_name and action.nargs == 0):  # `--no_x` says what `--x false` does
             by_name.setdefault(action.dest, []).append(action)
+    idle = {name for kind in kinds for name in getattr(kind, "idle_options", ())}
     common = [name for name in (*(name for name in by_name if name not in fields), *COMMON) if name in by_name]
-    own = [name for name in _own_fields(kinds) if name in by_name and name not in common]
+    common = [name for name in common if name not in idle]
+    own = [name for name in _own_fields(kinds) if name in by_name and name not in common and name not in idle]
     others = [name for name in by_name if name not in common and name not in own]
     sections = {"common options": common, "other options of lopt_hf": own}
     if shows_all:

@@ -185,6 +185,11 @@ OF_A_COMMAND_LINE: list[tuple[list[str], str]] = [
     ([*REPL, "--num_layers_to_replace", "1", "--eval_chunks", "0"], "eval_chunks=0 is too small"),
     ([*REPL, "--num_layers_to_replace", "1", "--max_steps", "0"], "max_steps=0 must be at least 1"),
     ([*REPL, "--layers_to_replace", "1", "--dataset_name", "{}/no.json"], "no file or folder '{}/no.json'"),
+    (
+        ["image", "--output_dir", "{}/image", "--train_file", "{}/no.parquet"],
+        "no file or folder '{}/no.parquet'",
+    ),
+    (["image", "--output_dir", "{}/image", "--method", "reach"], "task_reach=[1] is freezing the early blocks"),
     ([*RETENTION, "--limit", "0"], "limit=0 leaves nothing to measure; set it to 1 or more"),
     ([*RETENTION, "--confidence", "2"], "confidence=2.0 is not between 0 and 1"),
     ([*RETENTION, "--output-dir", "{}/file"], "output_dir={}/file is a file; name a folder"),

@@ -1,7 +1,7 @@
 """Arguments of the pipeline, alone and joined to those of the methods."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
@@ -58,6 +58,12 @@ class PipelineArguments(ArgumentsBase):
     Raises:
         ValueError: If a value is out of range, or an argument does not work in a pipeline.
     """
+
+    # The parents' options of which a pipeline takes the defaults alone; `--help` leaves them out
+    idle_options: ClassVar[tuple[str, ...]] = (
+        *("eval_strategy", "eval_steps", "train_vision"),
+        *("task_reach", "reach_unit", "reach_rate", "reach_rate_limit", "reach_anneal", "reach_recompute"),
+    )
 
     # An integer after `__post_init__`
     num_blocks: int = option(None, "Number of blocks the decoder layers are cut into. Default: one per stage (paper).")
