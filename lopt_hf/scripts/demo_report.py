@@ -129,5 +129,5 @@ def report(options: argparse.Namespace, result: DemoResult, question: str, step:
         f"Before: {before.example.strip()}\n\nAfter: {after.example.strip()}\n\n"
         f"Model: {folder / 'model'} (stock checkpoint)\nCurves: {folder / 'curves.png'}\n"
         f"Report: {folder / 'report.md'}, figures: {folder / 'report.json'}\n"
-        f"What it kept: lopt-hf retention --baseline {options.model} --model {folder / 'model'}\n"
+        f"What it kept: lopt-hf retention --baseline {options.model} --model {folder / 'model'} --limit 100\n"
     )

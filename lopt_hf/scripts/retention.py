@@ -44,7 +44,7 @@ CORRELATION = 0.5
 
 EXAMPLES = f"""\
 examples:
-  lopt-hf retention --baseline {SMOLLM2_ID} --model out --suite offline
+  lopt-hf retention --baseline {SMOLLM2_ID} --model out --suite offline --limit 100
   lopt-hf retention --baseline BASE --model e2e=out_e2e --model lopt=out_lopt --tasks arc_easy,piqa --limit 200
   lopt-hf retention --baseline BASE --model out --suite paper --heldout-data my_test.jsonl
   lopt-hf retention --baseline BASE --tasks arc_easy,piqa --detect 1.0
