@@ -33,6 +33,7 @@ _EXPORTS = {
     "MLAANPipelineTrainer": "lopt_hf.pipeline.runtime.trainer",
     "MLAANTrainer": "lopt_hf.trainers.sft",
     "Method": "lopt_hf.local.methods.base",
+    "ObjectiveWithHead": "lopt_hf.local.objectives",
     "PipelineArguments": "lopt_hf.pipeline.runtime.config",
     "PipelineConfig": "lopt_hf.pipeline.runtime.config",
     "PipelineTrainer": "lopt_hf.pipeline.runtime.trainer",
@@ -70,6 +71,7 @@ __all__ = [
     "MLAANPipelineTrainer",
     "MLAANTrainer",
     "Method",
+    "ObjectiveWithHead",
     "PipelineArguments",
     "PipelineConfig",
     "PipelineTrainer",
@@ -89,7 +91,7 @@ if TYPE_CHECKING:
     from lopt_hf.local.arguments import LocalArguments
     from lopt_hf.local.learner import LocalLearner
     from lopt_hf.local.methods.base import Method
-    from lopt_hf.local.objectives import LocalBatch, LocalObjective, ReconstructionObjective
+    from lopt_hf.local.objectives import LocalBatch, LocalObjective, ObjectiveWithHead, ReconstructionObjective
     from lopt_hf.local.readout import ReadoutObjective
     from lopt_hf.pipeline.runtime.config import MLAANPipelineConfig, PipelineArguments, PipelineConfig
     from lopt_hf.pipeline.runtime.trainer import MLAANPipelineTrainer, PipelineTrainer, StageTrainer

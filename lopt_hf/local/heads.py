@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lopt_hf.local.blocks import Block
-from lopt_hf.local.objectives import LocalObjective
+from lopt_hf.local.objectives import LocalObjective, head_of
 
 __all__ = ["HEADS_NAME", "LocalHeads"]
 
@@ -42,7 +42,7 @@ class LocalHeads(nn.ModuleDict):
         The random state is restored afterwards, so that data order and dropout are those of the run without heads.
 
         Args:
-            objective: What makes a head.
+            objective: What the heads are for; it makes them, if it has any.
             hidden_size: Width D of the hidden states.
             blocks: All blocks of the decoder; all but the last get a head.
             seed: Where the heads' random state starts.
@@ -50,7 +50,7 @@ class LocalHeads(nn.ModuleDict):
         """
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            heads = {block.index: objective.make_head(hidden_size) for block in blocks[:-1]}
+            heads = {block.index: head_of(objective, hidden_size) for block in blocks[:-1]}
         kept = blocks[:-1] if only is None else only
         return cls({block.index: heads[block.index] for block in kept})
 

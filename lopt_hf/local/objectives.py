@@ -6,13 +6,21 @@ has the shape (B, T, N, D).
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-__all__ = ["LocalBatch", "LocalObjective", "NoObjective", "ReconstructionHead", "ReconstructionObjective"]
+__all__ = [
+    "LocalBatch",
+    "LocalObjective",
+    "NoObjective",
+    "ObjectiveWithHead",
+    "ReconstructionHead",
+    "ReconstructionObjective",
+    "head_of",
+]
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,8 @@ class LocalObjective(Protocol):
     """A loss on one block's output that trains this block alone.
 
     The task loss still trains the last block. Pass an instance as `LoPTTrainer(..., local_objective=...)`; it is
-    called once per early block and micro-batch, in training only.
+    called once per early block and micro-batch, in training only. One that trains something beside the block is an
+    `ObjectiveWithHead`.
 
     Example: keep each block close to the identity, without a head.
 
@@ -42,13 +51,29 @@ class LocalObjective(Protocol):
 
 
     class StayClose:
-        def make_head(self, hidden_size: int) -> torch.nn.Module:
-            return torch.nn.Identity()
-
         def __call__(self, head, output_BTD, input_BTD, batch: LocalBatch) -> torch.Tensor:
-            return (head(output_BTD).float() - input_BTD.float()).square().mean()
+            return (output_BTD.float() - input_BTD.float()).square().mean()
     ```
     """
+
+    def __call__(
+        self, head: nn.Module, output_BTD: torch.Tensor, input_BTD: torch.Tensor, batch: LocalBatch
+    ) -> torch.Tensor:
+        """Returns the scalar loss of one block.
+
+        Args:
+            head: The block's head: what `ObjectiveWithHead.make_head` made, or the method; `torch.nn.Identity()`
+                where neither makes one.
+            output_BTD: The block's output, with its graph back to the block's parameters, in the model's dtype: cast
+                it to the head's (`output_BTD.to(head.weight.dtype)`).
+            input_BTD: The block's input, detached.
+            batch: Mask and inputs of the micro-batch.
+        """
+
+
+@runtime_checkable
+class ObjectiveWithHead(LocalObjective, Protocol):
+    """A local objective that trains a module of its own beside each early block."""
 
     def make_head(self, hidden_size: int) -> nn.Module:
         """Makes the trainable module that one block's loss needs, in fp32; it is dropped from the saved model.
@@ -59,26 +84,22 @@ class LocalObjective(Protocol):
             hidden_size: Width D of the hidden states.
         """
 
-    def __call__(
-        self, head: nn.Module, output_BTD: torch.Tensor, input_BTD: torch.Tensor, batch: LocalBatch
-    ) -> torch.Tensor:
-        """Returns the scalar loss of one block.
 
-        Args:
-            head: What `make_head` made for this block.
-            output_BTD: The block's output, with its graph back to the block's parameters, in the model's dtype: cast
-                it to the head's (`output_BTD.to(head.weight.dtype)`).
-            input_BTD: The block's input, detached.
-            batch: Mask and inputs of the micro-batch.
-        """
+def head_of(objective: LocalObjective, hidden_size: int) -> nn.Module:
+    """Makes the head of one block.
+
+    Args:
+        objective: What the block learns from.
+        hidden_size: Width D of the hidden states.
+
+    Returns:
+        What the objective makes; a module without parameters where it makes none.
+    """
+    return objective.make_head(hidden_size) if isinstance(objective, ObjectiveWithHead) else nn.Identity()
 
 
 class NoObjective:
     """No local objective: early blocks learn from the task loss alone, where it reaches them."""
-
-    def make_head(self, hidden_size: int) -> nn.Module:
-        """Makes a module without parameters."""
-        return nn.Identity()
 
     def __call__(
         self, head: nn.Module, output_BTD: torch.Tensor, input_BTD: torch.Tensor, batch: LocalBatch

@@ -115,10 +115,6 @@ class ReadoutObjective:
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
 
-    def make_head(self, hidden_size: int) -> nn.Module:
-        """Makes an empty module: what is read through is the objective's."""
-        return nn.Identity()
-
     def __call__(
         self, head: nn.Module, output_BTD: torch.Tensor, input_BTD: torch.Tensor, batch: LocalBatch
     ) -> torch.Tensor:

@@ -3,7 +3,7 @@ import torch
 
 from lopt_hf.local.blocks import split_layers
 from lopt_hf.local.heads import LocalHeads
-from lopt_hf.local.objectives import LocalBatch, ReconstructionHead, ReconstructionObjective
+from lopt_hf.local.objectives import LocalBatch, ReconstructionHead, ReconstructionObjective, head_of
 
 
 def test_head_is_the_papers():
@@ -59,5 +59,6 @@ def test_the_protocols_example_runs():
     namespace: dict = {}
     exec(code, namespace)
     objective = namespace["StayClose"]()
-    head = objective.make_head(4)
+    head = head_of(objective, 4)
+    assert not list(head.parameters())
     assert objective(head, torch.ones(1, 1, 4), torch.zeros(1, 1, 4), LocalBatch()) == 1.0

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lopt_hf.local.blocks import find_decoder_stack
-from lopt_hf.local.objectives import LocalBatch
+from lopt_hf.local.objectives import LocalBatch, head_of
 from lopt_hf.local.readout import ReadoutObjective
 from lopt_hf.meters.saved_bytes import SavedBytes
 from tests.tiny import FAMILIES, VOCABULARY, make_model
@@ -41,7 +41,7 @@ def stock_loss(model, input_ids, labels):
 
 
 def readout_loss(objective, h, labels):
-    return objective(objective.make_head(h.shape[-1]), h, h, LocalBatch(inputs={"labels": labels}))
+    return objective(head_of(objective, h.shape[-1]), h, h, LocalBatch(inputs={"labels": labels}))
 
 
 @pytest.mark.parametrize("autocast", [False, True])

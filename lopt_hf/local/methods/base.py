@@ -94,7 +94,7 @@ class Method(ABC):
         """Makes what the early blocks learn from."""
 
     def make_heads(self, learner: Learner, objective: LocalObjective) -> LocalHeads:
-        """Makes what the early blocks learn through; by default each the head that the objective makes."""
+        """Makes what the early blocks learn through; by default the head that the objective makes, if it makes one."""
         return LocalHeads.make(
             objective, learner.stack.hidden_size, learner.blocks, learner.seed, only=learner.learning_blocks
         )

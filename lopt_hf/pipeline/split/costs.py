@@ -19,7 +19,7 @@ from lopt_hf.common.settings import check_at_least, check_choice
 from lopt_hf.common.upstream.trl import add_fused_lm_head
 from lopt_hf.local.blocks import find_decoder_stack, untie_output_embeddings
 from lopt_hf.local.layer_calls import LayerCall, hidden_of, record_layer_calls, stop_at
-from lopt_hf.local.objectives import LocalBatch, LocalObjective, ReconstructionObjective
+from lopt_hf.local.objectives import LocalBatch, LocalObjective, ReconstructionObjective, head_of
 from lopt_hf.local.readout import ReadoutObjective, model_after_the_layers
 from lopt_hf.pipeline.split.stopwatch import LEAST_SECONDS, PartCost, Stopwatch, num_elements
 
@@ -266,7 +266,7 @@ class _Bench:
             objective = ReadoutObjective.from_model(self.skeleton, copy=False)
         assert not isinstance(objective, str)
         local: LocalObjective = objective
-        head = local.make_head(self.stack.hidden_size).to(self.stopwatch.device)
+        head = head_of(local, self.stack.hidden_size).to(self.stopwatch.device)
         output_BTD, input_BTD = self._random_hidden_states(), self._random_hidden_states().detach()
         batch = LocalBatch(self.mask_BT, {"input_ids": self.tokens_BT, "labels": self.tokens_BT})
         return self.stopwatch.measure(lambda: local(head, output_BTD, input_BTD, batch), list(head.parameters()))

@@ -9,14 +9,14 @@ from torch import nn
 
 from lopt_hf.common.settings import option
 from lopt_hf.local.heads import LocalHeads
-from lopt_hf.local.methods.base import Learner
+from lopt_hf.local.methods.base import Learner, Method
 from lopt_hf.local.methods.image.heads import ModelTail, has_one_shape, layer_shapes, make_classifier
 from lopt_hf.local.methods.image.objectives import ClassifierObjective, FrozenTailObjective
 from lopt_hf.local.methods.lopt import LoPT, LoPTArguments
 from lopt_hf.local.objectives import LocalObjective, ReconstructionObjective
 from lopt_hf.local.run_facts import RunFacts
 
-__all__ = ["ImageLocal", "LocalImageArguments", "check_engine", "check_image_options", "share_of_images"]
+__all__ = ["ImageLocal", "ImageMethod", "LocalImageArguments", "check_engine", "check_image_options"]
 
 # Options that mean nothing for images, each with the only value that it may have
 _LANGUAGE_ONLY = {"tied_embeddings": "untie", "reconstruction_mask": "attention", "train_vision": False}
@@ -38,9 +38,23 @@ def check_engine(run: RunFacts) -> None:
         )
 
 
-def share_of_images(inputs: Mapping[str, Any], num_items: torch.Tensor | int | None, num_processes: int) -> float:
-    """The share of a step's images that a micro-batch has, as the task loss weighs them; 1 if it does not count."""
-    return 1.0 if num_items is None else float(inputs["labels"].shape[0] / num_items * num_processes)
+class ImageMethod(Method):
+    """What a method does otherwise with image classifiers; comes before the method among the base classes."""
+
+    def separates_embeddings(self, learner: Learner) -> bool:
+        return False  # there is no LM head
+
+    def local_scale(
+        self,
+        inputs: Mapping[str, Any],
+        num_items: torch.Tensor | int | None,
+        accumulation_steps: int,
+        num_processes: int,
+    ) -> float:
+        """Weighs each image as the task loss does, however many of the step's images the micro-batch has."""
+        if num_items is None:
+            return super().local_scale(inputs, num_items, accumulation_steps, num_processes)
+        return float(inputs["labels"].shape[0] / num_items * num_processes)
 
 
 @dataclass
@@ -85,11 +99,8 @@ class LocalImageArguments(LoPTArguments):
         super().check_run(run)
 
 
-class ImageLocal(LoPT):
+class ImageLocal(ImageMethod, LoPT):
     """Local learning of an image classifier with one objective on each early block's output."""
-
-    def separates_embeddings(self, learner: Learner) -> bool:
-        return False  # there is no LM head
 
     def make_objective(self, learner: Learner) -> LocalObjective:
         settings: LocalImageArguments = learner.settings
@@ -127,18 +138,6 @@ class ImageLocal(LoPT):
     def weight_of(self, learner: Learner, objective: LocalObjective) -> float:
         # Blocks share no weights, so that each learns with the task loss's own weight.
         return super().weight_of(learner, objective) if isinstance(objective, ReconstructionObjective) else 1.0
-
-    def local_scale(
-        self,
-        inputs: Mapping[str, Any],
-        num_items: torch.Tensor | int | None,
-        accumulation_steps: int,
-        num_processes: int,
-    ) -> float:
-        """Weighs each image as the task loss does, however many of the step's images the micro-batch has."""
-        if num_items is None:
-            return super().local_scale(inputs, num_items, accumulation_steps, num_processes)
-        return share_of_images(inputs, num_items, num_processes)
 
     def rate_advice(self, learner: Learner, learning_rate: float) -> str | None:
         return None  # LoPT's is of language models

@@ -17,7 +17,7 @@ from lopt_hf.local.heads import LocalHeads
 from lopt_hf.local.layer_calls import LayerCall
 from lopt_hf.local.methods.base import Learner
 from lopt_hf.local.methods.image.heads import ModelTail, are_told_more, has_one_shape, layer_shapes, make_classifier
-from lopt_hf.local.methods.image.method import check_engine, check_image_options, share_of_images
+from lopt_hf.local.methods.image.method import ImageMethod, check_engine, check_image_options
 from lopt_hf.local.methods.image.objectives import AuxiliaryObjective
 from lopt_hf.local.methods.mlaan.arguments import MLAANSettings
 from lopt_hf.local.methods.mlaan.auxiliary import LeapAuxiliary
@@ -96,11 +96,8 @@ class _ImageWindows(WindowBoundary):
         return defaultdict(lambda: LayerCall((), {}, hidden_is_named=False))
 
 
-class ImageMLAAN(MLAAN):
+class ImageMLAAN(ImageMethod, MLAAN):
     """MLAAN of an image classifier (https://huggingface.co/papers/2406.16633)."""
-
-    def separates_embeddings(self, learner: Learner) -> bool:
-        return False
 
     def make_objective(self, learner: Learner) -> LocalObjective:
         settings: ImageMLAANArguments = learner.settings
@@ -165,16 +162,6 @@ class ImageMLAAN(MLAAN):
             task_share=settings.task_share,
             early_blocks=learner.early_blocks,
         )
-
-    def local_scale(
-        self,
-        inputs: Mapping[str, Any],
-        num_items: torch.Tensor | int | None,
-        accumulation_steps: int,
-        num_processes: int,
-    ) -> float:
-        """Weighs each image as the task loss does, however many of the step's images the micro-batch has."""
-        return 1 / accumulation_steps if num_items is None else share_of_images(inputs, num_items, num_processes)
 
 
 def _leaps(learner: Learner, shapes: list[torch.Size]) -> list[list[int]]:

@@ -19,11 +19,10 @@ def _cross_entropy(logits_BL: torch.Tensor, batch: LocalBatch) -> torch.Tensor:
 
 
 class ClassifierObjective:
-    """Cross-entropy of the classes, through a classifier that each block has of its own: plain local learning."""
+    """Cross-entropy of the classes, through a classifier that each block has of its own: plain local learning.
 
-    def make_head(self, hidden_size: int) -> nn.Module:
-        """Raises: the method makes the heads, since a block's shape says which."""
-        raise NotImplementedError
+    The method makes the classifiers, since a block's shape says which.
+    """
 
     def __call__(
         self, head: nn.Module, output_BTD: torch.Tensor, input_BTD: torch.Tensor, batch: LocalBatch
@@ -41,10 +40,6 @@ class FrozenTailObjective:
     def __init__(self, tail: nn.Module) -> None:
         self.tail = tail.requires_grad_(False)
 
-    def make_head(self, hidden_size: int) -> nn.Module:
-        """Makes a module without parameters."""
-        return nn.Identity()
-
     def __call__(
         self, head: nn.Module, output_BTD: torch.Tensor, input_BTD: torch.Tensor, batch: LocalBatch
     ) -> torch.Tensor:
@@ -60,10 +55,6 @@ class AuxiliaryObjective:
 
     def __init__(self, tail: nn.Module | None = None) -> None:
         self.tail = tail
-
-    def make_head(self, hidden_size: int) -> nn.Module:
-        """Raises: the method makes the auxiliaries."""
-        raise NotImplementedError
 
     def __call__(
         self, head: Any, output_BTD: torch.Tensor, input_BTD: torch.Tensor, batch: LocalBatch
