@@ -8,6 +8,8 @@ stage makes its predecessor wait instead of filling memory.
 
 import queue
 import threading
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +39,23 @@ class BatchId:
     step: int
     micro_batch: int
     checksum: int
+
+    @classmethod
+    def of(cls, inputs: Mapping[str, Any], step: int, micro_batch: int) -> "BatchId":
+        """Names a micro-batch; the checksum is of all its tensors, so that tokens, masks and labels are compared.
+
+        Args:
+            inputs: The micro-batch as its trainer has it.
+            step: See above.
+            micro_batch: See above.
+        """
+        checksum = 0
+        for name in sorted(inputs):
+            if isinstance(inputs[name], torch.Tensor):
+                checksum = zlib.crc32(
+                    inputs[name].cpu().contiguous().numpy().tobytes(), zlib.crc32(name.encode(), checksum)
+                )
+        return cls(step, micro_batch, checksum)
 
     def __str__(self) -> str:
         return f"step {self.step + 1}, micro-batch {self.micro_batch + 1}"

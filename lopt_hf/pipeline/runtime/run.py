@@ -26,7 +26,8 @@ from lopt_hf.pipeline.runtime.config import MLAANPipelineConfig, PipelineArgumen
 from lopt_hf.pipeline.runtime.health import BAD_INPUT_STATUS, PipelineError, report_bad_input, report_termination
 from lopt_hf.pipeline.runtime.launch import PipelineWorld, Rendezvous, init_world, launch_command, rank_name
 from lopt_hf.pipeline.runtime.stage import plan_stages
-from lopt_hf.pipeline.runtime.trainer import MLAANPipelineTrainer, PipelineTrainer, StageTrainer
+from lopt_hf.pipeline.runtime.stage_trainer import StageTrainer
+from lopt_hf.pipeline.runtime.trainer import MLAANPipelineTrainer, PipelineTrainer
 from lopt_hf.pipeline.split.auxiliaries import with_auxiliaries
 from lopt_hf.pipeline.split.balance import balanced_split, format_split
 from lopt_hf.pipeline.split.costs import measure_costs

@@ -314,7 +314,7 @@ def _awaited_sends(schedule: Schedule, orders: Orders, own_KA: Integers, channel
     if schedule.sends == "at_step":
         return _last_sends_of_steps(orders, own_KA)
     unfinished = channel_depth + 1
-    # The channel for gradients takes all of a step, see `PipelineTrainer`: no rank waits to get rid of them.
+    # The channel for gradients takes all of a step, see `StageLinks`: no rank waits to get rid of them.
     one_before = np.where(_shifted(orders.kind_KA, 1) == Kind.FORWARD, one_before, NO_MESSAGE)
     is_sent = (one_before >= 0) & (_shifted(orders.microbatch_KA, 1) >= unfinished)
     return np.where(is_sent, one_before - unfinished, NO_MESSAGE)

@@ -253,7 +253,7 @@ class _DelayedStage(_LocalStage):
         self.back_receiver: ReceivingChannel | None = None
         self.back_sender: SendingChannel | None = None
         options: Any = {"device": torch.device("cpu"), "monitor": monitor}
-        if self.delay > 0:  # takes all of a step, see `PipelineTrainer`
+        if self.delay > 0:  # takes all of a step, see `StageLinks`
             depth = max(workload.channel_depth, workload.microbatches)
             self.back_receiver = ReceivingChannel(self.rank + 1, back[self.rank], depth=depth, **options)
         if self.rank > 0:

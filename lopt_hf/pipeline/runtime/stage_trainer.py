@@ -1,0 +1,342 @@
+"""The trainer of one stage, by any method of local learning.
+
+Each stage is a training run of its own, of a stock trainer on its part of the model: it builds the same batches from
+the same seed, has its own optimizer, scheduler and clipping, and exchanges nothing with the others but hidden states,
+which go forward; where `gradient` says so their cotangents come back, in time for a later step (`delayed.py`).
+
+Shapes: B batch, T tokens, D hidden channels.
+"""
+
+import inspect
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback
+from transformers.trainer_utils import TrainOutput
+from transformers.utils import SAFE_WEIGHTS_NAME
+from trl import SFTTrainer
+
+from lopt_hf.common.resuming import find_checkpoint
+from lopt_hf.local.blocks import Block, split_layers
+from lopt_hf.local.learner import LearnerEvents, LocalLearner
+from lopt_hf.local.methods.base import Method
+from lopt_hf.local.stepping import delay_schedules
+from lopt_hf.pipeline.runtime import stage_checkpoint
+from lopt_hf.pipeline.runtime.channel import BatchId
+from lopt_hf.pipeline.runtime.checkpoint import Manifest, check_shared_folder, remove_incomplete
+from lopt_hf.pipeline.runtime.delayed import DelayedGradients, send_back
+from lopt_hf.pipeline.runtime.draining import drain
+from lopt_hf.pipeline.runtime.launch import PipelineWorld, check_same
+from lopt_hf.pipeline.runtime.links import StageLinks
+from lopt_hf.pipeline.runtime.logs import StageCallback, add_figures, collect_start_losses, collect_timelines
+from lopt_hf.pipeline.runtime.replicas import ReplicatedMixin
+from lopt_hf.pipeline.runtime.stage import (
+    StagePlan,
+    keep_stage,
+    load_stage,
+    plan_stages,
+    separate_stage_embeddings,
+)
+from lopt_hf.pipeline.runtime.stage_forward import StageForward
+from lopt_hf.pipeline.runtime.timeline import Timeline
+from lopt_hf.trainers.checks import check_model, check_sft_dataset
+
+__all__ = ["StageTrainer"]
+
+
+class StageTrainer(ReplicatedMixin, SFTTrainer):
+    """Trainer for one stage of a pipeline of local learners (PPLL, https://huggingface.co/papers/2411.12780).
+
+    The model is one stage's part, its input comes from the previous stage and its output goes to the next one right
+    after the forward. A run of K stages ends with the weights of the run in one process.
+
+    Args:
+        model: What `load_part` returns, PEFT-wrapped or not.
+        args: Training arguments, the same on every stage: `PipelineArguments` mixed in before a method's config.
+        world: The processes of the run.
+        method: The method. Default: the one that the arguments are of.
+        **kwargs: The keyword arguments of `SFTTrainer`.
+    """
+
+    _tag_names = ["trl", "sft", "ppll", "local-learning"]
+    _name = "PPLL"
+
+    args: Any
+    lr_scheduler: Any
+    _manifest: Manifest | None = None  # of the checkpoint that the run goes on from
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        args: Any,
+        *,
+        world: PipelineWorld,
+        method: Method | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.world = world
+        part: Any = model
+        base_model = part.get_base_model() if isinstance(model, PeftModel) else part
+        num_layers = base_model.config.get_text_config(decoder=True).num_hidden_layers
+        self.plans = plan_stages(split_layers(num_layers, args.num_blocks, args.split_at), world.num_stages)
+        self.plan = self.plans[world.stage]
+        self.timeline = Timeline(self.plan.index, args.timeline_steps)
+        if not world.reports:
+            args.disable_tqdm, args.report_to, args.push_to_hub = True, [], False
+        given = inspect.signature(SFTTrainer.__init__).bind_partial(self, part, args, **kwargs).arguments
+        check_model(part, args, given.get("peft_config"), given.get("quantization_config"))
+        check_sft_dataset(given.get("train_dataset"), args, given.get("formatting_func"))
+        super().__init__(part, args, method=method, **kwargs)
+        collect_start_losses(self)
+        if not world.reports:
+            self.remove_callback(PrinterCallback)
+        self._forward = StageForward(self.learner.base_model, self.stack, self.plan, self._send)
+        self._links = StageLinks()
+        self.delayed: DelayedGradients | None = None
+        self._hidden_BTD: torch.Tensor | None = None
+        self._batch = BatchId(0, 0, 0)
+        self._loss_at = 0.0
+        self.micro_batch = 0
+        if args.sends_gradients_back:
+            delay = self.plans[0].delay
+            late = f"{delay} optimizer step{'s' * (delay > 1)} late"
+            self.card_facts["trained by the task loss"] = (
+                f"all {len(self.plans)} blocks, the first with a gradient {late}"
+            )
+        self.add_callback(StageCallback(self))
+
+    # ---- What this stage is ----
+
+    @staticmethod
+    def load_part(checkpoint: str, plan: StagePlan, args: Any, **kwargs: Any) -> PreTrainedModel:
+        """Loads what a stage needs to begin: its part, or the whole model where its early blocks are made from it.
+
+        Args:
+            checkpoint: Hub id or local folder of the whole model's checkpoint.
+            plan: The stage.
+            args: Training arguments.
+            **kwargs: For `from_pretrained`.
+        """
+        method: Method = args.make_method()
+        if _needs_model(plan, method, args):
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(checkpoint, **kwargs)
+            return model
+        return load_stage(checkpoint, plan, keeps_readout=method.stage_needs(args) == "readout", **kwargs)
+
+    def _make_learner(self, method: Method | None, **options: Any) -> LocalLearner:
+        base_model: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        separate_stage_embeddings(base_model, self.args.tied_embeddings)
+        learner = super()._make_learner(
+            method,
+            early_blocks=[block.index for block in self.plan.blocks if block.index < self.args.num_blocks - 1],
+            stage_starts=[plan.blocks[0].index for plan in self.plans],
+            **options,
+        )
+        if _needs_model(self.plan, learner.method, self.args):
+            keep_stage(base_model, self.plan)
+        return learner
+
+    def _learner_events(self, **others: Any) -> LearnerEvents:
+        return super()._learner_events(
+            around_backward=partial(self.timeline.span, "backward"),
+            around_step=partial(self.timeline.span, "optimizer"),
+            **others,
+        )
+
+    # ---- One micro-batch ----
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        self._batch = BatchId.of(inputs, self.state.global_step, self.micro_batch)
+        self.timeline.step = self.state.global_step
+        self.timeline.micro_batch += 1
+        if self._links.receiver is not None:
+            self.timeline.note_depth(self._links.receiver.depth)
+            with self.timeline.span("receive"):
+                hidden_BTD = self._links.receiver.get(self._batch)
+            # Reentrant checkpointing gives no gradient unless an input requires one.
+            asks = self._links.back_sender is not None or self.learner.base_model.is_activation_checkpointing
+            self._hidden_BTD = hidden_BTD.requires_grad_(asks)
+        with self.timeline.span("forward"):
+            if not self.plan.is_last:
+                return self._run_blocks(inputs, num_items_in_batch)
+            self._forward.start_from(self._hidden_BTD)
+            result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._loss_at = time.perf_counter()
+        if num_items_in_batch is None or self.world.num_replicas == 1:
+            return result
+        # The gradients are averaged over the replicas, and the loss was divided by the tokens of all of them.
+        scale = self.world.num_replicas
+        return (result[0] * scale, result[1]) if return_outputs else result * scale
+
+    def _run_blocks(self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
+        """Runs the blocks of an early stage; all that it learns from at once are their local losses."""
+        arguments = {name: value for name, value in inputs.items() if name != "labels"}
+        if self.aux_loss_enabled:
+            arguments["output_router_logits"] = True
+        if self.delayed is not None:
+            balance = 0.0 if self.boundary.learns_locally else self._local_scale(inputs, num_items_in_batch)
+            self.delayed.keep(self._batch, arguments, self._hidden_BTD, balance * self.aux_loss_enabled)
+        if self.delayed is not None and not self.boundary.learns_locally:
+            self.delayed.run_forward()
+        else:
+            with self._local_forward(inputs, num_items_in_batch), self.accelerator.autocast():
+                self._forward(arguments, self._hidden_BTD)
+        return torch.zeros((), device=self.args.device, requires_grad=True)
+
+    def _send(self, hidden_BTD: torch.Tensor) -> None:
+        if self._links.sender is None:
+            return
+        with self.timeline.span("send"):
+            # Here and not where it arrives: the cause is to be named by the stage that made it.
+            largest = torch.linalg.vector_norm(hidden_BTD.detach(), torch.inf)
+            self._check_finite(f"the largest hidden state of stage {self.plan.index}", largest.item())
+            self._links.sender.put(self._batch, hidden_BTD)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self.plan.is_last:
+            self.timeline.add("backward", self._loss_at, time.perf_counter())
+            if self._links.back_sender is not None:
+                assert self._hidden_BTD is not None and self._hidden_BTD.grad is not None
+                cotangent_BTD = self._hidden_BTD.grad
+                send_back(self._links.back_sender, self._batch, cotangent_BTD, self.timeline, self._check_finite)
+        self._hidden_BTD = None
+        if self.delayed is not None:
+            self.delayed.run_backward(self.accelerator.sync_gradients)
+        return loss
+
+    # ---- The task's gradient of earlier steps ----
+
+    @property
+    def _completes_in_forward(self) -> bool:  # type: ignore[override]  # of the class where it is always so
+        return self.delayed is None
+
+    @property
+    def gradient_settings(self) -> dict[str, Any]:
+        """What a run with gradients on their way cannot change."""
+        settings: dict[str, Any] = self.args.gradient_settings(len(self.plans))
+        return settings
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """Makes the scheduler; where the task's gradient is late, so are the rates, which are those of its step."""
+        scheduler = super().create_scheduler(num_training_steps, *args, **kwargs)
+        if self.args.sends_gradients_back and self.plan.delay > 0:
+            delay_schedules(scheduler, self.plan.delay)
+        return scheduler
+
+    def drain(self) -> None:
+        """Learns from the gradients that are still on their way at the end of a run, each in a step of its own."""
+        if self.delayed is not None:
+            drain(self, self.delayed)
+
+    # ---- The run ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        output_dir = Path(str(self.args.output_dir))
+        if not isinstance(self.model, PeftModel) and (output_dir / SAFE_WEIGHTS_NAME).exists():
+            raise ValueError(
+                f"output_dir={str(output_dir)!r} holds another run's model ({SAFE_WEIGHTS_NAME}), which would be "
+                "loaded in place of this run's; choose another output_dir."
+            )
+        self.store = self.world.new_run_store()
+        folder = find_checkpoint(str(output_dir), resume_from_checkpoint)
+        shared = self.store, self.world.monitor, self.world.mesh.size()
+        check_same(*shared, "checkpoint", {"resume_from_checkpoint": folder})
+        if self.world.rank == 0:
+            remove_incomplete(output_dir)
+        check_shared_folder(*shared, output_dir)
+        if folder is not None:
+            self._manifest = Manifest(folder)
+            self._manifest.check_run(self.world.num_replicas, self.gradient_settings)
+            folder = str(self._manifest.folder_for(self.plan))
+        self._open_links()
+        output = super().train(folder, *args, **kwargs)
+        self.drain()  # of a run that goes on from its last step, or whose data ended before it was to
+        self._links.close()
+        self._links, self.delayed = StageLinks(), None
+        collect_timelines(self)
+        return output
+
+    def _open_links(self) -> None:
+        self._links = StageLinks.open(self.world, self.plan, self.args)
+        if self._links.back_receiver is not None:
+            self.delayed = DelayedGradients(
+                self.learner.base_model,
+                self._forward,
+                self.boundary,
+                self.plan.delay,
+                self.args.gradient_recompute,
+                self._links.back_receiver,
+                self._links.back_sender,
+                self.accelerator.autocast,
+                self.timeline,
+                self._check_finite,
+            )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self.model.training:
+            add_figures(self, logs)
+        super().log(logs, start_time)
+
+    # ---- Checkpoints and the saved model ----
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        stage_checkpoint.save_process(self)
+
+    @property
+    def _writes_output_dir(self) -> bool:
+        return self.world.reports
+
+    def _check_files(self, checkpoint: str) -> None:
+        """Leaves that to the manifest, whichever stages wrote the files."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        assert self._manifest is not None and self._resumed is not None
+        metrics = stage_checkpoint.load_stage_weights(self, self._manifest)
+        self._resumed = replace(self._resumed, metrics_since_log=metrics)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            assert self._manifest is not None
+            stage_checkpoint.load_stage_optimizer(self, self._manifest, checkpoint)
+            if self.delayed is not None:
+                stage_checkpoint.load_in_flight(self, self._manifest)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Makes one stock checkpoint of all stages; every process must call it, and waits until it is complete.
+
+        Args:
+            output_dir: Where it goes. Default: `args.output_dir`.
+            _internal_call: As in the parent.
+        """
+        target = Path(output_dir or self.args.output_dir)
+        stage_checkpoint.save_stage_model(self, target)
+        if self.world.reports:
+            self.create_model_card(model_name=target.name)
+
+    @property
+    def all_blocks(self) -> list[Block]:
+        """The blocks of all stages."""
+        return [block for plan in self.plans for block in plan.blocks]
+
+    def push_model(self) -> None:
+        """Uploads the saved model to the hub, without the checkpoints; for the process that reports."""
+        stage_checkpoint.push_model(self)
+
+
+def _needs_model(plan: StagePlan, method: Method, args: Any) -> bool:
+    """Whether a stage begins with the whole model: its early blocks, if it has some, are made from it."""
+    has_early_blocks = not plan.is_last or len(plan.blocks) > 1
+    return has_early_blocks and method.stage_needs(args) == "model"
