@@ -44,7 +44,7 @@ _EXPORTS = {
     "RepLModel": "lopt_hf.repl.model",
     "RepLTrainer": "lopt_hf.repl.trainer",
     "RetentionCallback": "lopt_hf.retention.callback",
-    "StageTrainer": "lopt_hf.pipeline.runtime.stage_trainer",
+    "StageTrainer": "lopt_hf.pipeline.runtime.trainer",
     "get_repl_model": "lopt_hf.repl.model",
     "make_plan": "lopt_hf.planner.plan",
 }
@@ -94,8 +94,7 @@ if TYPE_CHECKING:
     from lopt_hf.local.objectives import LocalBatch, LocalObjective, ObjectiveWithHead, ReconstructionObjective
     from lopt_hf.local.readout import ReadoutObjective
     from lopt_hf.pipeline.runtime.config import MLAANPipelineConfig, PipelineArguments, PipelineConfig
-    from lopt_hf.pipeline.runtime.stage_trainer import StageTrainer
-    from lopt_hf.pipeline.runtime.trainer import MLAANPipelineTrainer, PipelineTrainer
+    from lopt_hf.pipeline.runtime.trainer import MLAANPipelineTrainer, PipelineTrainer, StageTrainer
     from lopt_hf.planner.plan import PlanSettings, make_plan
     from lopt_hf.repl.config import RepLConfig
     from lopt_hf.repl.model import RepLModel, get_repl_model

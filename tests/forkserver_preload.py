@@ -3,6 +3,7 @@
 import gc
 
 import tests.distributed.pipeline_fault_worker
+import tests.distributed.pipeline_image_worker
 import tests.trainers.resume_worker  # noqa: F401
 
 gc.collect()

@@ -15,16 +15,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from datasets import Dataset
 from transformers import TrainerCallback, set_seed
 from trl import TrlParser
 
-from lopt_hf.common.settings import check_at_least, check_choice, option
-from lopt_hf.data.images import ImageRows, check_labels, class_names, find_columns
-from lopt_hf.scripts.image_models import ARCHITECTURES, make_image_model
+from lopt_hf.common.settings import check_choice, option
+from lopt_hf.data.images import ImageRows
+from lopt_hf.scripts.image_models import ImageSourceArguments, make_image_model
 from lopt_hf.scripts.image_replacement import ReplacementArguments, replace_layers
+from lopt_hf.scripts.image_rows import load_images
 from lopt_hf.scripts.parsing import chosen_method, make_trl_parser
-from lopt_hf.scripts.training import DataArguments, load_checked, load_rows, run_training, subsample
+from lopt_hf.scripts.training import DataArguments, run_training
 from lopt_hf.trainers.image import (
     ImageTrainer,
     ImageTrainingArguments,
@@ -33,7 +33,15 @@ from lopt_hf.trainers.image import (
     MLAANImageConfig,
 )
 
-__all__ = ["METHODS", "ImageModelArguments", "ImageScriptArguments", "main", "make_parser", "make_trainer"]
+__all__ = [
+    "METHODS",
+    "ImageModelArguments",
+    "ImageScriptArguments",
+    "main",
+    "make_parser",
+    "make_trainer",
+    "set_objective",
+]
 
 # The local objective that a method stands for; of those that have none of these options `None`
 METHODS: dict[str, str | None] = {
@@ -47,8 +55,6 @@ METHODS: dict[str, str | None] = {
 }
 # Methods of the trainer of transformers
 END_TO_END = ("e2e", "repl")
-# Ours: so many images are read once before training, so that a broken one is named then and not in the last epoch
-CHECKED_IMAGES = 50_000
 
 
 @dataclass
@@ -98,45 +104,12 @@ class ImageScriptArguments(DataArguments):
 
 
 @dataclass
-class ImageModelArguments(ReplacementArguments):
-    """Which model to train; what `method="repl"` replaces is among the arguments.
-
-    Parameters:
-        model_name_or_path: An image classifier's checkpoint. Default: one of `architecture` from random weights.
-        architecture: What to make from random weights: `"vit"`, a small one, or `"resnet20"`.
-        image_size: Side of its images in pixels. Default: 32 for `"vit"`, 64 for `"resnet20"`, whose stem halves
-            them twice.
-    """
-
-    model_name_or_path: str | None = option(
-        None, "Hub id or local folder of an image classifier. Default: from random weights."
-    )
-    model_revision: str = option("main", "Its version: branch, tag or commit.")
-    architecture: str = option(
-        "vit", "What to make from random weights: 'vit', a small one, or 'resnet20'.", list(ARCHITECTURES)
-    )
-    image_size: int | None = option(
-        None, "Side of its images in pixels. Default: 32 for 'vit', 64 for 'resnet20', whose stem halves them twice."
-    )
+class ImageModelArguments(ImageSourceArguments, ReplacementArguments):
+    """Which model to train, and what `method="repl"` replaces."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("architecture", self.architecture, list(ARCHITECTURES))
-        check_at_least("image_size", self.image_size, 8)
-        if self.model_name_or_path is None and self.model_revision != "main":
-            raise ValueError(
-                f"model_revision={self.model_revision!r} does nothing without model_name_or_path; leave it out."
-            )
-        if self.model_name_or_path is not None and self.architecture != "vit":
-            raise ValueError(
-                f"architecture={self.architecture!r} does nothing with model_name_or_path="
-                f"{self.model_name_or_path!r}, which has one; leave one of them out."
-            )
-        if self.model_name_or_path is not None and self.image_size is not None:
-            raise ValueError(
-                f"image_size={self.image_size} does nothing with model_name_or_path={self.model_name_or_path!r}, "
-                "whose image processor has one; leave it out."
-            )
+        ImageSourceArguments.__post_init__(self)
+        ReplacementArguments.__post_init__(self)
 
 
 def make_parser(method: str = "local") -> TrlParser:
@@ -159,32 +132,31 @@ def make_trainer(script_args: ImageScriptArguments, args: Any, model_args: Image
     """
     if script_args.method != "repl":
         model_args.check_unused(script_args.method)
-    _set_objective(script_args.method, args)
-    whole = cast(Dataset, _load(script_args, "train", args.seed))
-    evaluated = _load(script_args, "eval", args.seed)
-    columns = find_columns(whole, script_args.image_column, script_args.label_column)
-    names = class_names(whole, columns[1])  # a part may lack the highest label
-    check_labels(whole, columns[1], len(names))
-    train = cast(Dataset, subsample(whole, script_args.dataset_max_samples, args.seed))
+    set_objective(script_args.method, args)
+    images = load_images(script_args, args.seed)
     set_seed(args.seed)  # what the weights are drawn from
-    model, processor = make_image_model(model_args, names)
+    model, processor = make_image_model(model_args, images.names)
     if script_args.method == "repl":
         model = replace_layers(model, model_args)
     trainer_class = ImageTrainer if script_args.method in END_TO_END else LocalImageTrainer
-    trainer = trainer_class(model, args, train, evaluated, processor, columns=columns)
-    if isinstance(trainer.train_dataset, ImageRows) and script_args.dataset_max_samples is not None:
-        numbers = Dataset.from_dict({"row": list(range(1, len(whole) + 1))})
-        trainer.train_dataset.numbers = subsample(numbers, script_args.dataset_max_samples, args.seed)["row"][:]
-    for images in (trainer.train_dataset, trainer.eval_dataset):
-        if isinstance(images, ImageRows) and len(images) <= CHECKED_IMAGES:
-            images.check_images()
-    if evaluated is not None:
+    trainer = trainer_class(model, args, images.train, images.evaluated, processor, columns=images.columns)
+    images.check_rows(trainer.train_dataset, is_training=True)
+    images.check_rows(trainer.eval_dataset, is_training=False)
+    if images.evaluated is not None:
         trainer.add_callback(_MeasureAtEnd(trainer))
     return trainer
 
 
-def _set_objective(method: str, args: Any) -> None:
-    """Sets the local objective that a method stands for, and checks the arguments again with it."""
+def set_objective(method: str, args: Any) -> None:
+    """Sets the local objective that a method stands for, and checks the arguments again with it.
+
+    Args:
+        method: One of `METHODS`.
+        args: Training arguments.
+
+    Raises:
+        ValueError: If they do not fit the method.
+    """
     objective = METHODS[method]
     if objective is None:
         return
@@ -207,24 +179,6 @@ def _set_objective(method: str, args: Any) -> None:
             f"task_reach={args.task_reach} is freezing the early blocks; with method='reach' give a cycle such as "
             f"[1,1,1,{args.num_blocks}]."
         )
-
-
-def _load(script_args: ImageScriptArguments, part: str, seed: int) -> Any:
-    if part == "train":
-        return load_checked(_rows, script_args, script_args.dataset_train_split, seed)
-    if script_args.eval_file is not None:
-        name, script_args.dataset_name = script_args.dataset_name, script_args.eval_file
-        try:
-            return load_checked(_rows, script_args, "train", seed)  # of a file the only split
-        finally:
-            script_args.dataset_name = name
-    if script_args.train_file is not None:
-        return None
-    return load_checked(_rows, script_args, script_args.dataset_test_split, seed)
-
-
-def _rows(script_args: ImageScriptArguments, split: str, seed: int) -> Any:
-    return load_rows(script_args, split, seed, {})
 
 
 class _MeasureAtEnd(TrainerCallback):

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import (
@@ -16,7 +17,9 @@ from transformers import (
     ViTImageProcessor,
 )
 
-__all__ = ["ARCHITECTURES", "make_image_model"]
+from lopt_hf.common.settings import check_at_least, check_choice, option
+
+__all__ = ["ARCHITECTURES", "ImageSourceArguments", "make_image_model"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +35,52 @@ _RESNET20: dict[str, Any] = {
 ARCHITECTURES = {"vit": 32, "resnet20": 64}  # with the side of their images
 
 
-def make_image_model(model_args: Any, names: Sequence[str]) -> tuple[PreTrainedModel, Any]:
+@dataclass
+class ImageSourceArguments:
+    """Which model to train.
+
+    Parameters:
+        model_name_or_path: An image classifier's checkpoint. Default: one of `architecture` from random weights.
+        architecture: What to make from random weights: `"vit"`, a small one, or `"resnet20"`.
+        image_size: Side of its images in pixels. Default: 32 for `"vit"`, 64 for `"resnet20"`, whose stem halves
+            them twice.
+    """
+
+    model_name_or_path: str | None = option(
+        None, "Hub id or local folder of an image classifier. Default: from random weights."
+    )
+    model_revision: str = option("main", "Its version: branch, tag or commit.")
+    architecture: str = option(
+        "vit", "What to make from random weights: 'vit', a small one, or 'resnet20'.", list(ARCHITECTURES)
+    )
+    image_size: int | None = option(
+        None, "Side of its images in pixels. Default: 32 for 'vit', 64 for 'resnet20', whose stem halves them twice."
+    )
+
+    def __post_init__(self) -> None:
+        check_choice("architecture", self.architecture, list(ARCHITECTURES))
+        check_at_least("image_size", self.image_size, 8)
+        if self.model_name_or_path is None and self.model_revision != "main":
+            raise ValueError(
+                f"model_revision={self.model_revision!r} does nothing without model_name_or_path; leave it out."
+            )
+        if self.model_name_or_path is not None and self.architecture != "vit":
+            raise ValueError(
+                f"architecture={self.architecture!r} does nothing with model_name_or_path="
+                f"{self.model_name_or_path!r}, which has one; leave one of them out."
+            )
+        if self.model_name_or_path is not None and self.image_size is not None:
+            raise ValueError(
+                f"image_size={self.image_size} does nothing with model_name_or_path={self.model_name_or_path!r}, "
+                "whose image processor has one; leave it out."
+            )
+
+
+def make_image_model(model_args: ImageSourceArguments, names: Sequence[str]) -> tuple[PreTrainedModel, Any]:
     """Loads or makes an image classifier for these classes, and its image processor.
 
     Args:
-        model_args: `ImageModelArguments`.
+        model_args: Which one.
         names: The names of the classes.
 
     Raises:

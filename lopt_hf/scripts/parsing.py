@@ -17,7 +17,7 @@ from lopt_hf.common.yaml_files import load_settings
 from lopt_hf.scripts.help import HelpAll, HelpFormatter, format_sections, without_fences
 from lopt_hf.scripts.settings import OneLineErrors
 
-__all__ = ["chosen_method", "make_trl_parser", "parse_or_exit", "refuse_method"]
+__all__ = ["chosen", "chosen_method", "make_trl_parser", "parse_or_exit", "refuse_method"]
 
 CONFIG_HELP = (
     "`--config recipe.yaml` reads any of these options from a file or one of `lopt-hf recipes`; the command line wins "
@@ -107,23 +107,35 @@ def make_trl_parser(command: str, description: str | None, *dataclass_types: typ
     return parser
 
 
-def chosen_method(argv: Sequence[str] | None) -> str:
-    """Returns the method that a command line or its YAML names, whose options have to be parsed; `"lopt"` if none.
+def chosen(name: str, argv: Sequence[str] | None, default: str) -> str:
+    """Returns the value that a command line or its YAML has for an option on which the other options depend.
 
     Args:
+        name: The option.
         argv: Arguments without the program's name; default: those of the process.
+        default: Where it is in neither.
     """
     arguments = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--method")
+    parser.add_argument(f"--{name}", dest="value")
     parser.add_argument("--config")
     with contextlib.suppress(argparse.ArgumentError):  # the whole parser says what is wrong
         given, _ = parser.parse_known_args(arguments)
-        if given.method is None and given.config is not None:
+        if given.value is None and given.config is not None:
             with contextlib.suppress(ValueError, OSError):
-                given.method = load_settings(find_config(given.config)).get("method")
-        return given.method or "lopt"
-    return "lopt"
+                given.value = load_settings(find_config(given.config)).get(name)
+        return given.value or default
+    return default
+
+
+def chosen_method(argv: Sequence[str] | None, default: str = "lopt") -> str:
+    """Returns the method that a command line or its YAML names, whose options have to be parsed.
+
+    Args:
+        argv: Arguments without the program's name; default: those of the process.
+        default: Where neither names one.
+    """
+    return chosen("method", argv, default)
 
 
 def refuse_method(command: str, argv: Sequence[str] | None, reasons: Mapping[str, str]) -> None:

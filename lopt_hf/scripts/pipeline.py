@@ -1,10 +1,12 @@
-"""Supervised fine-tuning in a pipeline of local learners (PPLL): one process per stage, no bubble.
+"""Supervised fine-tuning, or image classification, in a pipeline of local learners (PPLL): one process per stage.
 
 ```bash
 lopt-hf pipeline --config smollm2-135m/pipeline/ppll_2          # all stages on this host
 lopt-hf pipeline --config smollm2-135m/pipeline/ppll_mlaan_2    # early blocks learn by MLAAN
 lopt-hf pipeline --config smollm2-135m/pipeline/ppll_2 --gradient delayed       # the task's gradient, a step late
+lopt-hf pipeline --task image --train_file train.parquet --eval_file test.parquet --output_dir out   # a small ViT
 lopt-hf pipeline --method mlaan --help                                        # the options of that method
+lopt-hf pipeline --task image --help                                          # those for image classifiers
 accelerate launch --multi_gpu --num_processes 2 -m lopt_hf.scripts.pipeline --config ...
 lopt-hf pipeline export --checkpoint out/checkpoint-100 --output-dir model    # a checkpoint as a stock model
 lopt-hf pipeline simulate --help                                              # schedules compared, without a model
@@ -17,6 +19,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer
@@ -27,13 +30,13 @@ from lopt_hf.common.resuming import find_checkpoint
 from lopt_hf.common.settings import option
 from lopt_hf.data.prepared import check_answers_fit
 from lopt_hf.pipeline.runtime.checkpoint import Manifest
-from lopt_hf.pipeline.runtime.config import MLAANPipelineConfig, PipelineConfig
+from lopt_hf.pipeline.runtime.config import MLAANPipelineConfig, PipelineArguments, PipelineConfig
 from lopt_hf.pipeline.runtime.health import PipelineError, failure_status, report_failure
 from lopt_hf.pipeline.runtime.launch import Rendezvous
 from lopt_hf.pipeline.runtime.run import StageConfig, find_model, launch_stages, run_stage
-from lopt_hf.scripts import pipeline_export, pipeline_simulate
+from lopt_hf.scripts import pipeline_export, pipeline_image, pipeline_simulate
 from lopt_hf.scripts.launching import launch_if_asked
-from lopt_hf.scripts.parsing import chosen_method, make_trl_parser, parse_or_exit, refuse_method
+from lopt_hf.scripts.parsing import chosen, chosen_method, make_trl_parser, parse_or_exit, refuse_method
 from lopt_hf.scripts.settings import UsageExit
 from lopt_hf.scripts.sft import SFTDataArguments, load_split
 from lopt_hf.scripts.training import load_checked, subsample
@@ -49,10 +52,14 @@ class LaunchArguments:
     """Method by which the early blocks learn, and how `lopt-hf pipeline` starts the stages on this host.
 
     Parameters:
+        task: `"sft"`, or `"image"`, which has options of its own.
         method: `"lopt"` or `"mlaan"`; each has options of its own.
         devices: Ids of the accelerators to use.
     """
 
+    task: str = option(
+        "sft", "'sft' for language models, or 'image', whose options `--task image --help` shows.", ("sft", "image")
+    )
     method: str = option("lopt", "'lopt', or 'mlaan', whose options `--method mlaan --help` shows.", ("lopt", "mlaan"))
     devices: str | None = option(None, "Ids of the accelerators of this host to use, such as 0,1. Default: all.")
 
@@ -63,14 +70,27 @@ _REFUSED_METHODS = {
 }
 
 
-def make_parser(method: str = "lopt") -> TrlParser:
+def make_parser(method: str = "lopt", task: str = "sft") -> TrlParser:
     """Makes the parser of this command: data, training, model and launch arguments, and `--config file.yaml`.
 
     Args:
         method: The method whose training arguments it takes.
+        task: The task, likewise.
     """
+    if task == "image":
+        return pipeline_image.make_parser(__doc__ or "")
     config_class = MLAANPipelineConfig if method == "mlaan" else PipelineConfig
     return make_trl_parser("pipeline", __doc__, SFTDataArguments, config_class, ModelConfig, LaunchArguments)
+
+
+def _parse(arguments: Sequence[str]) -> tuple[Any, ...]:
+    """Parses the options of the task; those of data come first, then those of training and of the model."""
+    parser = make_parser(chosen_method(arguments), chosen("task", arguments, "sft"))
+    return parse_or_exit(parser, arguments)
+
+
+def _is_image(arguments: Sequence[str]) -> bool:
+    return chosen("task", arguments, "sft") == "image"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -82,12 +102,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in SUBCOMMANDS:
         return SUBCOMMANDS[arguments[0]](arguments[1:])
-    refuse_method("pipeline", arguments, _REFUSED_METHODS)
-    launch_if_asked("pipeline", arguments, lambda given: parse_or_exit(make_parser(chosen_method(given)), given))
+    refuse_method("pipeline", arguments, pipeline_image.REFUSED_METHODS if _is_image(arguments) else _REFUSED_METHODS)
+    launch_if_asked("pipeline", arguments, _parse)
     if "RANK" not in os.environ:
-        data_args, args, model_args, launch_args = parse_or_exit(make_parser(chosen_method(arguments)), arguments)
+        data_args, args, model_args, *rest = _parse(arguments)
+        launch_args = rest[0] if rest else data_args
         try:
-            _check_input(data_args, args, model_args)
+            _check_run(args)
+            if _is_image(arguments):
+                pipeline_image.check_images(data_args, args, model_args)
+            else:
+                _check_input(data_args, args, model_args)
         except (ValueError, OSError, ImportError) as error:
             raise UsageExit(f"lopt-hf pipeline: {error}") from error
         # Chosen here, or each stage would time the machine while the others start
@@ -99,7 +124,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         raise UsageExit(f"lopt-hf pipeline: {error}") from error
     try:
-        data_args, args, model_args, _ = parse_or_exit(make_parser(chosen_method(arguments)), arguments)
+        data_args, args, model_args, *_ = _parse(arguments)
+        if _is_image(arguments):
+            pipeline_image.run_image_stage(data_args, args, model_args, rendezvous)
+            return
 
         def load_dataset() -> Dataset | IterableDataset:
             rows = load_split(data_args, data_args.dataset_train_split, args.seed)
@@ -117,13 +145,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(failure_status(rendezvous.store))  # the monitor has said why
 
 
-def _check_input(data_args: SFTDataArguments, args: StageConfig, model_args: ModelConfig) -> None:
-    """Reads what the stages will read: here an error in it is one line."""
+def _check_run(args: PipelineArguments) -> None:
+    """Checks optimizer and checkpoint before anything is read."""
     folder = find_checkpoint(str(args.output_dir), args.resume_from_checkpoint)
     if folder is not None:
         assert args.num_stages is not None
         Manifest(folder).check_run(args.data_parallel, args.gradient_settings(args.num_stages))
     check_optimizer(args)
+
+
+def _check_input(data_args: SFTDataArguments, args: StageConfig, model_args: ModelConfig) -> None:
+    """Reads what the stages will read: here an error in it is one line."""
     rows = load_checked(load_split, data_args, data_args.dataset_train_split, args.seed)
     rows = subsample(rows, data_args.dataset_max_samples, args.seed)
     model, _ = find_model(args, model_args)

@@ -1,14 +1,16 @@
 """Make a stock model of a pipeline's checkpoint: one that `from_pretrained` loads.
 
-The stages are loaded one after the other, so memory stays at the largest of them. The model that the run started from
-must be there: it has the config, and the weights that were not trained.
+The stages of a language model are loaded one after the other, so memory stays at the largest of them. The model that
+the run started from must be there: it has the config, and the weights that were not trained. A checkpoint of an image
+classifier has all of it.
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from lopt_hf.pipeline.runtime.checkpoint import export_checkpoint
+from lopt_hf.pipeline.runtime.checkpoint import Manifest, export_checkpoint
+from lopt_hf.pipeline.runtime.image.export import export_image_checkpoint, is_of_images
 from lopt_hf.scripts.settings import OneLineParser
 
 __all__ = ["main", "make_parser"]
@@ -35,7 +37,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    export_checkpoint(arguments.checkpoint, arguments.output_dir, arguments.model)
+    manifest = Manifest(arguments.checkpoint)
+    if not is_of_images(manifest):
+        export_checkpoint(arguments.checkpoint, arguments.output_dir, arguments.model)
+    elif arguments.model is None:
+        export_image_checkpoint(manifest, arguments.output_dir)
+    else:
+        raise ValueError(
+            f"model={arguments.model!r} does nothing for an image classifier, whose checkpoint has its config; leave "
+            "it out."
+        )
     print(f"Model saved to {arguments.output_dir}")
 
 

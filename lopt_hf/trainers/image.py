@@ -31,7 +31,16 @@ from lopt_hf.local.stacks import example_image, find_image_stack, is_image_class
 from lopt_hf.trainers.configs import LocalTrainingArguments, local_config
 from lopt_hf.trainers.mixin import LocalLearningMixin
 
-__all__ = ["ImageTrainer", "ImageTrainingArguments", "LocalImageConfig", "LocalImageTrainer", "MLAANImageConfig"]
+__all__ = [
+    "ImageTrainer",
+    "ImageTrainingArguments",
+    "LocalImageConfig",
+    "LocalImageTrainer",
+    "MLAANImageConfig",
+    "MetricsImageTrainer",
+    "check_image_model",
+    "crop_size",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +135,7 @@ def counts_images(model: PreTrainedModel) -> bool:
     return bool(of_two < 0.75 * of_one)
 
 
-def _crop_size(processor: Any) -> tuple[int, int]:
+def crop_size(processor: Any) -> tuple[int, int]:
     """Height and width of the images that a processor makes."""
     size: Any = processor.crop_size if getattr(processor, "do_center_crop", None) else processor.size
     side = size.get("shortest_edge")
@@ -178,7 +187,7 @@ class ImageTrainer(Trainer):
         self._columns = columns
         self._classes = int(model.config.num_labels or 0)
         if train_dataset is not None:
-            augmentation = make_augmentation(args.augmentation, _crop_size(processor))
+            augmentation = make_augmentation(args.augmentation, crop_size(processor))
             train_dataset = self._rows_of(train_dataset, augmentation, args.seed)
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: self._rows_of(rows) for name, rows in eval_dataset.items()}
@@ -224,7 +233,7 @@ class ImageTrainer(Trainer):
         model.load_state_dict(loaded.state_dict())
 
 
-class _MetricsTrainer(ImageTrainer):
+class MetricsImageTrainer(ImageTrainer):
     """What `LocalLearningMixin` expects of a trainer and TRL's have: metrics that are averaged when it logs."""
 
     aux_loss_enabled = False
@@ -254,7 +263,7 @@ class _MetricsTrainer(ImageTrainer):
         )
 
 
-class LocalImageTrainer(LocalLearningMixin, _MetricsTrainer):
+class LocalImageTrainer(LocalLearningMixin, MetricsImageTrainer):
     """Trainer of image classifiers by local learning: ViT, DeiT, DINOv2, Swin and ResNet.
 
     The layers are cut into blocks. The task loss trains the last block, or as many as `task_reach` says; early ones

@@ -26,7 +26,7 @@ from lopt_hf.scripts import (
     retention,
     sft,
 )
-from lopt_hf.scripts.parsing import chosen_method, parse_or_exit
+from lopt_hf.scripts.parsing import chosen, chosen_method, parse_or_exit
 from lopt_hf.scripts.settings import with_dashes
 from tests.docs.markdown import blocks
 
@@ -43,7 +43,7 @@ PLAIN = {
 }
 RECIPES = {
     "sft": lambda arguments: sft.make_parser(chosen_method(arguments)),
-    "pipeline": lambda arguments: pipeline.make_parser(chosen_method(arguments)),
+    "pipeline": lambda arguments: pipeline.make_parser(chosen_method(arguments), chosen("task", arguments, "sft")),
     "dpo": lambda _: dpo.make_parser(),
     "grpo": lambda _: grpo.make_parser(),
     "image": lambda arguments: image.make_parser(chosen_method(arguments)),

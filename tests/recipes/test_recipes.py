@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 
 from lopt_hf.compare.grid import load_grid
 from lopt_hf.scripts import dpo, grpo, mlaan, peers, pipeline, repl, sft
-from lopt_hf.scripts.parsing import chosen_method
+from lopt_hf.scripts.parsing import chosen, chosen_method
 from tests.machine import set_machine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,7 +114,8 @@ def parse(path: Path, task: str = "sft") -> dict[str, Any]:
         warnings.simplefilter("error", FutureWarning)
         warnings.simplefilter("error", DeprecationWarning)
         command = ["--config", str(path)]
-        parser = pipeline.make_parser(chosen_method(command)) if task == "pipeline" else PARSERS[task]()
+        kinds = (chosen_method(command), chosen("task", command, "sft"))
+        parser = pipeline.make_parser(*kinds) if task == "pipeline" else PARSERS[task]()
         parsed = parser.parse_args_and_config(command)
     return {key: value for arguments in parsed for key, value in vars(arguments).items()}
 

@@ -1,6 +1,6 @@
 """The bounded queue between two stages, over point-to-point messages of `torch.distributed`.
 
-A message is a header of fixed size (which batch, its checksum, shape and data type) and the hidden states. Both ends
+A message is a header of fixed size (which batch, its checksum, data type and shape) and the hidden states. Both ends
 are threads: the sender's takes a message as soon as the forward has made it, the receiver's fetches ahead what the
 stage will need next. Each holds at most `depth` messages, and a send is through only when it is received, so a slow
 stage makes its predecessor wait instead of filling memory.
@@ -22,7 +22,8 @@ __all__ = ["BatchId", "ReceivingChannel", "SendingChannel"]
 
 POLL_SECONDS = 0.2
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-HEADER_SIZE = 7  # step, micro-batch, checksum, dtype, B, T, D
+MOST_DIMENSIONS = 4  # of feature maps: batch, channels, height, width; token states have three
+HEADER_SIZE = 4 + MOST_DIMENSIONS  # step, micro-batch, checksum, dtype, and the sizes, -1 where there is no dimension
 END = -1  # in place of the step: no message follows
 
 
@@ -140,7 +141,7 @@ class SendingChannel(_Channel):
 
         Args:
             batch: Which micro-batch it is.
-            hidden_BTD: Shape (B, T, D). It must not be changed afterwards.
+            hidden_BTD: Shape (B, T, D), or (B, C, H, W). It must not be changed afterwards.
 
         Raises:
             PipelineError: If the pipeline is broken.
@@ -162,7 +163,8 @@ class SendingChannel(_Channel):
         while (message := self._get()) is not None:
             batch, hidden_BTD = message.batch, message.hidden_BTD
             dtype = DTYPES.index(hidden_BTD.dtype)
-            header = torch.tensor([batch.step, batch.micro_batch, batch.checksum, dtype, *hidden_BTD.shape])
+            sizes = [*hidden_BTD.shape, *[-1] * (MOST_DIMENSIONS - hidden_BTD.ndim)]
+            header = torch.tensor([batch.step, batch.micro_batch, batch.checksum, dtype, *sizes])
             if message.ready is not None:
                 message.ready.wait()
             for work in [dist.isend(tensor, self.peer, group=self.group) for tensor in (header, hidden_BTD)]:
@@ -182,7 +184,7 @@ class ReceivingChannel(_Channel):
             batch: The micro-batch as this stage has it.
 
         Returns:
-            Hidden states of shape (B, T, D), without a graph.
+            Hidden states in the shape that they were sent in, without a graph.
 
         Raises:
             PipelineError: If the pipeline is broken, or if the two stages do not train on the same batch.
@@ -218,9 +220,10 @@ class ReceivingChannel(_Channel):
         while True:
             header = torch.empty(HEADER_SIZE, dtype=torch.int64)
             _wait_for(dist.irecv(header, self.peer, group=self.group))
-            step, micro_batch, checksum, dtype, *shape = header.tolist()
+            step, micro_batch, checksum, dtype, *sizes = header.tolist()
             if step == END:
                 return self._put(None)
+            shape = [size for size in sizes if size >= 0]
             hidden_BTD = torch.empty(shape, dtype=DTYPES[dtype], device=self.device)
             _wait_for(dist.irecv(hidden_BTD, self.peer, group=self.group))
             self._put(_Message(BatchId(step, micro_batch, checksum), hidden_BTD, self._record()))

@@ -9,13 +9,14 @@ from transformers.training_args import OptimizerNames
 from lopt_hf.common.settings import check_choice, option
 from lopt_hf.trainers.configs import LoPTConfig, MLAANConfig
 
-__all__ = ["MLAANPipelineConfig", "PipelineArguments", "PipelineConfig"]
+__all__ = ["MLAANPipelineConfig", "ObjectivePipelineArguments", "PipelineArguments", "PipelineConfig"]
 
 # The arguments are mixed in before a config class; a type checker is told that they are one.
 if TYPE_CHECKING:
+    from lopt_hf.local.methods.lopt import LoPTArguments as ObjectiveBase
     from lopt_hf.trainers.configs import LocalTrainingArguments as ArgumentsBase
 else:
-    ArgumentsBase = object
+    ArgumentsBase = ObjectiveBase = object
 
 GRADIENTS = ("local", "delayed", "local_and_delayed")
 
@@ -64,6 +65,8 @@ class PipelineArguments(ArgumentsBase):
         *("eval_strategy", "eval_steps", "train_vision"),
         *("task_reach", "reach_unit", "reach_rate", "reach_rate_limit", "reach_anneal", "reach_recompute"),
     )
+
+    _other_evaluation: ClassVar[str] = " and evaluate the saved model with `lopt-hf retention`"
 
     # An integer after `__post_init__`
     num_blocks: int = option(None, "Number of blocks the decoder layers are cut into. Default: one per stage (paper).")
@@ -128,8 +131,8 @@ class PipelineArguments(ArgumentsBase):
             raise ValueError(f"split={self.split!r} is unknown; choose 'even' or 'auto', or give split_at.")
         if str(self.eval_strategy) not in ("no", "IntervalStrategy.NO"):
             raise ValueError(
-                f"eval_strategy={self.eval_strategy!r} is not supported in a pipeline; set it to 'no' and evaluate "
-                "the saved model with `lopt-hf retention`."
+                f"eval_strategy={self.eval_strategy!r} is not supported in a pipeline; set it to 'no'"
+                f"{self._other_evaluation}."
             )
         self._check_gradient()
         if self.schedule.highest > 1:
@@ -201,8 +204,8 @@ class PipelineArguments(ArgumentsBase):
 
 
 @dataclass
-class PipelineConfig(PipelineArguments, LoPTConfig):
-    """Configuration of [`PipelineTrainer`]: every argument of [`LoPTConfig`] and those of the pipeline."""
+class ObjectivePipelineArguments(PipelineArguments, ObjectiveBase):
+    """Arguments of a pipeline whose early blocks have one objective each, or the task's gradient in its place."""
 
     def _check_pipeline(self) -> None:
         super()._check_pipeline()
@@ -236,6 +239,11 @@ class PipelineConfig(PipelineArguments, LoPTConfig):
         super()._check_without_objective()
         if self.gradient == "delayed":
             self.train_early_blocks = learns  # which nothing would train in one process
+
+
+@dataclass
+class PipelineConfig(ObjectivePipelineArguments, LoPTConfig):
+    """Configuration of [`PipelineTrainer`]: every argument of [`LoPTConfig`] and those of the pipeline."""
 
 
 @dataclass

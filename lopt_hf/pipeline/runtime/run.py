@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,16 +27,18 @@ from lopt_hf.pipeline.runtime.config import MLAANPipelineConfig, PipelineArgumen
 from lopt_hf.pipeline.runtime.health import BAD_INPUT_STATUS, PipelineError, report_bad_input, report_termination
 from lopt_hf.pipeline.runtime.launch import PipelineWorld, Rendezvous, init_world, launch_command, rank_name
 from lopt_hf.pipeline.runtime.stage import plan_stages
-from lopt_hf.pipeline.runtime.stage_trainer import StageTrainer
-from lopt_hf.pipeline.runtime.trainer import MLAANPipelineTrainer, PipelineTrainer
+from lopt_hf.pipeline.runtime.stage_trainer import StageMixin
+from lopt_hf.pipeline.runtime.trainer import MLAANPipelineTrainer, PipelineTrainer, StageTrainer
 from lopt_hf.pipeline.split.auxiliaries import with_auxiliaries
 from lopt_hf.pipeline.split.balance import balanced_split, format_split
 from lopt_hf.pipeline.split.costs import measure_costs
 from lopt_hf.pipeline.split.stopwatch import PartCost
 
-__all__ = ["StageConfig", "find_model", "launch_stages", "make_trainer", "run_stage"]
+__all__ = ["StageConfig", "agreed_split", "find_model", "launch_stages", "make_trainer", "run_stage"]
 
 StageConfig = PipelineConfig | MLAANPipelineConfig
+# Makes a stage's trainer of training and model arguments, the processes, and what loads the data
+MakeTrainer = Callable[[Any, Any, PipelineWorld, Callable[[], Any]], StageMixin]
 
 # Prefixes of the names of arguments that may differ from host to host, or that only one process reads
 _OF_A_HOST = (
@@ -107,7 +110,7 @@ def make_trainer(
         **overrides,
     }
     if args.split == "auto" and args.split_at is None:
-        args.split_at = _measured_split(checkpoint, args, model_args, world)
+        args.split_at = agreed_split(args, world, partial(_find_split, checkpoint, args, model_args))
     plans = plan_stages(split_layers(num_layers, args.num_blocks, args.split_at), world.num_stages)
     plan = plans[world.stage]
     if world.rank == 0:
@@ -125,20 +128,25 @@ def make_trainer(
     return trainer
 
 
-def _measured_split(checkpoint: str, args: StageConfig, model_args: ModelConfig, world: PipelineWorld) -> list[int]:
+def agreed_split(args: PipelineArguments, world: PipelineWorld, find: Callable[[], list[int]]) -> list[int]:
     """Finds the cut whose slowest block is the fastest; one process measures, and all take its cut.
 
     A run that goes on keeps its checkpoint's: measured anew, it could come out otherwise.
+
+    Args:
+        args: Training arguments.
+        world: The processes of the run.
+        find: Measures, and returns the first layers of all blocks but the first.
     """
     if world.rank == 0:
         split = _resumed_split(args)
         if split is None:
-            split = _find_split(checkpoint, args, model_args)
+            split = find()
         world.store.set("split_at", json.dumps(split))
     return list(json.loads(world.store.get("split_at")))
 
 
-def _resumed_split(args: StageConfig) -> list[int] | None:
+def _resumed_split(args: PipelineArguments) -> list[int] | None:
     folder = find_checkpoint(str(args.output_dir), args.resume_from_checkpoint)
     if folder is None:
         return None
@@ -178,22 +186,30 @@ def _measured_objective(args: StageConfig) -> str:
     return "reconstruction" if args.local_objective == "none" else args.local_objective
 
 
-def _settings_of_all(args: PipelineArguments, model_args: ModelConfig) -> dict[str, str]:
+def _settings_of_all(args: PipelineArguments, model_args: Any) -> dict[str, str]:
     """Returns the arguments that all processes must share, as text by name: those that are not about a host."""
     values = [(f.name, getattr(group, f.name)) for group in (args, model_args) for f in fields(group)]
     return {name: str(value) for name, value in values if not name.startswith(_OF_A_HOST)}
 
 
 def run_stage(
-    args: StageConfig, model_args: ModelConfig, rendezvous: Rendezvous, load_dataset: Callable[[], Any]
-) -> None:
+    args: PipelineArguments,
+    model_args: Any,
+    rendezvous: Rendezvous,
+    load_dataset: Callable[[], Any],
+    make: MakeTrainer = make_trainer,
+) -> bool:
     """Trains one stage to the end and saves the model together with the others.
 
     Args:
         args: Training arguments.
-        model_args: Which model, and its adapter.
+        model_args: Which model, and its adapter; a dataclass.
         rendezvous: This process's place among the launched ones.
         load_dataset: Loads the training set.
+        make: Makes the trainer.
+
+    Returns:
+        Whether this process is the one that tells the user how the run goes.
 
     Raises:
         ValueError: If the processes were given different arguments, or another number of them was launched.
@@ -213,7 +229,7 @@ def run_stage(
     name = rank_name(world.rank, world.num_replicas)
     report_termination(world.monitor, name)
     try:
-        trainer = _make_trainer(args, model_args, world, load_dataset)
+        trainer = _make_or_report(make, args, model_args, world, load_dataset)
         trainer.train(resume_from_checkpoint=find_checkpoint(str(args.output_dir), args.resume_from_checkpoint))
         trainer.save_model(args.output_dir)
         if world.reports:  # what was logged: `lopt-hf curves` draws it
@@ -229,13 +245,14 @@ def run_stage(
     dist.destroy_process_group()
     if world.reports:
         print(f"Model saved to {args.output_dir}")
+    return world.reports
 
 
-def _make_trainer(
-    args: StageConfig, model_args: ModelConfig, world: PipelineWorld, load_dataset: Callable[[], Any]
-) -> StageTrainer:
+def _make_or_report(
+    make: MakeTrainer, args: PipelineArguments, model_args: Any, world: PipelineWorld, load_dataset: Callable[[], Any]
+) -> StageMixin:
     try:
-        return make_trainer(args, model_args, world, load_dataset)
+        return make(args, model_args, world, load_dataset)
     except (ValueError, OSError, ImportError):
         report_bad_input(world.store)
         raise

@@ -20,7 +20,17 @@ from lopt_hf.local.blocks import Block, DecoderStack, find_decoder_stack
 from lopt_hf.local.layer_calls import stop_at, with_hidden
 from lopt_hf.local.ownership import feeds_first_layer, parameters_by_block
 
-__all__ = ["HiddenStateInput", "StagePlan", "keep_stage", "load_stage", "plan_stages", "separate_stage_embeddings"]
+__all__ = [
+    "Absent",
+    "HiddenStateInput",
+    "PassThrough",
+    "StagePlan",
+    "keep_stage",
+    "load_stage",
+    "plan_stages",
+    "save_on_every_rank",
+    "separate_stage_embeddings",
+]
 
 
 @dataclass(frozen=True)
@@ -70,8 +80,12 @@ class StagePlan:
         return f"stage-{self.index}"
 
     def __str__(self) -> str:
+        return self.describe("LM head")
+
+    def describe(self, head: str) -> str:
+        """Returns what the stage has, in words; `head` says what is behind the layers."""
         indices = ", ".join(str(block.index) for block in self.blocks)
-        ends = " with the embeddings" * self.is_first + " with the LM head" * self.is_last
+        ends = " with the embeddings" * self.is_first + f" with the {head}" * self.is_last
         return f"stage {self.index}: block {indices}, layers {self.start} to {self.stop - 1}{ends}"
 
 
@@ -168,7 +182,7 @@ def load_stage(
     )
     model: PreTrainedModel = partial_class.from_pretrained(name_or_path, config=config, **from_pretrained_kwargs)
     model.__class__ = stock_class
-    _save_on_every_rank(model)
+    save_on_every_rank(model)
     if tied and keeps_head and not plan.is_first:
         embeddings: Any = model.get_input_embeddings()
         model.set_input_embeddings(_AbsentEmbedding(embeddings, find_decoder_stack(model).hidden_size))
@@ -208,11 +222,11 @@ def keep_stage(model: PreTrainedModel, plan: StagePlan) -> None:
     """
     _drop_other_stages(model, plan, keeps_embeddings=plan.is_first, keeps_head=plan.is_last)
     model.all_tied_weights_keys = {}
-    _save_on_every_rank(model)
+    save_on_every_rank(model)
     _match_layer_outputs(model, plan)
 
 
-def _save_on_every_rank(model: PreTrainedModel) -> None:
+def save_on_every_rank(model: PreTrainedModel) -> None:
     """`save_pretrained` would write on global rank 0 only, but every stage has its own part to write."""
     model.should_save_on_this_rank = bool  # type: ignore[method-assign, assignment]
 
@@ -242,8 +256,8 @@ def _model_class(name_or_path: str, config: PretrainedConfig) -> type[PreTrained
 # ---- What stands where another stage's module was ----
 
 
-class _PassThrough(GradientCheckpointingLayer):
-    """A decoder layer of another stage."""
+class PassThrough(GradientCheckpointingLayer):
+    """A layer of another stage."""
 
     returns_tuple = False
 
@@ -271,7 +285,7 @@ class _AbsentEmbedding(nn.Module):
         return zero.expand(*indices_BT.shape, self.hidden_size)
 
 
-class _Absent(nn.Module):
+class Absent(nn.Module):
     """Stands for a module of another stage that maps hidden states to hidden states."""
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -282,7 +296,7 @@ def _drop_other_stages(model: PreTrainedModel, plan: StagePlan, keeps_embeddings
     stack = find_decoder_stack(model)
     for index in range(len(stack.layers)):
         if not plan.start <= index < plan.stop:
-            stack.layers[index] = _PassThrough()
+            stack.layers[index] = PassThrough()
     for name, module in list(stack.decoder.named_children()):
         if module is stack.layers or not any(True for _ in module.parameters()):
             continue
@@ -293,10 +307,10 @@ def _drop_other_stages(model: PreTrainedModel, plan: StagePlan, keeps_embeddings
             else keeps_head
         )
         if not keeps:
-            absent = _AbsentEmbedding(module, stack.hidden_size) if isinstance(module, nn.Embedding) else _Absent()
+            absent = _AbsentEmbedding(module, stack.hidden_size) if isinstance(module, nn.Embedding) else Absent()
             setattr(stack.decoder, name, absent)
     if not keeps_head:
-        model.set_output_embeddings(_Absent())
+        model.set_output_embeddings(Absent())
     _check_only_own(model, stack, plan, keeps_head)
 
 
@@ -334,5 +348,5 @@ def _match_layer_outputs(model: PreTrainedModel, plan: StagePlan) -> None:
     args, kwargs = with_hidden(*reached[0], hidden_BTD)
     output = own(*args, **kwargs)
     for layer in stack.layers:
-        if isinstance(layer, _PassThrough):
+        if isinstance(layer, PassThrough):
             layer.returns_tuple = isinstance(output, tuple)

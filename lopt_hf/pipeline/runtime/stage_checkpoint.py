@@ -181,8 +181,9 @@ def _exported_state(trainer: Any) -> dict[str, torch.Tensor] | None:
     others = {} if trainer.plan.is_last else trainer.learner.owned()[-1]  # the frozen readout
     state = {name: tensor for name, tensor in trainer.model.state_dict().items() if name not in others}
     base_model = trainer.learner.base_model
-    if trainer.plan.is_last and base_model.config.get_text_config(decoder=True).tie_word_embeddings:
-        own = {id(parameter) for parameter in base_model.get_output_embeddings().parameters()}
+    head = base_model.get_output_embeddings() if trainer.plan.is_last else None  # of images there is none
+    if head is not None and base_model.config.get_text_config(decoder=True).tie_word_embeddings:
+        own = {id(parameter) for parameter in head.parameters()}
         state = {n: t for n, t in trainer.model.state_dict(keep_vars=True).items() if id(t) not in own}
     return state
 

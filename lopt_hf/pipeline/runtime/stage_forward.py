@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from lopt_hf.local.blocks import DecoderStack
 from lopt_hf.local.hooks import cut
 from lopt_hf.local.layer_calls import hidden_of, output_hidden, with_hidden
+from lopt_hf.local.stacks import is_image_classifier
 from lopt_hf.pipeline.runtime.stage import HiddenStateInput, StagePlan
 
 __all__ = ["StageForward", "StageRun"]
@@ -48,6 +49,7 @@ class StageForward:
     ) -> None:
         self._model = model
         self._send = send
+        self._options = {} if is_image_classifier(model) else {"use_cache": False}
         self._again = False
         self._output_BTD: torch.Tensor | None = None
         first = stack.layers[plan.start]
@@ -80,7 +82,7 @@ class StageForward:
         self.start_from(hidden_BTD)
         self._again = again
         try:
-            outputs: Any = self._model.base_model(**arguments, use_cache=False)
+            outputs: Any = self._model.base_model(**arguments, **self._options)
         finally:
             self._again = False
             output_BTD, self._output_BTD = self._output_BTD, None

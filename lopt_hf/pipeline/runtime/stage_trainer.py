@@ -1,4 +1,4 @@
-"""The trainer of one stage, by any method of local learning.
+"""What makes a trainer that of one stage, by any method of local learning.
 
 Each stage is a training run of its own, of a stock trainer on its part of the model: it builds the same batches from
 the same seed, has its own optimizer, scheduler and clipping, and exchanges nothing with the others but hidden states,
@@ -7,7 +7,6 @@ which go forward; where `gradient` says so their cotangents come back, in time f
 Shapes: B batch, T tokens, D hidden channels.
 """
 
-import inspect
 import time
 from dataclasses import replace
 from functools import partial
@@ -17,15 +16,16 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PrinterCallback
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import SAFE_WEIGHTS_NAME
-from trl import SFTTrainer
 
 from lopt_hf.common.resuming import find_checkpoint
 from lopt_hf.local.blocks import Block, split_layers
 from lopt_hf.local.learner import LearnerEvents, LocalLearner
 from lopt_hf.local.methods.base import Method
+from lopt_hf.local.stacks import find_stack
 from lopt_hf.local.stepping import delay_schedules
 from lopt_hf.pipeline.runtime import stage_checkpoint
 from lopt_hf.pipeline.runtime.channel import BatchId
@@ -35,37 +35,28 @@ from lopt_hf.pipeline.runtime.draining import drain
 from lopt_hf.pipeline.runtime.launch import PipelineWorld, check_same
 from lopt_hf.pipeline.runtime.links import StageLinks
 from lopt_hf.pipeline.runtime.logs import StageCallback, add_figures, collect_start_losses, collect_timelines
-from lopt_hf.pipeline.runtime.replicas import ReplicatedMixin
-from lopt_hf.pipeline.runtime.stage import (
-    StagePlan,
-    keep_stage,
-    load_stage,
-    plan_stages,
-    separate_stage_embeddings,
-)
+from lopt_hf.pipeline.runtime.replicas import count_over_replicas, own_share, share_gradients
+from lopt_hf.pipeline.runtime.stage import plan_stages
 from lopt_hf.pipeline.runtime.stage_forward import StageForward
 from lopt_hf.pipeline.runtime.timeline import Timeline
-from lopt_hf.trainers.checks import check_model, check_sft_dataset
+from lopt_hf.trainers.mixin import LocalLearningMixin
 
-__all__ = ["StageTrainer"]
+__all__ = ["StageMixin"]
 
 
-class StageTrainer(ReplicatedMixin, SFTTrainer):
-    """Trainer for one stage of a pipeline of local learners (PPLL, https://huggingface.co/papers/2411.12780).
+class StageMixin(LocalLearningMixin):
+    """Makes a trainer that of one stage of a pipeline; put it before the trainer in the list of base classes.
 
     The model is one stage's part, its input comes from the previous stage and its output goes to the next one right
     after the forward. A run of K stages ends with the weights of the run in one process.
 
     Args:
-        model: What `load_part` returns, PEFT-wrapped or not.
+        model: The stage's part of the model, or a whole one of which `_keep_stage` leaves the part.
         args: Training arguments, the same on every stage: `PipelineArguments` mixed in before a method's config.
         world: The processes of the run.
         method: The method. Default: the one that the arguments are of.
-        **kwargs: The keyword arguments of `SFTTrainer`.
+        **kwargs: The keyword arguments of the trainer.
     """
-
-    _tag_names = ["trl", "sft", "ppll", "local-learning"]
-    _name = "PPLL"
 
     args: Any
     lr_scheduler: Any
@@ -81,18 +72,14 @@ class StageTrainer(ReplicatedMixin, SFTTrainer):
         **kwargs: Any,
     ) -> None:
         self.world = world
-        part: Any = model
-        base_model = part.get_base_model() if isinstance(model, PeftModel) else part
-        num_layers = base_model.config.get_text_config(decoder=True).num_hidden_layers
+        base_model: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        num_layers = len(find_stack(base_model).layers)
         self.plans = plan_stages(split_layers(num_layers, args.num_blocks, args.split_at), world.num_stages)
         self.plan = self.plans[world.stage]
         self.timeline = Timeline(self.plan.index, args.timeline_steps)
         if not world.reports:
             args.disable_tqdm, args.report_to, args.push_to_hub = True, [], False
-        given = inspect.signature(SFTTrainer.__init__).bind_partial(self, part, args, **kwargs).arguments
-        check_model(part, args, given.get("peft_config"), given.get("quantization_config"))
-        check_sft_dataset(given.get("train_dataset"), args, given.get("formatting_func"))
-        super().__init__(part, args, method=method, **kwargs)
+        super().__init__(model, args, method=method, **kwargs)
         collect_start_losses(self)
         if not world.reports:
             self.remove_callback(PrinterCallback)
@@ -113,34 +100,18 @@ class StageTrainer(ReplicatedMixin, SFTTrainer):
 
     # ---- What this stage is ----
 
-    @staticmethod
-    def load_part(checkpoint: str, plan: StagePlan, args: Any, **kwargs: Any) -> PreTrainedModel:
-        """Loads what a stage needs to begin: its part, or the whole model where its early blocks are made from it.
-
-        Args:
-            checkpoint: Hub id or local folder of the whole model's checkpoint.
-            plan: The stage.
-            args: Training arguments.
-            **kwargs: For `from_pretrained`.
-        """
-        method: Method = args.make_method()
-        if _needs_model(plan, method, args):
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(checkpoint, **kwargs)
-            return model
-        return load_stage(checkpoint, plan, keeps_readout=method.stage_needs(args) == "readout", **kwargs)
-
     def _make_learner(self, method: Method | None, **options: Any) -> LocalLearner:
-        base_model: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        separate_stage_embeddings(base_model, self.args.tied_embeddings)
         learner = super()._make_learner(
             method,
             early_blocks=[block.index for block in self.plan.blocks if block.index < self.args.num_blocks - 1],
             stage_starts=[plan.blocks[0].index for plan in self.plans],
             **options,
         )
-        if _needs_model(self.plan, learner.method, self.args):
-            keep_stage(base_model, self.plan)
+        self._keep_stage(learner)
         return learner
+
+    def _keep_stage(self, learner: LocalLearner) -> None:
+        """Takes out of a model that was loaded whole what the stage does not run."""
 
     def _learner_events(self, **others: Any) -> LearnerEvents:
         return super()._learner_events(
@@ -241,6 +212,20 @@ class StageTrainer(ReplicatedMixin, SFTTrainer):
         if self.delayed is not None:
             drain(self, self.delayed)
 
+    # ---- Replicas ----
+
+    def _share_gradients(self) -> None:
+        share_gradients(self)
+
+    def _num_counted_processes(self) -> int:
+        return self.world.num_replicas
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        return own_share(super()._get_dataloader(*args, **kwargs), self.world, self.args.device)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
+        return count_over_replicas(super()._get_num_items_in_batch(batch_samples, device), self.world, device)
+
     # ---- The run ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -334,9 +319,3 @@ class StageTrainer(ReplicatedMixin, SFTTrainer):
     def push_model(self) -> None:
         """Uploads the saved model to the hub, without the checkpoints; for the process that reports."""
         stage_checkpoint.push_model(self)
-
-
-def _needs_model(plan: StagePlan, method: Method, args: Any) -> bool:
-    """Whether a stage begins with the whole model: its early blocks, if it has some, are made from it."""
-    has_early_blocks = not plan.is_last or len(plan.blocks) > 1
-    return has_early_blocks and method.stage_needs(args) == "model"

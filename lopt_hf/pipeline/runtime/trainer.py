@@ -1,17 +1,81 @@
-"""The trainers of a pipeline's stages, by the method that the early blocks learn by."""
+"""The trainers of a pipeline's stages of a language model, by the method that the early blocks learn by."""
 
+import inspect
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from trl import SFTTrainer
 
+from lopt_hf.local.learner import LocalLearner
+from lopt_hf.local.methods.base import Method
 from lopt_hf.local.methods.lopt import LoPT
 from lopt_hf.local.objectives import LocalObjective
 from lopt_hf.pipeline.runtime.config import MLAANPipelineConfig, PipelineConfig
 from lopt_hf.pipeline.runtime.launch import PipelineWorld
-from lopt_hf.pipeline.runtime.stage_trainer import StageTrainer
+from lopt_hf.pipeline.runtime.stage import StagePlan, keep_stage, load_stage, separate_stage_embeddings
+from lopt_hf.pipeline.runtime.stage_trainer import StageMixin
+from lopt_hf.trainers.checks import check_model, check_sft_dataset
 
-__all__ = ["MLAANPipelineTrainer", "PipelineTrainer"]
+__all__ = ["MLAANPipelineTrainer", "PipelineTrainer", "StageTrainer"]
+
+
+class StageTrainer(StageMixin, SFTTrainer):
+    """Trainer for one stage of a pipeline of local learners (PPLL, https://huggingface.co/papers/2411.12780).
+
+    The model is one stage's part, its input comes from the previous stage and its output goes to the next one right
+    after the forward. A run of K stages ends with the weights of the run in one process.
+
+    Args:
+        model: What `load_part` returns, PEFT-wrapped or not.
+        args: Training arguments, the same on every stage: `PipelineArguments` mixed in before a method's config.
+        world: The processes of the run.
+        method: The method. Default: the one that the arguments are of.
+        **kwargs: The keyword arguments of `SFTTrainer`.
+    """
+
+    _tag_names = ["trl", "sft", "ppll", "local-learning"]
+    _name = "PPLL"
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        args: Any,
+        *,
+        world: PipelineWorld,
+        method: Method | None = None,
+        **kwargs: Any,
+    ) -> None:
+        part: Any = model
+        given = inspect.signature(SFTTrainer.__init__).bind_partial(self, part, args, **kwargs).arguments
+        check_model(part, args, given.get("peft_config"), given.get("quantization_config"))
+        check_sft_dataset(given.get("train_dataset"), args, given.get("formatting_func"))
+        super().__init__(part, args, world=world, method=method, **kwargs)
+
+    @staticmethod
+    def load_part(checkpoint: str, plan: StagePlan, args: Any, **kwargs: Any) -> PreTrainedModel:
+        """Loads what a stage needs to begin: its part, or the whole model where its early blocks are made from it.
+
+        Args:
+            checkpoint: Hub id or local folder of the whole model's checkpoint.
+            plan: The stage.
+            args: Training arguments.
+            **kwargs: For `from_pretrained`.
+        """
+        method: Method = args.make_method()
+        if _needs_model(plan, method, args):
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(checkpoint, **kwargs)
+            return model
+        return load_stage(checkpoint, plan, keeps_readout=method.stage_needs(args) == "readout", **kwargs)
+
+    def _make_learner(self, method: Method | None, **options: Any) -> LocalLearner:
+        base_model: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        separate_stage_embeddings(base_model, self.args.tied_embeddings)
+        return super()._make_learner(method, **options)
+
+    def _keep_stage(self, learner: LocalLearner) -> None:
+        if _needs_model(self.plan, learner.method, self.args):
+            keep_stage(learner.base_model, self.plan)
 
 
 class PipelineTrainer(StageTrainer):
@@ -59,3 +123,9 @@ class MLAANPipelineTrainer(StageTrainer):
     _name = "PPLL with MLAAN"
 
     args: MLAANPipelineConfig
+
+
+def _needs_model(plan: StagePlan, method: Method, args: Any) -> bool:
+    """Whether a stage begins with the whole model: its early blocks, if it has some, are made from it."""
+    has_early_blocks = not plan.is_last or len(plan.blocks) > 1
+    return has_early_blocks and method.stage_needs(args) == "model"

@@ -23,7 +23,7 @@ from lopt_hf.local.objectives import LocalBatch, LocalObjective, ReconstructionO
 from lopt_hf.local.readout import ReadoutObjective, model_after_the_layers
 from lopt_hf.pipeline.split.stopwatch import LEAST_SECONDS, PartCost, Stopwatch, num_elements
 
-__all__ = ["ModelCosts", "PartCost", "StageCost", "measure_costs"]
+__all__ = ["ModelCosts", "PartCost", "StageCost", "layer_kind", "measure_costs"]
 
 SFT_OUTPUTS = ("log_probs", "entropy", "is_top1")  # TRL 1.16, SFTTrainer: what its fused LM head computes
 
@@ -225,7 +225,7 @@ class _Bench:
         """Times one layer of each kind, and the optimizer's step on it; returns the cost of every layer."""
         costs: dict[Any, PartCost] = {}
         step_seconds = 0.0
-        kinds = [_kind(layer) for layer in self.stack.layers]
+        kinds = [layer_kind(layer) for layer in self.stack.layers]
         for layer, kind, call in zip(self.stack.layers, kinds, calls, strict=True):
             if kind in costs:
                 continue
@@ -277,7 +277,7 @@ class _Bench:
         return torch.randn(shape, device=self.stopwatch.device, dtype=dtype, requires_grad=True)
 
 
-def _kind(layer: nn.Module) -> Any:
+def layer_kind(layer: nn.Module) -> Any:
     """What makes two layers cost the same: modules, shapes, and every setting but the layer's own index."""
     return tuple(
         (

@@ -4,7 +4,6 @@ Shapes: B batch, T tokens, D hidden channels, C channels of a feature map, H hei
 """
 
 import copy
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from lopt_hf.local.blocks import DecoderStack
 from lopt_hf.local.layer_calls import LayerCall, evaluating, output_hidden
 from lopt_hf.local.ownership import TRACE_ERRORS, feeds_first_layer
 from lopt_hf.local.stacks import example_image
+from lopt_hf.local.stand_ins import PixelsAsHidden
 
 __all__ = [
     "MapHead",
@@ -77,18 +77,6 @@ def has_one_shape(shapes: list[torch.Size]) -> bool:
     return len(set(shapes)) == 1 and len(shapes[0]) == 3
 
 
-class _Take(nn.Module):
-    """In place of a model's embeddings: hands on what the model is given as pixels."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        # ViT casts its pixels to the type of this weight.
-        self.patch_embeddings = SimpleNamespace(projection=SimpleNamespace(weight=torch.empty(0, dtype=dtype)))
-
-    def forward(self, h_BTD: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return h_BTD
-
-
 class ModelTail(nn.Module):
     """A copy of what a model does behind its layers (final norm, pooling, classifier): (B, T, D) -> (B, L).
 
@@ -101,7 +89,7 @@ class ModelTail(nn.Module):
         super().__init__()
         before = [child for name, child in stack.decoder.named_children() if feeds_first_layer(stack, name)]
         memo: dict[int, Any] = {id(stack.layers): nn.ModuleList(), id(model.config): model.config}
-        memo |= {id(child): _Take(model.dtype) for child in before}
+        memo |= {id(child): PixelsAsHidden(model.dtype) for child in before}
         self.tail = copy.deepcopy(model, memo).requires_grad_(True)
         self._check(model, stack)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -102,6 +102,9 @@ class LocalImageArguments(LoPTArguments):
 class ImageLocal(ImageMethod, LoPT):
     """Local learning of an image classifier with one objective on each early block's output."""
 
+    def stage_needs(self, settings: Any) -> Literal["part", "readout", "model"]:
+        return "model"  # classifiers are made from what the whole model makes of an image
+
     def make_objective(self, learner: Learner) -> LocalObjective:
         settings: LocalImageArguments = learner.settings
         if self.objective is not None or settings.local_objective == "none":
@@ -122,18 +125,20 @@ class ImageLocal(ImageMethod, LoPT):
         if isinstance(objective, FrozenTailObjective):
             # With the first block's head a checkpoint has the tail, which a resumed run cannot make again.
             heads: dict[int, nn.Module] = {block.index: nn.Identity() for block in learner.learning_blocks}
+            if heads and 0 not in heads:  # a later stage of a pipeline
+                learner.place(objective.tail, learner.learning_blocks[0])
             return LocalHeads({**heads, 0: objective.tail} if heads else {})
         if not isinstance(objective, ClassifierObjective):
             return super().make_heads(learner, objective)
         shapes = layer_shapes(learner.base_model, learner.stack)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(learner.seed)
-            return LocalHeads(
-                {
-                    block.index: make_classifier(learner.base_model, learner.stack, shapes, block.stop - 1)
-                    for block in learner.learning_blocks
-                }
-            )
+            # All are made: a stage of a pipeline has some of them, and they are to be those of the whole model.
+            heads = {
+                block.index: make_classifier(learner.base_model, learner.stack, shapes, block.stop - 1)
+                for block in learner.blocks[:-1]
+            }
+        return LocalHeads({block.index: heads[block.index] for block in learner.learning_blocks})
 
     def weight_of(self, learner: Learner, objective: LocalObjective) -> float:
         # Blocks share no weights, so that each learns with the task loss's own weight.

@@ -1,0 +1,39 @@
+"""A checkpoint of an image classifier's pipeline as a stock model."""
+
+from pathlib import Path
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from transformers.utils import IMAGE_PROCESSOR_NAME
+
+from lopt_hf.pipeline.runtime.checkpoint import Manifest, load_weights
+
+__all__ = ["export_image_checkpoint", "is_of_images"]
+
+
+def is_of_images(manifest: Manifest) -> bool:
+    """Tells whether a checkpoint is of an image classifier."""
+    return (manifest.stage_folders[-1] / IMAGE_PROCESSOR_NAME).is_file()
+
+
+def export_image_checkpoint(manifest: Manifest, output_dir: Path) -> None:
+    """Writes a checkpoint's model and image processor as a stock checkpoint.
+
+    Args:
+        manifest: The pipeline's checkpoint.
+        output_dir: A new folder.
+
+    Raises:
+        ValueError: If `output_dir` exists, or the checkpoint has no frozen weights.
+    """
+    if output_dir.exists():
+        raise ValueError(f"output_dir={str(output_dir)!r} exists; name a new folder.")
+    if not manifest.content["train_early_blocks"]:
+        raise ValueError(
+            f"checkpoint={str(manifest.folder)!r} was trained with train_early_blocks=False, and does not have the "
+            "weights that were frozen; resume the run, which saves the whole model at its end."
+        )
+    folder = manifest.stage_folders[-1]
+    model = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(folder))
+    load_weights(model.state_dict(), manifest.stage_folders)
+    model.save_pretrained(output_dir)
+    AutoImageProcessor.from_pretrained(folder).save_pretrained(output_dir)
