@@ -15,7 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import TrlParser
 
 from lopt_hf.common.settings import check_choice, option
-from lopt_hf.local.blocks import split_layers
+from lopt_hf.local.learner import LocalLearner
 from lopt_hf.local.stacks import find_stack
 from lopt_hf.pipeline.runtime.image.config import ImagePipelineConfig
 from lopt_hf.pipeline.runtime.image.costs import measure_image_costs
@@ -23,7 +23,6 @@ from lopt_hf.pipeline.runtime.image.stage import check_stage_model
 from lopt_hf.pipeline.runtime.image.trainer import ImageStageTrainer
 from lopt_hf.pipeline.runtime.launch import PipelineWorld, Rendezvous
 from lopt_hf.pipeline.runtime.run import agreed_split, run_stage
-from lopt_hf.pipeline.runtime.stage import plan_stages
 from lopt_hf.pipeline.split.balance import balanced_split, format_split
 from lopt_hf.scripts.image import ImageScriptArguments, set_objective
 from lopt_hf.scripts.image_models import ImageSourceArguments, make_image_model
@@ -94,9 +93,8 @@ def check_images(
     images = load_images(script_args, args.seed)
     model, _ = make_image_model(model_args, images.names)
     check_image_model(model)
-    stack = find_stack(model)
-    plan_stages(split_layers(len(stack.layers), args.num_blocks, args.split_at), args.num_stages or 0)
-    check_stage_model(model, stack)
+    check_stage_model(model, find_stack(model))
+    LocalLearner(model, args, run=args.run_facts)  # finds out whether cut and objective fit the model
     images.check()
 
 
@@ -185,7 +183,7 @@ def _measure(args: ImagePipelineConfig, images: LabelledImages) -> None:
         columns=images.columns,
     )
     measured = trainer.evaluate()
-    number = len(trainer.eval_dataset)
+    number = len(images.evaluated or ())
     path = os.path.join(folder, TRAINER_STATE_NAME)
     state = TrainerState.load_from_json(path)
     state.log_history.append({**measured, "epoch": state.epoch, "step": state.global_step})

@@ -55,7 +55,8 @@ def measure_image_costs(
     """
     stopwatch = Stopwatch(torch.device(device), autocast, repeats, least_seconds)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        bench = _Bench(copy.deepcopy(model).to(device).train(), stopwatch, batch_size, image_size)
+        own: Any = copy.deepcopy(model)
+        bench = _Bench(own.to(device).train(), stopwatch, batch_size, image_size)
         layers, step_seconds = bench.measure_layers()
         objectives = bench.measure_objectives(objective)
         return ModelCosts(
@@ -146,9 +147,10 @@ class _Bench:
         return {stop: costs[shapes[stop - 1]] for stop in range(1, len(shapes))}
 
     def _measure_objective(self, name: str, shapes: list[torch.Size], stop: int) -> PartCost:
-        objective: LocalObjective = ReconstructionObjective(masked=False)
+        objective: LocalObjective
         if name == "reconstruction":
-            head = objective.make_head(self.stack.hidden_size)
+            objective = ReconstructionObjective(masked=False)
+            head: nn.Module = objective.make_head(self.stack.hidden_size)
         elif name == "readout":
             head = ModelTail(self.model, self.stack)
             objective = FrozenTailObjective(head)

@@ -59,4 +59,5 @@ class ImageStageTrainer(StageMixin, MetricsImageTrainer):
         super()._save_local_state(staged, final)
         # What a stock model is made of again: one from random weights has no checkpoint to read it from.
         self.learner.base_model.config.save_pretrained(staged)
-        self.processing_class.save_pretrained(staged)
+        processor: Any = self.processing_class
+        processor.save_pretrained(staged)
