@@ -15,6 +15,7 @@ from datasets import ClassLabel, Dataset, Image
 from datasets import Value as ValueType
 from PIL import Image as Pillow
 from PIL import UnidentifiedImageError
+from tqdm.auto import tqdm
 
 from lopt_hf.common.settings import check_choice, suggest
 from lopt_hf.data.rows import RowError, show
@@ -154,6 +155,9 @@ class ImageRows(torch.utils.data.Dataset):
         image_column: The column of images, where it is not called as usual.
         label_column: The one of labels, likewise.
 
+    Attributes:
+        source: Where the rows are from, for messages, such as `"eval_file=test.parquet"`; `None`: not said.
+
     Raises:
         RowError: If a label is not one of the model's, or an image cannot be read; names the row.
         ValueError: If a column is missing or there is no row.
@@ -185,6 +189,7 @@ class ImageRows(torch.utils.data.Dataset):
         self.labels: list[int] = rows[self.label_column][:]
         self.augmentation = augmentation
         self.seed = seed
+        self.source: str | None = None
         self.numbers: Sequence[int] = range(1, len(rows) + 1)  # of the rows, for messages; a drawn part sets others
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # processes that stay over epochs see it too
 
@@ -192,13 +197,17 @@ class ImageRows(torch.utils.data.Dataset):
         """Says which epoch begins."""
         self._epoch.fill_(epoch)
 
-    def check_images(self) -> None:
+    def check_images(self, shows_progress: bool = False) -> None:
         """Reads every image once, and says how many are no colour images and get converted.
+
+        Args:
+            shows_progress: Whether a bar shows how many have been read.
 
         Raises:
             RowError: If one cannot be read.
         """
-        modes = Counter(self._read(index).mode for index in range(len(self)))
+        rows = tqdm(range(len(self)), desc="checking images", unit="image", disable=not shows_progress)
+        modes = Counter(self._read(index).mode for index in rows)
         others = {mode: number for mode, number in modes.items() if mode != "RGB"}
         if others:
             kinds = ", ".join(f"{number} of mode {mode}" for mode, number in sorted(others.items()))
@@ -220,7 +229,8 @@ class ImageRows(torch.utils.data.Dataset):
 
     def _read(self, index: int) -> Pillow.Image:
         cell = self.images[index][self.image_column]
-        where = f"row {self.numbers[index]}: {self.image_column!r}"
+        source = "" if self.source is None else f"{self.source}, "
+        where = f"{source}row {self.numbers[index]}: {self.image_column!r}"
         if cell is None or not (cell.get("bytes") or cell.get("path")):
             raise RowError(f"{where} is empty; give it an image, or remove the row.")
         try:

@@ -121,7 +121,11 @@ def make_parser(method: str = "local") -> TrlParser:
     config_class: type = ImageTrainingArguments if method in END_TO_END else LocalImageConfig
     if method == "mlaan":
         config_class = MLAANImageConfig
-    return make_trl_parser("image", __doc__, ImageScriptArguments, config_class, ImageModelArguments)
+    parser = make_trl_parser("image", __doc__, ImageScriptArguments, config_class, ImageModelArguments)
+    objective = METHODS.get(method)
+    if objective is not None:
+        parser.set_defaults(local_objective=objective)  # so that another one is known to be asked for
+    return parser
 
 
 def make_trainer(script_args: ImageScriptArguments, args: Any, model_args: ImageModelArguments) -> ImageTrainer:
@@ -132,7 +136,7 @@ def make_trainer(script_args: ImageScriptArguments, args: Any, model_args: Image
     """
     if script_args.method != "repl":
         model_args.check_unused(script_args.method)
-    set_objective(script_args.method, args)
+    set_objective(script_args.method, args, default=METHODS[script_args.method])
     images = load_images(script_args, args.seed)
     set_seed(args.seed)  # what the weights are drawn from
     model, processor = make_image_model(model_args, images.names)
@@ -140,19 +144,21 @@ def make_trainer(script_args: ImageScriptArguments, args: Any, model_args: Image
         model = replace_layers(model, model_args)
     trainer_class = ImageTrainer if script_args.method in END_TO_END else LocalImageTrainer
     trainer = trainer_class(model, args, images.train, images.evaluated, processor, columns=images.columns)
-    images.check_rows(trainer.train_dataset, is_training=True)
-    images.check_rows(trainer.eval_dataset, is_training=False)
+    shows_progress = args.local_process_index == 0 and not args.disable_tqdm
+    images.check_rows(trainer.train_dataset, is_training=True, shows_progress=shows_progress)
+    images.check_rows(trainer.eval_dataset, is_training=False, shows_progress=shows_progress)
     if images.evaluated is not None:
         trainer.add_callback(_MeasureAtEnd(trainer))
     return trainer
 
 
-def set_objective(method: str, args: Any) -> None:
+def set_objective(method: str, args: Any, default: str | None = "classifier") -> None:
     """Sets the local objective that a method stands for, and checks the arguments again with it.
 
     Args:
         method: One of `METHODS`.
         args: Training arguments.
+        default: The local objective that they have where none is asked for.
 
     Raises:
         ValueError: If they do not fit the method.
@@ -160,7 +166,6 @@ def set_objective(method: str, args: Any) -> None:
     objective = METHODS[method]
     if objective is None:
         return
-    default = LocalImageConfig.__dataclass_fields__["local_objective"].default
     if args.local_objective not in (objective, default):
         raise ValueError(
             f"local_objective={args.local_objective!r} is not that of method={method!r}, {objective!r}; leave one of "

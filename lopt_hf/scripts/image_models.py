@@ -79,9 +79,11 @@ class ImageSourceArguments:
 def make_image_model(model_args: ImageSourceArguments, names: Sequence[str]) -> tuple[PreTrainedModel, Any]:
     """Loads or makes an image classifier for these classes, and its image processor.
 
+    A checkpoint with as many classes keeps their names where the data have none.
+
     Args:
         model_args: Which one.
-        names: The names of the classes.
+        names: The names of the classes; their numbers where the data have none.
 
     Raises:
         OSError: If the checkpoint cannot be found.
@@ -96,6 +98,8 @@ def make_image_model(model_args: ImageSourceArguments, names: Sequence[str]) -> 
     name, revision = model_args.model_name_or_path, model_args.model_revision
     try:
         saved = AutoConfig.from_pretrained(name, revision=revision)
+        if saved.num_labels == len(names) and list(names) == [str(number) for number in range(len(names))]:
+            labels = {}
         model = AutoModelForImageClassification.from_pretrained(
             name, revision=revision, ignore_mismatched_sizes=saved.num_labels != len(names), **labels
         )

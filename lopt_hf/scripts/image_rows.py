@@ -1,12 +1,14 @@
 """The images that a command trains on and measures, loaded and checked."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 from datasets import Dataset
 
 from lopt_hf.data.images import ImageRows, check_labels, class_names, find_columns
+from lopt_hf.data.rows import RowError
 from lopt_hf.scripts.training import load_checked, load_rows, subsample
 
 __all__ = ["LabelledImages", "load_images"]
@@ -25,6 +27,7 @@ class LabelledImages:
         columns: The columns of images and of labels.
         names: The classes.
         numbers: Of the rows of `train` in the data, from 1, where they are a drawn part.
+        sources: What names the data of `train` and of `evaluated` in an error.
     """
 
     train: Dataset
@@ -32,9 +35,13 @@ class LabelledImages:
     columns: tuple[str, str]
     names: list[str]
     numbers: Sequence[int] | None
+    sources: tuple[str, str]
 
-    def check(self) -> None:
+    def check(self, shows_progress: bool = False) -> None:
         """Reads every image once, where they are few enough, and says how many get converted.
+
+        Args:
+            shows_progress: Whether a bar shows how many have been read.
 
         Raises:
             RowError: If one cannot be read, or a label is not one of the classes.
@@ -42,21 +49,23 @@ class LabelledImages:
         for rows in (self.train, self.evaluated):
             if rows is not None:
                 images = ImageRows(rows, len(self.names), None, 0, *self.columns)
-                self.check_rows(images, is_training=rows is self.train)
+                self.check_rows(images, is_training=rows is self.train, shows_progress=shows_progress)
 
-    def check_rows(self, images: Any, is_training: bool) -> None:
+    def check_rows(self, images: Any, is_training: bool, shows_progress: bool = False) -> None:
         """The same for what a trainer has made of one of the two.
 
         Args:
             images: The rows; of another kind, such as a user's own, nothing is checked.
             is_training: Whether they are those of `train`.
+            shows_progress: Whether a bar shows how many have been read.
         """
         if not isinstance(images, ImageRows):
             return
+        images.source = self.sources[0 if is_training else 1]
         if is_training and self.numbers is not None:
             images.numbers = self.numbers
         if len(images) <= CHECKED_IMAGES:
-            images.check_images()
+            images.check_images(shows_progress)
 
 
 def load_images(script_args: Any, seed: int) -> LabelledImages:
@@ -72,15 +81,44 @@ def load_images(script_args: Any, seed: int) -> LabelledImages:
     """
     whole = cast(Dataset, _load(script_args, "train", seed))
     evaluated = _load(script_args, "eval", seed)
-    columns = find_columns(whole, script_args.image_column, script_args.label_column)
-    names = class_names(whole, columns[1])  # a part may lack the highest label
-    check_labels(whole, columns[1], len(names))
+    sources = _sources(script_args)
+    with _naming(sources[0]):
+        columns = find_columns(whole, script_args.image_column, script_args.label_column)
+        names = class_names(whole, columns[1])  # a part may lack the highest label
+        check_labels(whole, columns[1], len(names))
+    if evaluated is not None:
+        with _naming(sources[1]):
+            ImageRows(evaluated, len(names), None, seed, *columns)  # finds what is wrong with it
     drawn = script_args.dataset_max_samples
     numbers = None
     if drawn is not None:
         rows = Dataset.from_dict({"row": list(range(1, len(whole) + 1))})
         numbers = subsample(rows, drawn, seed)["row"][:]
-    return LabelledImages(cast(Dataset, subsample(whole, drawn, seed)), evaluated, columns, names, numbers)
+    return LabelledImages(cast(Dataset, subsample(whole, drawn, seed)), evaluated, columns, names, numbers, sources)
+
+
+def _sources(script_args: Any) -> tuple[str, str]:
+    """What names the images to train on and those that accuracy is measured on in an error."""
+    named = (
+        ("train_file", script_args.train_file, script_args.dataset_train_split),
+        ("eval_file", script_args.eval_file, script_args.dataset_test_split),
+    )
+    train, evaluated = (
+        f"dataset_name={script_args.dataset_name}, split {split!r}" if file is None else f"{name}={file}"
+        for name, file, split in named
+    )
+    return train, evaluated
+
+
+@contextmanager
+def _naming(source: str) -> Iterator[None]:
+    """Lets an error of data say where they are from."""
+    try:
+        yield
+    except RowError as error:
+        raise RowError(f"{source}, {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
 
 
 def _load(script_args: Any, part: str, seed: int) -> Any:

@@ -95,7 +95,7 @@ def check_images(
     check_image_model(model)
     check_stage_model(model, find_stack(model))
     LocalLearner(model, args, run=args.run_facts)  # finds out whether cut and objective fit the model
-    images.check()
+    images.check(shows_progress=not args.disable_tqdm)
 
 
 def run_image_stage(

@@ -5,12 +5,15 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from datasets import ClassLabel
+from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
 
 from lopt_hf import RepLModel
+from lopt_hf.data.images import class_names
 from lopt_hf.scripts import image
+from lopt_hf.scripts.image_models import make_image_model
 from lopt_hf.scripts.settings import UsageExit
-from tests.image.helpers import make_images
+from tests.image.helpers import make_images, make_model
 from tests.image.test_images import as_bytes, data_of
 
 
@@ -64,6 +67,26 @@ def test_a_checkpoint_gets_a_classifier_for_other_classes(files, tmp_path, caplo
     assert AutoModelForImageClassification.from_pretrained(tmp_path / "three").config.num_labels == 3
 
 
+def test_a_checkpoint_keeps_the_names_of_its_classes_where_the_data_have_none(tmp_path):
+    """Numbers as labels, as many as the checkpoint has classes; names in the data do win."""
+    images = make_images(4, size=16)
+    model, names = make_model("vit"), {0: "cat", 1: "dog", 2: "owl", 3: "elk"}
+    model.config.id2label, model.config.label2id = names, {name: number for number, name in names.items()}
+    model.save_pretrained(tmp_path / "named")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "named")
+    cells = [as_bytes(row["image"]) for row in images]
+    numbered = data_of(cells, [0, 1, 2, 3])
+    arguments = image.ImageModelArguments(model_name_or_path=str(tmp_path / "named"))
+    for data, expected in (
+        (numbered, names),
+        (numbered.cast_column("label", ClassLabel(names=["0", "1", "2", "3"])), names),
+        (numbered.cast_column("label", ClassLabel(names=list("abcd"))), dict(enumerate("abcd"))),
+    ):
+        made, _ = make_image_model(arguments, class_names(data, "label"))
+        assert made.config.id2label == expected and made.config.label2id == {n: i for i, n in expected.items()}
+        assert torch.equal(made.classifier.weight, model.classifier.weight)
+
+
 def test_replaced_layers_train_resume_and_fold(files, tmp_path):
     options = ["--method", "repl", "--save_strategy", "steps", "--save_steps", "1", "--replace_every", "3"]
     run(files, tmp_path, *options)
@@ -98,6 +121,11 @@ def test_replaced_layers_train_resume_and_fold(files, tmp_path):
             ["--method", "readout", "--local_objective", "none"],
             "local_objective='none' is not that of method='readout'",
         ),
+        (
+            ["--method", "readout", "--local_objective", "classifier"],
+            "local_objective='classifier' is not that of method='readout', 'readout'; leave one of them out",
+        ),
+        (["--local_objective", "none"], "local_objective='none' is not that of method='local'"),
         (["--label_column", "class"], "label_column='class' is none of the data's columns"),
         (["--num_blocks", "9"], "num_blocks=9 does not fit a model with 8"),
         (["--model_name_or_path", "/nowhere"], "model_name_or_path='/nowhere' cannot be loaded"),
@@ -130,8 +158,16 @@ def test_a_broken_image_and_a_label_out_of_range_are_named_before_training(files
     data_of([*cells[:3], cells[3][:80]], [0, 1, 2, 3]).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(SystemExit) as raised:
         run(tmp_path, tmp_path / "out")
-    assert "row 4: 'image' cannot be read" in str(raised.value) + capsys.readouterr().err
+    where = f"train_file={tmp_path / 'train.parquet'}, row 4: 'image' cannot be read"
+    assert where in str(raised.value) + capsys.readouterr().err
     data_of(cells, [0, 1, 4, 3]).to_parquet(tmp_path / "test.parquet")
     with pytest.raises(SystemExit) as raised:
         run(files, tmp_path / "out", "--eval_file", str(tmp_path / "test.parquet"))
-    assert "row 3: 'label' is 4" in str(raised.value) + capsys.readouterr().err
+    named = f"eval_file={tmp_path / 'test.parquet'}, row"
+    assert f"{named} 3: 'label' is 4" in str(raised.value) + capsys.readouterr().err
+    data_of([*cells[:1], cells[1][:80]], [0, 1]).to_parquet(tmp_path / "test.parquet")
+    with pytest.raises(SystemExit) as raised:
+        run(files, tmp_path / "out", "--eval_file", str(tmp_path / "test.parquet"))
+    output = capsys.readouterr().err
+    assert f"{named} 2: 'image' cannot be read" in str(raised.value) + output
+    assert "checking images: 100%" in output and "8/8" in output  # of those to train on

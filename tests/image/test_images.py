@@ -57,6 +57,15 @@ def test_other_kinds_are_converted_and_said_in_one_line(mode, caplog):
     assert line == f"1 of 2 images are not RGB (1 of mode {mode}) and are converted to it."
 
 
+def test_a_bar_shows_how_many_images_are_read_where_asked_for(capsys):
+    rows = ImageRows(data_of([as_bytes(COLOUR)] * 3, [0, 1, 0]), num_labels=2)
+    rows.check_images()
+    assert capsys.readouterr().err == ""
+    rows.check_images(shows_progress=True)
+    last = capsys.readouterr().err.split("\r")[-1]
+    assert last.startswith("checking images: 100%") and "3/3" in last
+
+
 def test_bad_rows_are_named():
     jpeg = as_bytes(COLOUR.resize((64, 64)), "JPEG")
     for broken in (jpeg[: len(jpeg) // 2], b"no image"):

@@ -123,7 +123,8 @@ def test_a_broken_image_is_named_before_the_processes_start(files, tmp_path, cap
     data_of([*cells[:3], cells[3][:80]], [0, 1, 2, 3]).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(SystemExit) as raised:
         pipeline.main(["--task", "image", *arguments(tmp_path, tmp_path / "out")])
-    assert "row 4: 'image' cannot be read" in str(raised.value) + capsys.readouterr().err
+    where = f"train_file={tmp_path / 'train.parquet'}, row 4: 'image' cannot be read"
+    assert where in str(raised.value) + capsys.readouterr().err
 
 
 def test_help_has_the_options_of_images_and_none_that_do_nothing(capsys):
