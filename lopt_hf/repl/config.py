@@ -8,6 +8,7 @@ from lopt_hf.common.settings import check_choices, check_lowest, option
 
 __all__ = [
     "BRANCHES",
+    "CONV_OPERATORS",
     "MAP_OPERATORS",
     "MLP_OPERATORS",
     "OPERATORS",
@@ -22,7 +23,8 @@ UNFOLDED_MODEL_TYPE = "repl_unfolded"  # in the config.json of a model whose sur
 STOCK_OPERATORS = ("down_proj", "refit", "scale")  # folded, the model is of its family's own class
 MLP_OPERATORS = ("down_proj", "refit")  # they sit in the MLP before the span
 MAP_OPERATORS = (*STOCK_OPERATORS, "patch")  # they read no weights of the neighbours
-OPERATORS = ("linear", "branches", "proj", "head", "mlp", "head+mlp", *MAP_OPERATORS)
+OPERATORS = ("linear", "branches", "proj", "head", "mlp", "head+mlp", *MAP_OPERATORS)  # of transformers
+CONV_OPERATORS = ("conv",)  # of convolutional networks
 PLACEMENTS = ("block_influence", "every", "influence", "span")
 SPAN_CRITERIA = ("auto", "error", "influence", "angle")
 INITS = ("calibrate", "paper", "skip")
@@ -55,7 +57,9 @@ class RepLConfig:
             arXiv 2505.02819: least squares). `"refit"` (ours): that layer's whole `down_proj` anew, by the same
             regression on its inputs. `"scale"`: one factor, the growth of the hidden states over the span (Prune&Comp,
             arXiv 2507.18212). `"patch"`: a factor for each channel of rotated hidden states (LinearPatch, arXiv
-            2505.24680), which no stock layer can hold.
+            2505.24680), which no stock layer can hold. `"conv"` (paper) is for a ResNet: one convolution in place of a
+            residual block, see `Convolution`; it has no calibration, so `init` is `"paper"` or `"skip"`, and its
+            blocks are named or `"every"` K-th of each stage.
         placement: `"block_influence"` (ours): the layers that change their input least, no two of them adjacent,
             on a quarter of the calibration data. `"every"` (paper): layers K, 2K, ... counted from 1, the last layer
             kept. `"influence"` (ours): the layers of least influence, adjacent ones as one span. `"span"`: one span.
@@ -97,7 +101,7 @@ class RepLConfig:
     """
 
     # ours: lowest perplexity within 0.35 x the removed layer's arithmetic, see experiments/smollm2-135m/repl
-    operator: str = option("linear", "What stands in a removed layer's place.", OPERATORS)
+    operator: str = option("linear", "What stands in a removed layer's place.", (*OPERATORS, *CONV_OPERATORS))
     # ours: at the same number of layers plain removal hurts less there than every K-th
     placement: str = option("block_influence", "How layers are chosen.", PLACEMENTS)
     num_layers_to_replace: int | None = option(
@@ -167,10 +171,29 @@ class RepLConfig:
                 f"detach_sources=False lets gradients reach neighbours, which operator={self.operator!r} does not "
                 "read in training; leave it out, or use 'branches'."
             )
+        if self.operator in CONV_OPERATORS:
+            self._check_convolution()
         if self.operator == "mlp" and self.init != "paper":
             raise ValueError(
                 f"operator='mlp' has no coefficients (paper, Eq 25-27), so init={self.init!r} has nothing to set; "
                 "set init to 'paper'."
+            )
+
+    def _check_convolution(self) -> None:
+        if self.init == "calibrate":
+            raise ValueError(
+                f"init='calibrate' fits hidden states of tokens, and operator={self.operator!r} has none; set init to "
+                "'paper' or 'skip'."
+            )
+        if self.chooses_by_data:
+            raise ValueError(
+                f"placement={self.placement!r} measures hidden states of tokens, and operator={self.operator!r} has "
+                "none; set placement to 'every', or name blocks with layers_to_replace or spans."
+            )
+        if self.distillation_weight > 0:
+            raise ValueError(
+                f"distillation_weight={self.distillation_weight} compares hidden states of tokens, and operator="
+                f"{self.operator!r} has none; set it to 0."
             )
 
     def _check_branches(self) -> None:
@@ -237,8 +260,8 @@ class RepLConfig:
 
 
 def init_of(operator: str) -> str:
-    """The best start that an operator has: calibrated, but for one without coefficients."""
-    return "paper" if operator == "mlp" else "calibrate"
+    """The best start that an operator has: calibrated, but for one without coefficients or of feature maps."""
+    return "paper" if operator in ("mlp", *CONV_OPERATORS) else "calibrate"
 
 
 def _is_pair(value: Any) -> bool:

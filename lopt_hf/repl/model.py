@@ -23,27 +23,30 @@ from lopt_hf.repl.choosing import (
 )
 from lopt_hf.repl.config import MLP_OPERATORS, STOCK_OPERATORS, UNFOLDED_MODEL_TYPE, RepLConfig
 from lopt_hf.repl.configuration_repl import FoldedRepLConfig
+from lopt_hf.repl.convolution import ConvNeighbour
 from lopt_hf.repl.fitting import calibrate
 from lopt_hf.repl.folding import fold
 from lopt_hf.repl.map_operators import MLPMap
 from lopt_hf.repl.modeling_repl import (
-    FoldedSurrogate,
     SurrogateHook,
     family_classes,
     find_layers,
     find_made_class,
+    make_folded,
     make_folded_classes,
 )
-from lopt_hf.repl.neighbours import Neighbour, check_family
+from lopt_hf.repl.neighbours import CONVOLUTIONAL, Neighbour, check_family
 from lopt_hf.repl.operator_base import Operator, SurrogateCost, cost_of, layer_cost
 from lopt_hf.repl.operators import make_operator
-from lopt_hf.repl.placement import Span, named_spans, runs_of
+from lopt_hf.repl.placement import Span, runs_of
+from lopt_hf.repl.stages import check_kind, spans_of
 from lopt_hf.repl.surgery import PER_LAYER_LISTS, SynthesisHook, attach, attach_in_mlp, kept_index, remove_layers
 
 __all__ = ["RepLModel", "get_repl_model", "make_classes"]
 
 logger = logging.get_logger(__name__)
 
+IMAGE_FAMILIES = ("vit", *CONVOLUTIONAL)
 HUB_ARGUMENTS = ("revision", "subfolder", "cache_dir", "token", "local_files_only")
 
 
@@ -89,7 +92,7 @@ class RepLModel:
                 + "; load it with AutoModelForCausalLM"
                 + ("." if folded else ", and replace layers with get_repl_model.")
             )
-        is_image_model = config.repl["family"] == "vit"
+        is_image_model = config.repl["family"] in IMAGE_FAMILIES
         auto_class: Any = AutoModelForImageClassification if is_image_model else AutoModelForCausalLM
         return auto_class.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
@@ -109,7 +112,7 @@ class RepLModel:
         operators, costs = self.surrogates, []
         per_token = self.config.get_text_config().to_dict().get("num_experts_per_tok") or 1
         for (first, end), index in _places(self.config.repl["removed"]):
-            of_one = layer_cost(layers[index - 1], per_token)  # its neighbour's are its own
+            of_one = layer_cost(layers[index], per_token)  # its neighbour's are its own
             costs.append(cost_of(first, operators[first], [(end - first) * value for value in of_one]))
         return costs
 
@@ -198,7 +201,7 @@ def _fold_beside(model: Any) -> Any:
     folded: dict[str, Any] = {}
     for (_, index), hook in zip(_places(repl["removed"]), model.hooks, strict=True):
         operator = _surrogate(layers[index])
-        surrogate = FoldedSurrogate(operator.spec).to(next(layers[index].parameters()))
+        surrogate = make_folded(operator.spec).to(next(layers[index].parameters()))
         surrogate.load_state_dict(operator.synthesise(hook.previous, hook.following))
         attach(layers[index], surrogate.eval(), SurrogateHook())
         folded[str(index)] = operator.spec
@@ -215,7 +218,7 @@ def _places(removed: Sequence[int]) -> list[tuple[Span, int]]:
     return [(span, kept_index(span[1], removed)) for span in runs_of(removed)]
 
 
-def _put(operator: Operator, previous: Neighbour, following: Neighbour, teachers: Sequence[nn.Module] = ()) -> None:
+def _put(operator: Operator, previous: Any, following: Any, teachers: Sequence[nn.Module] = ()) -> None:
     """Puts a surrogate in its place."""
     if isinstance(operator, MLPMap):
         attach_in_mlp(previous, operator)
@@ -237,12 +240,15 @@ def _surrogate(layer: Any) -> Operator:
 
 def _neighbours(
     layers: nn.ModuleList, previous: int, following: int, config: Any, family: str, settings: RepLConfig
-) -> tuple[Neighbour, Neighbour]:
-    read = partial(Neighbour, config=config, family=family, detach=settings.detach_sources)
+) -> tuple[Any, Any]:
+    read: Any = partial(Neighbour, family=family)
+    if family in CONVOLUTIONAL:
+        read = ConvNeighbour
+    read = partial(read, config=config, detach=settings.detach_sources)
     return read(layers[previous]), read(layers[following])
 
 
-def _surrogate_of(config: RepLConfig, read: Any, span: Span) -> tuple[Operator, tuple[Neighbour, Neighbour]]:
+def _surrogate_of(config: RepLConfig, read: Any, span: Span) -> tuple[Operator, tuple[Any, Any]]:
     """The surrogate that a span is tried with: of `refit` the smaller map, which takes less memory for all spans."""
     beside = read(span[0] - 1, span[1])
     tried = replace(config, operator="down_proj") if config.operator == "refit" else config
@@ -265,7 +271,8 @@ def get_repl_model(
     """Replaces layers of a pretrained model by surrogates of their neighbours, in place.
 
     Args:
-        model: A `transformers` causal language model, or a `ViTForImageClassification`, of a supported family.
+        model: A `transformers` causal language model of a supported family, a `ViTForImageClassification`, or, with
+            `operator="conv"`, a `ResNetForImageClassification`.
         config: Which layers, and by what.
         calibration_data: Texts, a data set, or batches of model inputs; needed by `init="calibrate"` and by every
             placement but `"every"`, see `make_batches`.
@@ -285,8 +292,9 @@ def get_repl_model(
     ```
     """
     _check_model(model)
+    check_kind(config, model)
     layers, family = find_layers(model), model.config.model_type
-    spans = named_spans(config, layer_kinds(model))  # before the data are run through the model
+    spans = spans_of(config, model)  # before the data are run through the model
     if spans is None:
         check_count(config, layer_kinds(model))
         check_operator(config, model)

@@ -2,7 +2,7 @@
 
 Copied beside exported checkpoints, for `trust_remote_code=True`: imports torch and transformers only.
 
-Shapes: B batch, T tokens, D hidden channels, I inner width of the MLP.
+Shapes: B batch, T tokens, D hidden channels, I inner width of the MLP; C channels, H height, W width of feature maps.
 """
 
 import shutil
@@ -22,6 +22,7 @@ from transformers import (
     AutoModelForImageClassification,
     PreTrainedConfig,
     PreTrainedModel,
+    ResNetPreTrainedModel,
 )
 from transformers.activations import ACT2FN
 from transformers.conversion_mapping import (
@@ -31,11 +32,14 @@ from transformers.conversion_mapping import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 __all__ = [
+    "FoldedConvolution",
     "FoldedSurrogate",
     "SurrogateHook",
     "family_classes",
     "find_layers",
     "find_made_class",
+    "find_stages",
+    "make_folded",
     "make_folded_classes",
 ]
 
@@ -101,6 +105,30 @@ class FoldedSurrogate(nn.Module):
         return output_BTD.to(h_BTD.dtype)
 
 
+class FoldedConvolution(nn.Module):
+    """What stands in a removed residual block's place: `act(h + convolution(h))`.
+
+    Args:
+        spec: `channels`, `kernel_size`, whether there is a `bias`, `activation`.
+    """
+
+    def __init__(self, spec: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.spec = dict(spec)
+        channels, size = spec["channels"], spec["kernel_size"]
+        self.convolution = nn.Conv2d(channels, channels, size, padding=size // 2, bias=spec["bias"])
+        self.activation = ACT2FN[spec["activation"]]
+
+    def forward(self, h_BCHW: torch.Tensor) -> torch.Tensor:
+        output_BCHW: torch.Tensor = self.activation(h_BCHW + self.convolution(h_BCHW))
+        return output_BCHW.to(h_BCHW.dtype)
+
+
+def make_folded(spec: Mapping[str, Any]) -> FoldedSurrogate | FoldedConvolution:
+    """The module that a spec describes."""
+    return FoldedConvolution(spec) if "kernel_size" in spec else FoldedSurrogate(spec)
+
+
 def normalise(h_BTD: torch.Tensor, kind: str, eps: float) -> torch.Tensor:
     """A norm without its weights, computed in fp32: `"rms"`, `"layer"`, or `"none"`."""
     if kind == "none":
@@ -124,12 +152,19 @@ class SurrogateHook:
         return layer.surrogate(hidden_BTD)
 
 
+def find_stages(model: Any) -> list[nn.Sequential]:
+    """The stages of a ResNet, each its residual blocks in order."""
+    return [stage.layers for stage in model.base_model.encoder.stages]
+
+
 def find_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The one stack of layers of a model.
+    """The one stack of layers of a model; of a ResNet the residual blocks of all stages, in a list of their own.
 
     Raises:
         ValueError: If there is none, or several.
     """
+    if isinstance(model, ResNetPreTrainedModel):
+        return nn.ModuleList(block for stage in find_stages(model) for block in stage)
     count = model.config.get_text_config().num_hidden_layers
     stacks = [
         module
@@ -153,7 +188,7 @@ class FoldedModel:
         layers = find_layers(self)  # type: ignore[arg-type]
         for index, spec in config.repl["surrogates"].items():
             layer: Any = layers[int(index)]
-            layer.surrogate = FoldedSurrogate(spec)
+            layer.surrogate = make_folded(spec)
             layer.register_forward_pre_hook(SurrogateHook(), with_kwargs=True)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:

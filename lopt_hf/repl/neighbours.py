@@ -14,7 +14,16 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["FAMILIES", "Affine", "MLPWeights", "Neighbour", "NormWeights", "check_family"]
+__all__ = [
+    "CONVOLUTIONAL",
+    "FAMILIES",
+    "Affine",
+    "MLPWeights",
+    "Neighbour",
+    "NormWeights",
+    "check_family",
+    "effective",
+]
 
 
 @dataclass(frozen=True)
@@ -97,6 +106,7 @@ FAMILIES = {
 }
 
 
+CONVOLUTIONAL = ("resnet",)  # read by `ConvNeighbour`
 EXPERTS = "mlp.experts"  # packed by transformers, `down_proj` is (experts, out, in)
 
 
@@ -106,10 +116,11 @@ def check_family(config: PretrainedConfig) -> None:
     Raises:
         ValueError: If the family is unknown, or if one of its options changes what a layer computes.
     """
+    if config.model_type in CONVOLUTIONAL:
+        return
     if config.model_type not in FAMILIES:
-        raise ValueError(
-            f"model_type={config.model_type!r} is not supported by RepL; use one of {', '.join(FAMILIES)}."
-        )
+        known = ", ".join((*FAMILIES, *CONVOLUTIONAL))
+        raise ValueError(f"model_type={config.model_type!r} is not supported by RepL; use one of {known}.")
     options = config.to_dict()
     if options.get("do_layer_norm_before") is False:
         raise ValueError(
@@ -172,12 +183,19 @@ class MLPWeights:
     post_norm: NormWeights | None
 
 
-def _effective(module: Any) -> Affine:
-    """A linear layer's weights with the adapters that are active on it, as (out, in)."""
+def effective(module: Any) -> Affine:
+    """Reads the weights of a linear layer or a convolution, with the adapters that are active on it.
+
+    Args:
+        module: The layer.
+
+    Returns:
+        Its weight as (out, in), of a convolution (out, in, height, width), and its bias.
+    """
     adapter = module if isinstance(module, BaseTunerLayer) else None
     base: Any = adapter.get_base_layer() if adapter is not None else module
     weight = base.weight
-    if isinstance(adapter, lora.Linear) and not adapter.merged and not adapter.disable_adapters:
+    if isinstance(adapter, lora.Linear | lora.Conv2d) and not adapter.merged and not adapter.disable_adapters:
         for name in adapter.active_adapters:
             if name in adapter.lora_A:
                 weight = weight + adapter.get_delta_weight(name)
@@ -209,7 +227,7 @@ class Neighbour:
         return tensor.detach() if self.detach and tensor is not None else tensor
 
     def _affine(self, path: str) -> Affine:
-        affine = _effective(self.layer.get_submodule(path))
+        affine = effective(self.layer.get_submodule(path))
         return Affine(self._read(affine.weight), self._read(affine.bias))
 
     def _norm(self, path: str) -> NormWeights:

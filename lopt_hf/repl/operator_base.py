@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from lopt_hf.repl.modeling_repl import FoldedSurrogate
+from lopt_hf.repl.modeling_repl import make_folded
 from lopt_hf.repl.neighbours import Affine, Neighbour
 
 __all__ = [
@@ -37,7 +37,7 @@ class Operator(nn.Module):
     """A surrogate whose weights follow from its neighbours'.
 
     Args:
-        spec: What it folds to, see `FoldedSurrogate`.
+        spec: What it folds to, see `FoldedSurrogate` and `FoldedConvolution`.
 
     Attributes:
         coefficients: What it owns and trains, `(K, size)`; none in `MeanMLP`.
@@ -53,7 +53,7 @@ class Operator(nn.Module):
     def __init__(self, spec: dict[str, Any]) -> None:
         super().__init__()
         with torch.device("meta"):  # in a tuple: its weights are synthesised, they are not this module's
-            self._folded = (FoldedSurrogate(spec),)
+            self._folded = (make_folded(spec),)
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class Operator(nn.Module):
         return self._folded[0].spec
 
     def synthesise(self, previous: Neighbour, following: Neighbour) -> Tensors:
-        """The tensors of the `FoldedSurrogate`."""
+        """The tensors of what it folds to."""
         raise NotImplementedError
 
     def branch_outputs(self, h_ND: torch.Tensor, previous: Neighbour, following: Neighbour) -> torch.Tensor:
@@ -178,7 +178,7 @@ def check_square(name: str, neighbour: Neighbour) -> None:
 
 @dataclass(frozen=True)
 class SurrogateCost:
-    """Parameters and multiply-adds per token of one surrogate and of its removed layers.
+    """Parameters and multiply-adds per token, or place of a feature map, of one surrogate and its removed layers.
 
     Attributes:
         layer: Number of the first removed layer, from 0.
@@ -206,6 +206,8 @@ class SurrogateCost:
 def layer_cost(layer: nn.Module, experts_per_token: int = 1) -> tuple[int, int]:
     """Parameters, and multiply-adds per token, of a layer or a folded surrogate: each matrix entry is used once.
 
+    So is each entry of a kernel (out, in, height, width) at every place of a feature map.
+
     A surrogate that the layer carries for another one does not count.
 
     Args:
@@ -213,7 +215,7 @@ def layer_cost(layer: nn.Module, experts_per_token: int = 1) -> tuple[int, int]:
         experts_per_token: How many of its experts a token goes through, whose matrices are packed as (E, out, in).
     """
     parameters = [p for name, p in layer.named_parameters() if not name.startswith("surrogate.")]
-    used = sum(p.numel() for p in parameters if p.ndim == 2)
+    used = sum(p.numel() for p in parameters if p.ndim in (2, 4))
     used += sum(p.numel() // len(p) * experts_per_token for p in parameters if p.ndim == 3)
     return sum(p.numel() for p in parameters), used
 
@@ -226,7 +228,6 @@ def cost_of(layer: int, operator: Operator, removed: Sequence[int]) -> Surrogate
         operator: What stands in their place.
         removed: `layer_cost` of the removed layers together.
     """
-    folded: FoldedSurrogate = operator._folded[0]
-    parameters, multiply_adds = (0, 0) if operator.is_stock else layer_cost(folded)
+    parameters, multiply_adds = (0, 0) if operator.is_stock else layer_cost(operator._folded[0])
     coefficients = sum(parameter.numel() for parameter in operator.parameters())
     return SurrogateCost(layer, parameters, coefficients, multiply_adds, *removed)

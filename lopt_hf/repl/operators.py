@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lopt_hf.repl.config import RepLConfig
+from lopt_hf.repl.convolution import Convolution
 from lopt_hf.repl.map_operators import DownProj, Patch, Refit, Scale
 from lopt_hf.repl.modeling_repl import normalise
 from lopt_hf.repl.neighbours import Affine, Neighbour, NormWeights
@@ -250,8 +251,8 @@ class HeadMLP(Head):
         return super().offset(h_ND, previous, following) + mlp_ND
 
 
-def make_operator(config: RepLConfig, previous: Neighbour, following: Neighbour) -> Operator:
-    """The operator that a config names, between two neighbours.
+def make_operator(config: RepLConfig, previous: Any, following: Any) -> Operator:
+    """The operator that a config names, between two neighbours: `Neighbour`, or `ConvNeighbour` for `conv`.
 
     Raises:
         ValueError: If the neighbours differ in shape, or if the operator needs a square output projection.
@@ -273,5 +274,6 @@ def make_operator(config: RepLConfig, previous: Neighbour, following: Neighbour)
         "head": Head,
         "mlp": MeanMLP,
         "head+mlp": HeadMLP,
+        "conv": Convolution,
     }
     return kinds[config.operator](previous, following)

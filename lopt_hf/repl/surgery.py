@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PreTrainedModel, ResNetPreTrainedModel
 
 from lopt_hf.common.upstream.torch import remove_forward_hooks, remove_forward_pre_hooks
 from lopt_hf.local.layer_calls import output_hidden, with_output_hidden
 from lopt_hf.repl.map_operators import MLPMap
-from lopt_hf.repl.modeling_repl import SurrogateHook, find_layers
+from lopt_hf.repl.modeling_repl import SurrogateHook, find_layers, find_stages
 from lopt_hf.repl.neighbours import Neighbour
 
 __all__ = [
@@ -44,7 +44,7 @@ def remove_layers(model: PreTrainedModel, removed: Sequence[int]) -> list[nn.Mod
     """Takes layers out of a model, in place.
 
     Args:
-        model: A model with one stack of layers.
+        model: A model with one stack of layers, or a ResNet.
         removed: Their numbers, from 0.
 
     Returns:
@@ -52,6 +52,9 @@ def remove_layers(model: PreTrainedModel, removed: Sequence[int]) -> list[nn.Mod
     """
     layers = find_layers(model)
     gone = [layers[index] for index in removed]
+    if isinstance(model, ResNetPreTrainedModel):
+        _remove_blocks(model, gone)
+        return gone
     kept = [layer for index, layer in enumerate(layers) if index not in removed]
     config: Any = model.config.get_text_config()
     lists = {name: values for name, values in config.to_dict().items() if name in PER_LAYER_LISTS and values}
@@ -68,6 +71,15 @@ def remove_layers(model: PreTrainedModel, removed: Sequence[int]) -> list[nn.Mod
             if isinstance(vars(module).get("layer_idx"), int):
                 module.layer_idx = index  # type: ignore[assignment]
     return gone
+
+
+def _remove_blocks(model: Any, gone: Sequence[nn.Module]) -> None:
+    """Takes residual blocks out of their stages."""
+    stages = find_stages(model)
+    for stage in stages:
+        for index in reversed([index for index, block in enumerate(stage) if block in gone]):
+            del stage[index]
+    model.config.depths = [len(stage) for stage in stages]
 
 
 def _renumber_experts(config: Any, removed: Sequence[int]) -> None:

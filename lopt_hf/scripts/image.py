@@ -7,6 +7,7 @@ lopt-hf image --method reach --task_reach '[1,1,1,4]' --num_blocks 4 --train_fil
 lopt-hf image --method e2e --model_name_or_path google/vit-base-patch16-224-in21k --dataset_name cifar10 \\
     --output_dir out
 lopt-hf image --method repl --operator head+mlp --replace_every 4 --train_file train.parquet --output_dir out
+lopt-hf image --method repl --architecture resnet20 --train_file train.parquet --output_dir out
 lopt-hf image --method mlaan --help                                            # the options of that method
 ```
 """
@@ -64,8 +65,8 @@ class ImageScriptArguments(DataArguments):
     Parameters:
         method: `"e2e"`: the trainer of transformers; `"freeze"`: the last block only; `"reach"`: more blocks at some
             steps (`task_reach`); `"local"`: each block through a classifier of its own; `"readout"`: through the
-            model's own, frozen; `"mlaan"`, with options of its own; `"repl"`: end-to-end, with layers of a ViT
-            replaced by surrogates or removed.
+            model's own, frozen; `"mlaan"`, with options of its own; `"repl"`: end-to-end, with layers of a ViT or
+            ResNet replaced by surrogates or removed.
         train_file: A `.parquet`, `.json` or `.jsonl` file, or a folder, in place of `dataset_name`.
         eval_file: The same for the images that accuracy is measured on.
         image_column: The column of images. Default: `image` or `img`.
@@ -76,7 +77,7 @@ class ImageScriptArguments(DataArguments):
         "local",
         "'e2e' (the trainer of transformers), 'freeze' (the last block only), 'reach' (more blocks at some steps: "
         "task_reach), 'local' (a classifier for each block), 'readout' (the model's own, frozen), 'mlaan' "
-        "(`--method mlaan --help` shows its options), or 'repl' (layers of a ViT replaced, end-to-end).",
+        "(`--method mlaan --help` shows its options), or 'repl' (layers replaced, end-to-end).",
         list(METHODS),
     )
     dataset_name: str | None = option(None, "Hub id, or a local .parquet, .json or .jsonl file.")

@@ -105,10 +105,39 @@ def test_replaced_layers_train_resume_and_fold(files, tmp_path):
     assert 0 < model.num_parameters() - removed.num_parameters() < 100
 
 
+def test_replaced_blocks_of_a_resnet_train_resume_and_fold(files, tmp_path):
+    options = ["--method", "repl", "--architecture", "resnet20", "--image_size", "32"]
+    saving = ["--save_strategy", "steps", "--save_steps", "1"]
+    run(files, tmp_path, "--eval_file", str(files / "test.parquet"), *options, *saving)
+    model = RepLModel.from_pretrained(tmp_path)
+    assert model.config.repl["removed"] == [1, 4, 7] and model.config.depths == [2, 2, 2]
+    start = torch.full((2, 16), 0.5)
+    assert not torch.equal(model.surrogates[1].coefficients, start)
+    assert torch.allclose(model.surrogates[1].coefficients, start, atol=0.1)
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    run(files, tmp_path, *options, *saving, "--resume_from_checkpoint", "true")
+    again = RepLModel.from_pretrained(tmp_path)
+    for (name, one), other in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+    run(files, tmp_path / "removal", *options, "--operator", "removal")
+    removed = AutoModelForImageClassification.from_pretrained(tmp_path / "removal")
+    assert removed.config.depths == [2, 2, 2] and not isinstance(removed, RepLModel)
+    assert model.num_parameters() - removed.num_parameters() == 2 * (16 + 32 + 64)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--method", "repl", "--architecture", "resnet20"], "method='repl' replaces layers of ViT, not of ResNet"),
+        (
+            ["--method", "repl", "--architecture", "resnet20", "--operator", "proj"],
+            "operator='proj' is made of a transformer's layers, which model=ResNetForImageClassification does",
+        ),
+        (["--method", "repl", "--operator", "conv"], "operator='conv' is made of residual blocks of convolutions"),
+        (
+            ["--method", "repl", "--architecture", "resnet20", "--replace_every", "4"],
+            "replace_every=4 chooses none of the blocks of stages of 3, 3, 3, whose first and last are kept; use at",
+        ),
+        (["--method", "repl", "--replace_every", "9"], "replace_every=9 chooses none of 8 layers"),
         (["--method", "local", "--operator", "proj"], "operator='proj' does nothing with method='local'"),
         (["--method", "freeze", "--task_reach", "2"], "task_reach=[2] trains early blocks"),
         (["--model_revision", "v2"], "model_revision='v2' does nothing without model_name_or_path"),
