@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, BeitConfig, Data2VecVisionConfig
 
 from lopt_hf import LocalImageConfig, LocalImageTrainer, MLAANImageConfig
+from lopt_hf.local.methods.image.calls import ImageCalls
 from lopt_hf.local.stacks import find_stack
 from lopt_hf.meters.saved_bytes import SavedBytes
 from lopt_hf.trainers.image import ImageTrainer, ImageTrainingArguments
@@ -96,8 +97,16 @@ def make_batch(trainer):
 
 def run_layers(layers, h):
     for layer in layers:
-        h = layer(h)
+        h = run_layer(layer, h)
     return h
+
+
+def run_layer(layer, h):
+    """Swin's layers and patch mergings are told height and width of the grid that the tokens are on, of squares."""
+    if not type(layer).__name__.startswith("Swin"):
+        return layer(h)
+    output = layer(h, (int(h.shape[1] ** 0.5), int(h.shape[1] ** 0.5)))
+    return output[0] if isinstance(output, tuple) else output
 
 
 @pytest.mark.parametrize("family", ["vit", "resnet"])
@@ -124,7 +133,7 @@ def test_local_gradients_are_those_by_hand(family, tmp_path):
         torch.testing.assert_close(gradient, expected[name], msg=name)
 
 
-@pytest.mark.parametrize("family", ["vit", "resnet"])
+@pytest.mark.parametrize("family", ["vit", "resnet", "swin"])
 def test_mlaan_gradients_are_those_by_hand(family, tmp_path):
     """Three blocks, windows of two: as the released code computes them, with detached inputs of each window."""
     args = MLAANImageConfig(**options(tmp_path, num_blocks=3, auxiliary_checkpointing=False, combine="sum"))
@@ -137,13 +146,22 @@ def test_mlaan_gradients_are_those_by_hand(family, tmp_path):
     blocks = [layers[:2], layers[2:4], layers[4:]]
 
     def embed():
-        return base.embeddings(batch["pixel_values"]) if family == "vit" else base.embedder(batch["pixel_values"])
+        h = base.embedder(batch["pixel_values"]) if family == "resnet" else base.embeddings(batch["pixel_values"])
+        return h[0] if family == "swin" else h
 
     def leap(head, h):
         for index, name in enumerate(head.copies):
-            own = head.copies[name](h)
-            h = own + head.averages[name](h) if index == 0 else own
+            own = run_layer(head.copies[name], h)
+            h = own + run_layer(head.averages[name], h) if index == 0 else own
         return head.readout(h)
+
+    def pool(h):
+        if family == "swin":
+            return base.layernorm(h).mean(dim=1)
+        return base.layernorm(h)[:, 0] if family == "vit" else base.pooler(h)
+
+    if family == "swin":  # one early block is followed by the patch merging, layer 2, over which it has to leap
+        assert {index: list(head.copies) for index, head in heads.items()} == {"0": ["2", "5"], "1": ["5"]}
 
     h0 = run_layers(blocks[0], embed())
     losses = 0.001 * cross_entropy(heads["0"].independent(h0), batch["labels"])
@@ -155,8 +173,7 @@ def test_mlaan_gradients_are_those_by_hand(family, tmp_path):
     h1 = run_layers(blocks[1], h0.detach())
     cut = h1.detach().requires_grad_()
     h2 = run_layers(blocks[2], cut)
-    pooled = base.layernorm(h2)[:, 0] if family == "vit" else base.pooler(h2)
-    cross_entropy(model.classifier(pooled), batch["labels"]).backward()
+    cross_entropy(model.classifier(pool(h2)), batch["labels"]).backward()
     losses = losses + (h1 * cut.grad * 0.999).sum()  # the last window reaches block 1, and not block 0
     losses.backward()
     expected = {n: p.grad for n, p in [*model.named_parameters(), *heads.named_parameters("heads")]}
@@ -166,21 +183,50 @@ def test_mlaan_gradients_are_those_by_hand(family, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "config, arguments, message",
+    "config, arguments, bias, message",
     [
-        (Data2VecVisionConfig, LocalImageConfig, "what follows its layers does not run by itself"),
-        (BeitConfig, MLAANImageConfig, "whose layers are told more than hidden states"),
+        (Data2VecVisionConfig, LocalImageConfig, "", "what follows its layers does not run by itself"),
+        (BeitConfig, MLAANImageConfig, "shared_", "whose layers are told more than hidden states"),
     ],
 )
-def test_models_that_are_built_in_another_way_are_refused_in_one_line(config, arguments, message, tmp_path):
+def test_models_that_are_built_in_another_way_are_refused_in_one_line(config, arguments, bias, message, tmp_path):
     """By methods that would run a part of them alone; the task loss reaches their blocks as ever."""
     model = AutoModelForImageClassification.from_config(
-        config(**TOKENS, num_hidden_layers=LAYERS, intermediate_size=32, use_relative_position_bias=True)
+        config(**TOKENS, num_hidden_layers=LAYERS, intermediate_size=32, **{f"use_{bias}relative_position_bias": True})
     )
     with pytest.raises(ValueError, match=message):
         LocalImageTrainer(model, arguments(**options(tmp_path)), train_dataset=make_images())
+    # A bias that layers share has a gradient besides the hidden states', which a second run of a block would lose
+    reach = {"local_objective": "none", "task_reach": 2, "reach_recompute": not bias}
+    LocalImageTrainer(model, LocalImageConfig(**options(tmp_path, **reach)), train_dataset=make_images()).train()
+
+
+def test_leaps_of_layers_that_are_told_the_size_of_the_image(tmp_path):
+    """BEiT's, for which it is not the config's; the copies learn, and the averages move."""
+    config = BeitConfig(**TOKENS, num_hidden_layers=LAYERS, intermediate_size=32, use_relative_position_bias=True)
+    model = AutoModelForImageClassification.from_config(config).train()
+    trainer = LocalImageTrainer(
+        model, MLAANImageConfig(**options(tmp_path, num_blocks=3)), train_dataset=make_images()
+    )
+    start = copy.deepcopy(trainer.local_heads).state_dict()
+    trainer.train()
+    moved = {name for name, value in trainer.local_heads.state_dict().items() if not torch.equal(value, start[name])}
+    for part in ("0.copies.5.", "1.copies.5.", "0.averages.", "0.readout.", "0.independent."):
+        assert any(name.startswith(part) for name in moved), part
     args = LocalImageConfig(**options(tmp_path, local_objective="none", task_reach=2))
     LocalImageTrainer(model, args, train_dataset=make_images()).train()
+
+
+def test_images_of_another_size_are_called_for_as_they_are(tmp_path):
+    """Swin takes any: a copy is told the grid of the images at hand, not that of the config's size."""
+    model = make_model("swin")
+    calls = ImageCalls(model, find_stack(model))
+    assert not calls.is_plain and calls.depends_on_size
+    for side in (16, 32):
+        made = calls.of((torch.zeros(2, 3, side, side),), {})
+        grids = [next(value for value in call.args if isinstance(value, tuple)) for call in made.values()]
+        assert [tuple(grid) for grid in grids] == [(side // 2,) * 2] * 3 + [(side // 4,) * 2] * 3
+    assert model.training and ImageCalls(make_model("resnet"), find_stack(make_model("resnet"))).is_plain
 
 
 RUNS = {
@@ -192,7 +238,10 @@ RUNS = {
 
 @pytest.mark.parametrize(
     "family, run",
-    [("vit", "mlaan"), ("vit", "readout"), ("resnet", "mlaan"), ("resnet", "classifier"), ("swin", "reach")],
+    [
+        *[("vit", "mlaan"), ("vit", "readout"), ("resnet", "mlaan"), ("resnet", "classifier"), ("swin", "reach")],
+        ("swin", "mlaan"),
+    ],
 )
 def test_a_resumed_run_is_the_whole_run_and_its_checkpoint_stock(family, run, tmp_path):
     config_class, settings = RUNS[run]

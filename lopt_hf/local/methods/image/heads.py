@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lopt_hf.local.blocks import DecoderStack
-from lopt_hf.local.layer_calls import LayerCall, evaluating, output_hidden
+from lopt_hf.local.layer_calls import evaluating, output_hidden
 from lopt_hf.local.ownership import TRACE_ERRORS, feeds_first_layer
 from lopt_hf.local.stacks import example_image
 from lopt_hf.local.stand_ins import PixelsAsHidden
@@ -20,7 +20,6 @@ __all__ = [
     "MapHead",
     "ModelTail",
     "TokenHead",
-    "are_told_more",
     "has_one_shape",
     "layer_shapes",
     "make_classifier",
@@ -51,25 +50,6 @@ def _run_once(model: PreTrainedModel) -> torch.Tensor:
             pixel_values=example_image(model.config, weight.device).to(weight.dtype)
         ).logits
     return logits_BL
-
-
-@torch.no_grad()
-def are_told_more(model: PreTrainedModel, stack: DecoderStack) -> bool:
-    """Tells whether layers are called with more than hidden states: the image's size (Swin, BEiT), position biases."""
-    calls: list[LayerCall] = []
-    handles = [
-        layer.register_forward_pre_hook(
-            lambda _, args, kwargs: calls.append(LayerCall.of(args, kwargs)), with_kwargs=True
-        )
-        for layer in stack.layers
-    ]
-    try:
-        _run_once(model)
-    finally:
-        for handle in handles:
-            handle.remove()
-    values = [value for call in calls for value in (*call.args, *call.kwargs.values())]
-    return any(value is not None and not isinstance(value, bool) for value in values)
 
 
 def has_one_shape(shapes: list[torch.Size]) -> bool:

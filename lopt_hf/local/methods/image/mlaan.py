@@ -1,9 +1,8 @@
 """MLAAN of image classifiers: windows of blocks, and auxiliaries that leap to deeper layers (arXiv 2406.16633).
 
-Where layers differ in width (ResNet), an auxiliary leaps to those that change it, one after the other, and the last.
+Where layers differ in width (ResNet, Swin), an auxiliary leaps to those that change it, one after the other, and the last.
 """
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,8 @@ from lopt_hf.local.blocks import Block
 from lopt_hf.local.heads import LocalHeads
 from lopt_hf.local.layer_calls import LayerCall
 from lopt_hf.local.methods.base import Learner
-from lopt_hf.local.methods.image.heads import ModelTail, are_told_more, has_one_shape, layer_shapes, make_classifier
+from lopt_hf.local.methods.image.calls import ImageCalls
+from lopt_hf.local.methods.image.heads import ModelTail, has_one_shape, layer_shapes, make_classifier
 from lopt_hf.local.methods.image.method import ImageMethod, check_engine, check_image_options
 from lopt_hf.local.methods.image.objectives import AuxiliaryObjective
 from lopt_hf.local.methods.mlaan.arguments import MLAANSettings
@@ -90,10 +90,20 @@ class ImageAuxiliary(LeapAuxiliary):
 
 
 class _ImageWindows(WindowBoundary):
-    """Windows over layers that are called with hidden states alone."""
+    """Windows over layers that are called with hidden states and what follows from the image's size.
+
+    Args:
+        *args: Those of `WindowBoundary`.
+        calls: How the layers are called.
+        **kwargs: Those of `WindowBoundary`.
+    """
+
+    def __init__(self, *args: Any, calls: ImageCalls, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._image_calls = calls
 
     def record_calls(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[int, LayerCall]:
-        return defaultdict(lambda: LayerCall((), {}, hidden_is_named=False))
+        return self._image_calls.of(args, kwargs)
 
 
 class ImageMLAAN(ImageMethod, MLAAN):
@@ -161,6 +171,7 @@ class ImageMLAAN(ImageMethod, MLAAN):
             weights=settings.loss_weights,
             task_share=settings.task_share,
             early_blocks=learner.early_blocks,
+            calls=ImageCalls(learner.base_model, learner.stack),
         )
 
 
@@ -175,10 +186,12 @@ def _leaps(learner: Learner, shapes: list[torch.Size]) -> list[list[int]]:
     if given is not None:
         check_leaps(given, blocks)
     entries: Any = leap_counts(blocks, settings.leap_share) if given is None else given
-    if any(entry not in (0, []) for entry in entries) and are_told_more(learner.base_model, learner.stack):
+    leaps = any(entry not in (0, []) for entry in entries)
+    if leaps and not ImageCalls(learner.base_model, learner.stack).depends_on_size:
         raise ValueError(
-            "MLAAN's auxiliaries cannot leap in this model, whose layers are told more than hidden states, such as "
-            "the size of the image (Swin, BEiT); set leap_layers to a list with a 0 for each early block."
+            "MLAAN's auxiliaries cannot leap in this model, whose layers are told more than hidden states and the "
+            "size of the image, such as position biases that they share (BEiT with use_shared_relative_position_bias)"
+            "; set leap_layers to a list with a 0 for each early block."
         )
     return [
         _leaps_behind(block, entry, shapes, given is not None, settings.leap)

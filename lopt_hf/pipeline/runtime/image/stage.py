@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lopt_hf.local.blocks import DecoderStack
-from lopt_hf.local.methods.image.heads import are_told_more
+from lopt_hf.local.methods.image.calls import ImageCalls
 from lopt_hf.local.ownership import feeds_first_layer
 from lopt_hf.local.stand_ins import PixelsAsHidden
 from lopt_hf.pipeline.runtime.stage import Absent, PassThrough, StagePlan, save_on_every_rank
@@ -24,7 +24,7 @@ def check_stage_model(model: PreTrainedModel, stack: DecoderStack) -> None:
         model: The whole model.
         stack: Its layers.
     """
-    if are_told_more(model, stack):
+    if not ImageCalls(model, stack).is_plain:
         raise ValueError(
             f"model={type(model).__name__}: its layers are called with more than hidden states (the size of the "
             "image, or position biases), which a stage does not have; pass a ViT, DeiT, DINOv2 or ResNet, or train it "
