@@ -1,7 +1,8 @@
 """Image classifiers from random weights on CIFAR-10, by several methods and seeds: the table of README.md.
 
 ```bash
-python experiments/cifar10/run.py vit --train_file train.parquet --eval_file test.parquet --output_dir out
+python experiments/cifar10/run.py vit resnet20 --train_file train.parquet --eval_file test.parquet --output_dir out
+python experiments/cifar10/run.py vit resnet20 --claim repl --train_file ... --eval_file ... --output_dir out
 ```
 
 Each run is one `lopt-hf image` in a process of its own. Stopped at any moment and run again, it goes on where it was.
@@ -30,11 +31,16 @@ METHODS = {
     "reach [1,1,1,4]": ["--method", "reach", "--task_reach", "[1,1,1,4]", *BLOCKS],
     "reach 4": ["--method", "reach", "--task_reach", "4", *BLOCKS],
     "readout": ["--method", "readout", *BLOCKS],
-    "RepL, every second layer": ["--method", "repl", "--operator", "head+mlp", "--replace_every", "2"],
+    "RepL, every second layer": ["--method", "repl", "--replace_every", "2"],
     "plain removal of them": ["--method", "repl", "--operator", "removal", "--replace_every", "2"],
 }
-# Its layers differ in width, and RepL replaces those of ViT here
-NOT_FOR_RESNET = ("readout", "RepL, every second layer", "plain removal of them")
+# A paper's claim: the methods that it is about, each beside its controls
+CLAIMS = {
+    "all": list(METHODS),
+    "mlaan": ["end-to-end", "plain local learning", "MLAAN"],
+    "repl": ["end-to-end", "RepL, every second layer", "plain removal of them"],
+}
+NOT_FOR_RESNET = ("readout",)  # its layers differ in width
 COMMON = {
     "vit": ["--architecture", "vit", "--learning_rate", "1e-3", "--weight_decay", "0.05"],
     "resnet20": ["--architecture", "resnet20", "--learning_rate", "3e-3", "--weight_decay", "0.05"],
@@ -46,10 +52,10 @@ TRAINING = [
 ]
 
 
-def methods_of(architecture: str) -> dict[str, list[str]]:
-    """The options of the methods that an architecture is trained by, by their names."""
+def methods_of(architecture: str, claim: str = "all") -> dict[str, list[str]]:
+    """The options of the methods that an architecture is trained by for a claim, by their names."""
     left_out = NOT_FOR_RESNET if architecture == "resnet20" else ()
-    return {name: options for name, options in METHODS.items() if name not in left_out}
+    return {name: METHODS[name] for name in CLAIMS[claim] if name not in left_out}
 
 
 def arguments_of(options: argparse.Namespace, method: list[str], seed: int, folder: Path) -> list[str]:
@@ -109,7 +115,7 @@ def saved_bytes(options: argparse.Namespace, method: list[str]) -> int:
 
 def report(options: argparse.Namespace) -> str:
     """The table of what is there so far."""
-    methods = methods_of(options.architecture)
+    methods = methods_of(options.architecture, options.claim)
     results = {
         name: [result for seed in options.seeds if (result := result_of(folder_of(options, name, seed))) is not None]
         for name in methods
@@ -134,7 +140,10 @@ def interval(found: list[float]) -> str:
 def main() -> None:
     """Trains what is not there yet, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("architecture", choices=list(COMMON))
+    parser.add_argument(
+        "architectures", nargs="+", choices=list(COMMON), metavar="architecture", help=", ".join(COMMON)
+    )
+    parser.add_argument("--claim", choices=list(CLAIMS), default="all", help="the methods of one paper's claim only")
     parser.add_argument("--train_file", type=Path, required=True)
     parser.add_argument("--eval_file", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
@@ -142,10 +151,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--report", action="store_true", help="print the table of what is there; train nothing")
     options = parser.parse_args()
+    tables = [argparse.Namespace(**vars(options), architecture=name) for name in options.architectures]
     for seed in () if options.report else options.seeds:  # so that what is there at any time is comparable
-        for name, method in methods_of(options.architecture).items():
-            train(options, name, method, seed)
-    print(report(options))
+        for table in tables:
+            for name, method in methods_of(table.architecture, table.claim).items():
+                train(table, name, method, seed)
+    for table in tables:
+        print(f"{table.architecture}:\n\n{report(table)}\n")
 
 
 if __name__ == "__main__":

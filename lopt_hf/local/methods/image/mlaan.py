@@ -1,6 +1,6 @@
 """MLAAN of image classifiers: windows of blocks, and auxiliaries that leap to deeper layers (arXiv 2406.16633).
 
-Where layers differ in width (ResNet, Swin), an auxiliary leaps to those that change it, one after the other, and the last.
+Where widths differ (ResNet, Swin) an auxiliary leaps to the layers that change them, in their order, and to the last.
 """
 
 from collections.abc import Mapping, Sequence
