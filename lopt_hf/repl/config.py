@@ -62,7 +62,8 @@ class RepLConfig:
             blocks are named or `"every"` K-th of each stage.
         placement: `"block_influence"` (ours): the layers that change their input least, no two of them adjacent,
             on a quarter of the calibration data. `"every"` (paper): layers K, 2K, ... counted from 1, the last layer
-            kept. `"influence"` (ours): the layers of least influence, adjacent ones as one span. `"span"`: one span.
+            kept; of a ResNet in each stage. `"influence"` (ours): the layers of least influence, adjacent ones as one
+            span. `"span"`: one span.
         num_layers_to_replace: How many layers `"block_influence"`, `"influence"` and `"span"` pick.
         span_criterion: How `"span"` chooses. `"auto"`: as `"error"`. `"error"` (ours): by the error of the last hidden
             states on held-out calibration data, each span with a fitted surrogate (for `"refit"` that of
