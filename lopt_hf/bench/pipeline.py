@@ -247,7 +247,7 @@ def _result(
 
 
 def to_markdown(report: PipelineBenchReport) -> str:
-    """The results as a table, and what the gain is made of; MB is 10^6 bytes."""
+    """The results as a table, the first ranks' memory, and what the gain is made of; MB is 10^6 bytes."""
     header = ["method", "tokens/s", "middle half", "x one process", "step (s)", "IQR (s)"]
     header += ["CPU per step (s), by stage", "waiting, by stage", "saved for backward, by stage (MB)"]
     header += ["peak RSS, by stage (MB)", "loss"]
@@ -261,24 +261,31 @@ def to_markdown(report: PipelineBenchReport) -> str:
         cells += [", ".join(f"{share:.1%}" for share in result.waiting) or "-"]
         cells += [", ".join(map(mega, values)) for values in (result.saved_bytes, result.peak_resident_bytes)]
         rows.append([*cells, f"{result.loss:.3f}"])
-    notes = [*_comparisons(report.results), *_warnings(report.results)]
-    return "\n".join([markdown_table(header, rows), *[""] * bool(notes), *notes])
+    notes = "\n".join([*_comparisons(report.results), *_warnings(report.results)])
+    return "\n\n".join(part for part in (markdown_table(header, rows), _memory_table(report.results), notes) if part)
+
+
+def _memory_table(results: dict[str, PipelineResult]) -> str:
+    """What PPLL's first stage saves for backward, as a share of the first rank's of each schedule of torch's."""
+    ours = [method for method in PPLL if method in results]
+    schedules = [method for method in SCHEDULES if method in results]
+    if not ours or not schedules:
+        return ""
+    header = ["saved for backward on the first rank, as a share of", *(NAMES[method] for method in schedules)]
+    saved = {method: result.saved_bytes[0] for method, result in results.items()}
+    return markdown_table(
+        header,
+        [[NAMES[method], *(ratio_text(saved[method] / saved[other]) for other in schedules)] for method in ours],
+    )
 
 
 def _comparisons(results: dict[str, PipelineResult]) -> list[str]:
-    """What is faster than what by how much, and how the first stages' memory compares."""
+    """What is faster than what by how much."""
     lines = []
     for method, other, meaning in COMPARISONS:
         if method in results and other in results:
             speed = results[method].tokens_per_second / results[other].tokens_per_second
             lines.append(f"- x {speed:.2f} tokens/s from {meaning}")
-    for other in ("1f1b", "gpipe", *TWO_STAGES_PER_RANK):
-        if "ppll" in results and other in results:
-            share = results["ppll"].saved_bytes[0] / results[other].saved_bytes[0]
-            rank = "rank" if other in TWO_STAGES_PER_RANK else "stage"
-            lines.append(
-                f"- x {share:.2f} bytes saved for backward on the first {rank}: PPLL against {METHODS[other]}"
-            )
     return lines
 
 

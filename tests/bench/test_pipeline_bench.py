@@ -234,18 +234,28 @@ def test_markdown():
     ppll = make_result("ppll", tokens_per_second=190.0, speedup=1.9, waiting=[0.01, 0.025], saved_bytes=[100_000_000])
     gpipe = make_result("gpipe", core_share=0.5)
     zbv = make_result("zbv", tokens_per_second=200.0)
-    results = {"lopt": make_result("lopt"), "ppll": ppll, "gpipe": gpipe, "zbv": zbv}
+    delayed = make_result("ppll_delayed", saved_bytes=[120_000_000])
+    results = {"lopt": make_result("lopt"), "ppll": ppll, "gpipe": gpipe, "zbv": zbv, "ppll_delayed": delayed}
     lines = to_markdown(PipelineBenchReport("float32", [18], [9, 18, 24], "", results)).splitlines()
     assert lines[2] == (
         "| one process, local learning | 100 | 97 to 103 | 1.00 | 10.25 | 0.25 | 10.00 | - | 400, 90 | 3,000 | 2.500 |"
     )
     assert lines[3] == "| PPLL | 190 | 97 to 103 | 1.90 | 10.25 | 0.25 | 10.00 | 1.0%, 2.5% | 100 | 3,000 | 2.500 |"
-    assert lines[7:] == [
+    assert lines[7:13] == [
+        "",
+        "| saved for backward on the first rank, as a share of | GPipe | ZB-V |",
+        "| --- | ---: | ---: |",
+        "| PPLL | 0.25 | 0.25 |",
+        "| PPLL, delayed gradient | 0.30 | 0.30 |",
+        "",
+    ]
+    assert lines[13:] == [
         "- x 1.90 tokens/s from the schedule: PPLL against the same learning in one process",
         "- x 1.90 tokens/s from both: PPLL against GPipe",
         "- x 0.95 tokens/s from both: PPLL against ZB-V",
-        "- x 0.25 bytes saved for backward on the first stage: PPLL against GPipe, end-to-end",
-        "- x 0.25 bytes saved for backward on the first rank: PPLL against ZB-V, end-to-end",
+        "- x 0.53 tokens/s from the gradient that comes late: what its forward costs that runs again",
+        "- x 1.00 tokens/s from PPLL with a delayed gradient against GPipe",
+        "- x 0.50 tokens/s from PPLL with a delayed gradient against ZB-V",
         "- busy machine: GPipe, end-to-end had only 50% of a core where it did not wait; measure again",
     ]
 
