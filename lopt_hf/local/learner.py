@@ -113,6 +113,8 @@ class LocalLearner:
         events: What to ask of whoever runs the steps.
         run: What the method must know of the run.
         stage_starts: First blocks of the stages of a pipeline; no gradient passes from one stage to another.
+        reaches_later: Whether the task's gradient comes to the early blocks that it reaches in a later step, by other
+            ways than a micro-batch's backward, which then reaches the last block alone.
         seed: What the heads are drawn from.
         device: Where the norms of gradients go, and the heads of blocks that are not on their own device yet.
         router_coefficient: Weight of the load-balancing loss; 0 where the model has no routers.
@@ -133,6 +135,7 @@ class LocalLearner:
         *,
         run: RunFacts | None = None,
         stage_starts: Sequence[int] = (),
+        reaches_later: bool = False,
         seed: int = 0,
         device: torch.device | None = None,
         router_coefficient: float = 0.0,
@@ -145,6 +148,7 @@ class LocalLearner:
         self.events = events or LearnerEvents()
         self.run = run or RunFacts()
         self.stage_starts = list(stage_starts)
+        self._reaches_later = reaches_later
         self.seed = seed
         self.device = device or torch.device("cpu")
         self.router_coefficient = router_coefficient
@@ -165,7 +169,7 @@ class LocalLearner:
                 self.place(self.heads[str(block.index)], block)
         self.boundary = self.method.make_boundary(self, objective, self.heads)
         self.schedule: ReachSchedule = settings.schedule
-        if self.schedule.highest > 1 and settings.reach_recompute:
+        if self.schedule.highest > 1 and settings.reach_recompute and not reaches_later:
             self.boundary.recompute_reached()
         if settings.train_vision and not self.boundary.learns_locally and self.schedule.highest < len(self.blocks):
             raise ValueError(
@@ -371,7 +375,7 @@ class LocalLearner:
             scale,
             self.method.trains_early_blocks(self, step),
             inputs,
-            self.schedule.at(step, self._position, total_steps),
+            1 if self._reaches_later else self.schedule.at(step, self._position, total_steps),
             self.schedule.gradient_factors(accumulation_steps),
         )
         with self.boundary.training_forward(self._micro_batch):

@@ -284,15 +284,19 @@ class LocalLearningMixin(TrainerBase):
             self.learner.keep_sharded()
         self._share_gradients()
         if self.learner.schedule.highest > 1:
-            self._say(self._reach_line())
-            furthest = self.learner.schedule.furthest(max_steps)
-            if furthest < self.learner.schedule.highest:
-                self._say(
-                    f"The run's {max_steps} steps are too few for task_reach={self.args.task_reach}: the task's "
-                    f"gradient reaches the last {furthest} of {len(self.blocks)} blocks at most. Train longer, or "
-                    "put the furthest reach first."
-                )
+            self._say_reach(max_steps)
         return prepared
+
+    def _say_reach(self, max_steps: int) -> None:
+        """Tells what comes of a schedule of reach in this run."""
+        self._say(self._reach_line())
+        furthest = self.learner.schedule.furthest(max_steps)
+        if furthest < self.learner.schedule.highest:
+            self._say(
+                f"The run's {max_steps} steps are too few for task_reach={self.args.task_reach}: the task's "
+                f"gradient reaches the last {furthest} of {len(self.blocks)} blocks at most. Train longer, or "
+                "put the furthest reach first."
+            )
 
     def _reach_line(self) -> str:
         """Says how often the task's gradient reaches each block, at which rate it learns, and what DDP averages."""

@@ -1,11 +1,12 @@
 """Delayed gradients in one process, as plainly as can be: whole models, whole forwards, and a list of what is late.
 
-Block k of K learns, at an optimizer step, from the task's gradient of K - 1 - k steps ago.
+Block k of K learns, at an optimizer step, from the task's gradient of K - 1 - k steps ago, if that is to reach it.
 """
 
 import copy
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,13 +22,19 @@ from lopt_hf.local.layer_calls import hidden_of, output_hidden, with_hidden
 class Delayed:
     """To be mixed in before a trainer whose task loss is to train all blocks, most of them late."""
 
-    def begin(self: Any, edges: list[int], recompute: bool) -> None:
+    def begin(
+        self: Any, edges: list[int], recompute: bool, reaches: Sequence[int] = (), rates: Sequence[float] = ()
+    ) -> None:
         """Prepares for training.
 
         Args:
             edges: The first layers of the blocks but the first.
             recompute: Whether a late backward sees the weights of its own step, or those of the forward's.
+            reaches: For each step how many blocks, counted from the last, its gradient is for. Default: all.
+            rates: The blocks' learning rates, each as a factor. Default: 1.
         """
+        self.reaches = reaches
+        self.rates = rates
         stack = find_decoder_stack(self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model)
         self.edges = [0, *edges, len(stack.layers)]
         self.num_blocks = len(edges) + 1
@@ -90,6 +97,8 @@ class Delayed:
                 layer._forward_pre_hooks, layer._forward_hooks = before, behind
 
     def learn_late(self: Any, block: int, step: int, position: int, takes_rest: bool) -> None:
+        if self.reaches and step >= 0 and self.num_blocks - block > self.reaches[step]:
+            return
         there = sorted(at for from_step, at in self.batches if from_step == step)
         for at in there:
             if at == position or (takes_rest and at > position):
@@ -161,8 +170,13 @@ class Delayed:
             block_of |= {id(p): int(index) for p in head.parameters()}
         groups = optimizer.param_groups
         self.group_blocks = [block for _ in groups for block in range(self.num_blocks)]
+        rates = self.rates or [1.0] * self.num_blocks
         optimizer.param_groups = [
-            {**group, "params": [p for p in group["params"] if block_of[id(p)] == block]}
+            {
+                **group,
+                "params": [p for p in group["params"] if block_of[id(p)] == block],
+                "lr": group["lr"] * rates[block],
+            }
             for group in groups
             for block in range(self.num_blocks)
         ]

@@ -1,5 +1,6 @@
 """A pipeline whose gradients are optimizer steps late ends with the weights of one process with the same delays."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,15 @@ DELAYED = {"gradient": "delayed", "max_steps": 5, "weight_decay": 0.1, "learning
 # 32 rows in micro-batches of 4, three of them to a step: the third step of each epoch has two
 ACCUMULATED = {**DELAYED, "gradient_accumulation_steps": 3, "max_steps": 7}
 KEPT = {"gradient_recompute": False}
+# Behind the fourth step the third's gradient alone is on its way, from the middle stage to the first
+REACH_SAVES = {
+    **ACCUMULATED,
+    "num_blocks": 3,
+    "task_reach": [2, 1, 3, 1],
+    "max_steps": 6,
+    "save_strategy": "steps",
+    "save_steps": 4,
+}
 
 RUNS: dict[int, dict[str, dict[str, Any]]] = {
     2: {
@@ -36,6 +46,9 @@ RUNS: dict[int, dict[str, dict[str, Any]]] = {
         # Without the load-balancing loss, which is of all layers together in one process and of a stage's here
         "experts": {**DELAYED, "num_blocks": 2, "family": "qwen3_moe", "router_aux_loss_coef": 0.0},
         "one step": {**DELAYED, "num_blocks": 2, "max_steps": 1},
+        "reach": {**ACCUMULATED, "num_blocks": 2, "task_reach": [1, 1, 2], "max_steps": 8},
+        "reach, both": {**DELAYED, "num_blocks": 2, "gradient": "local_and_delayed", "task_reach": "[2,1]"},
+        "interval": {**DELAYED, "num_blocks": 2, "gradient": "local_and_delayed", "local_update_interval": 2},
     },
     3: {
         "plain": {**DELAYED, "num_blocks": 3},
@@ -44,12 +57,30 @@ RUNS: dict[int, dict[str, dict[str, Any]]] = {
         "both": {**DELAYED, "num_blocks": 3, "gradient": "local_and_delayed"},
         "LoRA": {**DELAYED, **KEPT, "num_blocks": 3, "lora": True},
         "one step": {**DELAYED, "num_blocks": 3, "max_steps": 1, "max_grad_norm": 0.0},
+        "reach": {**ACCUMULATED, "num_blocks": 3, "task_reach": [1, 2, 1, 3], "max_steps": 9},
+        "reach, kept": {
+            **DELAYED,
+            **KEPT,
+            "num_blocks": 3,
+            "task_reach": [3, 1],
+            "reach_rate": "sqrt",
+            "max_steps": 6,
+        },
+        "reach over the run": {**DELAYED, "num_blocks": 3, "task_reach": [3, 1], "reach_unit": "run", "max_steps": 5},
+        "saves": {**REACH_SAVES},
+        "resumed": {**REACH_SAVES, "resume": "saves/checkpoint-4"},
     },
 }
-ONLY_IN_A_PIPELINE = ("gradient", "gradient_recompute", "num_blocks", "split_at", "resume")
+ONLY_IN_A_PIPELINE = (
+    *("gradient", "gradient_recompute", "num_blocks", "split_at", "resume"),
+    *("task_reach", "reach_unit", "reach_rate", "save_strategy", "save_steps"),
+)
+REACHES = {"reach, both": [2, 1, 2, 1, 2], "reach over the run": [3, 3, 3, 1, 1]}  # where they are no plain cycle
 
 
-def run_one_process(folder: Path, output_dir: Path, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
+def run_one_process(
+    folder: Path, output_dir: Path, settings: dict[str, Any], reaches: Sequence[int] = ()
+) -> dict[str, torch.Tensor]:
     settings = {"max_grad_norm": 0.5, **settings}
     start = save_start(folder, settings.pop("family", "llama"), settings.pop("tied", False))
     lora = make_lora() if settings.pop("lora", False) else None
@@ -65,7 +96,11 @@ def run_one_process(folder: Path, output_dir: Path, settings: dict[str, Any]) ->
     else:
         cut = {"num_blocks": len(blocks), "split_at": [block.start for block in blocks[1:]]}
         trainer = LocalAndDelayedTrainer(model, LoPTConfig(**training_args(output_dir, **own, **cut)), **given)
-    trainer.begin([block.start for block in blocks[1:]], settings.get("gradient_recompute", True))
+    cycle = settings.get("task_reach", [len(blocks)])
+    reaches = reaches or (cycle * settings["max_steps"])[: settings["max_steps"]]
+    rates = [2**0.5, 2**0.5, 1.0] if settings.get("reach_rate") == "sqrt" else []  # reached at every second step
+    recompute = settings.get("gradient_recompute", True)
+    trainer.begin([block.start for block in blocks[1:]], recompute, reaches, rates)
     trainer.train()
     trainer.finish()
     trainer.save_model()
@@ -89,7 +124,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize(("num_stages", "name"), [(k, name) for k, runs in RUNS.items() for name in runs])
 def test_weights_equal_those_of_one_process_with_the_same_delays(finished, tmp_path, num_stages, name):
     folder = finished(num_stages)
-    one = run_one_process(folder, tmp_path / "one", RUNS[num_stages][name])
+    one = run_one_process(folder, tmp_path / "one", RUNS[num_stages][name], REACHES.get(name, ()))
     assert_equal(load_model(folder / name), one)
 
 

@@ -56,8 +56,9 @@ class LoPTArguments(ReachArguments):
         local_backward: `"eager"` runs each block's local backward in the forward, as soon as the block is done
             (paper, App. L), which frees its activations; `"joint"` adds the local losses to the task loss (code).
             `"auto"` picks eager where it works: one process, DDP or FSDP2.
-        local_update_interval: Update the early blocks at every n-th optimizer step only; at the others they run
-            without gradients, which saves the arithmetic too. Ours; paper and code update at every step.
+        local_update_interval: Let the early blocks learn from their objective at every n-th optimizer step only; at
+            the others those that the task's gradient does not reach run without gradients, which saves the arithmetic
+            too. Ours; paper and code update at every step.
         local_step: Let an early block take its optimizer step right after its local backward, and free its gradients
             before the next block runs (paper, App. L): the gradients of one block are in memory at a time, not those
             of all; with `clip_scope="part"` less still. The weights end the same, bit for bit, unless a block reads
@@ -111,8 +112,8 @@ class LoPTArguments(ReachArguments):
     )
     local_update_interval: int = option(  # type: ignore[misc]  # of the class where it is not a choice
         1,
-        "Update the early blocks at every n-th optimizer step only; at the others they run without "
-        "gradients (ours; paper: 1).",
+        "Let the early blocks learn from their objective at every n-th optimizer step only; at the others those "
+        "that the task's gradient does not reach run without gradients (ours; paper: 1).",
     )
     local_step: bool = option(  # type: ignore[misc]  # of the class where it is not a choice
         False,
@@ -143,7 +144,7 @@ class LoPTArguments(ReachArguments):
     @property
     def _without_objective(self) -> tuple[str, str]:
         """The setting by which there is no objective, and what brings one back."""
-        return "local_objective='none'", "choose an objective"
+        return "local_objective='none'", "choose a local objective"
 
     def _check_without_objective(self) -> None:
         reason, fix = self._without_objective
@@ -158,8 +159,8 @@ class LoPTArguments(ReachArguments):
             never = ", ".join(str(block) for block in range(self.num_blocks - highest))
             raise ValueError(
                 f"task_reach={self.task_reach} never reaches block {never} of num_blocks={self.num_blocks}, and "
-                f"local_objective='none' gives it nothing else to learn from; add a reach of {self.num_blocks}, lower "
-                f"num_blocks to {highest}, or choose a local objective."
+                f"{reason} gives it nothing else to learn from; add a reach of {self.num_blocks}, lower num_blocks to "
+                f"{highest}, or {fix}."
             )
 
     def check_run(self, run: RunFacts) -> None:

@@ -7,6 +7,9 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from lopt_hf.common.settings import check_choice, option
+from lopt_hf.local.reach import ReachText, read_cycle
+from lopt_hf.local.run_facts import RunFacts
+from lopt_hf.local.schedule import ReachSchedule
 from lopt_hf.trainers.configs import LoPTConfig, MLAANConfig
 
 __all__ = ["MLAANPipelineConfig", "ObjectivePipelineArguments", "PipelineArguments", "PipelineConfig"]
@@ -61,10 +64,7 @@ class PipelineArguments(ArgumentsBase):
     """
 
     # The parents' options of which a pipeline takes the defaults alone; `--help` leaves them out
-    idle_options: ClassVar[tuple[str, ...]] = (
-        *("eval_strategy", "eval_steps", "train_vision"),
-        *("task_reach", "reach_unit", "reach_rate", "reach_rate_limit", "reach_anneal", "reach_recompute"),
-    )
+    idle_options: ClassVar[tuple[str, ...]] = ("eval_strategy", "eval_steps", "train_vision", "reach_recompute")
 
     _other_evaluation: ClassVar[str] = " and evaluate the saved model with `lopt-hf retention`"
 
@@ -135,16 +135,19 @@ class PipelineArguments(ArgumentsBase):
                 f"{self._other_evaluation}."
             )
         self._check_gradient()
-        if self.schedule.highest > 1:
-            raise ValueError(
-                "task_reach above 1 does not work in a pipeline, where no gradient of a step passes from one stage to "
-                "another in that step; leave it out, or set gradient to 'delayed' for late ones at every step."
-            )
         for name, (allowed, reason) in _UNSUPPORTED.items():
             if getattr(self, name) not in (allowed, None):
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} does not work in a pipeline: {reason}; leave it out."
                 )
+
+    @property
+    def schedule(self) -> ReachSchedule:
+        """To which blocks the task's gradient of which step comes; by default to all where it is sent back."""
+        schedule = super().schedule
+        if self.sends_gradients_back and schedule.highest == 1:
+            return ReachSchedule((self.num_blocks,), self.num_blocks)
+        return schedule
 
     @property
     def sends_gradients_back(self) -> bool:
@@ -159,8 +162,13 @@ class PipelineArguments(ArgumentsBase):
         """
         if not self.sends_gradients_back:
             return {"gradient": self.gradient}
-        recompute = self.gradient_recompute
-        return {"gradient": self.gradient, "gradient_recompute": recompute, "num_stages": num_stages}
+        return {
+            "gradient": self.gradient,
+            "gradient_recompute": self.gradient_recompute,
+            "num_stages": num_stages,
+            "task_reach": list(self.schedule.cycle),
+            "reach_unit": self.schedule.unit,
+        }
 
     def _check_gradient(self) -> None:
         check_choice("gradient", self.gradient, GRADIENTS)
@@ -205,7 +213,48 @@ class PipelineArguments(ArgumentsBase):
 
 @dataclass
 class ObjectivePipelineArguments(PipelineArguments, ObjectiveBase):
-    """Arguments of a pipeline whose early blocks have one objective each, or the task's gradient in its place."""
+    """Arguments of a pipeline whose early blocks have one objective each, or the task's gradient in its place.
+
+    Parameters:
+        task_reach: As in one process, where gradients are delayed: the number of blocks, which are stages, to which
+            the task's gradient of an optimizer step travels, at its time. Of a step whose gradient does not come to a
+            stage nothing is kept there, and where the gradient would have come the stage stands still, or learns from
+            its objective alone. Default: all, at every step; with `gradient="local"` 1, none being sent.
+    """
+
+    # A parser of commands reads an option as the type that is named second: what `read_cycle` takes.
+    task_reach: ReachText | str | int | list[int] | None = option(  # type: ignore[assignment]  # none once checked
+        None,
+        "Where gradients are delayed: stages, counted from the last, to which the gradient of an optimizer step "
+        "travels: a number, or a cycle over the steps such as '[1,1,1,2]'. Default: all, at every step (ours).",
+    )
+
+    def _check_gradient(self) -> None:
+        super()._check_gradient()
+        if self.task_reach is None:
+            self.task_reach = [self.num_blocks if self.sends_gradients_back else 1]
+        self.task_reach = cycle = read_cycle(self.task_reach)
+        if not self.reach_recompute:
+            raise ValueError(
+                "reach_recompute=False does nothing in a pipeline, where no stage waits for a gradient of its step; "
+                "leave it out, or set gradient_recompute to False where gradients are delayed."
+            )
+        highest = max(cycle, default=1)  # an empty one is refused with the others' values
+        if highest > 1 and not self.sends_gradients_back:
+            raise ValueError(
+                f"task_reach={cycle} does not work with gradient='local', by which no gradient passes from one stage "
+                "to another; set gradient to 'delayed' or 'local_and_delayed', or leave it out."
+            )
+        if highest == 1 and cycle and self.sends_gradients_back:
+            raise ValueError(
+                f"task_reach={cycle} with gradient={self.gradient!r} sends no gradient to any stage; leave it out, "
+                "raise one of its numbers, or set gradient to 'local'."
+            )
+        if highest > 1 and self.reach_unit == "microbatch":
+            raise ValueError(
+                "reach_unit='microbatch' does not work in a pipeline, where the gradients of a step travel together; "
+                "set it to 'step' or 'run'."
+            )
 
     def _check_pipeline(self) -> None:
         super()._check_pipeline()
@@ -234,11 +283,8 @@ class ObjectivePipelineArguments(PipelineArguments, ObjectiveBase):
             return "gradient='delayed'", "set gradient to 'local_and_delayed'"
         return super()._without_objective
 
-    def _check_without_objective(self) -> None:
-        learns = self.train_early_blocks
-        super()._check_without_objective()
-        if self.gradient == "delayed":
-            self.train_early_blocks = learns  # which nothing would train in one process
+    def _check_added_to_objective(self, run: RunFacts) -> None:
+        """Refuses nothing: the task's gradient has a backward of its own, in a later step."""
 
 
 @dataclass

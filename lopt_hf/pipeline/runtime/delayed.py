@@ -4,6 +4,9 @@ A stage that is d stages before the last one runs, at optimizer step s, the forw
 s - d: the cotangents of its outputs of then have come from the next stage, which has computed them one optimizer step
 ago. So nothing that a stage needs at a step is made in that step, and the delay is the same in every run.
 
+Where a schedule of reach lets a step's gradient travel to some stages only, the others keep nothing of that step; when
+its turn would come, a stage has no gradient, and the optimizer passes over it.
+
 What is kept is bounded: the inputs of d + 1 steps, and on their way the cotangents of one.
 
 Shapes: B batch, T tokens, D hidden channels.
@@ -38,6 +41,7 @@ class _Kept:
         hidden_BTD: What the stage started from, a leaf; nothing on the first stage.
         random_state: Before the forward.
         balance: Factor of the routers' load-balancing loss; 0 leaves it out.
+        hands_back: Whether the stage before learns from it too, and is sent the cotangent of the input.
         run: The forward, if its graph is kept.
     """
 
@@ -46,6 +50,7 @@ class _Kept:
     hidden_BTD: torch.Tensor | None
     random_state: RandomState
     balance: float
+    hands_back: bool
     run: StageRun | None = None
 
     @property
@@ -62,6 +67,7 @@ class _Kept:
             "hidden_BTD": None if self.hidden_BTD is None else self.hidden_BTD.detach(),
             "random_state": vars(self.random_state),
             "balance": self.balance,
+            "hands_back": self.hands_back,
         }
 
     @classmethod
@@ -76,7 +82,7 @@ class _KeptStep:
     """The micro-batches of an optimizer step.
 
     Attributes:
-        micro_batches: Those whose cotangents have not come, in order.
+        micro_batches: Those whose cotangents have not come, in order; none where none is to come.
         weights: The weights of the step, if graphs are kept.
     """
 
@@ -128,37 +134,49 @@ class DelayedGradients:
         self._timeline = timeline
         self._check_finite = check_finite
         self._steps: deque[_KeptStep] = deque()  # from the oldest to the one that is under way
+        self._begun: _Kept | None = None
         self._arrived: deque[torch.Tensor] = deque()  # cotangents that a checkpoint holds
 
     # ---- A micro-batch ----
 
-    def keep(
-        self, batch: BatchId, arguments: dict[str, Any], hidden_BTD: torch.Tensor | None, balance: float = 0.0
+    def begin(
+        self,
+        batch: BatchId,
+        arguments: dict[str, Any],
+        hidden_BTD: torch.Tensor | None,
+        balance: float = 0.0,
+        reach: int | None = None,
     ) -> None:
-        """Keeps a micro-batch that is about to run forward.
+        """Begins with a micro-batch that is about to run forward, and keeps it if its step's gradient is to come.
 
         Args:
             batch: Which one it is.
             arguments: Of the decoder's forward.
             hidden_BTD: What the stage starts from, shape (B, T, D); nothing on the first stage.
             balance: Factor of the routers' load-balancing loss; 0 leaves it out.
+            reach: Stages, counted from the last, to which the gradient of its step travels. Default: all.
         """
+        comes = reach is None or reach > self.delay
         if batch.micro_batch == 0:
-            self._steps.append(_KeptStep(weights=None if self._recompute else WeightVersion(self._model)))
+            keeps_weights = comes and not self._recompute
+            self._steps.append(_KeptStep(weights=WeightVersion(self._model) if keeps_weights else None))
         leaf_BTD = None if hidden_BTD is None else hidden_BTD.detach().requires_grad_()
-        devices_of = next(self._model.parameters()) if leaf_BTD is None else leaf_BTD
-        state = RandomState.now(devices_of)
-        self._steps[-1].micro_batches.append(_Kept(batch, arguments, leaf_BTD, state, balance))
+        state = RandomState.now(next(self._model.parameters()) if leaf_BTD is None else leaf_BTD)
+        hands_back = self._sender is not None and (reach is None or reach > self.delay + 1)
+        self._begun = _Kept(batch, arguments, leaf_BTD, state, balance, hands_back)
+        if comes:
+            self._steps[-1].micro_batches.append(self._begun)
 
     def run_forward(self) -> None:
-        """Runs the micro-batch that was kept last, where nothing else does."""
-        step = self._steps[-1]
-        kept = step.micro_batches[-1]
-        if step.weights is not None:
-            kept.run = self._run_with_graph(kept, step.weights, again=False)
+        """Runs the micro-batch that was begun last, where nothing else does."""
+        assert self._begun is not None
+        begun, self._begun = self._begun, None
+        weights = self._steps[-1].weights
+        if weights is not None:
+            begun.run = self._run_with_graph(begun, weights, again=False)
             return
         with torch.no_grad(), self._autocast():
-            self._forward(kept.arguments, kept.hidden_BTD)
+            self._forward(begun.arguments, begun.hidden_BTD)
 
     def run_backward(self, ends_step: bool) -> None:
         """Learns from the next micro-batch of an earlier step, if its turn has come.
@@ -167,6 +185,7 @@ class DelayedGradients:
             ends_step: Whether it is the step's last micro-batch; then all that is left of the earlier step follows,
                 which may have had more.
         """
+        self._begun = None
         if len(self._steps) <= self.delay:
             return
         due = self._steps[0].micro_batches
@@ -205,8 +224,8 @@ class DelayedGradients:
                 roots.append(loss)
                 gradients.append(torch.full_like(loss, kept.balance))
             torch.autograd.backward(roots, gradients)
-        if self._sender is not None:
-            assert kept.hidden_BTD is not None and kept.hidden_BTD.grad is not None
+        if kept.hands_back:
+            assert self._sender is not None and kept.hidden_BTD is not None and kept.hidden_BTD.grad is not None
             send_back(self._sender, kept.batch, kept.hidden_BTD.grad, self._timeline, self._check_finite)
 
     def _take(self, kept: _Kept) -> None:

@@ -40,6 +40,7 @@ from lopt_hf.pipeline.runtime.stage import plan_stages
 from lopt_hf.pipeline.runtime.stage_forward import StageForward
 from lopt_hf.pipeline.runtime.timeline import Timeline
 from lopt_hf.trainers.mixin import LocalLearningMixin
+from lopt_hf.trainers.model_card import describe_reach
 
 __all__ = ["StageMixin"]
 
@@ -93,9 +94,8 @@ class StageMixin(LocalLearningMixin):
         if args.sends_gradients_back:
             delay = self.plans[0].delay
             late = f"{delay} optimizer step{'s' * (delay > 1)} late"
-            self.card_facts["trained by the task loss"] = (
-                f"all {len(self.plans)} blocks, the first with a gradient {late}"
-            )
+            reach = describe_reach(self.learner.schedule)
+            self.card_facts["trained by the task loss"] = f"{reach}, the first with a gradient {late}"
         self.add_callback(StageCallback(self))
 
     # ---- What this stage is ----
@@ -105,6 +105,7 @@ class StageMixin(LocalLearningMixin):
             method,
             early_blocks=[block.index for block in self.plan.blocks if block.index < self.args.num_blocks - 1],
             stage_starts=[plan.blocks[0].index for plan in self.plans],
+            reaches_later=self.args.sends_gradients_back,
             **options,
         )
         self._keep_stage(learner)
@@ -137,7 +138,7 @@ class StageMixin(LocalLearningMixin):
             with self.timeline.span("receive"):
                 hidden_BTD = self._links.receiver.get(self._batch)
             # Reentrant checkpointing gives no gradient unless an input requires one.
-            asks = self._links.back_sender is not None or self.learner.base_model.is_activation_checkpointing
+            asks = self._hands_back or self.learner.base_model.is_activation_checkpointing
             self._hidden_BTD = hidden_BTD.requires_grad_(asks)
         with self.timeline.span("forward"):
             if not self.plan.is_last:
@@ -158,7 +159,8 @@ class StageMixin(LocalLearningMixin):
             arguments["output_router_logits"] = True
         if self.delayed is not None:
             balance = 0.0 if self.boundary.learns_locally else self._local_scale(inputs, num_items_in_batch)
-            self.delayed.keep(self._batch, arguments, self._hidden_BTD, balance * self.aux_loss_enabled)
+            balance *= self.aux_loss_enabled
+            self.delayed.begin(self._batch, arguments, self._hidden_BTD, balance, self._reach)
         if self.delayed is not None and not self.boundary.learns_locally:
             self.delayed.run_forward()
         else:
@@ -179,7 +181,8 @@ class StageMixin(LocalLearningMixin):
         loss = super().training_step(*args, **kwargs)
         if self.plan.is_last:
             self.timeline.add("backward", self._loss_at, time.perf_counter())
-            if self._links.back_sender is not None:
+            if self._hands_back:
+                assert self._links.back_sender is not None
                 assert self._hidden_BTD is not None and self._hidden_BTD.grad is not None
                 cotangent_BTD = self._hidden_BTD.grad
                 send_back(self._links.back_sender, self._batch, cotangent_BTD, self.timeline, self._check_finite)
@@ -189,6 +192,21 @@ class StageMixin(LocalLearningMixin):
         return loss
 
     # ---- The task's gradient of earlier steps ----
+
+    @property
+    def _reach(self) -> int:
+        """Stages, counted from the last, to which the gradient of the step under way travels."""
+        return self.learner.schedule.at(self.state.global_step, 0, max(1, self.state.max_steps))
+
+    @property
+    def _hands_back(self) -> bool:
+        """Whether the stage before learns from the step under way, later."""
+        return self._links.back_sender is not None and self._reach > self.plan.delay + 1
+
+    def _say_reach(self, max_steps: int) -> None:
+        always = self.learner.schedule.cycle == (len(self.plans),)
+        if self.world.reports and not always:
+            super()._say_reach(max_steps)
 
     @property
     def _completes_in_forward(self) -> bool:  # type: ignore[override]  # of the class where it is always so

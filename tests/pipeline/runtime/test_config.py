@@ -41,6 +41,8 @@ def test_blocks_and_stages(tmp_path, given, expected):
         ({"torch_compile": True}, "torch_compile=True does not work in a pipeline"),
         ({"gradient": "late"}, "gradient='late' is unknown, nearest is 'delayed'"),
         ({"gradient_recompute": False}, "gradient_recompute=False does nothing with gradient='local'"),
+        ({"task_reach": 2}, r"task_reach=\[2\] does not work with gradient='local'"),
+        ({"reach_unit": "run"}, "reach_unit='run' does nothing with task_reach"),
     ],
 )
 def test_bad_input(tmp_path, settings, message):
@@ -61,7 +63,14 @@ def test_bad_input(tmp_path, settings, message):
         ({"reconstruction_weight": 1.0}, "reconstruction_weight=1.0 does nothing with gradient='delayed'"),
         ({"gradient_recompute": False, "activation_checkpointing": True}, "gradient_recompute=False does not work"),
         ({"gradient_recompute": False, "gradient": "local_and_delayed"}, "whose local backward frees the graph"),
-        ({"task_reach": 2}, "task_reach above 1 does not work in a pipeline"),
+        ({"task_reach": 1}, r"task_reach=\[1\] with gradient='delayed' sends no gradient"),
+        ({"task_reach": [1, 3]}, "3 is not a number of blocks from 1 to num_blocks=2"),
+        ({"task_reach": []}, r"task_reach=\[\] is an empty cycle"),
+        ({"task_reach": "far"}, "task_reach='far' is not a number of blocks"),
+        ({"task_reach": [1, 2], "num_blocks": 3}, "never reaches block 0 of num_blocks=3, and gradient='delayed'"),
+        ({"task_reach": [1, 2], "reach_unit": "microbatch"}, "reach_unit='microbatch' does not work in a pipeline"),
+        ({"task_reach": [1, 2], "reach_recompute": False}, "reach_recompute=False does nothing in a pipeline"),
+        ({"gradient": "local_and_delayed", "task_reach": 1}, "gradient='local_and_delayed' sends no gradient"),
     ],
 )
 def test_bad_input_of_delayed_gradients(tmp_path, settings, message):
@@ -72,9 +81,17 @@ def test_bad_input_of_delayed_gradients(tmp_path, settings, message):
 def test_delayed_gradients_take_the_place_of_an_objective(tmp_path):
     args = make(tmp_path, gradient="delayed")
     assert (args.local_objective, args.train_early_blocks, args.sends_gradients_back) == ("none", True, True)
+    assert (args.task_reach, make(tmp_path, gradient="delayed", num_stages=3).task_reach) == ([2], [3])
     both = make(tmp_path, gradient="local_and_delayed", local_objective="readout")
     assert (both.local_objective, both.sends_gradients_back) == ("readout", True)
-    assert not make(tmp_path).sends_gradients_back
+    assert not make(tmp_path).sends_gradients_back and make(tmp_path).task_reach == [1]
+
+
+def test_the_task_may_reach_stages_on_a_schedule(tmp_path):
+    """Text as the command gets it, and a list as a YAML has it; not all stages where they have an objective too."""
+    assert make(tmp_path, gradient="delayed", task_reach="[1,1,2]").schedule.cycle == (1, 1, 2)
+    both = make(tmp_path, gradient="local_and_delayed", num_stages=3, task_reach=[1, 2], reach_unit="run")
+    assert (both.schedule.cycle, both.schedule.unit) == ((1, 2), "run")
 
 
 @pytest.mark.parametrize(

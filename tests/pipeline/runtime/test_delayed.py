@@ -60,7 +60,7 @@ def make_stage(folder, recompute=True, delay=1, cotangents=COTANGENTS):
 
 def run_step(stage, step):
     arguments = {**INPUTS[step], "output_router_logits": True}
-    stage.keep(BatchId(step, 0, 0), arguments, None, SCALE)
+    stage.begin(BatchId(step, 0, 0), arguments, None, SCALE)
     stage.run_forward()
     stage.run_backward(True)
 
