@@ -8,9 +8,18 @@ import torch
 
 from lopt_hf.pipeline.runtime.checkpoint import export_checkpoint
 from tests.distributed.pipeline_fault_worker import Fault
-from tests.distributed.pipeline_processes import assert_same_model, assert_succeeded, checkpoints, run, write_inputs
+from tests.distributed.pipeline_processes import (
+    arguments,
+    assert_same_model,
+    assert_succeeded,
+    checkpoints,
+    run,
+    two_hosts,
+    write_inputs,
+)
 from tests.distributed.test_pipeline import assert_equal, load_model, run_pipeline
 from tests.distributed.test_pipeline_delayed import run_one_process
+from tests.distributed.test_pipeline_faults import launch_on
 
 LAYER = "transformers.models.llama.modeling_llama.LlamaDecoderLayer.forward"
 MESSAGE = "lopt_hf.pipeline.runtime.channel._Message"
@@ -95,6 +104,20 @@ def test_replicas_go_on(tmp_path):
     ]
     (first, second) = (state["steps"][0][0]["arguments"]["input_ids"] for state in states)
     assert not torch.equal(first, second)
+
+
+@pytest.mark.slow
+def test_two_hosts_are_as_one(tmp_path, inputs):
+    """Network namespaces, between which hidden states go one way and cotangents the other."""
+    settings = {**SETTINGS, "num_blocks": 2}
+    assert_succeeded(*run(inputs, tmp_path / "one-host", ranks=2, **settings))
+    try:
+        with two_hosts() as (*hosts, _):
+            launchers = launch_on(hosts, tmp_path, arguments(inputs, tmp_path / "out", **settings))
+            assert [launcher.wait(120) for launcher in launchers] == [0, 0], (tmp_path / "host-0").read_text()[-3000:]
+    except PermissionError as error:
+        pytest.skip(f"cannot make network namespaces here: {error}")
+    assert_same_model(tmp_path / "out", tmp_path / "one-host")
 
 
 def messages_and_memory(text: str) -> list[tuple[int, int]]:
