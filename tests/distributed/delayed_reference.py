@@ -3,15 +3,17 @@
 Block k of K learns, at an optimizer step, from the task's gradient of K - 1 - k steps ago, if that is to reach it.
 """
 
+import contextlib
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl import SFTTrainer
 
 from lopt_hf import LoPTTrainer
@@ -23,7 +25,12 @@ class Delayed:
     """To be mixed in before a trainer whose task loss is to train all blocks, most of them late."""
 
     def begin(
-        self: Any, edges: list[int], recompute: bool, reaches: Sequence[int] = (), rates: Sequence[float] = ()
+        self: Any,
+        edges: list[int],
+        recompute: bool,
+        reaches: Sequence[int] = (),
+        rates: Sequence[float] = (),
+        balance: float = 0.0,
     ) -> None:
         """Prepares for training.
 
@@ -32,7 +39,9 @@ class Delayed:
             recompute: Whether a late backward sees the weights of its own step, or those of the forward's.
             reaches: For each step how many blocks, counted from the last, its gradient is for. Default: all.
             rates: The blocks' learning rates, each as a factor. Default: 1.
+            balance: Weight of the load-balancing loss; each block has it of its own layers' routers.
         """
+        self.balance = balance
         self.reaches = reaches
         self.rates = rates
         stack = find_decoder_stack(self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model)
@@ -66,6 +75,35 @@ class Delayed:
     def members(self: Any, block: int, model: nn.Module | None = None) -> dict[str, nn.Parameter]:
         named = (model or self.model).named_parameters()
         return {name: p for name, p in named if p.requires_grad and self.block_of(name) == block}
+
+    # ---- Mixtures of experts ----
+
+    @contextlib.contextmanager
+    def routers(self: Any, block: int) -> Iterator[list[torch.Tensor]]:
+        """Gathers the logits of a block's routers in a forward."""
+        found: list[torch.Tensor] = []
+        layers = find_decoder_stack(self.model).layers[self.edges[block] : self.edges[block + 1]]
+        hooks = [
+            layer.mlp.gate.register_forward_hook(lambda gate, args, output: found.append(output[0]))
+            for layer in layers
+            if self.balance
+        ]
+        yield found
+        for hook in hooks:
+            hook.remove()
+
+    def balance_of(self: Any, logits: list[torch.Tensor], mask_BT: torch.Tensor) -> torch.Tensor:
+        """As in end-to-end training a layer's routers weigh as much as another's."""
+        config, num_layers = self.model.config, self.edges[-1]
+        loss = load_balancing_loss_func(tuple(logits), config.num_experts, config.num_experts_per_tok, mask_BT)
+        return self.balance * len(logits) / num_layers * loss
+
+    def compute_loss(self: Any, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        with self.routers(self.num_blocks - 1) as logits:
+            loss = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        if not logits:
+            return loss
+        return loss + self.balance_of(logits, inputs["attention_mask"]) / self.current_gradient_accumulation_steps
 
     # ---- Steps ----
 
@@ -122,12 +160,17 @@ class Delayed:
             ),
         ]
         self.is_late = True
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), self.routers(block) as logits:
             base.base_model(**self.batches[step, position], use_cache=False)
         self.is_late = False
         for handle in handles:
             handle.remove()
-        outputs[0].backward(self.cotangents[block + 1, step, position])
+        roots, gradients = [outputs[0]], [self.cotangents[block + 1, step, position]]
+        if logits:
+            roots.append(self.balance_of(logits, self.batches[step, position]["attention_mask"]))
+            steps = 1 + max(at for from_step, at in self.batches if from_step == step)
+            gradients.append(torch.full_like(roots[-1], 1 / steps))
+        torch.autograd.backward(roots, gradients)
         if hidden_BTD is not None:
             self.cotangents[block, step, position] = hidden_BTD.grad
         if model is not self.model:

@@ -43,8 +43,9 @@ RUNS: dict[int, dict[str, dict[str, Any]]] = {
         "tied": {**DELAYED, "num_blocks": 2, "family": "gemma2", "tied": True},
         "bf16": {**DELAYED, "num_blocks": 2, "bf16": True},
         "packing": {**DELAYED, "num_blocks": 2, "packing": True, "max_length": 64},
-        # Without the load-balancing loss, which is of all layers together in one process and of a stage's here
-        "experts": {**DELAYED, "num_blocks": 2, "family": "qwen3_moe", "router_aux_loss_coef": 0.0},
+        # With a load-balancing loss for each stage's layers, and in one process for each block's
+        "experts": {**DELAYED, "num_blocks": 2, "family": "qwen3_moe", "router_aux_loss_coef": 0.5},
+        "experts without balance": {**DELAYED, "num_blocks": 2, "family": "qwen3_moe", "router_aux_loss_coef": 0.0},
         "one step": {**DELAYED, "num_blocks": 2, "max_steps": 1},
         "reach": {**ACCUMULATED, "num_blocks": 2, "task_reach": [1, 1, 2], "max_steps": 8},
         "reach, both": {**DELAYED, "num_blocks": 2, "gradient": "local_and_delayed", "task_reach": "[2,1]"},
@@ -70,6 +71,10 @@ RUNS: dict[int, dict[str, dict[str, Any]]] = {
         "saves": {**REACH_SAVES},
         "resumed": {**REACH_SAVES, "resume": "saves/checkpoint-4"},
     },
+    4: {
+        "plain": {**DELAYED, "num_blocks": 4, "max_steps": 6},
+        "reach": {**DELAYED, "num_blocks": 4, "task_reach": [1, 4, 2, 3], "max_steps": 8},
+    },
 }
 ONLY_IN_A_PIPELINE = (
     *("gradient", "gradient_recompute", "num_blocks", "split_at", "resume"),
@@ -89,6 +94,7 @@ def run_one_process(
     blocks = split_layers(NUM_LAYERS, settings["num_blocks"], settings.get("split_at"))
     given = {"train_dataset": make_dataset(), "processing_class": make_tokenizer(), "peft_config": lora}
     own = {name: value for name, value in settings.items() if name not in ONLY_IN_A_PIPELINE}
+    own |= {"router_aux_loss_coef": 0.0}  # TRL's is of all layers together
     trainer: Any
     set_seed(42)
     if settings["gradient"] == "delayed":
@@ -100,7 +106,8 @@ def run_one_process(
     reaches = reaches or (cycle * settings["max_steps"])[: settings["max_steps"]]
     rates = [2**0.5, 2**0.5, 1.0] if settings.get("reach_rate") == "sqrt" else []  # reached at every second step
     recompute = settings.get("gradient_recompute", True)
-    trainer.begin([block.start for block in blocks[1:]], recompute, reaches, rates)
+    balance = settings.get("router_aux_loss_coef", 0.0)
+    trainer.begin([block.start for block in blocks[1:]], recompute, reaches, rates, balance)
     trainer.train()
     trainer.finish()
     trainer.save_model()

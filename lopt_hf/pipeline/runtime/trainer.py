@@ -51,6 +51,8 @@ class StageTrainer(StageMixin, SFTTrainer):
         check_model(part, args, given.get("peft_config"), given.get("quantization_config"))
         check_sft_dataset(given.get("train_dataset"), args, given.get("formatting_func"))
         super().__init__(part, args, world=world, method=method, **kwargs)
+        # TRL weighs the mean over the routers that have run, and here they are those of some layers.
+        self.router_aux_loss_coef *= (self.plan.stop - self.plan.start) / self.plan.num_layers
 
     @staticmethod
     def load_part(checkpoint: str, plan: StagePlan, args: Any, **kwargs: Any) -> PreTrainedModel:
