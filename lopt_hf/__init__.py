@@ -34,7 +34,7 @@ _EXPORTS = {
     "MLAANTrainer": "lopt_hf.trainers.sft",
     "Method": "lopt_hf.local.methods.base",
     "ObjectiveWithHead": "lopt_hf.local.objectives",
-    "PipelineArguments": "lopt_hf.pipeline.runtime.config",
+    "PipelineArguments": "lopt_hf.pipeline.runtime.arguments",
     "PipelineConfig": "lopt_hf.pipeline.runtime.config",
     "PipelineTrainer": "lopt_hf.pipeline.runtime.trainer",
     "PlanSettings": "lopt_hf.planner.plan",
@@ -93,7 +93,8 @@ if TYPE_CHECKING:
     from lopt_hf.local.methods.base import Method
     from lopt_hf.local.objectives import LocalBatch, LocalObjective, ObjectiveWithHead, ReconstructionObjective
     from lopt_hf.local.readout import ReadoutObjective
-    from lopt_hf.pipeline.runtime.config import MLAANPipelineConfig, PipelineArguments, PipelineConfig
+    from lopt_hf.pipeline.runtime.arguments import PipelineArguments
+    from lopt_hf.pipeline.runtime.config import MLAANPipelineConfig, PipelineConfig
     from lopt_hf.pipeline.runtime.trainer import MLAANPipelineTrainer, PipelineTrainer, StageTrainer
     from lopt_hf.planner.plan import PlanSettings, make_plan
     from lopt_hf.repl.config import RepLConfig

@@ -29,8 +29,9 @@ from lopt_hf.common.parent import end_with_parent
 from lopt_hf.common.resuming import find_checkpoint
 from lopt_hf.common.settings import option
 from lopt_hf.data.prepared import check_answers_fit
+from lopt_hf.pipeline.runtime.arguments import PipelineArguments
 from lopt_hf.pipeline.runtime.checkpoint import Manifest
-from lopt_hf.pipeline.runtime.config import MLAANPipelineConfig, PipelineArguments, PipelineConfig
+from lopt_hf.pipeline.runtime.config import MLAANPipelineConfig, PipelineConfig
 from lopt_hf.pipeline.runtime.health import PipelineError, failure_status, report_failure
 from lopt_hf.pipeline.runtime.launch import Rendezvous
 from lopt_hf.pipeline.runtime.run import StageConfig, find_model, launch_stages, run_stage

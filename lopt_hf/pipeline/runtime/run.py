@@ -22,8 +22,9 @@ from lopt_hf.data.prepared import check_prepared
 from lopt_hf.data.pretrained import resolve_model
 from lopt_hf.local.blocks import split_layers
 from lopt_hf.pipeline.runtime.adapters import add_adapter
+from lopt_hf.pipeline.runtime.arguments import PipelineArguments
 from lopt_hf.pipeline.runtime.checkpoint import Manifest
-from lopt_hf.pipeline.runtime.config import MLAANPipelineConfig, PipelineArguments, PipelineConfig
+from lopt_hf.pipeline.runtime.config import MLAANPipelineConfig, PipelineConfig
 from lopt_hf.pipeline.runtime.health import BAD_INPUT_STATUS, PipelineError, report_bad_input, report_termination
 from lopt_hf.pipeline.runtime.launch import PipelineWorld, Rendezvous, init_world, launch_command, rank_name
 from lopt_hf.pipeline.runtime.stage import plan_stages

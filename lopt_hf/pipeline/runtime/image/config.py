@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lopt_hf.pipeline.runtime.config import ObjectivePipelineArguments, PipelineArguments
+from lopt_hf.pipeline.runtime.arguments import PipelineArguments
+from lopt_hf.pipeline.runtime.config import ObjectivePipelineArguments
 from lopt_hf.trainers.image import LocalImageConfig
 
 __all__ = ["ImagePipelineConfig"]

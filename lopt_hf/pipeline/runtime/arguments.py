@@ -1,0 +1,207 @@
+"""Arguments that the pipeline adds to those of any method."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
+
+from lopt_hf.common.settings import check_choice, option
+from lopt_hf.local.schedule import ReachSchedule
+
+__all__ = ["PipelineArguments"]
+
+# The arguments are mixed in before a config class; a type checker is told that they are one.
+if TYPE_CHECKING:
+    from lopt_hf.trainers.configs import LocalTrainingArguments as ArgumentsBase
+else:
+    ArgumentsBase = object
+
+GRADIENTS = ("local", "delayed", "local_and_delayed")
+
+# Arguments of the parents that would need more than the stage has, or that reach into another stage's modules.
+_UNSUPPORTED: dict[str, tuple[object, str]] = {
+    "auto_find_batch_size": (False, "every stage must have the same batches"),
+    "neftune_noise_alpha": (None, "the embeddings are on the first stage only"),
+    "use_liger_kernel": (False, "it replaces modules that other stages hold"),
+    "torch_compile": (False, "it is untested on a part of a model"),
+    "load_best_model_at_end": (False, "the stages do not share an evaluation"),
+    "clip_scope": ("block", "each stage clips its own blocks"),
+    "enable_jit_checkpoint": (False, "when a signal comes, the stages are at different steps"),
+}
+
+
+@dataclass
+class PipelineArguments(ArgumentsBase):
+    """Arguments that the pipeline adds to a method's config: `class Mine(PipelineArguments, MyConfig)`.
+
+    Source: PPLL, arXiv 2411.12780 ("paper"); its code and ZeroLock (arXiv 2608.07974) are named where they differ.
+
+    Parameters:
+        num_blocks: Blocks that the decoder layers are cut into. Default: one per stage (paper).
+        num_stages: Processes that the blocks are spread over. Default: one per block (paper), or 2.
+        data_parallel: Replicas of the whole pipeline, each with its share of the data. Ours; paper: 1.
+        split: `"even"` cuts the layers as LoPT does, `"auto"` so that the slowest block is as fast as can be, measured
+            when the run starts (paper's code: cut by hand).
+        channel_depth: Hidden states that wait at each end of a link. Ours: 2, so that one is computed on while the
+            next arrives; more smooths uneven stages and costs memory (paper's code: unbounded).
+        peer_timeout: Seconds without a sign of life after which a process counts as lost. Ours: 20.
+        start_timeout: Seconds that the other processes may take to start. Default: 300, that of torch's `TCPStore`.
+        gradient: What an early stage learns from. `"local"`: its local objective (paper). `"delayed"`: the task's
+            gradient, one optimizer step late for each stage behind it. `"local_and_delayed"`: both, the objective at
+            once. Ours; PipeDream-2BW (arXiv 2006.09503) has the constant delay, of one step for all stages.
+        gradient_recompute: Run a stage's forward again when the gradient has come, with the weights that it has then:
+            what waits is one boundary tensor for each micro-batch, for one more forward. `False` keeps the graph, all
+            activations of it, and a copy of the trainable weights of each step (PipeDream's weight stashing).
+        timeline_steps: Record what each stage does in this many first steps, as picture and Chrome trace.
+
+    Raises:
+        ValueError: If a value is out of range, or an argument does not work in a pipeline.
+    """
+
+    # The parents' options of which a pipeline takes the defaults alone; `--help` leaves them out
+    idle_options: ClassVar[tuple[str, ...]] = ("eval_strategy", "eval_steps", "train_vision", "reach_recompute")
+
+    _other_evaluation: ClassVar[str] = " and evaluate the saved model with `lopt-hf retention`"
+
+    # An integer after `__post_init__`
+    num_blocks: int = option(None, "Number of blocks the decoder layers are cut into. Default: one per stage (paper).")
+    num_stages: int | None = option(
+        None, "Processes that the blocks are spread over. Default: one per block (paper), or 2."
+    )
+    data_parallel: int = option(1, "Replicas of the whole pipeline, each with its share of the data (ours).")
+    split: str = option(
+        "even",
+        "'even' cuts the layers evenly, 'auto' by measured time per layer, embeddings, head and local objective "
+        "included. `split_at` wins over both.",
+        ("even", "auto"),
+    )
+    channel_depth: int = option(2, "Hidden states that may wait at each end of a link between two stages (ours).")
+    peer_timeout: float = option(20.0, "Seconds without a sign of life after which a process counts as lost (ours).")
+    start_timeout: float = option(
+        300.0, "Seconds that the other processes may take to start (torch's default for its store)."
+    )
+    gradient: str = option(
+        "local",
+        "What an early stage learns from: its 'local' objective (paper), the task's gradient 'delayed' by one "
+        "optimizer step for each stage behind it (ours), or both: 'local_and_delayed'.",
+        GRADIENTS,
+    )
+    gradient_recompute: bool = option(
+        True,
+        "Where gradients are delayed: run a stage's forward again when its gradient comes, with the weights of then; "
+        "False keeps the graph and a copy of the weights instead (ours).",
+    )
+    timeline_steps: int = option(0, "Record this many first steps of every stage, as timeline.png and timeline.json.")
+
+    def __post_init__(self) -> None:
+        self._check_pipeline()
+        super().__post_init__()
+        if self.activation_checkpointing and not self.gradient_recompute:
+            raise ValueError(
+                "gradient_recompute=False does not work with activation_checkpointing=True (the default), which runs "
+                "layers again with other weights; set activation_checkpointing to False."
+            )
+
+    def _check_pipeline(self) -> None:
+        lowest = {"data_parallel": 1, "channel_depth": 1, "timeline_steps": 0, "num_blocks": 2, "num_stages": 2}
+        for name, least in lowest.items():
+            value = getattr(self, name)
+            is_left_out = value is None and name in ("num_blocks", "num_stages")
+            if not is_left_out and (not isinstance(value, int) or value < least):
+                raise ValueError(f"{name}={value!r} must be an integer of at least {least}.")
+        self.num_blocks = self.num_blocks or self.num_stages or 2
+        self.num_stages = self.num_stages or self.num_blocks
+        if self.num_stages > self.num_blocks:
+            raise ValueError(
+                f"num_stages={self.num_stages} is more than num_blocks={self.num_blocks}, but a stage runs one block "
+                "or several; lower num_stages, or leave num_blocks out for one block per stage."
+            )
+        if not self.peer_timeout >= 5:
+            raise ValueError(f"peer_timeout={self.peer_timeout} is too short for a busy machine; give at least 5 s.")
+        if not self.start_timeout >= self.peer_timeout:
+            raise ValueError(
+                f"start_timeout={self.start_timeout} is shorter than peer_timeout={self.peer_timeout}; raise it."
+            )
+        if self.split not in ("even", "auto"):
+            raise ValueError(f"split={self.split!r} is unknown; choose 'even' or 'auto', or give split_at.")
+        if str(self.eval_strategy) not in ("no", "IntervalStrategy.NO"):
+            raise ValueError(
+                f"eval_strategy={self.eval_strategy!r} is not supported in a pipeline; set it to 'no'"
+                f"{self._other_evaluation}."
+            )
+        self._check_gradient()
+        for name, (allowed, reason) in _UNSUPPORTED.items():
+            if getattr(self, name) not in (allowed, None):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} does not work in a pipeline: {reason}; leave it out."
+                )
+
+    @property
+    def schedule(self) -> ReachSchedule:
+        """To which blocks the task's gradient of which step comes; by default to all where it is sent back."""
+        schedule = super().schedule
+        if self.sends_gradients_back and schedule.highest == 1:
+            return ReachSchedule((self.num_blocks,), self.num_blocks)
+        return schedule
+
+    @property
+    def sends_gradients_back(self) -> bool:
+        """Whether the task's gradient goes from stage to stage."""
+        return self.gradient != "local"
+
+    def gradient_settings(self, num_stages: int) -> dict[str, Any]:
+        """What a run with gradients on their way cannot change, by name.
+
+        Args:
+            num_stages: Stages of the run.
+        """
+        if not self.sends_gradients_back:
+            return {"gradient": self.gradient}
+        return {
+            "gradient": self.gradient,
+            "gradient_recompute": self.gradient_recompute,
+            "num_stages": num_stages,
+            "task_reach": list(self.schedule.cycle),
+            "reach_unit": self.schedule.unit,
+        }
+
+    def _check_gradient(self) -> None:
+        check_choice("gradient", self.gradient, GRADIENTS)
+        if not self.sends_gradients_back:
+            if not self.gradient_recompute:
+                raise ValueError(
+                    "gradient_recompute=False does nothing with gradient='local', which keeps no graph; leave it out."
+                )
+            return
+        wrong = f"does not work with gradient={self.gradient!r}"
+        schedule, optim = SchedulerType(self.lr_scheduler_type).value, OptimizerNames(self.optim).value
+        conflicts = [
+            (
+                self.num_blocks != self.num_stages,
+                f"num_blocks={self.num_blocks} with num_stages={self.num_stages} {wrong}, which crosses the cuts "
+                "between stages only; leave num_blocks out",
+            ),
+            (self.local_step, f"local_step=True {wrong}, which comes after the local backward; set it to False"),
+            (
+                not self.train_early_blocks,
+                f"train_early_blocks=False {wrong}, which trains them; leave it out, or set gradient to 'local'",
+            ),
+            (self.fp16, f"fp16=True {wrong}, since each stage scales its loss by itself; use bf16"),
+            (
+                schedule in ("reduce_lr_on_plateau", "greedy"),
+                f"lr_scheduler_type={schedule!r} {wrong}: the stages must know the rates of a step before its loss; "
+                "choose one that is a function of the step, such as cosine",
+            ),
+            (
+                optim in ("lomo", "adalomo") or optim.endswith("layerwise"),
+                f"optim={optim!r}, which steps in the backward, {wrong}; choose another",
+            ),
+            (
+                not self.gradient_recompute and self.gradient != "delayed",
+                f"gradient_recompute=False {wrong}, whose local backward frees the graph; set it to True",
+            ),
+        ]
+        for exists, conflict in conflicts:
+            if exists:
+                raise ValueError(f"{conflict}.")
