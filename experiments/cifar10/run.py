@@ -104,7 +104,8 @@ def saved_bytes(options: argparse.Namespace, method: list[str]) -> int:
     arguments = [*arguments_of(options, method, 0, folder), "--dataset_max_samples", "64", "--max_steps", "1"]
     trainer = image.make_trainer(*image.make_parser(name).parse_args_and_config(arguments))
     trainer.create_optimizer()
-    rows = [trainer.train_dataset[index] for index in range(64)]
+    images = trainer.train_dataset
+    rows = [images[index % len(images)] for index in range(64)]
     trainer.current_gradient_accumulation_steps = 1
     with SavedBytes(trainer.model) as saved:
         for step in range(STEPS_OF_A_CYCLE):
