@@ -1,7 +1,8 @@
 """Cost of pipeline training by method: PPLL beside the same learning in one process, and beside torch's schedules.
 
-All methods train on the same batches, cut into the same micro-batches, with the same optimizer; all pipelines cut the
-model at the same layers. Methods take turns, each time in new processes, so that whatever else the machine does hits
+All methods train on the same batches, cut into the same micro-batches, with the same optimizer. All pipelines cut the
+model at the same layers, but for one whose early stages run forward a second time: by the same rule, it cuts earlier.
+Methods take turns, each time in new processes, so that whatever else the machine does hits
 all of them, and none has another's memory beside it.
 """
 
@@ -15,7 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from lopt_hf.bench.pipeline_settings import METHODS, PPLL, SCHEDULES, TWO_STAGES_PER_RANK, PipelineBenchSettings
+from lopt_hf.bench.pipeline_parts import Cut
+from lopt_hf.bench.pipeline_settings import (
+    DELAYED,
+    METHODS,
+    PPLL,
+    SCHEDULES,
+    TWO_STAGES_PER_RANK,
+    PipelineBenchSettings,
+)
 from lopt_hf.bench.processes import BenchWorkerError, run_together
 from lopt_hf.bench.training import num_layers
 from lopt_hf.common.arithmetic import choose_arithmetic
@@ -32,8 +41,10 @@ COMPARISONS = (
     ("ppll", "lopt", "the schedule: PPLL against the same learning in one process"),
     *(("ppll", method, f"both: PPLL against {NAMES[method]}") for method in ("1f1b", "gpipe", *TWO_STAGES_PER_RANK)),
     ("ppll_delayed", "ppll", "the gradient that comes late: what its forward costs that runs again"),
+    ("ppll_delayed_graph", "ppll", "the gradient that comes late, graph kept"),
     *(
-        ("ppll_delayed", method, f"PPLL with a delayed gradient against {NAMES[method]}")
+        (ours, method, f"{NAMES[ours].replace(', ', ' with a ', 1)} against {NAMES[method]}")
+        for ours in DELAYED
         for method in ("e2e", "1f1b", "gpipe", *TWO_STAGES_PER_RANK)
     ),
     *(
@@ -91,16 +102,12 @@ class PipelineBenchReport:
 
     Attributes:
         dtype: Type of the arithmetic, `"float32"` or `"bfloat16"`.
-        split_at: First layer of every stage but the first.
-        parts_at: First layer of every part but the first: where schedules with two stages on a rank cut.
-        expected: What each stage was expected to cost, as a table; empty where the cut was not measured.
+        cut: Where the pipelines cut the model.
         results: The results by the methods' keys.
     """
 
     dtype: str
-    split_at: list[int]
-    parts_at: list[int]
-    expected: str
+    cut: Cut
     results: dict[str, PipelineResult]
 
 
@@ -124,7 +131,7 @@ def run_pipeline_bench(settings: PipelineBenchSettings, progress: bool = True) -
     from lopt_hf.data.pretrained import resolve_model
 
     checkpoint = resolve_model(settings.model)
-    cut = _given_split(settings, checkpoint)
+    cut = _given_cut(settings, checkpoint)
     settings = replace(settings, dtype=choose_arithmetic(settings.dtype, "cpu").dtype)
     store = host_store()
     measured: dict[str, list[_Round]] = {method: [] for method in settings.methods}
@@ -134,10 +141,9 @@ def run_pipeline_bench(settings: PipelineBenchSettings, progress: bool = True) -
     ):
         if cut is None:
             bar.set_description("measuring the cut")
-            cut = _find_split(settings, checkpoint)
-        split_at, parts_at, expected = cut
+            cut = _find_cut(settings, checkpoint)
         runs = [
-            MethodRun(method, settings, checkpoint, split_at, parts_at, f"{folder}/{method}-{turn}", store.port)
+            MethodRun(method, settings, checkpoint, cut, f"{folder}/{method}-{turn}", store.port)
             for turn in range(settings.rounds)
             for method in settings.methods[:: 1 if turn % 2 == 0 else -1]  # none always goes first
         ]
@@ -147,10 +153,10 @@ def run_pipeline_bench(settings: PipelineBenchSettings, progress: bool = True) -
             measured[run.method].append(_measure(run, bar.update))
     baseline = _median_step(measured["lopt"]) if "lopt" in measured else None
     results = {method: _result(method, settings, rounds, baseline) for method, rounds in measured.items()}
-    return PipelineBenchReport(settings.dtype, split_at, parts_at, expected, results)
+    return PipelineBenchReport(settings.dtype, cut, results)
 
 
-def _given_split(settings: PipelineBenchSettings, checkpoint: str) -> tuple[list[int], list[int], str] | None:
+def _given_cut(settings: PipelineBenchSettings, checkpoint: str) -> Cut | None:
     """Checks that the model fits the settings; returns its cut unless that is to be measured."""
     from lopt_hf.bench.pipeline_parts import divide_stages
     from lopt_hf.local.blocks import split_layers
@@ -167,14 +173,14 @@ def _given_split(settings: PipelineBenchSettings, checkpoint: str) -> tuple[list
     if settings.split_at is None and settings.split == "auto":
         return None
     split_at = [block.start for block in blocks[1:]]
-    return split_at, divide_stages(split_at, layers, settings.parts_per_stage), ""
+    return Cut(split_at, divide_stages(split_at, layers, settings.parts_per_stage), split_at)
 
 
-def _find_split(settings: PipelineBenchSettings, checkpoint: str) -> tuple[list[int], list[int], str]:
-    from lopt_hf.bench.pipeline_worker import find_split
+def _find_cut(settings: PipelineBenchSettings, checkpoint: str) -> Cut:
+    from lopt_hf.bench.pipeline_worker import find_cut
 
     arguments = [(checkpoint, settings)] * settings.stages
-    return run_together("measuring the cut", find_split, arguments, settings.environment)[0]
+    return run_together("measuring the cut", find_cut, arguments, settings.environment)[0]
 
 
 @dataclass(frozen=True)
@@ -261,7 +267,7 @@ def to_markdown(report: PipelineBenchReport) -> str:
         cells += [", ".join(f"{share:.1%}" for share in result.waiting) or "-"]
         cells += [", ".join(map(mega, values)) for values in (result.saved_bytes, result.peak_resident_bytes)]
         rows.append([*cells, f"{result.loss:.3f}"])
-    notes = "\n".join([*_comparisons(report.results), *_warnings(report.results)])
+    notes = "\n".join([*_comparisons(report.results), *_earlier_cut(report), *_warnings(report.results)])
     return "\n\n".join(part for part in (markdown_table(header, rows), _memory_table(report.results), notes) if part)
 
 
@@ -287,6 +293,16 @@ def _comparisons(results: dict[str, PipelineResult]) -> list[str]:
             speed = results[method].tokens_per_second / results[other].tokens_per_second
             lines.append(f"- x {speed:.2f} tokens/s from {meaning}")
     return lines
+
+
+def _earlier_cut(report: PipelineBenchReport) -> list[str]:
+    """Where the pipeline is cut that is not cut as the others are."""
+    if "ppll_delayed" not in report.results or report.cut.rerun_at == report.cut.split_at:
+        return []
+    cuts = [", ".join(map(str, cut)) for cut in (report.cut.split_at, report.cut.rerun_at)]
+    return [
+        f"- stages begin at layer {cuts[0]}; of {METHODS['ppll_delayed']}, whose first ones run twice, at {cuts[1]}"
+    ]
 
 
 def _warnings(results: dict[str, PipelineResult]) -> list[str]:

@@ -1,10 +1,29 @@
-"""The parts of a pipeline's stages, for schedules with two stages on a rank."""
+"""Where the pipelines of a comparison cut the model: stages, and their parts for schedules with two on a rank."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from lopt_hf.pipeline.split.costs import ModelCosts
 
-__all__ = ["divide_stages"]
+__all__ = ["Cut", "divide_stages"]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where the pipelines of a comparison cut the model; lists have the first layer of every part but the first.
+
+    Attributes:
+        split_at: The stages of all methods but the one below.
+        parts_at: Their parts: `split_at`, and where a schedule of the run has two stages on a rank, the middle of each
+            stage.
+        rerun_at: The stages of a pipeline whose early ones run forward a second time, for a gradient that comes late.
+        expected: What each stage of `split_at` is expected to cost, as a table; empty where the cut was not measured.
+    """
+
+    split_at: list[int]
+    parts_at: list[int]
+    rerun_at: list[int]
+    expected: str = ""
 
 
 def divide_stages(

@@ -8,7 +8,15 @@ from lopt_hf.common.arithmetic import DTYPE_HELP, read_dtype
 from lopt_hf.common.settings import check_choices, check_distinct, check_lowest
 from lopt_hf.pipeline.simulator.schedule_orders import rounds_of
 
-__all__ = ["DEFAULT_METHODS", "METHODS", "PPLL", "SCHEDULES", "TWO_STAGES_PER_RANK", "PipelineBenchSettings"]
+__all__ = [
+    "DEFAULT_METHODS",
+    "DELAYED",
+    "METHODS",
+    "PPLL",
+    "SCHEDULES",
+    "TWO_STAGES_PER_RANK",
+    "PipelineBenchSettings",
+]
 
 METHODS = {
     "lopt": "one process, local learning",
@@ -17,13 +25,15 @@ METHODS = {
     "1f1b": "1F1B, end-to-end",
     "e2e": "one process, end-to-end",
     "ppll_delayed": "PPLL, delayed gradient",
+    "ppll_delayed_graph": "PPLL, delayed gradient, graph kept",
     "interleaved": "interleaved 1F1B, end-to-end",
     "interleaved_zb": "interleaved zero bubble, end-to-end",
     "zbv": "ZB-V, end-to-end",
     "dualpipev": "DualPipeV, end-to-end",
 }
 DEFAULT_METHODS = ("lopt", "ppll", "gpipe", "1f1b", "e2e")
-PPLL = ("ppll", "ppll_delayed")
+DELAYED = ("ppll_delayed", "ppll_delayed_graph")
+PPLL = ("ppll", *DELAYED)
 TWO_STAGES_PER_RANK = ("interleaved", "interleaved_zb", "zbv", "dualpipev")
 SCHEDULES = ("gpipe", "1f1b", *TWO_STAGES_PER_RANK)  # torch's; each computes the gradients of `e2e`
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -66,7 +76,7 @@ class PipelineBenchSettings:
     seq_length: int = _option(128, "Tokens per sequence; there is no padding.")
     objective: str = _option("reconstruction", "Local objective: reconstruction or readout.")
     schedule_loss: str = _option("fused", "Of torch's schedules: fused, TRL's fused LM head, or logits, see below.")
-    split: str = _option("auto", "auto: so that PPLL's slowest stage is as fast as can be, measured; even: by layers.")
+    split: str = _option("auto", "auto: so that the slowest stage is as fast as can be, measured; even: by layers.")
     split_at: tuple[int, ...] | None = _option(None, "First layer of every stage but the first; wins over --split.")
     steps: int = _option(3, "Timed steps per method and round.")
     warmup: int = _option(2, "Untimed steps before them; the last of them counts the saved bytes.")
@@ -82,9 +92,10 @@ class PipelineBenchSettings:
         check_choices(self, _CHOICES)
         check_distinct("methods", self.methods)
         self._check_microbatches()
-        if "ppll_delayed" in self.methods and self.warmup < self.stages:
+        delayed = [method for method in self.methods if method in DELAYED]
+        if delayed and self.warmup < self.stages:
             raise ValueError(
-                f"warmup={self.warmup}: the first stage of ppll_delayed has its first gradient in step {self.stages}; "
+                f"warmup={self.warmup}: the first stage of {delayed[0]} has its first gradient in step {self.stages}; "
                 f"set it to {self.stages} or more."
             )
         if self.split_at is not None and len(self.split_at) != self.stages - 1:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from time import perf_counter, process_time
 from typing import Any
@@ -22,8 +22,8 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from lopt_hf.bench.pipeline_parts import divide_stages
-from lopt_hf.bench.pipeline_settings import PPLL, PipelineBenchSettings
+from lopt_hf.bench.pipeline_parts import Cut, divide_stages
+from lopt_hf.bench.pipeline_settings import DELAYED, PPLL, PipelineBenchSettings
 from lopt_hf.bench.processes import peak_resident_bytes
 from lopt_hf.bench.training import SHARED_ARGUMENTS, silence, token_rows
 from lopt_hf.common.host_store import LOOPBACK
@@ -37,6 +37,7 @@ from lopt_hf.pipeline.runtime.timeline import WAITS, Timeline
 from lopt_hf.pipeline.runtime.trainer import PipelineTrainer
 from lopt_hf.pipeline.split.balance import balanced_split, format_split
 from lopt_hf.pipeline.split.costs import measure_costs
+from lopt_hf.pipeline.split.stopwatch import PartCost
 from lopt_hf.trainers.configs import LoPTConfig
 from lopt_hf.trainers.sft import LoPTTrainer
 
@@ -44,7 +45,7 @@ __all__ = [
     "MethodRun",
     "Record",
     "clip_groups",
-    "find_split",
+    "find_cut",
     "make_config",
     "make_plans",
     "make_rows",
@@ -63,9 +64,7 @@ class MethodRun:
         method: One of `METHODS`.
         settings: What is measured.
         checkpoint: The model's folder or hub id.
-        split_at: First layer of every stage but the first.
-        parts_at: First layer of every part but the first: `split_at`, and where a schedule of the run has two stages
-            on a rank, the middle of each stage. End-to-end methods clip each part apart.
+        cut: Where its stages and their parts begin. End-to-end methods clip each part apart.
         folder: Where a trainer may write.
         port: Of the store on this host through which the processes find each other.
     """
@@ -73,10 +72,19 @@ class MethodRun:
     method: str
     settings: PipelineBenchSettings
     checkpoint: str
-    split_at: list[int]
-    parts_at: list[int]
+    cut: Cut
     folder: str
     port: int
+
+    @property
+    def split_at(self) -> list[int]:
+        """First layer of every stage but the first."""
+        return self.cut.rerun_at if self.method == "ppll_delayed" else self.cut.split_at
+
+    @property
+    def parts_at(self) -> list[int]:
+        """First layer of every part but the first."""
+        return self.cut.parts_at
 
     @property
     def total_steps(self) -> int:
@@ -96,7 +104,8 @@ class Record:
     Attributes:
         ends: When each step ended, by `time.perf_counter`: one clock for all processes of a machine.
         losses: Task loss of each step in nats per token, where the process has it.
-        saved_bytes: Peak bytes that autograd kept for backward, in the last step of the warm-up.
+        saved_bytes: Peak bytes that autograd kept for backward, in the last step of the warm-up; where graphs are kept
+            from step to step, they and their weights at the end of a step.
         queued_bytes: Most bytes that wait in the stage's channel to the next one.
         waiting: Share of the timed steps in which the stage waited for another; 0 in one process.
         cpu_seconds: CPU time of the process per timed step, all its threads.
@@ -142,15 +151,8 @@ def prepare(settings: PipelineBenchSettings) -> None:
     torch.manual_seed(settings.seed)
 
 
-def find_split(
-    on_step: Callable[[], None], checkpoint: str, settings: PipelineBenchSettings
-) -> tuple[list[int], list[int], str]:
-    """Measures where to cut; as many processes as stages do so at once, so that they share the machine as stages do.
-
-    Returns:
-        The first layer of every stage but the first, that of every part but the first, and what each stage is
-        expected to cost.
-    """
+def find_cut(on_step: Callable[[], None], checkpoint: str, settings: PipelineBenchSettings) -> Cut:
+    """Measures where to cut, in as many processes at once as there are stages, sharing the machine as stages do."""
     prepare(settings)
     costs = measure_costs(
         checkpoint,
@@ -162,7 +164,8 @@ def find_split(
     )
     split_at = balanced_split(costs, settings.stages, least_layers=settings.parts_per_stage)
     parts_at = divide_stages(split_at, len(costs.layers), settings.parts_per_stage, costs)
-    return split_at, parts_at, format_split(costs, split_at)
+    twice = replace(costs, objective=PartCost(0.0, 0.0, 0), runs_again=True)  # no local objective
+    return Cut(split_at, parts_at, balanced_split(twice, settings.stages), format_split(costs, split_at))
 
 
 def train(on_step: Callable[[], None], rank: int, run: MethodRun) -> Record:
@@ -188,7 +191,7 @@ def train(on_step: Callable[[], None], rank: int, run: MethodRun) -> Record:
 def _init_world(rank: int, run: MethodRun) -> PipelineWorld:
     store = dist.TCPStore(LOOPBACK, run.port, is_master=False)
     rendezvous = Rendezvous(dist.PrefixStore(run.folder, store), rank, run.settings.stages, rank)
-    sends_back = run.method == "ppll_delayed"
+    sends_back = run.method in DELAYED
     return init_world(rendezvous, run.settings.stages, 1, "cpu", PEER_TIMEOUT_SECONDS, sends_back=sends_back)
 
 
@@ -196,13 +199,15 @@ def _most_queued_bytes(run: MethodRun, plan: StagePlan, hidden_size: int) -> int
     """All that may wait in a stage, in the channel to the next one and for gradients.
 
     A channel holds the queue, the message on its way, and the one that waits for a place. Where gradients are late,
-    those of a step may be in the channel back, and behind the first stage inputs are kept until they come.
+    those of a step may be in the channel back, and behind the first stage inputs are kept until they come; a
+    graph that is kept has them among what autograd saves.
     """
     settings = run.settings
     waiting = 0 if plan.is_last else PipelineConfig.channel_depth + 2
-    if run.method == "ppll_delayed" and not plan.is_last:
+    if run.method in DELAYED and not plan.is_last:
         waiting += max(PipelineConfig.channel_depth, settings.microbatches) + 2
-        waiting += 0 if plan.is_first else (plan.delay + 1) * settings.microbatches
+        keeps_inputs = run.method == "ppll_delayed" and not plan.is_first
+        waiting += (plan.delay + 1) * settings.microbatches if keeps_inputs else 0
     values = settings.micro_batch_size * settings.seq_length * hidden_size
     return waiting * values * torch.finfo(torch.float32).bits // 8
 
@@ -228,8 +233,9 @@ def make_config(run: MethodRun) -> SFTConfig:
     }
     if run.method == "ppll":
         return PipelineConfig(**shared, **local, num_stages=settings.stages)
-    if run.method == "ppll_delayed":  # without a local objective
-        return PipelineConfig(**shared, split_at=run.split_at, num_stages=settings.stages, gradient="delayed")
+    if run.method in DELAYED:  # without a local objective
+        delayed: dict[str, Any] = {"gradient": "delayed", "gradient_recompute": run.method == "ppll_delayed"}
+        return PipelineConfig(**shared, **delayed, split_at=run.split_at, num_stages=settings.stages)
     return LoPTConfig(**shared, **local) if run.method == "lopt" else SFTConfig(**shared)
 
 
@@ -314,11 +320,15 @@ class _StepRecorder(TrainerCallback):
         self.record.end_step()
         if self.saved is not None:
             self.saved.__exit__(None, None, None)
-            self.record.saved_bytes, self.saved = self.saved.peak, None
+            self.record.saved_bytes, self.saved = max(self.record.saved_bytes, self.saved.peak), None
         control.should_log = True  # for the loss of this very step
         self.on_step()
         return control
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if "loss" in kwargs["logs"]:
-            self.record.losses.append(kwargs["logs"]["loss"])
+        logs = kwargs["logs"]
+        if "loss" in logs:
+            self.record.losses.append(logs["loss"])
+        if self.run.method == "ppll_delayed_graph":
+            kept = [int(2**20 * mib) for name, mib in logs.items() if name.endswith("/kept_mib")]
+            self.record.saved_bytes = max([self.record.saved_bytes, *kept])

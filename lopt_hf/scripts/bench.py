@@ -74,7 +74,9 @@ backward on each; as a table, then as JSON.
   e2e    SFTTrainer in one process: tells what of a gain is the schedule and what the smaller graph
 
 ppll_delayed is the pipeline with `--gradient delayed`: early stages learn from the task's gradient of a step before,
-and run their forward again for it. It is counted from where all stages have one.
+and run their forward again for it. It is counted from where all stages have one. With --split auto it has a cut of its
+own, as in training, in which early stages are smaller by what runs again. ppll_delayed_graph has the others' cut, and
+keeps the forward's graph and weights (`--gradient_recompute false`).
 
 Others of torch's schedules have two stages on each rank, halves of these stages:
 

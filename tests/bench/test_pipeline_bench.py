@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lopt_hf.bench import processes
 from lopt_hf.bench.pipeline import PipelineBenchReport, PipelineResult, run_pipeline_bench, to_markdown
-from lopt_hf.bench.pipeline_parts import divide_stages
+from lopt_hf.bench.pipeline_parts import Cut, divide_stages
 from lopt_hf.bench.pipeline_schedules import ScheduledTraining
 from lopt_hf.bench.pipeline_settings import DEFAULT_METHODS, METHODS, SCHEDULES, PipelineBenchSettings
 from lopt_hf.bench.pipeline_worker import MethodRun, Record, make_rows, prepare
@@ -31,7 +31,7 @@ def tiny_model(tmp_path_factory):
     return folder
 
 
-RUN_METHODS = (*DEFAULT_METHODS, "ppll_delayed", "zbv")  # of the others, the gradients below
+RUN_METHODS = (*DEFAULT_METHODS, "ppll_delayed", "ppll_delayed_graph", "zbv")  # of the others, the gradients below
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_loss_on_whole_logits_is_that_of_the_fused_head(report, tiny_model, tmp_
         methods=("1f1b",),
         schedule_loss="logits",
         dtype="fp32",
-        split_at=tuple(report["split_at"]),
+        split_at=tuple(report["cut"]["split_at"]),
         micro_batch_size=1,
         seq_length=16,
         rounds=1,
@@ -94,8 +94,14 @@ def test_first_stage_keeps_as_many_micro_batches_as_its_schedule_says(report):
     assert ppll["saved_bytes"][0] - ppll["queued_bytes"][0] == pytest.approx(gpipe[0] / 4, rel=0.3)
     assert ppll["queued_bytes"] == [4 * 16 * 32 * 4, 0]
     delayed = results["ppll_delayed"]  # its gradients of a step wait, too
-    assert delayed["saved_bytes"][0] - delayed["queued_bytes"][0] == pytest.approx(gpipe[0] / 4, rel=0.3)
+    (layers,) = report["cut"]["rerun_at"]
+    assert delayed["saved_bytes"][0] - delayed["queued_bytes"][0] == pytest.approx(gpipe[0] / 4 * layers / 2, rel=0.3)
     assert delayed["queued_bytes"] == [(4 + 6) * 16 * 32 * 4, 0]
+    kept = results["ppll_delayed_graph"]  # all of a step, and the weights that they saw
+    model = make_model(tie_word_embeddings=True).model
+    parts = (model.embed_tokens, model.layers[0], model.layers[1])
+    weights = 4 * sum(weight.numel() for part in parts for weight in part.parameters())
+    assert kept["saved_bytes"][0] - kept["queued_bytes"][0] == pytest.approx(gpipe[0] + weights, rel=0.1)
 
 
 def test_waiting_is_a_share_of_each_stage(report):
@@ -105,9 +111,9 @@ def test_waiting_is_a_share_of_each_stage(report):
 
 
 def test_cut_is_measured_and_told(report):
-    assert report["split_at"] == [2]  # each stage has the two layers that two stages on a rank need
-    assert report["parts_at"] == [1, 2, 3]
-    assert report["expected"].startswith("| stage |")
+    assert report["cut"]["split_at"] == [2]  # each stage has the two layers that two stages on a rank need
+    assert report["cut"]["parts_at"] == [1, 2, 3]
+    assert report["cut"]["expected"].startswith("| stage |")
     assert report["environment"]["MALLOC_MMAP_MAX_"] == "0"
 
 
@@ -128,7 +134,7 @@ def test_bf16_and_readout_on_three_stages(tiny_model):
         steps=1,
     )
     report = run_pipeline_bench(settings, progress=False)
-    assert report.split_at == [2, 3]
+    assert report.cut.split_at == [2, 3]
     assert [len(result.waiting) for result in report.results.values()] == [3, 3]
 
 
@@ -197,7 +203,7 @@ def test_waiting_counts_the_timed_steps_only():
         timeline.add("receive", 100.0 + 10 * step, 100.0 + 10 * step + seconds)
         timeline.add("forward", 105.0 + 10 * step, 110.0 + 10 * step)
     record = Record(ends=[110.0, 120.0, 130.0, 140.0], cpu_ends=[1.0, 10.0, 19.5, 30.0])
-    record.finish(MethodRun("ppll", settings, "", [1], [1], "", 0), timeline)
+    record.finish(MethodRun("ppll", settings, "", Cut([1], [1], [1]), "", 0), timeline)
     assert record.waiting == pytest.approx(3 / 20)
     assert record.cpu_seconds == pytest.approx(18.5 / 2)
     assert record.core_share == pytest.approx(18.5 / 17)
@@ -206,8 +212,8 @@ def test_waiting_counts_the_timed_steps_only():
 def test_pipeline_runs_on_until_no_timed_step_has_the_machine_to_itself():
     """Stage 0 may be 6 micro-batches ahead: 2 queued at each end, one on its way, one that it computes."""
     settings = PipelineBenchSettings(warmup=1, steps=2, microbatches=4)
-    assert MethodRun("ppll", settings, "", [1], [1], "", 0).total_steps == 3 + 2
-    assert MethodRun("gpipe", settings, "", [1], [1], "", 0).total_steps == 3
+    assert MethodRun("ppll", settings, "", Cut([1], [1], [1]), "", 0).total_steps == 3 + 2
+    assert MethodRun("gpipe", settings, "", Cut([1], [1], [1]), "", 0).total_steps == 3
 
 
 def make_result(method, **values):
@@ -236,7 +242,7 @@ def test_markdown():
     zbv = make_result("zbv", tokens_per_second=200.0)
     delayed = make_result("ppll_delayed", saved_bytes=[120_000_000])
     results = {"lopt": make_result("lopt"), "ppll": ppll, "gpipe": gpipe, "zbv": zbv, "ppll_delayed": delayed}
-    lines = to_markdown(PipelineBenchReport("float32", [18], [9, 18, 24], "", results)).splitlines()
+    lines = to_markdown(PipelineBenchReport("float32", Cut([18], [9, 18, 24], [15]), results)).splitlines()
     assert lines[2] == (
         "| one process, local learning | 100 | 97 to 103 | 1.00 | 10.25 | 0.25 | 10.00 | - | 400, 90 | 3,000 | 2.500 |"
     )
@@ -256,6 +262,7 @@ def test_markdown():
         "- x 0.53 tokens/s from the gradient that comes late: what its forward costs that runs again",
         "- x 1.00 tokens/s from PPLL with a delayed gradient against GPipe",
         "- x 0.50 tokens/s from PPLL with a delayed gradient against ZB-V",
+        "- stages begin at layer 18; of PPLL, delayed gradient, whose first ones run twice, at 15",
         "- busy machine: GPipe, end-to-end had only 50% of a core where it did not wait; measure again",
     ]
 
@@ -296,10 +303,9 @@ def test_gradients_are_those_of_the_stock_model_in_one_process(tiny_model):
     size = {"model": str(tiny_model), "methods": SCHEDULES, "micro_batch_size": 2, "seq_length": 12}
     cases = [*((name, 6) for name in SCHEDULES), ("dualpipev", 4)]  # the fewest that it takes
     store = host_store()
+    cut = Cut([2], [1, 2, 3], [2])
     runs = [
-        MethodRun(
-            name, PipelineBenchSettings(microbatches=number, **size), str(tiny_model), [2], [1, 2, 3], "", store.port
-        )
+        MethodRun(name, PipelineBenchSettings(microbatches=number, **size), str(tiny_model), cut, "", store.port)
         for name, number in cases
     ]
     with forked_instead_of_spawned(processes):
