@@ -7,7 +7,7 @@ Shapes: B batch, T tokens, D hidden channels.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from lopt_hf.local.blocks import Block, DecoderStack
 from lopt_hf.local.layer_calls import LayerCall, hidden_of, output_hidden
 from lopt_hf.local.objectives import LocalBatch
 
-__all__ = ["BlockRun", "RandomState", "Replay", "Replays"]
+__all__ = ["BlockRun", "RandomState", "Replay", "Replays", "running_statistics_kept"]
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,12 @@ class Replay:
 
 
 @contextlib.contextmanager
-def _running_statistics_kept(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Lets batch norms that train leave their running statistics alone: the first run has moved them already."""
+def running_statistics_kept(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Lets batch norms that train leave their running statistics alone: the first run has moved them already.
+
+    Args:
+        layers: The modules whose batch norms are meant.
+    """
     norms = [m for layer in layers for m in layer.modules() if isinstance(m, BatchNorm) and m.track_running_stats]
     moving = [norm for norm in norms if norm.training]
     for norm in moving:
@@ -241,7 +245,7 @@ class Replays:
         try:
             with run.random_state.restored(), torch.autocast(**run.autocast):
                 hidden_BTD = input_BTD
-                with _running_statistics_kept(self._layers[index]):
+                with running_statistics_kept(self._layers[index]):
                     for layer, call in zip(self._layers[index], run.calls, strict=True):
                         hidden_BTD = call(layer, hidden_BTD)
         finally:

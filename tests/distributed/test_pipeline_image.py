@@ -117,6 +117,18 @@ def test_weights_and_losses_equal_those_of_one_process(finished, tmp_path, num_s
             assert log[key] == other[key], key
 
 
+def test_two_replicas_end_where_one_process_with_their_batches_does(tmp_path):
+    shared = {"family": "vit", "num_blocks": 2, "optim": "sgd", "learning_rate": 0.1, "augmentation": "none"}
+    settings = {**shared, "per_device_train_batch_size": 2, "data_parallel": 2}
+    run_pipeline(tmp_path, 2, {"replicas": settings}, data_parallel=2)
+    run_one_process(tmp_path / "one", {**shared, "per_device_train_batch_size": 4})
+    one, two = load_model(tmp_path / "one"), load_model(tmp_path / "replicas")
+    start = make_model("vit").state_dict()
+    assert all(not torch.equal(value, start[name]) for name, value in two.items())
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_each_process_keeps_its_own_layers(finished):
     folder = finished(3) / "resnet"
     own = [set(json.loads((folder / f"parameters-{rank}.json").read_text())) for rank in range(3)]

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from lopt_hf.local.blocks import DecoderStack
 from lopt_hf.local.hooks import cut
 from lopt_hf.local.layer_calls import hidden_of, output_hidden, with_hidden
+from lopt_hf.local.replay import running_statistics_kept
 from lopt_hf.local.stacks import is_image_classifier
 from lopt_hf.pipeline.runtime.stage import HiddenStateInput, StagePlan
 
@@ -82,7 +83,8 @@ class StageForward:
         self.start_from(hidden_BTD)
         self._again = again
         try:
-            outputs: Any = self._model.base_model(**arguments, **self._options)
+            with running_statistics_kept([self._model] if again else []):
+                outputs: Any = self._model.base_model(**arguments, **self._options)
         finally:
             self._again = False
             output_BTD, self._output_BTD = self._output_BTD, None
