@@ -23,10 +23,9 @@ from lopt_hf.bench.pipeline_settings import (
     PPLL,
     SCHEDULES,
     TWO_STAGES_PER_RANK,
-    PipelineBenchSettings,
+    BenchSettings,
 )
 from lopt_hf.bench.processes import BenchWorkerError, run_together
-from lopt_hf.bench.training import num_layers
 from lopt_hf.common.arithmetic import choose_arithmetic
 from lopt_hf.common.tables import describe_run, interquartile_range, markdown_table, mega, ratio_text
 
@@ -35,10 +34,11 @@ __all__ = ["BenchWorkerError", "PipelineBenchReport", "PipelineResult", "run_pip
 PIPELINES = (*PPLL, *SCHEDULES)
 LEAST_CORE_SHARE = 0.9  # ours: what is lost beyond that is as large as the differences of interest
 NAMES = {name: METHODS[name].removesuffix(", end-to-end") for name in (*PIPELINES, "e2e")}
+ONE_PROCESS = ("lopt", "local")  # of language models and of image classifiers
 # What is divided by what, and what that says.
 COMPARISONS = (
-    ("lopt", "e2e", "the smaller graph: local learning against end-to-end, one process each"),
-    ("ppll", "lopt", "the schedule: PPLL against the same learning in one process"),
+    *((name, "e2e", "the smaller graph: local learning against end-to-end, one process each") for name in ONE_PROCESS),
+    *(("ppll", name, "the schedule: PPLL against the same learning in one process") for name in ONE_PROCESS),
     *(("ppll", method, f"both: PPLL against {NAMES[method]}") for method in ("1f1b", "gpipe", *TWO_STAGES_PER_RANK)),
     ("ppll_delayed", "ppll", "the gradient that comes late: what its forward costs that runs again"),
     ("ppll_delayed_graph", "ppll", "the gradient that comes late, graph kept"),
@@ -60,8 +60,8 @@ class PipelineResult:
 
     Attributes:
         method: Name of the row.
-        tokens_per_second: Tokens of a step over the median of `step_seconds`.
-        speedup: The same relative to `lopt` in this run; `None` without `lopt`.
+        tokens_per_second: Tokens of a step, of image classifiers images, over the median of `step_seconds`.
+        speedup: The same relative to the local learning in one process (`lopt`, `local`) in this run, if it has that.
         step_seconds: Every timed step of all rounds: from the end of the step before to its own, both when the last
             stage to end it did.
         step_seconds_iqr: Their interquartile range.
@@ -75,8 +75,8 @@ class PipelineResult:
             what may wait in the channels between stages and for a delayed gradient.
         queued_bytes: The latter, for each stage.
         peak_resident_bytes: For each stage the peak resident memory of its process.
-        loss: Task loss in nats per token of the last timed step. The same for methods that compute the same: PPLL and
-            `lopt`; torch's schedules and `e2e`, but for the order of their sums.
+        loss: Task loss in nats per token or image of the last timed step. The same for methods that compute the same:
+            PPLL and local learning; torch's schedules and `e2e`, but for the order of their sums.
         load: The machine's load average when each round of the method began.
     """
 
@@ -104,14 +104,16 @@ class PipelineBenchReport:
         dtype: Type of the arithmetic, `"float32"` or `"bfloat16"`.
         cut: Where the pipelines cut the model.
         results: The results by the methods' keys.
+        unit: What is counted per second.
     """
 
     dtype: str
     cut: Cut
     results: dict[str, PipelineResult]
+    unit: str = "tokens"
 
 
-def run_pipeline_bench(settings: PipelineBenchSettings, progress: bool = True) -> PipelineBenchReport:
+def run_pipeline_bench(settings: BenchSettings, progress: bool = True) -> PipelineBenchReport:
     """Measures every method of `settings`.
 
     As many processes as stages are alive at a time, with 4 to 5 GB together for SmolLM2-135M.
@@ -126,12 +128,10 @@ def run_pipeline_bench(settings: PipelineBenchSettings, progress: bool = True) -
     """
     from tqdm.auto import tqdm
 
-    from lopt_hf.bench.pipeline_worker import MethodRun
+    from lopt_hf.bench.pipeline_run import MethodRun
+    from lopt_hf.bench.pipeline_tasks import task_of
     from lopt_hf.common.host_store import host_store
-    from lopt_hf.data.pretrained import resolve_model
 
-    checkpoint = resolve_model(settings.model)
-    cut = _given_cut(settings, checkpoint)
     settings = replace(settings, dtype=choose_arithmetic(settings.dtype, "cpu").dtype)
     store = host_store()
     measured: dict[str, list[_Round]] = {method: [] for method in settings.methods}
@@ -139,6 +139,8 @@ def run_pipeline_bench(settings: PipelineBenchSettings, progress: bool = True) -
         tqdm(unit="step", disable=not progress) as bar,
         TemporaryDirectory(prefix="lopt_bench_", ignore_cleanup_errors=True) as folder,
     ):
+        checkpoint = task_of(settings).find_model(settings, folder)
+        cut = _given_cut(settings, checkpoint)
         if cut is None:
             bar.set_description("measuring the cut")
             cut = _find_cut(settings, checkpoint)
@@ -151,17 +153,18 @@ def run_pipeline_bench(settings: PipelineBenchSettings, progress: bool = True) -
         for run in runs:
             bar.set_description(METHODS[run.method])
             measured[run.method].append(_measure(run, bar.update))
-    baseline = _median_step(measured["lopt"]) if "lopt" in measured else None
+    baseline = _median_step(measured[settings.one_process]) if settings.one_process in measured else None
     results = {method: _result(method, settings, rounds, baseline) for method, rounds in measured.items()}
-    return PipelineBenchReport(settings.dtype, cut, results)
+    return PipelineBenchReport(settings.dtype, cut, results, settings.unit)
 
 
-def _given_cut(settings: PipelineBenchSettings, checkpoint: str) -> Cut | None:
+def _given_cut(settings: BenchSettings, checkpoint: str) -> Cut | None:
     """Checks that the model fits the settings; returns its cut unless that is to be measured."""
     from lopt_hf.bench.pipeline_parts import divide_stages
+    from lopt_hf.bench.pipeline_tasks import task_of
     from lopt_hf.local.blocks import split_layers
 
-    layers = num_layers(settings.model, checkpoint, settings.seq_length)
+    layers = task_of(settings).num_layers(settings, checkpoint)
     if settings.stages > layers:
         raise ValueError(f"stages={settings.stages}: the model has {layers} layers; use at most {layers}.")
     if settings.stages * settings.parts_per_stage > layers:
@@ -176,7 +179,7 @@ def _given_cut(settings: PipelineBenchSettings, checkpoint: str) -> Cut | None:
     return Cut(split_at, divide_stages(split_at, layers, settings.parts_per_stage), split_at)
 
 
-def _find_cut(settings: PipelineBenchSettings, checkpoint: str) -> Cut:
+def _find_cut(settings: BenchSettings, checkpoint: str) -> Cut:
     from lopt_hf.bench.pipeline_worker import find_cut
 
     arguments = [(checkpoint, settings)] * settings.stages
@@ -222,11 +225,9 @@ def _median_step(rounds: Sequence[_Round]) -> float:
     return statistics.median(seconds for one in rounds for seconds in one.step_seconds)
 
 
-def _result(
-    method: str, settings: PipelineBenchSettings, rounds: Sequence[_Round], baseline: float | None
-) -> PipelineResult:
+def _result(method: str, settings: BenchSettings, rounds: Sequence[_Round], baseline: float | None) -> PipelineResult:
     step_seconds = [seconds for one in rounds for seconds in one.step_seconds]
-    tokens = settings.batch_size * settings.seq_length
+    tokens = settings.units_per_step
     third, first = np.quantile(step_seconds, (0.75, 0.25)).tolist()
     by_stage = list(zip(*(one.records for one in rounds), strict=True))
     queued_bytes = [max(record.queued_bytes for record in stage) for stage in by_stage]
@@ -254,7 +255,7 @@ def _result(
 
 def to_markdown(report: PipelineBenchReport) -> str:
     """The results as a table, the first ranks' memory, and what the gain is made of; MB is 10^6 bytes."""
-    header = ["method", "tokens/s", "middle half", "x one process", "step (s)", "IQR (s)"]
+    header = ["method", f"{report.unit}/s", "middle half", "x one process", "step (s)", "IQR (s)"]
     header += ["CPU per step (s), by stage", "waiting, by stage", "saved for backward, by stage (MB)"]
     header += ["peak RSS, by stage (MB)", "loss"]
     rows = []
@@ -267,7 +268,7 @@ def to_markdown(report: PipelineBenchReport) -> str:
         cells += [", ".join(f"{share:.1%}" for share in result.waiting) or "-"]
         cells += [", ".join(map(mega, values)) for values in (result.saved_bytes, result.peak_resident_bytes)]
         rows.append([*cells, f"{result.loss:.3f}"])
-    notes = "\n".join([*_comparisons(report.results), *_earlier_cut(report), *_warnings(report.results)])
+    notes = "\n".join([*_comparisons(report.results, report.unit), *_earlier_cut(report), *_warnings(report.results)])
     return "\n\n".join(part for part in (markdown_table(header, rows), _memory_table(report.results), notes) if part)
 
 
@@ -285,13 +286,13 @@ def _memory_table(results: dict[str, PipelineResult]) -> str:
     )
 
 
-def _comparisons(results: dict[str, PipelineResult]) -> list[str]:
+def _comparisons(results: dict[str, PipelineResult], unit: str) -> list[str]:
     """What is faster than what by how much."""
     lines = []
     for method, other, meaning in COMPARISONS:
         if method in results and other in results:
             speed = results[method].tokens_per_second / results[other].tokens_per_second
-            lines.append(f"- x {speed:.2f} tokens/s from {meaning}")
+            lines.append(f"- x {speed:.2f} {unit}/s from {meaning}")
     return lines
 
 
@@ -314,7 +315,7 @@ def _warnings(results: dict[str, PipelineResult]) -> list[str]:
     ]
 
 
-def to_json(report: PipelineBenchReport, settings: PipelineBenchSettings) -> str:
+def to_json(report: PipelineBenchReport, settings: BenchSettings) -> str:
     """The report with its settings, versions and machine, as JSON text."""
     environment = {"environment": settings.environment}
     return json.dumps({**describe_run(settings), **environment, **asdict(report)}, indent=2)

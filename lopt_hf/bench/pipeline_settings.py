@@ -1,11 +1,13 @@
 """What `lopt-hf bench pipeline` measures: the settings."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from lopt_hf.bench.processes import MALLOC, MALLOC_HELP
+from lopt_hf.common.architectures import ARCHITECTURES
 from lopt_hf.common.arithmetic import DTYPE_HELP, read_dtype
-from lopt_hf.common.settings import check_choices, check_distinct, check_lowest
+from lopt_hf.common.settings import check_at_least, check_choices, check_distinct, check_lowest
 from lopt_hf.pipeline.simulator.schedule_orders import rounds_of
 
 __all__ = [
@@ -15,11 +17,14 @@ __all__ = [
     "PPLL",
     "SCHEDULES",
     "TWO_STAGES_PER_RANK",
+    "BenchSettings",
+    "ImagePipelineBenchSettings",
     "PipelineBenchSettings",
 ]
 
 METHODS = {
     "lopt": "one process, local learning",
+    "local": "one process, local learning",
     "ppll": "PPLL",
     "gpipe": "GPipe, end-to-end",
     "1f1b": "1F1B, end-to-end",
@@ -32,22 +37,20 @@ METHODS = {
     "dualpipev": "DualPipeV, end-to-end",
 }
 DEFAULT_METHODS = ("lopt", "ppll", "gpipe", "1f1b", "e2e")
+LANGUAGE_METHODS = tuple(name for name in METHODS if name != "local")
+IMAGE_METHODS = tuple(name for name in METHODS if name != "lopt")
 DELAYED = ("ppll_delayed", "ppll_delayed_graph")
 PPLL = ("ppll", *DELAYED)
 TWO_STAGES_PER_RANK = ("interleaved", "interleaved_zb", "zbv", "dualpipev")
 SCHEDULES = ("gpipe", "1f1b", *TWO_STAGES_PER_RANK)  # torch's; each computes the gradients of `e2e`
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "methods": tuple(METHODS),
-    "objective": ("reconstruction", "readout"),
     "split": ("auto", "even"),
     "malloc": tuple(MALLOC),
-    "schedule_loss": ("fused", "logits"),
 }
 _SMALLEST = {
     "stages": 2,
     "microbatches": 1,
     "micro_batch_size": 1,
-    "seq_length": 2,
     "steps": 1,
     "warmup": 1,
     "rounds": 1,
@@ -61,21 +64,22 @@ def _option(default: Any, help: str) -> Any:
 
 
 @dataclass(frozen=True)
-class PipelineBenchSettings:
-    """What `run_pipeline_bench` measures.
+class BenchSettings:
+    """What `run_pipeline_bench` measures, whatever the models are.
 
     Raises:
         ValueError: If a value is out of range; the message names field, value and fix.
     """
 
-    model: str = _option("HuggingFaceTB/SmolLM2-135M-Instruct", "Hub id or local folder of a causal LM.")
-    methods: tuple[str, ...] = _option(DEFAULT_METHODS, f"Any of {', '.join(METHODS)}.")
+    unit: ClassVar[str] = ""  # what is counted per second
+    one_process: ClassVar[str] = ""  # the method that is the same local learning in one process
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+
+    methods: tuple[str, ...] = ()
     stages: int = _option(2, "Processes of a pipeline; the local learning has as many blocks.")
     microbatches: int = _option(4, "Micro-batches of an optimizer step.")
-    micro_batch_size: int = _option(2, "Sequences of a micro-batch.")
-    seq_length: int = _option(128, "Tokens per sequence; there is no padding.")
-    objective: str = _option("reconstruction", "Local objective: reconstruction or readout.")
-    schedule_loss: str = _option("fused", "Of torch's schedules: fused, TRL's fused LM head, or logits, see below.")
+    micro_batch_size: int = 1
+    objective: str = ""
     split: str = _option("auto", "auto: so that the slowest stage is as fast as can be, measured; even: by layers.")
     split_at: tuple[int, ...] | None = _option(None, "First layer of every stage but the first; wins over --split.")
     steps: int = _option(3, "Timed steps per method and round.")
@@ -89,7 +93,7 @@ class PipelineBenchSettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", read_dtype(self.dtype))
         check_lowest(self, _SMALLEST)
-        check_choices(self, _CHOICES)
+        check_choices(self, {**_CHOICES, **self.choices})
         check_distinct("methods", self.methods)
         self._check_microbatches()
         delayed = [method for method in self.methods if method in DELAYED]
@@ -126,10 +130,87 @@ class PipelineBenchSettings:
 
     @property
     def batch_size(self) -> int:
-        """Sequences of an optimizer step."""
+        """Sequences or images of an optimizer step."""
         return self.microbatches * self.micro_batch_size
 
     @property
     def environment(self) -> dict[str, str]:
         """Variables of every process that is measured."""
         return {"OMP_NUM_THREADS": str(self.threads)} | MALLOC[self.malloc]
+
+    @property
+    def units_per_step(self) -> int:
+        """How many of `unit` an optimizer step has."""
+        return self.batch_size
+
+
+@dataclass(frozen=True)
+class PipelineBenchSettings(BenchSettings):
+    """What is measured of a language model.
+
+    Raises:
+        ValueError: If a value is out of range; the message names field, value and fix.
+    """
+
+    unit: ClassVar[str] = "tokens"
+    one_process: ClassVar[str] = "lopt"
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "methods": LANGUAGE_METHODS,
+        "objective": ("reconstruction", "readout"),
+        "schedule_loss": ("fused", "logits"),
+    }
+
+    methods: tuple[str, ...] = _option(DEFAULT_METHODS, f"Any of {', '.join(LANGUAGE_METHODS)}.")
+    micro_batch_size: int = _option(2, "Sequences of a micro-batch.")
+    objective: str = _option("reconstruction", "Local objective: reconstruction or readout.")
+    model: str = _option("HuggingFaceTB/SmolLM2-135M-Instruct", "Hub id or local folder of a causal LM.")
+    seq_length: int = _option(128, "Tokens per sequence; there is no padding.")
+    schedule_loss: str = _option("fused", "Of torch's schedules: fused, TRL's fused LM head, or logits, see below.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_lowest(self, {"seq_length": 2})
+
+    @property
+    def units_per_step(self) -> int:
+        return self.batch_size * self.seq_length
+
+
+@dataclass(frozen=True)
+class ImagePipelineBenchSettings(BenchSettings):
+    """What is measured of an image classifier.
+
+    Raises:
+        ValueError: If a value is out of range; the message names field, value and fix.
+    """
+
+    unit: ClassVar[str] = "images"
+    one_process: ClassVar[str] = "local"
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "methods": IMAGE_METHODS,
+        "objective": ("classifier", "readout"),
+        "architecture": tuple(ARCHITECTURES),
+    }
+
+    methods: tuple[str, ...] = _option(("local", *DEFAULT_METHODS[1:]), f"Any of {', '.join(IMAGE_METHODS)}.")
+    micro_batch_size: int = _option(16, "Images of a micro-batch.")
+    objective: str = _option(
+        "classifier", "Local objective: classifier, of each early block's own, or readout, the model's, frozen."
+    )
+    model: str | None = _option(None, "Hub id or local folder of an image classifier. Default: from random weights.")
+    architecture: str = _option("vit", "What to make from random weights: vit, a small one, or resnet20.")
+    image_size: int | None = _option(None, "Side of the images in pixels. Default: the model's.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least("image_size", self.image_size, 8)
+        if self.model is not None and self.architecture != "vit":
+            raise ValueError(
+                f"architecture={self.architecture!r} does nothing with model={self.model!r}, which has one; leave one "
+                "of them out."
+            )
+        if self.model is not None and self.image_size is not None:
+            raise ValueError(
+                f"image_size={self.image_size} does nothing with model={self.model!r}, whose config has one; leave it "
+                "out."
+            )

@@ -17,11 +17,12 @@ from lopt_hf.bench.gpu.check import run_gpu_check
 from lopt_hf.bench.gpu.report import to_markdown as gpu_to_markdown
 from lopt_hf.bench.gpu.settings import GpuCheckSettings
 from lopt_hf.bench.gpu.workload import Workload
-from lopt_hf.bench.pipeline_settings import PipelineBenchSettings
+from lopt_hf.bench.pipeline_settings import ImagePipelineBenchSettings, PipelineBenchSettings
 from lopt_hf.bench.repl import RepLBenchSettings, run_repl_bench
 from lopt_hf.bench.step import BenchWorkerError, StepBenchSettings, run_step_bench, to_json, to_markdown
 from lopt_hf.common.arithmetic import choose_arithmetic
 from lopt_hf.common.files import write_text
+from lopt_hf.scripts.parsing import chosen
 from lopt_hf.scripts.settings import OneLineErrors, add_settings, check_output_folders, read_settings, with_dashes
 
 __all__ = ["main", "make_parser"]
@@ -93,11 +94,16 @@ pipelines have filled. Methods take turns (--rounds), each time in new processes
 --schedule-loss logits lets torch's schedules compute the loss on the logits in full, as a loss function passed to them
 does; lopt, ppll and e2e stay what the trainers are.
 
+--task image compares image classifiers, a small ViT or ResNet from random weights where no model is named: images per
+second, LocalImageTrainer (`local`) in the place of LoPTTrainer, and options of its own (`--task image --help`). The
+images are tensors before they are given to a method: neither decoding nor augmentation is measured.
+
 {malloc}"""
 PIPELINE_EXAMPLE = """\
 example:
   lopt-hf bench pipeline --stages 2 --microbatches 4 --output pipeline.json
   lopt-hf bench pipeline --methods ppll,1f1b,interleaved,interleaved_zb,zbv,dualpipev --microbatches 8
+  lopt-hf bench pipeline --task image --architecture resnet20 --microbatches 8
 """
 GPU_DESCRIPTION = """\
 Check on this machine's GPU, in at most eight minutes and without a network, what the package claims about one, and
@@ -116,8 +122,12 @@ reached in time, or differed; targets that are missed are shown and change nothi
 """
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Makes the parser of `lopt-hf bench`; its namespace has the sub-command's `run` and `parser`."""
+def make_parser(task: str = "sft") -> argparse.ArgumentParser:
+    """Makes the parser of `lopt-hf bench`; its namespace has the sub-command's `run` and `parser`.
+
+    Args:
+        task: Whose options `pipeline` takes.
+    """
     parser = OneLineErrors(prog="lopt-hf bench", description=__doc__)
     commands = parser.add_subparsers(title="what to measure", required=True, metavar="COMMAND")
     step = commands.add_parser(
@@ -136,8 +146,12 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=PIPELINE_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_options(pipeline_parser, PipelineBenchSettings)
-    pipeline_parser.set_defaults(run=_run_pipeline, parser=pipeline_parser)
+    settings = ImagePipelineBenchSettings if task == "image" else PipelineBenchSettings
+    pipeline_parser.add_argument(
+        "--task", choices=("sft", "image"), default="sft", help="Language models, or image classifiers. Default: sft"
+    )
+    _add_options(pipeline_parser, settings)
+    pipeline_parser.set_defaults(run=_run_pipeline, parser=pipeline_parser, settings=settings)
     repl_parser = commands.add_parser(
         "repl",
         help="generation speed of a folded RepL model, and the time of its calibration",
@@ -171,7 +185,7 @@ def _run_step(arguments: argparse.Namespace) -> None:
 
 
 def _run_pipeline(arguments: argparse.Namespace) -> None:
-    settings = _choose_dtype(_read_settings(arguments, PipelineBenchSettings), "cpu")
+    settings = _choose_dtype(_read_settings(arguments, arguments.settings), "cpu")
     report = pipeline.run_pipeline_bench(settings)
     _report(pipeline.to_markdown(report), pipeline.to_json(report, settings), arguments.output)
 
@@ -259,7 +273,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: On bad input (status 2) or if a measurement fails (status 1), after one line on stderr.
     """
-    arguments = make_parser().parse_args(with_dashes(sys.argv[1:] if argv is None else argv))
+    given = with_dashes(sys.argv[1:] if argv is None else argv)
+    arguments = make_parser(chosen("task", given, "sft")).parse_args(given)
     try:
         arguments.run(arguments)
     except (ValueError, OSError, ImportError) as error:

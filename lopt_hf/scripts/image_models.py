@@ -5,34 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    PreTrainedModel,
-    ResNetConfig,
-    ResNetForImageClassification,
-    ViTConfig,
-    ViTForImageClassification,
-    ViTImageProcessor,
-)
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
+from lopt_hf.common.architectures import ARCHITECTURES
 from lopt_hf.common.settings import check_at_least, check_choice, option
+from lopt_hf.data.image_models import make_small_classifier
 
-__all__ = ["ARCHITECTURES", "ImageSourceArguments", "make_image_model"]
+__all__ = ["ImageSourceArguments", "make_image_model"]
 
 logger = logging.getLogger(__name__)
-
-# Ours: eight layers cut into up to eight blocks, small enough for a CPU
-_VIT: dict[str, Any] = {"hidden_size": 96, "num_hidden_layers": 8, "num_attention_heads": 4, "intermediate_size": 192}
-# Nine residual layers of two convolutions in three stages (He et al. 2015, Sec. 4.2), behind the stem of transformers
-_RESNET20: dict[str, Any] = {
-    "embedding_size": 16,
-    "hidden_sizes": [16, 32, 64],
-    "depths": [3, 3, 3],
-    "layer_type": "basic",
-}
-ARCHITECTURES = {"vit": 32, "resnet20": 64}  # with the side of their images
 
 
 @dataclass
@@ -94,7 +75,7 @@ def make_image_model(model_args: ImageSourceArguments, names: Sequence[str]) -> 
         "label2id": {name: number for number, name in enumerate(names)},
     }
     if model_args.model_name_or_path is None:
-        return _make(model_args.architecture, model_args.image_size, labels)
+        return make_small_classifier(model_args.architecture, model_args.image_size, labels)
     name, revision = model_args.model_name_or_path, model_args.model_revision
     try:
         saved = AutoConfig.from_pretrained(name, revision=revision)
@@ -114,12 +95,3 @@ def make_image_model(model_args: ImageSourceArguments, names: Sequence[str]) -> 
             len(names),
         )
     return model, processor
-
-
-def _make(architecture: str, image_size: int | None, labels: dict[str, Any]) -> tuple[PreTrainedModel, Any]:
-    size = image_size or ARCHITECTURES[architecture]
-    processor = ViTImageProcessor(size={"height": size, "width": size})
-    if architecture == "resnet20":
-        return ResNetForImageClassification(ResNetConfig(**_RESNET20, **labels)), processor
-    patch = max(1, size // 4)  # ours: 16 patches, for a CPU
-    return ViTForImageClassification(ViTConfig(image_size=size, patch_size=patch, **_VIT, **labels)), processor

@@ -113,6 +113,7 @@ _READERS: dict[Any, tuple[Callable[[str], Any], str]] = {
     float: (float, "X"),
     float | None: (float, "X"),
     str: (str, "NAME"),
+    str | None: (str, "NAME"),
     Path: (Path, "FOLDER"),
     Path | None: (Path, "FILE"),
     tuple[int, ...]: (_list_of(int, "a comma-separated list of integers such as 2,4"), "N,N"),

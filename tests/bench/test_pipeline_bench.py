@@ -9,10 +9,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lopt_hf.bench import processes
 from lopt_hf.bench.pipeline import PipelineBenchReport, PipelineResult, run_pipeline_bench, to_markdown
+from lopt_hf.bench.pipeline_language import make_rows
 from lopt_hf.bench.pipeline_parts import Cut, divide_stages
+from lopt_hf.bench.pipeline_run import MethodRun, Record
 from lopt_hf.bench.pipeline_schedules import ScheduledTraining
 from lopt_hf.bench.pipeline_settings import DEFAULT_METHODS, METHODS, SCHEDULES, PipelineBenchSettings
-from lopt_hf.bench.pipeline_worker import MethodRun, Record, make_rows, prepare
+from lopt_hf.bench.pipeline_worker import prepare
 from lopt_hf.common.host_store import LOOPBACK, host_store
 from lopt_hf.local.blocks import untie_output_embeddings
 from lopt_hf.pipeline.runtime.timeline import Timeline

@@ -106,6 +106,8 @@ def parse(name: str, arguments: list[str]) -> None:
         return
     if name not in PLAIN:
         sys.exit(f"there is no command lopt-hf {name}")
-    options = PLAIN[name].make_parser().parse_args(with_dashes(arguments))
+    given = with_dashes(arguments)
+    kinds = [chosen("task", given, "sft")] if name == "bench" else []
+    options = PLAIN[name].make_parser(*kinds).parse_args(given)
     if name == "compare":
         load_grid(find_config(options.config))

@@ -134,5 +134,5 @@ def test_help_has_the_options_of_images_and_none_that_do_nothing(capsys):
     text = capsys.readouterr().out
     assert not ended.value.code
     assert all(f"--{name} " in text for name in ("train_file", "eval_file", "architecture", "split", "augmentation"))
-    idle = ("operator", "replace_every", "task_reach", "tied_embeddings", "train_vision", "max_length", "packing")
+    idle = ("operator", "replace_every", "reach_recompute", "tied_embeddings", "train_vision", "max_length", "packing")
     assert not any(f"--{name} " in text for name in idle)

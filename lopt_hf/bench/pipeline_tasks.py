@@ -1,0 +1,17 @@
+"""The tasks of `lopt-hf bench pipeline` by their settings; each is imported where it is measured."""
+
+from lopt_hf.bench.pipeline_settings import BenchSettings, ImagePipelineBenchSettings
+from lopt_hf.bench.pipeline_task import PipelineTask
+
+__all__ = ["task_of"]
+
+
+def task_of(settings: BenchSettings) -> PipelineTask:
+    """The task that settings are for."""
+    if isinstance(settings, ImagePipelineBenchSettings):
+        from lopt_hf.bench.pipeline_image import ImageTask
+
+        return ImageTask()
+    from lopt_hf.bench.pipeline_language import LanguageTask
+
+    return LanguageTask()
