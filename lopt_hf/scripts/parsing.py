@@ -117,7 +117,7 @@ def chosen(name: str, argv: Sequence[str] | None, default: str) -> str:
     """
     arguments = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument(f"--{name}", dest="value")
+    parser.add_argument(*{f"--{name}", f"--{name.replace('_', '-')}"}, dest="value")
     parser.add_argument("--config")
     with contextlib.suppress(argparse.ArgumentError):  # the whole parser says what is wrong
         given, _ = parser.parse_known_args(arguments)

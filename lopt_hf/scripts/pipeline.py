@@ -87,7 +87,13 @@ def make_parser(method: str = "lopt", task: str = "sft") -> TrlParser:
 def _parse(arguments: Sequence[str]) -> tuple[Any, ...]:
     """Parses the options of the task; those of data come first, then those of training and of the model."""
     parser = make_parser(chosen_method(arguments), chosen("task", arguments, "sft"))
-    return parse_or_exit(parser, arguments)
+    parsed = parse_or_exit(parser, arguments)
+    if _is_image(arguments):
+        try:
+            pipeline_image.check_objective(parsed[0], parsed[1], chosen("local_objective", arguments, ""))
+        except ValueError as error:
+            raise UsageExit(f"lopt-hf pipeline: error: {error}") from error
+    return parsed
 
 
 def _is_image(arguments: Sequence[str]) -> bool:

@@ -24,6 +24,7 @@ from lopt_hf.pipeline.runtime.image.trainer import ImageStageTrainer
 from lopt_hf.pipeline.runtime.launch import PipelineWorld, Rendezvous
 from lopt_hf.pipeline.runtime.run import agreed_split, run_stage
 from lopt_hf.pipeline.split.balance import balanced_split, format_split
+from lopt_hf.scripts.image import METHODS as SCRIPT_METHODS
 from lopt_hf.scripts.image import ImageScriptArguments, set_objective
 from lopt_hf.scripts.image_models import ImageSourceArguments, make_image_model
 from lopt_hf.scripts.image_rows import LabelledImages, load_images
@@ -31,7 +32,14 @@ from lopt_hf.scripts.parsing import make_trl_parser
 from lopt_hf.trainers.configs import convert_config
 from lopt_hf.trainers.image import ImageTrainer, ImageTrainingArguments, check_image_model, crop_size
 
-__all__ = ["REFUSED_METHODS", "ImagePipelineArguments", "check_images", "make_parser", "run_image_stage"]
+__all__ = [
+    "REFUSED_METHODS",
+    "ImagePipelineArguments",
+    "check_images",
+    "check_objective",
+    "make_parser",
+    "run_image_stage",
+]
 
 METHODS = ("local", "readout")
 _IN_ONE_PROCESS = "train in one process with `lopt-hf image`"
@@ -78,6 +86,31 @@ def make_parser(description: str) -> TrlParser:
         description: What the command is for.
     """
     return make_trl_parser("pipeline", description, ImagePipelineArguments, ImagePipelineConfig, ImageSourceArguments)
+
+
+def check_objective(script_args: ImagePipelineArguments, args: ImagePipelineConfig, asked: str) -> None:
+    """Refuses a local objective that is asked for where the method, or the task's gradient, takes its place.
+
+    Args:
+        script_args: The method.
+        args: Training arguments, which no longer say what was asked for.
+        asked: The objective that the command line or its YAML names; empty if neither does.
+
+    Raises:
+        ValueError: If it would not be used.
+    """
+    if asked in ("", "none"):
+        return
+    if args.gradient == "delayed":
+        raise ValueError(
+            f"local_objective={asked!r} does nothing with gradient='delayed', where early stages learn from the "
+            "task's gradient alone; leave it out, or set gradient to 'local_and_delayed'."
+        )
+    own = SCRIPT_METHODS[script_args.method]
+    if asked != own:
+        raise ValueError(
+            f"local_objective={asked!r} is not that of method={script_args.method!r}, {own!r}; leave one of them out."
+        )
 
 
 def check_images(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from lopt_hf.pipeline.runtime.image.config import ImagePipelineConfig
 from lopt_hf.scripts import image, pipeline
 from tests.distributed.pipeline_processes import Processes
 from tests.image.helpers import make_images
@@ -103,6 +104,19 @@ def test_a_run_measures_accuracy_and_leaves_the_model_of_one_process(files, arch
             ["--method", "readout", "--gradient", "delayed"],
             "method='readout' does nothing with gradient='delayed'",
         ),
+        (
+            ["--method", "readout", "--local-objective", "classifier"],
+            "local_objective='classifier' is not that of method='readout', 'readout'; leave one of them out.",
+        ),
+        (["--local_objective=reconstruction"], "local_objective='reconstruction' is not that of method='local'"),
+        (
+            ["--gradient", "delayed", "--local_objective", "classifier"],
+            "local_objective='classifier' does nothing with gradient='delayed'",
+        ),
+        (
+            ["--gradient", "delayed", "--local_objective", "reconstruction"],
+            "local_objective='reconstruction' does nothing with gradient='delayed'",
+        ),
         (["--label_column", "class"], "label_column='class' is none of the data's columns"),
         (["--model_name_or_path", "/nowhere"], "model_name_or_path='/nowhere' cannot be loaded"),
         (["--eval_file", "nowhere.parquet"], "nowhere.parquet"),
@@ -117,6 +131,12 @@ def test_bad_input_is_one_line(files, options, message, tmp_path, capsys):
     said = str(raised.value) + capsys.readouterr().err
     assert raised.value.code == 2 or "lopt-hf pipeline: " in str(raised.value)
     assert message in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("objective", ["reconstruction", "readout"])
+def test_an_objective_is_not_dropped_for_the_tasks_late_gradient(objective, tmp_path):
+    with pytest.raises(ValueError, match=f"local_objective='{objective}' does nothing with gradient='delayed'"):
+        ImagePipelineConfig(str(tmp_path), gradient="delayed", local_objective=objective)
 
 
 def test_a_broken_image_is_named_before_the_processes_start(files, tmp_path, capsys):

@@ -77,10 +77,11 @@ class ObjectivePipelineArguments(PipelineArguments, ObjectiveBase):
 
     def _leave_out_objective(self) -> None:
         """Sets the objective to none where the task's gradient takes its place."""
-        if self.local_objective == "readout":
+        default = type(self).__dataclass_fields__["local_objective"].default
+        if self.local_objective not in (default, "none"):
             raise ValueError(
-                "local_objective='readout' does nothing with gradient='delayed', where early stages learn from the "
-                "task's gradient alone; leave it out, or set gradient to 'local_and_delayed'."
+                f"local_objective={self.local_objective!r} does nothing with gradient='delayed', where early stages "
+                "learn from the task's gradient alone; leave it out, or set gradient to 'local_and_delayed'."
             )
         self.local_objective = "none"
 
