@@ -15,6 +15,7 @@ lopt-hf pipeline simulate --help                                              # 
 Launched by `accelerate launch`, a process is one stage; otherwise the command starts all stages on this host.
 """
 
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -35,7 +36,6 @@ from lopt_hf.pipeline.runtime.config import MLAANPipelineConfig, PipelineConfig
 from lopt_hf.pipeline.runtime.health import PipelineError, failure_status, report_failure
 from lopt_hf.pipeline.runtime.launch import Rendezvous
 from lopt_hf.pipeline.runtime.run import StageConfig, find_model, launch_stages, run_stage
-from lopt_hf.scripts import pipeline_export, pipeline_image, pipeline_simulate
 from lopt_hf.scripts.launching import launch_if_asked
 from lopt_hf.scripts.parsing import chosen, chosen_method, make_trl_parser, parse_or_exit, refuse_method
 from lopt_hf.scripts.settings import UsageExit
@@ -45,7 +45,7 @@ from lopt_hf.trainers.checks import check_optimizer
 
 __all__ = ["main", "make_parser"]
 
-SUBCOMMANDS = {"simulate": pipeline_simulate.main, "export": pipeline_export.main}
+SUBCOMMANDS = ("simulate", "export")
 
 
 @dataclass
@@ -79,7 +79,8 @@ def make_parser(method: str = "lopt", task: str = "sft") -> TrlParser:
         task: The task, likewise.
     """
     if task == "image":
-        return pipeline_image.make_parser(__doc__ or "")
+        parser: TrlParser = _image().make_parser(__doc__ or "")
+        return parser
     config_class = MLAANPipelineConfig if method == "mlaan" else PipelineConfig
     return make_trl_parser("pipeline", __doc__, SFTDataArguments, config_class, ModelConfig, LaunchArguments)
 
@@ -90,10 +91,17 @@ def _parse(arguments: Sequence[str]) -> tuple[Any, ...]:
     parsed = parse_or_exit(parser, arguments)
     if _is_image(arguments):
         try:
-            pipeline_image.check_objective(parsed[0], parsed[1], chosen("local_objective", arguments, ""))
+            _image().check_objective(parsed[0], parsed[1], chosen("local_objective", arguments, ""))
         except ValueError as error:
             raise UsageExit(f"lopt-hf pipeline: error: {error}") from error
     return parsed
+
+
+def _image() -> Any:
+    """The part of the command for image classifiers; each process imports what it runs."""
+    from lopt_hf.scripts import pipeline_image
+
+    return pipeline_image
 
 
 def _is_image(arguments: Sequence[str]) -> bool:
@@ -108,8 +116,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in SUBCOMMANDS:
-        return SUBCOMMANDS[arguments[0]](arguments[1:])
-    refuse_method("pipeline", arguments, pipeline_image.REFUSED_METHODS if _is_image(arguments) else _REFUSED_METHODS)
+        importlib.import_module(f"lopt_hf.scripts.pipeline_{arguments[0]}").main(arguments[1:])
+        return
+    refuse_method("pipeline", arguments, _image().REFUSED_METHODS if _is_image(arguments) else _REFUSED_METHODS)
     launch_if_asked("pipeline", arguments, _parse)
     if "RANK" not in os.environ:
         data_args, args, model_args, *rest = _parse(arguments)
@@ -117,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             _check_run(args)
             if _is_image(arguments):
-                pipeline_image.check_images(data_args, args, model_args)
+                _image().check_images(data_args, args, model_args)
             else:
                 _check_input(data_args, args, model_args)
         except (ValueError, OSError, ImportError) as error:
@@ -133,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         data_args, args, model_args, *_ = _parse(arguments)
         if _is_image(arguments):
-            pipeline_image.run_image_stage(data_args, args, model_args, rendezvous)
+            _image().run_image_stage(data_args, args, model_args, rendezvous)
             return
 
         def load_dataset() -> Dataset | IterableDataset:
