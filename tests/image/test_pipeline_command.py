@@ -8,6 +8,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from lopt_hf.pipeline.runtime.image.config import ImagePipelineConfig
 from lopt_hf.scripts import image, pipeline
+from lopt_hf.scripts.image_models import make_image_model
 from tests.distributed.pipeline_processes import Processes
 from tests.image.helpers import make_images
 from tests.image.test_images import as_bytes, data_of
@@ -137,6 +138,15 @@ def test_bad_input_is_one_line(files, options, message, tmp_path, capsys):
 def test_an_objective_is_not_dropped_for_the_tasks_late_gradient(objective, tmp_path):
     with pytest.raises(ValueError, match=f"local_objective='{objective}' does nothing with gradient='delayed'"):
         ImagePipelineConfig(str(tmp_path), gradient="delayed", local_objective=objective)
+
+
+def test_the_recipe_of_a_vit_takes_a_checkpoint_or_another_architecture_in_its_place():
+    for option, size in ((["--model_name_or_path", "checkpoint"], None), (["--architecture", "resnet20"], 64)):
+        command = ["--config", "cifar10/pipeline/ppll_vit_2", *option]
+        *_, model_args = pipeline.make_parser(task="image").parse_args_and_config(command)
+        if size is not None:
+            _, processor = make_image_model(model_args, ["a", "b"])
+            assert processor.size == {"height": size, "width": size}
 
 
 def test_a_broken_image_is_named_before_the_processes_start(files, tmp_path, capsys):
