@@ -108,7 +108,7 @@ def test_costs_of_layers_are_measured_by_kind_and_shape(model):
     assert sum(part.num_trainable for part in trained) == stock.num_parameters()
     stage = costs.stage(0, 3)
     assert stage.local > 0 and stage.forward > 0 and costs.stage(3, 6).local == 0
-    delayed = measure_image_costs(stock, 2, "none", repeats=1, least_seconds=0.0)
+    delayed = measure_image_costs(stock, 2, "none", autocast=torch.bfloat16, repeats=1, least_seconds=0.0)
     assert delayed.stage(0, 3).local == 0
 
 

@@ -96,9 +96,9 @@ class _Bench:
         ]
         with self.stopwatch.precision():
             self.model(pixel_values=self.pixels)
-        for handle in handles:
-            handle.remove()
-        self.inputs.append(self.stack.layers[-1](self.inputs[-1]))
+            for handle in handles:
+                handle.remove()
+            self.inputs.append(self.stack.layers[-1](self.inputs[-1]))
 
     def _hidden(self, layer: int) -> torch.Tensor:
         """Random hidden states in the shape of a layer's input."""
