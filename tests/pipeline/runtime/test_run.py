@@ -5,26 +5,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
-from trl import ModelConfig
 
 from lopt_hf import PipelineConfig
-from lopt_hf.pipeline.runtime import run
+from lopt_hf.pipeline.runtime.run import agreed_split
+
+
+def measure():
+    raise InterruptedError("measured")
 
 
 def split_of(output_dir, num_stages):
     args = PipelineConfig(
         output_dir=str(output_dir), num_stages=num_stages, split="auto", resume_from_checkpoint="auto"
     )
-    return run._measured_split("model", args, ModelConfig(), SimpleNamespace(rank=0, store=dist.HashStore()))
+    return agreed_split(args, SimpleNamespace(rank=0, store=dist.HashStore()), measure)
 
 
-def test_a_run_that_goes_on_is_cut_as_its_checkpoint(tmp_path, monkeypatch):
+def test_a_run_that_goes_on_is_cut_as_its_checkpoint(tmp_path):
     """Measured anew the cut could come out otherwise, and the checkpoint would be refused."""
-
-    def measure(*args, **kwargs):
-        raise InterruptedError("measured")
-
-    monkeypatch.setattr(run, "measure_costs", measure)
     with pytest.raises(InterruptedError):
         split_of(tmp_path, 2)
     (tmp_path / "checkpoint-2").mkdir()

@@ -60,8 +60,9 @@ def keep_image_stage(model: PreTrainedModel, stack: DecoderStack, plan: StagePla
 
 def _empty(layer: nn.Module) -> None:
     """Makes a layer, whoever holds it, one that hands on what it is given."""
-    for parts in (layer._modules, layer._parameters, layer._buffers):
-        parts.clear()
+    own = [layer.named_children(), layer.named_parameters(recurse=False), layer.named_buffers(recurse=False)]
+    for name in [name for part in own for name, _ in part]:
+        delattr(layer, name)
     layer.__class__ = PassThrough
 
 
