@@ -56,7 +56,7 @@ def train(on_step: Callable[[], None], rank: int, run: MethodRun) -> Record:
     trainer = task_of(run.settings).make_trainer(run, plan, world)
     trainer.remove_callback(PrinterCallback)
     record = Record()
-    trainer.add_callback(_StepRecorder(run, record, on_step))
+    trainer.add_callback(_StepRecorder(run, rank, record, on_step))
     timeline = None
     if world is not None:
         timeline = trainer.timeline = Timeline(rank, kept_steps=run.total_steps)
@@ -110,8 +110,8 @@ def make_plans(run: MethodRun, split_at: list[int] | None = None) -> list[StageP
 class _StepRecorder(TrainerCallback):
     """Notes when each step ends, its loss, and in the last step of the warm-up the saved bytes."""
 
-    def __init__(self, run: MethodRun, record: Record, on_step: Callable[[], None]) -> None:
-        self.run, self.record, self.on_step = run, record, on_step
+    def __init__(self, run: MethodRun, rank: int, record: Record, on_step: Callable[[], None]) -> None:
+        self.run, self.rank, self.record, self.on_step = run, rank, record, on_step
         self.saved: SavedBytes | None = None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -134,5 +134,5 @@ class _StepRecorder(TrainerCallback):
         if "loss" in logs:
             self.record.losses.append(logs["loss"])
         if self.run.method == "ppll_delayed_graph":
-            kept = [int(2**20 * mib) for name, mib in logs.items() if name.endswith("/kept_mib")]
-            self.record.saved_bytes = max([self.record.saved_bytes, *kept])
+            kept = int(2**20 * logs.get(f"pipeline/stage_{self.rank}/kept_mib", 0))
+            self.record.saved_bytes = max(self.record.saved_bytes, kept)
