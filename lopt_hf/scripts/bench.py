@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lopt_hf.bench import pipeline, repl
+from lopt_hf.bench import repl
 from lopt_hf.bench.gpu.check import run_gpu_check
 from lopt_hf.bench.gpu.report import to_markdown as gpu_to_markdown
 from lopt_hf.bench.gpu.settings import GpuCheckSettings
 from lopt_hf.bench.gpu.workload import Workload
-from lopt_hf.bench.pipeline_settings import ImagePipelineBenchSettings, PipelineBenchSettings
+from lopt_hf.bench.pipeline import report as pipeline_report
+from lopt_hf.bench.pipeline.bench import run_pipeline_bench
+from lopt_hf.bench.pipeline.settings import ImagePipelineBenchSettings, PipelineBenchSettings
 from lopt_hf.bench.repl import RepLBenchSettings, run_repl_bench
 from lopt_hf.bench.step import BenchWorkerError, StepBenchSettings, run_step_bench, to_json, to_markdown
 from lopt_hf.common.arithmetic import choose_arithmetic
@@ -91,8 +93,9 @@ method has two stages on a rank), which is in favour of torch's schedules: a nor
 once more. So is it that these run in a plain loop, without what the trainers do besides. Time is counted after the
 pipelines have filled. Methods take turns (--rounds), each time in new processes.
 
---schedule-loss logits lets torch's schedules compute the loss on the logits in full, as a loss function passed to them
-does; lopt, ppll and e2e stay what the trainers are.
+--lm-head logits has all methods compute the loss on the logits of all tokens at once, as a loss function passed to
+torch's schedules does. A fused head never holds them; its backward computes them again, and twice where a schedule
+runs a backward in two parts.
 
 --task image compares image classifiers, a small ViT or ResNet from random weights where no model is named: images per
 second, LocalImageTrainer (`local`) in the place of LoPTTrainer, and options of its own (`--task image --help`). The
@@ -186,8 +189,8 @@ def _run_step(arguments: argparse.Namespace) -> None:
 
 def _run_pipeline(arguments: argparse.Namespace) -> None:
     settings = _choose_dtype(_read_settings(arguments, arguments.settings), "cpu")
-    report = pipeline.run_pipeline_bench(settings)
-    _report(pipeline.to_markdown(report), pipeline.to_json(report, settings), arguments.output)
+    report = run_pipeline_bench(settings)
+    _report(pipeline_report.to_markdown(report), pipeline_report.to_json(report, settings), arguments.output)
 
 
 def _run_repl(arguments: argparse.Namespace) -> None:

@@ -8,13 +8,14 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lopt_hf.bench import processes
-from lopt_hf.bench.pipeline import PipelineBenchReport, PipelineResult, run_pipeline_bench, to_markdown
-from lopt_hf.bench.pipeline_language import make_rows
-from lopt_hf.bench.pipeline_parts import Cut, divide_stages
-from lopt_hf.bench.pipeline_run import MethodRun, Record
-from lopt_hf.bench.pipeline_schedules import ScheduledTraining
-from lopt_hf.bench.pipeline_settings import DEFAULT_METHODS, METHODS, SCHEDULES, PipelineBenchSettings
-from lopt_hf.bench.pipeline_worker import prepare
+from lopt_hf.bench.pipeline.bench import run_pipeline_bench
+from lopt_hf.bench.pipeline.language import make_rows
+from lopt_hf.bench.pipeline.method_run import MethodRun, Record
+from lopt_hf.bench.pipeline.parts import Cut, divide_stages
+from lopt_hf.bench.pipeline.report import PipelineBenchReport, PipelineResult, to_markdown
+from lopt_hf.bench.pipeline.schedules import ScheduledTraining
+from lopt_hf.bench.pipeline.settings import DEFAULT_METHODS, METHODS, SCHEDULES, PipelineBenchSettings
+from lopt_hf.bench.pipeline.worker import prepare
 from lopt_hf.common.host_store import LOOPBACK, host_store
 from lopt_hf.local.blocks import untie_output_embeddings
 from lopt_hf.pipeline.runtime.timeline import Timeline
@@ -69,11 +70,12 @@ def test_methods_that_compute_the_same_have_the_same_loss(report):
     assert loss["lopt"] != pytest.approx(loss["e2e"], rel=1e-6)
 
 
-def test_loss_on_whole_logits_is_that_of_the_fused_head(report, tiny_model, tmp_path):
+def test_loss_on_whole_logits_is_that_of_the_fused_head(report, tiny_model):
+    methods = ("e2e", "ppll_delayed_graph", "zbv")
     settings = PipelineBenchSettings(
         model=str(tiny_model),
-        methods=("1f1b",),
-        schedule_loss="logits",
+        methods=methods,
+        lm_head="logits",
         dtype="fp32",
         split_at=tuple(report["cut"]["split_at"]),
         micro_batch_size=1,
@@ -83,7 +85,10 @@ def test_loss_on_whole_logits_is_that_of_the_fused_head(report, tiny_model, tmp_
         steps=2,
     )
     results = run_pipeline_bench(settings, progress=False).results
-    assert results["1f1b"].loss == pytest.approx(report["results"]["1f1b"]["loss"], rel=1e-6)
+    for method in methods:
+        fused = report["results"][method]
+        assert results[method].loss == pytest.approx(fused["loss"], rel=1e-6), method
+        assert sum(results[method].saved_bytes) > sum(fused["saved_bytes"]), method  # the logits and their softmax
 
 
 def test_first_stage_keeps_as_many_micro_batches_as_its_schedule_says(report):

@@ -8,13 +8,13 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from lopt_hf.bench import processes
-from lopt_hf.bench.pipeline import run_pipeline_bench
-from lopt_hf.bench.pipeline_image import ImageTask
-from lopt_hf.bench.pipeline_parts import Cut
-from lopt_hf.bench.pipeline_run import MethodRun
-from lopt_hf.bench.pipeline_schedules import ScheduledTraining
-from lopt_hf.bench.pipeline_settings import SCHEDULES, ImagePipelineBenchSettings
-from lopt_hf.bench.pipeline_worker import prepare
+from lopt_hf.bench.pipeline.bench import run_pipeline_bench
+from lopt_hf.bench.pipeline.image import ImageTask
+from lopt_hf.bench.pipeline.method_run import MethodRun
+from lopt_hf.bench.pipeline.parts import Cut
+from lopt_hf.bench.pipeline.schedules import ScheduledTraining
+from lopt_hf.bench.pipeline.settings import SCHEDULES, ImagePipelineBenchSettings
+from lopt_hf.bench.pipeline.worker import prepare
 from lopt_hf.common.host_store import LOOPBACK, host_store
 from lopt_hf.pipeline.runtime.image.costs import measure_image_costs
 from lopt_hf.scripts.bench import main

@@ -8,8 +8,8 @@ import pytest
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 
 from lopt_hf.bench import processes
-from lopt_hf.bench.pipeline import run_pipeline_bench
-from lopt_hf.bench.pipeline_settings import PipelineBenchSettings
+from lopt_hf.bench.pipeline.bench import run_pipeline_bench
+from lopt_hf.bench.pipeline.settings import PipelineBenchSettings
 from lopt_hf.common.host_launcher import HostRendezvous
 from lopt_hf.common.host_store import host_store
 from lopt_hf.common.launching import HOST_BACKEND

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from time import perf_counter, process_time
 
-from lopt_hf.bench.pipeline_parts import Cut
-from lopt_hf.bench.pipeline_settings import PPLL, BenchSettings
+from lopt_hf.bench.pipeline.parts import Cut
+from lopt_hf.bench.pipeline.settings import PPLL, BenchSettings
 from lopt_hf.bench.processes import peak_resident_bytes
 from lopt_hf.pipeline.runtime.config import PipelineConfig
 from lopt_hf.pipeline.runtime.timeline import WAITS, Timeline

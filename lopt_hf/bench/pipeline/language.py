@@ -12,9 +12,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from lopt_hf.bench.pipeline_run import MethodRun
-from lopt_hf.bench.pipeline_settings import DELAYED
-from lopt_hf.bench.pipeline_task import ClippedApart, PipelineTask, clip_groups, shared_arguments
+from lopt_hf.bench.pipeline.lm_head import compute_all_logits
+from lopt_hf.bench.pipeline.method_run import MethodRun
+from lopt_hf.bench.pipeline.settings import DELAYED
+from lopt_hf.bench.pipeline.task import ClippedApart, PipelineTask, clip_groups, shared_arguments
 from lopt_hf.bench.training import num_layers, token_rows
 from lopt_hf.common.upstream.trl import add_fused_lm_head
 from lopt_hf.data.pretrained import resolve_model
@@ -38,6 +39,10 @@ def make_rows(run: MethodRun, tokenizer: PreTrainedTokenizerBase) -> list[list[i
 
 class LanguageTask(PipelineTask):
     """Supervised fine-tuning of a causal language model on running text."""
+
+    def prepare(self, settings: Any) -> None:
+        if settings.lm_head == "logits":
+            compute_all_logits()
 
     def find_model(self, settings: Any, folder: str) -> str:
         return resolve_model(settings.model)
@@ -111,7 +116,7 @@ class _EndToEndTrainer(ClippedApart, SFTTrainer):
 
 
 class _StageModule(nn.Module):
-    """A stage's part of the model as torch's schedules call it; the last one returns what `loss` takes."""
+    """A stage's part of the model as torch's schedules call it; the last one returns the loss."""
 
     def __init__(self, model: PreTrainedModel, plan: StagePlan, run: MethodRun) -> None:
         super().__init__()
@@ -121,9 +126,8 @@ class _StageModule(nn.Module):
         self.autocast = settings.dtype == "bfloat16"
         # As TRL counts them: the first token of a sequence is predicted from nothing.
         self.num_predicted = settings.batch_size * (settings.seq_length - 1)
-        self.fused = settings.schedule_loss == "fused"
         self.input = None if plan.is_first else HiddenStateInput(find_decoder_stack(model).layers[plan.start])
-        if plan.is_last and self.fused:
+        if plan.is_last:
             add_fused_lm_head(model, outputs=SFT_OUTPUTS)
 
     def forward(self, input: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:
@@ -134,14 +138,9 @@ class _StageModule(nn.Module):
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
             if not self.plan.is_last:
                 return self.model.base_model(**inputs).last_hidden_state
-            if not self.fused:
-                return self.model(**inputs).logits
             outputs = self.model(**inputs, labels=tokens_BT, fused_lm_head=True)
         return -outputs.log_probs.sum() / self.num_predicted
 
     def loss(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """The micro-batch's share of the batch's mean loss, of the last stage's output."""
-        if self.fused:
-            return output
-        vocab_size = self.model.config.get_text_config(decoder=True).vocab_size
-        return self.model.loss_function(output, target, vocab_size, num_items_in_batch=self.num_predicted)
+        """The micro-batch's share of the batch's mean loss, which the last stage's output is."""
+        return output

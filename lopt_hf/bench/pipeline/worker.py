@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from transformers import PrinterCallback, TrainerCallback
 
-from lopt_hf.bench.pipeline_parts import Cut, divide_stages
-from lopt_hf.bench.pipeline_run import MethodRun, Record
-from lopt_hf.bench.pipeline_settings import DELAYED, PPLL, BenchSettings
-from lopt_hf.bench.pipeline_tasks import task_of
+from lopt_hf.bench.pipeline.method_run import MethodRun, Record
+from lopt_hf.bench.pipeline.parts import Cut, divide_stages
+from lopt_hf.bench.pipeline.settings import DELAYED, PPLL, BenchSettings
+from lopt_hf.bench.pipeline.tasks import task_of
 from lopt_hf.bench.training import silence
 from lopt_hf.common.host_store import LOOPBACK
 from lopt_hf.local.blocks import split_layers
@@ -36,6 +36,7 @@ def prepare(settings: BenchSettings) -> None:
     silence()
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
+    task_of(settings).prepare(settings)
 
 
 def find_cut(on_step: Callable[[], None], checkpoint: str, settings: BenchSettings) -> Cut:

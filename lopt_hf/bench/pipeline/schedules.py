@@ -15,11 +15,11 @@ from torch.distributed.pipelining import PipelineStage
 from torch.nn.utils import clip_grad_norm_
 from transformers import Trainer
 
-from lopt_hf.bench.pipeline_run import MethodRun, Record
-from lopt_hf.bench.pipeline_settings import TWO_STAGES_PER_RANK
-from lopt_hf.bench.pipeline_task import clip_groups
-from lopt_hf.bench.pipeline_tasks import task_of
-from lopt_hf.bench.pipeline_worker import make_plans, prepare
+from lopt_hf.bench.pipeline.method_run import MethodRun, Record
+from lopt_hf.bench.pipeline.settings import TWO_STAGES_PER_RANK
+from lopt_hf.bench.pipeline.task import clip_groups
+from lopt_hf.bench.pipeline.tasks import task_of
+from lopt_hf.bench.pipeline.worker import make_plans, prepare
 from lopt_hf.common.host_store import LOOPBACK
 from lopt_hf.meters.saved_bytes import SavedBytes
 from lopt_hf.pipeline.runtime.timeline import Timeline

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import AutoModelForImageClassification, PreTrainedModel, ViTImageProcessor, default_data_collator
 
-from lopt_hf.bench.pipeline_run import MethodRun
-from lopt_hf.bench.pipeline_settings import DELAYED
-from lopt_hf.bench.pipeline_task import ClippedApart, PipelineTask, clip_groups, shared_arguments
+from lopt_hf.bench.pipeline.method_run import MethodRun
+from lopt_hf.bench.pipeline.settings import DELAYED
+from lopt_hf.bench.pipeline.task import ClippedApart, PipelineTask, clip_groups, shared_arguments
 from lopt_hf.data.image_models import make_small_classifier
 from lopt_hf.local.methods.image.heads import layer_shapes
 from lopt_hf.local.stacks import example_image, find_stack
@@ -68,6 +68,9 @@ class _RandomImages(Dataset):
 
 class ImageTask(PipelineTask):
     """Classification of images of noise."""
+
+    def prepare(self, settings: Any) -> None:
+        """Nothing."""
 
     def find_model(self, settings: Any, folder: str) -> str:
         if settings.model is not None:

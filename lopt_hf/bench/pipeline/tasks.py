@@ -1,7 +1,7 @@
 """The tasks of `lopt-hf bench pipeline` by their settings; each is imported where it is measured."""
 
-from lopt_hf.bench.pipeline_settings import BenchSettings, ImagePipelineBenchSettings
-from lopt_hf.bench.pipeline_task import PipelineTask
+from lopt_hf.bench.pipeline.settings import BenchSettings, ImagePipelineBenchSettings
+from lopt_hf.bench.pipeline.task import PipelineTask
 
 __all__ = ["task_of"]
 
@@ -9,9 +9,9 @@ __all__ = ["task_of"]
 def task_of(settings: BenchSettings) -> PipelineTask:
     """The task that settings are for."""
     if isinstance(settings, ImagePipelineBenchSettings):
-        from lopt_hf.bench.pipeline_image import ImageTask
+        from lopt_hf.bench.pipeline.image import ImageTask
 
         return ImageTask()
-    from lopt_hf.bench.pipeline_language import LanguageTask
+    from lopt_hf.bench.pipeline.language import LanguageTask
 
     return LanguageTask()

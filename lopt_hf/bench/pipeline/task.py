@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel, TrainingArguments
 
-from lopt_hf.bench.pipeline_run import MethodRun
+from lopt_hf.bench.pipeline.method_run import MethodRun
 from lopt_hf.bench.training import SHARED_ARGUMENTS
 from lopt_hf.local.blocks import split_layers
 from lopt_hf.local.ownership import parameters_by_block
@@ -29,6 +29,9 @@ class StageModule(Protocol):
 
 class PipelineTask(Protocol):
     """A kind of models, for which all methods train on the same batches, by the same arithmetic."""
+
+    def prepare(self, settings: Any) -> None:
+        """What every process does before it makes a model."""
 
     def find_model(self, settings: Any, folder: str) -> str:
         """Returns the folder or hub id of the model, which is made in `folder` if it is from random weights.

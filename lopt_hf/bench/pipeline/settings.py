@@ -157,7 +157,7 @@ class PipelineBenchSettings(BenchSettings):
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "methods": LANGUAGE_METHODS,
         "objective": ("reconstruction", "readout"),
-        "schedule_loss": ("fused", "logits"),
+        "lm_head": ("fused", "logits"),
     }
 
     methods: tuple[str, ...] = _option(DEFAULT_METHODS, f"Any of {', '.join(LANGUAGE_METHODS)}.")
@@ -165,7 +165,7 @@ class PipelineBenchSettings(BenchSettings):
     objective: str = _option("reconstruction", "Local objective: reconstruction or readout.")
     model: str = _option("HuggingFaceTB/SmolLM2-135M-Instruct", "Hub id or local folder of a causal LM.")
     seq_length: int = _option(128, "Tokens per sequence; there is no padding.")
-    schedule_loss: str = _option("fused", "Of torch's schedules: fused, TRL's fused LM head, or logits, see below.")
+    lm_head: str = _option("fused", "fused: TRL's, in tiles; logits: those of all tokens at once, see below.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
