@@ -26,6 +26,7 @@ DELAYED: dict[str, Any] = {
     "lr_scheduler_type": "constant",
     "weight_decay": 0.1,
 }
+CYCLE = [2, 2, 1]  # of steps 0, 1, 3 and 4 the gradient comes to the first stage, a step late
 KEPT = {"gradient_recompute": False, "max_steps": 1}
 SAVES = {"save_strategy": "steps", "save_steps": 2}
 RUNS: dict[str, dict[str, Any]] = {
@@ -37,14 +38,17 @@ RUNS: dict[str, dict[str, Any]] = {
         f"{family}, one step": {"max_steps": 1},
         f"{family}, one step, kept": KEPT,
         f"{family}, both": {"gradient": "local_and_delayed"},
+        f"{family}, reach": {**SAVES, "task_reach": CYCLE},
+        f"{family}, reach, resumed": {**SAVES, "task_reach": CYCLE, "resume": f"{family}, reach/checkpoint-2"},
     }.items()
 }
 
 
 class DelayedTrainer(ImageTrainer):
-    """Stock training of the last block; the first one learns from the cotangent of the step before."""
+    """Stock training of the last block; the first one learns from the cotangent of a step before that reaches it."""
 
-    def begin(self) -> None:
+    def begin(self, cycle: list[int]) -> None:
+        self.cycle = cycle
         self.layers = find_stack(self.model).layers
         self.waiting: tuple[dict[str, Any], torch.Tensor] | None = None
         self.is_late = False
@@ -60,7 +64,8 @@ class DelayedTrainer(ImageTrainer):
         loss = super().training_step(model, inputs, *args, **kwargs)
         self.learn()
         assert self.leaf.grad is not None
-        self.waiting = inputs, self.leaf.grad
+        reaches = self.cycle[self.state.global_step % len(self.cycle)] == 2
+        self.waiting = (inputs, self.leaf.grad) if reaches else None
         return loss
 
     def learn(self) -> None:
@@ -92,21 +97,22 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("family", ["vit", "resnet"])
-def test_weights_equal_those_of_one_process_with_the_same_delay(finished, tmp_path, family):
+@pytest.mark.parametrize("name, cycle", [("", [2]), (", reach", CYCLE)], ids=["always", "reach"])
+def test_weights_equal_those_of_one_process_with_the_same_delay(finished, tmp_path, family, name, cycle):
     own = {name: DELAYED[name] for name in ("max_steps", "max_grad_norm", "lr_scheduler_type", "weight_decay")}
     set_seed(42)
     args = ImageTrainingArguments(**options(tmp_path / "one", **own))
     trainer = DelayedTrainer(make_model(family), args, train_dataset=make_images(24))
-    trainer.begin()
+    trainer.begin(cycle)
     trainer.train()
     trainer.finish()
     trainer.save_model()
-    assert_equal(load_model(finished / family), load_model(tmp_path / "one"))
+    assert_equal(load_model(finished / f"{family}{name}"), load_model(tmp_path / "one"))
 
 
-@pytest.mark.parametrize("family", ["vit", "resnet"])
-def test_a_run_resumed_in_mid_flight_is_the_whole_run(finished, family):
-    assert_equal(load_model(finished / f"{family}, resumed"), load_model(finished / family))
+@pytest.mark.parametrize("name", ["vit", "resnet", "vit, reach", "resnet, reach"])
+def test_a_run_resumed_in_mid_flight_is_the_whole_run(finished, name):
+    assert_equal(load_model(finished / f"{name}, resumed"), load_model(finished / name))
 
 
 @pytest.mark.parametrize("family", ["vit", "resnet"])

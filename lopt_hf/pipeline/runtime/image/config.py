@@ -19,15 +19,5 @@ class ImagePipelineConfig(ObjectivePipelineArguments, LocalImageConfig):
         *PipelineArguments.idle_options,
         *("tied_embeddings", "reconstruction_mask", "reconstruction_weight", "reconstruction_bottleneck"),
         *("local_objective", "label_smoothing_factor"),
-        *("task_reach", "reach_unit", "reach_rate", "reach_rate_limit", "reach_anneal"),
     )
     _other_evaluation: ClassVar[str] = ": the saved model is measured at the end, on the images of eval_file"
-
-    def _check_gradient(self) -> None:
-        super()._check_gradient()
-        always = self.num_blocks if self.sends_gradients_back else 1
-        if set(self.schedule.cycle) != {always}:
-            raise ValueError(
-                f"task_reach={self.task_reach} is not tested with image classifiers in a pipeline; leave it out: the "
-                "gradient of every step travels to all stages then."
-            )
