@@ -60,8 +60,8 @@ def find_columns(
         column = next((column for column in candidates if column in dataset.column_names), None)
         if column is None:
             raise ValueError(
-                f"{name}_column={given or usual[0]!r} is none of the data's columns; "
-                f"{suggest(given or usual[0], dataset.column_names)} Set {name}_column."
+                f"{name}_column={given or usual[0]!r} is none of the data's columns "
+                f"({suggest(given or usual[0], dataset.column_names)}); set {name}_column."
             )
         found.append(column)
     return found[0], found[1]

@@ -83,7 +83,7 @@ def test_bad_rows_are_named():
 
 
 def test_data_without_images_are_refused():
-    with pytest.raises(ValueError, match="image_column='image' is none of the data's columns; did you mean 'imgae'"):
+    with pytest.raises(ValueError, match="image_column='image' is none of the data's columns .did you mean 'imgae'"):
         ImageRows(make_images(2).rename_column("image", "imgae"), NUM_LABELS)
     with pytest.raises(ValueError, match="label_column='label' is none"):
         ImageRows(make_images(2).rename_column("label", "x"), NUM_LABELS)
