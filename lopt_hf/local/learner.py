@@ -27,16 +27,12 @@ from lopt_hf.local.blocks import (
 from lopt_hf.local.heads import LocalHeads
 from lopt_hf.local.methods.base import Batches, Method
 from lopt_hf.local.micro_batch import BoundaryEvents, MicroBatch, check_replay
-from lopt_hf.local.ownership import (
-    describe_frozen_vision,
-    num_deepstack_layers,
-    parameters_before_decoder,
-    parameters_by_block,
-)
+from lopt_hf.local.ownership import parameters_before_decoder, parameters_by_block
 from lopt_hf.local.run_facts import RunFacts
 from lopt_hf.local.schedule import ReachSchedule
 from lopt_hf.local.stacks import find_stack
 from lopt_hf.local.stepping import ClipGroup, GradientsComplete, stepping_only
+from lopt_hf.local.vision import check_deepstack, prepare_vision
 
 __all__ = ["LearnerEvents", "LocalLearner"]
 
@@ -158,7 +154,10 @@ class LocalLearner:
         here = range(len(self.blocks) - 1) if early_blocks is None else early_blocks
         self.early_blocks = [self.blocks[index] for index in here]
         self._owned: list[dict[str, nn.Parameter]] | None = None
-        self._prepare_vision()
+        note = prepare_vision(self.base_model, self.stack, settings, isinstance(model, PeftModel))
+        if note:
+            self.say(note)
+        check_deepstack(self.base_model, self.blocks, settings)
         self._prepare_model()
         if early_blocks is None:
             self._check_task_is_learned()
@@ -188,48 +187,6 @@ class LocalLearner:
         self._synchronises = True
         self._position = 0  # of the micro-batch in its step
         self._stepped_norms: dict[str, torch.Tensor] = {}  # of the groups that have taken the step under way, by name
-
-    def _prepare_vision(self) -> None:
-        """Freezes what sees, or checks that it can be trained in the first block."""
-        vision, trains = self.vision_parameters(), self.settings.train_vision
-        trainable = [parameter for parameter in vision.values() if parameter.requires_grad]
-        if trains:
-            self._check_trains_vision(bool(vision), bool(trainable))
-        elif trainable:
-            for parameter in trainable:
-                parameter.requires_grad_(False)
-            self.say(describe_frozen_vision(self.base_model, self.stack, isinstance(self.model, PeftModel)))
-        self._check_deepstack(trains)
-
-    def _check_trains_vision(self, has_vision: bool, is_trainable: bool) -> None:
-        name = type(self.base_model).__name__
-        if not has_vision:
-            raise ValueError(f"train_vision=True: {name} has no vision tower; leave train_vision out.")
-        if not is_trainable:
-            raise ValueError(
-                f"train_vision=True: nothing of the vision tower of {name} is trainable, as with an adapter on the "
-                "language model only; put an adapter on the tower too, unfreeze it, or set train_vision to False."
-            )
-
-    def _check_deepstack(self, trains_vision: bool) -> None:
-        """Raises if image features that come in behind the first layers would cross a cut."""
-        number, first = num_deepstack_layers(self.base_model.config), self.blocks[0]
-        if number == 0:
-            return
-        adds = f"{type(self.base_model).__name__} adds image features behind its first {number} layers"
-        if trains_vision and first.stop <= number:
-            raise ValueError(
-                f"train_vision=True: {adds}, so the loss of a later block than the first (layers 0 to "
-                f"{first.stop - 1}) would reach the vision tower; give the first block {number + 1} layers or more by "
-                "split_at or a lower num_blocks, or set train_vision to False."
-            )
-        schedule: ReachSchedule = self.settings.schedule
-        reached = self.blocks[-schedule.highest : -1] if schedule.highest > 1 else []
-        if self.settings.reach_recompute and reached and reached[0].start < number:
-            raise ValueError(
-                f"reach_recompute=True: {adds}, which a block that runs again by itself would miss; set "
-                "reach_recompute to False, or let task_reach leave these layers out."
-            )
 
     def _prepare_model(self) -> None:
         if self.method.separates_embeddings(self):

@@ -22,11 +22,9 @@ from lopt_hf.local.layer_calls import stop_at
 from lopt_hf.local.stacks import example_image
 
 __all__ = [
-    "describe_frozen_vision",
     "feeds_first_layer",
     "leaves_behind",
     "modules_before_decoder",
-    "num_deepstack_layers",
     "parameters_before_decoder",
     "parameters_by_block",
 ]
@@ -117,32 +115,6 @@ def modules_before_decoder(model: PreTrainedModel, stack: DecoderStack) -> list[
         prefixes = (".".join(parts[:length]) for length in range(1, len(parts)))
         names[next((prefix for prefix in prefixes if id(model.get_submodule(prefix)) not in around), parameter)] = None
     return list(names)
-
-
-def num_deepstack_layers(config: PretrainedConfig) -> int:
-    """How many of the first layers the decoder adds image features behind, from inside of the vision tower.
-
-    Qwen3-VL does so (DeepStack, arXiv 2406.04334): these layers' outputs depend on the tower beside their input.
-    """
-    vision_config = getattr(config, "vision_config", None)
-    return len(getattr(vision_config, "deepstack_visual_indexes", None) or ())
-
-
-def describe_frozen_vision(model: PreTrainedModel, stack: DecoderStack, has_adapters: bool) -> str:
-    """Says that what sees is frozen.
-
-    Args:
-        model: The model.
-        stack: Its decoder.
-        has_adapters: Whether there may be adapters on it.
-    """
-    modules = modules_before_decoder(model, stack)
-    number = sum(parameter.numel() for parameter in parameters_before_decoder(model, stack).values())
-    adapters = ", adapters on them included," if has_adapters else ""
-    return (
-        f"train_vision=False: the vision tower and projector of {type(model).__name__} ({', '.join(modules)}; "
-        f"{number:,} parameters){adapters} are frozen; set train_vision to True to train them with the first block."
-    )
 
 
 def _branch_of_head(model: PreTrainedModel) -> Iterator[nn.Module]:

@@ -8,7 +8,7 @@ from lopt_hf.common.compared_methods import PEERS, REPL_EVERY, mlaan_window, rea
 from lopt_hf.local.arguments import LocalArguments
 from lopt_hf.local.methods.lopt import LoPTArguments
 from lopt_hf.local.methods.mlaan.method import MLAANArguments
-from lopt_hf.local.ownership import num_deepstack_layers
+from lopt_hf.local.vision import num_deepstack_layers
 from lopt_hf.repl.neighbours import check_family
 
 __all__ = ["STRATEGIES", "Strategy", "make_strategies"]

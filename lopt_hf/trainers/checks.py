@@ -22,6 +22,7 @@ __all__ = [
     "check_model",
     "check_optimizer",
     "check_output_dir",
+    "check_own_optimizer",
     "check_rewards",
     "check_sft_dataset",
 ]
@@ -64,6 +65,34 @@ def check_optimizer(args: TrainingArguments) -> None:
         raise ImportError(f"optim={name!r} cannot be used here: {error}; or choose another optim.") from error
     except ValueError:  # it wants to see the model first
         return
+
+
+def check_own_optimizer(args: Any, optimizer: Any, scheduler: Any) -> None:
+    """Raises if rates are asked for that only an optimizer and a scheduler of the trainer's making have.
+
+    Args:
+        args: Training arguments.
+        optimizer: The user's own, if there is one.
+        scheduler: Likewise.
+
+    Raises:
+        ValueError: If an option has no effect; the message names it.
+    """
+    if args.early_learning_rate is not None and optimizer is not None:
+        raise ValueError(
+            f"early_learning_rate={args.early_learning_rate} has no effect on an optimizer of your own; give the "
+            "early blocks a parameter group with that rate, and leave early_learning_rate unset."
+        )
+    if args.reach_rate != "none" and optimizer is not None:
+        raise ValueError(
+            f"reach_rate={args.reach_rate!r} has no effect on an optimizer of your own; give the blocks parameter "
+            "groups with the rates that you want, and set reach_rate to 'none'."
+        )
+    if args.reach_anneal and (optimizer is not None or scheduler is not None):
+        raise ValueError(
+            "reach_anneal=True has no effect on an optimizer or a scheduler of your own; let the trainer make "
+            "both, or set it to False."
+        )
 
 
 def check_fsdp(trainer: Any) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import math
 import weakref
 from collections.abc import Iterator, Mapping
@@ -12,44 +11,32 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from peft import PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS_NAME
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.utils import logging
 
 from lopt_hf import __version__
 from lopt_hf.common.callbacks import bind_callbacks
 from lopt_hf.common.distributed import GradientReducer, broadcast_parameters
 from lopt_hf.common.locks import run_lock
 from lopt_hf.common.upstream.torch import ignored_by_ddp
-from lopt_hf.common.upstream.trainers import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from lopt_hf.common.upstream.trainers import TRAINER_STATE_NAME
 from lopt_hf.data.prepared import check_prepared
 from lopt_hf.data.sampling import spread_batches
 from lopt_hf.local.blocks import Block, DecoderStack
-from lopt_hf.local.heads import HEADS_NAME, LocalHeads
+from lopt_hf.local.heads import LocalHeads
 from lopt_hf.local.hooks import BlockBoundary
 from lopt_hf.local.learner import LearnerEvents, LocalLearner
 from lopt_hf.local.methods.base import Method
 from lopt_hf.local.run_facts import RunFacts
 from lopt_hf.local.stepping import end_schedules_at, set_learning_rate
 from lopt_hf.meters.drift import WeightDrift
-from lopt_hf.trainers.checkpoint import (
-    HEADS_FILE,
-    ResumeState,
-    StagedCheckpoint,
-    check_files,
-    complete_states,
-    fsdp_files,
-    fsdp_weights,
-    load_heads,
-    load_whole_state,
-    save_heads,
-    whole_state,
-)
-from lopt_hf.trainers.checks import check_fsdp, check_output_dir
+from lopt_hf.trainers.checkpoint import ResumeState, StagedCheckpoint, complete_states
+from lopt_hf.trainers.checks import check_fsdp, check_output_dir, check_own_optimizer
 from lopt_hf.trainers.engines import engine_of, fallback_warning, root_kept_whole, shard_heads_apart
 from lopt_hf.trainers.model_card import complete_card, describe_blocks, describe_reach, read_retention
+from lopt_hf.trainers.saved_heads import SavedHeads
 
 __all__ = ["LocalLearningMixin"]
 
@@ -106,6 +93,7 @@ class LocalLearningMixin(TrainerBase):
         self._reducer = GradientReducer()
         self._heads_in_model = self._run_facts.engine is not None
         self.learner = self._make_learner(method)
+        self._saved_heads = SavedHeads(self.learner, self.accelerator)
         self.start_losses = dict(self.learner.method.start_losses())
         weakref.finalize(self, self.learner.boundary.remove)
         if self._heads_in_model:  # the engine shards, steps and saves what is in the model
@@ -198,21 +186,7 @@ class LocalLearningMixin(TrainerBase):
         args = self.args
         for warning in self.learner.method.warnings(self.learner):
             logger.warning(warning)
-        if args.early_learning_rate is not None and self.optimizer is not None:
-            raise ValueError(
-                f"early_learning_rate={args.early_learning_rate} has no effect on an optimizer of your own; give the "
-                "early blocks a parameter group with that rate, and leave early_learning_rate unset."
-            )
-        if args.reach_rate != "none" and self.optimizer is not None:
-            raise ValueError(
-                f"reach_rate={args.reach_rate!r} has no effect on an optimizer of your own; give the blocks parameter "
-                "groups with the rates that you want, and set reach_rate to 'none'."
-            )
-        if args.reach_anneal and (self.optimizer is not None or self.lr_scheduler is not None):
-            raise ValueError(
-                "reach_anneal=True has no effect on an optimizer or a scheduler of your own; let the trainer make "
-                "both, or set it to False."
-            )
+        check_own_optimizer(args, self.optimizer, self.lr_scheduler)
         if self.optimizer is None and not isinstance(self.model, PeftModel):
             advice = self.learner.method.rate_advice(self.learner, args.learning_rate)
             if advice is not None:
@@ -280,7 +254,7 @@ class LocalLearningMixin(TrainerBase):
             shard_heads_apart(self.accelerator, self.model, self.learner.heads)
         with ignored_by_ddp(self.model, [name for block in self.learner.owned()[:-1] for name in block]):
             prepared = super()._prepare_for_training(max_steps, *args, **kwargs)
-        if self._is_fsdp2:
+        if self._saved_heads.is_fsdp2:
             self.learner.keep_sharded()
         self._share_gradients()
         if self.learner.schedule.highest > 1:
@@ -460,22 +434,12 @@ class LocalLearningMixin(TrainerBase):
                 missing or damaged.
         """
         state = ResumeState.read(checkpoint, self._name, self.learner.fingerprint())
-        if self._saves_heads_apart:  # another engine has files of its own
+        if self._saved_heads.are_apart:  # another engine has files of its own
             self._check_files(checkpoint)
         return state
 
-    @property
-    def _is_fsdp2(self) -> bool:
-        """Whether FSDP2 shards: it trains the heads as a part of the model, and saves them in their own file."""
-        return self._run_facts.engine is not None and self._run_facts.engine.startswith("FSDP2")
-
-    @property
-    def _saves_heads_apart(self) -> bool:
-        """Whether a checkpoint has the heads in a file of their own, and not among the model's weights."""
-        return self._is_fsdp2 or not self._heads_in_model
-
     def _check_files(self, checkpoint: str) -> None:
-        self._check_sharded_files(checkpoint) if self._is_fsdp2 else self._check_whole_files(checkpoint)
+        self._saved_heads.check(checkpoint)
         processes = self.args.world_size
         random_state = "rng_state.pth" if processes == 1 else f"rng_state_{self.args.process_index}.pth"
         if not (Path(checkpoint) / random_state).is_file():
@@ -483,31 +447,6 @@ class LocalLearningMixin(TrainerBase):
                 f"resume_from_checkpoint={checkpoint!r} has no {random_state}, as when another number of processes "
                 "wrote it: random numbers, such as dropout's, are not those of the run that was left."
             )
-
-    def _check_sharded_files(self, checkpoint: str) -> None:
-        sharded = fsdp_files(self.accelerator.state.fsdp_plugin)
-        check_files(checkpoint, [*sharded, SCHEDULER_NAME, TRAINER_STATE_NAME], {})
-        if not self._has_heads_within(checkpoint):
-            check_files(checkpoint, [HEADS_FILE], {})
-
-    def _has_heads_within(self, checkpoint: str) -> bool:
-        """Whether a checkpoint has the heads among the model's weights, where FSDP2 runs had them at first."""
-        if not self._is_fsdp2 or isinstance(self.model, PeftModel) or (Path(checkpoint) / HEADS_FILE).is_file():
-            return False
-        heads = {f"{HEADS_NAME}.{name}" for name in self.learner.heads.state_dict()}
-        return heads <= fsdp_weights(self.accelerator.state.fsdp_plugin, checkpoint)
-
-    def _check_whole_files(self, checkpoint: str) -> None:
-        names = [OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, HEADS_FILE]
-        index, weights = SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-        if isinstance(self.model, PeftModel):
-            names.append(ADAPTER_WEIGHTS_NAME)
-        elif not (Path(checkpoint) / index).is_file():
-            names.append(weights)
-        else:
-            shards = json.loads((Path(checkpoint) / index).read_text(encoding="utf-8"))["weight_map"].values()
-            names += sorted(set(shards))
-        check_files(checkpoint, names, {name: tensor.shape for name, tensor in self.model.state_dict().items()})
 
     @property
     def all_blocks(self) -> list[Block]:
@@ -562,14 +501,9 @@ class LocalLearningMixin(TrainerBase):
         loss_since_log = self.accelerator.gather(self._tr_loss.reshape(1)).tolist()
         if self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(final)  # on every rank: each loads the best model at the end
-        heads = whole_state(self.learner.heads) if self._is_fsdp2 else self.learner.state()  # from all processes
+        self._saved_heads.save(staged, self.args.should_save)
         if not self.args.should_save:
             return
-        if self._saves_heads_apart:
-            save_heads(heads, staged)
-        if self._is_fsdp2 and not isinstance(self.model, PeftModel) and not (staged / CONFIG_NAME).is_file():
-            # A sharded checkpoint has none, and only this run's says whether its LM head has a weight of its own.
-            self.learner.base_model.config.save_pretrained(staged)
         ResumeState(
             trainer=self._name,
             settings=self.learner.fingerprint(),
@@ -583,27 +517,16 @@ class LocalLearningMixin(TrainerBase):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.check_checkpoint(resume_from_checkpoint)
-        with self._as_saved_in(resume_from_checkpoint):
+        with self._saved_heads.hidden_as_in(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self._has_heads_within(resume_from_checkpoint):
-            return
-        if self._is_fsdp2:
-            load_whole_state(self.learner.heads, load_heads(resume_from_checkpoint))
-        elif self._saves_heads_apart:
-            self.learner.load_state(load_heads(resume_from_checkpoint))
+        self._saved_heads.load(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        with self._as_saved_in(str(self.state.best_model_checkpoint)):
+        with self._saved_heads.hidden_as_in(str(self.state.best_model_checkpoint)):
             super()._load_best_model()
 
-    def _as_saved_in(self, checkpoint: str) -> contextlib.AbstractContextManager[None]:
-        """Makes a context in which the model has the weights that a checkpoint has of it."""
-        heads, model = self.learner.heads, self.learner.base_model
-        is_apart = self._is_fsdp2 and not self._has_heads_within(checkpoint)
-        return heads.hidden(model) if is_apart else contextlib.nullcontext()
-
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self._is_fsdp2:
+        if not self._saved_heads.is_fsdp2:
             super()._save_optimizer_and_scheduler(output_dir)
             return
         heads, wrapped = self.learner.heads, self.optimizer

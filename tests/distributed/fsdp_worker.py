@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 import tests.conftest  # noqa: F401  (offline, one thread)
 from lopt_hf.local.heads import LocalHeads
 from lopt_hf.meters.saved_bytes import SavedBytes
-from lopt_hf.trainers import mixin
+from lopt_hf.trainers import saved_heads
 from lopt_hf.trainers.checkpoint import HEADS_FILE
 from tests.distributed.engines import use_real_engines
 from tests.tiny import make_dataset, make_model
@@ -187,7 +187,7 @@ def keep_resumed(folder: Path, settings: dict[str, Any], heads_within: bool = Fa
     trainer.accelerator.wait_for_everyone()
     with pytest.MonkeyPatch.context() as patch:
         if not trainer.accelerator.is_main_process:  # as where each node saves for itself
-            patch.setattr(mixin, "load_heads", lambda checkpoint: {})
+            patch.setattr(saved_heads, "load_heads", lambda checkpoint: {})
         trainer = run(folder / "resumed", resume=True, **settings)
     keep(folder / "resumed", trainer)
 

@@ -120,7 +120,7 @@ def test_what_sees_stands_still_unless_asked(family, pictures, tmp_path):
 @pytest.mark.parametrize("mode", ["eager", "joint"])
 def test_the_check_of_reach_looks_again_at_the_first_image(mode, tmp_path, monkeypatch):
     """With the early refusal out of the way: Qwen3-VL gives image features to the second block too."""
-    monkeypatch.setattr("lopt_hf.local.learner.num_deepstack_layers", lambda config: 0)
+    monkeypatch.setattr("lopt_hf.local.vision.num_deepstack_layers", lambda config: 0)
     trainer = make_trainer(tmp_path, "qwen3_vl", TEXT + IMAGES, num_blocks=4, train_vision=True, local_backward=mode)
     with pytest.raises(RuntimeError, match=r"block 1 reaches 'model\.visual\..*freeze that parameter"):
         trainer.train()
