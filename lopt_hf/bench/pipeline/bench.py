@@ -2,8 +2,8 @@
 
 All methods train on the same batches, cut into the same micro-batches, with the same optimizer. All pipelines cut the
 model at the same layers, but for one whose early stages run forward a second time: by the same rule, it cuts earlier.
-Methods take turns, each time in new processes, so that whatever else the machine does hits
-all of them, and none has another's memory beside it.
+Methods take turns, each time in new processes, so that whatever else the machine does hits all of them, and none has
+another's memory beside it.
 """
 
 import os
