@@ -28,6 +28,7 @@ class Delayed:
         self: Any,
         edges: list[int],
         recompute: bool,
+        predicts: bool = False,
         reaches: Sequence[int] = (),
         rates: Sequence[float] = (),
         balance: float = 0.0,
@@ -37,6 +38,8 @@ class Delayed:
         Args:
             edges: The first layers of the blocks but the first.
             recompute: Whether a late backward sees the weights of its own step, or those of the forward's.
+            predicts: Whether a block's forward sees its weights as they will be if each of the steps that move them
+                before its gradient comes changes them as the last one did.
             reaches: For each step how many blocks, counted from the last, its gradient is for. Default: all.
             rates: The blocks' learning rates, each as a factor. Default: 1.
             balance: Weight of the load-balancing loss; each block has it of its own layers' routers.
@@ -48,6 +51,8 @@ class Delayed:
         self.edges = [0, *edges, len(stack.layers)]
         self.num_blocks = len(edges) + 1
         self.recompute = recompute
+        self.predicts = predicts
+        self.before: dict[str, torch.Tensor] = {}  # the weights of the last step
         self.position = 0
         self.batches: dict[tuple[int, int], dict[str, Any]] = {}
         self.inputs: dict[tuple[int, int, int], torch.Tensor] = {}  # by block, step, micro-batch
@@ -110,10 +115,14 @@ class Delayed:
     def training_step(self: Any, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         step = self.state.global_step
         self.entered: dict[int, torch.Tensor] = {}
+        if self.position == 0:
+            self.expected = self.expect(step) if self.predicts else {}
+        now = self.exchange(self.expected)
         if self.position == 0 and not self.recompute:
             self.old_models[step] = self.whole_copy()
         self.batches[step, self.position] = {name: value for name, value in inputs.items() if name != "labels"}
         loss = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        self.exchange(now)
         for block, hidden_BTD in self.entered.items():
             self.inputs[block, step, self.position] = hidden_BTD.detach()
         last = self.num_blocks - 1
@@ -123,6 +132,27 @@ class Delayed:
             self.learn_late(block, step - (last - block), self.position, is_last)
         self.position = 0 if is_last else self.position + 1
         return loss
+
+    def expect(self: Any, step: int) -> dict[str, torch.Tensor]:
+        """The early blocks' weights of the step in which they learn from the one that begins."""
+        expected = {}
+        for block in range(self.num_blocks - 1):
+            late = self.num_blocks - 1 - block
+            comes = [at >= 0 and (not self.reaches or self.reaches[at] > late) for at in range(step - late, step + 1)]
+            moves = sum(comes[:-1]) * comes[-1]
+            for name, parameter in self.members(block).items():
+                now = parameter.detach().clone()
+                expected[name] = (self.before.get(name, now) - now) * -moves + now
+                self.before[name] = now
+        return expected
+
+    def exchange(self: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Gives the model weights, by reference; returns those that it had."""
+        parameters = dict(self.model.named_parameters())
+        had = {name: parameters[name].data for name in weights}
+        for name, weight in weights.items():
+            parameters[name].data = weight
+        return had
 
     def whole_copy(self: Any) -> nn.Module:
         hooks = [(layer, layer._forward_pre_hooks, layer._forward_hooks) for layer in self.model.modules()]

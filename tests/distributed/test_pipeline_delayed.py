@@ -47,6 +47,7 @@ RUNS: dict[int, dict[str, dict[str, Any]]] = {
         "experts": {**DELAYED, "num_blocks": 2, "family": "qwen3_moe", "router_aux_loss_coef": 0.5},
         "experts without balance": {**DELAYED, "num_blocks": 2, "family": "qwen3_moe", "router_aux_loss_coef": 0.0},
         "one step": {**DELAYED, "num_blocks": 2, "max_steps": 1},
+        "weights of now": {**ACCUMULATED, "num_blocks": 2, "weight_prediction": False},
         "reach": {**ACCUMULATED, "num_blocks": 2, "task_reach": [1, 1, 2], "max_steps": 8},
         "reach, both": {**DELAYED, "num_blocks": 2, "gradient": "local_and_delayed", "task_reach": "[2,1]"},
         "interval": {**DELAYED, "num_blocks": 2, "gradient": "local_and_delayed", "local_update_interval": 2},
@@ -55,6 +56,7 @@ RUNS: dict[int, dict[str, dict[str, Any]]] = {
         "plain": {**DELAYED, "num_blocks": 3},
         "accumulation": {**ACCUMULATED, "num_blocks": 3},
         "kept": {**ACCUMULATED, **KEPT, "num_blocks": 3},
+        "kept, weights of now": {**DELAYED, **KEPT, "num_blocks": 3, "weight_prediction": False},
         "both": {**DELAYED, "num_blocks": 3, "gradient": "local_and_delayed"},
         "LoRA": {**DELAYED, **KEPT, "num_blocks": 3, "lora": True},
         "one step": {**DELAYED, "num_blocks": 3, "max_steps": 1, "max_grad_norm": 0.0},
@@ -77,7 +79,7 @@ RUNS: dict[int, dict[str, dict[str, Any]]] = {
     },
 }
 ONLY_IN_A_PIPELINE = (
-    *("gradient", "gradient_recompute", "num_blocks", "split_at", "resume"),
+    *("gradient", "gradient_recompute", "weight_prediction", "num_blocks", "split_at", "resume"),
     *("task_reach", "reach_unit", "reach_rate", "save_strategy", "save_steps"),
 )
 REACHES = {"reach, both": [2, 1, 2, 1, 2], "reach over the run": [3, 3, 3, 1, 1]}  # where they are no plain cycle
@@ -107,7 +109,8 @@ def run_one_process(
     rates = [2**0.5, 2**0.5, 1.0] if settings.get("reach_rate") == "sqrt" else []  # reached at every second step
     recompute = settings.get("gradient_recompute", True)
     balance = settings.get("router_aux_loss_coef", 0.0)
-    trainer.begin([block.start for block in blocks[1:]], recompute, reaches, rates, balance)
+    predicts = settings.get("weight_prediction", settings["gradient"] == "delayed")
+    trainer.begin([block.start for block in blocks[1:]], recompute, predicts, reaches, rates, balance)
     trainer.train()
     trainer.finish()
     trainer.save_model()

@@ -52,6 +52,9 @@ class DelayedTrainer(ImageTrainer):
         self.layers = find_stack(self.model).layers
         self.waiting: tuple[dict[str, Any], torch.Tensor] | None = None
         self.is_late = False
+        early = {id(parameter) for layer in self.layers[:CUT] for parameter in layer.parameters()}
+        self.early = [p for name, p in self.model.named_parameters() if id(p) in early or "embed" in name]
+        self.before = [parameter.detach().clone() for parameter in self.early]
         self.layers[CUT].register_forward_pre_hook(self.enter, with_kwargs=True)
 
     def enter(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -61,10 +64,17 @@ class DelayedTrainer(ImageTrainer):
         return with_hidden(args, kwargs, self.leaf)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        reaches = self.cycle[self.state.global_step % len(self.cycle)] == 2
+        moves = float(reaches and self.waiting is not None)
+        now = [parameter.data for parameter in self.early]
+        for parameter, weight, before in zip(self.early, now, self.before, strict=True):
+            parameter.data = (before - weight) * -moves + weight  # as the step's gradient will find them
+        self.before = [weight.clone() for weight in now]
         loss = super().training_step(model, inputs, *args, **kwargs)
+        for parameter, weight in zip(self.early, now, strict=True):
+            parameter.data = weight
         self.learn()
         assert self.leaf.grad is not None
-        reaches = self.cycle[self.state.global_step % len(self.cycle)] == 2
         self.waiting = (inputs, self.leaf.grad) if reaches else None
         return loss
 

@@ -53,6 +53,9 @@ class PipelineArguments(ArgumentsBase):
         gradient_recompute: Run a stage's forward again when the gradient has come, with the weights that it has then:
             what waits is one boundary tensor for each micro-batch, for one more forward. `False` keeps the graph, all
             activations of it, and a copy of the trainable weights of each step (PipeDream's weight stashing).
+        weight_prediction: Run a stage's forward with the weights that it is expected to have when the gradient comes:
+            moved on by so many steps as that takes, each as the last one. It costs a copy of the stage's trainable
+            weights. Default: where `gradient` is `"delayed"` (ours; SpecTrain, arXiv 1809.02839).
         timeline_steps: Record what each stage does in this many first steps, as picture and Chrome trace.
 
     Raises:
@@ -91,6 +94,11 @@ class PipelineArguments(ArgumentsBase):
         True,
         "Where gradients are delayed: run a stage's forward again when its gradient comes, with the weights of then; "
         "False keeps the graph and a copy of the weights instead (ours).",
+    )
+    weight_prediction: bool | None = option(
+        None,
+        "Where gradients are delayed: run a stage's forward with the weights that it is expected to have when its "
+        "gradient comes, for a copy of them. Default: with gradient='delayed' (SpecTrain).",
     )
     timeline_steps: int = option(0, "Record this many first steps of every stage, as timeline.png and timeline.json.")
 
@@ -161,6 +169,7 @@ class PipelineArguments(ArgumentsBase):
         return {
             "gradient": self.gradient,
             "gradient_recompute": self.gradient_recompute,
+            "weight_prediction": self.weight_prediction,
             "num_stages": num_stages,
             "task_reach": list(self.schedule.cycle),
             "reach_unit": self.schedule.unit,
@@ -168,6 +177,13 @@ class PipelineArguments(ArgumentsBase):
 
     def _check_gradient(self) -> None:
         check_choice("gradient", self.gradient, GRADIENTS)
+        if self.weight_prediction and self.gradient != "delayed":
+            raise ValueError(
+                f"weight_prediction=True does not work with gradient={self.gradient!r}, where the weights of now are to "
+                "learn from a forward; leave it out, or set gradient to 'delayed'."
+            )
+        if self.weight_prediction is None:
+            self.weight_prediction = self.gradient == "delayed"
         if not self.sends_gradients_back:
             if not self.gradient_recompute:
                 raise ValueError(

@@ -9,6 +9,10 @@ its turn would come, a stage has no gradient, and the optimizer passes over it.
 
 What is kept is bounded: the inputs of d + 1 steps, and on their way the cotangents of one.
 
+The weights move d times before a step's gradient is theirs. A stage may run its forward with those that it expects to
+have then (`weight_prediction.py`), so that what the stages behind it learn from is what it hands on by the time its own
+gradient comes.
+
 Shapes: B batch, T tokens, D hidden channels.
 """
 
@@ -26,6 +30,7 @@ from lopt_hf.local.replay import RandomState
 from lopt_hf.pipeline.runtime.channel import BatchId, ReceivingChannel, SendingChannel
 from lopt_hf.pipeline.runtime.stage_forward import StageForward, StageRun
 from lopt_hf.pipeline.runtime.timeline import Timeline
+from lopt_hf.pipeline.runtime.weight_prediction import WeightPrediction
 from lopt_hf.pipeline.runtime.weight_versions import WeightVersion, weights_put_back
 
 __all__ = ["DelayedGradients", "send_back"]
@@ -103,6 +108,7 @@ class DelayedGradients:
         delay: See above.
         recompute: Run the forward again, with the weights that the stage has then; otherwise keep its graph, and the
             weights of each step.
+        predicts: Run the forward with the weights that are expected for the step in which its gradient comes.
         receiver: Where the cotangents of the stage's outputs come from.
         sender: Where those of its inputs go; nothing on the first stage.
         autocast: Makes the context in which the model computes.
@@ -117,6 +123,7 @@ class DelayedGradients:
         boundary: BlockBoundary,
         delay: int,
         recompute: bool,
+        predicts: bool,
         receiver: ReceivingChannel,
         sender: SendingChannel | None,
         autocast: Callable[[], AbstractContextManager[Any]],
@@ -128,6 +135,7 @@ class DelayedGradients:
         self._forward = forward
         self._boundary = boundary
         self._recompute = recompute
+        self._prediction = WeightPrediction(model) if predicts else None
         self._receiver = receiver
         self._sender = sender
         self._autocast = autocast
@@ -158,8 +166,7 @@ class DelayedGradients:
         """
         comes = reach is None or reach > self.delay
         if batch.micro_batch == 0:
-            keeps_weights = comes and not self._recompute
-            self._steps.append(_KeptStep(weights=WeightVersion(self._model) if keeps_weights else None))
+            self._begin_step(comes)
         leaf_BTD = None if hidden_BTD is None else hidden_BTD.detach().requires_grad_()
         state = RandomState.now(next(self._model.parameters()) if leaf_BTD is None else leaf_BTD)
         hands_back = self._sender is not None and (reach is None or reach > self.delay + 1)
@@ -167,16 +174,29 @@ class DelayedGradients:
         if comes:
             self._steps[-1].micro_batches.append(self._begun)
 
+    def _begin_step(self, comes: bool) -> None:
+        if self._prediction is not None:
+            # The steps that will move the weights before the one that is about to begin does
+            moves = sum(1 for step in self._steps if step.micro_batches)
+            self._prediction.begin(moves if comes else 0)
+        with self._expected_weights():
+            keeps_weights = comes and not self._recompute
+            self._steps.append(_KeptStep(weights=WeightVersion(self._model) if keeps_weights else None))
+
     def run_forward(self) -> None:
         """Runs the micro-batch that was begun last, where nothing else does."""
         assert self._begun is not None
         begun, self._begun = self._begun, None
         weights = self._steps[-1].weights
-        if weights is not None:
-            begun.run = self._run_with_graph(begun, weights, again=False)
-            return
-        with torch.no_grad(), self._autocast():
-            self._forward(begun.arguments, begun.hidden_BTD)
+        with self._expected_weights():
+            if weights is not None:
+                begun.run = self._run_with_graph(begun, weights, again=False)
+                return
+            with torch.no_grad(), self._autocast():
+                self._forward(begun.arguments, begun.hidden_BTD)
+
+    def _expected_weights(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._prediction is None else self._prediction.in_place()
 
     def run_backward(self, ends_step: bool) -> None:
         """Learns from the next micro-batch of an earlier step, if its turn has come.
@@ -186,6 +206,8 @@ class DelayedGradients:
                 which may have had more.
         """
         self._begun = None
+        if ends_step and self._prediction is not None:
+            self._prediction.end()
         if len(self._steps) <= self.delay:
             return
         due = self._steps[0].micro_batches
@@ -234,10 +256,12 @@ class DelayedGradients:
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of what waits: inputs, and with kept graphs the activations and the weights of each step."""
+        """Bytes of what waits: inputs, with kept graphs the activations and the weights of each step, and those that a
+        prediction compares with."""
         kept = sum(micro_batch.num_bytes for step in self._steps for micro_batch in step.micro_batches)
         versions = [step.weights for step in self._steps if step.weights is not None]
-        return kept + sum(version.weight_bytes + version.saved_bytes for version in versions)
+        compared = 0 if self._prediction is None else self._prediction.num_bytes
+        return kept + compared + sum(version.weight_bytes + version.saved_bytes for version in versions)
 
     # ---- A checkpoint, between two steps ----
 
@@ -253,11 +277,14 @@ class DelayedGradients:
             "steps": [[kept.state() for kept in step.micro_batches] for step in self._steps],
             "weights": [None if step.weights is None else step.weights.weights for step in self._steps],
             "cotangents": list(self._arrived),
+            "before": {} if self._prediction is None else self._prediction.state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Goes on from what `state` returned; graphs are made again, with the weights that they were made with."""
         self._arrived = deque(state["cotangents"])
+        if self._prediction is not None:
+            self._prediction.load_state(state["before"])
         self._steps.clear()
         with weights_put_back(self._model) as put:
             for micro_batches, weights in zip(state["steps"], state["weights"], strict=True):

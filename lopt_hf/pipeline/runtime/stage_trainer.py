@@ -281,6 +281,7 @@ class StageMixin(LocalLearningMixin):
                 self.boundary,
                 self.plan.delay,
                 self.args.gradient_recompute,
+                bool(self.args.weight_prediction),
                 self._links.back_receiver,
                 self._links.back_sender,
                 self.accelerator.autocast,

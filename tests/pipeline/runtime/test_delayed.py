@@ -37,7 +37,7 @@ class Channel:
         return self.messages.popleft()
 
 
-def make_stage(folder, recompute=True, delay=1, cotangents=COTANGENTS):
+def make_stage(folder, recompute=True, delay=1, cotangents=COTANGENTS, predicts=False):
     plan = plan_stages(blocks := split_layers(4, 2), 2)[0]
     model = load_stage(str(folder), plan, dtype=torch.float32).train()
     stack, sent = find_decoder_stack(model), []
@@ -49,6 +49,7 @@ def make_stage(folder, recompute=True, delay=1, cotangents=COTANGENTS):
         boundary,
         delay,
         recompute,
+        predicts,
         Channel(cotangents),
         None,
         contextlib.nullcontext,
@@ -122,13 +123,43 @@ def test_what_waits(tmp_path):
 
 
 @pytest.mark.parametrize("recompute", [True, False])
-def test_what_is_in_flight_goes_on_from_a_checkpoint(tmp_path, recompute):
+def test_a_forward_sees_the_weights_that_its_gradient_will(tmp_path, recompute):
+    """Where each step changes them by as much, and the gradient is then that of these weights."""
+    stock = make_model("mixtral")
+    stock.save_pretrained(tmp_path)
+    model, stage, sent = make_stage(tmp_path, recompute, delay=2, predicts=True)
+    velocity = {name: 0.02 * torch.randn_like(parameter) for name, parameter in stock.named_parameters()}
+    start = {name: parameter.detach().clone() for name, parameter in stock.named_parameters()}
+
+    def put(of, moves):
+        with torch.no_grad():
+            for name, parameter in of.named_parameters():
+                parameter.copy_(start[name] + moves * velocity[name])
+
+    for step in range(3):
+        run_step(stage, step)
+        put(model, step + 1)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    # Before the first step nothing is known of a step; before the third, two are to come
+    for step, moves in enumerate([0, 2, 4]):
+        put(stock, moves)
+        with torch.no_grad():
+            hidden_BTD = stock.model(**INPUTS[step], output_hidden_states=True, use_cache=False).hidden_states[2]
+        torch.testing.assert_close(sent[step], hidden_BTD, rtol=1e-4, atol=1e-5)
+    put(stock, 0 if not recompute else 2)
+    for name, gradient in expected_gradients(stock, 0).items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("predicts", [True, False])
+@pytest.mark.parametrize("recompute", [True, False])
+def test_what_is_in_flight_goes_on_from_a_checkpoint(tmp_path, recompute, predicts):
     """Two steps late, and with dropout."""
     make_model("mixtral", attention_dropout=0.3).save_pretrained(tmp_path)
 
     def gradients(resumes):
         torch.manual_seed(0)
-        model, stage, _ = make_stage(tmp_path, recompute=recompute, delay=2)
+        model, stage, sent = make_stage(tmp_path, recompute, delay=2, predicts=predicts)
         for step in range(2):
             run_step(stage, step)
             change(model)
@@ -136,14 +167,15 @@ def test_what_is_in_flight_goes_on_from_a_checkpoint(tmp_path, recompute):
             torch.save([model.state_dict(), stage.state()], tmp_path / "in-flight.pt")
             weights, state = torch.load(tmp_path / "in-flight.pt", weights_only=True)
             random_state = torch.get_rng_state()
-            model, stage, _ = make_stage(tmp_path, recompute=recompute, delay=2, cotangents=COTANGENTS[1:])
+            model, stage, sent = make_stage(tmp_path, recompute, 2, COTANGENTS[1:], predicts)
             model.load_state_dict(weights)
             stage.load_state(state)
             torch.set_rng_state(random_state)
         run_step(stage, 2)
         for _ in stage.drain():
             pass
-        return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+        return gradients | {"handed on": sent[-1]}
 
     first, second = gradients(False), gradients(True)
     assert first.keys() == second.keys() and first
