@@ -179,8 +179,8 @@ class PipelineArguments(ArgumentsBase):
         check_choice("gradient", self.gradient, GRADIENTS)
         if self.weight_prediction and self.gradient != "delayed":
             raise ValueError(
-                f"weight_prediction=True does not work with gradient={self.gradient!r}, where the weights of now are to "
-                "learn from a forward; leave it out, or set gradient to 'delayed'."
+                f"weight_prediction=True does not work with gradient={self.gradient!r}, where the weights of now are "
+                "to learn from a forward; leave it out, or set gradient to 'delayed'."
             )
         if self.weight_prediction is None:
             self.weight_prediction = self.gradient == "delayed"

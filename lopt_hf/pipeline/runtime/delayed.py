@@ -10,8 +10,7 @@ its turn would come, a stage has no gradient, and the optimizer passes over it.
 What is kept is bounded: the inputs of d + 1 steps, and on their way the cotangents of one.
 
 The weights move d times before a step's gradient is theirs. A stage may run its forward with those that it expects to
-have then (`weight_prediction.py`), so that what the stages behind it learn from is what it hands on by the time its own
-gradient comes.
+have then (`weight_prediction.py`), so that the stages behind it learn from what it will hand on by that time.
 
 Shapes: B batch, T tokens, D hidden channels.
 """

@@ -1,4 +1,4 @@
-"""Weights as they will be: a forward whose gradient comes some steps later is to see those that the gradient will move."""
+"""Weights as they will be: a forward whose gradient comes some steps later is to see those that it will move."""
 
 import contextlib
 from collections.abc import Iterator, Mapping

@@ -174,7 +174,7 @@ def test_what_is_in_flight_goes_on_from_a_checkpoint(tmp_path, recompute, predic
         run_step(stage, 2)
         for _ in stage.drain():
             pass
-        gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         return gradients | {"handed on": sent[-1]}
 
     first, second = gradients(False), gradients(True)
