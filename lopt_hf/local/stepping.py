@@ -133,12 +133,14 @@ def end_schedules_at(
             scheduler.lr_lambdas[index] = partial(_sooner, scheduler.lr_lambdas[index], total_steps / end, total_steps)
 
 
-def delay_schedules(scheduler: LRScheduler, delay: int) -> None:
+def delay_schedules(scheduler: LRScheduler, delay: int, num_warmup_steps: int = 0) -> None:
     """Lets all learning rates begin their schedules later, and stay until then at the first value.
 
     Args:
         scheduler: Of one of transformers' schedules.
         delay: Steps by which they begin later.
+        num_warmup_steps: Steps from there in which they rise from 1 / (1 + delay) of the schedule to the whole of it,
+            geometrically (PipeMare, arXiv 1910.05124, its T1).
 
     Raises:
         ValueError: If the scheduler follows the loss, and no function of the step.
@@ -148,11 +150,13 @@ def delay_schedules(scheduler: LRScheduler, delay: int) -> None:
             f"{type(scheduler).__name__} cannot be delayed, since it is no function of the step; set "
             "lr_scheduler_type to one that is, such as cosine or linear."
         )
-    scheduler.lr_lambdas = [partial(_later, factor, delay) for factor in scheduler.lr_lambdas]
+    scheduler.lr_lambdas = [partial(_later, factor, delay, num_warmup_steps) for factor in scheduler.lr_lambdas]
 
 
-def _later(factor: Callable[[Any], float], delay: int, step: int) -> float:
-    return factor(max(step - delay, 0))
+def _later(factor: Callable[[Any], float], delay: int, num_warmup_steps: int, step: int) -> float:
+    own = max(step - delay, 0)
+    left = max(1 - own / num_warmup_steps, 0.0) if num_warmup_steps else 0.0
+    return factor(own) * (1 + delay) ** -left
 
 
 def _sooner(factor: Callable[[Any], float], speed: float, total_steps: int, step: int) -> float:

@@ -8,6 +8,7 @@ import copy
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class Delayed:
         reaches: Sequence[int] = (),
         rates: Sequence[float] = (),
         balance: float = 0.0,
+        warmup: float = 0.0,
     ) -> None:
         """Prepares for training.
 
@@ -42,9 +44,11 @@ class Delayed:
                 before its gradient comes changes them as the last one did.
             reaches: For each step how many blocks, counted from the last, its gradient is for. Default: all.
             rates: The blocks' learning rates, each as a factor. Default: 1.
+            warmup: Share of the steps in which late blocks' rates rise.
             balance: Weight of the load-balancing loss; each block has it of its own layers' routers.
         """
         self.balance = balance
+        self.warmup = warmup
         self.reaches = reaches
         self.rates = rates
         stack = find_decoder_stack(self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model)
@@ -258,9 +262,13 @@ class Delayed:
     def create_scheduler(self: Any, *args: Any, **kwargs: Any) -> Any:
         scheduler = super().create_scheduler(*args, **kwargs)  # type: ignore[misc]
         (factor, *_) = scheduler.lr_lambdas
-        scheduler.lr_lambdas = [
-            lambda step, late=self.num_blocks - 1 - block: factor(max(step - late, 0)) for block in self.group_blocks
-        ]
+        end = math.ceil(self.args.max_steps * self.warmup)
+
+        def rate(step: int, late: int) -> float:
+            own = max(step - late, 0)
+            return factor(own) * (1 + late) ** -(1 - own / end if own < end else 0.0)
+
+        scheduler.lr_lambdas = [partial(rate, late=self.num_blocks - 1 - block) for block in self.group_blocks]
         return scheduler
 
 

@@ -47,7 +47,8 @@ RUNS: dict[int, dict[str, dict[str, Any]]] = {
         "experts": {**DELAYED, "num_blocks": 2, "family": "qwen3_moe", "router_aux_loss_coef": 0.5},
         "experts without balance": {**DELAYED, "num_blocks": 2, "family": "qwen3_moe", "router_aux_loss_coef": 0.0},
         "one step": {**DELAYED, "num_blocks": 2, "max_steps": 1},
-        "weights of now": {**ACCUMULATED, "num_blocks": 2, "weight_prediction": False},
+        "prediction": {**ACCUMULATED, "num_blocks": 2, "weight_prediction": True},
+        "warm-up": {**ACCUMULATED, "num_blocks": 2, "late_warmup_steps": 0.5},
         "reach": {**ACCUMULATED, "num_blocks": 2, "task_reach": [1, 1, 2], "max_steps": 8},
         "reach, both": {**DELAYED, "num_blocks": 2, "gradient": "local_and_delayed", "task_reach": "[2,1]"},
         "interval": {**DELAYED, "num_blocks": 2, "gradient": "local_and_delayed", "local_update_interval": 2},
@@ -74,12 +75,12 @@ RUNS: dict[int, dict[str, dict[str, Any]]] = {
         "resumed": {**REACH_SAVES, "resume": "saves/checkpoint-4"},
     },
     4: {
-        "plain": {**DELAYED, "num_blocks": 4, "max_steps": 6},
+        "plain": {**DELAYED, "num_blocks": 4, "max_steps": 8, "late_warmup_steps": 0.4},
         "reach": {**DELAYED, "num_blocks": 4, "task_reach": [1, 4, 2, 3], "max_steps": 8},
     },
 }
 ONLY_IN_A_PIPELINE = (
-    *("gradient", "gradient_recompute", "weight_prediction", "num_blocks", "split_at", "resume"),
+    *("gradient", "gradient_recompute", "weight_prediction", "late_warmup_steps", "num_blocks", "split_at", "resume"),
     *("task_reach", "reach_unit", "reach_rate", "save_strategy", "save_steps"),
 )
 REACHES = {"reach, both": [2, 1, 2, 1, 2], "reach over the run": [3, 3, 3, 1, 1]}  # where they are no plain cycle
@@ -109,8 +110,9 @@ def run_one_process(
     rates = [2**0.5, 2**0.5, 1.0] if settings.get("reach_rate") == "sqrt" else []  # reached at every second step
     recompute = settings.get("gradient_recompute", True)
     balance = settings.get("router_aux_loss_coef", 0.0)
-    predicts = settings.get("weight_prediction", settings["gradient"] == "delayed")
-    trainer.begin([block.start for block in blocks[1:]], recompute, predicts, reaches, rates, balance)
+    predicts = settings.get("weight_prediction", settings["gradient"] == "delayed" and len(blocks) > 2)
+    warmup = settings.get("late_warmup_steps", 0.0)
+    trainer.begin([block.start for block in blocks[1:]], recompute, predicts, reaches, rates, balance, warmup)
     trainer.train()
     trainer.finish()
     trainer.save_model()

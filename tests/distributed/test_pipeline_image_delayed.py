@@ -24,6 +24,7 @@ DELAYED: dict[str, Any] = {
     "max_steps": STEPS,
     "max_grad_norm": 0.0,
     "lr_scheduler_type": "constant",
+    "weight_prediction": True,
     "weight_decay": 0.1,
 }
 CYCLE = [2, 2, 1]  # of steps 0, 1, 3 and 4 the gradient comes to the first stage, a step late
@@ -37,7 +38,7 @@ RUNS: dict[str, dict[str, Any]] = {
         f"{family}, resumed": {**SAVES, "resume": f"{family}/checkpoint-2"},
         f"{family}, one step": {"max_steps": 1},
         f"{family}, one step, kept": KEPT,
-        f"{family}, both": {"gradient": "local_and_delayed"},
+        f"{family}, both": {"gradient": "local_and_delayed", "weight_prediction": False},
         f"{family}, reach": {**SAVES, "task_reach": CYCLE},
         f"{family}, reach, resumed": {**SAVES, "task_reach": CYCLE, "resume": f"{family}, reach/checkpoint-2"},
     }.items()

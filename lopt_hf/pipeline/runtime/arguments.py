@@ -1,5 +1,6 @@
 """Arguments that the pipeline adds to those of any method."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -55,7 +56,11 @@ class PipelineArguments(ArgumentsBase):
             activations of it, and a copy of the trainable weights of each step (PipeDream's weight stashing).
         weight_prediction: Run a stage's forward with the weights that it is expected to have when the gradient comes:
             moved on by so many steps as that takes, each as the last one. It costs a copy of the stage's trainable
-            weights. Default: where `gradient` is `"delayed"` (ours; SpecTrain, arXiv 1809.02839).
+            weights. Default: where `gradient` is `"delayed"` on three stages or more (ours; SpecTrain, arXiv
+            1809.02839).
+        late_warmup_steps: Optimizer steps, or below 1 a share of the run's, in which the learning rate of a stage
+            whose gradient is d steps late rises from 1 / (1 + d) of its schedule to the whole of it (PipeMare,
+            arXiv 1910.05124). Ours: 0.
         timeline_steps: Record what each stage does in this many first steps, as picture and Chrome trace.
 
     Raises:
@@ -98,7 +103,12 @@ class PipelineArguments(ArgumentsBase):
     weight_prediction: bool | None = option(
         None,
         "Where gradients are delayed: run a stage's forward with the weights that it is expected to have when its "
-        "gradient comes, for a copy of them. Default: with gradient='delayed' (SpecTrain).",
+        "gradient comes, for a copy of them. Default: with gradient='delayed' on three stages or more (SpecTrain).",
+    )
+    late_warmup_steps: float = option(
+        0.0,
+        "Where gradients are delayed: steps, or below 1 a share of the run's, in which the rate of a stage that is d "
+        "steps late rises from 1 / (1 + d) of it (PipeMare).",
     )
     timeline_steps: int = option(0, "Record this many first steps of every stage, as timeline.png and timeline.json.")
 
@@ -158,6 +168,15 @@ class PipelineArguments(ArgumentsBase):
         """Whether the task's gradient goes from stage to stage."""
         return self.gradient != "local"
 
+    def num_late_warmup_steps(self, max_steps: int) -> int:
+        """Steps in which the rates of stages whose gradients are late rise.
+
+        Args:
+            max_steps: Steps of the run.
+        """
+        given = self.late_warmup_steps
+        return math.ceil(max_steps * given if given < 1 else given)
+
     def gradient_settings(self, num_stages: int) -> dict[str, Any]:
         """What a run with gradients on their way cannot change, by name.
 
@@ -183,7 +202,16 @@ class PipelineArguments(ArgumentsBase):
                 "to learn from a forward; leave it out, or set gradient to 'delayed'."
             )
         if self.weight_prediction is None:
-            self.weight_prediction = self.gradient == "delayed"
+            self.weight_prediction = self.gradient == "delayed" and self.num_blocks > 2
+        if not self.late_warmup_steps >= 0:
+            raise ValueError(
+                f"late_warmup_steps={self.late_warmup_steps} must be a number of steps, or a share of them below 1."
+            )
+        if self.late_warmup_steps and not self.sends_gradients_back:
+            raise ValueError(
+                f"late_warmup_steps={self.late_warmup_steps} does nothing with gradient='local', by which no gradient "
+                "is late; leave it out, or set warmup_steps."
+            )
         if not self.sends_gradients_back:
             if not self.gradient_recompute:
                 raise ValueError(

@@ -41,6 +41,8 @@ def test_blocks_and_stages(tmp_path, given, expected):
         ({"torch_compile": True}, "torch_compile=True does not work in a pipeline"),
         ({"gradient": "late"}, "gradient='late' is unknown, nearest is 'delayed'"),
         ({"gradient_recompute": False}, "gradient_recompute=False does nothing with gradient='local'"),
+        ({"late_warmup_steps": 0.1}, "late_warmup_steps=0.1 does nothing with gradient='local'"),
+        ({"late_warmup_steps": -1, "gradient": "delayed"}, "late_warmup_steps=-1 must be"),
         ({"weight_prediction": True}, "weight_prediction=True does not work with gradient='local'"),
         ({"task_reach": 2}, r"task_reach=\[2\] does not work with gradient='local'"),
         ({"reach_unit": "run"}, "reach_unit='run' does nothing with task_reach"),
