@@ -129,7 +129,7 @@ def test_cut_is_measured_and_told(report):
 def test_bf16_and_readout_on_three_stages(tiny_model):
     settings = PipelineBenchSettings(
         model=str(tiny_model),
-        methods=("ppll", "1f1b"),
+        methods=("ppll", "ppll_delayed", "1f1b"),
         stages=3,
         microbatches=3,
         objective="readout",
@@ -138,12 +138,21 @@ def test_bf16_and_readout_on_three_stages(tiny_model):
         malloc="default",
         seq_length=16,
         rounds=1,
-        warmup=1,
+        warmup=3,
         steps=1,
     )
     report = run_pipeline_bench(settings, progress=False)
     assert report.cut.split_at == [2, 3]
-    assert [len(result.waiting) for result in report.results.values()] == [3, 3]
+    assert [len(result.waiting) for result in report.results.values()] == [3, 3, 3]
+    model = make_model(tie_word_embeddings=True).model
+    first = (model.embed_tokens, model.layers[0], model.layers[1])
+    compared = [
+        sum(4 * p.numel() for part in parts for p in part.parameters()) for parts in (first, [model.layers[2]])
+    ]
+    queued, messages = report.results["ppll_delayed"].queued_bytes, report.results["ppll"].queued_bytes
+    # With the weights that a prediction compares with, and gradients besides
+    assert [messages[i] + compared[i] < queued[i] < 6 * messages[i] + compared[i] for i in (0, 1)] == [True, True]
+    assert queued[2] == 0
 
 
 # --- Bad input ---
