@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
-from lopt_hf.common.parent import parent_environment
+from lopt_hf.common.parent import end_with_parent, parent_environment
 
 __all__ = ["HOST_BACKEND", "LAUNCHER", "ON_THIS_HOST", "run_launcher"]
 
@@ -26,6 +26,7 @@ def run_launcher(command: Sequence[str], environment: Mapping[str, str] | None =
     Returns:
         The launcher's exit status.
     """
+    end_with_parent()  # as where a comparison has started this command
     added = {**parent_environment(), **(environment or {})}
     # In a session of its own, so that a signal reaches the launcher once: it ends its processes, if it is let.
     launcher = subprocess.Popen(command, start_new_session=True, env={**os.environ, **added})

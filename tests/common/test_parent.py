@@ -16,6 +16,9 @@ CHILD = (
     "time.sleep(99)"
 )
 BETWEEN = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {CHILD!r}])"
+LAUNCHING = (
+    f"import sys; from lopt_hf.common.launching import run_launcher; run_launcher([sys.executable, '-c', {CHILD!r}])"
+)
 PARENT = """
 import os, subprocess, sys
 from lopt_hf.common.parent import parent_environment
@@ -23,7 +26,9 @@ subprocess.run([sys.executable, "-c", {code!r}], env={{**os.environ, **parent_en
 """
 
 
-@pytest.mark.parametrize("code", [CHILD, BETWEEN], ids=["its child", "its child's child"])
+@pytest.mark.parametrize(
+    "code", [CHILD, BETWEEN, LAUNCHING], ids=["its child", "its child's child", "what its child has launched"]
+)
 def test_a_killed_command_takes_what_it_started_along(code):
     command = [sys.executable, "-c", PARENT.format(code=code)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as parent:
