@@ -81,6 +81,7 @@ def _make_trainer(row: StepRow, settings: StepBenchSettings, checkpoint: str, fo
         # what the non-reentrant form recomputes would stay unseen, see `SavedBytes`
         "gradient_checkpointing_kwargs": {"use_reentrant": True} if row.method == "e2e_checkpointing" else None,
         "seed": settings.seed,
+        "max_length": None,
         **SHARED_ARGUMENTS,
     }
     if row.method in ("lopt", "lopt_local_step", "reach", "reach_local_step", "freeze"):

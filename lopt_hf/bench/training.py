@@ -12,7 +12,6 @@ __all__ = ["SHARED_ARGUMENTS", "num_layers", "silence", "token_rows"]
 
 # Training arguments of every method: the same batches in the same order, and nothing besides the steps
 SHARED_ARGUMENTS = {
-    "max_length": None,
     "train_sampling_strategy": "sequential",
     "lr_scheduler_type": "constant",  # methods run different numbers of steps; their losses stay comparable
     "logging_strategy": "no",

@@ -18,8 +18,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForImageClassification, PreTrainedModel, ViTImageProcessor, default_data_collator
 
 from lopt_hf.bench.pipeline.method_run import MethodRun
-from lopt_hf.bench.pipeline.settings import DELAYED
-from lopt_hf.bench.pipeline.task import ClippedApart, PipelineTask, clip_groups, shared_arguments
+from lopt_hf.bench.pipeline.task import ClippedApart, PipelineTask, clip_groups, make_config
 from lopt_hf.data.image_models import make_small_classifier
 from lopt_hf.local.methods.image.heads import layer_shapes
 from lopt_hf.local.stacks import example_image, find_stack
@@ -106,20 +105,7 @@ class ImageTask(PipelineTask):
         )
 
     def make_config(self, run: MethodRun) -> ImageTrainingArguments:
-        settings = run.settings
-        shared = shared_arguments(run)
-        del shared["max_length"]
-        local: dict[str, Any] = {
-            "num_blocks": settings.stages,
-            "split_at": run.split_at,
-            "local_objective": settings.objective,
-        }
-        if run.method == "ppll":
-            return ImagePipelineConfig(**shared, **local, num_stages=settings.stages)
-        if run.method in DELAYED:  # without a local objective
-            delayed: dict[str, Any] = {"gradient": "delayed", "gradient_recompute": run.method == "ppll_delayed"}
-            return ImagePipelineConfig(**shared, **delayed, split_at=run.split_at, num_stages=settings.stages)
-        return LocalImageConfig(**shared, **local) if run.method == "local" else ImageTrainingArguments(**shared)
+        return make_config(run, ImagePipelineConfig, LocalImageConfig, ImageTrainingArguments)
 
     def make_trainer(self, run: MethodRun, plan: StagePlan | None, world: PipelineWorld | None) -> Any:
         model = _load(run.checkpoint)

@@ -14,8 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 from lopt_hf.bench.pipeline.lm_head import compute_all_logits
 from lopt_hf.bench.pipeline.method_run import MethodRun
-from lopt_hf.bench.pipeline.settings import DELAYED
-from lopt_hf.bench.pipeline.task import ClippedApart, PipelineTask, clip_groups, shared_arguments
+from lopt_hf.bench.pipeline.task import ClippedApart, PipelineTask, clip_groups, make_config
 from lopt_hf.bench.training import num_layers, token_rows
 from lopt_hf.common.upstream.trl import add_fused_lm_head
 from lopt_hf.data.pretrained import resolve_model
@@ -61,19 +60,7 @@ class LanguageTask(PipelineTask):
         )
 
     def make_config(self, run: MethodRun) -> SFTConfig:
-        settings = run.settings
-        shared = {**shared_arguments(run), "max_length": None}
-        local: dict[str, Any] = {
-            "num_blocks": settings.stages,
-            "split_at": run.split_at,
-            "local_objective": settings.objective,
-        }
-        if run.method == "ppll":
-            return PipelineConfig(**shared, **local, num_stages=settings.stages)
-        if run.method in DELAYED:  # without a local objective
-            delayed: dict[str, Any] = {"gradient": "delayed", "gradient_recompute": run.method == "ppll_delayed"}
-            return PipelineConfig(**shared, **delayed, split_at=run.split_at, num_stages=settings.stages)
-        return LoPTConfig(**shared, **local) if run.method == "lopt" else SFTConfig(**shared)
+        return make_config(run, PipelineConfig, LoPTConfig, SFTConfig, max_length=None)
 
     def make_trainer(self, run: MethodRun, plan: StagePlan | None, world: PipelineWorld | None) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(run.checkpoint)

@@ -1,6 +1,6 @@
 """What differs between kinds of models in `lopt-hf bench pipeline`: a task makes models, batches and trainers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -9,6 +9,7 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel, TrainingArguments
 
 from lopt_hf.bench.pipeline.method_run import MethodRun
+from lopt_hf.bench.pipeline.settings import DELAYED
 from lopt_hf.bench.training import SHARED_ARGUMENTS
 from lopt_hf.local.blocks import split_layers
 from lopt_hf.local.ownership import parameters_by_block
@@ -17,7 +18,7 @@ from lopt_hf.pipeline.runtime.launch import PipelineWorld
 from lopt_hf.pipeline.runtime.stage import StagePlan
 from lopt_hf.pipeline.split.costs import ModelCosts
 
-__all__ = ["ClippedApart", "PipelineTask", "StageModule", "clip_groups", "shared_arguments"]
+__all__ = ["ClippedApart", "PipelineTask", "StageModule", "clip_groups", "make_config"]
 
 
 class StageModule(Protocol):
@@ -69,10 +70,24 @@ class PipelineTask(Protocol):
         """Bytes of a micro-batch's hidden states behind a layer, in fp32."""
 
 
-def shared_arguments(run: MethodRun) -> dict[str, Any]:
-    """The training arguments that all methods and tasks have."""
+def make_config(
+    run: MethodRun,
+    stage: Callable[..., TrainingArguments],
+    local: Callable[..., TrainingArguments],
+    plain: Callable[..., TrainingArguments],
+    **others: Any,
+) -> Any:
+    """Makes the training arguments of a method; all have the same batches, optimizer and clipping.
+
+    Args:
+        run: The method's run.
+        stage: Makes those of a pipeline of the package's.
+        local: Makes those of local learning in one process.
+        plain: Makes those of end-to-end training.
+        **others: Arguments of all methods of the task.
+    """
     settings = run.settings
-    return {
+    shared = {
         "output_dir": run.folder,
         "max_steps": run.total_steps,
         "per_device_train_batch_size": settings.micro_batch_size,
@@ -82,7 +97,17 @@ def shared_arguments(run: MethodRun) -> dict[str, Any]:
         "activation_checkpointing": False,
         "seed": settings.seed,
         **SHARED_ARGUMENTS,
+        **others,
     }
+    cut = {"num_blocks": settings.stages, "split_at": run.split_at}
+    if run.method in DELAYED:  # without a local objective
+        delayed = {"gradient": "delayed", "gradient_recompute": run.method == "ppll_delayed"}
+        return stage(**shared, **cut, **delayed)
+    if run.method == "ppll":
+        return stage(**shared, **cut, local_objective=settings.objective)
+    if run.method == settings.one_process:
+        return local(**shared, **cut, local_objective=settings.objective)
+    return plain(**shared)
 
 
 def clip_groups(model: PreTrainedModel, parts_at: list[int]) -> list[list[torch.nn.Parameter]]:
