@@ -187,9 +187,9 @@ class PipelineArguments(ArgumentsBase):
             return {"gradient": self.gradient}
         return {
             "gradient": self.gradient,
+            "num_stages": num_stages,  # before what follows from it by default
             "gradient_recompute": self.gradient_recompute,
             "weight_prediction": self.weight_prediction,
-            "num_stages": num_stages,
             "task_reach": list(self.schedule.cycle),
             "reach_unit": self.schedule.unit,
         }
