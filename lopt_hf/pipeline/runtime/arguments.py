@@ -80,8 +80,7 @@ class PipelineArguments(ArgumentsBase):
     data_parallel: int = option(1, "Replicas of the whole pipeline, each with its share of the data (ours).")
     split: str = option(
         "even",
-        "'even' cuts the layers evenly, 'auto' by measured time per layer, embeddings, head and local objective "
-        "included. `split_at` wins over both.",
+        "'even' cuts layers evenly, 'auto' by measured times; `split_at` wins over both.",
         ("even", "auto"),
     )
     channel_depth: int = option(2, "Hidden states that may wait at each end of a link between two stages (ours).")
@@ -91,24 +90,22 @@ class PipelineArguments(ArgumentsBase):
     )
     gradient: str = option(
         "local",
-        "What an early stage learns from: its 'local' objective (paper), the task's gradient 'delayed' by one "
-        "optimizer step for each stage behind it (ours), or both: 'local_and_delayed'.",
+        "What early stages learn from: a 'local' objective (paper), the task's gradient 'delayed' by a step for each "
+        "stage behind (ours), or both.",
         GRADIENTS,
     )
     gradient_recompute: bool = option(
         True,
-        "Where gradients are delayed: run a stage's forward again when its gradient comes, with the weights of then; "
-        "False keeps the graph and a copy of the weights instead (ours).",
+        "Run a forward again when its delayed gradient comes; False keeps its graph and a copy of the weights (ours).",
     )
     weight_prediction: bool | None = option(
         None,
-        "Where gradients are delayed: run a stage's forward with the weights that it is expected to have when its "
-        "gradient comes, for a copy of them. Default: with gradient='delayed' on three stages or more (SpecTrain).",
+        "Run a forward with the weights expected when its delayed gradient comes, for a copy of them (SpecTrain). "
+        "Default: from three stages on.",
     )
     late_warmup_steps: float = option(
         0.0,
-        "Where gradients are delayed: steps, or below 1 a share of the run's, in which the rate of a stage that is d "
-        "steps late rises from 1 / (1 + d) of it (PipeMare).",
+        "Steps, or below 1 a share of them, in which the rates of stages with delayed gradients rise.",
     )
     timeline_steps: int = option(0, "Record this many first steps of every stage, as timeline.png and timeline.json.")
 

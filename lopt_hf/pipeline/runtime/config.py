@@ -32,8 +32,8 @@ class ObjectivePipelineArguments(PipelineArguments, ObjectiveBase):
     # A parser of commands reads an option as the type that is named second: what `read_cycle` takes.
     task_reach: ReachText | str | int | list[int] | None = option(  # type: ignore[assignment]  # none once checked
         None,
-        "Where gradients are delayed: stages, counted from the last, to which the gradient of an optimizer step "
-        "travels: a number, or a cycle over the steps such as '[1,1,1,2]'. Default: all, at every step (ours).",
+        "Last stages to which a delayed gradient travels: a number, or a cycle over the steps such as '[1,1,1,2]'. "
+        "Default: all, at every step (ours).",
     )
 
     def _check_gradient(self) -> None:
