@@ -9,6 +9,7 @@ from typing import Any
 from lopt_hf.common.compared_methods import PEERS
 from lopt_hf.common.settings import check_at_least, check_choice
 from lopt_hf.common.typed import check_value
+from lopt_hf.pipeline.gradient import default_gradient
 
 __all__ = [
     "EARLY_RATE_RATIO",
@@ -129,11 +130,19 @@ class GridRun:
             return "one part at a time"
         if method == "freeze_last" or arguments.get("train_early_blocks") is False:
             return "freezing"
-        if method == "lopt" and (arguments.get("task_reach") or arguments.get("gradient", "local") != "local"):
+        if method == "lopt" and (arguments.get("task_reach") or self._has_late_gradients):
             return "reach"
         if method == "lopt" and arguments.get("local_objective") == "none":
             return "freezing"
         return "end-to-end" if method.startswith("e2e") else "local losses"
+
+    @property
+    def _has_late_gradients(self) -> bool:
+        given = self.arguments
+        if self.command != "pipeline" or "gradient" in given:
+            return given.get("gradient", "local") != "local"
+        stages = given["num_stages"]
+        return default_gradient(given.get("local_objective"), given.get("num_blocks", stages), stages) == "delayed"
 
     @property
     def name(self) -> str:

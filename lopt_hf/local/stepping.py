@@ -133,14 +133,17 @@ def end_schedules_at(
             scheduler.lr_lambdas[index] = partial(_sooner, scheduler.lr_lambdas[index], total_steps / end, total_steps)
 
 
-def delay_schedules(scheduler: LRScheduler, delay: int, num_warmup_steps: int = 0) -> None:
+def delay_schedules(scheduler: LRScheduler, delay: int, num_warmup_steps: int | None = 0) -> None:
     """Lets all learning rates begin their schedules later, and stay until then at the first value.
 
     Args:
         scheduler: Of one of transformers' schedules.
         delay: Steps by which they begin later.
         num_warmup_steps: Steps from there in which they rise from 1 / (1 + delay) of the schedule to the whole of it,
-            geometrically (PipeMare, arXiv 1910.05124, its T1).
+            geometrically (PipeMare, arXiv 1910.05124, its T1). `None`: the first 1 + delay rates above 0 are
+            1 / sqrt(1 + delay) of the schedule (ours). Their gradients are all of the weights that training began
+            with, as those of one batch that is 1 + delay times as large; a step on such a batch has sqrt(1 + delay)
+            times the rate (Adam's rule, arXiv 2205.10287), of which each gets its part.
 
     Raises:
         ValueError: If the scheduler follows the loss, and no function of the step.
@@ -153,8 +156,11 @@ def delay_schedules(scheduler: LRScheduler, delay: int, num_warmup_steps: int = 
     scheduler.lr_lambdas = [partial(_later, factor, delay, num_warmup_steps) for factor in scheduler.lr_lambdas]
 
 
-def _later(factor: Callable[[Any], float], delay: int, num_warmup_steps: int, step: int) -> float:
+def _later(factor: Callable[[Any], float], delay: int, num_warmup_steps: int | None, step: int) -> float:
     own = max(step - delay, 0)
+    if num_warmup_steps is None:
+        num_blind = 1 + delay + (factor(0) == 0)
+        return factor(own) * (1 + delay) ** (-0.5 if own < num_blind else 0.0)
     left = max(1 - own / num_warmup_steps, 0.0) if num_warmup_steps else 0.0
     return factor(own) * (1 + delay) ** -left
 

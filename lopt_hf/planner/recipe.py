@@ -86,7 +86,7 @@ def _method(plan: Plan, row: PlanRow) -> dict[str, Any]:
     if strategy.method == "freeze":
         return {"method": "lopt", **local, "train_early_blocks": False}
     if strategy.method == "ppll":
-        return {"num_stages": strategy.num_stages, "split": "even", **local, **early}
+        return {"num_stages": strategy.num_stages, "split": "even", "gradient": "local", **local, **early}
     if strategy.method == "repl":
         return {"operator": "linear", "placement": "every", "every": REPL_EVERY}
     if strategy.method in ("e2e_segments", "freeze_last"):

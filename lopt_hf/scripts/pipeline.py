@@ -1,9 +1,9 @@
 """Supervised fine-tuning, or image classification, in a pipeline of local learners (PPLL): one process per stage.
 
 ```bash
-lopt-hf pipeline --config smollm2-135m/pipeline/ppll_2          # all stages on this host
+lopt-hf pipeline --config smollm2-135m/pipeline/delayed_2       # the task's gradient, a step late; all on this host
+lopt-hf pipeline --config smollm2-135m/pipeline/ppll_2          # a local objective
 lopt-hf pipeline --config smollm2-135m/pipeline/ppll_mlaan_2    # early blocks learn by MLAAN
-lopt-hf pipeline --config smollm2-135m/pipeline/ppll_2 --gradient delayed       # the task's gradient, a step late
 lopt-hf pipeline --task image --train_file train.parquet --eval_file test.parquet --output_dir out   # a small ViT
 lopt-hf pipeline --method mlaan --help                                        # the options of that method
 lopt-hf pipeline --task image --help                                          # those for image classifiers
@@ -79,7 +79,7 @@ def make_parser(method: str = "lopt", task: str = "sft") -> TrlParser:
         task: The task, likewise.
     """
     if task == "image":
-        parser: TrlParser = _image().make_parser(__doc__ or "")
+        parser: TrlParser = _image().make_parser(__doc__ or "", method)
         return parser
     config_class = MLAANPipelineConfig if method == "mlaan" else PipelineConfig
     return make_trl_parser("pipeline", __doc__, SFTDataArguments, config_class, ModelConfig, LaunchArguments)
@@ -87,14 +87,14 @@ def make_parser(method: str = "lopt", task: str = "sft") -> TrlParser:
 
 def _parse(arguments: Sequence[str]) -> tuple[Any, ...]:
     """Parses the options of the task; those of data come first, then those of training and of the model."""
-    parser = make_parser(chosen_method(arguments), chosen("task", arguments, "sft"))
-    parsed = parse_or_exit(parser, arguments)
-    if _is_image(arguments):
-        try:
-            _image().check_objective(parsed[0], parsed[1], chosen("local_objective", arguments, ""))
-        except ValueError as error:
-            raise UsageExit(f"lopt-hf pipeline: error: {error}") from error
-    return parsed
+    if not _is_image(arguments):
+        return parse_or_exit(make_parser(chosen_method(arguments)), arguments)
+    asked = [chosen(name, arguments, "") for name in ("method", "local_objective", "gradient")]
+    try:
+        _image().check_objective(*asked)
+    except ValueError as error:
+        raise UsageExit(f"lopt-hf pipeline: error: {error}") from error
+    return parse_or_exit(make_parser(asked[0], task="image"), arguments)
 
 
 def _image() -> Any:

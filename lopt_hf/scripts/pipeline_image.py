@@ -60,15 +60,17 @@ class ImagePipelineArguments(ImageScriptArguments):
     """Which images to train on, by which method, and how `lopt-hf pipeline` starts the stages on this host.
 
     Parameters:
-        method: `"local"`: each early block learns through a classifier of its own; `"readout"`: through a frozen copy
-            of the model's own.
+        method: What early blocks learn from where `gradient` is `"local"` or `"local_and_delayed"`: `"local"` a
+            classifier of each one's own; `"readout"` a frozen copy of the model's own. Naming one makes `"local"` the
+            default of `gradient`.
         task: `"image"`.
         devices: Ids of the accelerators to use.
     """
 
     method: str = option(
         "local",
-        "'local' (a classifier of each early block's own) or 'readout' (the model's own norm and classifier, frozen).",
+        "With gradient local or both: 'local' (a classifier of each early block's own) or 'readout' (the model's own "
+        "norm and classifier, frozen). Naming it sets gradient to local by default.",
         METHODS,
     )
     task: str = option("image", "'image' for image classifiers, 'sft' for language models.", ("sft", "image"))
@@ -79,37 +81,43 @@ class ImagePipelineArguments(ImageScriptArguments):
         check_choice("method", self.method, METHODS)
 
 
-def make_parser(description: str) -> TrlParser:
+def make_parser(description: str, method: str = "") -> TrlParser:
     """Makes the parser of `lopt-hf pipeline --task image`: data, training and model arguments, and `--config`.
 
     Args:
         description: What the command is for.
+        method: The method that was asked for; empty if none was.
     """
-    return make_trl_parser("pipeline", description, ImagePipelineArguments, ImagePipelineConfig, ImageSourceArguments)
+    classes = ImagePipelineArguments, ImagePipelineConfig, ImageSourceArguments
+    parser = make_trl_parser("pipeline", description, *classes)
+    if method in METHODS:
+        parser.set_defaults(local_objective=SCRIPT_METHODS[method])
+    return parser
 
 
-def check_objective(script_args: ImagePipelineArguments, args: ImagePipelineConfig, asked: str) -> None:
-    """Refuses a local objective that is asked for where the method, or the task's gradient, takes its place.
+def check_objective(method: str, objective: str, gradient: str) -> None:
+    """Refuses a method or local objective that is asked for where the other, or the task's gradient, takes its place.
 
     Args:
-        script_args: The method.
-        args: Training arguments, which no longer say what was asked for.
-        asked: The objective that the command line or its YAML names; empty if neither does.
+        method: What the command line or its YAML names; empty if neither names one.
+        objective: Likewise.
+        gradient: Likewise.
 
     Raises:
-        ValueError: If it would not be used.
+        ValueError: If one would not be used.
     """
-    if asked in ("", "none"):
-        return
-    if args.gradient == "delayed":
+    asked = {"method": method, "local_objective": objective if objective != "none" else ""}
+    for name, value in asked.items():
+        if value and gradient == "delayed":
+            raise ValueError(
+                f"{name}={value!r} does nothing with gradient='delayed', where early stages learn from the task's "
+                "gradient alone; leave it out, or set gradient to 'local' or 'local_and_delayed'."
+            )
+    own = SCRIPT_METHODS.get(method or "local")
+    if asked["local_objective"] and own not in (None, objective):
         raise ValueError(
-            f"local_objective={asked!r} does nothing with gradient='delayed', where early stages learn from the "
-            "task's gradient alone; leave it out, or set gradient to 'local_and_delayed'."
-        )
-    own = SCRIPT_METHODS[script_args.method]
-    if asked != own:
-        raise ValueError(
-            f"local_objective={asked!r} is not that of method={script_args.method!r}, {own!r}; leave one of them out."
+            f"local_objective={objective!r} is not that of method={method or 'local'!r}, {own!r}; leave one of them "
+            "out."
         )
 
 
@@ -158,11 +166,6 @@ def run_image_stage(
 def _set_objective(script_args: ImagePipelineArguments, args: ImagePipelineConfig) -> None:
     if args.gradient != "delayed":
         set_objective(script_args.method, args)
-    elif script_args.method != "local":
-        raise ValueError(
-            f"method={script_args.method!r} does nothing with gradient='delayed', where early stages learn from the "
-            "task's gradient alone; leave it out, or set gradient to 'local_and_delayed'."
-        )
 
 
 def _make_trainer(

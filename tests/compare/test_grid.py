@@ -193,18 +193,19 @@ def test_data_whose_answers_are_no_messages(tmp_path: Path) -> None:
 
 def test_what_has_stages_is_trained_in_a_pipeline() -> None:
     methods = {
-        "local": {"num_stages": 2},
-        "late": {"num_stages": 2, "gradient": "delayed"},
+        "local": {"num_stages": 2, "gradient": "local"},
+        "reconstruction": {"num_stages": 2, "local_objective": "reconstruction"},
+        "windows": {"num_stages": 2, "method": "mlaan"},
+        "late": {"num_stages": 2},
         "one process": {"num_blocks": 2},
     }
     runs = {run.method: run for run in Grid(**{**SETTINGS, "methods": methods, "seeds": [0]}).runs()}
     assert {name: run.command for name, run in runs.items()} == {
-        "local": "pipeline",
-        "late": "pipeline",
+        **dict.fromkeys(("local", "reconstruction", "windows", "late"), "pipeline"),
         "one process": "sft",
     }
     assert {name: run.family for name, run in runs.items()} == {
-        "local": "local losses",
+        **dict.fromkeys(("local", "reconstruction", "windows"), "local losses"),
         "late": "reach",
         "one process": "local losses",
     }

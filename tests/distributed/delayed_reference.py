@@ -33,7 +33,7 @@ class Delayed:
         reaches: Sequence[int] = (),
         rates: Sequence[float] = (),
         balance: float = 0.0,
-        warmup: float = 0.0,
+        warmup: float | None = 0.0,
     ) -> None:
         """Prepares for training.
 
@@ -41,10 +41,11 @@ class Delayed:
             edges: The first layers of the blocks but the first.
             recompute: Whether a late backward sees the weights of its own step, or those of the forward's.
             predicts: Whether a block's forward sees its weights as they will be if each of the steps that move them
-                before its gradient comes changes them as the last one did.
+                before its gradient comes goes where Adam's moments point by now.
             reaches: For each step how many blocks, counted from the last, its gradient is for. Default: all.
             rates: The blocks' learning rates, each as a factor. Default: 1.
-            warmup: Share of the steps in which late blocks' rates rise.
+            warmup: Share of the steps in which late blocks' rates rise. `None`: the first rates that are not 0 are
+                lower, one more than a block's steps of delay.
             balance: Weight of the load-balancing loss; each block has it of its own layers' routers.
         """
         self.balance = balance
@@ -56,7 +57,6 @@ class Delayed:
         self.num_blocks = len(edges) + 1
         self.recompute = recompute
         self.predicts = predicts
-        self.before: dict[str, torch.Tensor] = {}  # the weights of the last step
         self.position = 0
         self.batches: dict[tuple[int, int], dict[str, Any]] = {}
         self.inputs: dict[tuple[int, int, int], torch.Tensor] = {}  # by block, step, micro-batch
@@ -140,14 +140,20 @@ class Delayed:
     def expect(self: Any, step: int) -> dict[str, torch.Tensor]:
         """The early blocks' weights of the step in which they learn from the one that begins."""
         expected = {}
+        scheduler, states = self.lr_scheduler, self.optimizer.state
+        index_of = {id(p): index for index, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
         for block in range(self.num_blocks - 1):
             late = self.num_blocks - 1 - block
-            comes = [at >= 0 and (not self.reaches or self.reaches[at] > late) for at in range(step - late, step + 1)]
-            moves = sum(comes[:-1]) * comes[-1]
+            comes = [at for at in range(max(0, step - late), step + 1) if not self.reaches or self.reaches[at] > late]
+            moves = [at + late for at in comes[:-1]] if comes and comes[-1] == step else []
             for name, parameter in self.members(block).items():
-                now = parameter.detach().clone()
-                expected[name] = (self.before.get(name, now) - now) * -moves + now
-                self.before[name] = now
+                if not states.get(parameter) or not moves:
+                    continue
+                index, state = index_of[id(parameter)], states[parameter]
+                distance = sum(scheduler.base_lrs[index] * scheduler.lr_lambdas[index](at) for at in moves)
+                (beta1, beta2), count = self.optimizer.param_groups[index]["betas"], state["step"].item()
+                mean, square = state["exp_avg"] / (1 - beta1**count), state["exp_avg_sq"] / (1 - beta2**count)
+                expected[name] = parameter.detach() - distance * (mean / (square.sqrt() + self.args.adam_epsilon))
         return expected
 
     def exchange(self: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -262,10 +268,13 @@ class Delayed:
     def create_scheduler(self: Any, *args: Any, **kwargs: Any) -> Any:
         scheduler = super().create_scheduler(*args, **kwargs)  # type: ignore[misc]
         (factor, *_) = scheduler.lr_lambdas
-        end = math.ceil(self.args.max_steps * self.warmup)
+        end = math.ceil(self.args.max_steps * (self.warmup or 0.0))
+        moving = [step for step in range(self.args.max_steps + 1) if factor(step) > 0]
 
         def rate(step: int, late: int) -> float:
             own = max(step - late, 0)
+            if self.warmup is None and own in moving[: 1 + late]:
+                return factor(own) * (1 + late) ** -0.5
             return factor(own) * (1 + late) ** -(1 - own / end if own < end else 0.0)
 
         scheduler.lr_lambdas = [partial(rate, late=self.num_blocks - 1 - block) for block in self.group_blocks]

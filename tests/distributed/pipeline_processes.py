@@ -27,6 +27,7 @@ ADDRESSES = ("10.213.77.1", "10.213.77.2")
 
 SETTINGS = {
     "num_blocks": 3,
+    "gradient": "local",
     "max_steps": 8,
     "save_strategy": "steps",
     "save_steps": 2,

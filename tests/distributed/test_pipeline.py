@@ -97,7 +97,7 @@ def run_pipeline(
     """Runs the given runs in one world, of forked processes or launched ones; each ends in a folder of its name."""
     lines = []
     for name, settings in runs.items():
-        settings = {"max_grad_norm": 0.5, **settings}
+        settings = {"gradient": "local", "max_grad_norm": 0.5, **settings}
         start = save_start(folder, settings.pop("family", "llama"), settings.pop("tied", False))
         line = {"model": start, "output_dir": str(folder / name), "settings": settings}
         resume = settings.pop("resume", None)

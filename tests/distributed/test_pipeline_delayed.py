@@ -55,12 +55,12 @@ RUNS: dict[int, dict[str, dict[str, Any]]] = {
     },
     3: {
         "plain": {**DELAYED, "num_blocks": 3},
-        "accumulation": {**ACCUMULATED, "num_blocks": 3},
+        "accumulation": {**ACCUMULATED, "num_blocks": 3, "warmup_steps": 1},
         "kept": {**ACCUMULATED, **KEPT, "num_blocks": 3},
         "kept, weights of now": {**DELAYED, **KEPT, "num_blocks": 3, "weight_prediction": False},
         "both": {**DELAYED, "num_blocks": 3, "gradient": "local_and_delayed"},
         "LoRA": {**DELAYED, **KEPT, "num_blocks": 3, "lora": True},
-        "one step": {**DELAYED, "num_blocks": 3, "max_steps": 1, "max_grad_norm": 0.0},
+        "one step": {**DELAYED, "num_blocks": 3, "max_steps": 1, "max_grad_norm": 0.0, "late_warmup_steps": 0},
         "reach": {**ACCUMULATED, "num_blocks": 3, "task_reach": [1, 2, 1, 3], "max_steps": 9},
         "reach, kept": {
             **DELAYED,
@@ -111,7 +111,7 @@ def run_one_process(
     recompute = settings.get("gradient_recompute", True)
     balance = settings.get("router_aux_loss_coef", 0.0)
     predicts = settings.get("weight_prediction", settings["gradient"] == "delayed" and len(blocks) > 2)
-    warmup = settings.get("late_warmup_steps", 0.0)
+    warmup = settings.get("late_warmup_steps", None if predicts else 0.0)
     trainer.begin([block.start for block in blocks[1:]], recompute, predicts, reaches, rates, balance, warmup)
     trainer.train()
     trainer.finish()

@@ -54,7 +54,10 @@ def run_pipeline(folder: Path, num_stages: int, runs: dict[str, dict[str, Any]],
         own = {key: value for key, value in settings.items() if key not in ("family", "resume")}
         resume = settings.get("resume") and str(folder / settings["resume"])
         lines.append(
-            {"output_dir": str(folder / name), "family": settings["family"], "resume": resume, "settings": own}
+            {
+                **{"output_dir": str(folder / name), "family": settings["family"], "resume": resume},
+                "settings": {"gradient": "local", **own},
+            }
         )
     plan = folder / "runs.jsonl"
     plan.write_text("\n".join(map(json.dumps, lines)))

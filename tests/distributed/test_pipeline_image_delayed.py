@@ -25,6 +25,7 @@ DELAYED: dict[str, Any] = {
     "max_grad_norm": 0.0,
     "lr_scheduler_type": "constant",
     "weight_prediction": True,
+    "late_warmup_steps": 0,
     "weight_decay": 0.1,
 }
 CYCLE = [2, 2, 1]  # of steps 0, 1, 3 and 4 the gradient comes to the first stage, a step late
@@ -55,7 +56,6 @@ class DelayedTrainer(ImageTrainer):
         self.is_late = False
         early = {id(parameter) for layer in self.layers[:CUT] for parameter in layer.parameters()}
         self.early = [p for name, p in self.model.named_parameters() if id(p) in early or "embed" in name]
-        self.before = [parameter.detach().clone() for parameter in self.early]
         self.layers[CUT].register_forward_pre_hook(self.enter, with_kwargs=True)
 
     def enter(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -66,11 +66,10 @@ class DelayedTrainer(ImageTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         reaches = self.cycle[self.state.global_step % len(self.cycle)] == 2
-        moves = float(reaches and self.waiting is not None)
         now = [parameter.data for parameter in self.early]
-        for parameter, weight, before in zip(self.early, now, self.before, strict=True):
-            parameter.data = (before - weight) * -moves + weight  # as the step's gradient will find them
-        self.before = [weight.clone() for weight in now]
+        if reaches and self.waiting is not None:
+            for parameter in self.early:
+                parameter.data = self.expected(parameter)  # as the step's gradient will find them
         loss = super().training_step(model, inputs, *args, **kwargs)
         for parameter, weight in zip(self.early, now, strict=True):
             parameter.data = weight
@@ -78,6 +77,15 @@ class DelayedTrainer(ImageTrainer):
         assert self.leaf.grad is not None
         self.waiting = (inputs, self.leaf.grad) if reaches else None
         return loss
+
+    def expected(self, parameter: nn.Parameter) -> torch.Tensor:
+        """A step on, by Adam's moments of now."""
+        state = self.optimizer.state.get(parameter)
+        if not state:
+            return parameter.data
+        mean, square = state["exp_avg"] / (1 - 0.9 ** state["step"].item()), state["exp_avg_sq"]
+        root = (square / (1 - 0.999 ** state["step"].item())).sqrt()
+        return parameter.data - self.args.learning_rate * (mean / (root + self.args.adam_epsilon))
 
     def learn(self) -> None:
         if self.waiting is None:

@@ -96,18 +96,22 @@ def test_a_run_measures_accuracy_and_leaves_the_model_of_one_process(files, arch
             ["--eval_strategy", "steps"],
             "eval_strategy='steps' is not supported in a pipeline",
         ),
-        (["--task_reach", "2"], "task_reach=[2] does not work with gradient='local'"),
+        (["--method", "local", "--task_reach", "2"], "task_reach=[2] does not work with gradient='local'"),
         (
             ["--gradient", "delayed", "--task_reach", "[1,3]"],
             "task_reach=[1, 3]: 3 is not a number of blocks from 1 to num_blocks=2",
         ),
         (["--tied_embeddings", "freeze"], "tied_embeddings='freeze' does nothing for an image classifier"),
-        (["--local_objective", "none"], "local_objective='none' leaves the early stages nothing to learn from"),
+        (
+            ["--gradient", "local", "--local_objective", "none"],
+            "local_objective='none' leaves the early stages nothing to learn from",
+        ),
         (["--method", "readout", "--architecture", "resnet20"], "local_objective='readout' does not work with model="),
         (
             ["--method", "readout", "--gradient", "delayed"],
             "method='readout' does nothing with gradient='delayed'",
         ),
+        (["--method", "local", "--gradient", "delayed"], "method='local' does nothing with gradient='delayed'"),
         (
             ["--method", "readout", "--local-objective", "classifier"],
             "local_objective='classifier' is not that of method='readout', 'readout'; leave one of them out.",

@@ -131,7 +131,7 @@ def test_recipe_is_parsed_in_full(path: Path) -> None:
     values = parse(path, path.parent.name)
     written = yaml.safe_load(path.read_text())
     assert written.keys() <= values.keys()
-    own = {"pipeline": ("num_stages", "local_objective"), "mlaan": ("window", "leap")}
+    own = {"pipeline": ("num_stages", "gradient"), "mlaan": ("window", "leap")}
     own_keys = ("method",) if "method" in written else own[path.parent.name]
     for key in ("model_name_or_path", "dataset_name", "output_dir", *own_keys):
         assert values[key] == written[key]

@@ -145,7 +145,10 @@ OF_A_YAML: dict[str, list[tuple[dict[str, Any], str]]] = {
             {"gradient": "delayed", "resume_from_checkpoint": "{}/late"},
             "was trained with num_stages=3, but this run has num_stages=2",
         ),
-        ({"resume_from_checkpoint": "{}/late"}, "was trained with gradient=delayed, but this run has gradient=local"),
+        (
+            {"gradient": "local", "resume_from_checkpoint": "{}/late"},
+            "was trained with gradient=delayed, but this run has gradient=local",
+        ),
         (
             {"data_parallel": 2, "resume_from_checkpoint": "{}/late"},
             "was trained with data_parallel=1, but this run has data_parallel=2",

@@ -104,7 +104,7 @@ def make_config(
         delayed = {"gradient": "delayed", "gradient_recompute": run.method == "ppll_delayed"}
         return stage(**shared, **cut, **delayed)
     if run.method == "ppll":
-        return stage(**shared, **cut, local_objective=settings.objective)
+        return stage(**shared, **cut, gradient="local", local_objective=settings.objective)
     if run.method == settings.one_process:
         return local(**shared, **cut, local_objective=settings.objective)
     return plain(**shared)

@@ -9,6 +9,7 @@ from transformers.training_args import OptimizerNames
 
 from lopt_hf.common.settings import check_choice, option
 from lopt_hf.local.schedule import ReachSchedule
+from lopt_hf.pipeline.gradient import GRADIENTS
 
 __all__ = ["PipelineArguments"]
 
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 else:
     ArgumentsBase = object
 
-GRADIENTS = ("local", "delayed", "local_and_delayed")
+
+_WITH_MOMENTS = ("adamw_torch", "adamw_torch_fused")  # which keep their moments under torch's names
 
 # Arguments of the parents that would need more than the stage has, or that reach into another stage's modules.
 _UNSUPPORTED: dict[str, tuple[object, str]] = {
@@ -50,17 +52,20 @@ class PipelineArguments(ArgumentsBase):
         start_timeout: Seconds that the other processes may take to start. Default: 300, that of torch's `TCPStore`.
         gradient: What an early stage learns from. `"local"`: its local objective (paper). `"delayed"`: the task's
             gradient, one optimizer step late for each stage behind it. `"local_and_delayed"`: both, the objective at
-            once. Ours; PipeDream-2BW (arXiv 2006.09503) has the constant delay, of one step for all stages.
+            once. Default: `"delayed"` (ours, for what it learns; PipeDream-2BW, arXiv 2006.09503, has the constant
+            delay, of one step for all stages); `"local"` where a local objective is named or a stage has several
+            blocks.
         gradient_recompute: Run a stage's forward again when the gradient has come, with the weights that it has then:
             what waits is one boundary tensor for each micro-batch, for one more forward. `False` keeps the graph, all
             activations of it, and a copy of the trainable weights of each step (PipeDream's weight stashing).
         weight_prediction: Run a stage's forward with the weights that it is expected to have when the gradient comes:
-            moved on by so many steps as that takes, each as the last one. It costs a copy of the stage's trainable
-            weights. Default: where `gradient` is `"delayed"` on three stages or more (ours; SpecTrain, arXiv
-            1809.02839).
+            moved on by so many steps as that takes, by Adam's moments of now (XPipe, arXiv 1911.04610). It costs a
+            copy of the stage's trainable weights. Default: where `gradient` is `"delayed"` on three stages or more and
+            `optim` keeps such moments (ours).
         late_warmup_steps: Optimizer steps, or below 1 a share of the run's, in which the learning rate of a stage
             whose gradient is d steps late rises from 1 / (1 + d) of its schedule to the whole of it (PipeMare,
-            arXiv 1910.05124). Ours: 0.
+            arXiv 1910.05124). Default: where weights are predicted, the stage's first 1 + d steps, whose gradients are
+            all of the weights that training began with, at 1 / sqrt(1 + d) of the rate (ours); else 0.
         timeline_steps: Record what each stage does in this many first steps, as picture and Chrome trace.
 
     Raises:
@@ -88,10 +93,12 @@ class PipelineArguments(ArgumentsBase):
     start_timeout: float = option(
         300.0, "Seconds that the other processes may take to start (torch's default for its store)."
     )
+    # One of `GRADIENTS` after `__post_init__`
     gradient: str = option(
-        "local",
+        None,
         "What early stages learn from: a 'local' objective (paper), the task's gradient 'delayed' by a step for each "
-        "stage behind (ours), or both.",
+        "stage behind (ours), or both. Default: delayed; local where an objective is named or a stage has several "
+        "blocks.",
         GRADIENTS,
     )
     gradient_recompute: bool = option(
@@ -100,12 +107,13 @@ class PipelineArguments(ArgumentsBase):
     )
     weight_prediction: bool | None = option(
         None,
-        "Run a forward with the weights expected when its delayed gradient comes, for a copy of them (SpecTrain). "
+        "Run a forward with the weights expected when its delayed gradient comes, for a copy of them (XPipe). "
         "Default: from three stages on.",
     )
-    late_warmup_steps: float = option(
-        0.0,
-        "Steps, or below 1 a share of them, in which the rates of stages with delayed gradients rise.",
+    late_warmup_steps: float | None = option(
+        None,
+        "Steps, or below 1 a share of them, in which the rates of stages with delayed gradients rise. Default: with "
+        "predicted weights a lower rate until a stage has a gradient of weights that it has moved.",
     )
     timeline_steps: int = option(0, "Record this many first steps of every stage, as timeline.png and timeline.json.")
 
@@ -117,6 +125,10 @@ class PipelineArguments(ArgumentsBase):
                 "gradient_recompute=False does not work with activation_checkpointing=True (the default), which runs "
                 "layers again with other weights; set activation_checkpointing to False."
             )
+
+    def _default_gradient(self) -> str:
+        """Returns what early stages learn from where the user has not said it."""
+        return "local"
 
     def _check_pipeline(self) -> None:
         lowest = {"data_parallel": 1, "channel_depth": 1, "timeline_steps": 0, "num_blocks": 2, "num_stages": 2}
@@ -132,6 +144,8 @@ class PipelineArguments(ArgumentsBase):
                 f"num_stages={self.num_stages} is more than num_blocks={self.num_blocks}, but a stage runs one block "
                 "or several; lower num_stages, or leave num_blocks out for one block per stage."
             )
+        if self.gradient is None:
+            self.gradient = self._default_gradient()
         if not self.peer_timeout >= 5:
             raise ValueError(f"peer_timeout={self.peer_timeout} is too short for a busy machine; give at least 5 s.")
         if not self.start_timeout >= self.peer_timeout:
@@ -165,13 +179,15 @@ class PipelineArguments(ArgumentsBase):
         """Whether the task's gradient goes from stage to stage."""
         return self.gradient != "local"
 
-    def num_late_warmup_steps(self, max_steps: int) -> int:
-        """Steps in which the rates of stages whose gradients are late rise.
+    def num_late_warmup_steps(self, max_steps: int) -> int | None:
+        """Returns the steps in which the rates of stages whose gradients are late rise; `None` as by default.
 
         Args:
             max_steps: Steps of the run.
         """
         given = self.late_warmup_steps
+        if given is None:
+            return None if self.weight_prediction else 0
         return math.ceil(max_steps * given if given < 1 else given)
 
     def gradient_settings(self, num_stages: int) -> dict[str, Any]:
@@ -198,9 +214,15 @@ class PipelineArguments(ArgumentsBase):
                 f"weight_prediction=True does not work with gradient={self.gradient!r}, where the weights of now are "
                 "to learn from a forward; leave it out, or set gradient to 'delayed'."
             )
+        has_moments = OptimizerNames(self.optim).value in _WITH_MOMENTS
+        if self.weight_prediction and not has_moments:
+            raise ValueError(
+                f"weight_prediction=True needs Adam's moments, which optim={OptimizerNames(self.optim).value!r} does "
+                f"not keep as tensors; choose {' or '.join(map(repr, _WITH_MOMENTS))}, or set it to False."
+            )
         if self.weight_prediction is None:
-            self.weight_prediction = self.gradient == "delayed" and self.num_blocks > 2
-        if not self.late_warmup_steps >= 0:
+            self.weight_prediction = self.gradient == "delayed" and self.num_blocks > 2 and has_moments
+        if self.late_warmup_steps is not None and not self.late_warmup_steps >= 0:
             raise ValueError(
                 f"late_warmup_steps={self.late_warmup_steps} must be a number of steps, or a share of them below 1."
             )
@@ -221,22 +243,29 @@ class PipelineArguments(ArgumentsBase):
             (
                 self.num_blocks != self.num_stages,
                 f"num_blocks={self.num_blocks} with num_stages={self.num_stages} {wrong}, which crosses the cuts "
-                "between stages only; leave num_blocks out",
+                "between stages only; leave num_blocks out, or set gradient to 'local'",
             ),
-            (self.local_step, f"local_step=True {wrong}, which comes after the local backward; set it to False"),
+            (
+                self.local_step,
+                f"local_step=True {wrong}, which comes after the local backward; set it to False, or gradient to "
+                "'local'",
+            ),
             (
                 not self.train_early_blocks,
                 f"train_early_blocks=False {wrong}, which trains them; leave it out, or set gradient to 'local'",
             ),
-            (self.fp16, f"fp16=True {wrong}, since each stage scales its loss by itself; use bf16"),
+            (
+                self.fp16,
+                f"fp16=True {wrong}, since each stage scales its loss by itself; use bf16, or set gradient to 'local'",
+            ),
             (
                 schedule in ("reduce_lr_on_plateau", "greedy"),
                 f"lr_scheduler_type={schedule!r} {wrong}: the stages must know the rates of a step before its loss; "
-                "choose one that is a function of the step, such as cosine",
+                "choose one that is a function of the step, such as cosine, or set gradient to 'local'",
             ),
             (
                 optim in ("lomo", "adalomo") or optim.endswith("layerwise"),
-                f"optim={optim!r}, which steps in the backward, {wrong}; choose another",
+                f"optim={optim!r}, which steps in the backward, {wrong}; choose another, or set gradient to 'local'",
             ),
             (
                 not self.gradient_recompute and self.gradient != "delayed",

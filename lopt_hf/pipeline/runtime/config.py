@@ -1,11 +1,12 @@
 """The pipeline's arguments joined to those of the methods."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from lopt_hf.common.settings import option
 from lopt_hf.local.reach import ReachText, read_cycle
 from lopt_hf.local.run_facts import RunFacts
+from lopt_hf.pipeline.gradient import default_gradient
 from lopt_hf.pipeline.runtime.arguments import PipelineArguments
 from lopt_hf.trainers.configs import LoPTConfig, MLAANConfig
 
@@ -28,6 +29,8 @@ class ObjectivePipelineArguments(PipelineArguments, ObjectiveBase):
             stage nothing is kept there, and where the gradient would have come the stage stands still, or learns from
             its objective alone. Default: all, at every step; with `gradient="local"` 1, none being sent.
     """
+
+    _default_objective: ClassVar[str] = "reconstruction"  # where early stages have one
 
     # A parser of commands reads an option as the type that is named second: what `read_cycle` takes.
     task_reach: ReachText | str | int | list[int] | None = option(  # type: ignore[assignment]  # none once checked
@@ -63,11 +66,16 @@ class ObjectivePipelineArguments(PipelineArguments, ObjectiveBase):
                 "set it to 'step' or 'run'."
             )
 
+    def _default_gradient(self) -> str:
+        return default_gradient(self.local_objective, self.num_blocks, self.num_stages)
+
     def _check_pipeline(self) -> None:
         super()._check_pipeline()
         if self.gradient == "delayed":
             self._leave_out_objective()
             return
+        if self.local_objective is None:
+            self.local_objective = self._default_objective
         if self.local_backward == "joint":
             raise ValueError("local_backward='joint' needs all blocks in one process; set it to 'auto' or 'eager'.")
         if self.local_objective == "none":
@@ -77,18 +85,18 @@ class ObjectivePipelineArguments(PipelineArguments, ObjectiveBase):
 
     def _leave_out_objective(self) -> None:
         """Sets the objective to none where the task's gradient takes its place."""
-        default = type(self).__dataclass_fields__["local_objective"].default
-        if self.local_objective not in (default, "none"):
+        if self.local_objective not in (None, "none"):
             raise ValueError(
                 f"local_objective={self.local_objective!r} does nothing with gradient='delayed', where early stages "
-                "learn from the task's gradient alone; leave it out, or set gradient to 'local_and_delayed'."
+                "learn from the task's gradient alone; leave it out, or set gradient to 'local' or "
+                "'local_and_delayed'."
             )
         self.local_objective = "none"
 
     @property
     def _without_objective(self) -> tuple[str, str]:
         if self.gradient == "delayed":
-            return "gradient='delayed'", "set gradient to 'local_and_delayed'"
+            return "gradient='delayed'", "set gradient to 'local' or 'local_and_delayed'"
         return super()._without_objective
 
     def _check_added_to_objective(self, run: RunFacts) -> None:
@@ -97,7 +105,20 @@ class ObjectivePipelineArguments(PipelineArguments, ObjectiveBase):
 
 @dataclass
 class PipelineConfig(ObjectivePipelineArguments, LoPTConfig):
-    """Configuration of [`PipelineTrainer`]: every argument of [`LoPTConfig`] and those of the pipeline."""
+    """Configuration of [`PipelineTrainer`]: every argument of [`LoPTConfig`] and those of the pipeline.
+
+    Parameters:
+        local_objective: As in one process, where `gradient` is `"local"` or `"local_and_delayed"`; naming one makes
+            `"local"` the default of `gradient`. Default there: `"reconstruction"`.
+    """
+
+    # A string after `__post_init__`
+    local_objective: str = option(
+        None,
+        "What early stages learn from with gradient local or both: 'reconstruction' of their input (default; LoPT) or "
+        "'readout', the next token through the model's norm and head, frozen as at the start (ZeroLock).",
+        ["reconstruction", "readout", "none"],
+    )
 
 
 @dataclass

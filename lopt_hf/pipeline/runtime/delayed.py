@@ -107,7 +107,7 @@ class DelayedGradients:
         delay: See above.
         recompute: Run the forward again, with the weights that the stage has then; otherwise keep its graph, and the
             weights of each step.
-        predicts: Run the forward with the weights that are expected for the step in which its gradient comes.
+        prediction: Of the weights that are expected where a step's gradient comes, with which its forward is to run.
         receiver: Where the cotangents of the stage's outputs come from.
         sender: Where those of its inputs go; nothing on the first stage.
         autocast: Makes the context in which the model computes.
@@ -122,7 +122,7 @@ class DelayedGradients:
         boundary: BlockBoundary,
         delay: int,
         recompute: bool,
-        predicts: bool,
+        prediction: WeightPrediction | None,
         receiver: ReceivingChannel,
         sender: SendingChannel | None,
         autocast: Callable[[], AbstractContextManager[Any]],
@@ -134,7 +134,7 @@ class DelayedGradients:
         self._forward = forward
         self._boundary = boundary
         self._recompute = recompute
-        self._prediction = WeightPrediction(model) if predicts else None
+        self._prediction = prediction
         self._receiver = receiver
         self._sender = sender
         self._autocast = autocast
@@ -175,9 +175,10 @@ class DelayedGradients:
 
     def _begin_step(self, comes: bool) -> None:
         if self._prediction is not None:
-            # The steps that will move the weights before the one that is about to begin does
-            moves = sum(1 for step in self._steps if step.micro_batches)
-            self._prediction.begin(moves if comes else 0)
+            # When the steps that are kept will move the weights; the one that is about to begin comes behind them
+            first = self.delay - len(self._steps)
+            due = [first + index for index, step in enumerate(self._steps) if step.micro_batches]
+            self._prediction.begin(due if comes else [])
         with self._expected_weights():
             keeps_weights = comes and not self._recompute
             self._steps.append(_KeptStep(weights=WeightVersion(self._model) if keeps_weights else None))
@@ -255,12 +256,12 @@ class DelayedGradients:
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of what waits: inputs, with kept graphs the activations and the weights of each step, and those that a
-        prediction compares with."""
+        """Bytes of what waits: inputs, with kept graphs the activations and the weights of each step, and within a
+        step the weights that are expected."""
         kept = sum(micro_batch.num_bytes for step in self._steps for micro_batch in step.micro_batches)
         versions = [step.weights for step in self._steps if step.weights is not None]
-        compared = 0 if self._prediction is None else self._prediction.num_bytes
-        return kept + compared + sum(version.weight_bytes + version.saved_bytes for version in versions)
+        expected = 0 if self._prediction is None else self._prediction.num_bytes
+        return kept + expected + sum(version.weight_bytes + version.saved_bytes for version in versions)
 
     # ---- A checkpoint, between two steps ----
 
@@ -276,14 +277,11 @@ class DelayedGradients:
             "steps": [[kept.state() for kept in step.micro_batches] for step in self._steps],
             "weights": [None if step.weights is None else step.weights.weights for step in self._steps],
             "cotangents": list(self._arrived),
-            "before": {} if self._prediction is None else self._prediction.state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Goes on from what `state` returned; graphs are made again, with the weights that they were made with."""
         self._arrived = deque(state["cotangents"])
-        if self._prediction is not None:
-            self._prediction.load_state(state["before"])
         self._steps.clear()
         with weights_put_back(self._model) as put:
             for micro_batches, weights in zip(state["steps"], state["weights"], strict=True):

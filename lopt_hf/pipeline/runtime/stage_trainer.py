@@ -39,6 +39,7 @@ from lopt_hf.pipeline.runtime.replicas import count_over_replicas, own_share, sh
 from lopt_hf.pipeline.runtime.stage import plan_stages
 from lopt_hf.pipeline.runtime.stage_forward import StageForward
 from lopt_hf.pipeline.runtime.timeline import Timeline
+from lopt_hf.pipeline.runtime.weight_prediction import WeightPrediction
 from lopt_hf.trainers.mixin import LocalLearningMixin
 from lopt_hf.trainers.model_card import describe_reach
 
@@ -225,6 +226,12 @@ class StageMixin(LocalLearningMixin):
             delay_schedules(scheduler, self.plan.delay, self.args.num_late_warmup_steps(num_training_steps))
         return scheduler
 
+    def _rates_ahead(self, num_steps: int) -> list[float]:
+        """The learning rates of the optimizer's groups at the step that is so many steps ahead."""
+        scheduler: Any = self.lr_scheduler
+        step = scheduler.last_epoch + num_steps
+        return [rate * factor(step) for rate, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+
     def drain(self) -> None:
         """Learns from the gradients that are still on their way at the end of a run, each in a step of its own."""
         if self.delayed is not None:
@@ -281,7 +288,7 @@ class StageMixin(LocalLearningMixin):
                 self.boundary,
                 self.plan.delay,
                 self.args.gradient_recompute,
-                bool(self.args.weight_prediction),
+                WeightPrediction(lambda: self.optimizer, self._rates_ahead) if self.args.weight_prediction else None,
                 self._links.back_receiver,
                 self._links.back_sender,
                 self.accelerator.autocast,

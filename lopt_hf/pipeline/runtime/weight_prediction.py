@@ -1,75 +1,83 @@
 """Weights as they will be: a forward whose gradient comes some steps later is to see those that it will move."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 __all__ = ["WeightPrediction"]
 
 
 class WeightPrediction:
-    """The trainable weights of a model some optimizer steps on, if each step changed them as the last one did.
+    """The weights that an optimizer will have made some steps on, as Adam's moments say.
 
-    SpecTrain (arXiv 1809.02839) predicts by the momentum; a difference of weights says the same for any optimizer, and
-    with Adam has its scale too. It costs one copy of the trainable weights.
+    Each coming step is expected to go where the mean gradient points by now, over the root of the mean square, at its
+    own learning rate (XPipe, arXiv 1911.04610). That costs a copy of the weights while the forwards of a step run.
 
     Args:
-        model: The model.
+        optimizer: Returns the optimizer, which may not be there yet.
+        rates: Returns the learning rates of its parameter groups at the optimizer step that is so many steps ahead.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        # From `begin` to `end` of a step what is predicted, and from then on what the weights were in that step
-        self._weights: dict[str, torch.Tensor] = {}
+    def __init__(self, optimizer: Callable[[], Optimizer], rates: Callable[[int], Sequence[float]]) -> None:
+        self._optimizer = optimizer
+        self._rates = rates
+        self._weights: list[tuple[nn.Parameter, torch.Tensor]] = []
 
-    def begin(self, num_steps: int) -> None:
-        """Begins an optimizer step, whose forwards are to see the weights behind some more.
+    @torch.no_grad()
+    def begin(self, steps_ahead: Sequence[int]) -> None:
+        """Begins an optimizer step, whose forwards are to see the weights behind some steps.
 
         Args:
-            num_steps: How many.
+            steps_ahead: Which steps, 0 being the one that begins.
+
+        Raises:
+            ValueError: If the optimizer keeps no moments as Adam does.
         """
-        for name, now in self._trainable():
-            if name not in self._weights:  # nothing is known of the first step
-                self._weights[name] = now.clone()
-            else:
-                self._weights[name].sub_(now).mul_(-num_steps).add_(now)
+        optimizer = self._optimizer()
+        of_steps = [self._rates(ahead) for ahead in steps_ahead]
+        for index, group in enumerate(optimizer.param_groups):
+            distance = sum(rates[index] for rates in of_steps)
+            if distance:
+                moved = [parameter for parameter in group["params"] if optimizer.state.get(parameter)]
+                self._weights += [(each, each - distance * _direction(optimizer, group, each)) for each in moved]
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """Makes a context in which the model has the predicted weights."""
-        own = {name: parameter.data for name, parameter in self._model.named_parameters() if name in self._weights}
-        self._put(self._weights)
+        own = [(parameter, parameter.data) for parameter, _ in self._weights]
+        _put(self._weights)
         try:
             yield
         finally:
-            self._put(own)
+            _put(own)
 
     def end(self) -> None:
-        """Ends the forwards of a step; its optimizer has not moved the weights yet."""
-        for name, now in self._trainable():
-            self._weights[name].copy_(now)
+        """Ends the forwards of a step."""
+        self._weights = []
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the copy."""
-        return sum(weight.nbytes for weight in self._weights.values())
+        """Bytes of the copy, between `begin` and `end`."""
+        return sum(weight.nbytes for _, weight in self._weights)
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds: the weights of the step that has ended, by their names."""
-        return self._weights
 
-    def load_state(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Goes on from what `state` returned."""
-        self._weights = dict(weights)
+def _direction(optimizer: Optimizer, group: dict, parameter: nn.Parameter) -> torch.Tensor:
+    state = optimizer.state[parameter]
+    if not {"step", "exp_avg", "exp_avg_sq"} <= state.keys():
+        raise ValueError(
+            f"weight_prediction=True needs Adam's moments, which {type(optimizer).__name__} does not keep; set it to "
+            "False, or choose optim='adamw_torch'."
+        )
+    beta1, beta2 = group["betas"]
+    step = float(state["step"])
+    mean = state["exp_avg"] / (1 - beta1**step)
+    mean_square = state["exp_avg_sq"] / (1 - beta2**step)
+    return mean / (mean_square.sqrt() + group["eps"])
 
-    def _trainable(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, parameter in self._model.named_parameters():
-            if parameter.requires_grad:
-                yield name, parameter.detach()
 
-    def _put(self, weights: Mapping[str, torch.Tensor]) -> None:
-        parameters = dict(self._model.named_parameters())
-        for name, weight in weights.items():
-            parameters[name].data = weight  # by reference: graphs and the optimizer go on with the parameter itself
+def _put(weights: Sequence[tuple[nn.Parameter, torch.Tensor]]) -> None:
+    for parameter, weight in weights:
+        parameter.data = weight  # by reference: graphs and the optimizer go on with the parameter itself

@@ -34,18 +34,25 @@ def test_blocks_and_stages(tmp_path, given, expected):
         ({"peer_timeout": 1.0}, "peer_timeout=1.0 is too short"),
         ({"split": "fair"}, "split='fair' is unknown"),
         ({"clip_scope": "global"}, "clip_scope='global' does not work in a pipeline: each stage clips"),
-        ({"local_backward": "joint"}, "local_backward='joint' needs"),
+        ({"gradient": "local", "local_backward": "joint"}, "local_backward='joint' needs"),
         ({"eval_strategy": "epoch"}, "eval_strategy='epoch' is not supported"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0 does not work in a pipeline"),
         ({"use_liger_kernel": True}, "use_liger_kernel=True does not work in a pipeline"),
         ({"torch_compile": True}, "torch_compile=True does not work in a pipeline"),
         ({"gradient": "late"}, "gradient='late' is unknown, nearest is 'delayed'"),
-        ({"gradient_recompute": False}, "gradient_recompute=False does nothing with gradient='local'"),
-        ({"late_warmup_steps": 0.1}, "late_warmup_steps=0.1 does nothing with gradient='local'"),
+        (
+            {"gradient": "local", "gradient_recompute": False},
+            "gradient_recompute=False does nothing with gradient='local'",
+        ),
+        ({"gradient": "local", "late_warmup_steps": 0.1}, "late_warmup_steps=0.1 does nothing with gradient='local'"),
         ({"late_warmup_steps": -1, "gradient": "delayed"}, "late_warmup_steps=-1 must be"),
-        ({"weight_prediction": True}, "weight_prediction=True does not work with gradient='local'"),
-        ({"task_reach": 2}, r"task_reach=\[2\] does not work with gradient='local'"),
-        ({"reach_unit": "run"}, "reach_unit='run' does nothing with task_reach"),
+        (
+            {"gradient": "local", "weight_prediction": True},
+            "weight_prediction=True does not work with gradient='local'",
+        ),
+        ({"gradient": "local", "task_reach": 2}, r"task_reach=\[2\] does not work with gradient='local'"),
+        ({"gradient": "local", "local_objective": "none"}, "local_objective='none' leaves the early stages nothing"),
+        ({"gradient": "local", "reach_unit": "run"}, "reach_unit='run' does nothing with task_reach"),
     ],
 )
 def test_bad_input(tmp_path, settings, message):
@@ -61,8 +68,16 @@ def test_bad_input(tmp_path, settings, message):
         ({"train_early_blocks": False}, "train_early_blocks=False does not work with gradient='delayed'"),
         ({"fp16": True}, "fp16=True does not work with gradient='delayed'"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type='reduce_lr_on_plateau' does not work"),
+        (
+            {"optim": "sgd", "weight_prediction": True},
+            "weight_prediction=True needs Adam's moments, which optim='sgd'",
+        ),
         ({"optim": "lomo"}, "optim='lomo', which steps in the backward, does not work"),
         ({"local_objective": "readout"}, "local_objective='readout' does nothing with gradient='delayed'"),
+        (
+            {"local_objective": "reconstruction"},
+            "local_objective='reconstruction' does nothing with gradient='delayed'",
+        ),
         ({"reconstruction_weight": 1.0}, "reconstruction_weight=1.0 does nothing with gradient='delayed'"),
         ({"gradient_recompute": False, "activation_checkpointing": True}, "gradient_recompute=False does not work"),
         ({"gradient_recompute": False, "gradient": "local_and_delayed"}, "whose local backward frees the graph"),
@@ -82,12 +97,31 @@ def test_bad_input_of_delayed_gradients(tmp_path, settings, message):
 
 
 def test_delayed_gradients_take_the_place_of_an_objective(tmp_path):
-    args = make(tmp_path, gradient="delayed")
+    args = make(tmp_path)
+    assert args.gradient == "delayed"
     assert (args.local_objective, args.train_early_blocks, args.sends_gradients_back) == ("none", True, True)
     assert (args.task_reach, make(tmp_path, gradient="delayed", num_stages=3).task_reach) == ([2], [3])
     both = make(tmp_path, gradient="local_and_delayed", local_objective="readout")
     assert (both.local_objective, both.sends_gradients_back) == ("readout", True)
-    assert not make(tmp_path).sends_gradients_back and make(tmp_path).task_reach == [1]
+    local = make(tmp_path, gradient="local")
+    assert (local.sends_gradients_back, local.task_reach, local.local_objective) == (False, [1], "reconstruction")
+
+
+@pytest.mark.parametrize("asked", [{"local_objective": "reconstruction"}, {"num_blocks": 4, "num_stages": 2}])
+def test_what_needs_local_objectives_has_them_by_default(tmp_path, asked):
+    args = make(tmp_path, **asked)
+    assert (args.gradient, args.local_objective) == ("local", "reconstruction")
+    assert MLAANPipelineConfig(output_dir=str(tmp_path)).gradient == "local"
+    assert make(tmp_path, local_objective="none").gradient == "delayed"
+
+
+def test_weights_are_predicted_from_three_stages_on_where_the_optimizer_lets_them(tmp_path):
+    assert not make(tmp_path).weight_prediction and make(tmp_path).num_late_warmup_steps(10) == 0
+    three = make(tmp_path, num_stages=3)
+    assert three.weight_prediction and three.num_late_warmup_steps(10) is None
+    assert not make(tmp_path, num_stages=3, optim="sgd").weight_prediction
+    assert not make(tmp_path, num_stages=3, gradient="local").weight_prediction
+    assert make(tmp_path, num_stages=3, late_warmup_steps=0.5).num_late_warmup_steps(10) == 5
 
 
 def test_the_task_may_reach_stages_on_a_schedule(tmp_path):

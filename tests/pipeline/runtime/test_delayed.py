@@ -1,6 +1,7 @@
 """What a stage learns from a gradient that comes late, beside autograd on the whole stock model."""
 
 import contextlib
+import copy
 from collections import deque
 
 import pytest
@@ -16,6 +17,7 @@ from lopt_hf.pipeline.runtime.delayed import DelayedGradients
 from lopt_hf.pipeline.runtime.stage import load_stage, plan_stages
 from lopt_hf.pipeline.runtime.stage_forward import StageForward
 from lopt_hf.pipeline.runtime.timeline import Timeline
+from lopt_hf.pipeline.runtime.weight_prediction import WeightPrediction
 from lopt_hf.pipeline.runtime.weight_versions import WeightVersion, weights_put_back
 from tests.tiny import make_model
 
@@ -37,7 +39,7 @@ class Channel:
         return self.messages.popleft()
 
 
-def make_stage(folder, recompute=True, delay=1, cotangents=COTANGENTS, predicts=False):
+def make_stage(folder, recompute=True, delay=1, cotangents=COTANGENTS, prediction=None):
     plan = plan_stages(blocks := split_layers(4, 2), 2)[0]
     model = load_stage(str(folder), plan, dtype=torch.float32).train()
     stack, sent = find_decoder_stack(model), []
@@ -49,7 +51,7 @@ def make_stage(folder, recompute=True, delay=1, cotangents=COTANGENTS, predicts=
         boundary,
         delay,
         recompute,
-        predicts,
+        prediction,
         Channel(cotangents),
         None,
         contextlib.nullcontext,
@@ -122,44 +124,72 @@ def test_what_waits(tmp_path):
     assert len(kept[False]) <= 3 and all(weights + batch < each < 40 * weights for each in kept[False])
 
 
+def move(model, optimizer, directions):
+    """A step of the optimizer by gradients that are the same at every step: the rate times their signs."""
+    for name, parameter in model.named_parameters():
+        parameter.grad = directions[name].clone()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 @pytest.mark.parametrize("recompute", [True, False])
 def test_a_forward_sees_the_weights_that_its_gradient_will(tmp_path, recompute):
-    """Where each step changes them by as much, and the gradient is then that of these weights."""
+    """Where gradients stay as they are, so that Adam's moments say it whole; at the rates of the steps to come."""
     stock = make_model("mixtral")
     stock.save_pretrained(tmp_path)
-    model, stage, sent = make_stage(tmp_path, recompute, delay=2, predicts=True)
-    velocity = {name: 0.02 * torch.randn_like(parameter) for name, parameter in stock.named_parameters()}
+    rates = [0.01, 0.03, 0.02, 0.04]
+    directions = {name: torch.randn_like(parameter) for name, parameter in stock.named_parameters()}
     start = {name: parameter.detach().clone() for name, parameter in stock.named_parameters()}
+    begun = []
+    prediction = WeightPrediction(lambda: optimizer, lambda ahead: [rates[begun[-1] + ahead]])
+    model, stage, sent = make_stage(tmp_path, recompute, delay=2, prediction=prediction)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
 
-    def put(of, moves):
+    def put_stock(distance):
         with torch.no_grad():
-            for name, parameter in of.named_parameters():
-                parameter.copy_(start[name] + moves * velocity[name])
+            for name, parameter in stock.named_parameters():
+                parameter.copy_(start[name] - distance * directions[name].sign())
 
     for step in range(3):
+        begun.append(step)
+        now = copy.deepcopy(model.state_dict())
         run_step(stage, step)
-        put(model, step + 1)
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    # Before the first step nothing is known of a step; before the third, two are to come
-    for step, moves in enumerate([0, 2, 4]):
-        put(stock, moves)
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        optimizer.param_groups[0]["lr"] = rates[step]
+        move(model, optimizer, directions)
+    # Nothing is known before the first step. At the second one the first's gradient is to come, in the third; at the
+    # third one that of the second too, in the fourth.
+    for step, moves in enumerate([[], [0, 2], [0, 1, 2, 3]]):
+        put_stock(sum(rates[move] for move in moves))
         with torch.no_grad():
             hidden_BTD = stock.model(**INPUTS[step], output_hidden_states=True, use_cache=False).hidden_states[2]
         torch.testing.assert_close(sent[step], hidden_BTD, rtol=1e-4, atol=1e-5)
-    put(stock, 0 if not recompute else 2)
+    put_stock(0)
+    if recompute:
+        stock.load_state_dict(now, strict=False)
     for name, gradient in expected_gradients(stock, 0).items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("predicts", [True, False])
+def test_an_optimizer_without_moments_is_named(tmp_path):
+    make_model("mixtral").save_pretrained(tmp_path)
+    prediction = WeightPrediction(lambda: optimizer, lambda ahead: [0.1])
+    model, stage, _ = make_stage(tmp_path, delay=2, prediction=prediction)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    run_step(stage, 0)
+    move(model, optimizer, dict(model.named_parameters()))
+    with pytest.raises(ValueError, match="weight_prediction=True needs Adam's moments, which SGD does not keep"):
+        run_step(stage, 1)
+
+
 @pytest.mark.parametrize("recompute", [True, False])
-def test_what_is_in_flight_goes_on_from_a_checkpoint(tmp_path, recompute, predicts):
+def test_what_is_in_flight_goes_on_from_a_checkpoint(tmp_path, recompute):
     """Two steps late, and with dropout."""
     make_model("mixtral", attention_dropout=0.3).save_pretrained(tmp_path)
 
     def gradients(resumes):
         torch.manual_seed(0)
-        model, stage, sent = make_stage(tmp_path, recompute, delay=2, predicts=predicts)
+        model, stage, sent = make_stage(tmp_path, recompute, delay=2)
         for step in range(2):
             run_step(stage, step)
             change(model)
@@ -167,7 +197,7 @@ def test_what_is_in_flight_goes_on_from_a_checkpoint(tmp_path, recompute, predic
             torch.save([model.state_dict(), stage.state()], tmp_path / "in-flight.pt")
             weights, state = torch.load(tmp_path / "in-flight.pt", weights_only=True)
             random_state = torch.get_rng_state()
-            model, stage, sent = make_stage(tmp_path, recompute, 2, COTANGENTS[1:], predicts)
+            model, stage, sent = make_stage(tmp_path, recompute, 2, COTANGENTS[1:])
             model.load_state_dict(weights)
             stage.load_state(state)
             torch.set_rng_state(random_state)
