@@ -1,6 +1,7 @@
 """Stepping an optimizer part by part: which gradients are clipped together, and steps that see some gradients only."""
 
 import contextlib
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -133,17 +134,18 @@ def end_schedules_at(
             scheduler.lr_lambdas[index] = partial(_sooner, scheduler.lr_lambdas[index], total_steps / end, total_steps)
 
 
-def delay_schedules(scheduler: LRScheduler, delay: int, num_warmup_steps: int | None = 0) -> None:
+def delay_schedules(
+    scheduler: LRScheduler, delay: int, num_warmup_steps: int = 0, makes_up_in: int | None = None
+) -> None:
     """Lets all learning rates begin their schedules later, and stay until then at the first value.
 
     Args:
         scheduler: Of one of transformers' schedules.
         delay: Steps by which they begin later.
         num_warmup_steps: Steps from there in which they rise from 1 / (1 + delay) of the schedule to the whole of it,
-            geometrically (PipeMare, arXiv 1910.05124, its T1). `None`: the first 1 + delay rates above 0 are
-            1 / sqrt(1 + delay) of the schedule (ours). Their gradients are all of the weights that training began
-            with, as those of one batch that is 1 + delay times as large; a step on such a batch has sqrt(1 + delay)
-            times the rate (Adam's rule, arXiv 2205.10287), of which each gets its part.
+            geometrically (PipeMare, arXiv 1910.05124, its T1).
+        makes_up_in: Steps of the run, in all of which the rates are higher by the root of the factor by which the rise
+            lowers their sum (ours: halfway between what high rates and what low ones would have).
 
     Raises:
         ValueError: If the scheduler follows the loss, and no function of the step.
@@ -153,16 +155,26 @@ def delay_schedules(scheduler: LRScheduler, delay: int, num_warmup_steps: int | 
             f"{type(scheduler).__name__} cannot be delayed, since it is no function of the step; set "
             "lr_scheduler_type to one that is, such as cosine or linear."
         )
-    scheduler.lr_lambdas = [partial(_later, factor, delay, num_warmup_steps) for factor in scheduler.lr_lambdas]
+    share = partial(_risen, delay, num_warmup_steps)
+    for index, factor in enumerate(scheduler.lr_lambdas):
+        scale = 1.0
+        if makes_up_in is not None:
+            whole = sum(factor(step) for step in range(makes_up_in))
+            lowered = sum(factor(step) * share(step) for step in range(makes_up_in))
+            scale = math.sqrt(whole / lowered) if lowered else 1.0
+        scheduler.lr_lambdas[index] = partial(_later, factor, delay, share, scale)
 
 
-def _later(factor: Callable[[Any], float], delay: int, num_warmup_steps: int | None, step: int) -> float:
+def _risen(delay: int, num_warmup_steps: int, step: int) -> float:
+    left = max(1 - step / num_warmup_steps, 0.0) if num_warmup_steps else 0.0
+    return float((1 + delay) ** -left)
+
+
+def _later(
+    factor: Callable[[Any], float], delay: int, share: Callable[[int], float], scale: float, step: int
+) -> float:
     own = max(step - delay, 0)
-    if num_warmup_steps is None:
-        num_blind = 1 + delay + (factor(0) == 0)
-        return factor(own) * (1 + delay) ** (-0.5 if own < num_blind else 0.0)
-    left = max(1 - own / num_warmup_steps, 0.0) if num_warmup_steps else 0.0
-    return factor(own) * (1 + delay) ** -left
+    return factor(own) * share(own) * scale
 
 
 def _sooner(factor: Callable[[Any], float], speed: float, total_steps: int, step: int) -> float:

@@ -146,12 +146,12 @@ def test_bf16_and_readout_on_three_stages(tiny_model):
     assert [len(result.waiting) for result in report.results.values()] == [3, 3, 3]
     model = make_model(tie_word_embeddings=True).model
     first = (model.embed_tokens, model.layers[0], model.layers[1])
-    compared = [
+    expected = [
         sum(4 * p.numel() for part in parts for p in part.parameters()) for parts in (first, [model.layers[2]])
     ]
     queued, messages = report.results["ppll_delayed"].queued_bytes, report.results["ppll"].queued_bytes
-    # With the weights that a prediction compares with, and gradients besides
-    assert [messages[i] + compared[i] < queued[i] < 6 * messages[i] + compared[i] for i in (0, 1)] == [True, True]
+    # With the weights that are expected, and gradients besides
+    assert [messages[i] + expected[i] < queued[i] < 6 * messages[i] + expected[i] for i in (0, 1)] == [True, True]
     assert queued[2] == 0
 
 

@@ -44,8 +44,8 @@ class Delayed:
                 before its gradient comes goes where Adam's moments point by now.
             reaches: For each step how many blocks, counted from the last, its gradient is for. Default: all.
             rates: The blocks' learning rates, each as a factor. Default: 1.
-            warmup: Share of the steps in which late blocks' rates rise. `None`: the first rates that are not 0 are
-                lower, one more than a block's steps of delay.
+            warmup: Share of the steps in which late blocks' rates rise. `None`: four for each block, at most half of
+                the run, and all rates are higher by the root of the factor by which that lowers their sum.
             balance: Weight of the load-balancing loss; each block has it of its own layers' routers.
         """
         self.balance = balance
@@ -268,14 +268,17 @@ class Delayed:
     def create_scheduler(self: Any, *args: Any, **kwargs: Any) -> Any:
         scheduler = super().create_scheduler(*args, **kwargs)  # type: ignore[misc]
         (factor, *_) = scheduler.lr_lambdas
-        end = math.ceil(self.args.max_steps * (self.warmup or 0.0))
-        moving = [step for step in range(self.args.max_steps + 1) if factor(step) > 0]
+        steps = range(self.args.max_steps)
+        end = min(4 * self.num_blocks, len(steps) // 2) if self.warmup is None else math.ceil(len(steps) * self.warmup)
+
+        def lower(own: int, late: int) -> float:
+            return (1 + late) ** -(1 - own / end if own < end else 0.0)
 
         def rate(step: int, late: int) -> float:
             own = max(step - late, 0)
-            if self.warmup is None and own in moving[: 1 + late]:
-                return factor(own) * (1 + late) ** -0.5
-            return factor(own) * (1 + late) ** -(1 - own / end if own < end else 0.0)
+            whole, lowered = sum(map(factor, steps)), sum(factor(at) * lower(at, late) for at in steps)
+            made_up = math.sqrt(whole / lowered) if self.warmup is None and lowered else 1.0
+            return factor(own) * lower(own, late) * made_up
 
         scheduler.lr_lambdas = [partial(rate, late=self.num_blocks - 1 - block) for block in self.group_blocks]
         return scheduler

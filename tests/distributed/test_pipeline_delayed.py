@@ -60,7 +60,7 @@ RUNS: dict[int, dict[str, dict[str, Any]]] = {
         "kept, weights of now": {**DELAYED, **KEPT, "num_blocks": 3, "weight_prediction": False},
         "both": {**DELAYED, "num_blocks": 3, "gradient": "local_and_delayed"},
         "LoRA": {**DELAYED, **KEPT, "num_blocks": 3, "lora": True},
-        "one step": {**DELAYED, "num_blocks": 3, "max_steps": 1, "max_grad_norm": 0.0, "late_warmup_steps": 0},
+        "one step": {**DELAYED, "num_blocks": 3, "max_steps": 1, "max_grad_norm": 0.0},
         "reach": {**ACCUMULATED, "num_blocks": 3, "task_reach": [1, 2, 1, 3], "max_steps": 9},
         "reach, kept": {
             **DELAYED,

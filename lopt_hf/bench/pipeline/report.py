@@ -50,8 +50,8 @@ class PipelineResult:
         core_share: The least CPU time that a process had per second that it did not wait, in any round. Clearly below
             1, other programs took the rest, and the times are no measure of the method.
         saved_bytes: For each stage the peak bytes that autograd keeps for backward in a step, see `SavedBytes`, what
-            may wait in the channels between stages and for a delayed gradient, and the weights that a prediction
-            compares with.
+            may wait in the channels between stages and for a delayed gradient, and the weights that are
+            expected.
         queued_bytes: All that but autograd's, for each stage.
         peak_resident_bytes: For each stage the peak resident memory of its process.
         loss: Task loss in nats per token or image of the last timed step. The same for methods that compute the same:

@@ -64,8 +64,8 @@ def train(on_step: Callable[[], None], rank: int, run: MethodRun) -> Record:
     trainer.train()
     if world is not None and plan is not None:
         record.queued_bytes = _most_queued_bytes(run, plan)
-        # What a prediction compares with; where graphs are kept it is among what waits with them
-        if run.method == "ppll_delayed" and trainer.args.weight_prediction and not plan.is_last:
+        # The weights that are expected, while forwards run
+        if run.method in DELAYED and trainer.args.weight_prediction and not plan.is_last:
             record.queued_bytes += sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad)
         dist.barrier()
         world.monitor.finish()

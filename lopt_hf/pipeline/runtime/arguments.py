@@ -64,8 +64,8 @@ class PipelineArguments(ArgumentsBase):
             `optim` keeps such moments (ours).
         late_warmup_steps: Optimizer steps, or below 1 a share of the run's, in which the learning rate of a stage
             whose gradient is d steps late rises from 1 / (1 + d) of its schedule to the whole of it (PipeMare,
-            arXiv 1910.05124). Default: where weights are predicted, the stage's first 1 + d steps, whose gradients are
-            all of the weights that training began with, at 1 / sqrt(1 + d) of the rate (ours); else 0.
+            arXiv 1910.05124). Default: where weights are predicted, 4 for each stage but at most half of the run, and
+            the rates are higher in all steps by the root of what that takes from their sum (ours); else 0.
         timeline_steps: Record what each stage does in this many first steps, as picture and Chrome trace.
 
     Raises:
@@ -113,7 +113,7 @@ class PipelineArguments(ArgumentsBase):
     late_warmup_steps: float | None = option(
         None,
         "Steps, or below 1 a share of them, in which the rates of stages with delayed gradients rise. Default: with "
-        "predicted weights a lower rate until a stage has a gradient of weights that it has moved.",
+        "predicted weights 4 for each stage, for which they are higher later.",
     )
     timeline_steps: int = option(0, "Record this many first steps of every stage, as timeline.png and timeline.json.")
 
@@ -179,16 +179,17 @@ class PipelineArguments(ArgumentsBase):
         """Whether the task's gradient goes from stage to stage."""
         return self.gradient != "local"
 
-    def num_late_warmup_steps(self, max_steps: int) -> int | None:
-        """Returns the steps in which the rates of stages whose gradients are late rise; `None` as by default.
+    def late_warmup(self, max_steps: int) -> tuple[int, int | None]:
+        """Returns the steps in which the rates of stages whose gradients are late rise, and those that make up for it.
 
         Args:
             max_steps: Steps of the run.
         """
         given = self.late_warmup_steps
-        if given is None:
-            return None if self.weight_prediction else 0
-        return math.ceil(max_steps * given if given < 1 else given)
+        if given is not None:
+            return math.ceil(max_steps * given if given < 1 else given), None
+        assert self.num_stages is not None
+        return (min(4 * self.num_stages, max_steps // 2), max_steps) if self.weight_prediction else (0, None)
 
     def gradient_settings(self, num_stages: int) -> dict[str, Any]:
         """What a run with gradients on their way cannot change, by name.

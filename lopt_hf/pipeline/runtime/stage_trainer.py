@@ -223,7 +223,7 @@ class StageMixin(LocalLearningMixin):
         """Makes the scheduler; where the task's gradient is late, so are the rates, which are those of its step."""
         scheduler = super().create_scheduler(num_training_steps, *args, **kwargs)
         if self.args.sends_gradients_back and self.plan.delay > 0:
-            delay_schedules(scheduler, self.plan.delay, self.args.num_late_warmup_steps(num_training_steps))
+            delay_schedules(scheduler, self.plan.delay, *self.args.late_warmup(num_training_steps))
         return scheduler
 
     def _rates_ahead(self, num_steps: int) -> list[float]:

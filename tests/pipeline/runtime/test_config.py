@@ -116,12 +116,12 @@ def test_what_needs_local_objectives_has_them_by_default(tmp_path, asked):
 
 
 def test_weights_are_predicted_from_three_stages_on_where_the_optimizer_lets_them(tmp_path):
-    assert not make(tmp_path).weight_prediction and make(tmp_path).num_late_warmup_steps(10) == 0
+    assert not make(tmp_path).weight_prediction and make(tmp_path).late_warmup(10) == (0, None)
     three = make(tmp_path, num_stages=3)
-    assert three.weight_prediction and three.num_late_warmup_steps(10) is None
+    assert three.weight_prediction and (three.late_warmup(10), three.late_warmup(99)) == ((5, 10), (12, 99))
     assert not make(tmp_path, num_stages=3, optim="sgd").weight_prediction
     assert not make(tmp_path, num_stages=3, gradient="local").weight_prediction
-    assert make(tmp_path, num_stages=3, late_warmup_steps=0.5).num_late_warmup_steps(10) == 5
+    assert make(tmp_path, num_stages=3, late_warmup_steps=0.3).late_warmup(10) == (3, None)
 
 
 def test_the_task_may_reach_stages_on_a_schedule(tmp_path):
