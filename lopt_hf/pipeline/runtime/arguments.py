@@ -97,8 +97,7 @@ class PipelineArguments(ArgumentsBase):
     gradient: str = option(
         None,
         "What early stages learn from: a 'local' objective (paper), the task's gradient 'delayed' by a step for each "
-        "stage behind (ours), or both. Default: delayed; local where an objective is named or a stage has several "
-        "blocks.",
+        "stage behind (default; ours), or both. Where an objective is named or a stage has several blocks: local.",
         GRADIENTS,
     )
     gradient_recompute: bool = option(
@@ -113,7 +112,7 @@ class PipelineArguments(ArgumentsBase):
     late_warmup_steps: float | None = option(
         None,
         "Steps, or below 1 a share of them, in which the rates of stages with delayed gradients rise. Default: with "
-        "predicted weights 4 for each stage, for which they are higher later.",
+        "predicted weights 4 for each stage.",
     )
     timeline_steps: int = option(0, "Record this many first steps of every stage, as timeline.png and timeline.json.")
 

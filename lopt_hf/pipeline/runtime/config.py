@@ -115,8 +115,8 @@ class PipelineConfig(ObjectivePipelineArguments, LoPTConfig):
     # A string after `__post_init__`
     local_objective: str = option(
         None,
-        "What early stages learn from with gradient local or both: 'reconstruction' of their input (default; LoPT) or "
-        "'readout', the next token through the model's norm and head, frozen as at the start (ZeroLock).",
+        "With gradient local or both: 'reconstruction' of a stage's input (default; LoPT), or 'readout', the next "
+        "token through the model's norm and head, frozen (ZeroLock).",
         ["reconstruction", "readout", "none"],
     )
 
