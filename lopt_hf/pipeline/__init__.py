@@ -1,1 +1,1 @@
-"""PPLL: a pipeline of local learners, one process per stage; only hidden states travel, and only forward."""
+"""PPLL: a pipeline in which no stage waits for a gradient of its step, one process per stage."""

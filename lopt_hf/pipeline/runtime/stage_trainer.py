@@ -222,8 +222,17 @@ class StageMixin(LocalLearningMixin):
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
         """Makes the scheduler; where the task's gradient is late, so are the rates, which are those of its step."""
         scheduler = super().create_scheduler(num_training_steps, *args, **kwargs)
-        if self.args.sends_gradients_back and self.plan.delay > 0:
-            delay_schedules(scheduler, self.plan.delay, *self.args.late_warmup(num_training_steps))
+        if not self.args.sends_gradients_back:
+            return scheduler
+        num_rising, makes_up_in = self.args.late_warmup(num_training_steps)
+        if self.plan.delay > 0:
+            delay_schedules(scheduler, self.plan.delay, num_rising, makes_up_in)
+        if num_rising and self.world.reports:
+            made_up = ", all higher by the root of what that takes from its sum" if makes_up_in else ""
+            self._say(
+                "Where gradients come d steps late, rates begin at 1 / (1 + d) of the schedule and rise to "
+                f"the whole of it in {num_rising} steps{made_up}; late_warmup_steps=0 leaves them as they are."
+            )
         return scheduler
 
     def _rates_ahead(self, num_steps: int) -> list[float]:
