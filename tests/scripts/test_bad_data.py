@@ -127,7 +127,7 @@ def test_a_pipeline_starts_no_stage_whose_answers_are_all_cut_off(
     [
         ({"num_stages": 9}, "num_blocks=9 does not fit a model with 4 decoder layers"),
         ({"model_name_or_path": "/nowhere"}, "/nowhere"),
-        ({"optim": "lomo"}, "optim='lomo' cannot be used here: "),
+        ({"optim": "lomo", "gradient": "local"}, "optim='lomo' cannot be used here: "),
     ],
 )
 def test_what_a_stage_could_not_do_is_said_before_it_is_started(
