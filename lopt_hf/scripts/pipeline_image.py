@@ -106,15 +106,15 @@ def check_objective(method: str, objective: str, gradient: str) -> None:
     Raises:
         ValueError: If one would not be used.
     """
-    asked = {"method": method, "local_objective": objective if objective != "none" else ""}
-    for name, value in asked.items():
-        if value and gradient == "delayed":
+    if gradient == "delayed":
+        if method:
             raise ValueError(
-                f"{name}={value!r} does nothing with gradient='delayed', where early stages learn from the task's "
+                f"method={method!r} does nothing with gradient='delayed', where early stages learn from the task's "
                 "gradient alone; leave it out, or set gradient to 'local' or 'local_and_delayed'."
             )
+        return  # an objective is refused with the other training arguments
     own = SCRIPT_METHODS.get(method or "local")
-    if asked["local_objective"] and own not in (None, objective):
+    if own is not None and objective not in ("", "none", own):
         raise ValueError(
             f"local_objective={objective!r} is not that of method={method or 'local'!r}, {own!r}; leave one of them "
             "out."
