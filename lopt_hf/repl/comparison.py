@@ -36,7 +36,7 @@ from lopt_hf.repl.experiment import (
 )
 from lopt_hf.repl.export import save_with_code
 from lopt_hf.repl.placement import runs_of
-from lopt_hf.repl.report import to_json, to_markdown
+from lopt_hf.repl.report import describe_removed, to_json, to_markdown
 from lopt_hf.repl.trainer import HealingConfig, heal, healing_data
 
 __all__ = ["Comparison", "ComparisonArguments", "ComparisonModelConfig", "check_healing", "check_output_dir"]
@@ -234,6 +234,7 @@ class Comparison:
         self.measure(FULL, model)
         repl, seconds = make_variant(model, self.config, [self.calibration], self.tokenizer)
         removed = repl.config.repl["removed"]
+        print(describe_removed(removed), file=sys.stderr)
         plain = make_plain(model, removed)
         self.measure(PLAIN, plain, removed=removed)
         if self.script_args.dataset_name is None:

@@ -10,6 +10,7 @@ from lopt_hf import RepLModel
 from lopt_hf.common.arithmetic import choose_arithmetic
 from lopt_hf.repl import comparison
 from lopt_hf.repl.config import OPERATORS, STOCK_OPERATORS
+from lopt_hf.repl.report import describe_removed
 from lopt_hf.scripts import bench, repl
 from tests.machine import set_machine
 from tests.repl.helpers import make_stock
@@ -69,23 +70,39 @@ def test_a_run_with_healing(folder, capsys):
     healed = [(row["name"], row["seed"]) for row in report["rows"] if row["seed"] is not None]
     assert healed == [(name, seed) for seed in (0, 1) for name in ("plain removal", "linear, calibrate")]
     assert all(len(row["losses"]) == 6 and row["losses"][0][1] == 15 for row in report["rows"])
-    for found in report["against_plain_removal"]:
-        rows = [row for row in report["rows"] if (row["seed"] is not None) == found["trained"]]
-        means = [
-            [sum(loss for loss, _ in row["losses"]) / 90 for row in rows if row["name"] == name]
-            for name in (found["name"], "plain removal")
-        ]
-        assert found["delta"] == pytest.approx(sum(means[0]) / len(means[0]) - sum(means[1]) / len(means[1]))
-        assert found["low"] <= found["delta"] <= found["high"]
-    table = capsys.readouterr().out
+    assert len(report["against_plain_removal"]) == 5 and len(report["against_full_model"]) == 6
+    for reference in ("plain removal", "full model"):
+        for found in report[f"against_{reference.replace(' ', '_')}"]:
+            rows = [row for row in report["rows"] if (row["seed"] is not None) == found["trained"]]
+            others = untrained if reference == "full model" else rows  # which is not healed
+            means = [
+                [sum(loss for loss, _ in row["losses"]) / 90 for row in chosen if row["name"] == name]
+                for chosen, name in ((rows, found["name"]), (others, reference))
+            ]
+            assert found["delta"] == pytest.approx(sum(means[0]) / len(means[0]) - sum(means[1]) / len(means[1]))
+            assert found["low"] <= found["delta"] <= found["high"]
+    table, progress = capsys.readouterr()
     assert "| no training |" in table and "| after training, 2 seeds |" in table
-    assert (folder / "out/report.md").read_text() in table
+    written = (folder / "out/report.md").read_text()
+    assert written in table
+    assert written.startswith("Removed: layer") and written.splitlines()[0].rstrip(".") in progress
     unfolded = RepLModel.from_pretrained(folder / "out/unfolded")
     folded = AutoModelForCausalLM.from_pretrained(folder / "out/folded")
     counted = {row["name"]: row["parameters"] for row in untrained}
     assert sum(p.numel() for p in folded.parameters()) == counted["linear, calibrate"]
     assert sum(p.numel() for p in unfolded.parameters()) == counted["linear, calibrate"]
     assert (folder / "out/folded/modeling_repl.py").is_file()
+
+
+@pytest.mark.parametrize(
+    ("layers", "line"),
+    [
+        ([3], "Removed: layer 3 (counted from 0)"),
+        ([3, 11, 12, 13], "Removed: layers 3, 11 to 13 (counted from 0)"),
+    ],
+)
+def test_removed_layers_in_words(layers, line):
+    assert describe_removed(layers) == line
 
 
 def test_from_scratch_every_seed_starts_its_models_from_the_same_weights(folder, monkeypatch):
