@@ -141,7 +141,7 @@ def split_layers(num_layers: int, num_blocks: int, split_at: Sequence[int] | Non
     """
     if not 2 <= num_blocks <= num_layers:
         raise ValueError(
-            f"num_blocks={num_blocks} does not fit a model with {num_layers} decoder layers; "
+            f"num_blocks={num_blocks} does not fit a model with {num_layers} layers; "
             f"choose a number from 2 to {num_layers}."
         )
     if split_at is None:
@@ -156,7 +156,7 @@ def split_layers(num_layers: int, num_blocks: int, split_at: Sequence[int] | Non
         if any(later <= earlier for earlier, later in zip([0, *cuts], [*cuts, num_layers], strict=True)):
             raise ValueError(
                 f"split_at={cuts} must be strictly increasing layer indices from 1 to {num_layers - 1} "
-                f"for a model with {num_layers} decoder layers."
+                f"for a model with {num_layers} layers."
             )
     edges = [0, *cuts, num_layers]
     return [Block(i, start, stop) for i, (start, stop) in enumerate(zip(edges[:-1], edges[1:], strict=True))]

@@ -48,7 +48,8 @@ class ImageSourceArguments:
         if self.model_name_or_path is not None and self.architecture != "vit":
             raise ValueError(
                 f"architecture={self.architecture!r} does nothing with model_name_or_path="
-                f"{self.model_name_or_path!r}, which has one; leave one of them out."
+                f"{self.model_name_or_path!r}, which has one; leave one of them out (over a recipe's: "
+                "`--architecture vit`, the default)."
             )
         if self.model_name_or_path is not None and self.image_size is not None:
             raise ValueError(

@@ -218,11 +218,9 @@ def _measure(args: ImagePipelineConfig, images: LabelledImages) -> None:
         processing_class=AutoImageProcessor.from_pretrained(folder),
         columns=images.columns,
     )
-    measured = trainer.evaluate()
-    number = len(images.evaluated or ())
     path = os.path.join(folder, TRAINER_STATE_NAME)
-    state = TrainerState.load_from_json(path)
-    state.log_history.append({**measured, "epoch": state.epoch, "step": state.global_step})
-    state.save_to_json(path)
-    accuracy = measured["eval_accuracy"]
+    trainer.state = TrainerState.load_from_json(path)  # so that what is measured is logged at the run's last step
+    accuracy = trainer.evaluate()["eval_accuracy"]
+    trainer.state.save_to_json(path)
+    number = len(images.evaluated or ())
     print(f"Accuracy {accuracy:.4f} ({round(accuracy * number):,} of {number:,} images)", flush=True)

@@ -1,6 +1,7 @@
 """`lopt-hf pipeline --task image` as a user calls it."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -64,12 +65,18 @@ def test_a_run_measures_accuracy_and_leaves_the_model_of_one_process(files, arch
         "1",
         "--logging_steps",
         "1",
+        "--disable_tqdm",
+        "true",
     ]
     outputs = launch(tmp_path / "logs", arguments(files, tmp_path / "two", *options))
     assert "stage 1: block 1" in outputs[0] and "with the classifier" in outputs[0]
     assert " of 4 images)" in outputs[-1] and " of 4 images)" not in outputs[0]
     logs = json.loads((tmp_path / "two" / "trainer_state.json").read_text())["log_history"]
-    assert "eval_accuracy" in logs[-1] and any("local_loss/block_0" in log for log in logs)
+    assert any("local_loss/block_0" in log for log in logs)
+    (measured,) = [log for log in logs if "eval_accuracy" in log]
+    assert measured is logs[-1] and (measured["step"], measured["epoch"]) == (2, 1.0)
+    printed = next(line for line in outputs[-1].splitlines() if "eval_accuracy" in line)
+    assert re.search(r"'epoch': '?1", printed), printed
     image.main(arguments(files, tmp_path / "one", *options))
     models = [AutoModelForImageClassification.from_pretrained(tmp_path / name) for name in ("one", "two")]
     for (name, one), two in zip(models[0].state_dict().items(), models[1].state_dict().values(), strict=True):

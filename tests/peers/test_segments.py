@@ -152,5 +152,5 @@ def test_runs_that_do_not_suit(family, changes, message, tmp_path):
 
 
 def test_more_segments_than_layers(tmp_path):
-    with pytest.raises(ValueError, match="num_blocks=5 does not fit a model with 4 decoder layers"):
+    with pytest.raises(ValueError, match="num_blocks=5 does not fit a model with 4 layers"):
         make_trainer(tmp_path, CheckpointSegments(5))

@@ -125,7 +125,7 @@ def test_a_pipeline_starts_no_stage_whose_answers_are_all_cut_off(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"num_stages": 9}, "num_blocks=9 does not fit a model with 4 decoder layers"),
+        ({"num_stages": 9}, "num_blocks=9 does not fit a model with 4 layers"),
         ({"model_name_or_path": "/nowhere"}, "/nowhere"),
         ({"optim": "lomo", "gradient": "local"}, "optim='lomo' cannot be used here: "),
     ],

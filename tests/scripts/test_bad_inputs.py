@@ -82,7 +82,7 @@ OF_A_YAML: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"use_peft": True, "load_in_4bit": True, "load_in_8bit": True}, "8 bit and 4 bit"),
         ({"fsdp": "sharded"}, "Unknown `fsdp` option: sharded"),
         ({"split_at": [9]}, "split_at=[9] must be strictly increasing layer indices from 1 to 3"),
-        ({"num_blocks": 9}, "num_blocks=9 does not fit a model with 4 decoder layers; choose a number from 2 to 4"),
+        ({"num_blocks": 9}, "num_blocks=9 does not fit a model with 4 layers; choose a number from 2 to 4"),
         ({"task_reach": "[1,9]"}, "task_reach=[1, 9]: 9 is not a number of blocks from 1 to num_blocks=2"),
         ({"task_reach": "x"}, "task_reach='x' is not a number of blocks"),
         ({"reach_rate_limit": 0.5}, "reach_rate_limit=0.5 is too low"),
@@ -133,7 +133,7 @@ OF_A_YAML: dict[str, list[tuple[dict[str, Any], str]]] = {
     ],
     "peers": [
         ({"method": "badam", "badam_period": 0}, "badam_period=0 is too small; set it to 1 or more"),
-        ({"method": "freeze_last", "num_blocks": 9}, "num_blocks=9 does not fit a model with 4 decoder layers"),
+        ({"method": "freeze_last", "num_blocks": 9}, "num_blocks=9 does not fit a model with 4 layers"),
         ({"method": "lisa", "lisa_layers": 99}, "layers=99, but the model has 4; use at most as many"),
         ({"method": "lisa", "adam_beta2": 1.0}, "adam_beta2=1.0 must be a number from 0 to below 1"),
     ],

@@ -39,7 +39,7 @@ def test_bad_options_are_one_line(tmp_path, capsys, values, message):
     ("values", "message"),
     [
         ({"method": "e2e_step_in_backward"}, "max_grad_norm=1.0 clips"),
-        ({"method": "e2e_segments", "num_blocks": 5}, "num_blocks=5 does not fit a model with 4 decoder layers"),
+        ({"method": "e2e_segments", "num_blocks": 5}, "num_blocks=5 does not fit a model with 4 layers"),
         ({"method": "e2e_segments", "activation_checkpointing": True}, "set activation_checkpointing to False"),
         ({"method": "lisa", "lisa_layers": 5}, "LISA: layers=5, but the model has 4"),
         ({"method": "lisa", "use_peft": True}, "LISA trains the model's own weights"),

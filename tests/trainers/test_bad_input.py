@@ -97,7 +97,7 @@ def test_eager_under_deepspeed(kind, tmp_path, monkeypatch):
 
 @every_kind
 def test_more_blocks_than_layers(kind, tmp_path):
-    with pytest.raises(ValueError, match="num_blocks=5 does not fit a model with 4 decoder layers"):
+    with pytest.raises(ValueError, match="num_blocks=5 does not fit a model with 4 layers"):
         make_trainer(tmp_path, num_blocks=5, kind=kind)
 
 

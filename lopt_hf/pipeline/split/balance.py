@@ -41,7 +41,7 @@ def balanced_split(costs: ModelCosts, num_stages: int, least_layers: int = 1) ->
     most_stages = num_layers // least_layers
     if not 1 <= num_stages <= most_stages:
         raise ValueError(
-            f"num_stages={num_stages} does not fit a model with {num_layers} decoder layers; choose a number from 1 "
+            f"num_stages={num_stages} does not fit a model with {num_layers} layers; choose a number from 1 "
             f"to {most_stages}."
         )
     seconds = {

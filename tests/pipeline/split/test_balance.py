@@ -62,7 +62,7 @@ def test_no_cut_of_stages_with_two_layers_has_a_faster_slowest_stage(seed, num_s
 
 
 def test_more_stages_than_layers():
-    with pytest.raises(ValueError, match="num_stages=5 does not fit a model with 4 decoder layers"):
+    with pytest.raises(ValueError, match="num_stages=5 does not fit a model with 4 layers"):
         balanced_split(random_costs(0, 4), 5)
     with pytest.raises(ValueError, match="num_stages=3 does not fit .* choose a number from 1 to 2"):
         balanced_split(random_costs(0, 5), 3, least_layers=2)

@@ -115,7 +115,8 @@ class ImageLocal(ImageMethod, LoPT):
         if not has_one_shape(layer_shapes(learner.base_model, learner.stack)):
             raise ValueError(
                 f"local_objective={settings.local_objective!r} does not work with model={name}, whose layers hand on "
-                "hidden states of several shapes; set it to 'classifier' or 'none'."
+                "hidden states of several shapes; set it to 'classifier' or 'none' (`lopt-hf image --method local` or "
+                "`--method reach`)."
             )
         if settings.local_objective == "readout":
             return FrozenTailObjective(ModelTail(learner.base_model, learner.stack))
