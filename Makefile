@@ -1,6 +1,6 @@
 .PHONY: demo test check-fast gpu-check test-changed types quality workflows figures notebooks docs
 
-demo:  ## the main job on this machine: fine-tune SmolLM2-135M with LoPT, compare before and after
+demo:  ## the main job on this machine: fine-tune SmolLM2-135M, compare before and after
 	lopt-hf demo
 
 test:  ## the default test suite

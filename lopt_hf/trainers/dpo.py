@@ -61,9 +61,9 @@ class LocalDPOTrainer(LocalLearningMixin, DPOTrainer):
 class LoPTDPOTrainer(LocalDPOTrainer):
     """Trainer for DPO with LoPT's gradient boundary (https://huggingface.co/papers/2605.04913).
 
-    The preference loss trains the last block; every earlier block learns to keep its input reconstructible from its
-    output, on the chosen and the rejected answers alike, which share one forward. Reference forwards are the stock
-    model's.
+    The preference loss trains the last block, or as many of the last blocks as `task_reach` says. Earlier blocks learn
+    to keep their input reconstructible from their output (`local_objective`), on the chosen and the rejected answers
+    alike, which share one forward, or stand still. Reference forwards are the stock model's.
 
     The only change with respect to [`~trl.DPOTrainer`] is what local learning adds; every argument of the parent is
     accepted and means the same, and the saved model is a stock checkpoint. The paper does not report DPO.

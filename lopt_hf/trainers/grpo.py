@@ -129,9 +129,9 @@ class LocalGRPOTrainer(LocalLearningMixin, GRPOTrainer):
 class LoPTGRPOTrainer(LocalGRPOTrainer):
     """Trainer for GRPO with LoPT's gradient boundary (https://huggingface.co/papers/2605.04913).
 
-    The clipped policy loss trains the last block; every earlier block learns to keep its input (prompts and sampled
-    completions) reconstructible from its output. Generation, old log-probabilities and reference forwards are the
-    stock model's.
+    The clipped policy loss trains the last block, or as many of the last blocks as `task_reach` says. Earlier blocks
+    learn to keep their input (prompts and sampled completions) reconstructible from their output (`local_objective`),
+    or stand still. Generation, old log-probabilities and reference forwards are the stock model's.
 
     What changes with respect to [`~trl.GRPOTrainer`] is what local learning adds, and that a checkpoint holds
     completions that are still to be trained on; every argument of the parent is accepted and means the same, and the

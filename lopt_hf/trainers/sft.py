@@ -52,8 +52,9 @@ class LocalSFTTrainer(LocalLearningMixin, SFTTrainer):
 class LoPTTrainer(LocalSFTTrainer):
     """Trainer for LoPT, local-learning post-training (https://huggingface.co/papers/2605.04913).
 
-    The decoder is cut into blocks. The task loss trains the last block; every earlier block learns to keep its input
-    reconstructible from its output, and no gradient crosses a boundary.
+    The decoder is cut into blocks. The task loss trains the last block, or as many of the last blocks as `task_reach`
+    says at each step. Earlier blocks learn from `local_objective`, by default to keep their input reconstructible from
+    their output, or stand still.
 
     The only change with respect to [`~trl.SFTTrainer`] is what local learning adds; every argument of the parent is
     accepted and means the same, and the saved model is a stock checkpoint.
