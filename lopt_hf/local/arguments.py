@@ -119,10 +119,20 @@ class LocalArguments(ABC):
             raise ValueError(
                 f"clip_scope={self.clip_scope!r} does not work under DeepSpeed, which clips; set it to 'global'."
             )
+        self._check_rates(run)
         if run.engine is not None and self.log_drift:
             raise ValueError(
                 f"log_drift=True does not work under {run.engine}, which shards the weights; set it to False."
             )
+
+    def _check_rates(self, run: RunFacts) -> None:
+        known = type(self).__dataclass_fields__
+        for name in ("early_learning_rate", "reach_rate", "reach_anneal"):
+            if run.has_one_rate and name in known and getattr(self, name) != known[name].default:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no effect with optim={run.optim!r}, which steps in the "
+                    "backward at one rate; leave it out, or choose another optim."
+                )
 
     def nothing_trainable(self, block: Block) -> str:
         """The message for an early block of which no parameter is trainable."""

@@ -113,6 +113,7 @@ class GradientBoundary(BlockBoundary):
     def _local_loss(
         self, index: int, output_BTD: torch.Tensor, input_BTD: torch.Tensor, batch: LocalBatch
     ) -> torch.Tensor:
+        input_BTD = input_BTD.to(output_BTD.device)  # a block's layers may be spread over devices
         loss = self.objective(self.heads[str(index)], output_BTD, input_BTD, batch)
         self.losses[index].append(loss.detach())
         return loss * self.weight

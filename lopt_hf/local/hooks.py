@@ -133,10 +133,12 @@ class BlockBoundary(ABC):
         self._look_again_at_new_kinds(micro_batch.inputs)
         self.begin()
         self._active = True
+        records = torch.is_grad_enabled()
         try:
             yield
         finally:
             self._active = False
+            torch.set_grad_enabled(records)  # which `_leave_decoder` does not after Ctrl-C
             # The hooks live as long as the model; they must not keep a trainer and its optimizer alive.
             self.micro_batch = MicroBatch()
 

@@ -100,6 +100,7 @@ class LocalLearner:
         heads: What the early blocks learn through; they are to be trained with the model.
         boundary: The boundaries between the blocks.
         schedule: Which blocks the task's gradient reaches at which step.
+        has_untied: Whether the LM head has been given a weight of its own.
 
     Args:
         model: A `transformers` causal language model, PEFT-wrapped or not, or a stage's part of one.
@@ -154,6 +155,7 @@ class LocalLearner:
         here = range(len(self.blocks) - 1) if early_blocks is None else early_blocks
         self.early_blocks = [self.blocks[index] for index in here]
         self._owned: list[dict[str, nn.Parameter]] | None = None
+        self.has_untied = False
         note = prepare_vision(self.base_model, self.stack, settings, isinstance(model, PeftModel))
         if note:
             self.say(note)
@@ -190,7 +192,7 @@ class LocalLearner:
 
     def _prepare_model(self) -> None:
         if self.method.separates_embeddings(self):
-            separate_embeddings(self.base_model, self.settings.tied_embeddings)
+            self.has_untied = separate_embeddings(self.base_model, self.settings.tied_embeddings)
         if not self.settings.train_early_blocks:
             for parameter in self.early_parameters():
                 parameter.requires_grad_(False)
@@ -521,12 +523,15 @@ class LocalLearner:
         }
 
 
-def separate_embeddings(model: PreTrainedModel, tied_embeddings: str) -> None:
+def separate_embeddings(model: PreTrainedModel, tied_embeddings: str) -> bool:
     """Keeps the task's gradient out of an input embedding that shares its weight with the LM head.
 
     Args:
         model: The model; nothing is done where the two are apart, or do not learn.
         tied_embeddings: `"untie"` gives the head a copy, `"freeze"` freezes both.
+
+    Returns:
+        Whether the head has been given a copy.
 
     Raises:
         ValueError: If the weight to copy has been sharded already.
@@ -535,14 +540,14 @@ def separate_embeddings(model: PreTrainedModel, tied_embeddings: str) -> None:
     shared = {id(parameter) for parameter in embeddings.parameters()}
     tied = [p for p in model.get_output_embeddings().parameters() if id(p) in shared and p.requires_grad]  # type: ignore[union-attr]
     if not tied:
-        return
+        return False
     if tied_embeddings == "freeze":
         for parameter in tied:
             parameter.requires_grad_(False)
-    elif is_deepspeed_zero3_enabled():
+        return False
+    if is_deepspeed_zero3_enabled():
         raise ValueError(
             "tied_embeddings='untie' does not work under DeepSpeed ZeRO-3, which has already sharded the weight to "
             "copy; set it to 'freeze', or use ZeRO-2."
         )
-    else:
-        untie_output_embeddings(model)
+    return untie_output_embeddings(model)

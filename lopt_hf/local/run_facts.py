@@ -40,3 +40,8 @@ class RunFacts:
         if self.engine not in (None, "FSDP2"):
             return self.engine
         return f"optim={self.optim!r}" if self.optim in ("lomo", "adalomo") else None
+
+    @property
+    def has_one_rate(self) -> bool:
+        """Whether the optimizer steps in the backward by itself, and takes no rates of parameter groups."""
+        return self.optim in ("lomo", "adalomo") or self.optim.endswith("layerwise")

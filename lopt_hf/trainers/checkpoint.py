@@ -1,6 +1,7 @@
 """Checkpoints that are whole or absent, and that resume local learning exactly."""
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import StateDictType
+from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "fsdp_files",
     "fsdp_weights",
     "load_heads",
+    "load_weights",
     "load_whole_state",
     "save_heads",
     "whole_state",
@@ -93,7 +96,10 @@ class ResumeState:
             raise ValueError(f"resume_from_checkpoint={checkpoint!r}: {STATE_FILE} is damaged ({error}).") from error
         for name in (*settings, *(name for name in state.settings if name not in settings)):
             saved, value = state.settings.get(name), settings.get(name)
-            if saved != value and name == "readout":
+            if name == "frozen_readout" and saved is None:  # MLAAN's, of a checkpoint from before it was noted
+                continue
+            is_readout = name == "frozen_readout" or (name == "readout" and settings.get("method") != "MLAAN")
+            if saved != value and is_readout:
                 raise ValueError(
                     f"resume_from_checkpoint={checkpoint!r} learned through a final norm and LM head that are not "
                     "those of this run's model; pass the model that the run started from, not one that was trained "
@@ -164,6 +170,33 @@ def check_files(checkpoint: str, names: Iterable[str], shapes: Mapping[str, torc
                 f"resume_from_checkpoint={checkpoint!r} is of another model: {other} is of shape {list(found[other])} "
                 f"there and of {list(shapes[other])} in this run; pass the model that the run started from."
             )
+
+
+def load_weights(model: PreTrainedModel, checkpoint: str) -> None:
+    """Loads a checkpoint's weights as `from_pretrained` does.
+
+    Mixtures of experts, most vision-language models, ViT and Swin are saved under the names that the hub has for them.
+    `Trainer` does not translate these back: it loads what it finds by name, and goes on without the rest
+    (https://github.com/huggingface/transformers/issues/48805).
+
+    Args:
+        model: The model, not PEFT-wrapped.
+        checkpoint: The checkpoint's folder.
+
+    Raises:
+        ValueError: If a weight of the model is not there.
+    """
+    dtypes = [parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()]
+    widest = functools.reduce(torch.promote_types, dtypes)  # some are kept in fp32 beside bf16
+    result: Any = type(model).from_pretrained(checkpoint, dtype=widest, output_loading_info=True)
+    loaded, found = result
+    missing = found["missing_keys"]
+    if missing:
+        raise ValueError(
+            f"{checkpoint!r} lacks {len(missing)} weights of {type(model).__name__}, such as {min(missing)}; go on "
+            "from another checkpoint, or from the model that the run started from."
+        )
+    model.load_state_dict(loaded.state_dict())
 
 
 def save_heads(state: Mapping[str, torch.Tensor], folder: Path) -> None:

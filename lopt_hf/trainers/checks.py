@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 from peft import PeftModel, PrefixTuningConfig
+from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import OptimizerNames
@@ -19,6 +20,7 @@ from lopt_hf.local.blocks import check_architecture, find_decoder_stack, split_l
 __all__ = [
     "check_dataset",
     "check_fsdp",
+    "check_heads_step",
     "check_model",
     "check_optimizer",
     "check_output_dir",
@@ -92,6 +94,19 @@ def check_own_optimizer(args: Any, optimizer: Any, scheduler: Any) -> None:
         raise ValueError(
             "reach_anneal=True has no effect on an optimizer or a scheduler of your own; let the trainer make "
             "both, or set it to False."
+        )
+
+
+def check_heads_step(optim: str, heads: nn.Module) -> None:
+    """Raises if an optimizer never steps the heads: LOMO's steps what it finds in the model while it trains.
+
+    Raises:
+        ValueError: With the fix.
+    """
+    if optim in ("lomo", "adalomo") and any(parameter.requires_grad for parameter in heads.parameters()):
+        raise ValueError(
+            f"optim={optim!r} steps the model's own parameters alone, and the early blocks' heads would stay as they "
+            "were drawn; choose another optim, or an objective without heads, such as local_objective='none'."
         )
 
 

@@ -73,6 +73,7 @@ class LocalTrainingArguments(ArgumentsBase):
         if self.use_cpu:
             self.bf16 = pick_bf16(self.bf16, self.fp16)
         super().__post_init__()
+        self.check_run(self.run_facts)  # again, as the parent has read some of them from text, or under older names
 
     @property
     def run_facts(self) -> RunFacts:

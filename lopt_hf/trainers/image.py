@@ -28,6 +28,7 @@ from lopt_hf.local.methods.image.method import LocalImageArguments
 from lopt_hf.local.methods.image.mlaan import ImageMLAANArguments
 from lopt_hf.local.ownership import TRACE_ERRORS
 from lopt_hf.local.stacks import example_image, find_image_stack, is_image_classifier
+from lopt_hf.trainers.checkpoint import load_weights
 from lopt_hf.trainers.configs import LocalTrainingArguments, local_config
 from lopt_hf.trainers.mixin import LocalLearningMixin
 
@@ -217,20 +218,12 @@ class ImageTrainer(Trainer):
         return super().get_test_dataloader(self._rows_of(test_dataset))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._load_weights(resume_from_checkpoint, self.model if model is None else model)
+        given: Any = self.model if model is None else model
+        load_weights(given, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        self._load_weights(str(self.state.best_model_checkpoint), self.model)
-
-    @staticmethod
-    def _load_weights(checkpoint: str, model: Any) -> None:
-        """Loads a checkpoint's weights as `from_pretrained` does.
-
-        ViT and Swin are saved under other names than their modules have since transformers 5.24, which the parent
-        does not translate: it would go on with weights that it has not found.
-        """
-        loaded = type(model).from_pretrained(checkpoint, dtype=model.dtype)
-        model.load_state_dict(loaded.state_dict())
+        of_run: Any = self.model
+        load_weights(of_run, str(self.state.best_model_checkpoint))
 
 
 class MetricsImageTrainer(ImageTrainer):
@@ -310,6 +303,12 @@ class LocalImageTrainer(LocalLearningMixin, MetricsImageTrainer):
         if not isinstance(args, MLAANImageConfig):
             args = local_config(model, args, LocalImageConfig, "local")
         super().__init__(model, args, *image_args, method=method, **image_kwargs)
+        if self.args.n_gpu > 1:  # TRL's trainers say so themselves
+            raise ValueError(
+                f"One process sees {self.args.n_gpu} GPUs, among which transformers shares batches by copies of the "
+                "model (`nn.DataParallel`), which local learning does not know; start one process per GPU with "
+                "`accelerate launch`, or let CUDA_VISIBLE_DEVICES name one of them."
+            )
 
 
 def check_image_model(model: nn.Module) -> None:

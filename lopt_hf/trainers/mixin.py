@@ -12,7 +12,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from peft import PeftModel
 from torch import nn
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
 from transformers.utils import logging
 
@@ -32,8 +32,8 @@ from lopt_hf.local.methods.base import Method
 from lopt_hf.local.run_facts import RunFacts
 from lopt_hf.local.stepping import end_schedules_at, set_learning_rate
 from lopt_hf.meters.drift import WeightDrift
-from lopt_hf.trainers.checkpoint import ResumeState, StagedCheckpoint, complete_states
-from lopt_hf.trainers.checks import check_fsdp, check_output_dir, check_own_optimizer
+from lopt_hf.trainers.checkpoint import ResumeState, StagedCheckpoint, complete_states, load_weights
+from lopt_hf.trainers.checks import check_fsdp, check_heads_step, check_output_dir, check_own_optimizer
 from lopt_hf.trainers.engines import engine_of, fallback_warning, root_kept_whole, shard_heads_apart
 from lopt_hf.trainers.model_card import complete_card, describe_blocks, describe_reach, read_retention
 from lopt_hf.trainers.saved_heads import SavedHeads
@@ -82,10 +82,12 @@ class LocalLearningMixin(TrainerBase):
 
     _staging: Path | None = None  # while a checkpoint is being written
     _completes_in_forward = True  # whether early blocks have all their gradients when their local backward is done
+    _weights_from = ""  # the checkpoint whose weights are being loaded
     _resumed: ResumeState | None = None  # from `train(resume_from_checkpoint=...)` to the first epoch
 
     def __init__(self, *trainer_args: Any, method: Method | None = None, **trainer_kwargs: Any) -> None:
         super().__init__(*trainer_args, **trainer_kwargs)
+        self._place_model()
         check_prepared(self.train_dataset, self.args)
         bind_callbacks(self.callback_handler.callbacks, self)
         check_fsdp(self)
@@ -103,6 +105,12 @@ class LocalLearningMixin(TrainerBase):
         self._drift = WeightDrift(self.learner.owned()) if self.args.log_drift else None
         self._owns_output_dir = False
         self.card_facts: dict[str, str] = {}
+
+    def _place_model(self) -> None:
+        """Moves the model to its device where the parent leaves that to `train`; what is made of it goes along."""
+        waits = self.args.bf16_full_eval or self.args.fp16_full_eval
+        if waits and engine_of(self.accelerator) is None and not self.is_model_parallel:
+            self._move_model_to_device(self.model, self.args.device)
 
     def _facts_of_the_run(self) -> RunFacts:
         """What the method must know of the run, with the engine that accelerate has taken."""
@@ -187,6 +195,7 @@ class LocalLearningMixin(TrainerBase):
         for warning in self.learner.method.warnings(self.learner):
             logger.warning(warning)
         check_own_optimizer(args, self.optimizer, self.lr_scheduler)
+        check_heads_step(self._run_facts.optim, self.local_heads)
         if self.optimizer is None and not isinstance(self.model, PeftModel):
             advice = self.learner.method.rate_advice(self.learner, args.learning_rate)
             if advice is not None:
@@ -195,6 +204,11 @@ class LocalLearningMixin(TrainerBase):
             raise ValueError(
                 f"neftune_noise_alpha={args.neftune_noise_alpha} is not supported for a vision-language model, whose "
                 "first block would learn to keep the noise; leave it out."
+            )
+        if args.gradient_checkpointing:
+            self._say(
+                "activation_checkpointing=True (TRL's default) leaves few activations for the blocks to free, and "
+                "runs every layer's forward once more; set it to False where memory is to be saved by blocks."
             )
         if args.local_step and args.gradient_accumulation_steps > 1:
             logger.warning(
@@ -205,9 +219,10 @@ class LocalLearningMixin(TrainerBase):
 
     def _calibration_batches(self) -> Iterator[dict[str, Any]]:
         """Batches of training rows spread over the data set; neither their order nor the random state is touched."""
+        collate = self._get_collator_with_removed_columns(self.data_collator)
         with torch.random.fork_rng(devices=[]):
             for rows in spread_batches(self.train_dataset, self.args.per_device_train_batch_size):
-                yield self._prepare_inputs(self.data_collator(rows))
+                yield self._prepare_inputs(collate(rows))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Makes the optimizer, heads included, with `early_learning_rate` for the early blocks."""
@@ -215,13 +230,27 @@ class LocalLearningMixin(TrainerBase):
         heads, target = self.learner.heads, self.model if model is None else model
         with contextlib.nullcontext() if self._heads_in_model else heads.attached(target):
             optimizer = super().create_optimizer(model)
-        present = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        missing = [p for p in heads.parameters() if p.requires_grad and id(p) not in present]
-        if missing:  # an optimizer of the user's own
-            optimizer.param_groups[0]["params"].extend(missing)  # not a new group: a scheduler may know the groups
+        self._complete(optimizer)
         if is_new:
             self._set_learning_rates(optimizer)
         return optimizer
+
+    def _complete(self, optimizer: torch.optim.Optimizer) -> None:
+        """Adds what an optimizer of the user's own does not know: the heads, and the LM head that was untied since.
+
+        They join groups that are there, as a scheduler may know the groups; the LM head that of the embeddings.
+        """
+        groups: list[list[nn.Parameter]] = [group["params"] for group in optimizer.param_groups]
+        present = {id(parameter) for group in groups for parameter in group}
+        groups[0].extend(p for p in self.learner.heads.parameters() if p.requires_grad and id(p) not in present)
+        if not self.learner.has_untied:
+            return
+        model: Any = self.learner.base_model
+        weight, copy = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        if id(copy) not in present:
+            for group in groups:
+                if any(parameter is weight for parameter in group):
+                    group.append(copy)
 
     def _set_learning_rates(self, optimizer: torch.optim.Optimizer) -> None:
         """Gives blocks the rates that `early_learning_rate` or `reach_rate` say, where they are not the run's."""
@@ -328,7 +357,7 @@ class LocalLearningMixin(TrainerBase):
         """Lets the forwards of a micro-batch learn locally."""
         steps = self.current_gradient_accumulation_steps
         with self.learner.forward(
-            inputs,
+            dict(inputs),  # a `compute_loss_func` makes the parent take the labels out
             self.state.global_step,
             self._local_scale(inputs, num_items),
             self.accelerator.sync_gradients and self._completes_in_forward,
@@ -517,13 +546,27 @@ class LocalLearningMixin(TrainerBase):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.check_checkpoint(resume_from_checkpoint)
+        self._weights_from = resume_from_checkpoint
         with self._saved_heads.hidden_as_in(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._saved_heads.load(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        with self._saved_heads.hidden_as_in(str(self.state.best_model_checkpoint)):
+        self._weights_from = str(self.state.best_model_checkpoint)
+        with self._saved_heads.hidden_as_in(self._weights_from):
             super()._load_best_model()
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # After `load_state_dict(..., strict=False)`, by which weights under other names are passed over.
+        model = self.model
+        if self._run_facts.engine is not None or not isinstance(model, PreTrainedModel):
+            super()._issue_warnings_after_load(load_result)
+            return
+        missing = set(load_result.missing_keys)
+        state = model.state_dict()
+        loaded = {tensor.data_ptr() for name, tensor in state.items() if name not in missing}
+        if load_result.unexpected_keys or any(state[name].data_ptr() not in loaded for name in missing):  # not tied
+            load_weights(model, self._weights_from)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self._saved_heads.is_fsdp2:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from peft import PeftModel
@@ -65,8 +66,12 @@ class SavedHeads:
             check_files(checkpoint, names, {n: tensor.shape for n, tensor in self._learner.model.state_dict().items()})
 
     def _weight_files(self, checkpoint: str) -> list[str]:
-        if self._is_adapted:
-            return [ADAPTER_WEIGHTS_NAME]
+        if self._is_adapted:  # PEFT saves an adapter in a folder of its name
+            model: Any = self._learner.model
+            return [
+                ADAPTER_WEIGHTS_NAME if name == "default" else f"{name}/{ADAPTER_WEIGHTS_NAME}"
+                for name in model.peft_config
+            ]
         index = Path(checkpoint) / SAFE_WEIGHTS_INDEX_NAME
         if not index.is_file():
             return [SAFE_WEIGHTS_NAME]

@@ -64,6 +64,26 @@ def test_reach_of_all_blocks_is_the_stock_trainer(family, recompute, tmp_path):
     assert_equal_states(trainer.model, stock_run(family, tmp_path / "stock"))
 
 
+@pytest.mark.parametrize("settings", [{}, {"local_objective": "readout"}])
+def test_a_task_loss_of_the_users_own(settings, tmp_path):
+    """The trainer then takes the labels out of the batch, which the early blocks learn from too."""
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        return F.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+    args = LocalImageConfig(**options(tmp_path, **settings))
+    ours = LocalImageTrainer(make_model("vit"), args, train_dataset=make_images(), compute_loss_func=loss)
+    ours.train()
+    assert_equal_states(ours.model, local_run("vit", tmp_path / "stock", **settings).model)
+
+
+def test_one_process_with_several_gpus_is_refused(tmp_path):
+    args = LocalImageConfig(**options(tmp_path))
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match="One process sees 2 GPUs.*accelerate launch"):
+        LocalImageTrainer(make_model("vit"), args, train_dataset=make_images())
+
+
 @pytest.mark.parametrize("family", ["vit", "dinov2", "resnet"])
 def test_reach_of_one_block_is_freezing(family, tmp_path):
     trainer = local_run(family, tmp_path / "local", num_blocks=2, local_objective="none")

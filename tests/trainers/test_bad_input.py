@@ -45,6 +45,14 @@ COMMANDS = {"sft": sft, "dpo": dpo, "grpo": grpo}
             {"local_step": True, "clip_scope": "global"},
             "local_step=True .* clip_scope='global'.*clip_scope to 'block'",
         ),
+        (
+            {"early_learning_rate": 1e-6, "optim": "galore_adamw_layerwise"},
+            "early_learning_rate=1e-06 has no effect with optim='galore_adamw_layerwise'.*leave it out",
+        ),
+        (
+            {"reach_rate": "sqrt", "task_reach": [2, 1], "optim": "apollo_adamw_layerwise"},
+            "reach_rate='sqrt' has no effect with optim='apollo_adamw_layerwise'",
+        ),
         ({"local_step": True, "local_backward": "joint"}, "local_step=True .* local_backward='joint'.*'eager'"),
         (
             {"local_step": True, "optim": "lomo"},

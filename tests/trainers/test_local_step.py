@@ -131,6 +131,12 @@ def test_parts_are_clipped_apart(tmp_path):
     assert norms == pytest.approx([1e-4] * 5 * 4, rel=0.02)
 
 
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_whoever_has_checkpointing_on_is_told(tmp_path, caplog, checkpointing):
+    make_trainer(tmp_path, **{**SETTINGS, "activation_checkpointing": checkpointing})
+    assert ("activation_checkpointing=True (TRL's default) leaves few" in caplog.text) is checkpointing
+
+
 def test_gradients_stay_while_they_accumulate(tmp_path, caplog):
     trainer = make_trainer(tmp_path, **SETTINGS, gradient_accumulation_steps=2, local_step=True)
     assert "local_step=True saves no memory with gradient_accumulation_steps=2" in caplog.text

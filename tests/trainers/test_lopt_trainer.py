@@ -150,12 +150,51 @@ def test_optimizer_of_the_users_own_trains_the_heads_too(kind, tmp_path):
     assert {name for name in unmoved(trainer) if name.startswith("head.")} == set()
 
 
+@pytest.mark.parametrize("knows_embeddings", [True, False])
+def test_optimizer_of_the_users_own_trains_what_is_untied_after_it(knows_embeddings, tmp_path):
+    model = make_model(tie_word_embeddings=True)
+    parameters = [p for name, p in model.named_parameters() if knows_embeddings or "embed_tokens" not in name]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    trainer = make_trainer(tmp_path, model, trainer_kwargs={"optimizers": (optimizer, None)})
+    still = unmoved(trainer)
+    assert ("lm_head.weight" in still) == ("model.embed_tokens.weight" in still) == (not knows_embeddings)
+
+
 def test_optimizer_and_scheduler_of_the_users_own(tmp_path):
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     trainer = make_trainer(tmp_path, model, trainer_kwargs={"optimizers": (optimizer, scheduler)})
     assert {name for name in unmoved(trainer) if name.startswith("head.")} == set()
+
+
+@pytest.mark.parametrize("full_eval", [True, False])
+def test_the_model_is_on_its_device_before_anything_is_made_of_it(full_eval, tmp_path, monkeypatch):
+    """transformers leaves that to `train` where evaluation is in bf16; a copy of the norm would stay behind."""
+    moves = []
+    monkeypatch.setattr(LoPTTrainer, "_move_model_to_device", lambda self, *_: moves.append(hasattr(self, "learner")))
+    make_trainer(tmp_path, bf16_full_eval=full_eval)
+    assert moves == [False]
+
+
+def test_gradients_are_recorded_again_after_an_interrupted_forward(tmp_path):
+    trainer = make_trainer(tmp_path, task_reach=[1, 2], local_objective="none")
+
+    def interrupt(*_):
+        assert not torch.is_grad_enabled()
+        raise KeyboardInterrupt
+
+    trainer.stack.layers[0].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("optim", ["lomo", "adalomo"])
+def test_an_optimizer_that_never_steps_the_heads_is_refused(optim, tmp_path):
+    with pytest.raises(ValueError, match=f"optim='{optim}' steps the model's own parameters alone"):
+        make_trainer(tmp_path, optim=optim)
+    make_trainer(tmp_path, optim=optim, train_early_blocks=False)
 
 
 @every_kind

@@ -460,6 +460,15 @@ def test_a_cycle_is_read_from_text(tmp_path, text):
             {"task_reach": [2, 1], "reach_unit": "run", "reach_anneal": True, "local_objective": "reconstruction"},
             "reach_anneal=True would end the blocks' local objective",
         ),
+        (
+            {
+                "task_reach": 2,
+                "local_objective": "reconstruction",
+                "activation_checkpointing": True,
+                "activation_checkpointing_kwargs": {"use_reentrant": True},
+            },
+            "does not work with reentrant checkpointing",
+        ),
         ({"task_reach": 2, "optim": "lomo"}, "reach_recompute=True does not work with optim='lomo'"),
     ],
     ids=str,

@@ -1,16 +1,19 @@
 """A killed and resumed run ends where the uninterrupted one does, bit for bit."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import get_last_checkpoint
 
 from lopt_hf.trainers import checkpoint as checkpoint_module
 from tests.forkserver import CONTEXT
+from tests.tiny import make_model
 from tests.trainers.helpers import KINDS, make_trainer
 from tests.trainers.resume_worker import make_resumable_trainer, run_until_killed
 
@@ -124,6 +127,62 @@ def test_a_folder_with_another_runs_checkpoints_is_refused(tmp_path):
     make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
     with pytest.raises(ValueError, match="holds another run's checkpoints.*checkpoint-1"):
         make_trainer(tmp_path).train()
+
+
+def state_of(model) -> dict:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3_moe"])
+def test_weights_come_back_under_whatever_name_they_are_saved(family, tmp_path):
+    """Experts are saved one by one, as the hub has them; transformers' own trainer would pass over them."""
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "tied_embeddings": "freeze"}
+
+    def trainer():
+        return make_trainer(tmp_path, make_model(family, tie_word_embeddings=True), **settings)
+
+    whole = trainer()
+    whole.train()
+    expected = state_of(whole.model)
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_equal(state_of(resumed.model), expected)
+    resumed.state.best_model_checkpoint = str(tmp_path / "checkpoint-2")
+    resumed._load_best_model()
+    saved = type(whole.model).from_pretrained(tmp_path / "checkpoint-2")
+    assert_equal(state_of(resumed.model), state_of(saved))
+    assert any(not torch.equal(tensor, expected[name]) for name, tensor in saved.state_dict().items())
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_refused(tmp_path):
+    settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, make_model("mixtral"), **settings).train()
+    path = tmp_path / "checkpoint-1" / "model.safetensors"
+    weights = load_file(path)
+    del weights["model.layers.2.block_sparse_moe.gate.weight"]
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 weights of Mixtral.*model\.layers\.2\.mlp\.gate"):
+        make_trainer(tmp_path, make_model("mixtral"), **settings).train(resume_from_checkpoint=True)
+
+
+def test_an_adapter_with_a_name_of_its_own_resumes(tmp_path):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+
+    def trainer():
+        config = LoraConfig(target_modules="all-linear", init_lora_weights=False)
+        return make_trainer(tmp_path, get_peft_model(make_model(), config, adapter_name="policy"), **settings)
+
+    torch.manual_seed(0)
+    whole = trainer()
+    whole.train()
+    expected = state_of(whole.model)
+    assert (tmp_path / "checkpoint-2" / "policy" / "adapter_model.safetensors").is_file()
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_equal(state_of(resumed.model), expected)
+    shutil.rmtree(tmp_path / "checkpoint-2" / "policy")
+    with pytest.raises(ValueError, match=r"has no policy/adapter_model\.safetensors"):
+        trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_a_finished_run_that_is_resumed_trains_no_further(tmp_path):

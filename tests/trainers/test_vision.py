@@ -148,6 +148,18 @@ def test_full_reach_is_stock_training_bit_for_bit(recompute, tmp_path):
     assert [n for n, p in ours.model.named_parameters() if not torch.equal(p, expected[n])] == []
 
 
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_a_resumed_run_has_the_checkpoints_weights(family, tmp_path):
+    """They are saved under the hub's names, which differ from those of most families' modules."""
+    settings = {"save_strategy": "steps", "save_steps": 1}
+    whole = make_trainer(tmp_path, family, IMAGES + MIXED, **settings)
+    whole.train()
+    expected = {name: tensor.clone() for name, tensor in whole.model.state_dict().items()}
+    resumed = make_trainer(tmp_path, family, IMAGES + MIXED, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert [n for n, tensor in resumed.model.state_dict().items() if not torch.equal(tensor, expected[n])] == []
+
+
 @pytest.mark.parametrize(("family", "trains"), [("qwen2_5_vl", True), ("gemma3", False)])
 def test_preferences_about_images(family, trains, tmp_path):
     trainer = make_trainer(

@@ -29,6 +29,7 @@ OVERRIDDEN = (
     "_get_grad_norm",
     "_get_num_items_in_batch",
     "_get_output_dir",
+    "_issue_warnings_after_load",
     "_load_best_model",
     "_load_from_checkpoint",
     "_load_optimizer_and_scheduler",
@@ -39,7 +40,7 @@ OVERRIDDEN = (
     "_save_checkpoint",
     "_save_optimizer_and_scheduler",
 )
-CALLED = ("_prepare_inputs", "_save_rng_state")
+CALLED = ("_get_collator_with_removed_columns", "_move_model_to_device", "_prepare_inputs", "_save_rng_state")
 
 # TRL 1.16
 OVERRIDDEN_GRPO = ("_generate_single_turn",)

@@ -126,7 +126,9 @@ class MLAAN(Method):
         names += ["independent_weight", "cascaded_weight", "auxiliary_warmup_steps"]
         leaps = {index: list(cast(LeapAuxiliary, made).leaps) for index, made in learner.heads.items()}
         walls = {"window_walls": learner.stage_starts} if learner.stage_starts else {}
-        return {"method": "MLAAN", "leap_layers": leaps, **{name: getattr(settings, name) for name in names}, **walls}
+        frozen = {"frozen_readout": objective.fingerprint} if type(objective) is ReadoutObjective else {}
+        settings_by_name = {name: getattr(settings, name) for name in names}
+        return {"method": "MLAAN", "leap_layers": leaps, **settings_by_name, **walls, **frozen}
 
 
 @dataclass

@@ -11,12 +11,12 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq
 
 from lopt_hf import MLAANConfig
 from lopt_hf.local.methods.mlaan import memory
 from tests.local.methods.mlaan.helpers import gradients_of, make_mlaan_trainer
-from tests.tiny import FAMILIES, make_model
+from tests.tiny import FAMILIES, make_dataset, make_model, make_tokenizer
 from tests.trainers.helpers import make_stock_trainer
 
 INPUT_IDS = torch.arange(3, 27).reshape(2, 12)
@@ -139,6 +139,28 @@ def test_a_checkpoint_with_another_window_is_refused(tmp_path):
     make_mlaan_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
     with pytest.raises(ValueError, match="window=2, but this run has window=1"):
         make_mlaan_trainer(tmp_path, window=1).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_with_another_readout_is_refused(tmp_path):
+    """The frozen norm and LM head are in no file: they are those of the model that a run starts from."""
+    settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    make_mlaan_trainer(tmp_path, **settings).train()
+    trained = type(make_model()).from_pretrained(tmp_path / "checkpoint-1")
+    with pytest.raises(ValueError, match="final norm and LM head that are not"):
+        make_mlaan_trainer(tmp_path, trained, **settings).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="readout=frozen, but this run has readout=ema"):
+        make_mlaan_trainer(tmp_path, readout="ema", **settings).train(resume_from_checkpoint=True)
+
+
+def test_a_collator_of_the_users_own_calibrates_on_what_it_trains_on(tmp_path):
+    """One that pads all that it is given, and so cannot take the columns of text beside."""
+    tokenizer = make_tokenizer()
+    collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
+    rows = [{"input_ids": tokenizer(text)["input_ids"], "text": text} for text in make_dataset()["completion"]]
+    dataset = Dataset.from_list([{**row, "labels": row["input_ids"]} for row in rows])
+    trainer = make_mlaan_trainer(tmp_path, trainer_kwargs={"train_dataset": dataset, "data_collator": collator})
+    assert trainer.start_losses
+    trainer.train()
 
 
 def test_a_trainer_is_freed_before_its_model(tmp_path):
