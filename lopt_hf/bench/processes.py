@@ -23,6 +23,7 @@ __all__ = [
     "changed_environment",
     "death_of",
     "failure_of",
+    "one_gpu",
     "peak_resident_bytes",
     "run_together",
 ]
@@ -141,6 +142,11 @@ def _run(connection: Connection, work: Callable[..., Any], arguments: tuple[Any,
                 connection.send(("step", None))
 
         connection.send(("finished", work(on_step, *arguments)))
+
+
+def one_gpu() -> dict[str, str]:
+    """The variable that leaves the first of the machine's GPUs alone: a trainer would use all of them."""
+    return {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
 
 
 @contextmanager

@@ -14,7 +14,15 @@ from dataclasses import asdict, dataclass, field, replace
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lopt_hf.bench.processes import GRACE_SECONDS, MALLOC, BenchWorkerError, changed_environment, death_of, failure_of
+from lopt_hf.bench.processes import (
+    GRACE_SECONDS,
+    MALLOC,
+    BenchWorkerError,
+    changed_environment,
+    death_of,
+    failure_of,
+    one_gpu,
+)
 from lopt_hf.bench.step_settings import StepBenchSettings, StepRow, make_rows
 from lopt_hf.bench.step_worker import work
 from lopt_hf.bench.training import num_layers
@@ -203,7 +211,7 @@ class _Worker:
         context = multiprocessing.get_context("spawn")  # a forked child would inherit the parent's threads and memory
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=work, args=(theirs, row, settings, checkpoint, folder), daemon=True)
-        with changed_environment(MALLOC[settings.malloc]):
+        with changed_environment({**MALLOC[settings.malloc], **one_gpu()}):
             self._process.start()
         theirs.close()  # so that the end of the process ends the pipe
 

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
+from subprocess import CalledProcessError
 
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed import PrefixStore, TCPStore
@@ -96,6 +97,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(BAD_INPUT_STATUS if BAD_INPUT_STATUS in codes.values() else 1)
     except SignalException as error:
         sys.exit(128 + int(error.sigval))
+    except CalledProcessError as error:  # of one process
+        sys.exit(BAD_INPUT_STATUS if error.returncode == BAD_INPUT_STATUS else 1)
+    except (ValueError, OSError, ImportError) as error:  # of the configuration
+        print(f"lopt-hf: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT_STATUS)
 
 
 if __name__ == "__main__":

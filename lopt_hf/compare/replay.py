@@ -38,7 +38,7 @@ def general_rows(grid: Grid) -> Dataset | IterableDataset:
         return _passages(prose("first"))
     if is_text(name):
         return _passages(read_text(name, "replay_dataset"))
-    return to_trl_format(load_sft_dataset(name, None, grid.replay_split))
+    return to_trl_format(load_sft_dataset(name, None, grid.replay_split), skips_empty=True)
 
 
 def write_mixture(run: GridRun, data: Path, target: Path) -> None:

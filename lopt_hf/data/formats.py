@@ -44,7 +44,7 @@ PAIR_LAYOUTS: dict[tuple[str, str], str | None] = {
 Converter = Callable[[Row], dict[str, Any]]
 
 
-def to_trl_format(dataset: DatasetT) -> DatasetT:
+def to_trl_format(dataset: DatasetT, text_field: str = "text", skips_empty: bool = False) -> DatasetT:
     """Bring a data set into a layout that TRL's `SFTTrainer` reads, and check every row.
 
     The first row's columns that are not null tell the layout. TRL's own (`input_ids`; `prompt` and `completion`;
@@ -66,6 +66,10 @@ def to_trl_format(dataset: DatasetT) -> DatasetT:
     Args:
         dataset (`Dataset` or `IterableDataset`):
             The data. Its rows are converted and checked at once, those of a stream as they come.
+        text_field (`str`, *optional*, defaults to `"text"`):
+            The column of plain text. Another name than the default is asked for, and wins over every layout.
+        skips_empty (`bool`, *optional*, defaults to `False`):
+            Leave out rows without text or answer, and say how many there were, instead of refusing them.
 
     Returns:
         The same kind of data set; the same object if it is a `Dataset` in which there is nothing to change.
@@ -76,9 +80,9 @@ def to_trl_format(dataset: DatasetT) -> DatasetT:
         ValueError: The data set is empty or in no known layout.
     """
     first = first_row(dataset)
-    layout, convert, dropped = _find_layout(first)
+    layout, convert, dropped = _find_layout(first, text_field)
     _say_what_is_left_out(layout, dropped)
-    return convert_rows(dataset, convert, dropped)
+    return convert_rows(dataset, convert, dropped, skips_empty)
 
 
 def _say_what_is_left_out(layout: Sequence[str], dropped: Sequence[str]) -> None:
@@ -87,7 +91,7 @@ def _say_what_is_left_out(layout: Sequence[str], dropped: Sequence[str]) -> None
         logger.warning("The data's %s are trained on, not its %s.", " and ".join(layout), ", ".join(unread))
 
 
-def _find_layout(first: Row) -> tuple[tuple[str, ...], Converter, list[str]]:
+def _find_layout(first: Row, text_field: str) -> tuple[tuple[str, ...], Converter, list[str]]:
     """The columns that the layout is known by, the converter of rows, and the columns to drop."""
     candidates: list[tuple[tuple[str, ...], Converter, bool]] = [
         (TRL_LAYOUTS[0], _check_token_ids, False),
@@ -95,13 +99,19 @@ def _find_layout(first: Row) -> tuple[tuple[str, ...], Converter, list[str]]:
         (TRL_LAYOUTS[2], partial(_read_conversation, column="messages"), False),
         *((pair, partial(_read_pair, pair=pair, more_input=more), True) for pair, more in PAIR_LAYOUTS.items()),
         (("conversations",), partial(_read_conversation, column="conversations"), False),
-        (("text",), _check_text, False),
+        (("text",), partial(_check_text, column="text"), False),
     ]
+    if text_field != "text":
+        candidates = [((text_field,), partial(_check_text, column=text_field), False)]
     present = [candidate for candidate in candidates if first.keys() >= set(candidate[0])]
     if not present:
+        if text_field != "text":
+            raise ValueError(
+                f"dataset_text_field={text_field!r} is no column of the data set, which has {list(first)}; name one."
+            )
         raise ValueError(
             f"The data set's columns {list(first)} are in no layout known here. Rename them to one of: "
-            f"{_accepted_layouts()}."
+            f"{_accepted_layouts()}; or name a column of plain text by dataset_text_field."
         )
     filled = [candidate for candidate in present if all(first[name] is not None for name in candidate[0])]
     layout, convert, is_pair = (filled or present)[0]
@@ -122,8 +132,8 @@ def _check_token_ids(row: Row) -> dict[str, Any]:
     return {}
 
 
-def _check_text(row: Row) -> dict[str, Any]:
-    read_text(row, "text")
+def _check_text(row: Row, column: str) -> dict[str, Any]:
+    read_text(row, column)
     return {}
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, IterableDataset, get_dataset_config_names, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from lopt_hf.data.damage import BUILDERS, find_damage
@@ -58,7 +58,9 @@ def load_sft_dataset(
     if folder is not None and not path.exists() and (copy := find_in_mirror(folder, name, config, split)):
         path, file_split = copy
         say_once(f"Data: {name}, split {split}, from its copy {path}.")
-        name, split = str(path), file_split
+        split = file_split
+        path, config = _in_copy(path, config)
+        name = str(path)
     if path.is_file():
         arguments: dict[str, Any] = {"path": _builder(path), "data_files": str(path)}
     elif path.is_dir():
@@ -82,9 +84,23 @@ def load_sft_dataset(
         ) from error
     except READ_ERRORS as error:
         raise ValueError(explain_damage(name, error)) from error
+    except RuntimeError as error:
+        if "script" not in str(error):
+            raise
+        raise ValueError(
+            f"{name!r} comes with a loading script, which is not run ({str(error).splitlines()[0]}); give its data as "
+            f"files of the kinds {', '.join(BUILDERS)}."
+        ) from error
     except ValueError as error:  # damage too, or an unknown split or config; the message names those there are
         unknown = f"Could not load split {split!r} of {name!r} (config {config!r}): {error}"
         raise ValueError(find_damage(name) or unknown) from error
+
+
+def _in_copy(path: Path, config: str | None) -> tuple[Path, str | None]:
+    """Where in a copy a configuration is, and what to ask for there: a folder of plain files has none by name."""
+    if config is None or not path.is_dir() or config in get_dataset_config_names(str(path)):
+        return path, config
+    return (path / config if (path / config).is_dir() else path), None
 
 
 def explain_damage(name: str, error: BaseException) -> str:

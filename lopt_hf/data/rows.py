@@ -3,6 +3,7 @@
 Row numbers count from 1, as the lines of a `.jsonl` file do.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ __all__ = [
     "CONTEXT_COLUMNS",
     "EARLIER_COLUMNS",
     "DatasetT",
+    "EmptyRowError",
     "Row",
     "RowError",
     "convert_rows",
@@ -23,6 +25,8 @@ __all__ = [
     "refuse_context",
     "show",
 ]
+
+logger = logging.getLogger(__name__)
 
 DatasetT = TypeVar("DatasetT", Dataset, IterableDataset)
 Row = Mapping[str, Any]
@@ -39,6 +43,10 @@ CONVERSION = 1
 
 class RowError(ValueError):
     """A row that cannot be trained on; the message names row, column, value and fix."""
+
+
+class EmptyRowError(RowError):
+    """A row without the text that it is for."""
 
 
 def first_row(dataset: Dataset | IterableDataset) -> Row:
@@ -80,11 +88,11 @@ def read_text(row: Row, column: str) -> str:
         raise RowError(f"{column!r} is missing; the row has {', '.join(map(repr, row)) or 'no columns'}.")
     value = row[column]
     if value is None:
-        raise RowError(f"{column!r} is null; give it text, or remove the row.")
+        raise EmptyRowError(f"{column!r} is null; give it text, or remove the row.")
     if not isinstance(value, str):
         raise RowError(f"{column!r} holds {type(value).__name__} {show(value)}, not text; write it as text.")
     if not value.strip():
-        raise RowError(f"{column!r} is empty; give it text, or remove the row.")
+        raise EmptyRowError(f"{column!r} is empty; give it text, or remove the row.")
     return value
 
 
@@ -127,13 +135,16 @@ def refuse_context(row: Row, columns: Sequence[str], layout: str) -> None:
             )
 
 
-def convert_rows(dataset: DatasetT, convert: Callable[[Row], dict[str, Any]], dropped: Sequence[str]) -> DatasetT:
+def convert_rows(
+    dataset: DatasetT, convert: Callable[[Row], dict[str, Any]], dropped: Sequence[str], skips_empty: bool = False
+) -> DatasetT:
     """Converts and checks all rows: those of a `Dataset` now, those of a stream as they come.
 
     Args:
         dataset: The rows.
         convert: Returns what a row's columns become; raises `RowError` for one that cannot be trained on.
         dropped: Columns that there are, to leave out of the result.
+        skips_empty: Leave out rows without text, and say how many there were, instead of refusing them.
 
     Returns:
         The same kind of data set; the same object where it is a `Dataset` whose rows all stay as they are.
@@ -142,10 +153,31 @@ def convert_rows(dataset: DatasetT, convert: Callable[[Row], dict[str, Any]], dr
         RowError: If a row cannot be trained on; the message begins with its number.
     """
     numbered = partial(_convert_numbered, convert=convert, version=CONVERSION)
+    if skips_empty:
+        dataset = _without_empty(dataset, numbered)
     numbered(first_row(dataset), 0)  # also of a stream, whose other rows are read much later
     if isinstance(dataset, Dataset) and not _changes(dataset, numbered):
         return dataset.remove_columns(list(dropped)) if dropped else dataset
     return dataset.map(numbered, with_indices=True, remove_columns=list(dropped))
+
+
+def _without_empty(dataset: DatasetT, numbered: Callable[[Row, int], dict[str, Any]]) -> DatasetT:
+    kept: DatasetT = dataset.filter(partial(_has_text, numbered=numbered), with_indices=True)
+    if not isinstance(dataset, Dataset):
+        return kept
+    if len(kept) == len(dataset):  # type: ignore[arg-type]
+        return dataset
+    left_out = len(dataset) - len(kept)  # type: ignore[arg-type]
+    logger.warning("%d of %d rows have no text and are left out.", left_out, len(dataset))
+    return kept
+
+
+def _has_text(row: Row, index: int, numbered: Callable[[Row, int], dict[str, Any]]) -> bool:
+    try:
+        numbered(row, index)
+    except EmptyRowError:
+        return False
+    return True
 
 
 def _changes(dataset: Dataset, numbered: Callable[[Row, int], dict[str, Any]]) -> bool:
@@ -160,4 +192,4 @@ def _convert_numbered(row: Row, index: int, convert: Callable[[Row], dict[str, A
     try:
         return convert(row)
     except RowError as error:
-        raise RowError(f"row {index + 1}: {error}") from None
+        raise type(error)(f"row {index + 1}: {error}") from None

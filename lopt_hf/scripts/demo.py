@@ -10,6 +10,8 @@ its input.
 import argparse
 import json
 import math
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +22,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+from lopt_hf.bench.processes import BenchWorkerError, one_gpu
 from lopt_hf.bench.step import StepBenchSettings, run_step_bench
 from lopt_hf.common.arithmetic import DTYPE_HELP, Arithmetic, choose_arithmetic
 from lopt_hf.common.compared_methods import reach_cycle
@@ -243,7 +246,6 @@ def run(options: argparse.Namespace, arithmetic: Arithmetic) -> None:
     training = stopped_at(training, max(row["step"] for row in log_history))
     after = measure(str(options.output_dir / "model"), rows, arithmetic.torch_dtype, "after")
     result = DemoResult(arithmetic, training, before, after, costs)
-    plot_curves(log_history, result, options.output_dir / "curves.png")
     question, step = rows[0]["prompt"][-1]["content"], f"{BENCH_SEQUENCES} x {BENCH_TOKENS} tokens"
     text = report(options, result, question, step)
     write_text(options.output_dir / "report.md", text)
@@ -251,6 +253,7 @@ def run(options: argparse.Namespace, arithmetic: Arithmetic) -> None:
     figures = {**asdict(result), "seconds": seconds}
     write_text(options.output_dir / "report.json", json.dumps(figures, indent=2))
     print(f"\n{text}\n{seconds / 60:.1f} minutes in all, {training.steps} steps.")
+    plot_curves(log_history, result, options.output_dir / "curves.png")  # last, as it may lack its library
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -271,8 +274,12 @@ def _check_and_run(options: argparse.Namespace) -> None:
     elif options.early_learning_rate is None:
         options.early_learning_rate = RECONSTRUCTION_RATE
     check_options(options)
+    os.environ.update(one_gpu())
     step_settings(options, options.model, options.dtype)  # checks the blocks and their reach
-    run(options, choose_arithmetic(options.dtype))
+    try:
+        run(options, choose_arithmetic(options.dtype))
+    except BenchWorkerError as error:
+        sys.exit(f"lopt-hf demo: {error}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from lopt_hf.data.questions import to_questions
 from lopt_hf.local.run_facts import NEXT_TOKEN_MISFITS
 from lopt_hf.scripts.parsing import make_trl_parser, refuse_method
 from lopt_hf.scripts.training import DataArguments, MethodArguments, load_rows, prepare, run_training
-from lopt_hf.trainers.checks import check_rewards
+from lopt_hf.trainers.checks import check_questions, check_rewards
 from lopt_hf.trainers.configs import LoPTGRPOConfig, convert_config
 from lopt_hf.trainers.grpo import LoPTGRPOTrainer, TruncationWarning
 
@@ -113,6 +113,7 @@ def make_trainer(script_args: GRPOScriptArguments, args: LoPTGRPOConfig, model_a
     rewards: list[Any] = [find_reward(name) for name in script_args.reward_funcs]
     model, given = prepare(script_args, args, model_args, load_split)
     if script_args.method == "e2e":
+        check_questions(given["train_dataset"], args)
         check_rewards(rewards, given["train_dataset"])
         said: list[Any] = [TruncationWarning(args.max_completion_length)]
         return GRPOTrainer(model, rewards, convert_config(args, GRPOConfig), callbacks=said, **given)

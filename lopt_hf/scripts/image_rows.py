@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 
 from lopt_hf.data.images import ImageRows, check_labels, class_names, find_columns
 from lopt_hf.data.rows import RowError
@@ -88,6 +88,7 @@ def load_images(script_args: Any, seed: int) -> LabelledImages:
         check_labels(whole, columns[1], len(names))
     if evaluated is not None:
         with _naming(sources[1]):
+            _check_classes(whole, evaluated, columns[1])
             ImageRows(evaluated, len(names), None, seed, *columns)  # finds what is wrong with it
     drawn = script_args.dataset_max_samples
     numbers = None
@@ -95,6 +96,19 @@ def load_images(script_args: Any, seed: int) -> LabelledImages:
         rows = Dataset.from_dict({"row": list(range(1, len(whole) + 1))})
         numbers = subsample(rows, drawn, seed)["row"][:]
     return LabelledImages(cast(Dataset, subsample(whole, drawn, seed)), evaluated, columns, names, numbers, sources)
+
+
+def _check_classes(trained: Dataset, evaluated: Dataset, label_column: str) -> None:
+    """Raises if the same number is another class in the images to evaluate on."""
+    ours, theirs = (rows.features.get(label_column) for rows in (trained, evaluated))
+    if not isinstance(ours, ClassLabel) or not isinstance(theirs, ClassLabel):
+        return
+    for number, (name, other) in enumerate(zip(ours.names, theirs.names, strict=False)):
+        if name != other:
+            raise ValueError(
+                f"label {number} is {other!r} here and {name!r} among the training images; give both the same classes "
+                "in the same order."
+            )
 
 
 def _sources(script_args: Any) -> tuple[str, str]:

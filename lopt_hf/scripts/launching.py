@@ -80,6 +80,12 @@ def _options(chosen: argparse.Namespace, path: Path) -> list[str]:
     """The launcher's own options; on one machine its processes meet there, at any free port unless one is given."""
     given = {name: value for name in _OPTIONS if (value := getattr(chosen, name)) is not None}
     settings = load_settings(path)
+    num_processes = str(given.get("num_processes", 1))
+    if settings.get("distributed_type") == "NO" and num_processes != "1":
+        raise ValueError(
+            f"num_processes={num_processes} has no effect with accelerate_config={path.stem!r}, which starts one "
+            "process (distributed_type: NO); choose a configuration of several, such as ddp_2."
+        )
     num_machines = str(given.get("num_machines", settings.get("num_machines", 1)))
     options: list[str] = []
     if num_machines == "1" and settings.get("rdzv_backend", "static") == "static":

@@ -1,7 +1,7 @@
 """Supervised fine-tuning by what a user could take instead of local learning: LISA, BAdam, OSF, end-to-end for less.
 
 ```bash
-lopt-hf peers --method lisa --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name tatsu-lab/alpaca \\
+lopt-hf peers --method lisa --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name trl-lib/Capybara \\
     --output_dir out
 lopt-hf peers --method badam --config smollm2-135m/sft/e2e --badam_period 8
 lopt-hf peers --method e2e_segments --num_blocks 4 --config smollm2-135m/sft/e2e
@@ -11,6 +11,7 @@ lopt-hf peers --method e2e_segments --num_blocks 4 --config smollm2-135m/sft/e2e
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -62,7 +63,7 @@ def make_trainer(script_args: PeerScriptArguments, args: PeerConfig, model_args:
     Raises:
         ValueError: If the run does not suit the method, or if the checkpoint to go on from was trained otherwise.
     """
-    model, given = prepare(script_args, args, model_args, load_split)
+    model, given = prepare(script_args, args, model_args, partial(load_split, text_field=args.dataset_text_field))
     if script_args.method == "osf":
         if given["peft_config"] is not None:
             raise ValueError("use_peft=True adds LoRA, and osf is an adapter itself; leave it out.")

@@ -20,6 +20,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -146,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
 
         def load_dataset() -> Dataset | IterableDataset:
-            rows = load_split(data_args, data_args.dataset_train_split, args.seed)
+            rows = load_split(data_args, data_args.dataset_train_split, args.seed, args.dataset_text_field)
             return subsample(rows, data_args.dataset_max_samples, args.seed)
 
         run_stage(args, model_args, rendezvous, load_dataset)
@@ -172,7 +173,8 @@ def _check_run(args: PipelineArguments) -> None:
 
 def _check_input(data_args: SFTDataArguments, args: StageConfig, model_args: ModelConfig) -> None:
     """Reads what the stages will read: here an error in it is one line."""
-    rows = load_checked(load_split, data_args, data_args.dataset_train_split, args.seed)
+    load = partial(load_split, text_field=args.dataset_text_field)
+    rows = load_checked(load, data_args, data_args.dataset_train_split, args.seed)
     rows = subsample(rows, data_args.dataset_max_samples, args.seed)
     model, _ = find_model(args, model_args)
     check_answers_fit(rows, AutoTokenizer.from_pretrained(model, revision=model_args.model_revision), args)

@@ -120,10 +120,13 @@ def _progress(strategies: Sequence[Strategy]) -> Iterator[Strategy]:
 def _write_files(arguments: argparse.Namespace, plan: Plan) -> None:
     if arguments.output is not None:
         write_text(arguments.output, to_json(plan) + "\n")
-    if arguments.plot is not None:
+    if arguments.write is not None:
+        _write_recipe(arguments, plan)
+    if arguments.plot is not None:  # last, as it may lack its library
         save_figure(plot_plan(plan), arguments.plot)
-    if arguments.write is None:
-        return
+
+
+def _write_recipe(arguments: argparse.Namespace, plan: Plan) -> None:
     if plan.cheapest is None:
         raise ValueError(f"write={str(arguments.write)!r}: no strategy fits, so there is no recipe to write.")
     recipe = make_recipe(plan, plan.cheapest, arguments.dataset)

@@ -4,13 +4,14 @@
 lopt-hf sft --config smollm2-135m/sft/reach_k2
 lopt-hf sft --method mlaan --config smollm2-135m/mlaan/k4
 lopt-hf sft --method mlaan --help                                              # the options of that method
-lopt-hf sft --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name tatsu-lab/alpaca --output_dir out
+lopt-hf sft --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name trl-lib/Capybara --output_dir out
 lopt-hf sft --accelerate_config ddp_2 --config ...
 ```
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
@@ -38,12 +39,16 @@ class SFTDataArguments(DataArguments):
         dataset_name: Hub id, local `.json`, `.jsonl` or `.parquet` file, or `word-problems` for the generated
             arithmetic that the package carries.
         dataset_max_samples: Train on this many rows, drawn with the run's seed.
+        skip_empty_rows: Leave out rows without text or answer; a line says how many.
     """
 
     dataset_name: str | None = option(
         None,
         "Hub id, local .json, .jsonl or .parquet file, or 'word-problems' (generated, offline). "
         "Columns: any layout of SFTTrainer, Alpaca, MetaMath, query/response.",
+    )
+    skip_empty_rows: bool = option(
+        False, "Leave out rows without text or answer, and say how many; by default such a row is an error."
     )
 
 
@@ -64,16 +69,16 @@ def make_parser(method: str = "lopt", command: str = "sft", description: str = _
     return make_trl_parser(command, description, SFTScriptArguments, config_class, ModelConfig)
 
 
-def load_split(script_args: DataArguments, split: str, seed: int) -> Any:
+def load_split(script_args: SFTDataArguments, split: str, seed: int, text_field: str = "text") -> Any:
     """Loads one split of the data in a layout that `SFTTrainer` takes."""
-    return to_trl_format(load_rows(script_args, split, seed, GENERATED))
+    return to_trl_format(load_rows(script_args, split, seed, GENERATED), text_field, script_args.skip_empty_rows)
 
 
 def make_trainer(
     script_args: SFTScriptArguments, args: LoPTConfig | MLAANConfig, model_args: ModelConfig
 ) -> SFTTrainer:
     """Builds the trainer of `method` from parsed arguments."""
-    model, given = prepare(script_args, args, model_args, load_split)
+    model, given = prepare(script_args, args, model_args, partial(load_split, text_field=args.dataset_text_field))
     if script_args.method == "e2e":
         trainer = SFTTrainer(model, convert_config(args, SFTConfig), **given)
     else:

@@ -22,7 +22,7 @@ from lopt_hf.data.loading import READ_ERRORS, NoHubError, explain_damage, load_s
 from lopt_hf.data.mirror import DATA_DIR_HELP, say_once
 from lopt_hf.data.prepared import check_prepared
 from lopt_hf.data.pretrained import resolve_model
-from lopt_hf.data.rows import RowError
+from lopt_hf.data.rows import EmptyRowError, RowError
 from lopt_hf.scripts.card_facts import describe_data, is_of_hub, public_command
 from lopt_hf.scripts.launching import launch_if_asked
 from lopt_hf.scripts.parsing import parse_or_exit
@@ -161,7 +161,9 @@ def load_checked(load_split: LoadSplit, script_args: DataArguments, split: str, 
     try:
         return load_split(script_args, split, seed)
     except RowError as error:
-        raise RowError(f"dataset_name={script_args.dataset_name}, split {split!r}, {error}") from error
+        skippable = isinstance(error, EmptyRowError) and hasattr(script_args, "skip_empty_rows")
+        fix = " Or set skip_empty_rows to leave out all such rows." if skippable else ""
+        raise RowError(f"dataset_name={script_args.dataset_name}, split {split!r}, {error}{fix}") from error
     except READ_ERRORS as error:  # of a stream's first row
         raise ValueError(explain_damage(str(script_args.dataset_name), error)) from error
 
@@ -192,7 +194,7 @@ def prepare(
         "dtype": model_args.dtype,
         **(args.model_init_kwargs or {}),
     }
-    evaluates = args.eval_strategy != "no"
+    evaluates = args.eval_strategy != "no" or args.eval_on_start
 
     train_dataset = load_checked(load_split, script_args, script_args.dataset_train_split, args.seed)
     test_split = script_args.dataset_test_split

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import OptimizerNames
-from trl import SFTConfig
+from trl import GRPOConfig, SFTConfig
 from trl.data_utils import get_dataset_column_names
 
 from lopt_hf.common.quantization import check_trainable, is_quantized
@@ -25,6 +25,7 @@ __all__ = [
     "check_optimizer",
     "check_output_dir",
     "check_own_optimizer",
+    "check_questions",
     "check_rewards",
     "check_sft_dataset",
 ]
@@ -170,6 +171,23 @@ def check_sft_dataset(dataset: Any, args: SFTConfig, formatting_func: Any = None
     is_prepared = formatting_func is not None or dataset_kwargs.get("skip_prepare_dataset")
     layouts = () if is_prepared else ({args.dataset_text_field}, *_SFT_LAYOUTS)
     check_dataset(dataset, layouts, "set dataset_text_field, or pass a formatting_func")
+
+
+def check_questions(dataset: Any, args: GRPOConfig) -> None:
+    """Raises if there are fewer questions than a generation takes: TRL's sampler would then yield nothing at all.
+
+    Raises:
+        ValueError: Names both numbers.
+    """
+    assert args.generation_batch_size is not None and args.num_generations is not None
+    needed = args.generation_batch_size // args.num_generations
+    if isinstance(dataset, Dataset) and len(dataset) < needed:
+        raise ValueError(
+            f"train_dataset has {len(dataset)} questions, fewer than the {needed} of a generation "
+            f"(generation_batch_size={args.generation_batch_size} / num_generations={args.num_generations}): no step "
+            "would be trained; give more questions, or lower gradient_accumulation_steps or "
+            "per_device_train_batch_size."
+        )
 
 
 def check_rewards(reward_funcs: Any, dataset: Any) -> None:

@@ -14,7 +14,7 @@ from lopt_hf.common.upstream.grpo import GRPOTrainer
 from lopt_hf.local.methods.base import Method
 from lopt_hf.local.methods.lopt import LOPT_PAPER, LoPT
 from lopt_hf.local.objectives import LocalObjective
-from lopt_hf.trainers.checks import check_dataset, check_model, check_rewards
+from lopt_hf.trainers.checks import check_dataset, check_model, check_questions, check_rewards
 from lopt_hf.trainers.configs import LoPTGRPOConfig, local_config
 from lopt_hf.trainers.engines import asked_engine
 from lopt_hf.trainers.mixin import LocalLearningMixin
@@ -86,6 +86,7 @@ class LocalGRPOTrainer(LocalLearningMixin, GRPOTrainer):
         given = parameters.bind_partial(self, model, reward_funcs, args, *grpo_args, **grpo_kwargs).arguments
         check_model(model, args, given.get("peft_config"), given.get("quantization_config"))
         check_dataset(given.get("train_dataset"), LAYOUTS)
+        check_questions(given.get("train_dataset"), args)
         check_rewards(reward_funcs, given.get("train_dataset"))
         _check_vllm(model, args, given.get("peft_config"))
         check_synchronised_reference(args.sync_ref_model, asked_engine(args))

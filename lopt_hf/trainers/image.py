@@ -171,6 +171,7 @@ class ImageTrainer(Trainer):
     """
 
     args: Any
+    _tag_names: ClassVar[list[str]] = ["image-classification"]
 
     def __init__(
         self,
@@ -225,6 +226,15 @@ class ImageTrainer(Trainer):
         of_run: Any = self.model
         load_weights(of_run, str(self.state.best_model_checkpoint))
 
+    def create_model_card(  # type: ignore[override]  # as TRL's
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Writes the card of transformers."""
+        all_tags = [*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])]
+        super().create_model_card(
+            model_name=model_name, dataset=dataset_name, tags=all_tags, tasks="image-classification"
+        )
+
 
 class MetricsImageTrainer(ImageTrainer):
     """What `LocalLearningMixin` expects of a trainer and TRL's have: metrics that are averaged when it logs."""
@@ -245,15 +255,6 @@ class MetricsImageTrainer(ImageTrainer):
         means = {name: sum(values) / len(values) for name, values in metrics.items() if values}
         super().log({**logs, **means}, start_time)
         metrics.clear()
-
-    def create_model_card(  # type: ignore[override]  # as TRL's
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """Writes the card of transformers."""
-        all_tags = [*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])]
-        super().create_model_card(
-            model_name=model_name, dataset=dataset_name, tags=all_tags, tasks="image-classification"
-        )
 
 
 class LocalImageTrainer(LocalLearningMixin, MetricsImageTrainer):

@@ -230,12 +230,12 @@ class LocalLearningMixin(TrainerBase):
         heads, target = self.learner.heads, self.model if model is None else model
         with contextlib.nullcontext() if self._heads_in_model else heads.attached(target):
             optimizer = super().create_optimizer(model)
-        self._complete(optimizer)
+        self._add_missing_parameters(optimizer)
         if is_new:
             self._set_learning_rates(optimizer)
         return optimizer
 
-    def _complete(self, optimizer: torch.optim.Optimizer) -> None:
+    def _add_missing_parameters(self, optimizer: torch.optim.Optimizer) -> None:
         """Adds what an optimizer of the user's own does not know: the heads, and the LM head that was untied since.
 
         They join groups that are there, as a scheduler may know the groups; the LM head that of the embeddings.

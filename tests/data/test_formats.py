@@ -12,6 +12,7 @@ from trl.data_utils import maybe_convert_to_chatml
 
 from lopt_hf.data.formats import to_trl_format
 from lopt_hf.data.loading import load_sft_dataset
+from lopt_hf.data.rows import RowError
 from tests.tiny import make_model, make_tokenizer
 
 ROWS = [{"question": "1 + 1?", "answer": "2"}, {"question": "2 + 2?", "answer": "4"}]
@@ -30,6 +31,11 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
             path.write_text(json.dumps(rows))
         case ".parquet":
             Dataset.from_list(rows).to_parquet(path)
+    return path
+
+
+def folder_with(path: Path) -> Path:
+    path.mkdir()
     return path
 
 
@@ -67,6 +73,14 @@ class TestLoad:
     def test_missing_file(self, name: str) -> None:
         with pytest.raises(FileNotFoundError, match=f"no file or folder '{name}'"):
             load_sft_dataset(name)
+
+    def test_a_loading_script_is_refused_in_one_line(self, tmp_path: Path) -> None:
+        folder = tmp_path / "old"
+        write(folder_with(folder) / "train.jsonl", ROWS)
+        (folder / "old.py").write_text("raise SystemExit")
+        with pytest.raises(ValueError, match="comes with a loading script, which is not run") as error:
+            load_sft_dataset(str(folder))
+        assert "\n" not in str(error.value)
 
     def test_unsupported_suffix(self, tmp_path: Path) -> None:
         path = tmp_path / "data.csv"
@@ -211,6 +225,27 @@ def test_sft_trainer_reads_it(layout: str, make: Any, tmp_path: Path) -> None:
         assert seen["input_ids"] == tokenizer.apply_chat_template(expected[0]["messages"], return_dict=False)
     else:
         assert seen["input_ids"] == tokenizer(expected[0]["text"] + tokenizer.eos_token)["input_ids"]
+
+
+@pytest.mark.parametrize("make", [Dataset.from_list, stream], ids=["dataset", "stream"])
+def test_rows_without_an_answer_are_left_out_where_that_is_asked_for(make: Any, caplog: Any) -> None:
+    rows = [{**ROWS[0], "answer": answer} for answer in ("2", " ", None, "3")]
+    with pytest.raises(RowError, match="row 2: 'answer' is empty"):
+        list(to_trl_format(make(rows)))
+    assert list(to_trl_format(make(rows), skips_empty=True)) == [pair("1 + 1?", "2"), pair("1 + 1?", "3")]
+    said = "2 of 4 rows have no text and are left out." in caplog.text
+    assert said == (make is not stream)  # of which nobody knows the end
+    with pytest.raises(RowError, match=r"row 3: 'answer' holds int 4"):
+        list(to_trl_format(stream([*rows[:2], {**ROWS[0], "answer": 4}]), skips_empty=True))
+
+
+def test_a_column_of_text_that_is_asked_for_wins() -> None:
+    rows = Dataset.from_list([{"content": "Once.", **ROWS[0]}])
+    assert to_trl_format(rows, text_field="content")["content"] == ["Once."]
+    with pytest.raises(ValueError, match=r"dataset_text_field='body' is no column .*'content'"):
+        to_trl_format(rows, text_field="body")
+    with pytest.raises(RowError, match="row 1: 'content' is empty"):
+        to_trl_format(Dataset.from_list([{"content": ""}]), text_field="content")
 
 
 def test_trl_alone_keeps_sharegpt_roles() -> None:

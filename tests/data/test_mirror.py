@@ -38,6 +38,14 @@ def test_a_copy_wins_over_the_hub_and_says_so(data_dir, caplog):
     assert list(load_sft_dataset("someone/sums", None, "test", data_dir=data_dir)) == ROWS
 
 
+def test_a_configuration_of_a_copy_in_a_folder(data_dir):
+    """The hub's name for it: a folder within the copy, or nothing where the copy has no configurations."""
+    assert list(load_sft_dataset("someone/sums", "main", "test", data_dir=data_dir)) == ROWS
+    (data_dir / "someone/sums/socratic").mkdir()
+    (data_dir / "someone/sums/socratic/test.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    assert list(load_sft_dataset("someone/sums", "socratic", "test", data_dir=data_dir)) == ROWS[:1]
+
+
 def test_the_environment_names_the_folder(data_dir, monkeypatch):
     monkeypatch.setenv("LOPT_HF_DATA_DIR", str(data_dir))
     assert len(load_sft_dataset("openai/gsm8k", "main")) == 3

@@ -13,6 +13,7 @@ from lopt_hf.data.images import class_names
 from lopt_hf.scripts import image
 from lopt_hf.scripts.image_models import make_image_model
 from lopt_hf.scripts.settings import UsageExit
+from lopt_hf.trainers.image import ImageTrainer
 from tests.image.helpers import make_images, make_model
 from tests.image.test_images import as_bytes, data_of
 
@@ -54,6 +55,28 @@ def test_a_run_measures_accuracy_and_leaves_a_stock_model(files, options, tmp_pa
     assert model.config.num_labels == 4 and AutoImageProcessor.from_pretrained(tmp_path) is not None
     logs = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     assert any("eval_accuracy" in log for log in logs)
+
+
+@pytest.mark.parametrize("method", ["e2e", "local"])
+def test_the_card_of_a_pushed_model(method, files, tmp_path, monkeypatch):
+    def push(self, commit_message=None, blocking=True, token=None, revision=None, **facts):
+        self.create_model_card(**facts)  # as the parent, before it uploads
+
+    monkeypatch.setattr(ImageTrainer, "push_to_hub", push)
+    monkeypatch.setattr(ImageTrainer, "init_hf_repo", lambda self, *_: setattr(self, "hub_model_id", "me/images"))
+    monkeypatch.setattr(ImageTrainer, "_push_from_checkpoint", lambda self, folder: None)
+    run(files, tmp_path, "--method", method, "--push_to_hub", "true")
+    assert "image-classification" in (tmp_path / "README.md").read_text()
+
+
+def test_other_classes_in_the_images_to_evaluate_on_are_refused(files, tmp_path, capsys):
+    other = make_images(4, size=32)
+    names = other.features["label"].names
+    other = other.cast_column("label", ClassLabel(names=[names[0], "another", *names[2:]]))
+    other.to_parquet(tmp_path / "test.parquet")
+    with pytest.raises(UsageExit):
+        run(files, tmp_path / "out", "--eval_file", str(tmp_path / "test.parquet"))
+    assert "label 1 is 'another' here and " in capsys.readouterr().err
 
 
 def test_a_checkpoint_gets_a_classifier_for_other_classes(files, tmp_path, caplog):

@@ -1,10 +1,12 @@
 """`--accelerate_config`: a training command that starts itself by `accelerate launch`."""
 
 import sys
+from subprocess import CalledProcessError
 
 import pytest
 
 from lopt_hf import cli
+from lopt_hf.common import host_launcher
 from lopt_hf.common.launching import ON_THIS_HOST
 from lopt_hf.scripts import launching
 from lopt_hf.scripts.launching import launch_if_asked
@@ -86,6 +88,7 @@ def test_nothing_is_launched_twice(launched, tmp_path, monkeypatch, capsys):
             "accelerate_config='ddp2' is no file here, nor one of the package's",
         ),
         (["--accelerate_config", "ddp_2", "--num_blcks", "2"], "did you mean 'num_blocks'?"),
+        (["--accelerate_config", "single", "--num_processes", "2"], "num_processes=2 has no effect"),
     ],
 )
 @pytest.mark.parametrize("command", ["sft", "dpo", "grpo", "mlaan", "pipeline"])
@@ -103,3 +106,23 @@ def test_a_run_in_one_process(tmp_path, capfd):
         cli.main(["sft", *arguments(tmp_path, "sft"), "--accelerate_config", "single"])
     assert ended.value.code == 0, capfd.readouterr().err
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+class TestLauncher:
+    """How the launcher itself ends where it is not its processes that are many."""
+
+    @pytest.mark.parametrize(("status", "expected"), [(2, 2), (1, 1), (-9, 1)])
+    def test_one_process_that_failed(self, status, expected, monkeypatch, capsys):
+        def fail(arguments):
+            raise CalledProcessError(status, "sft")
+
+        monkeypatch.setattr(host_launcher, "launch_command", fail)
+        with pytest.raises(SystemExit) as ended:
+            host_launcher.main(["script.py"])
+        assert ended.value.code == expected and capsys.readouterr().err == ""  # the process has said why
+
+    def test_a_configuration_that_accelerate_refuses(self, capsys):
+        with pytest.raises(SystemExit) as ended:
+            host_launcher.main(["--cpu", "--multi_gpu", "--num_processes", "2", "--gpu_ids", "0", "script.py"])
+        error = capsys.readouterr().err
+        assert ended.value.code == 2 and error.startswith("lopt-hf: ") and error.count("\n") == 1

@@ -49,6 +49,21 @@ def arguments(tmp_path, command, **values):
     return ["--config", str(path)]
 
 
+def test_an_evaluation_at_the_start_has_its_data(tmp_path):
+    cli.main(["sft", *arguments(tmp_path, "sft", eval_on_start=True, max_steps=1)])
+    assert 0 in read_curve(str(tmp_path / "out"), "eval_loss")
+
+
+def test_a_column_of_text_that_the_arguments_name(tmp_path):
+    data = tmp_path / "texts.jsonl"
+    data.write_text("".join(json.dumps({"content": text}) + "\n" for text in ("Once.", "", "Twice.", "Again.")))
+    values = {"dataset_name": str(data), "dataset_text_field": "content", "max_steps": 1}
+    with pytest.raises(SystemExit):
+        cli.main(["sft", *arguments(tmp_path, "sft", **values)])
+    cli.main(["sft", *arguments(tmp_path, "sft", **values, skip_empty_rows=True)])
+    assert list(read_curve(str(tmp_path / "out"), "loss")) == [1]
+
+
 @pytest.mark.parametrize("method", ["lopt", "e2e"])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_run(tmp_path, command, method, capsys):

@@ -29,6 +29,13 @@ def logged(trainer, name):
     return [row[name] for row in trainer.state.log_history if name in row]
 
 
+def test_too_few_questions_for_one_generation_are_refused(tmp_path):
+    """TRL's sampler yields whole generations only: nothing would be trained, and the model saved as if it were."""
+    with pytest.raises(ValueError, match=r"train_dataset has 1 questions, fewer than the 2 of a generation"):
+        make_trainer(tmp_path, kind="grpo", trainer_kwargs={"train_dataset": make_questions(1)})
+    make_trainer(tmp_path, kind="grpo", trainer_kwargs={"train_dataset": make_questions(2)})
+
+
 def test_the_papers_values_are_the_defaults(tmp_path):
     args = LoPTGRPOConfig(str(tmp_path))
     paper = {"learning_rate": 5e-6, "num_generations": 4, "temperature": 0.7, "top_p": 0.95, "epsilon": 0.2, "beta": 0}

@@ -9,12 +9,13 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from lopt_hf.bench.gpu.checklist import make_parts, make_sizes, one_gpu
+from lopt_hf.bench.gpu.checklist import make_parts, make_sizes
 from lopt_hf.bench.gpu.parts import Outcome
 from lopt_hf.bench.gpu.report import Results, to_json, to_markdown
 from lopt_hf.bench.gpu.runner import run_parts
 from lopt_hf.bench.gpu.settings import GpuCheckSettings
 from lopt_hf.bench.gpu.workload import Workload
+from lopt_hf.bench.processes import one_gpu
 from lopt_hf.common.files import write_text
 
 __all__ = ["run_gpu_check"]

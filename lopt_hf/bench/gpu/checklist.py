@@ -1,6 +1,5 @@
 """The parts of a check, for a GPU at full size, or for a CPU at a tiny one as a test of the check itself."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,9 +12,10 @@ from lopt_hf.bench.gpu.sharded import Sharded
 from lopt_hf.bench.gpu.training import Training
 from lopt_hf.bench.gpu.updates import Comparison
 from lopt_hf.bench.gpu.workload import Workload
+from lopt_hf.bench.processes import one_gpu
 from lopt_hf.common.packaged import find_accelerate_config
 
-__all__ = ["TINY", "Sizes", "make_parts", "make_sizes", "one_gpu"]
+__all__ = ["TINY", "Sizes", "make_parts", "make_sizes"]
 
 TINY = "tiny"
 FSDP2 = find_accelerate_config("fsdp2_8")
@@ -126,11 +126,6 @@ def make_parts(
         replace(part, threads=1, limit=settings.limit, environment=environment)
         for part, environment in zip(chosen, environments, strict=True)
     ]
-
-
-def one_gpu() -> dict[str, str]:
-    """The variable that leaves the first of the machine's GPUs alone: a trainer would use all of them."""
-    return {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
 
 
 def _plan(model: str, prediction: Any, limit: float) -> Part:

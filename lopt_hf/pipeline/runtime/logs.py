@@ -1,8 +1,9 @@
 """One log of all stages: what each tells of itself, at the same step, in the record of the one that reports."""
 
 import json
+import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,10 @@ __all__ = [
     "collect_timelines",
     "is_of_own_block",
     "share_logs",
+    "write_timeline",
 ]
+
+logger = logging.getLogger(__name__)
 
 
 def add_figures(trainer: Any, logs: dict[str, float]) -> None:
@@ -100,13 +104,21 @@ def collect_timelines(trainer: Any) -> None:
         return
     texts = [trainer.world.monitor.wait_for(trainer.store, f"timeline/{plan.index}") for plan in trainer.plans]
     events = [Event(**event) for text in texts for event in json.loads(text)]
+    if events:  # none, if the run went on from a checkpoint behind the first steps
+        title = f"{len(trainer.plans)} stages, first {trainer.args.timeline_steps} steps"
+        write_timeline(title, events, Path(trainer.args.output_dir))
+
+
+def write_timeline(title: str, events: Sequence[Event], output_dir: Path) -> None:
+    """Writes events as `timeline.json`, a trace, and, if matplotlib is there, as the picture `timeline.png`."""
     origin = min(event.start for event in events)
     events = [replace(event, start=event.start - origin, end=event.end - origin) for event in events]
-    output_dir = Path(trainer.args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    title = f"{len(trainer.plans)} stages, first {trainer.args.timeline_steps} steps"
     (output_dir / "timeline.json").write_text(chrome_trace({title: events}), encoding="utf-8")
-    plot_timeline({title: events}).savefig(output_dir / "timeline.png", dpi=150)
+    try:
+        plot_timeline({title: events}).savefig(output_dir / "timeline.png", dpi=150)
+    except ImportError as error:  # the model has not been saved yet
+        logger.warning("%s Of the timeline only %s is written.", error, output_dir / "timeline.json")
 
 
 class StageCallback(TrainerCallback):
