@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.trainer_utils import IntervalStrategy
+from transformers.utils import CONFIG_NAME, cached_file
 from trl import ModelConfig
 
 from lopt_hf.common.arithmetic import DTYPE_HELP, arithmetic_of
@@ -94,18 +95,29 @@ class ComparisonArguments:
 
 @dataclass
 class ComparisonModelConfig(ModelConfig):
-    """`ModelConfig` whose `dtype` also decides on the arithmetic of training.
+    """`ModelConfig` whose `dtype` also decides on the arithmetic of training, of a model that is not quantised.
 
     Parameters:
         dtype: Of the weights, which are in float32 with `"auto"`. In training `"float32"` switches `bf16` off, unless
             that is given; with `"auto"` the faster arithmetic is chosen.
+
+    Raises:
+        ValueError: If the model is to be quantised.
     """
+
+    idle_options: ClassVar[tuple[str, ...]] = ("load_in_4bit", "load_in_8bit")  # which `--help` leaves out
 
     dtype: str | None = option(
         "auto",
         f"{DTYPE_HELP} Weights are in this type; with auto in float32, and only the arithmetic of training is chosen.",
         ("auto", "float32", "bfloat16", "float16"),
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.idle_options:
+            if getattr(self, name):
+                raise ValueError(f"{name}=True: layers of a quantised model cannot be replaced; leave it out.")
 
 
 def _json_object(option: str, text: str) -> dict[str, Any]:
@@ -158,7 +170,8 @@ class Comparison:
         if self.dtype == "float32" and not is_open and self.args.leaves_dtype_open:
             self.args = replace(self.args, bf16=False)
         self.name = resolve_model(str(self.model_args.model_name_or_path))
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(self.name)
+        self.revision = self.model_args.model_revision
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(self.name, revision=self.revision)
         if self.script_args.scratch is not None:
             check_scratch(self.config)
         self._check_teacher()
@@ -169,6 +182,19 @@ class Comparison:
         self.chunks_BT = cut_chunks(self.tokenizer, evaluation, length, count)
         self.dataset = self._load_dataset()
         self.rows: list[Row] = []
+
+    @property
+    def full_model(self) -> str:
+        """The full model as judging finds it, which knows of no revision: an id, or the folder of the revision."""
+        if self.revision == "main":
+            return self.name
+        file: Any = cached_file(self.name, CONFIG_NAME, revision=self.revision)
+        return str(Path(file).parent)
+
+    @property
+    def _kwargs(self) -> dict[str, Any]:
+        """How every model is made."""
+        return {"dtype": getattr(torch, self.dtype), "attn_implementation": self.model_args.attn_implementation}
 
     def _check_teacher(self) -> None:
         """Checks that a full model is there to learn from, and data to learn it on.
@@ -230,7 +256,7 @@ class Comparison:
 
     def from_pretrained(self) -> Any:
         """Evaluates the models and, where there are data to heal with, heals them; returns the first RepL model."""
-        model = AutoModelForCausalLM.from_pretrained(self.name, dtype=getattr(torch, self.dtype))
+        model = AutoModelForCausalLM.from_pretrained(self.name, revision=self.revision, **self._kwargs)
         self.measure(FULL, model)
         repl, seconds = make_variant(model, self.config, [self.calibration], self.tokenizer)
         removed = repl.config.repl["removed"]
@@ -270,11 +296,11 @@ class Comparison:
     def from_scratch(self) -> Any:
         """Trains the three models of every seed; returns the first RepL model."""
         changes: Any = self.script_args.scratch
-        model_config = AutoConfig.from_pretrained(self.name, **changes)
+        model_config = AutoConfig.from_pretrained(self.name, revision=self.revision, **changes)
         trained: list[Any] = []
         for seed in self.script_args.seeds:
             set_seed(seed)
-            model = AutoModelForCausalLM.from_config(model_config, dtype=getattr(torch, self.dtype))
+            model = AutoModelForCausalLM.from_config(model_config, **self._kwargs)
             repl, _ = make_variant(model, self.config, None, self.tokenizer)
             removed = repl.config.repl["removed"]
             self.train(PLAIN, make_plain(model, removed), seed, removed)
@@ -306,6 +332,7 @@ class Comparison:
         save_with_code(repl.merge_and_unload(), folder / "folded", self.tokenizer)
         settings = {"script": asdict(self.script_args), "repl": self.config.to_dict(), "sft": self.args.to_dict()}
         settings["model"] = str(self.model_args.model_name_or_path)
+        settings |= {"model_revision": self.revision, "attn_implementation": self.model_args.attn_implementation}
         settings["arithmetic"] = self.describe_arithmetic()
         write_text(folder / "report.md", to_markdown(self.rows) + "\n")
         write_text(folder / REPORT, to_json(self.rows, settings) + "\n")
@@ -333,6 +360,13 @@ def check_healing(args: HealingConfig) -> None:
             f"eval_strategy={IntervalStrategy(args.eval_strategy).value} has no data to evaluate on while a model "
             "heals; leave it out. Perplexity on eval_text is measured before and after."
         )
+    if args.push_to_hub:
+        raise ValueError(
+            "push_to_hub=True would upload none of the models that are compared; leave it out, and push what "
+            "output_dir holds at the end."
+        )
+    if args.seed != HealingConfig.__dataclass_fields__["seed"].default:
+        raise ValueError(f"seed={args.seed} has no effect: the healing runs take theirs from seeds; set seeds.")
 
 
 def check_output_dir(output_dir: str) -> None:

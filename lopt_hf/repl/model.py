@@ -81,7 +81,9 @@ class RepLModel:
             ValueError: If it is no RepL model, or a folded one.
         """
         if cls is not RepLModel:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+            _freeze(loaded[0] if kwargs.get("output_loading_info") else loaded)  # loading makes everything trainable
+            return loaded
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **hub)
         if config.model_type != UNFOLDED_MODEL_TYPE:
@@ -158,6 +160,14 @@ def _settings_of(repl: Mapping[str, Any]) -> RepLConfig:
     if values.get("span_criterion") == "error":
         values["span_criterion"] = "auto"  # the same
     return RepLConfig(**values)
+
+
+def _freeze(model: Any) -> None:
+    """Leaves the surrogates alone trainable, where the model was made so."""
+    if _settings_of(model.config.repl).trainable == "coefficients":
+        model.requires_grad_(False)
+        for operator in model.surrogates.values():
+            operator.requires_grad_(True)
 
 
 def _fold_to_stock(model: Any) -> Any:
@@ -361,8 +371,5 @@ def _replace(model: Any, config: RepLConfig, spans: Sequence[Span], operators: A
     origin = {"architecture": architecture, "family": family}
     model.config.repl = {**origin, "removed": removed, "config": config.to_dict()}
     model.__class__ = model_class
-    if config.trainable == "coefficients":
-        model.requires_grad_(False)
-        for operator in operators.values():
-            operator.requires_grad_(True)
+    _freeze(model)
     return model

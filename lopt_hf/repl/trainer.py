@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from datasets import Dataset
@@ -32,6 +32,9 @@ class HealingConfig(DistillationArguments, SFTConfig):
 
     On one without an accelerator `use_cpu` is set, and `bf16`, if it is left out, to what is the faster.
     """
+
+    # The parents' options that a comparison of models refuses; `--help` leaves them out
+    idle_options: ClassVar[tuple[str, ...]] = ("resume_from_checkpoint", "eval_strategy", "push_to_hub", "seed")
 
     activation_checkpointing: bool | None = option(  # ours: fewer layers keep fewer activations
         False, "Recompute activations in the backward instead of keeping them."
@@ -190,7 +193,7 @@ def heal(
     teacher: PreTrainedModel | None = None,
     removed: Sequence[int] = (),
 ) -> Any:
-    """Fine-tunes a model, RepL or plain, and returns it without adapters.
+    """Fine-tunes a model, RepL or plain, and returns it without adapters and without the trainer's arithmetic.
 
     Args:
         model: The model.
@@ -203,20 +206,24 @@ def heal(
         removed: Layers that a plain model is without.
     """
     is_repl = "repl" in model.config.to_dict()
-    run_args = replace(args, seed=seed, output_dir=f"{args.output_dir}/healing")
+    kind = "repl" if is_repl else "plain" if removed else "full"
+    run_args = replace(args, seed=seed, output_dir=f"{args.output_dir}/healing/{kind}-seed-{seed}")
     set_seed(seed)
     peft_config: Any = get_peft_config(model_args)
     if peft_config is not None and is_repl:
-        peft_config.modules_to_save = ["surrogate"]
+        peft_config.modules_to_save = [*(peft_config.modules_to_save or ()), "surrogate"]
         _check_adapters(model, peft_config)
     taught: dict[str, Any] = {"teacher": teacher} if args.has_teacher else {}
     if not is_repl:
         taught["removed_spans"] = runs_of(removed)
-    kind: Any = RepLTrainer if is_repl else PlainHealingTrainer
-    trainer = kind(
+    trainer_class: Any = RepLTrainer if is_repl else PlainHealingTrainer
+    trainer = trainer_class(
         model, args=run_args, train_dataset=dataset, processing_class=tokenizer, peft_config=peft_config, **taught
     )
     check_prepared(trainer.train_dataset, run_args)
     trainer.train()
-    trained = trainer.model
-    return trained.merge_and_unload() if peft_config is not None else trained
+    trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    if peft_config is not None:
+        trained = trained.merge_and_unload()
+    vars(trained).pop("forward", None)  # TRL's fused head, which unwrapping leaves there
+    return trained

@@ -55,13 +55,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_healing(args)
         if judge_args.judge and script_args.scratch is not None:
             raise ValueError("judge asks what a pretrained model knows, which scratch has none of; leave one out.")
+        if judge_args.judge and model_args.attn_implementation is not None:
+            raise ValueError(
+                f"attn_implementation={model_args.attn_implementation!r} is not what judge runs models with, which is "
+                "the default; leave one out."
+            )
         tasks = load_judge_tasks(judge_args) if judge_args.judge else []
         comparison = Comparison(script_args, config, args, model_args, saves_plain=judge_args.judge)
         print(comparison.describe_arithmetic(), flush=True)
         comparison.run()
         print(to_markdown(comparison.rows))
         if judge_args.judge:
-            found = judge(judge_args, tasks, comparison.name, Path(str(args.output_dir)), comparison.dtype)
+            found = judge(judge_args, tasks, comparison.full_model, Path(str(args.output_dir)), comparison.dtype)
             print(f"\n{found.to_markdown()}")
     except (ValueError, OSError, ImportError) as error:
         raise UsageExit(f"lopt-hf repl: {error}") from error

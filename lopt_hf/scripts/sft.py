@@ -48,7 +48,7 @@ class SFTDataArguments(DataArguments):
         "Columns: any layout of SFTTrainer, Alpaca, MetaMath, query/response.",
     )
     skip_empty_rows: bool = option(
-        False, "Leave out rows without text or answer, and say how many; by default such a row is an error."
+        False, "Leave out rows without text or answer, and say how many. Otherwise they are errors."
     )
 
 

@@ -22,13 +22,15 @@ from tests.tiny import make_dataset, make_tokenizer
 from tests.trainers.helpers import training_args
 
 
-def make_lora() -> PeftConfig:
-    return LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+def make_lora(settings: bool | dict[str, Any] = True) -> PeftConfig:
+    own = settings if isinstance(settings, dict) else {}
+    return LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", **own)
 
 
 def run(
-    world: PipelineWorld, model: str, output_dir: str, lora: bool, resume: str | bool | None, settings: dict
+    world: PipelineWorld, model: str, output_dir: str, lora: bool | dict, resume: str | bool | None, settings: dict
 ) -> None:
+    streams = settings.pop("streams", False)
     is_mlaan = settings.pop("method", "lopt") == "mlaan"
     config_class, trainer_class = (
         (MLAANPipelineConfig, MLAANPipelineTrainer) if is_mlaan else (PipelineConfig, PipelineTrainer)
@@ -37,8 +39,9 @@ def run(
     num_layers = AutoConfig.from_pretrained(model).get_text_config(decoder=True).num_hidden_layers
     plan = plan_stages(split_layers(num_layers, args.num_blocks, args.split_at), world.num_stages)[world.stage]
     stage = trainer_class.load_part(model, plan, args, dtype="float32")
-    part = add_adapter(stage, make_lora(), args.seed) if lora else stage
-    trainer = trainer_class(part, args, world=world, train_dataset=make_dataset(), processing_class=make_tokenizer())
+    part = add_adapter(stage, make_lora(lora), args.seed) if lora else stage
+    data = make_dataset().to_iterable_dataset(num_shards=2) if streams else make_dataset()
+    trainer = trainer_class(part, args, world=world, train_dataset=data, processing_class=make_tokenizer())
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     if world.reports:

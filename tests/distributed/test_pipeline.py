@@ -1,6 +1,7 @@
 """A pipeline of processes ends with the weights of the same local learning in one process, bit for bit."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ RUNS: dict[int, dict[str, dict[str, Any]]] = {
         "interval": {"num_blocks": 2, "local_update_interval": 2, "early_learning_rate": 1e-4},
         "frozen": {"num_blocks": 2, "train_early_blocks": False},
         "LoRA": {"num_blocks": 2, "lora": True},
+        "DoRA and a trained head": {"num_blocks": 2, "lora": {"use_dora": True, "modules_to_save": ["lm_head"]}},
         "tied": {"num_blocks": 2, "family": "gemma2", "tied": True},
         "tied and frozen": {"num_blocks": 2, "tied_embeddings": "freeze", "tied": True},
         "learned positions": {"num_blocks": 2, "family": "gpt2"},
@@ -79,7 +81,7 @@ RUNS: dict[int, dict[str, dict[str, Any]]] = {
     },
 }
 LAUNCHED = 2  # the world that `accelerate launch` starts; of the others the imports would take longer than the runs
-ONLY_IN_A_PIPELINE = ("num_stages", "data_parallel", "local_step")  # which changes no bit
+ONLY_IN_A_PIPELINE = ("num_stages", "data_parallel", "local_step", "streams")  # which change no bit
 
 
 def save_start(folder: Path, family: str = "llama", tied: bool = False) -> str:
@@ -140,7 +142,8 @@ class StagesInOneProcess(MLAANTrainer):
 def run_one_process(folder: Path, output_dir: Path, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
     settings = {"max_grad_norm": 0.5, **settings}
     start = save_start(folder, settings.pop("family", "llama"), settings.pop("tied", False))
-    peft_config = make_lora() if settings.pop("lora", False) else None
+    lora = settings.pop("lora", False)
+    peft_config = make_lora(lora) if lora else None
     num_stages, method = settings.get("num_stages", settings["num_blocks"]), settings.pop("method", "lopt")
     settings = {name: value for name, value in settings.items() if name not in ONLY_IN_A_PIPELINE}
     model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
@@ -230,11 +233,13 @@ def test_a_run_goes_on_with_another_number_of_stages(finished, tmp_path):
     assert [[r[k] for k in keys] for r in after[:-1]] == [[r[k] for k in keys] for r in before[:-1]]
 
 
-@pytest.mark.parametrize("method", ["lopt", "mlaan"])
-def test_replicas_equal_one_process_with_the_same_global_batch(tmp_path, method):
+@pytest.mark.parametrize(
+    "own", [{"method": "mlaan"}, {"method": "lopt", "streams": True, "train_sampling_strategy": "sequential"}]
+)
+def test_replicas_equal_one_process_with_the_same_global_batch(tmp_path, own):
     settings = {
+        **own,
         "num_blocks": 2,
-        "method": method,
         "data_parallel": 2,
         "per_device_train_batch_size": 2,
         "max_steps": 5,
@@ -260,3 +265,22 @@ def test_an_exported_checkpoint_is_the_saved_model(finished, tmp_path, num_stage
     assert_equal(load_model(tmp_path / "model"), load_model(saved))
     with pytest.raises(ValueError, match="exists"):
         export_checkpoint(saved / "checkpoint-4", tmp_path / "model")
+
+
+@pytest.mark.parametrize("noted", [{"dtype": "float32"}, {}], ids=["noted", "older"])
+def test_an_exported_checkpoint_is_as_precise_as_the_run(finished, tmp_path, monkeypatch, noted):
+    """The start lies on the hub in bfloat16, under a revision; a checkpoint of before has no data type."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--org--start/snapshots" / ("a" * 40)
+    make_model(num_hidden_layers=NUM_LAYERS).to(torch.bfloat16).save_pretrained(snapshot)
+    make_tokenizer().save_pretrained(snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs/v2").write_text(snapshot.name)
+    saved, checkpoint = finished(4) / "saves", tmp_path / "checkpoint-4"
+    shutil.copytree(saved / checkpoint.name, checkpoint)
+    manifest = json.loads((checkpoint / "pipeline.json").read_text())
+    assert manifest.pop("dtype") == "float32"
+    manifest |= {"model": "org/start", "model_revision": "v2", **noted}
+    (checkpoint / "pipeline.json").write_text(json.dumps(manifest))
+    export_checkpoint(checkpoint, tmp_path / "model")
+    assert_equal(load_model(tmp_path / "model"), load_model(saved))

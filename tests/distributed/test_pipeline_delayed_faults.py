@@ -90,18 +90,15 @@ def test_replicas_equal_one_process_with_the_same_global_batch(tmp_path):
 
 
 def test_replicas_go_on(tmp_path):
-    """Each has had other micro-batches on their way."""
-    saves = {
-        **DELAYED,
-        "num_blocks": 2,
-        "data_parallel": 2,
-        "max_steps": 4,
-        "save_strategy": "steps",
-        "save_steps": 2,
-    }
+    """Each has had other micro-batches on their way, or with dropout on a stream other random numbers."""
+    shared = {"num_blocks": 2, "data_parallel": 2, "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    saves = {**DELAYED, **shared}
+    stream = {"gradient": "local", "streams": True, "lora": {"lora_dropout": 0.5}, **shared}
     runs = {"saves": saves, "resumed": {**saves, "resume": "saves/checkpoint-2"}}
+    runs |= {"stream": stream, "stream, resumed": {**stream, "resume": "stream/checkpoint-2"}}
     run_pipeline(tmp_path, 2, runs, data_parallel=2)
     assert_equal(load_model(tmp_path / "resumed"), load_model(tmp_path / "saves"))
+    assert_equal(load_model(tmp_path / "stream, resumed"), load_model(tmp_path / "stream"))
     states = [
         torch.load(tmp_path / f"saves/checkpoint-2/in-flight/stage-0-{i}.pt", weights_only=True) for i in range(2)
     ]

@@ -57,6 +57,12 @@ def test_a_runs_log_lies_beside_its_model(reference: Path) -> None:
     assert (reference / "trainer_state.json").is_file()
 
 
+def test_a_checkpoint_names_the_model_that_the_run_started_from(inputs: Path, reference: Path) -> None:
+    content = Manifest(reference / "checkpoint-8").content
+    found = [content[name] for name in ("model", "model_revision", "dtype")]
+    assert found == [str(inputs / "model"), "main", "float32"]
+
+
 def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():

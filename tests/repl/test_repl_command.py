@@ -1,6 +1,8 @@
 """`lopt-hf repl` and `lopt-hf bench repl` on a tiny model."""
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -131,6 +133,39 @@ def test_from_scratch_every_seed_starts_its_models_from_the_same_weights(folder,
     assert [row["removed"] for row in report["rows"][:3]] == [[1, 3], [1, 3], []]
 
 
+SCRATCH = {"scratch": "{}", "placement": "every", "every": 2, "num_layers_to_replace": None, "init": "skip"}
+
+
+@pytest.mark.parametrize("options", [{}, SCRATCH, {"judge": True}], ids=["pretrained", "scratch", "judged"])
+def test_revision_and_attention_of_every_model(folder, monkeypatch, options):
+    """The model lies on the hub under the revision alone."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
+    snapshot = folder / "models--org--model/snapshots" / ("a" * 40)
+    shutil.copytree(folder / "model", snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs/v2").write_text(snapshot.name)
+    seen, judged = set(), []
+
+    def train_nothing(model, *others):
+        seen.add(model.config._attn_implementation)
+        return model
+
+    def judge_nothing(settings, tasks, full, *others):
+        judged.append(full)
+        return SimpleNamespace(to_markdown=str)
+
+    monkeypatch.setattr(comparison, "heal", train_nothing)
+    monkeypatch.setattr(repl, "judge", judge_nothing)
+    monkeypatch.setattr(repl, "load_judge_tasks", lambda settings: [])
+    attention = None if "judge" in options else "eager"
+    given = {"model": "org/model", "model_revision": "v2", "attn_implementation": attention, **options}
+    repl.main(arguments(folder, dataset_name=folder / "healing.txt", **{**HEALING, "seeds": 0, **given}))
+    assert seen == {attention or "sdpa"}
+    assert judged == [str(snapshot)] * ("judge" in options)
+    settings = json.loads((folder / "out/report.json").read_text())["settings"]
+    assert (settings["model_revision"], settings["attn_implementation"]) == ("v2", attention)
+
+
 def test_adapters(folder):
     lora = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear", "operator": "branches"}
     repl.main(arguments(folder, dataset_name=folder / "healing.txt", **{**HEALING, "seeds": [0]}, **lora))
@@ -239,6 +274,10 @@ def test_nothing_is_overwritten(folder):
         ("x" * 2000, {"dataset_name": "healing.txt", "optim": "lomo"}, "optim='lomo' cannot be used here"),
         ("x" * 2000, {"dataset_name": "healing.txt", "resume_from_checkpoint": "true"}, "heals several models, each"),
         ("x" * 2000, {"dataset_name": "healing.txt", "eval_strategy": "steps"}, "eval_strategy=steps has no data"),
+        ("x" * 2000, {"dataset_name": "healing.txt", "seed": 7}, "seed=7 has no effect: the healing runs take theirs"),
+        ("x" * 2000, {"dataset_name": "healing.txt", "push_to_hub": True}, "push_to_hub=True would upload none"),
+        ("x" * 2000, {"dataset_name": "healing.txt", "load_in_8bit": True}, "load_in_8bit=True: layers of a"),
+        ("x" * 2000, {"dataset_name": "healing.txt", "load_in_4bit": True}, "load_in_4bit=True: layers of a"),
     ],
 )
 def test_healing_that_cannot_work_ends_before_the_model_is_loaded(folder, monkeypatch, capsys, data, options, message):
@@ -261,6 +300,7 @@ def test_healing_that_cannot_work_ends_before_the_model_is_loaded(folder, monkey
         ({"eval_chunks": 1000}, "eval_chunks=1000 pieces .* lower eval_chunks to at most"),
         ({"num_layers_to_replace": 5}, "num_layers_to_replace=5 does not fit a model with 6 layers"),
         ({"compare": ["nothing"]}, "operator='nothing' is unknown"),
+        ({"judge": True, "attn_implementation": "eager"}, "attn_implementation='eager' is not what judge runs"),
         ({"scratch": "{}", "dataset_name": "healing.txt"}, "init='calibrate' has nothing to imitate"),
         ({"scratch": "{}", "dataset_name": "healing.txt", "init": "skip"}, "placement='block_influence' says nothing"),
     ],

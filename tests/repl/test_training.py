@@ -3,12 +3,16 @@
 import pytest
 import torch
 from peft import LoraConfig
-from trl import SFTConfig, SFTTrainer
+from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from lopt_hf import LoPTConfig, LoPTTrainer, RepLModel, RepLTrainer
+from lopt_hf.repl.surgery import remove_layers
+from lopt_hf.repl.trainer import HealingConfig, heal
 from tests.repl.helpers import INPUT_IDS, logits, make_repl, make_stock
 from tests.tiny import make_dataset, make_tokenizer
 from tests.trainers.helpers import training_args
+
+LORA_AND_HEAD = {"use_peft": True, "lora_target_modules": "all-linear", "lora_modules_to_save": ["lm_head"]}
 
 
 def make_trainer(kind, output_dir, model, peft_config=None, **overrides):
@@ -54,11 +58,34 @@ def test_other_families_learn(family, tmp_path):
     assert {name for name in set(before) - changed(model, before) if "k_proj.bias" not in name} == set()
 
 
-def test_coefficients_only(tmp_path):
+@pytest.mark.parametrize("is_reloaded", [False, True])
+def test_coefficients_only(is_reloaded, tmp_path):
     model = make_repl(operator="branches", trainable="coefficients")
+    if is_reloaded:
+        model.save_pretrained(tmp_path / "model")
+        model = RepLModel.from_pretrained(tmp_path / "model")
     before = snapshot(model)
     make_trainer(SFTTrainer, tmp_path, model).train()
     assert changed(model, before) == {f"model.layers.{index}.surrogate.coefficients" for index in (1, 3)}
+
+
+@pytest.mark.parametrize("adapters", [{}, LORA_AND_HEAD], ids=["whole", "adapters"])
+@pytest.mark.parametrize("kind", ["repl", "plain"])
+def test_a_healed_model_is_itself_again(kind, adapters, tmp_path):
+    """Of its class's own forward, not of bf16's and TRL's; and the modules that are named beside adapters learn."""
+    model = make_stock()
+    removed = [2] if kind == "plain" else []
+    if removed:
+        remove_layers(model, removed)
+    else:
+        model = make_repl(model)
+    head = model.lm_head.weight.detach().clone()
+    args = HealingConfig(**training_args(tmp_path, bf16=True, max_steps=2, save_strategy="steps", save_steps=1))
+    healed = heal(model, 7, make_dataset(), args, ModelConfig(**adapters), make_tokenizer(), None, removed)
+    assert healed.forward.__func__ is type(healed).forward
+    assert logits(healed.eval()).dtype == torch.float32 and not torch.equal(healed.lm_head.weight, head)
+    saved = (tmp_path / "healing").glob("*/checkpoint-*")
+    assert sorted(folder.parts[-2:] for folder in saved) == [(f"{kind}-seed-7", f"checkpoint-{i}") for i in (1, 2)]
 
 
 @pytest.mark.parametrize("operator", ["linear", "branches"])

@@ -26,6 +26,9 @@ _WITH_MOMENTS = ("adamw_torch", "adamw_torch_fused")  # which keep their moments
 _UNSUPPORTED: dict[str, tuple[object, str]] = {
     "auto_find_batch_size": (False, "every stage must have the same batches"),
     "neftune_noise_alpha": (None, "the embeddings are on the first stage only"),
+    "label_smoothing_factor": (0, "TRL takes its loss from a second forward, and local losses do not know it"),
+    "eval_on_start": (False, "the stages do not evaluate together"),
+    "trust_remote_code": (False, "stages are made of models that transformers has itself"),
     "use_liger_kernel": (False, "it replaces modules that other stages hold"),
     "torch_compile": (False, "it is untested on a part of a model"),
     "load_best_model_at_end": (False, "the stages do not share an evaluation"),
@@ -73,7 +76,9 @@ class PipelineArguments(ArgumentsBase):
     """
 
     # The parents' options of which a pipeline takes the defaults alone; `--help` leaves them out
-    idle_options: ClassVar[tuple[str, ...]] = ("eval_strategy", "eval_steps", "train_vision", "reach_recompute")
+    idle_options: ClassVar[tuple[str, ...]] = (
+        *("eval_strategy", "eval_steps", "train_vision", "reach_recompute", "load_in_4bit", "load_in_8bit"),
+    )
 
     _other_evaluation: ClassVar[str] = " and evaluate the saved model with `lopt-hf retention`"
 

@@ -7,10 +7,12 @@ other, and a kill at any moment leaves the previous checkpoint the last one. All
 
 import json
 import os
+import re
 import shutil
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from lopt_hf.common.files import publish_folder
@@ -40,6 +43,7 @@ __all__ = [
 ]
 
 INCOMPLETE = "incomplete-"  # how the name of what is being written starts
+INCOMPLETE_NAMES = re.compile(rf"{INCOMPLETE}({PREFIX_CHECKPOINT_DIR}-\d+|mark-[0-9a-f]{{32}}|model)")
 SHARED_FOLDER_SECONDS = 10.0  # ours: for a network disk to show what another host wrote
 MANIFEST_FILE = "pipeline.json"
 WEIGHTS_FILE = "weights.safetensors"
@@ -99,6 +103,11 @@ class Manifest:
         self.check("gradient", gradient_settings["gradient"], "local")
         for name, value in gradient_settings.items():
             self.check(name, value, value)
+
+    @property
+    def revision(self) -> str:
+        """Branch, tag or commit of the model that the run started from, where that is on the hub."""
+        return self.content.get("model_revision") or "main"  # as before it was noted
 
     @property
     def stage_folders(self) -> list[Path]:
@@ -178,7 +187,8 @@ def publish_when_complete(
 def remove_incomplete(output_dir: Path) -> None:
     """Removes what a run that was killed while it saved has left; the disk may be full of it."""
     for folder in output_dir.glob(f"{INCOMPLETE}*"):
-        shutil.rmtree(folder, ignore_errors=True)
+        if INCOMPLETE_NAMES.fullmatch(folder.name):  # a folder of the user's own may start alike
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_shared_folder(store: dist.Store, monitor: PeerMonitor, world_size: int, folder: Path) -> None:
@@ -259,12 +269,20 @@ def export_checkpoint(checkpoint: Path, output_dir: Path, model_name_or_path: st
     for plan, folder in zip(manifest.plans, manifest.stage_folders, strict=True):
         _save_stage(start, plan, folder, manifest, staged / plan.name)
     assemble_model([staged / plan.name for plan in manifest.plans], output_dir)
-    AutoTokenizer.from_pretrained(start).save_pretrained(output_dir)
+    AutoTokenizer.from_pretrained(start, revision=manifest.revision).save_pretrained(output_dir)
     shutil.rmtree(staged)
 
 
+def _saved_dtype(folder: Path) -> torch.dtype | str:
+    """The type of a stage's trained weights, for checkpoints from before it was noted."""
+    with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+        dtypes = [file.get_tensor(name).dtype for name in file.keys()]
+    return reduce(torch.promote_types, dtypes) if dtypes else "auto"
+
+
 def _save_stage(start: str, plan: StagePlan, folder: Path, manifest: Manifest, target: Path) -> None:
-    model: Any = load_stage(start, plan)
+    dtype = manifest.content.get("dtype") or _saved_dtype(folder)  # the start's own may be a coarser one
+    model: Any = load_stage(start, plan, dtype=dtype, revision=manifest.revision)
     if (folder / ADAPTER_CONFIG).is_file():
         model = get_peft_model(model, PeftConfig.from_pretrained(str(folder)))
     with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:

@@ -125,6 +125,7 @@ def make_trainer(
         weights = str(model.dtype).removeprefix("torch.")
         print(arithmetic_of(str(args.mixed_precision), weights, args.device.type), flush=True)
     trainer: StageTrainer = trainer_class(model, args, world=world, train_dataset=load_dataset())
+    trainer.model_revision = kwargs["revision"]
     check_prepared(trainer.train_dataset, args)
     return trainer
 
@@ -160,7 +161,7 @@ def _resumed_split(args: PipelineArguments) -> list[int] | None:
 
 def _find_split(checkpoint: str, args: StageConfig, model_args: ModelConfig) -> list[int]:
     costs = measure_costs(
-        checkpoint,
+        AutoConfig.from_pretrained(checkpoint, revision=model_args.model_revision),
         args.per_device_train_batch_size,
         args.max_length or 1024,  # TRL's default length
         objective=_measured_objective(args),

@@ -28,6 +28,7 @@ from lopt_hf.pipeline.runtime.logs import is_of_own_block
 from lopt_hf.trainers.checkpoint import HEADS_FILE, STATE_FILE
 
 __all__ = [
+    "find_random_state",
     "load_in_flight",
     "load_optimizer_state",
     "load_stage_optimizer",
@@ -58,30 +59,58 @@ def _stepped_parameters(trainer: Any) -> dict[str, torch.Tensor]:
 
 
 def save_process(trainer: Any) -> None:
-    """Writes what a process contributes to a checkpoint: a stage's first replica the stage, all what is in flight."""
+    """Writes what a process contributes to a checkpoint.
+
+    That is the stage, by its first replica; and of each replica the random state, and what is in flight.
+    """
     name = f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
     output_dir = Path(trainer.args.output_dir)
     staged, final = output_dir / f"{INCOMPLETE}{name}" / name, output_dir / name
-    num_parts = len(trainer.plans)
-    if trainer.args.sends_gradients_back:
-        num_parts *= trainer.world.num_replicas
-        if trainer.delayed is not None:
-            path = _in_flight(staged, trainer)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(trainer.delayed.state(), path)
-    elif trainer.world.replica != 0:
-        return
+    if trainer.delayed is not None:
+        path = _in_flight(staged, trainer)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(trainer.delayed.state(), path)
+    folder = _of_replica(staged / trainer.plan.name, trainer.world.replica)
     if trainer.world.replica == 0:
-        _save_stage(trainer, staged / trainer.plan.name, final)
+        _save_stage(trainer, folder, final)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        trainer._save_rng_state(str(folder))
+    base_model = trainer.learner.base_model
     details = {
         "step": trainer.state.global_step,
-        "model": trainer.learner.base_model.config.name_or_path,
+        "model": base_model.config.name_or_path,
+        "model_revision": trainer.model_revision,
+        "dtype": str(base_model.dtype).removeprefix("torch."),
         "data_parallel": trainer.world.num_replicas,
         **trainer.gradient_settings,
         **trainer.learner.fingerprint(),
     }
-    if publish_when_complete(trainer.store, staged, final, trainer.plans, details, num_parts):
+    if publish_when_complete(trainer.store, staged, final, trainer.plans, details, trainer.world.mesh.size()):
         rotate_checkpoints(str(output_dir), save_total_limit=trainer.args.save_total_limit, use_mtime=True)
+
+
+def _of_replica(stage_folder: Path, replica: int) -> Path:
+    """The folder of what a replica alone has of a stage; the first one's is the stage's."""
+    return stage_folder.with_name(f"{stage_folder.name}-replica-{replica}") if replica else stage_folder
+
+
+def find_random_state(trainer: Any, stage_folder: Path) -> Path:
+    """Finds the folder of a process's random state in a checkpoint.
+
+    Args:
+        trainer: The stage's trainer.
+        stage_folder: The folder of the stage that it goes on from.
+    """
+    world = trainer.world
+    if world.num_replicas > 1 and not _of_replica(stage_folder, 1).is_dir():
+        if world.reports:
+            trainer._say(
+                f"{stage_folder} is from before replicas had random states of their own: all go on with the first "
+                "one's, and dropout is not that of a run that was never stopped."
+            )
+        return stage_folder
+    return _of_replica(stage_folder, world.replica)
 
 
 def _in_flight(checkpoint: Path, trainer: Any) -> Path:

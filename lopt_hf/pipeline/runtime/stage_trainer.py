@@ -35,7 +35,7 @@ from lopt_hf.pipeline.runtime.draining import drain
 from lopt_hf.pipeline.runtime.launch import PipelineWorld, check_same
 from lopt_hf.pipeline.runtime.links import StageLinks
 from lopt_hf.pipeline.runtime.logs import StageCallback, add_figures, collect_start_losses, collect_timelines
-from lopt_hf.pipeline.runtime.replicas import count_over_replicas, own_share, share_gradients
+from lopt_hf.pipeline.runtime.replicas import count_over_replicas, own_share, own_stream, share_gradients
 from lopt_hf.pipeline.runtime.stage import plan_stages
 from lopt_hf.pipeline.runtime.stage_forward import StageForward
 from lopt_hf.pipeline.runtime.timeline import Timeline
@@ -62,7 +62,9 @@ class StageMixin(LocalLearningMixin):
 
     args: Any
     lr_scheduler: Any
+    model_revision: str | None = None  # of the hub's model that the run starts from, for its checkpoints
     _manifest: Manifest | None = None  # of the checkpoint that the run goes on from
+    _random_state: Path | None = None  # likewise
 
     def __init__(
         self,
@@ -254,8 +256,12 @@ class StageMixin(LocalLearningMixin):
     def _num_counted_processes(self) -> int:
         return self.world.num_replicas
 
-    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        return own_share(super()._get_dataloader(*args, **kwargs), self.world, self.args.device)
+    def _get_dataloader(
+        self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any
+    ) -> DataLoader:
+        own = own_stream(dataset, self.world, batch_size)
+        loader = super()._get_dataloader(own, description, batch_size, *args, **kwargs)
+        return own_share(loader, self.world, self.args.device)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         return count_over_replicas(super()._get_num_items_in_batch(batch_samples, device), self.world, device)
@@ -305,6 +311,11 @@ class StageMixin(LocalLearningMixin):
                 self._check_finite,
             )
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if kwargs["resume_from_checkpoint"] is not None:  # of which an epoch reads the random state alone
+            kwargs["resume_from_checkpoint"] = str(self._random_state)
+        super()._run_epoch(*args, **kwargs)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self.model.training:
             add_figures(self, logs)
@@ -324,6 +335,7 @@ class StageMixin(LocalLearningMixin):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         assert self._manifest is not None and self._resumed is not None
+        self._random_state = stage_checkpoint.find_random_state(self, Path(resume_from_checkpoint))
         metrics = stage_checkpoint.load_stage_weights(self, self._manifest)
         self._resumed = replace(self._resumed, metrics_since_log=metrics)
 

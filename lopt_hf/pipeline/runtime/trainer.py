@@ -81,7 +81,7 @@ class StageTrainer(StageMixin, SFTTrainer):
 
 
 class PipelineTrainer(StageTrainer):
-    """Trainer for one stage of a pipeline whose early blocks learn by LoPT.
+    """Trainer for one stage of a pipeline whose early stages learn the task a step late, or by LoPT (`gradient`).
 
     Args:
         model: The stage's part of the model, from `load_part`, PEFT-wrapped or not.
