@@ -46,6 +46,8 @@ class Interval:
         confidence: Level of the interval.
         degrees_of_freedom: Of Student's distribution that the difference, over its standard error, is taken to have:
             Welch and Satterthwaite's for what varies between samples and between seeds.
+        largest_change: How far a single answer, or cluster of them, can move the difference; 0 where none is right or
+            wrong.
     """
 
     delta: float
@@ -58,6 +60,7 @@ class Interval:
     bounds: tuple[float, float] = (-np.inf, np.inf)
     confidence: float = 0.95
     degrees_of_freedom: float = np.inf
+    largest_change: float = 0.0
 
     @property
     def p_value(self) -> float:
@@ -125,8 +128,8 @@ def difference_interval(
     - Clusters of samples get the interval of the normal distribution with the bootstrap's standard error, as in
       cluster-robust regression: with some tens of clusters, percentiles cover less.
     - Right and wrong answers get one pseudo-change of either kind, as in the interval of Bonett and Price (2012): few
-      changes would make it too short, and none at all would leave it no width. Clusters of answers get it where none
-      of them changed.
+      changes would make it too short, and none at all would leave it no width. Of several tasks it is an answer of
+      the one whose answers count most. Clusters of answers get it where none of them changed.
     - With several seeds the half-width for the variance between them is added, as the root of the sum of squares: by
       Student's quantile, less what the samples make of that variance, which the bootstrap holds already.
 
@@ -162,9 +165,10 @@ def difference_interval(
         deviations = deviations + share * _deviations(task, of_seed, difference, rng)
     draws = by_seed[:, None] + deviations
     means = draws.mean(axis=0)
+    largest = _largest_change(tasks, shares)
     clustered = [any(len(scores) < scores.num_samples for scores in task) for task in tasks]
     # A cluster that changes as a whole would say too much of clusters that change in part
-    with_pseudo_changes = is_share and (not all(clustered) or np.ptp(means) == 0)
+    with_pseudo_changes = largest > 0 and (not all(clustered) or np.ptp(means) == 0)
     ends = None
     if any(clustered) and not with_pseudo_changes:
         half = stats.norm.ppf((1 + confidence) / 2) * means.std()
@@ -174,7 +178,8 @@ def difference_interval(
     bounds = (-np.inf, np.inf)
     if is_share:
         bounds = float(of_seed.clip(max=0).sum(axis=1).mean()), float(of_seed.clip(min=0).sum(axis=1).mean())
-    return _interval(by_seed, draws, num_samples, is_share, confidence, rng, bounds, ends, with_pseudo_changes)
+    how = is_share, confidence, rng, bounds, largest, ends, with_pseudo_changes
+    return _interval(by_seed, draws, num_samples, *how)
 
 
 def paired_interval(after: Scores, before: Scores, confidence: float = 0.95, seed: int = 0) -> Interval:
@@ -198,7 +203,8 @@ def mean_interval(intervals: Sequence[Interval], confidence: float = 0.95, seed:
     is_share = all(interval.is_share for interval in intervals)
     low, high = np.mean([interval.bounds for interval in intervals], axis=0)
     bounds = float(low), float(high)
-    return _interval(by_seed, draws, num_samples, is_share, confidence, rng, bounds, with_pseudo_changes=is_share)
+    largest = max(interval.largest_change for interval in intervals) / len(intervals)
+    return _interval(by_seed, draws, num_samples, is_share, confidence, rng, bounds, largest)
 
 
 def mcnemar(before: MeanScores, after: MeanScores) -> tuple[float, int, int]:
@@ -221,6 +227,20 @@ def mcnemar(before: MeanScores, after: MeanScores) -> tuple[float, int, int]:
 def _combined(of_seed: NDArray[Any], totals: Sequence[float]) -> NDArray[Any]:
     """Returns each seed's difference; models of weight 0 do not count, even with an infinite score."""
     return np.multiply(of_seed, totals, where=of_seed != 0, out=np.zeros_like(of_seed)).sum(axis=1)
+
+
+def _largest_change(tasks: Sequence[Sequence[Scores]], shares: NDArray[Any]) -> float:
+    """Returns how far a single right or wrong answer can move the mean over tasks; 0 where there are none.
+
+    That of the task whose answers count most: of changes that as often leave every answer as it was, those in this
+    task alone are the largest.
+    """
+    moved = [
+        float(share) / len(task[0])
+        for share, task in zip(shares, tasks, strict=True)
+        if all(scores.is_share for scores in task)
+    ]
+    return max(moved, default=0.0)
 
 
 def _deviations(
@@ -282,15 +302,16 @@ def _interval(
     confidence: float,
     rng: np.random.Generator,
     bounds: tuple[float, float],
+    largest_change: float,
     ends: tuple[float, float] | None = None,
-    with_pseudo_changes: bool = False,
+    with_pseudo_changes: bool = True,
 ) -> Interval:
     """Corrects the bootstrap over samples for few changes, the variance between seeds, and small samples."""
     delta, num_seeds = float(by_seed.mean()), len(by_seed)
     means = draws.mean(axis=0)
     if with_pseudo_changes:
         either = rng.poisson(1, (2, len(means)))
-        means = means + (either[0] - either[1]) / (num_samples * np.sqrt(num_seeds))
+        means = means + (either[0] - either[1]) * largest_change / np.sqrt(num_seeds)
     level = (1 + confidence) / 2
     low, high = ends or np.quantile(means, (1 - level, level))
     of_samples, of_seeds = float(np.var(means)), _variance_of_seeds(by_seed, draws)
@@ -308,8 +329,11 @@ def _interval(
         parts = of_samples**2 / (num_samples - 1) + (of_seeds**2 / (num_seeds - 1) if num_seeds > 1 else 0.0)
         freedom = (of_samples + of_seeds) ** 2 / parts
     low, high = np.clip((low, high), *bounds)
-    ends = float(low), float(high)
-    return Interval(delta, *ends, by_seed, draws, num_samples, is_share, bounds, confidence, float(freedom))
+    return Interval(
+        *(delta, float(low), float(high), by_seed, draws, num_samples, is_share, bounds, confidence),
+        degrees_of_freedom=float(freedom),
+        largest_change=largest_change,
+    )
 
 
 def _variance_of_seeds(by_seed: NDArray[Any], draws: NDArray[Any]) -> float:

@@ -1,5 +1,6 @@
 """The data of a grid: rows that fit, of the task, of its held-out part, and of general text; and where runs are."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from lopt_hf.common.files import atomic_file, write_text
 from lopt_hf.compare.grid import Grid, GridRun
 from lopt_hf.compare.replay import general_rows
+from lopt_hf.data.damage import BUILDERS
 from lopt_hf.data.formats import to_trl_format
 from lopt_hf.data.loading import load_sft_dataset
 from lopt_hf.data.pretrained import resolve_model
@@ -20,6 +22,8 @@ from lopt_hf.retention.references import ModelReference
 __all__ = ["check_same", "heldout_rows", "model_folder", "prepare_data", "run_folder"]
 
 logger = logging.getLogger(__name__)
+
+CONTENT = "content of "  # and the setting that names data here: what identifies them, in the records of what was made
 
 
 def run_folder(grid: Grid, run: GridRun) -> Path:
@@ -34,12 +38,12 @@ def model_folder(grid: Grid, run: GridRun) -> Path:
 
 def prepare_data(grid: Grid) -> None:
     """Writes `data/train.jsonl` and `data/heldout.jsonl`: the rows that fit in `max_length` tokens, as `prompt` and
-    `completion`. Those that are there are used again if they were made with the same settings.
+    `completion`. Those that are there are used again if they were made with the same settings, of the same data.
 
     Raises:
         FileNotFoundError: If a data set is not there.
         ValueError: If its layout has no prompt and completion, too few rows fit, or runs were trained on data made
-            with other settings.
+            with other settings or of files that have changed.
     """
     record = grid.output_path / "data" / "settings.json"
     settings = {
@@ -54,6 +58,7 @@ def prepare_data(grid: Grid) -> None:
         "heldout_split": grid.heldout_split,
     }
     settings |= {name: value for name, value in parts.items() if value not in (None, "train")}
+    settings |= _contents(grid, "train_dataset", "heldout_dataset")
     if (grid.train_dataset, grid.train_split) == (grid.heldout_dataset, grid.heldout_split):
         logger.warning(
             "held-out rows are of the split that is trained on (%s, %s): the gain may be of rows seen in training; "
@@ -67,7 +72,7 @@ def prepare_data(grid: Grid) -> None:
         check_same(settings, stored, f"the data of the runs in {grid.output_path}", "delete that folder")
     elif is_trained:
         logger.warning("%s is not there: whether the data were made with these settings is unknown.", record)
-    is_stale = stored != settings and not is_trained
+    is_stale = not is_trained and (stored is None or _difference(settings, stored) is not None)
     if is_stale:
         record.unlink(missing_ok=True)  # first: what a kill leaves half prepared is prepared again
     counts = {"train": max(run.num_train for run in grid.runs()), "heldout": grid.num_heldout}
@@ -92,6 +97,8 @@ def heldout_rows(grid: Grid) -> list[dict[str, Any]]:
 def check_same(now: Mapping[str, Any], stored: Mapping[str, Any], what: str, remedy: str) -> None:
     """Compares what something was made with and what the settings say now.
 
+    The content of data is compared where both know it: earlier versions did not, and the data may be gone by now.
+
     Args:
         now: The settings now.
         stored: Those that it was made with.
@@ -101,13 +108,40 @@ def check_same(now: Mapping[str, Any], stored: Mapping[str, Any], what: str, rem
     Raises:
         ValueError: At the first difference; names the setting and both values.
     """
+    if (difference := _difference(now, stored)) is not None:
+        name, before, after = difference
+        raise ValueError(
+            f"{what}: made with {name}={before!r}, and now {name} is {after!r}; set another output_dir, or "
+            f"{remedy} to train anew."
+        )
+
+
+def _difference(now: Mapping[str, Any], stored: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first setting that differs, with its value then and now."""
     for name in (*now, *stored):
         before, after = (values.get(name, "not set") for values in (stored, now))
-        if before != after:
-            raise ValueError(
-                f"{what}: made with {name}={before!r}, and now {name} is {after!r}; set another output_dir, or "
-                f"{remedy} to train anew."
-            )
+        is_unknown = name.startswith(CONTENT) and "not set" in (before, after)
+        if before != after and not is_unknown:
+            return name, before, after
+    return None
+
+
+def _contents(grid: Grid, *names: str) -> dict[str, str]:
+    """A digest of the files behind each of these settings that names some here; data of the hub have none."""
+    sources = {name: getattr(grid, name) for name in names}
+    paths = {name: Path(source).expanduser() for name, source in sources.items() if source is not None}
+    return {f"{CONTENT}{name}": _digest(path) for name, path in paths.items() if path.exists()}
+
+
+def _digest(path: Path) -> str:
+    """A digest of a file, or of all files of data in a folder."""
+    digest = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.suffix in BUILDERS)
+    for each in files:
+        digest.update(each.name.encode())
+        with each.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def _prepare_replay(grid: Grid) -> None:
@@ -121,11 +155,12 @@ def _prepare_replay(grid: Grid) -> None:
         "replay_split": grid.replay_split,
         "training.max_length": grid.training["max_length"],
         "model": grid.model,
+        **_contents(grid, "replay_dataset"),
     }
     stored = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
     if stored is not None and any(model_folder(grid, run).is_dir() for run in runs):
         check_same(settings, stored, f"the general text of the runs in {grid.output_path}", "delete these runs")
-    if stored != settings or not target.is_file():
+    if stored is None or _difference(settings, stored) is not None or not target.is_file():
         record.unlink(missing_ok=True)
         _prepare(grid, "replay", general_rows(grid), target)
         write_text(record, json.dumps(settings, indent=2))

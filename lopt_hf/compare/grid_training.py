@@ -24,7 +24,7 @@ from lopt_hf.compare.grid import Grid, GridRun
 from lopt_hf.compare.grid_data import check_same, model_folder, run_folder
 from lopt_hf.compare.replay import write_mixture
 from lopt_hf.data.pretrained import resolve_model
-from lopt_hf.retention.references import fingerprint
+from lopt_hf.retention.references import ModelReference, fingerprint
 
 __all__ = [
     "GridTrainingError",
@@ -38,6 +38,7 @@ __all__ = [
 LOG_TAIL_LINES = 15
 # Arguments of a run that say where the grid's folder is, not what was trained
 PLACES = ("output_dir", "dataset_name")
+BASE_RECORD = "base.txt"  # the fingerprint of the base that a run began from
 SOURCE_RECORD = "average_of.txt"  # the fingerprint of the model that an average was made of
 
 
@@ -61,11 +62,13 @@ def check_trained_runs(grid: Grid) -> None:
     """Compares what the runs that are there were trained with and what the settings say now.
 
     Raises:
-        ValueError: At the first difference; names the run, the argument and both values.
+        ValueError: At the first difference; names the run, the argument and both values. Also if the base is no longer
+            the one that a run began from.
     """
-    for run in grid.runs():
-        if model_folder(grid, run).is_dir():
-            _check_trained(grid, run)
+    trained = [run for run in grid.runs() if model_folder(grid, run).is_dir()]
+    base = _base_fingerprint(grid) if trained else ""
+    for run in trained:
+        _check_trained(grid, run, base)
 
 
 def train_grid(grid: Grid) -> None:
@@ -83,12 +86,13 @@ def train_runs(grid: Grid, runs: Sequence[GridRun]) -> None:
     """As `train_grid`, for some of the runs, whose settings have been checked."""
     trained, averages = ([run for run in runs if (run.source is None) == is_trained] for is_trained in (True, False))
     failures: list[str] = []
+    base = _base_fingerprint(grid)
     with (
         ThreadPoolExecutor(grid.workers) as pool,
         tqdm(total=len(runs), desc="fine-tuning", unit="run") as progress,
     ):
         for part in (trained, averages):
-            pending = [pool.submit(_train, grid, run) for run in part]
+            pending = [pool.submit(_train, grid, run, base) for run in part]
             try:
                 for done in as_completed(pending):
                     failures += done.result()
@@ -98,6 +102,11 @@ def train_runs(grid: Grid, runs: Sequence[GridRun]) -> None:
                     waiting.cancel()
     if failures:
         raise GridTrainingError(f"{len(failures)} of {len(runs)} runs failed. {failures[0]}")
+
+
+def _base_fingerprint(grid: Grid) -> str:
+    """What identifies the base as it is now."""
+    return ModelReference.find(grid.model).fingerprint()
 
 
 def _arguments(grid: Grid, run: GridRun, output_dir: Path) -> dict[str, Any]:
@@ -115,8 +124,14 @@ def _arguments(grid: Grid, run: GridRun, output_dir: Path) -> dict[str, Any]:
     }
 
 
-def _check_trained(grid: Grid, run: GridRun) -> None:
+def _check_trained(grid: Grid, run: GridRun, base: str) -> None:
     model = model_folder(grid, run)
+    began_from = model.with_name(BASE_RECORD)  # which earlier versions did not write
+    if began_from.is_file() and began_from.read_text(encoding="utf-8") != base:
+        raise ValueError(
+            f"run {run.name}: trained from model={grid.model!r} as it was before its files changed; set another "
+            f"output_dir, or delete {model.parent} to train anew."
+        )
     config = model.with_name("sft.yaml")
     stored = load_settings(config) if config.is_file() else {}
     now = read_yaml(yaml.safe_dump(_arguments(grid, run, model)), run.name)
@@ -133,18 +148,25 @@ def _check_trained(grid: Grid, run: GridRun) -> None:
     check_same(settings, trained, f"run {run.name}", f"delete {model.parent}")
 
 
-def _train(grid: Grid, run: GridRun) -> list[str]:
-    """Trains one run, or makes an average; returns what went wrong, if anything did."""
+def _train(grid: Grid, run: GridRun, base: str) -> list[str]:
+    """Trains one run, or makes an average; returns what went wrong, if anything did.
+
+    Args:
+        grid: The settings.
+        run: The run.
+        base: The base's fingerprint.
+    """
     model = model_folder(grid, run)
     if model.is_dir() and not _is_stale(grid, run):
         return []
     model.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(model.with_name("train.lock")):
         if model.is_dir() and not _is_stale(grid, run):  # by another command, which was waited for
-            _check_trained(grid, run)
+            _check_trained(grid, run, base)
             return []
         for stale in model.parent.glob("model.partial-*"):
             shutil.rmtree(stale, ignore_errors=True)
+        write_text(model.with_name(BASE_RECORD), base)
         return _train_alone(grid, run) if run.source is None else _average(grid, run)
 
 

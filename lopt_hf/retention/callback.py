@@ -192,7 +192,8 @@ class RetentionCallback(TrainerBound):
         if missing:
             raise ValueError(f"{path} has no scores of {', '.join(missing)}; resume with the tasks of the beginning.")
         for name, now in asked.items():
-            changed = [part for part, value in now.items() if value != stored["asked"][name].get(part)]
+            before = stored["asked"][name]  # of an earlier version it may lack parts
+            changed = [part for part, value in now.items() if value != before.get(part, value)]
             if changed:
                 raise ValueError(
                     f"task {name!r} is not the one that {path} was measured with: {', '.join(changed)} changed; "

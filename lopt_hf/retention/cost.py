@@ -12,8 +12,9 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm.auto import tqdm
+
+from lopt_hf.retention.lengths import check_answers, count_tokens, tell_cut_prompts, written_tokens
 
 __all__ = ["Workload", "describe_device", "duration", "told_cost"]
 
@@ -35,15 +36,10 @@ class Workload:
     written: int
 
     @classmethod
-    def of(cls, requests: Sequence[Instance], language_model: HFLM) -> "Workload":
-        """Counts the tokens of requests, which are lm-eval's and of one kind."""
-        texts = ["".join(part for part in request.args if isinstance(part, str)) for request in requests]
-        ids = language_model.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        written = 0
-        if requests[0].request_type == "generate_until":
-            longest = language_model.max_gen_toks
-            written = sum(normalize_gen_kwargs(request.args[1], longest)["max_gen_toks"] for request in requests)
-        return cls(len(requests), sum(map(len, ids)), written)
+    def of(cls, requests: Sequence[Instance], lengths: Sequence[int], language_model: HFLM) -> "Workload":
+        """Adds up the tokens of requests, which are lm-eval's and of one kind, and of what may be written."""
+        written = sum(written_tokens(request, language_model) for request in requests)
+        return cls(len(requests), sum(lengths), written)
 
     def __str__(self) -> str:
         writing = f" and at most {self.written:,} to write" if self.written else ""
@@ -60,12 +56,21 @@ def told_cost(language_model: HFLM, requests: Sequence[Instance]) -> Iterator[No
     Args:
         language_model: The model, wrapped for lm-eval.
         requests: Of one kind, and all that is asked in one go.
+
+    Raises:
+        ValueError: If an answer whose likelihood is asked does not fit into the model.
     """
-    if not requests or language_model.rank != 0:
+    if not requests:
         yield
         return
-    workload = Workload.of(requests, language_model)
+    lengths = count_tokens(requests, language_model)
+    check_answers(requests, lengths, language_model)  # on every process, as each has requests of its own
+    if language_model.rank != 0:
+        yield
+        return
+    workload = Workload.of(requests, lengths, language_model)
     _say(str(workload))
+    tell_cut_prompts(requests, lengths, language_model)
     hook = language_model.cache_hook
     first = _FirstBatch(hook, workload)
     # Not the model, whose forward an adapter's model calls past its hooks

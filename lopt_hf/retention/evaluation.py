@@ -33,6 +33,8 @@ from lopt_hf.common.upstream.lm_eval import set_model, set_process
 from lopt_hf.retention.answers import KeptAnswers
 from lopt_hf.retention.cost import told_cost
 from lopt_hf.retention.heldout import HELDOUT_TASK
+from lopt_hf.retention.lengths import check_written
+from lopt_hf.retention.own_code import own_code
 from lopt_hf.retention.references import ModelReference, load_tokenizer
 from lopt_hf.retention.scores import ScoreCache, TaskScores, infinite_perplexities
 from lopt_hf.retention.suites import TaskEntry
@@ -51,6 +53,8 @@ logger = logging.get_logger(__name__)
 
 # lm-eval adds log-likelihoods up in the logits' type, and bf16 rounds a text's sum of 2,000 nats to a multiple of 8
 SOFTMAX_DTYPE = "float32"
+# How an error of NLTK, which is a plain LookupError, says what is missing
+NLTK_RESOURCE = re.compile(r"nltk\.download\('(\w+)'\)")
 VERSIONS = {module.__name__: module.__version__ for module in (lm_eval, transformers, torch)}
 
 
@@ -144,7 +148,7 @@ def evaluate_model(
         Scores by task; on other processes than the first only what was in the cache.
 
     Raises:
-        ValueError: If a sample is asked for that a task does not have.
+        ValueError: If a sample is asked for that a task does not have, or as in `evaluate_tasks`.
         OSError: If there is no room for a task's scores; those of earlier tasks are kept.
     """
     state = PartialState()
@@ -177,7 +181,9 @@ def evaluate_model(
                 continue
             if settings.dtype != "auto":  # which is as each model was saved
                 _tell_of_other_types([identities[name] for name in missing], cache)
-            language_model = language_model or load_language_model(reference, settings)
+            if language_model is None:
+                language_model = load_language_model(reference, settings)
+                check_written((task for others in by_fewshot.values() for task in others), language_model)
             asked = [task for task in tasks if task.task_name in missing]
             for name, scores in evaluate_tasks(language_model, asked, num_fewshot, settings, unfinished).items():
                 cache.put(identities[name], scores)
@@ -208,8 +214,10 @@ def evaluate_tasks(
         The scores by task; none on other processes than the first.
 
     Raises:
+        ValueError: If answers do not fit into the model, or a task's scoring needs data of NLTK that are not there.
         OSError: If there is no room for single answers, those that are kept stay; or if their file is damaged.
     """
+    check_written(tasks, language_model)
     indices = {task.task_name: settings.indices(task) for task in tasks}
     own_fewshot = [task.get_config("num_fewshot") for task in tasks]
     try:
@@ -221,6 +229,14 @@ def evaluate_tasks(
                 bootstrap_iters=0,
                 apply_chat_template=settings.apply_chat_template,
             )
+    except LookupError as error:
+        missing = NLTK_RESOURCE.search(str(error))
+        if missing is None:
+            raise
+        raise ValueError(
+            f"scoring needs NLTK's {missing[1]}, which is not here; run `python -m nltk.downloader {missing[1]}` with "
+            "a network, and then this again."
+        ) from error
     except sqlite3.DatabaseError as error:
         if "full" in str(error):
             raise OSError(errno.ENOSPC, f"single answers cannot be kept: {error}", str(unfinished)) from error
@@ -307,7 +323,10 @@ def _settings_identity(settings: EvaluationSettings) -> dict[str, Any]:
 
 
 def task_identity(task: Task, num_fewshot: int | None, settings: EvaluationSettings) -> dict[str, Any]:
-    """Returns what identifies a task's questions: its configuration, its samples, and the source of its examples."""
+    """Returns what identifies a task's questions: its configuration, its samples, and the source of its examples.
+
+    Of a user's own task also the files of its code: those that it calls are not in the configuration.
+    """
     indices = settings.indices(task)
     documents = task.eval_docs
     chosen = range(len(documents)) if indices is None else indices
@@ -318,6 +337,8 @@ def task_identity(task: Task, num_fewshot: int | None, settings: EvaluationSetti
         "documents": _digest_of(documents[index] for index in chosen),
         "num_fewshot": _effective_fewshot(task, num_fewshot),
     }
+    if (code := own_code(task)) is not None:
+        identity["code"] = code
     if identity["num_fewshot"] > 0:  # each process draws its own examples, one sample after the other
         identity["examples"] = _digest_of(task.fewshot_docs())
         identity["processes"] = PartialState().num_processes

@@ -1,10 +1,10 @@
 """Tasks that measure retention: named suites, and any of lm-eval's or of the user's."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from datasets.exceptions import DatasetsError
 from lm_eval.api.group import Group
@@ -20,6 +20,7 @@ __all__ = ["SUITES", "SuiteTask", "TaskEntry", "load_entries"]
 OFFLINE_TASKS = Path(__file__).parent / "tasks"
 # Of the network and the data, and of mistakes in a user's own task files
 LOADING_ERRORS = (OSError, ImportError, DatasetsError, AttributeError, KeyError, TypeError, ValueError)
+NO_SCRIPTS = "Dataset scripts are no longer supported"  # how a RuntimeError of datasets begins, which has no class
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def load_entries(
         shows_progress: Whether a progress bar says which task's data are being read, which may be a download.
 
     Raises:
-        ValueError: If a name is unknown, a folder does not exist, or a task's data cannot be loaded.
+        ValueError: If a name is unknown, a folder does not exist, a task runs what a model writes, or its data cannot
+            be loaded.
     """
     if not wanted:
         raise ValueError("tasks is empty; name at least one, or a suite.")
@@ -108,22 +110,54 @@ def load_entries(
 
 
 def _loaded(wanted: Sequence[SuiteTask], folders: list[str | Path], progress: "tqdm[NoReturn]") -> list[TaskEntry]:
-    """Loads tasks one by one; the progress bar names the one whose data are being read."""
+    """Loads tasks one by one, after their names are checked; the progress bar names the one whose data are read."""
     manager = TaskManager(include_path=folders, include_defaults=False)
     if any(task.name not in manager.task_index for task in wanted):
         progress.set_description("lm-eval's list of tasks")  # which takes some ten seconds
         manager = TaskManager(include_path=folders)
+    for task in wanted:
+        _check(task.name, manager)
     entries: list[TaskEntry] = []
     for task in wanted:
-        if task.name not in manager.task_index:
-            found = nearest(task.name, manager.all_tasks, count=3)
-            hint = f"; nearest are {', '.join(found)}" if found else ""
-            raise ValueError(f"task {task.name!r} is unknown{hint}. `lm-eval ls tasks` lists lm-eval's own.")
         progress.set_description(f"data of {task.name}")
         entries += _entries_of(task, manager)
         progress.update()
     progress.set_description("tasks")
     return entries
+
+
+def _check(name: str, manager: TaskManager) -> None:
+    """Checks by the files alone that a task, group or tag is known, and can be measured here."""
+    if name not in manager.task_index:
+        found = nearest(name, manager.all_tasks, count=3)
+        hint = f"; nearest are {', '.join(found)}" if found else ""
+        raise ValueError(f"task {name!r} is unknown{hint}. `lm-eval ls tasks` lists lm-eval's own.")
+    if (with_code := next(_with_code(name, manager), None)) is not None:
+        raise _code_error(with_code)
+
+
+def _with_code(member: Any, manager: TaskManager) -> Iterator[str]:
+    """The tasks behind a name, or a member of a group, whose files say that they run what a model writes."""
+    config: Mapping[str, Any] = member if isinstance(member, Mapping) else {}
+    name = str(config.get("group") or config.get("task") or member)
+    entry = manager.task_index.get(name)
+    if entry is not None and entry.cfg is None:  # a tag
+        config = {"group": name, "task": sorted(entry.tags)}
+    elif entry is not None:
+        config = {**entry.cfg, **config}
+    if config.get("unsafe_code"):
+        yield name
+    is_group = "group" in config and "class" not in config  # a task that is a class may name the group that it is in
+    members = config.get("task") or [] if is_group else []
+    for each in [members] if isinstance(members, str) else members:
+        yield from _with_code(each, manager)
+
+
+def _code_error(name: str) -> ValueError:
+    return ValueError(
+        f"task {name!r} runs code that the model writes, which is not done here; leave it out, or measure it with "
+        "lm-eval itself, in a sandbox: `lm-eval run --confirm_run_unsafe_code`."
+    )
 
 
 def _entries_of(wanted: SuiteTask, manager: TaskManager) -> list[TaskEntry]:
@@ -134,6 +168,16 @@ def _entries_of(wanted: SuiteTask, manager: TaskManager) -> list[TaskEntry]:
             f"task {wanted.name!r} cannot be loaded: {type(error).__name__}: {error}. Check the network, or the files "
             "and packages that the task needs; the suite `offline` needs neither."
         ) from error
+    except RuntimeError as error:
+        if not str(error).startswith(NO_SCRIPTS):
+            raise
+        raise ValueError(
+            f"task {wanted.name!r} has data that only a script of theirs can read, and datasets runs none any more; "
+            "leave it out, or write a task file that reads them from JSON or Parquet files, for --include-path."
+        ) from error
+    for task in loaded["tasks"].values():
+        if getattr(task, "UNSAFE_CODE", False):  # as a class may say, whose file does not
+            raise _code_error(task.task_name)
     how = (wanted.num_fewshot, wanted.main_metric)
     group = loaded.get("groups", {}).get(wanted.name)
     if group is not None and group.has_aggregation:

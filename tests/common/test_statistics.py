@@ -87,6 +87,18 @@ def test_interval_of_a_group_of_many_small_tasks_covers_the_truth(monkeypatch: p
     assert 0.92 <= covered / (TRIALS // 4) <= 0.98
 
 
+def test_interval_of_a_mean_with_a_small_task_covers_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that changes is four points of 50 samples, of which one time in eight no answer shows it."""
+    monkeypatch.setattr(statistics, "RESAMPLES", 200)
+    rng = np.random.default_rng(1)
+    covered = 0
+    for trial in range(TRIALS // 8):
+        pairs = answers(rng, 1_000, 0.005, 0.005), answers(rng, 50, 0.04, 0)
+        interval = mean_interval([paired_interval(*pair, seed=trial) for pair in pairs], seed=trial)
+        covered += interval.low <= -0.02 <= interval.high
+    assert covered / (TRIALS // 8) >= 0.93
+
+
 @pytest.mark.parametrize("of_seeds", [0.0, 0.01, 0.04], ids=["seeds alike", "seeds differ", "seeds differ a lot"])
 def test_interval_over_seeds_covers_the_truth(of_seeds: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three seeds, each with flips of its own and, or not, a change of its own.
@@ -169,6 +181,23 @@ def test_no_changes_are_no_certainty() -> None:
     assert interval.delta == 0
     assert -0.06 < interval.low < -0.015
     assert 0.015 < interval.high < 0.06
+
+
+def test_no_changes_of_a_small_task_are_no_certainty_of_a_mean() -> None:
+    """56 samples count as much as 3,000 do: what they cannot exclude, the mean of both cannot."""
+    before = np.tile([0.0, 1.0], 1_500)
+    after = before.copy()
+    after[:30] = 1 - after[:30]
+    large, small = (MeanScores(after), MeanScores(before)), (MeanScores(before[:56]),) * 2
+    losses_alike = (MeanScores(np.arange(60) / 7),) * 2
+    parts = [paired_interval(*pair) for pair in (large, small, losses_alike)]
+    group = difference_interval(list(zip(large, small, strict=True)), [[1, -1]], weights=[1, 1])
+    half = parts[1].high / 2
+    for interval, expected in ((group, half), (mean_interval(parts[:2]), half), (mean_interval(parts), 2 / 3 * half)):
+        assert interval.delta == 0 and not interval.is_within(0.01)
+        assert (-interval.low, interval.high) == pytest.approx((expected, expected), rel=0.1)
+    pooled = difference_interval(list(zip(large, small, strict=True)), [[1, -1]], weights=[3_000, 56])
+    assert pooled.is_within(0.01)  # where every sample counts the same
 
 
 def test_identical_losses_have_no_width() -> None:

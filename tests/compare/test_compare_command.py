@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from filelock import FileLock
+from safetensors.torch import load_file, save_file
 
 from lopt_hf.compare import grid_data, grid_training
 from lopt_hf.retention import evaluation
@@ -188,6 +189,57 @@ def test_data_are_prepared_again_while_nothing_is_trained(config: Path, tmp_path
     assert train.read_text() == of_second
 
 
+def test_files_of_data_that_change(config: Path, tmp_path: Path) -> None:
+    """They are prepared again while nothing is trained, and later an error; earlier records do not tell."""
+    folder = tmp_path / "test"
+    folder.mkdir()
+    texts = {name: tmp_path / name for name in ("rows.jsonl", "test/train.jsonl", "replay.jsonl")}
+    rows = texts["rows.jsonl"].read_text()
+    for path in texts.values():
+        path.write_text(rows)
+    settings = {"heldout_dataset": str(folder), "replay_dataset": str(texts["replay.jsonl"])}
+    change(config, **settings, methods={"replay": {"method": "e2e", "replay_share": 0.25}}, contrasts=[])
+    grid = compare.load_grid(config)
+    data = grid.output_path / "data"
+    grid_data.prepare_data(grid)
+    for path in texts.values():
+        path.write_text(rows.replace("What is", "Add up"))
+    grid_data.prepare_data(grid)
+    for name in ("train", "heldout", "replay"):
+        assert "Add up" in (data / f"{name}.jsonl").read_text()
+    grid_data.model_folder(grid, grid.runs()[0]).mkdir(parents=True)
+    for setting, path in zip(("train_dataset", "heldout_dataset", "replay_dataset"), texts.values(), strict=True):
+        changed = path.read_text()
+        path.write_text(rows)
+        with pytest.raises(ValueError, match=f"made with content of {setting}='.*set another output_dir, or delete"):
+            grid_data.prepare_data(grid)
+        path.write_text(changed)
+    for name in ("settings.json", "replay.json"):
+        stored = json.loads((data / name).read_text())
+        (data / name).write_text(json.dumps({key: stored[key] for key in stored if not key.startswith("content")}))
+    for path in texts.values():
+        path.write_text(rows)
+    grid_data.prepare_data(grid)
+    assert "Add up" in (data / "train.jsonl").read_text()
+
+
+def test_a_base_that_was_trained_on_in_place(config: Path, tmp_path: Path, trained_here: list[str]) -> None:
+    """What was fine-tuned from it as it was is no longer its own; of earlier versions' runs nobody knows."""
+    change(config, methods={"end-to-end": {"method": "e2e"}}, seeds=[0], contrasts=[])
+    grid = compare.load_grid(config)
+    grid_data.prepare_data(grid)
+    grid_training.train_grid(grid)
+    weights = tmp_path / "base" / "model.safetensors"
+    save_file({name: 2 * w for name, w in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    folder = grid_data.run_folder(grid, grid.runs()[0])
+    message = f"run end-to-end_lr0.01_seed0: trained from model=.*/base' as it was before.*or delete {folder} to train"
+    with pytest.raises(ValueError, match=message):
+        grid_training.train_grid(grid)
+    (folder / "base.txt").unlink()
+    grid_training.train_grid(grid)
+    assert len(trained_here) == 1
+
+
 def test_splits_of_one_data_set(config: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """As hub ids have them; other splits are other data."""
     folder = tmp_path / "sums"
@@ -221,7 +273,7 @@ def test_another_command_at_the_same_run_is_waited_for(config: Path, trained_her
     model = grid_data.model_folder(grid, run)
     model.parent.mkdir(parents=True)
     with ThreadPoolExecutor(1) as pool, FileLock(model.with_name("train.lock")) as lock:
-        waiting = pool.submit(grid_training._train, grid, run)
+        waiting = pool.submit(grid_training._train, grid, run, "of the base")
         with pytest.raises(TimeoutError):
             waiting.result(timeout=0.3)
         arguments = grid_training._arguments(grid, run, model)

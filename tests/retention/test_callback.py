@@ -290,7 +290,7 @@ def test_computes_as_the_model_trains(
 
 
 def test_resuming_in_another_type_is_an_error(tmp_path: Path, tasks: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Where the beginning does not say its type, the run goes on with a word."""
+    """Where the beginning does not say its type, the run goes on with a word; what else is missing is not compared."""
     first = make_trainer(tmp_path / "out", max_steps=2, save_strategy="steps", save_steps=2)
     first.add_callback(make_callback(tasks))
     first.train()
@@ -301,6 +301,7 @@ def test_resuming_in_another_type_is_an_error(tmp_path: Path, tasks: Path, caplo
     path = tmp_path / "out" / "retention_baseline.json"
     stored = json.loads(path.read_text(encoding="utf-8"))
     del stored["settings"]["dtype"]
+    del stored["asked"]["tiny_sums"]["documents"]  # as what a later version asks is not in the file of an earlier one
     path.write_text(json.dumps(stored), encoding="utf-8")
     trainer = make_trainer(tmp_path / "out", max_steps=3)
     trainer.add_callback(make_callback(tasks))

@@ -66,6 +66,30 @@ def test_tokens_are_said_before_the_first_forward(
         assert written == (NUM_ROWS["generated"] * 6 if name == "generated" else 0)
 
 
+@pytest.mark.parametrize(("task", "limit"), [("sums", 21), ("generated", 24 - 6), ("texts", None)])
+def test_prompts_that_are_cut_are_said_once(
+    models: SavedModels,
+    task_folder: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    task: str,
+    limit: int | None,
+) -> None:
+    """For all models together: prompts of which an answer makes too many tokens, or beside what may be written."""
+    for model in (models.base, models.tuned):
+        evaluate(model, task_folder, tmp_path, task, max_length=24 if task == "generated" else 21)
+    said = [record.getMessage() for record in caplog.records if "lose their beginning" in record.getMessage()]
+    if limit is None:  # whole texts are read in parts
+        assert not said
+        return
+    texts = [str(row["question"]) for row in rows_of(task)]
+    if task == "sums":  # of an answer the last token is not read
+        texts = [f"{row['question']} {max(row['choices'], key=len)}"[:-1] for row in rows_of(task)]  # type: ignore[call-overload]
+    cut, number = sum(len(text) > limit for text in texts), NUM_ROWS[task]
+    assert 0 < cut < number
+    assert said == [f"{cut} of {number} prompts of {task} are longer than {limit} tokens and lose their beginning."]
+
+
 @pytest.mark.parametrize("which", ["base", "adapter"])
 @pytest.mark.parametrize(("task", "batch"), [("words", 2), ("texts", 2), ("generated", 3)])
 def test_time_is_told_from_the_first_batch(

@@ -216,6 +216,34 @@ def test_more_samples_than_there_are(models: SavedModels, task_folder: Path, tmp
     assert everything == by_us(models.base, task_folder, tmp_path, ["sums"])
 
 
+def test_what_does_not_fit_is_found_before_anything_is_asked(
+    models: SavedModels, task_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers that leave no room for a prompt, also of a later task; and those that are too long themselves."""
+    monkeypatch.setattr(HFLM, "_model_call", lambda *_: pytest.fail("a request was made"))
+    entries = load_entries([SuiteTask("words"), SuiteTask("generated", 1)], [task_folder])
+    reference, cache = ModelReference.find(models.base), ScoreCache(tmp_path)
+    with pytest.raises(ValueError, match="'generated' writes up to 6 tokens .* in max_length=6; raise max_length"):
+        evaluate_model(reference, entries, EvaluationSettings(max_length=6), cache)
+    message = r"task 'sums': sample 10 has an answer of 10 tokens, more than max_length=8; raise max_length"
+    with pytest.raises(ValueError, match=message):
+        by_us(models.base, task_folder, tmp_path, ["sums"], EvaluationSettings(max_length=8))
+
+
+def test_data_of_nltk_that_are_missing_are_named(models: SavedModels, tmp_path: Path) -> None:
+    """Where a task's scoring looks for them; another failed look-up in a task's code keeps its trace."""
+    tasks = write_benchmark_tasks(tmp_path / "tasks")
+    errors = {"nltk": "LookupError(\"'p' not found. >>> nltk.download('p')\")", "own": "KeyError()"}
+    for name, error in errors.items():
+        (tasks / f"{name}_scores.py").write_text(f"def process_results(doc, results):\n    raise {error}\n")
+        text = (tasks / "words.yaml").read_text().replace("task: words", f"task: {name}")
+        (tasks / f"{name}.yaml").write_text(f"{text}process_results: !function {name}_scores.process_results\n")
+    with pytest.raises(ValueError, match="scoring needs NLTK's p, which .* `python -m nltk.downloader p`"):
+        by_us(models.base, tasks, tmp_path / "cache", ["nltk"])
+    with pytest.raises(KeyError):
+        by_us(models.base, tasks, tmp_path / "cache", ["own"])
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -15,6 +15,7 @@ from scipy.stats import binomtest
 
 from lopt_hf.common.evaluation import general_text
 from lopt_hf.data.pretrained import SMOLLM2_ID, resolve_model
+from lopt_hf.retention import own_code
 from lopt_hf.retention.evaluation import EvaluationSettings, task_identity
 from lopt_hf.retention.suites import SuiteTask, load_entries
 from lopt_hf.retention.tasks import load
@@ -197,9 +198,10 @@ def test_lm_eval_runs_the_suite() -> None:
     assert results["offline_prose"]["word_perplexity,none"] > results["offline_prose"]["byte_perplexity,none"] > 1
 
 
-def test_scores_do_not_depend_on_where_the_package_is(tmp_path: Path) -> None:
+def test_scores_do_not_depend_on_where_the_package_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are kept by what is asked, so that another clone finds them."""
     copied = shutil.copytree(TASKS, tmp_path / "tasks")
+    monkeypatch.setattr(own_code, "LIBRARIES", (*own_code.LIBRARIES, tmp_path))  # as the other clone's own place is
     wanted, settings = [SuiteTask("offline_code"), SuiteTask("offline_knowledge")], EvaluationSettings(limit=3)
     for one, other in zip(load_entries(wanted), load_entries(wanted, [copied]), strict=True):
         configurations = [task.dump_config()["metadata"]["config_source"] for task in (one.tasks[0], other.tasks[0])]

@@ -147,6 +147,58 @@ def test_tasks_that_cannot_be_loaded(
         load_entries([SuiteTask("sums")], [tasks])
 
 
+def test_data_that_need_a_script(tasks: Path, own_tasks_only: None) -> None:
+    (tasks / "rows").mkdir()
+    (tasks / "rows" / "rows.py").touch()
+    edit(tasks / "sums.yaml", "dataset_path: json", f"dataset_path: {tasks / 'rows'}")
+    with pytest.raises(ValueError, match="task 'sums' has data that only a script of theirs can read.*; leave it out"):
+        load_entries([SuiteTask("sums")], [tasks])
+
+
+def test_an_error_in_a_program_keeps_its_trace(
+    tasks: Path, own_tasks_only: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("of a tensor's shape")
+
+    monkeypatch.setattr(TaskManager, "load", broken)
+    with pytest.raises(RuntimeError, match="of a tensor's shape"):
+        load_entries([SuiteTask("sums")], [tasks])
+
+
+UNSAFE = {
+    "alone": ("unsafe_code: true", "sums"),
+    "in a group": ("unsafe_code: true", "even"),
+    "by a tag": ("unsafe_code: true\ntag: [numbers]", "numbers"),
+    "in a group in a group": ("unsafe_code: true", "outer"),
+    "by a group": ("", "running"),
+}
+
+
+@pytest.mark.parametrize(("added", "asked"), UNSAFE.values(), ids=UNSAFE)
+def test_a_task_that_runs_a_models_code(tasks: Path, own_tasks_only: None, added: str, asked: str) -> None:
+    """It is refused before any data are read, which here are not there."""
+    (tasks / "sums.yaml").write_text(f"{(tasks / 'sums.yaml').read_text()}{added}\n")
+    (tasks / "outer.yaml").write_text("group: outer\ntask: [{group: inner, task: even}]\n")
+    (tasks / "running.yaml").write_text("group: running\ntask: [{task: sums, unsafe_code: true}]\n")
+    no_data(tasks)
+    (tasks / "words.jsonl").unlink()
+    message = "task 'sums' runs code that the model writes, which is not done here; leave it out, or .*`lm-eval run"
+    with pytest.raises(ValueError, match=message):
+        load_entries([SuiteTask("words"), SuiteTask(asked)], [tasks])
+
+
+def test_a_class_that_runs_a_models_code(tasks: Path, own_tasks_only: None) -> None:
+    (tasks / "running.py").write_text(
+        "from lm_eval.api.task import ConfigurableTask\n\n"
+        "class Running(ConfigurableTask):\n    UNSAFE_CODE = True\n\n    def __init__(self, config):\n"
+        "        super().__init__(config={k: v for k, v in config.items() if k != 'class'})\n"
+    )
+    edit(tasks / "sums.yaml", "task: sums", "task: sums\ngroup: any\nclass: !function running.Running")
+    with pytest.raises(ValueError, match="task 'sums' runs code that the model writes"):
+        load_entries([SuiteTask("sums")], [tasks])
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [

@@ -226,7 +226,7 @@ def plot_similarity(report: RetentionReport) -> Figure | None:
         ImportError: If matplotlib is missing.
     """
     found = {result.label: result.similarity for result in report.models if result.similarity}
-    rows = {label: {name: max(0.0, 1 - value) for name, value in row.items()} for label, row in found.items()}
+    rows = {label: {name: 1 - value for name, value in row.items()} for label, row in found.items()}
     return _plot_layers(rows, "1 - linear CKA with the baseline's hidden states")
 
 
@@ -248,7 +248,7 @@ def _plot_layers(rows: Mapping[str, Mapping[str, float]], what: str) -> Figure |
 def _draw_layers(axes: Axes, values: Sequence[Sequence[float]], what: str) -> None:
     from matplotlib.patches import Patch
 
-    moved = [value for row in values for value in row if value > 0] or [1e-7, 1e-1]
+    moved = [value for row in values for value in row if value > 0 and math.isfinite(value)] or [1e-7, 1e-1]
     limits = 10.0 ** math.floor(math.log10(min(moved))), 10.0 ** math.ceil(math.log10(max(moved)) + 1e-9)
     image = draw_heat_map(axes, values, limits, UNCHANGED, gap=1)
     place: Any = {"location": "top", "shrink": 0.7, "anchor": (0, 0), "aspect": 40, "pad": 0.45 / len(values)}

@@ -289,12 +289,13 @@ def test_a_family_has_a_colour_and_a_shape(grid):
 
 
 def test_plot_of_similarity(single):
-    """How far from 1, by layer; what is the same bit for bit is grey."""
-    model = replace(single.models[0], similarity={"embeddings": 1.0, "0": 0.999, "1": 0.9})
+    """How far from 1, by layer; what is the same bit for bit is grey, and what computes no numbers is left blank."""
+    model = replace(single.models[0], similarity={"embeddings": 1.0, "0": 0.999, "1": 0.9, "2": NAN})
     axes = plot_similarity(replace(single, models=(model,))).axes[0]
-    assert [text.get_text() for text in axes.get_xticklabels()] == ["embeddings", "layer 0", "layer 1"]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["embeddings", "layer 0", "layer 1", "layer 2"]
     drawn = [image.get_array().filled(math.nan).tolist()[0] for image in axes.images]
-    assert drawn[1] == pytest.approx([math.nan, 0.001, 0.1], nan_ok=True)
+    assert drawn[0] == pytest.approx([0, math.nan, math.nan, math.nan], nan_ok=True)
+    assert drawn[1] == pytest.approx([math.nan, 0.001, 0.1, math.nan], nan_ok=True)
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["unchanged"]
     assert plot_similarity(single) is None
 
@@ -470,6 +471,12 @@ def test_unmoved_weights_are_drawn(single):
     frozen = replace(single.models[0], drift={"embeddings": 0.0, "0": 0.0})
     axes = plot_drift(replace(single, models=(frozen,))).axes[0]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["unchanged"]
+
+
+def test_infinite_drift_is_left_blank(single):
+    diverged = replace(single.models[0], drift={"embeddings": 1e-3, "0": math.inf})
+    image = plot_drift(replace(single, models=(diverged,))).axes[0].images[1]
+    assert math.isfinite(image.norm.vmax) and image.get_array().tolist()[0] == [1e-3, None]
 
 
 def test_files(pair, single, tmp_path):
