@@ -165,10 +165,9 @@ class PipelineArguments(ArgumentsBase):
             )
         self._check_gradient()
         for name, (allowed, reason) in _UNSUPPORTED.items():
-            if getattr(self, name) not in (allowed, None):
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} does not work in a pipeline: {reason}; leave it out."
-                )
+            value = vars(self).get(name)  # those of language models are not among the arguments of image models
+            if value not in (allowed, None):
+                raise ValueError(f"{name}={value!r} does not work in a pipeline: {reason}; leave it out.")
 
     @property
     def schedule(self) -> ReachSchedule:
