@@ -8,7 +8,7 @@ from typing import ClassVar
 from lopt_hf.common.settings import option
 from lopt_hf.local.blocks import Block
 from lopt_hf.local.methods.base import Method
-from lopt_hf.local.run_facts import RunFacts
+from lopt_hf.local.run_facts import RunFacts, steps_in_backward
 from lopt_hf.local.schedule import ReachSchedule
 
 __all__ = ["LocalArguments"]
@@ -128,7 +128,7 @@ class LocalArguments(ABC):
     def _check_rates(self, run: RunFacts) -> None:
         known = type(self).__dataclass_fields__
         for name in ("early_learning_rate", "reach_rate", "reach_anneal"):
-            if run.has_one_rate and name in known and getattr(self, name) != known[name].default:
+            if steps_in_backward(run.optim) and name in known and getattr(self, name) != known[name].default:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} has no effect with optim={run.optim!r}, which steps in the "
                     "backward at one rate; leave it out, or choose another optim."

@@ -2,13 +2,21 @@
 
 from dataclasses import dataclass
 
-__all__ = ["NEXT_TOKEN_MISFITS", "RunFacts"]
+__all__ = ["LOMO", "NEXT_TOKEN_MISFITS", "RunFacts", "steps_in_backward"]
 
 # Why early blocks cannot learn the next token of what a trainer for preferences or policies runs forward.
 NEXT_TOKEN_MISFITS = {
     "DPO": "early blocks would learn the rejected answers as they learn the chosen ones",
     "GRPO": "early blocks would learn to repeat every completion, whatever its reward",
 }
+
+# The optimizers, by their names in transformers, that update the model in its backward
+LOMO = ("lomo", "adalomo")
+
+
+def steps_in_backward(optim: str) -> bool:
+    """Whether an optimizer of this name steps in the backward, which takes no rates of parameter groups."""
+    return optim in LOMO or optim.endswith("layerwise")
 
 
 @dataclass(frozen=True)
@@ -39,9 +47,4 @@ class RunFacts:
         """What must see one backward per step, if anything: the engine, or the optimizer."""
         if self.engine not in (None, "FSDP2"):
             return self.engine
-        return f"optim={self.optim!r}" if self.optim in ("lomo", "adalomo") else None
-
-    @property
-    def has_one_rate(self) -> bool:
-        """Whether the optimizer steps in the backward by itself, and takes no rates of parameter groups."""
-        return self.optim in ("lomo", "adalomo") or self.optim.endswith("layerwise")
+        return f"optim={self.optim!r}" if self.optim in LOMO else None

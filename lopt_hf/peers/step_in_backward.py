@@ -7,6 +7,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from lopt_hf.local.run_facts import steps_in_backward
 from lopt_hf.local.stepping import stepping_only
 from lopt_hf.peers.base import Peer
 
@@ -47,7 +48,7 @@ class StepInBackward(Peer):
                 "for; use bf16."
             )
         optim = OptimizerNames(args.optim).value
-        if optim in ("lomo", "adalomo") or optim.endswith("_layerwise"):
+        if steps_in_backward(optim):
             raise ValueError(f"optim={optim!r} steps in the backward by itself; leave out method={self.name}.")
 
     def prepare(self, model: PreTrainedModel) -> None:

@@ -19,6 +19,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
 from lopt_hf.common.settings import option
 from lopt_hf.data.formats import to_trl_format
 from lopt_hf.data.prepared import say_what_was_cut
+from lopt_hf.data.rows import EmptyRowError
 from lopt_hf.data.word_problems import make_word_problems
 from lopt_hf.scripts.parsing import chosen_method, make_trl_parser
 from lopt_hf.scripts.training import DataArguments, MethodArguments, load_rows, prepare, run_training
@@ -71,7 +72,11 @@ def make_parser(method: str = "lopt", command: str = "sft", description: str = _
 
 def load_split(script_args: SFTDataArguments, split: str, seed: int, text_field: str = "text") -> Any:
     """Loads one split of the data in a layout that `SFTTrainer` takes."""
-    return to_trl_format(load_rows(script_args, split, seed, GENERATED), text_field, script_args.skip_empty_rows)
+    rows = load_rows(script_args, split, seed, GENERATED)
+    try:
+        return to_trl_format(rows, text_field, script_args.skip_empty_rows)
+    except EmptyRowError as error:
+        raise EmptyRowError(f"{error} Or set skip_empty_rows to leave out all such rows.") from error
 
 
 def make_trainer(

@@ -22,7 +22,7 @@ from lopt_hf.data.loading import READ_ERRORS, NoHubError, explain_damage, load_s
 from lopt_hf.data.mirror import DATA_DIR_HELP, say_once
 from lopt_hf.data.prepared import check_prepared
 from lopt_hf.data.pretrained import resolve_model
-from lopt_hf.data.rows import EmptyRowError, RowError
+from lopt_hf.data.rows import RowError
 from lopt_hf.scripts.card_facts import describe_data, is_of_hub, public_command
 from lopt_hf.scripts.launching import launch_if_asked
 from lopt_hf.scripts.parsing import parse_or_exit
@@ -161,9 +161,7 @@ def load_checked(load_split: LoadSplit, script_args: DataArguments, split: str, 
     try:
         return load_split(script_args, split, seed)
     except RowError as error:
-        skippable = isinstance(error, EmptyRowError) and hasattr(script_args, "skip_empty_rows")
-        fix = " Or set skip_empty_rows to leave out all such rows." if skippable else ""
-        raise RowError(f"dataset_name={script_args.dataset_name}, split {split!r}, {error}{fix}") from error
+        raise RowError(f"dataset_name={script_args.dataset_name}, split {split!r}, {error}") from error
     except READ_ERRORS as error:  # of a stream's first row
         raise ValueError(explain_damage(str(script_args.dataset_name), error)) from error
 

@@ -16,6 +16,7 @@ from trl.data_utils import get_dataset_column_names
 
 from lopt_hf.common.quantization import check_trainable, is_quantized
 from lopt_hf.local.blocks import check_architecture, find_decoder_stack, split_layers
+from lopt_hf.local.run_facts import LOMO
 
 __all__ = [
     "check_dataset",
@@ -104,7 +105,7 @@ def check_heads_step(optim: str, heads: nn.Module) -> None:
     Raises:
         ValueError: With the fix.
     """
-    if optim in ("lomo", "adalomo") and any(parameter.requires_grad for parameter in heads.parameters()):
+    if optim in LOMO and any(parameter.requires_grad for parameter in heads.parameters()):
         raise ValueError(
             f"optim={optim!r} steps the model's own parameters alone, and the early blocks' heads would stay as they "
             "were drawn; choose another optim, or an objective without heads, such as local_objective='none'."

@@ -58,7 +58,7 @@ def test_a_column_of_text_that_the_arguments_name(tmp_path):
     data = tmp_path / "texts.jsonl"
     data.write_text("".join(json.dumps({"content": text}) + "\n" for text in ("Once.", "", "Twice.", "Again.")))
     values = {"dataset_name": str(data), "dataset_text_field": "content", "max_steps": 1}
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="row 2: 'content' is empty.*Or set skip_empty_rows to leave out"):
         cli.main(["sft", *arguments(tmp_path, "sft", **values)])
     cli.main(["sft", *arguments(tmp_path, "sft", **values, skip_empty_rows=True)])
     assert list(read_curve(str(tmp_path / "out"), "loss")) == [1]

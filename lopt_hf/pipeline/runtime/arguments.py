@@ -8,6 +8,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from lopt_hf.common.settings import check_choice, option
+from lopt_hf.local.run_facts import steps_in_backward
 from lopt_hf.local.schedule import ReachSchedule
 from lopt_hf.pipeline.gradient import GRADIENTS
 
@@ -268,7 +269,7 @@ class PipelineArguments(ArgumentsBase):
                 "choose one that is a function of the step, such as cosine, or set gradient to 'local'",
             ),
             (
-                optim in ("lomo", "adalomo") or optim.endswith("layerwise"),
+                steps_in_backward(optim),
                 f"optim={optim!r}, which steps in the backward, {wrong}; choose another, or set gradient to 'local'",
             ),
             (
