@@ -34,10 +34,17 @@ METHODS = {
     "RepL, every second layer": ["--method", "repl", "--replace_every", "2"],
     "plain removal of them": ["--method", "repl", "--operator", "removal", "--replace_every", "2"],
 }
+# Which part of MLAAN does it: each without one, or in the form of the paper's code
+ABLATION = {
+    "MLAAN without leaps": [*METHODS["MLAAN"], "--leap_layers", "[0,0,0]"],
+    "MLAAN without windows": [*METHODS["MLAAN"], "--window", "1"],
+    "MLAAN, sum of copy and average": [*METHODS["MLAAN"], "--combine", "sum"],
+}
 # A paper's claim: the methods that it is about, each beside its controls
 CLAIMS = {
     "all": list(METHODS),
     "mlaan": ["end-to-end", "plain local learning", "MLAAN"],
+    "ablation": ["end-to-end", "plain local learning", "MLAAN", *ABLATION],
     "repl": ["end-to-end", "RepL, every second layer", "plain removal of them"],
 }
 NOT_FOR_RESNET = ("readout",)  # its layers differ in width
@@ -55,7 +62,7 @@ TRAINING = [
 def methods_of(architecture: str, claim: str = "all") -> dict[str, list[str]]:
     """The options of the methods that an architecture is trained by for a claim, by their names."""
     left_out = NOT_FOR_RESNET if architecture == "resnet20" else ()
-    return {name: METHODS[name] for name in CLAIMS[claim] if name not in left_out}
+    return {name: (METHODS | ABLATION)[name] for name in CLAIMS[claim] if name not in left_out}
 
 
 def arguments_of(options: argparse.Namespace, method: list[str], seed: int, folder: Path) -> list[str]:
@@ -118,24 +125,35 @@ def report(options: argparse.Namespace) -> str:
     """The table of what is there so far."""
     methods = methods_of(options.architecture, options.claim)
     results = {
-        name: [result for seed in options.seeds if (result := result_of(folder_of(options, name, seed))) is not None]
+        name: {
+            seed: result for seed in options.seeds if (result := result_of(folder_of(options, name, seed))) is not None
+        }
         for name in methods
     }
     whole = saved_bytes(options, methods["end-to-end"])
     rows = []
     for name, found in results.items():
         share = saved_bytes(options, methods[name]) / whole
-        rows.append([name, str(len(found)), interval(found), f"{share:.2f}"])
-    return markdown_table(["method", "seeds", "accuracy, %", "saved bytes"], rows)
+        change = "" if name == "end-to-end" else interval(differences(found, results["end-to-end"]), "+")
+        rows.append([name, str(len(found)), interval(list(found.values())), change, f"{share:.2f}"])
+    return markdown_table(["method", "seeds", "accuracy, %", "above end-to-end, points", "saved bytes"], rows)
 
 
-def interval(found: list[float]) -> str:
-    """Mean accuracy in per cent, with the 95 % interval of Student's t over the seeds, if there are several."""
+def differences(found: dict[int, float], others: dict[int, float]) -> list[float]:
+    """Of each seed that both methods have: how far the first is above the second."""
+    return [accuracy - others[seed] for seed, accuracy in found.items() if seed in others]
+
+
+def interval(found: list[float], sign: str = "") -> str:
+    """Mean in per cent, with the 95 % interval of Student's t over the seeds, if there are several."""
     values = [100 * accuracy for accuracy in found]
-    if len(values) < 2:
-        return "".join(f"{value:.1f}" for value in values) or "-"
+    if not values:
+        return "-"
+    mean = f"{statistics.mean(values):{sign}.1f}"
+    if len(values) == 1:
+        return mean
     half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{statistics.mean(values):.1f} ± {half:.1f}"
+    return f"{mean} ± {half:.1f}"
 
 
 def main() -> None:

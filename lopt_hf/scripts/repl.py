@@ -15,8 +15,8 @@ from pathlib import Path
 from trl import TrlParser
 
 from lopt_hf.bench.repl_judge import JudgeArguments, judge, load_judge_tasks
-from lopt_hf.repl.comparison import (
-    Comparison,
+from lopt_hf.repl.comparison import Comparison
+from lopt_hf.repl.comparison_arguments import (
     ComparisonArguments,
     ComparisonModelConfig,
     check_healing,
