@@ -39,6 +39,7 @@ ABLATION = {
     "MLAAN without leaps": [*METHODS["MLAAN"], "--leap_layers", "[0,0,0]"],
     "MLAAN without windows": [*METHODS["MLAAN"], "--window", "1"],
     "MLAAN, sum of copy and average": [*METHODS["MLAAN"], "--combine", "sum"],
+    "MLAAN, average of 10 steps": [*METHODS["MLAAN"], "--ema_decay", "0.9"],  # of 200 by default
 }
 # A paper's claim: the methods that it is about, each beside its controls
 CLAIMS = {
@@ -84,16 +85,28 @@ def result_of(folder: Path) -> float | None:
 def train(options: argparse.Namespace, name: str, method: list[str], seed: int) -> None:
     """Trains one model, unless it is there; from its last checkpoint, if it has been stopped."""
     folder = folder_of(options, name, seed)
+    arguments = arguments_of(options, method, seed, folder)
+    check_arguments(Path(f"{folder}.json"), arguments)
     if result_of(folder) is not None:
         return
     resume = ["--resume_from_checkpoint", "true"] if any(folder.glob("checkpoint-*")) else []
     print(f"{name}, seed {seed}", flush=True)
-    command = [sys.executable, "-m", "lopt_hf.cli", "image", *arguments_of(options, method, seed, folder), *resume]
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "lopt_hf.cli", "image", *arguments, *resume]
     with open(f"{folder}.log", "a", encoding="utf-8") as log:
         subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
+
+
+def check_arguments(file: Path, arguments: list[str]) -> None:
+    """Keeps the arguments of a run beside it, and exits if it was begun with others."""
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(arguments), encoding="utf-8")
+    begun = json.loads(file.read_text(encoding="utf-8"))
+    if begun != arguments:
+        print(f"{file} is of other arguments: {' '.join(begun)}; choose another --output_dir.", file=sys.stderr)
+        raise SystemExit(2)
 
 
 def folder_of(options: argparse.Namespace, name: str, seed: int) -> Path:

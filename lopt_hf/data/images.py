@@ -6,7 +6,7 @@ Row numbers count from 1, as everywhere where data are named in an error.
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ IMAGE_COLUMNS = ("image", "img", "pixel_values")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 AUGMENTATIONS = ("crop-flip", "resized-crop", "none")
 _DECODER = Image()
+UNBOUNDED_MODES = ("I", "F")  # of 32-bit integers and floats
 PADDING_SHARE = 8  # ours: 4 pixels of CIFAR's 32, as in the papers
 
 Augmentation = Callable[[torch.Tensor], torch.Tensor]
@@ -105,14 +106,14 @@ def check_labels(dataset: Dataset, label_column: str, num_labels: int | None) ->
             )
 
 
-def make_augmentation(name: str, size: tuple[int, int]) -> Augmentation | None:
+def make_augmentation(name: str, size: tuple[int, int] | None) -> Augmentation | None:
     """Makes the random change of each training image, by torchvision's transforms.
 
     Args:
         name: `"crop-flip"`: padded by an eighth, cropped to its size anew, and flipped at a chance of a half (as the
             papers do with CIFAR); `"resized-crop"`: a random part, resized, and flipped (as they do with ImageNet);
             `"none"`.
-        size: Height and width of a resized crop, in pixels.
+        size: Height and width of a resized crop, in pixels; `None`: the image's own.
 
     Raises:
         ValueError: If the name is unknown.
@@ -121,24 +122,32 @@ def make_augmentation(name: str, size: tuple[int, int]) -> Augmentation | None:
     check_choice("augmentation", name, AUGMENTATIONS)
     if name == "none":
         return None
-    from torchvision.transforms import v2  # an extra of the package
+    import torchvision  # an extra of the package  # noqa: F401
 
-    if name == "resized-crop":
-        return v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
-    return _crop_flip
+    return _crop_flip if name == "crop-flip" else partial(_resized_crop, size=size)
+
+
+def _crop_flip(image: torch.Tensor) -> torch.Tensor:
+    return _crop_flip_of(*image.shape[-2:])(image)
+
+
+def _resized_crop(image: torch.Tensor, size: tuple[int, int] | None) -> torch.Tensor:
+    return _resized_crop_of(*(size or image.shape[-2:]))(image)
 
 
 @lru_cache(maxsize=64)
-def _crop_flip_of(height: int, width: int) -> Any:
+def _crop_flip_of(height: int, width: int) -> Augmentation:
     from torchvision.transforms import v2
 
     padding = [max(1, width // PADDING_SHARE), max(1, height // PADDING_SHARE)]
     return v2.Compose([v2.RandomCrop((height, width), padding=padding), v2.RandomHorizontalFlip()])
 
 
-def _crop_flip(image: torch.Tensor) -> torch.Tensor:
-    cropped: torch.Tensor = _crop_flip_of(*image.shape[-2:])(image)
-    return cropped
+@lru_cache(maxsize=64)
+def _resized_crop_of(height: int, width: int) -> Augmentation:
+    from torchvision.transforms import v2
+
+    return v2.Compose([v2.RandomResizedCrop((height, width), antialias=True), v2.RandomHorizontalFlip()])
 
 
 class ImageRows(torch.utils.data.Dataset):
@@ -207,7 +216,7 @@ class ImageRows(torch.utils.data.Dataset):
             RowError: If one cannot be read.
         """
         rows = tqdm(range(len(self)), desc="checking images", unit="image", disable=not shows_progress)
-        modes = Counter(self._read(index).mode for index in rows)
+        modes = Counter(self._decode(index).mode for index in rows)
         others = {mode: number for mode, number in modes.items() if mode != "RGB"}
         if others:
             kinds = ", ".join(f"{number} of mode {mode}" for mode, number in sorted(others.items()))
@@ -219,7 +228,7 @@ class ImageRows(torch.utils.data.Dataset):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        image = _to_tensor(self._read(index).convert("RGB"))
+        image = _to_tensor(_as_rgb(self._decode(index)))
         if self.augmentation is not None:
             with torch.random.fork_rng(devices=[]):
                 drawn_from = np.random.SeedSequence((self.seed, int(self._epoch), index)).generate_state(1)[0]
@@ -227,7 +236,7 @@ class ImageRows(torch.utils.data.Dataset):
                 image = self.augmentation(image)
         return {"image": image, "labels": self.labels[index]}
 
-    def _read(self, index: int) -> Pillow.Image:
+    def _decode(self, index: int) -> Pillow.Image:
         cell = self.images[index][self.image_column]
         source = "" if self.source is None else f"{self.source}, "
         where = f"{source}row {self.numbers[index]}: {self.image_column!r}"
@@ -238,10 +247,24 @@ class ImageRows(torch.utils.data.Dataset):
             image: Pillow.Image = _DECODER.decode_example(
                 {"path": cell.get("path"), "bytes": cell.get("bytes") or None}
             )
+        except Pillow.DecompressionBombError as error:
+            raise RowError(f"{where} cannot be read ({error}); replace or remove the row.") from error
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
             reason = str(error) if cell.get("path") and not cell.get("bytes") else "it is no image, or is cut off"
             raise RowError(f"{where} cannot be read ({reason}); replace or remove the row.") from error
+        if image.mode in UNBOUNDED_MODES:
+            raise RowError(
+                f"{where} has the mode {image.mode!r}, whose numbers have no range that says what is white; save it "
+                "with 8 or 16 bits for each pixel, or remove the row."
+            )
         return image
+
+
+def _as_rgb(image: Pillow.Image) -> Pillow.Image:
+    """Converts to RGB; of 16 bits the upper eight are kept, where Pillow would cut everything above 255."""
+    if image.mode.startswith("I;16"):
+        image = Pillow.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def _to_tensor(image: Pillow.Image) -> torch.Tensor:

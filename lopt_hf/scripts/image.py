@@ -140,7 +140,8 @@ def make_trainer(script_args: ImageScriptArguments, args: Any, model_args: Image
     set_objective(script_args.method, args, default=METHODS[script_args.method])
     images = load_images(script_args, args.seed)
     set_seed(args.seed)  # what the weights are drawn from
-    model, processor = make_image_model(model_args, images.names)
+    readout = METHODS[script_args.method] == "readout" or getattr(args, "readout", None) == "frozen"
+    model, processor = make_image_model(model_args, images.names, keeps_classifier=readout)
     if script_args.method == "repl":
         model = replace_layers(model, model_args)
     trainer_class = ImageTrainer if script_args.method in END_TO_END else LocalImageTrainer

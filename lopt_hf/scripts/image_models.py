@@ -5,7 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+import torch
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    PreTrainedModel,
+)
 
 from lopt_hf.common.architectures import ARCHITECTURES
 from lopt_hf.common.settings import check_at_least, check_choice, option
@@ -58,17 +64,22 @@ class ImageSourceArguments:
             )
 
 
-def make_image_model(model_args: ImageSourceArguments, names: Sequence[str]) -> tuple[PreTrainedModel, Any]:
-    """Loads or makes an image classifier for these classes, and its image processor.
+def make_image_model(
+    model_args: ImageSourceArguments, names: Sequence[str], keeps_classifier: bool = False
+) -> tuple[PreTrainedModel, Any]:
+    """Loads or makes an image classifier for these classes, and its image processor; weights are in fp32.
 
     A checkpoint with as many classes keeps their names where the data have none.
 
     Args:
         model_args: Which one.
         names: The names of the classes; their numbers where the data have none.
+        keeps_classifier: Whether blocks learn through a checkpoint's classifier as it is, whose classes have to be the
+            data's then.
 
     Raises:
         OSError: If the checkpoint cannot be found.
+        ValueError: If its classes are others, and its classifier is kept.
     """
     labels: dict[str, Any] = {
         "num_labels": len(names),
@@ -80,10 +91,14 @@ def make_image_model(model_args: ImageSourceArguments, names: Sequence[str]) -> 
     name, revision = model_args.model_name_or_path, model_args.model_revision
     try:
         saved = AutoConfig.from_pretrained(name, revision=revision)
-        if saved.num_labels == len(names) and list(names) == [str(number) for number in range(len(names))]:
+        if saved.num_labels == len(names) and not _are_named(names):
             labels = {}
         model = AutoModelForImageClassification.from_pretrained(
-            name, revision=revision, ignore_mismatched_sizes=saved.num_labels != len(names), **labels
+            name,
+            revision=revision,
+            dtype=torch.float32,  # transformers' default is the checkpoint's, which may be too coarse to train in
+            ignore_mismatched_sizes=saved.num_labels != len(names),
+            **labels,
         )
         processor = AutoImageProcessor.from_pretrained(name, revision=revision)
     except OSError as error:
@@ -95,4 +110,22 @@ def make_image_model(model_args: ImageSourceArguments, names: Sequence[str]) -> 
             saved.num_labels,
             len(names),
         )
+    elif _are_named(names) and (difference := _first_difference(saved, names)) is not None:
+        message = f"model_name_or_path={name!r} has other classes than the data ({difference})"
+        if keeps_classifier:
+            raise ValueError(f"{message}, and its classifier would stay as it is; use method 'local'.")
+        logger.warning("%s: its classifier is trained to know these, and takes their names.", message)
     return model, processor
+
+
+def _are_named(names: Sequence[str]) -> bool:
+    return list(names) != [str(number) for number in range(len(names))]
+
+
+def _first_difference(saved: Any, names: Sequence[str]) -> str | None:
+    """The first class of a checkpoint, of those that have names, that is another one in the data."""
+    for number, name in enumerate(names):
+        other = (saved.id2label or {}).get(number, "")
+        if other not in (name, f"LABEL_{number}", ""):
+            return f"label {number} is {other!r} there and {name!r} in the data"
+    return None

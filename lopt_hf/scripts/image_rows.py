@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 from datasets import ClassLabel, Dataset
@@ -79,6 +80,10 @@ def load_images(script_args: Any, seed: int) -> LabelledImages:
         ValueError: If a column is missing, or a label is no class; names the row.
         FileNotFoundError: If there are no such data.
     """
+    if script_args.dataset_name is None:
+        raise ValueError(
+            "train_file is missing; give a .parquet, .json or .jsonl file or a folder, or dataset_name with a hub id."
+        )
     whole = cast(Dataset, _load(script_args, "train", seed))
     evaluated = _load(script_args, "eval", seed)
     sources = _sources(script_args)
@@ -144,7 +149,7 @@ def _load(script_args: Any, part: str, seed: int) -> Any:
             return load_checked(_rows, script_args, "train", seed)  # of a file the only split
         finally:
             script_args.dataset_name = name
-    if script_args.train_file is not None:
+    if Path(script_args.dataset_name).is_file():  # which has one split
         return None
     return load_checked(_rows, script_args, script_args.dataset_test_split, seed)
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel, TrainerState, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
 from trl import TrlParser
 
 from lopt_hf.common.settings import check_choice, option
+from lopt_hf.common.upstream.trainers import TRAINER_STATE_NAME
 from lopt_hf.local.learner import LocalLearner
 from lopt_hf.local.stacks import find_stack
 from lopt_hf.pipeline.runtime.image.config import ImagePipelineConfig
@@ -176,7 +176,7 @@ def _make_trainer(
 ) -> ImageStageTrainer:
     images = load()
     set_seed(args.seed)  # what the weights are drawn from
-    model, processor = make_image_model(model_args, images.names)
+    model, processor = make_image_model(model_args, images.names, keeps_classifier=args.local_objective == "readout")
     if args.split == "auto" and args.split_at is None:
         args.split_at = agreed_split(args, world, partial(_find_split, model, processor, args))
     trainer = ImageStageTrainer(

@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from lopt_hf.common.arithmetic import fit_to_machine
 from lopt_hf.common.settings import option
 from lopt_hf.data.images import ImageBatches, ImageRows, make_augmentation
 from lopt_hf.local.layer_calls import evaluating
@@ -29,7 +30,7 @@ from lopt_hf.local.methods.image.mlaan import ImageMLAANArguments
 from lopt_hf.local.ownership import TRACE_ERRORS
 from lopt_hf.local.stacks import example_image, find_image_stack, is_image_classifier
 from lopt_hf.trainers.checkpoint import load_weights
-from lopt_hf.trainers.configs import LocalTrainingArguments, local_config
+from lopt_hf.trainers.configs import LocalTrainingArguments, convert_config, local_config
 from lopt_hf.trainers.mixin import LocalLearningMixin
 
 __all__ = [
@@ -62,33 +63,52 @@ class ImageTrainingArguments(TrainingArguments):
     )
     remove_unused_columns: bool = option(False, "Remove columns that the model does not know; images need it off.")
 
+    def __post_init__(self) -> None:
+        fit_to_machine(self)
+        super().__post_init__()
+
 
 @dataclass
-class LocalImageConfig(LocalTrainingArguments, LocalImageArguments, ImageTrainingArguments):
+class _LocalImageTrainingArguments(LocalTrainingArguments):
+    """Joins a method's arguments to `ImageTrainingArguments`; local losses know no smoothed labels."""
+
+    _task: ClassVar[str] = "image classification"
+
+    def __post_init__(self) -> None:
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor} does not work with local learning; leave it "
+                "out."
+            )
+        super().__post_init__()
+
+
+@dataclass
+class LocalImageConfig(_LocalImageTrainingArguments, LocalImageArguments, ImageTrainingArguments):
     """Configuration of [`LocalImageTrainer`]: every argument of [`~transformers.TrainingArguments`] and ours."""
 
-    _task: ClassVar[str] = "image classification"
-
-    def __post_init__(self) -> None:
-        check_label_smoothing(self.label_smoothing_factor)
-        super().__post_init__()
-
 
 @dataclass
-class MLAANImageConfig(LocalTrainingArguments, ImageMLAANArguments, ImageTrainingArguments):
+class MLAANImageConfig(_LocalImageTrainingArguments, ImageMLAANArguments, ImageTrainingArguments):
     """Configuration of [`LocalImageTrainer`] for MLAAN: every argument of `TrainingArguments` and those of MLAAN."""
 
-    _task: ClassVar[str] = "image classification"
 
-    def __post_init__(self) -> None:
-        check_label_smoothing(self.label_smoothing_factor)
-        super().__post_init__()
+def image_arguments(args: TrainingArguments, takes_images: bool) -> ImageTrainingArguments:
+    """Training arguments with those of images, from a plain `TrainingArguments` too.
 
+    Args:
+        args: What a user passed.
+        takes_images: Whether the batches are made from images, which a plain one has removed by default.
 
-def check_label_smoothing(factor: float) -> None:
-    """Raises `ValueError` if labels are to be smoothed, which local losses do not know."""
-    if factor:
-        raise ValueError(f"label_smoothing_factor={factor} does not work with local learning; leave it out.")
+    Raises:
+        ValueError: If the images are to be removed.
+    """
+    if not isinstance(args, ImageTrainingArguments):
+        args = convert_config(args, ImageTrainingArguments)
+        args.remove_unused_columns = args.remove_unused_columns and not takes_images
+    elif takes_images and args.remove_unused_columns:
+        raise ValueError("remove_unused_columns=True would remove the images, a column of no model; leave it out.")
+    return args
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -136,8 +156,10 @@ def counts_images(model: PreTrainedModel) -> bool:
     return bool(of_two < 0.75 * of_one)
 
 
-def crop_size(processor: Any) -> tuple[int, int]:
-    """Height and width of the images that a processor makes."""
+def crop_size(processor: Any) -> tuple[int, int] | None:
+    """Height and width of the images that a processor makes; `None` where it leaves them as they are."""
+    if not processor.do_resize and not getattr(processor, "do_center_crop", None):
+        return None
     size: Any = processor.crop_size if getattr(processor, "do_center_crop", None) else processor.size
     side = size.get("shortest_edge")
     return (side, side) if side else (size["height"], size["width"])
@@ -176,7 +198,7 @@ class ImageTrainer(Trainer):
     def __init__(
         self,
         model: PreTrainedModel,
-        args: ImageTrainingArguments,
+        args: TrainingArguments,
         train_dataset: Dataset | ImageRows | None = None,
         eval_dataset: Dataset | ImageRows | dict[str, Dataset] | None = None,
         processing_class: Any = None,
@@ -186,6 +208,7 @@ class ImageTrainer(Trainer):
         processor = image_processor_for(model) if processing_class is None else processing_class
         given = {"data_collator": ImageBatches(processor), "compute_metrics": accuracy, **kwargs}
         self._takes_images = isinstance(given["data_collator"], ImageBatches)
+        args = image_arguments(args, self._takes_images)
         self._columns = columns
         self._classes = int(model.config.num_labels or 0)
         if train_dataset is not None:
@@ -302,6 +325,8 @@ class LocalImageTrainer(LocalLearningMixin, MetricsImageTrainer):
     ) -> None:
         check_image_model(model)
         if not isinstance(args, MLAANImageConfig):
+            if args is not None:
+                args = image_arguments(args, takes_images=image_kwargs.get("data_collator") is None)
             args = local_config(model, args, LocalImageConfig, "local")
         super().__init__(model, args, *image_args, method=method, **image_kwargs)
         if self.args.n_gpu > 1:  # TRL's trainers say so themselves

@@ -1,6 +1,7 @@
 """`lopt-hf image` as a user calls it."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -88,6 +89,31 @@ def test_a_checkpoint_gets_a_classifier_for_other_classes(files, tmp_path, caplo
     run(tmp_path, tmp_path / "three", "--method", "local", "--model_name_or_path", str(tmp_path / "one"))
     assert any("has 4 classes, and the data 3" in message for message in caplog.messages)
     assert AutoModelForImageClassification.from_pretrained(tmp_path / "three").config.num_labels == 3
+
+
+def test_other_classes_than_the_checkpoints_are_told_and_not_learned_through(tmp_path, caplog):
+    """Its weights are trained in fp32, whatever type they were saved in."""
+    model, cells = make_model("vit").to(torch.bfloat16), [as_bytes(row["image"]) for row in make_images(4)]
+    model.config.id2label = {0: "cat", 1: "dog", 2: "owl", 3: "elk"}
+    model.save_pretrained(tmp_path / "named")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "named")
+    arguments = image.ImageModelArguments(model_name_or_path=str(tmp_path / "named"))
+    made, _ = make_image_model(arguments, ["cat", "dog", "owl", "elk"], keeps_classifier=True)
+    assert made.dtype == torch.float32 and caplog.messages == []
+    named = data_of(cells, [0, 1, 2, 3]).cast_column("label", ClassLabel(names=["cat", "owl", "dog", "elk"]))
+    named.to_parquet(tmp_path / "train.parquet")
+    message = "has other classes than the data (label 1 is 'dog' there and 'owl' in the data)"
+    run(tmp_path, tmp_path / "local", "--method", "local", "--model_name_or_path", str(tmp_path / "named"))
+    assert any(message in line and "takes their names" in line for line in caplog.messages)
+    for options in (["--method", "readout"], ["--method", "mlaan", "--readout", "frozen"]):
+        with pytest.raises(UsageExit, match=re.escape(message)):
+            run(tmp_path, tmp_path / "readout", *options, "--model_name_or_path", str(tmp_path / "named"))
+
+
+def test_one_file_as_data_set_has_nothing_to_measure_on(files, tmp_path, capsys):
+    arguments = ["--dataset_name", str(files / "train.parquet"), "--output_dir", str(tmp_path), "--use_cpu", "true"]
+    image.main([*arguments, "--max_steps", "1", "--per_device_train_batch_size", "4", "--report_to", "none"])
+    assert "Accuracy" not in capsys.readouterr().out and (tmp_path / "model.safetensors").is_file()
 
 
 def test_a_checkpoint_keeps_the_names_of_its_classes_where_the_data_have_none(tmp_path):

@@ -22,6 +22,19 @@ def experiment():
     return module
 
 
+def test_results_of_other_arguments_are_not_taken(experiment, tmp_path, capsys):
+    options = {"architecture": "vit", "train_file": "a.parquet", "eval_file": "b.parquet", "output_dir": tmp_path}
+    file = tmp_path / "run.json"
+    for epochs in (1, 1):
+        arguments = experiment.arguments_of(argparse.Namespace(**options, epochs=epochs), [], 0, tmp_path)
+        experiment.check_arguments(file, arguments)
+    with pytest.raises(SystemExit, match="2"):
+        experiment.check_arguments(
+            file, experiment.arguments_of(argparse.Namespace(**options, epochs=2), [], 0, tmp_path)
+        )
+    assert "--num_train_epochs 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("architecture, every_second", [("vit", [1, 3, 5]), ("resnet20", [1, 4, 7])])
 def test_every_run_is_one_that_the_command_takes(experiment, architecture, every_second, tmp_path):
     options = argparse.Namespace(architecture=architecture, train_file="a.parquet", eval_file="b.parquet", epochs=1)

@@ -57,6 +57,21 @@ def test_other_kinds_are_converted_and_said_in_one_line(mode, caplog):
     assert line == f"1 of 2 images are not RGB (1 of mode {mode}) and are converted to it."
 
 
+def test_of_sixteen_bits_the_upper_eight_are_kept():
+    grey = np.array([[0, 256], [32768, 65535]], dtype=np.uint16)
+    row = ImageRows(data_of([as_bytes(Pillow.fromarray(grey))], [0]), num_labels=2)[0]
+    assert torch.equal(row["image"], torch.tensor([[0, 1], [128, 255]], dtype=torch.uint8).expand(3, 2, 2))
+
+
+def test_numbers_without_a_range_and_bombs_are_refused_by_row(monkeypatch):
+    tiff = as_bytes(Pillow.fromarray(np.zeros((2, 2), dtype=np.float32)), "TIFF")
+    with pytest.raises(RowError, match="row 2: 'image' has the mode 'F', whose numbers have no range"):
+        ImageRows(data_of([as_bytes(COLOUR), tiff], [0, 1]), num_labels=2).check_images()
+    monkeypatch.setattr(Pillow, "MAX_IMAGE_PIXELS", 1)
+    with pytest.raises(RowError, match="row 1: 'image' cannot be read .Image size .4 pixels. exceeds limit"):
+        ImageRows(data_of([as_bytes(COLOUR)], [0]), num_labels=2).check_images()
+
+
 def test_a_bar_shows_how_many_images_are_read_where_asked_for(capsys):
     rows = ImageRows(data_of([as_bytes(COLOUR)] * 3, [0, 1, 0]), num_labels=2)
     rows.check_images()
@@ -106,6 +121,12 @@ def test_augmentation_follows_from_seed_epoch_and_row(name):
     assert not torch.equal(first, other[0]["image"])
     one.set_epoch(1)
     assert not torch.equal(first, one[0]["image"])
+
+
+def test_a_crop_of_images_that_no_processor_resizes_keeps_their_size(tmp_path):
+    args = LocalImageConfig(**options(tmp_path, augmentation="resized-crop"))
+    trainer = LocalImageTrainer(make_model("resnet"), args, train_dataset=make_images())
+    assert trainer.train_dataset[0]["image"].shape == (3, 16, 16)
 
 
 def test_loading_processes_that_stay_draw_anew_in_each_epoch():

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForImageClassification, BeitConfig, Data2VecVisionConfig
+from transformers import AutoModelForImageClassification, BeitConfig, Data2VecVisionConfig, TrainingArguments
 
 from lopt_hf import LocalImageConfig, LocalImageTrainer, MLAANImageConfig
 from lopt_hf.local.methods.image.calls import ImageCalls
@@ -75,6 +75,16 @@ def test_a_task_loss_of_the_users_own(settings, tmp_path):
     ours = LocalImageTrainer(make_model("vit"), args, train_dataset=make_images(), compute_loss_func=loss)
     ours.train()
     assert_equal_states(ours.model, local_run("vit", tmp_path / "stock", **settings).model)
+
+
+@pytest.mark.parametrize("trainer_class", [ImageTrainer, LocalImageTrainer])
+def test_plain_training_arguments_leave_the_images_where_they_are(trainer_class, tmp_path):
+    trainer = trainer_class(make_model("vit"), TrainingArguments(**options(tmp_path)), train_dataset=make_images())
+    trainer.train()
+    assert trainer.args.augmentation == "crop-flip"
+    with pytest.raises(ValueError, match="remove_unused_columns=True would remove the images"):
+        args = LocalImageConfig(**options(tmp_path, remove_unused_columns=True))
+        trainer_class(make_model("vit"), args, train_dataset=make_images())
 
 
 def test_one_process_with_several_gpus_is_refused(tmp_path):
@@ -153,10 +163,15 @@ def test_local_gradients_are_those_by_hand(family, tmp_path):
         torch.testing.assert_close(gradient, expected[name], msg=name)
 
 
+@pytest.mark.parametrize("leaps", [None, [0, 0]])
 @pytest.mark.parametrize("family", ["vit", "resnet", "swin", "swinv2"])
-def test_mlaan_gradients_are_those_by_hand(family, tmp_path):
-    """Three blocks, windows of two: as the released code computes them, with detached inputs of each window."""
-    args = MLAANImageConfig(**options(tmp_path, num_blocks=3, auxiliary_checkpointing=False, combine="sum"))
+def test_mlaan_gradients_are_those_by_hand(family, leaps, tmp_path):
+    """Three blocks, windows of two: as the released code computes them, with detached inputs of each window.
+
+    Without leaps too the two losses have a classifier each.
+    """
+    settings = {"num_blocks": 3, "auxiliary_checkpointing": False, "combine": "sum", "leap_layers": leaps}
+    args = MLAANImageConfig(**options(tmp_path, **settings))
     trainer = LocalImageTrainer(make_model(family), args, train_dataset=make_images())
     model, heads = make_model(family), copy.deepcopy(trainer.local_heads)
     batch = make_batch(trainer)
@@ -180,7 +195,9 @@ def test_mlaan_gradients_are_those_by_hand(family, tmp_path):
             return base.layernorm(h).mean(dim=1)
         return base.layernorm(h)[:, 0] if family == "vit" else base.pooler(h)
 
-    if family.startswith("swin"):  # layer 2, the patch merging, has to be leapt over from the first block
+    if (
+        family.startswith("swin") and leaps is None
+    ):  # layer 2, the patch merging, has to be leapt over from the first block
         assert {index: list(head.copies) for index, head in heads.items()} == {"0": ["2", "5"], "1": ["5"]}
 
     h0 = run_layers(blocks[0], embed())

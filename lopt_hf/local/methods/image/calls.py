@@ -12,10 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from lopt_hf.common.upstream.torch import without_forward_hooks
-from lopt_hf.common.upstream.transformers import active_collector
-from lopt_hf.local.blocks import DecoderStack
-from lopt_hf.local.layer_calls import LayerCall, evaluating
-from lopt_hf.local.stacks import example_image
+from lopt_hf.local.layer_calls import LayerCall, evaluating, unnoticed
+from lopt_hf.local.stacks import DecoderStack, example_image
 
 __all__ = ["ImageCalls"]
 
@@ -66,20 +64,16 @@ class ImageCalls:
     @torch.no_grad()
     def _record(self, pixels_BCHW: torch.Tensor, named: Mapping[str, Any]) -> dict[int, LayerCall]:
         calls: dict[int, LayerCall] = {}
-        token = active_collector.set(None)  # nothing that happens here is an output of the model
-        devices = [pixels_BCHW.device] if pixels_BCHW.is_cuda else []
-        try:
-            with evaluating(self._model), torch.random.fork_rng(devices=devices), ExitStack() as undo:
-                for index, layer in enumerate(self._stack.layers):
-                    undo.enter_context(without_forward_hooks(layer))  # it is no forward of theirs
+        decoder = self._stack.decoder
+        with evaluating(self._model), unnoticed(decoder), ExitStack() as undo:
+            for index, layer in enumerate(self._stack.layers):
+                undo.enter_context(without_forward_hooks(layer))  # it is no forward of theirs
 
-                    def record(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], index: int = index) -> None:
-                        calls[index] = LayerCall.of(args, kwargs)
+                def record(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], index: int = index) -> None:
+                    calls[index] = LayerCall.of(args, kwargs)
 
-                    layer.register_forward_pre_hook(record, with_kwargs=True)  # gone with the others
-                self._stack.decoder.forward(pixel_values=pixels_BCHW, **named)
-        finally:
-            active_collector.reset(token)
+                layer.register_forward_pre_hook(record, with_kwargs=True)  # gone with the others
+            decoder.forward(pixel_values=pixels_BCHW, **named)
         return calls
 
 

@@ -4,16 +4,16 @@ Shapes: B batch, T tokens, D hidden channels, C channels of a feature map, H hei
 """
 
 import copy
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lopt_hf.local.blocks import DecoderStack
 from lopt_hf.local.layer_calls import evaluating, output_hidden
 from lopt_hf.local.ownership import TRACE_ERRORS, feeds_first_layer
-from lopt_hf.local.stacks import example_image
+from lopt_hf.local.stacks import DecoderStack, example_image
 from lopt_hf.local.stand_ins import PixelsAsHidden
 
 __all__ = [
@@ -30,15 +30,14 @@ __all__ = [
 def layer_shapes(model: PreTrainedModel, stack: DecoderStack) -> list[torch.Size]:
     """The shapes of the layers' outputs for one image, in the order of the layers; the model stays as it is."""
     shapes: list[torch.Size] = []
-    handles = [
-        layer.register_forward_hook(lambda module, args, output: shapes.append(output_hidden(output).shape))
-        for layer in stack.layers
-    ]
-    try:
+
+    def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        shapes.append(output_hidden(output).shape)
+
+    with ExitStack() as hooks:
+        for layer in stack.layers:
+            hooks.enter_context(layer.register_forward_hook(record))
         _run_once(model)
-    finally:
-        for handle in handles:
-            handle.remove()
     return shapes
 
 
@@ -77,11 +76,8 @@ class ModelTail(nn.Module):
     def _check(self, model: PreTrainedModel, stack: DecoderStack) -> None:
         """Raises `ValueError` if the copy does not make of the last layer's output what the model makes of it."""
         outputs: list[torch.Tensor] = []
-        handle = stack.layers[-1].register_forward_hook(lambda _, args, output: outputs.append(output_hidden(output)))
-        try:
+        with stack.layers[-1].register_forward_hook(lambda _, args, output: outputs.append(output_hidden(output))):
             expected_BL = _run_once(model)
-        finally:
-            handle.remove()
         try:
             with evaluating(self):
                 is_same = torch.allclose(self(outputs[0]), expected_BL, rtol=1e-3, atol=1e-5)

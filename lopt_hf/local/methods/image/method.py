@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lopt_hf.common.settings import option
+from lopt_hf.common.settings import check_left_out, option
 from lopt_hf.local.heads import LocalHeads
 from lopt_hf.local.methods.base import Learner, Method
 from lopt_hf.local.methods.image.heads import ModelTail, has_one_shape, layer_shapes, make_classifier
@@ -86,13 +86,13 @@ class LocalImageArguments(LoPTArguments):
     def check(self) -> None:
         super().check()
         check_image_options(self)
-        for name in ("reconstruction_weight", "reconstruction_bottleneck"):
-            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
-            if self.local_objective != "reconstruction" and value != default:
-                raise ValueError(
-                    f"{name}={value!r} does nothing with local_objective={self.local_objective!r}; leave it out, or "
-                    "set local_objective to 'reconstruction'."
-                )
+        if self.local_objective != "reconstruction":
+            check_left_out(
+                self,
+                ("reconstruction_weight", "reconstruction_bottleneck"),
+                f"does nothing with local_objective={self.local_objective!r}; leave it out, or set local_objective to "
+                "'reconstruction'.",
+            )
 
     def check_run(self, run: RunFacts) -> None:
         check_engine(run)

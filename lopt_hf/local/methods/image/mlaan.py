@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lopt_hf.common.settings import option
+from lopt_hf.common.settings import check_left_out, option
 from lopt_hf.local.blocks import Block
 from lopt_hf.local.heads import LocalHeads
 from lopt_hf.local.layer_calls import LayerCall
@@ -62,11 +62,7 @@ class ImageMLAANArguments(MLAANSettings):
     def check(self) -> None:
         super().check()
         check_image_options(self)
-        default = type(self).__dataclass_fields__["calibration_tokens"].default
-        if self.calibration_tokens != default:
-            raise ValueError(
-                f"calibration_tokens={self.calibration_tokens} does nothing for an image classifier; leave it out."
-            )
+        check_left_out(self, ("calibration_tokens",), "does nothing for an image classifier; leave it out.")
 
     def check_run(self, run: RunFacts) -> None:
         check_engine(run)
@@ -87,6 +83,11 @@ class ImageAuxiliary(LeapAuxiliary):
         super().__init__(*args, **kwargs)
         self.readout = readout
         self.independent = independent
+
+    def forward(self, h_BTD: torch.Tensor, calls: Mapping[int, LayerCall]) -> torch.Tensor:
+        """As the parent's, but a tensor of its own without leaps too: the objective tells the two losses by that."""
+        output_BTD: torch.Tensor = super().forward(h_BTD, calls)
+        return output_BTD.view_as(output_BTD) if output_BTD is h_BTD else output_BTD
 
 
 class _ImageWindows(WindowBoundary):
