@@ -45,7 +45,7 @@ _EXPORTS = {
     "RepLTrainer": "lopt_hf.repl.trainer",
     "RetentionCallback": "lopt_hf.retention.callback",
     "StageTrainer": "lopt_hf.pipeline.runtime.trainer",
-    "get_repl_model": "lopt_hf.repl.model",
+    "get_repl_model": "lopt_hf.repl.mapping",
     "make_plan": "lopt_hf.planner.plan",
 }
 __all__ = [
@@ -98,7 +98,8 @@ if TYPE_CHECKING:
     from lopt_hf.pipeline.runtime.trainer import MLAANPipelineTrainer, PipelineTrainer, StageTrainer
     from lopt_hf.planner.plan import PlanSettings, make_plan
     from lopt_hf.repl.config import RepLConfig
-    from lopt_hf.repl.model import RepLModel, get_repl_model
+    from lopt_hf.repl.mapping import get_repl_model
+    from lopt_hf.repl.model import RepLModel
     from lopt_hf.repl.trainer import RepLTrainer
     from lopt_hf.retention.callback import RetentionCallback
     from lopt_hf.trainers.configs import LocalTrainingArguments, LoPTConfig, LoPTDPOConfig, LoPTGRPOConfig, MLAANConfig

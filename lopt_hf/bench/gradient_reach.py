@@ -13,9 +13,10 @@ from torch import nn
 from trl import SFTTrainer
 
 from lopt_hf.common.figures import draw_heat_map, new_figure
-from lopt_hf.local.blocks import Block, find_decoder_stack
+from lopt_hf.local.blocks import Block
 from lopt_hf.local.micro_batch import BoundaryEvents, MicroBatch
 from lopt_hf.local.ownership import parameters_by_block
+from lopt_hf.local.stacks import find_decoder_stack
 from lopt_hf.pipeline.runtime.trainer import PipelineTrainer
 from lopt_hf.trainers.mixin import LocalLearningMixin
 

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from itertools import chain
+from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -143,7 +143,7 @@ def _make_pacer(connection: Connection, losses: list[float]) -> "TrainerCallback
     from transformers import TrainerCallback
 
     from lopt_hf.meters.gradient_bytes import GradientBytes
-    from lopt_hf.meters.optimizer_bytes import state_bytes
+    from lopt_hf.meters.optimizer_bytes import state_bytes, stepped_weights
     from lopt_hf.meters.saved_bytes import SavedBytes
 
     def now() -> float:
@@ -154,23 +154,22 @@ def _make_pacer(connection: Connection, losses: list[float]) -> "TrainerCallback
     class Pacer(TrainerCallback):
         def __init__(self) -> None:
             self.memory: tuple[SavedBytes, GradientBytes] | None = None
+            self.counting = ExitStack()
             self.cost: float | tuple[int, int, int] | None = None
             self.start = 0.0
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             connection.send(("ready", self.cost))
             if connection.recv() == "memory":
-                model = kwargs["model"]
-                weights = [weight for group in kwargs["optimizer"].param_groups for weight in group["params"]]
-                saved = SavedBytes(chain(model.parameters(), model.buffers(), weights))
-                self.memory = saved.__enter__(), GradientBytes(weights).__enter__()
+                optimizer = kwargs["optimizer"]
+                saved = self.counting.enter_context(SavedBytes.of_training(kwargs["model"], optimizer))
+                self.memory = saved, self.counting.enter_context(GradientBytes(stepped_weights(optimizer)))
             self.start = now()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
             self.cost = now() - self.start
             if self.memory is not None:
-                for counter in self.memory:
-                    counter.__exit__(None, None, None)
+                self.counting.close()
                 self.cost = self.memory[0].peak, self.memory[1].peak, state_bytes(kwargs["optimizer"])
                 self.memory = None
             control.should_log = True  # for the loss of this very step; the log is made outside the timed span

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch  # at run time where it is used: settings are read, and help is shown, without its second of import
@@ -21,6 +21,7 @@ __all__ = [
     "arithmetic_of",
     "choose_arithmetic",
     "choose_for_saved",
+    "fit_to_machine",
     "measure_arithmetic",
     "pick_bf16",
     "read_dtype",
@@ -177,6 +178,22 @@ def pick_bf16(bf16: bool | None, fp16: bool) -> bool:
     if bf16:
         choose_arithmetic("bfloat16", "cpu")
     return bool(bf16)
+
+
+def fit_to_machine(args: Any) -> None:
+    """Sets `use_cpu` where there is no accelerator, and with `use_cpu` the faster choice of `bf16`, see `pick_bf16`.
+
+    Args:
+        args: Training arguments that transformers has not checked yet.
+    """
+    import torch
+
+    # transformers refuses bf16, the default of TRL's configs, on a machine without an accelerator unless told that
+    # this is meant.
+    if not torch.accelerator.is_available():
+        args.use_cpu = True
+    if args.use_cpu:
+        args.bf16 = pick_bf16(args.bf16, args.fp16)
 
 
 def _torch_dtype(name: str) -> "torch.dtype":

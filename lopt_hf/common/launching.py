@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 
 from lopt_hf.common.parent import end_with_parent, parent_environment
 
-__all__ = ["HOST_BACKEND", "LAUNCHER", "ON_THIS_HOST", "run_launcher"]
+__all__ = ["HOST_BACKEND", "INTERRUPTED", "LAUNCHER", "ON_THIS_HOST", "run_launcher"]
 
 LAUNCHER = (sys.executable, "-m", "lopt_hf.common.host_launcher")
+INTERRUPTED = 130  # the exit status of a command that Ctrl-C has ended
 HOST_BACKEND = "lopt_hf_host"
 # Options of a launch on one host: torch's own store would listen on all of the host's interfaces
 ON_THIS_HOST = ("--rdzv_backend", HOST_BACKEND, "--main_process_port", "0")

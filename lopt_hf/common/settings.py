@@ -12,6 +12,7 @@ __all__ = [
     "check_choice",
     "check_choices",
     "check_distinct",
+    "check_left_out",
     "check_lowest",
     "nearest",
     "option",
@@ -119,3 +120,21 @@ def check_distinct(name: str, values: Sequence[Any]) -> None:
     """
     if not values or len(set(values)) < len(values):
         raise ValueError(f"{name}={values} must name at least one value, and each value once.")
+
+
+def check_left_out(settings: Any, names: Iterable[str], problem: str) -> None:
+    """Checks that fields have their defaults, where another value would do nothing.
+
+    Args:
+        settings: What has the fields.
+        names: Those that are to be left out.
+        problem: Why one does nothing, and the fix.
+
+    Raises:
+        ValueError: If one has another value than its default.
+    """
+    known = type(settings).__dataclass_fields__
+    for name in names:
+        value = getattr(settings, name)
+        if value != known[name].default:
+            raise ValueError(f"{name}={value!r} {problem}")

@@ -13,21 +13,18 @@ Row = dict[str, object]
 
 
 def make_arithmetic(num_train: int, num_heldout: int, seed: int) -> DatasetDict:
-    """Generate questions such as `What is 7 + 12?` with their answers, different ones for training and testing.
+    """Generates questions such as `What is 7 + 12?` with their answers, different ones for training and testing.
 
     Args:
-        num_train (`int`):
-            Number of questions in the split `"train"`.
-        num_heldout (`int`):
-            Number of questions in the split `"test"`.
-        seed (`int`):
-            The same seed gives the same questions.
+        num_train: Number of questions in the split `"train"`.
+        num_heldout: Number of questions in the split `"test"`.
+        seed: The same seed gives the same questions.
 
     Returns:
-        `DatasetDict`: Rows of `prompt` (a list with a system and a user message) and `answer` (a number as text).
+        Rows of `prompt` (a list with a system and a user message) and `answer` (a number as text).
 
     Raises:
-        ValueError: A number is less than 1, or there are not as many different questions.
+        ValueError: If a number is less than 1, or there are not as many different questions.
     """
     questions = [
         (a, sign, b)
@@ -40,24 +37,21 @@ def make_arithmetic(num_train: int, num_heldout: int, seed: int) -> DatasetDict:
 
 
 def make_arithmetic_pairs(num_train: int, num_heldout: int, seed: int) -> DatasetDict:
-    """Generate sums of two-digit numbers with a right and a wrong worked answer, for DPO.
+    """Generates sums of two-digit numbers with a right and a wrong worked answer, for DPO.
 
     The wrong answer is worked in the same words, with one slip of the ones, the tens or the last sum; what follows the
     slip is calculated from it.
 
     Args:
-        num_train (`int`):
-            Number of pairs in the split `"train"`.
-        num_heldout (`int`):
-            Number of pairs in the split `"test"`; their questions are not in the other.
-        seed (`int`):
-            The same seed gives the same pairs.
+        num_train: Number of pairs in the split `"train"`.
+        num_heldout: Number of pairs in the split `"test"`; their questions are not in the other.
+        seed: The same seed gives the same pairs.
 
     Returns:
-        `DatasetDict`: Rows of `prompt`, `chosen` and `rejected`, each a list of messages.
+        Rows of `prompt`, `chosen` and `rejected`, each a list of messages.
 
     Raises:
-        ValueError: A number is less than 1, or there are not as many different questions.
+        ValueError: If a number is less than 1, or there are not as many different questions.
     """
     questions = [(a, "+", b) for a in range(10, LARGEST_OF_A_PAIR + 1) for b in range(10, LARGEST_OF_A_PAIR + 1)]
     return _split(questions, _pair_row, num_train, num_heldout, seed)

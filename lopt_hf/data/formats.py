@@ -45,7 +45,7 @@ Converter = Callable[[Row], dict[str, Any]]
 
 
 def to_trl_format(dataset: DatasetT, text_field: str = "text", skips_empty: bool = False) -> DatasetT:
-    """Bring a data set into a layout that TRL's `SFTTrainer` reads, and check every row.
+    """Brings a data set into a layout that TRL's `SFTTrainer` reads, and checks every row.
 
     The first row's columns that are not null tell the layout. TRL's own (`input_ids`; `prompt` and `completion`;
     `messages`; `text`) are left as they are, except that columns which would make TRL see another layout are dropped:
@@ -64,20 +64,18 @@ def to_trl_format(dataset: DatasetT, text_field: str = "text", skips_empty: bool
     no chat template knows, and does not read `conversations` whose keys are `role` and `content` already.
 
     Args:
-        dataset (`Dataset` or `IterableDataset`):
-            The data. Its rows are converted and checked at once, those of a stream as they come.
-        text_field (`str`, *optional*, defaults to `"text"`):
-            The column of plain text. Another name than the default is asked for, and wins over every layout.
-        skips_empty (`bool`, *optional*, defaults to `False`):
-            Leave out rows without text or answer, and say how many there were, instead of refusing them.
+        dataset: The data. Its rows are converted and checked at once, those of a stream as they come.
+        text_field: The column of plain text. Another name than the default is asked for, and wins over every layout.
+        skips_empty: Whether to leave out rows without text or answer, and say how many there were, instead of refusing
+            them.
 
     Returns:
         The same kind of data set; the same object if it is a `Dataset` in which there is nothing to change.
 
     Raises:
-        RowError: A row has nothing to train on, or what its layout has no place for: null, a number or an empty list
-            instead of text or messages, a blank question or answer, an unknown role, a broken JSON text.
-        ValueError: The data set is empty or in no known layout.
+        RowError: If a row has nothing to train on, or what its layout has no place for: null, a number or an empty
+            list instead of text or messages, a blank question or answer, an unknown role, a broken JSON text.
+        ValueError: If the data set is empty or in no known layout.
     """
     first = first_row(dataset)
     layout, convert, dropped = _find_layout(first, text_field)

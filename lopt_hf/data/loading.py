@@ -11,14 +11,20 @@ from lopt_hf.data.damage import BUILDERS, find_damage
 from lopt_hf.data.mirror import find_in_mirror, given_data_dir, say_once
 from lopt_hf.data.rows import RowError
 
-__all__ = ["READ_ERRORS", "NoHubError", "explain_damage", "load_sft_dataset"]
+__all__ = ["READ_ERRORS", "NoHubError", "SplitError", "explain_damage", "load_sft_dataset"]
 
 # What reading a damaged file raises, at once or, of a stream, at its row
 READ_ERRORS = (DatasetGenerationError, UnicodeDecodeError, pyarrow.ArrowException, RowError)
 
+_SPLIT_ERRORS = ("Unknown split", "Bad split")  # how datasets 5 begins to say so, also of a stream
+
 
 class NoHubError(FileNotFoundError):
     """Data are to come from the hub, and no hub answers."""
+
+
+class SplitError(ValueError):
+    """Data do not have a split."""
 
 
 def load_sft_dataset(
@@ -28,30 +34,25 @@ def load_sft_dataset(
     streaming: bool = False,
     data_dir: str | Path | None = None,
 ) -> Dataset | IterableDataset:
-    """Load one split of a data set from a file, a folder or the hub.
+    """Loads one split of a data set from a file, a folder or the hub.
 
     Args:
-        name (`str`):
-            A `.json`, `.jsonl` or `.parquet` file, a folder of such files, or a hub id. What exists locally wins.
-        config (`str`, *optional*):
-            The data set's configuration, for hub ids that have several.
-        split (`str`, *optional*, defaults to `"train"`):
-            The split's name. A single file has the split `"train"` only; in a folder, files called `test.jsonl` and
+        name: A `.json`, `.jsonl` or `.parquet` file, a folder of such files, or a hub id. What exists locally wins.
+        config: The data set's configuration, for hub ids that have several.
+        split: The split's name. A single file has the split `"train"` only; in a folder, files called `test.jsonl` and
             the like make further splits. Slices such as `"train[:100]"` work unless `streaming`.
-        streaming (`bool`, *optional*, defaults to `False`):
-            Read rows as they are needed instead of preparing the whole split on disk first.
-        data_dir (`str` or `Path`, *optional*):
-            Folder with copies of the hub's data sets, which win over the hub, see `find_in_mirror`. Defaults to what
-            `LOPT_HF_DATA_DIR` names.
+        streaming: Whether to read rows as they are needed, instead of preparing the whole split on disk first.
+        data_dir: Folder with copies of the hub's data sets, which win over the hub, see `find_in_mirror`. Default:
+            what `LOPT_HF_DATA_DIR` names.
 
     Returns:
-        `Dataset` or `IterableDataset`: The latter if `streaming`.
+        An `IterableDataset` if `streaming`, else a `Dataset`.
 
     Raises:
-        FileNotFoundError: `name` is no file or folder here, nor a data set the hub gives access to; a `NoHubError` if
-            no hub answers.
-        ValueError: The file type is not supported, there is no data in it, it is damaged, `split` or `config` does
-            not exist, or `data_dir` is no folder.
+        FileNotFoundError: If `name` is no file or folder here, nor a data set the hub gives access to; a `NoHubError`
+            if no hub answers.
+        ValueError: If the file type is not supported, there is no data in it, it is damaged, `split` (a `SplitError`)
+            or `config` does not exist, or `data_dir` is no folder.
     """
     path = Path(name).expanduser()
     folder = given_data_dir(data_dir)
@@ -92,8 +93,10 @@ def load_sft_dataset(
             f"files of the kinds {', '.join(BUILDERS)}."
         ) from error
     except ValueError as error:  # damage too, or an unknown split or config; the message names those there are
+        if (damage := find_damage(name)) is not None:
+            raise ValueError(damage) from error
         unknown = f"Could not load split {split!r} of {name!r} (config {config!r}): {error}"
-        raise ValueError(find_damage(name) or unknown) from error
+        raise (SplitError if str(error).startswith(_SPLIT_ERRORS) else ValueError)(unknown) from error
 
 
 def _in_copy(path: Path, config: str | None) -> tuple[Path, str | None]:

@@ -25,7 +25,7 @@ ANSWERS = ("chosen", "rejected")
 
 
 def to_preferences(dataset: DatasetT) -> DatasetT:
-    """Bring pairs of answers into a layout that `DPOTrainer` reads, and check every row.
+    """Brings pairs of answers into a layout that `DPOTrainer` reads, and checks every row.
 
     A question in a column of another name (`question`, `problem`, `query`, `instruction` with its `input`), a `system`
     message and a `history` become a conversational `prompt`; answers as text beside it become assistant messages.
@@ -33,16 +33,15 @@ def to_preferences(dataset: DatasetT) -> DatasetT:
     else stays what it is: text as text, and answers that begin with their prompt where there is no other.
 
     Args:
-        dataset (`Dataset` or `IterableDataset`):
-            The data. Its rows are converted and checked at once, those of a stream as they come.
+        dataset: The data. Its rows are converted and checked at once, those of a stream as they come.
 
     Returns:
         The same kind of data set; the same object if it is a `Dataset` in which there is nothing to change, or one
         without `chosen` and `rejected`, which the trainer refuses.
 
     Raises:
-        RowError: A row has no question or answer, or one that cannot be read.
-        ValueError: The data set is empty.
+        RowError: If a row has no question or answer, or one that cannot be read.
+        ValueError: If the data set is empty.
     """
     first = first_row(dataset)
     if not first.keys() >= set(ANSWERS):

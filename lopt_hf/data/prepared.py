@@ -5,6 +5,8 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
+from lopt_hf.common.labels import IGNORED_LABEL
+
 __all__ = ["check_answers_fit", "check_prepared", "say_what_was_cut"]
 
 logger = logging.getLogger(__name__)
@@ -32,7 +34,8 @@ def check_prepared(dataset: Any, args: Any, name: str = "train_dataset") -> None
         is_trained_on = next(iter(dataset), None) is not None
     elif "labels" in dataset.column_names:
         rows = dataset.select_columns(["labels"])
-        is_trained_on = any(label != -100 for row in rows for label in row["labels"][1:])  # nothing predicts the first
+        predicted = (label for row in rows for label in row["labels"][1:])  # nothing predicts the first
+        is_trained_on = any(label != IGNORED_LABEL for label in predicted)
     elif set(PAIR_COLUMNS) <= set(dataset.column_names) and args.truncation_mode == "keep_start":
         what = "answers that differ"
         is_trained_on = any(_differs(row, max_length) for row in dataset.select_columns(list(PAIR_COLUMNS)))

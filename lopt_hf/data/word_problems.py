@@ -136,24 +136,21 @@ NUMBER = re.compile(r"(?:(?<![\w)])-)?\d+(?:,\d{3})*(?:\.\d+)?")
 
 
 def make_word_problems(num_train: int, num_heldout: int, seed: int) -> DatasetDict:
-    """Generate word problems with worked answers, different ones for training and for the held-out test.
+    """Generates word problems with worked answers, different ones for training and for the held-out test.
 
     Args:
-        num_train (`int`):
-            Number of problems in the split `"train"`.
-        num_heldout (`int`):
-            Number of problems in the split `"test"`. No problem's text occurs twice, within a split or across them;
-            its form (the text without names and numbers) may.
-        seed (`int`):
-            The same seed gives the same problems.
+        num_train: Number of problems in the split `"train"`.
+        num_heldout: Number of problems in the split `"test"`. No problem's text occurs twice, within a split or across
+            them; its form (the text without names and numbers) may.
+        seed: The same seed gives the same problems.
 
     Returns:
-        `DatasetDict`: Rows of `prompt` (a list with one user message), `completion` (a list with one assistant
-        message: one to three sentences with the arithmetic spelt out, and a last line `#### N` as in GSM8K) and
-        `answer` (N as a string; N is an integer from 2 to 999).
+        Rows of `prompt` (a list with one user message), `completion` (a list with one assistant message: one to three
+        sentences with the arithmetic spelt out, and a last line `#### N` as in GSM8K) and `answer` (N as a string; N
+        is an integer from 2 to 999).
 
     Raises:
-        ValueError: One of the two numbers is less than 1.
+        ValueError: If one of the two numbers is less than 1.
     """
     if num_train < 1 or num_heldout < 1:
         raise ValueError(f"num_train={num_train} and num_heldout={num_heldout} must both be at least 1.")
@@ -167,15 +164,14 @@ def make_word_problems(num_train: int, num_heldout: int, seed: int) -> DatasetDi
 
 
 def extract_answer(text: str) -> str | None:
-    """Find the final answer in a worked answer, for scoring by exact match.
+    """Finds the final answer in a worked answer, for scoring by exact match.
 
     Args:
-        text (`str`):
-            What a model or a data set wrote.
+        text: What a model or a data set wrote.
 
     Returns:
-        `str` or `None`: The number after the last `####`; without one, the last number in the text; thousands' commas
-        removed. `None` if there is no number.
+        The number after the last `####`; without one, the last number in the text; thousands' commas removed. `None`
+        if there is no number.
     """
     _, marker, tail = text.rpartition("####")
     marked = NUMBER.search(tail) if marker else None
@@ -211,7 +207,7 @@ class _Story:
             self.work_out("groups", count, size, n=count, k=size)
 
     def go_on(self, kind: str, sentence: str) -> None:
-        """Tell an event, or ask a question, of this kind with a number that suits the quantity reached."""
+        """Tells an event, or asks a question, of this kind with a number that suits the quantity reached."""
         number = self.rng.choice(_suitable_numbers(kind, self.total))
         times = TIMES.get(number, "")
         self.tell(sentence, k=times if kind == "scale" else number)
@@ -247,7 +243,7 @@ def _write_story(rng: random.Random) -> _Story:
 
 
 def _ask(story: _Story, sentences: Sentences) -> None:
-    """End the story with a question such that one to three operations answer it."""
+    """Ends the story with a question such that one to three operations answer it."""
     if len(story.working) == 3 or (story.working and story.rng.random() < 0.4):
         story.tell(story.rng.choice(sentences["ask"]))
     else:

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lopt_hf.common.settings import option
+from lopt_hf.common.settings import check_left_out, option
 from lopt_hf.local.blocks import Block
 from lopt_hf.local.methods.base import Method
 from lopt_hf.local.run_facts import RunFacts, steps_in_backward
@@ -126,13 +126,13 @@ class LocalArguments(ABC):
             )
 
     def _check_rates(self, run: RunFacts) -> None:
-        known = type(self).__dataclass_fields__
-        for name in ("early_learning_rate", "reach_rate", "reach_anneal"):
-            if steps_in_backward(run.optim) and name in known and getattr(self, name) != known[name].default:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} has no effect with optim={run.optim!r}, which steps in the "
-                    "backward at one rate; leave it out, or choose another optim."
-                )
+        if steps_in_backward(run.optim):
+            check_left_out(
+                self,
+                ("early_learning_rate", "reach_rate", "reach_anneal"),
+                f"has no effect with optim={run.optim!r}, which steps in the backward at one rate; leave it out, or "
+                "choose another optim.",
+            )
 
     def nothing_trainable(self, block: Block) -> str:
         """The message for an early block of which no parameter is trainable."""

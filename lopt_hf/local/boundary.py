@@ -95,7 +95,7 @@ class GradientBoundary(BlockBoundary):
     def leave_block(self, index: int, output_BTD: torch.Tensor) -> torch.Tensor:
         assert self._input_BTD is not None
         loss = self._local_loss(index, output_BTD, self._input_BTD, self.local_batch(output_BTD))
-        balance = self.load_balancing_loss()
+        balance = self.routers.own_loss(self._mask_BT)
         loss = loss if balance is None else loss + balance
         self.check_reach(index, loss)
         if self.mode == "joint":

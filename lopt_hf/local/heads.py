@@ -93,11 +93,8 @@ class LocalHeads(nn.ModuleDict):
             for name in [name for name in state if name.startswith(f"{prefix}{HEADS_NAME}.")]:
                 del state[name]
 
-        handle = model.register_state_dict_post_hook(leave_out)
-        try:
+        with model.register_state_dict_post_hook(leave_out):
             yield
-        finally:
-            handle.remove()
 
     @staticmethod
     def is_name_of_head(name: str) -> bool:

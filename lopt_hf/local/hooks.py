@@ -14,16 +14,15 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from lopt_hf.common.upstream.transformers import active_collector
 from lopt_hf.local.blocks import Block
-from lopt_hf.local.heads import HEADS_NAME
 from lopt_hf.local.layer_calls import hidden_of, output_hidden, with_hidden, with_output_hidden
 from lopt_hf.local.micro_batch import MicroBatch
 from lopt_hf.local.objectives import LocalBatch, LocalObjective, NoObjective
-from lopt_hf.local.ownership import leaves_behind, parameters_by_block
+from lopt_hf.local.reach_check import ReachCheck
 from lopt_hf.local.replay import BlockRun, Replay, Replays
+from lopt_hf.local.routers import RouterLogits
 from lopt_hf.local.stacks import find_stack
 
 __all__ = ["BlockBoundary", "Way", "cut"]
@@ -47,6 +46,8 @@ class BlockBoundary(ABC):
 
     Attributes:
         mode: Whether local backwards run in the forward (`"eager"`), or wait for the task's (`"joint"`).
+        routers: The routers' load-balancing loss.
+        check_reach: Raises if a block's loss reaches a parameter of another block.
 
     Args:
         model: A `transformers` causal language model (of a `PeftModel`, its base model).
@@ -74,15 +75,13 @@ class BlockBoundary(ABC):
         self.early_blocks = list(blocks[:-1]) if early_blocks is None else list(early_blocks)
         self.objective = objective
         self.heads = heads
-        self.router_coefficient = router_coefficient
+        self.routers = RouterLogits(model, len(self.stack.layers), router_coefficient)
+        self.check_reach = ReachCheck(model, self.stack, self.blocks)
         self.micro_batch = MicroBatch()
         self._active = False
         self._in_forward = False
         self._mask_BT: torch.Tensor | None = None
-        self._routers_seen = 0
         self._left: set[int] = set()  # the blocks that have run in this forward
-        self._unchecked: set[int] = set()
-        self._checked_kinds: set[tuple[frozenset[str], int]] = set()
         self._unchecked_replays = set(range(len(self.blocks)))
         self._replays: Replays | None = None
         self._handles = self._install_hooks()
@@ -130,7 +129,7 @@ class BlockBoundary(ABC):
             micro_batch: What they are given, and what to call back.
         """
         self.micro_batch = micro_batch
-        self._look_again_at_new_kinds(micro_batch.inputs)
+        self.check_reach.look_again(micro_batch.inputs)
         self.begin()
         self._active = True
         records = torch.is_grad_enabled()
@@ -235,7 +234,7 @@ class BlockBoundary(ABC):
         if isinstance(mask, Mapping):  # Gemma 3 makes the layers' masks before it calls its decoder
             mask = self.micro_batch.inputs.get("attention_mask")
         self._mask_BT = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
-        self._routers_seen = 0
+        self.routers.begin_forward()
         self._left.clear()
         if self._replays is not None:
             self._replays.begin_forward()
@@ -271,7 +270,7 @@ class BlockBoundary(ABC):
         self._check_runs_once(index)
         way, output_BTD = self.way(index), output_hidden(output)
         if way == "blind":
-            self._routers_seen = len(self._router_logits())
+            self.routers.leave_to_task()
             if index + 1 < self._first_reached:
                 return None
             next_BTD = cut(output_BTD)
@@ -297,7 +296,7 @@ class BlockBoundary(ABC):
 
     def _pass_through(self, index: int, output_BTD: torch.Tensor) -> torch.Tensor:
         """Ends a block that the task's gradient reaches through its graph; returns what the next block starts from."""
-        self._routers_seen = len(self._router_logits())  # the task loss has their load-balancing loss
+        self.routers.leave_to_task()
         factor = self.micro_batch.factor_across(index)
         if factor == 1.0 or not output_BTD.requires_grad:
             return output_BTD
@@ -308,12 +307,8 @@ class BlockBoundary(ABC):
     def _leave_for_later(self, output_BTD: torch.Tensor) -> torch.Tensor:
         """Ends the first run of a block that will run again; returns the leaf that the next block starts from."""
         assert self._replays is not None
-        logits = self._router_logits()
-        own = [cut(layer_logits) for layer_logits in logits[self._routers_seen :]]
-        logits[self._routers_seen :] = own  # the task loss has their load-balancing loss, and hands its gradient back
-        self._routers_seen = len(logits)
         next_BTD = cut(output_BTD)
-        self._replays.leave(next_BTD, own, self.local_batch(output_BTD))
+        self._replays.leave(next_BTD, self.routers.leave_leaves_to_task(), self.local_batch(output_BTD))
         return next_BTD
 
     def _learn_again(self, index: int, run: BlockRun, micro_batch: MicroBatch) -> None:
@@ -350,8 +345,7 @@ class BlockBoundary(ABC):
                 torch.autograd.backward(run.input_BTD, replay.input_BTD.grad)
 
     def _check_replay(self, index: int, run: BlockRun, replay: Replay, micro_batch: MicroBatch) -> None:
-        if index in self._unchecked:
-            self.check_reach(index, replay.output_BTD.sum())
+        self.check_reach(index, replay.output_BTD)
         if index in self._unchecked_replays:
             self._unchecked_replays.discard(index)
             assert run.output_BTD is not None
@@ -368,39 +362,6 @@ class BlockBoundary(ABC):
             mask_BT = mask_BT.to(hidden_BTD.device) if mask_BT.shape == hidden_BTD.shape[:2] else None
         return LocalBatch(mask_BT, self.micro_batch.inputs)
 
-    def load_balancing_loss(self) -> torch.Tensor | None:
-        """Returns the load-balancing loss of the routers that ran since the last boundary, whose logits it detaches.
-
-        It joins an early block's local loss with the weight per layer that it has in end-to-end training; the task
-        loss sees these routers' logits detached.
-        """
-        logits = self._router_logits()
-        if not logits or self.router_coefficient == 0.0:
-            return None
-        own = tuple(logits[self._routers_seen :])
-        self._routers_seen = len(logits)
-        logits[:] = [layer_logits.detach() for layer_logits in logits]
-        return self.balance_of(own, self._mask_BT)
-
-    def balance_of(self, logits: tuple[Any, ...], mask_BT: torch.Tensor | None) -> torch.Tensor:
-        """Returns the load-balancing loss of some layers' routers, with their weight in end-to-end training.
-
-        Args:
-            logits: Each layer's.
-            mask_BT: Which tokens are none of padding, if some are.
-        """
-        config = self.model.config.get_text_config(decoder=True)
-        share = self.router_coefficient * len(logits) / len(self.stack.layers)
-        # The model knows it where the config has another name for it (DeepSeek-V4).
-        experts = vars(self.model).get("num_experts") or config.num_experts
-        loss = load_balancing_loss_func(logits, experts, config.num_experts_per_tok, mask_BT)
-        return share * torch.as_tensor(loss)
-
-    def _router_logits(self) -> list[Any]:
-        """The logits of the routers that have run in this forward, if they are collected."""
-        collected: dict[str, Any] = active_collector.get() or {}
-        return collected.get("router_logits", [])
-
     @contextlib.contextmanager
     def outside_the_forward(self, device_type: str) -> Iterator[None]:
         """Makes a context for a backward within the model's forward: nothing of the forward's state applies to it."""
@@ -414,53 +375,6 @@ class BlockBoundary(ABC):
         # Autocast keeps its low-precision copies of the block's weights until the forward ends.
         if torch.is_autocast_enabled(device_type):
             torch.clear_autocast_cache()
-
-    def _look_again_at_new_kinds(self, inputs: Mapping[str, Any]) -> None:
-        """Lets `check_reach` look at every block again where parameters may get their first gradient.
-
-        Those of a vision tower have none before the first batch with an image, nor what was frozen before it is not.
-        """
-        given = frozenset(name for name, value in inputs.items() if value is not None)
-        kinds = given, sum(parameter.requires_grad for parameter in self.model.parameters())
-        if kinds not in self._checked_kinds:
-            self._checked_kinds.add(kinds)
-            self._unchecked = set(range(len(self.blocks)))
-
-    def check_reach(self, index: int, loss: torch.Tensor, first: int | None = None) -> None:
-        """Raises if a block's first loss, or first with inputs of a new kind, reaches a parameter of another block.
-
-        Args:
-            index: The block's index.
-            loss: Its loss.
-            first: The first of the blocks before it that the loss is to reach, too.
-
-        Raises:
-            RuntimeError: If it does; the message names the parameter.
-        """
-        if index not in self._unchecked or not loss.requires_grad:
-            return
-        self._unchecked.discard(index)
-        owned = parameters_by_block(self.model, self.stack, self.blocks)
-        foreign = {
-            name: parameter
-            for other, parameters in enumerate(owned)
-            for name, parameter in parameters.items()
-            if not (index if first is None else first) <= other <= index
-            and parameter.requires_grad
-            and f"{HEADS_NAME}." not in name
-        }
-        if not foreign:
-            return
-        # Not by a backward: where two blocks share a part of the graph, the first one's has freed it.
-        leaves = leaves_behind([loss])
-        reached = [name for name, parameter in foreign.items() if parameter in leaves]
-        if reached:
-            raise RuntimeError(
-                f"The loss of block {index} reaches {reached[0]!r}, which belongs to another block. The blocks of "
-                f"{type(self.model).__name__} share weights or inputs (for every layer, as in Gemma 3n, or image "
-                "features that later layers are given too), and local learning cannot separate them; freeze that "
-                "parameter, or please report the architecture."
-            )
 
 
 def cut(hidden_BTD: torch.Tensor) -> torch.Tensor:

@@ -7,9 +7,10 @@ windows, local and global rotary embeddings), and only the decoder knows it.
 Shapes: B batch, T tokens, D hidden channels.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,17 +20,19 @@ from transformers.cache_utils import Cache
 
 from lopt_hf.common.upstream.torch import without_forward_hooks
 from lopt_hf.common.upstream.transformers import active_collector
-from lopt_hf.local.blocks import DecoderStack
+from lopt_hf.local.stacks import DecoderStack
 
 __all__ = [
     "LayerCall",
     "evaluating",
     "hidden_of",
     "hidden_without_noise",
+    "layer_inputs",
     "output_hidden",
     "record_layer_calls",
     "stop_at",
     "stop_behind",
+    "unnoticed",
     "with_hidden",
     "with_output_hidden",
 ]
@@ -75,6 +78,52 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def unnoticed(decoder: nn.Module) -> Iterator[None]:
+    """Makes a context in which a decoder runs beside the model's forward, which does not notice.
+
+    Nothing is an output of the model's that is computed here, and the random state is left as it was.
+
+    Args:
+        decoder: The decoder.
+    """
+    devices = {parameter.device.index for parameter in decoder.parameters() if parameter.device.type == "cuda"}
+    token = active_collector.set(None)
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        active_collector.reset(token)
+
+
+@contextmanager
+def layer_inputs(layers: nn.ModuleList, indices: Iterable[int]) -> Iterator[dict[int, torch.Tensor]]:
+    """Keeps the hidden states that layers are given in the latest forward that runs in this block.
+
+    Args:
+        layers: The decoder's layers.
+        indices: Those of the layers to watch; `len(layers)` stands for the output of the last.
+
+    Yields:
+        A dictionary that gets the hidden states, (B, T, D) each, by index.
+    """
+    seen: dict[int, torch.Tensor] = {}
+
+    def before(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen[index] = hidden_of(args, kwargs)
+
+    def behind(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        seen[len(layers)] = output_hidden(output)
+
+    with ExitStack() as hooks:
+        for index in indices:
+            if index == len(layers):
+                hooks.enter_context(layers[-1].register_forward_hook(behind))
+            else:
+                hooks.enter_context(layers[index].register_forward_pre_hook(partial(before, index), with_kwargs=True))
+        yield seen
 
 
 class _StopForwardError(Exception):
@@ -123,12 +172,8 @@ def stop_behind(layer: nn.Module) -> Iterator[list[tuple[torch.Tensor, torch.Ten
 
 @contextmanager
 def _until_stopped(handle: RemovableHandle) -> Iterator[None]:
-    try:
+    with handle, suppress(_StopForwardError):
         yield
-    except _StopForwardError:
-        pass
-    finally:
-        handle.remove()
 
 
 @dataclass(frozen=True)
@@ -177,14 +222,8 @@ def record_layer_calls(stack: DecoderStack, args: tuple[Any, ...], kwargs: Mappi
         For each layer how it is called.
     """
     calls: dict[int, LayerCall] = {}
-    token = active_collector.set(None)  # nothing that happens here is an output of the model
-    devices = {p.device for p in stack.decoder.parameters() if p.device.type == "cuda"}
-    try:
-        with torch.random.fork_rng(devices=[device.index for device in devices]), _recording(stack.layers, calls):
-            with suppress(_StopForwardError):
-                stack.decoder.forward(*args, **{k: v for k, v in kwargs.items() if k not in _BETWEEN_LAYERS})
-    finally:
-        active_collector.reset(token)
+    with unnoticed(stack.decoder), _recording(stack.layers, calls), suppress(_StopForwardError):
+        stack.decoder.forward(*args, **{k: v for k, v in kwargs.items() if k not in _BETWEEN_LAYERS})
     return calls
 
 
@@ -204,15 +243,12 @@ def hidden_without_noise(stack: DecoderStack, args: tuple[Any, ...], kwargs: Map
     if not noisy:
         return None
     first = stack.layers[0]
-    token = active_collector.set(None)
-    devices = {p.device.index for p in stack.decoder.parameters() if p.device.type == "cuda"}
     for module in noisy:
         module.training = False  # which switches the noise off, and of an embedding nothing else
     try:
-        with torch.random.fork_rng(devices=devices), without_forward_hooks(first), stop_at(first) as calls:
+        with unnoticed(stack.decoder), without_forward_hooks(first), stop_at(first) as calls:
             stack.decoder.forward(*args, **kwargs)
     finally:
-        active_collector.reset(token)
         for module in noisy:
             module.training = True
     return hidden_of(*calls[0])

@@ -4,75 +4,31 @@ A trainer, a stage of a pipeline and the planner run the same object, so that wh
 """
 
 import contextlib
-import logging
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from lopt_hf.common.distributed import GradientReducer
-from lopt_hf.local.blocks import (
-    Block,
-    split_layers,
-    untie_output_embeddings,
-)
+from lopt_hf.local.block_steps import BlockSteps, groups_of_blocks, groups_of_parts
+from lopt_hf.local.blocks import Block, split_layers
+from lopt_hf.local.embeddings import separate_embeddings
 from lopt_hf.local.heads import LocalHeads
+from lopt_hf.local.learner_events import LearnerEvents
 from lopt_hf.local.methods.base import Batches, Method
-from lopt_hf.local.micro_batch import BoundaryEvents, MicroBatch, check_replay
+from lopt_hf.local.micro_batch import BoundaryEvents, MicroBatch
 from lopt_hf.local.ownership import parameters_before_decoder, parameters_by_block
 from lopt_hf.local.run_facts import RunFacts
 from lopt_hf.local.schedule import ReachSchedule
 from lopt_hf.local.stacks import find_stack
-from lopt_hf.local.stepping import ClipGroup, GradientsComplete, stepping_only
+from lopt_hf.local.stepping import ClipGroup
 from lopt_hf.local.vision import check_deepstack, prepare_vision
 
 __all__ = ["LearnerEvents", "LocalLearner"]
-
-logger = logging.getLogger(__name__)
-
-
-def _run_backward(loss: torch.Tensor) -> None:
-    loss.backward()  # type: ignore[no-untyped-call]
-
-
-def _check_finite(name: str, value: torch.Tensor | float) -> None:
-    if not math.isfinite(value):
-        raise FloatingPointError(f"{name} is {value}; lower the learning rate.")
-
-
-@dataclass(frozen=True)
-class LearnerEvents:
-    """What a learner asks of whoever runs its steps; the defaults are those of a bare loop in one process.
-
-    Attributes:
-        run_backward: Runs the backward of a loss, scaled as the optimizer expects gradients.
-        around_backward: Makes a context for each backward that runs within the forward, to time it for instance.
-        around_step: Makes a context for the clipping and the step of a part of the model.
-        check_finite: Raises if a figure, given with its name, is not finite.
-        check_replay: Raises if a block that runs again gives something else, see `BoundaryEvents`.
-        optimizer: Returns the optimizer that `step_block` steps.
-        autocast: Makes the context in which the model computes.
-        calibration_batches: Gives batches of training data before training; without it nothing is calibrated.
-        say: Tells the user a line.
-    """
-
-    run_backward: Callable[[torch.Tensor], None] = _run_backward
-    around_backward: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
-    around_step: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
-    check_finite: Callable[[str, torch.Tensor | float], None] = _check_finite
-    check_replay: Callable[[int, torch.Tensor], None] = check_replay
-    optimizer: Callable[[], Any] | None = None
-    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
-    calibration_batches: Batches | None = None
-    say: Callable[[str], None] = logger.warning
 
 
 class LocalLearner:
@@ -100,7 +56,6 @@ class LocalLearner:
         heads: What the early blocks learn through; they are to be trained with the model.
         boundary: The boundaries between the blocks.
         schedule: Which blocks the task's gradient reaches at which step.
-        has_untied: Whether the LM head has been given a weight of its own.
 
     Args:
         model: A `transformers` causal language model, PEFT-wrapped or not, or a stage's part of one.
@@ -149,13 +104,11 @@ class LocalLearner:
         self.seed = seed
         self.device = device or torch.device("cpu")
         self.router_coefficient = router_coefficient
-        self.max_grad_norm = max_grad_norm if max_grad_norm > 0 else math.inf
         self.stack = find_stack(self.base_model)
         self.blocks = split_layers(len(self.stack.layers), settings.num_blocks, settings.split_at)
         here = range(len(self.blocks) - 1) if early_blocks is None else early_blocks
         self.early_blocks = [self.blocks[index] for index in here]
         self._owned: list[dict[str, nn.Parameter]] | None = None
-        self.has_untied = False
         note = prepare_vision(self.base_model, self.stack, settings, isinstance(model, PeftModel))
         if note:
             self.say(note)
@@ -165,19 +118,12 @@ class LocalLearner:
             self._check_task_is_learned()
         objective = self.method.make_objective(self)
         self.heads = self.method.make_heads(self, objective)
-        for block in self.learning_blocks:
-            if str(block.index) in self.heads:
-                self.place(self.heads[str(block.index)], block)
+        self._place_heads()
         self.boundary = self.method.make_boundary(self, objective, self.heads)
         self.schedule: ReachSchedule = settings.schedule
         if self.schedule.highest > 1 and settings.reach_recompute and not reaches_later:
             self.boundary.recompute_reached()
-        if settings.train_vision and not self.boundary.learns_locally and self.schedule.highest < len(self.blocks):
-            raise ValueError(
-                "train_vision=True: no loss reaches the first block, which the vision tower belongs to; choose a "
-                f"local objective, let task_reach reach all {len(self.blocks)} blocks at some steps, or set "
-                "train_vision to False."
-            )
+        self._check_vision_is_reached()
         self._make_fingerprint: Callable[[], dict[str, Any]] = partial(self.method.fingerprint, self, objective)
         if not self.early_blocks:  # nothing here learns from the objective, and a copy of an LM head is large
             fingerprint = self._make_fingerprint()
@@ -188,11 +134,11 @@ class LocalLearner:
         self._started: set[int] = set()  # those of them that it averages already, in the step under way
         self._synchronises = True
         self._position = 0  # of the micro-batch in its step
-        self._stepped_norms: dict[str, torch.Tensor] = {}  # of the groups that have taken the step under way, by name
+        self._steps = BlockSteps(self.groups, self.events, self.device, max_grad_norm)
 
     def _prepare_model(self) -> None:
         if self.method.separates_embeddings(self):
-            self.has_untied = separate_embeddings(self.base_model, self.settings.tied_embeddings)
+            separate_embeddings(self.base_model, self.settings.tied_embeddings)
         if not self.settings.train_early_blocks:
             for parameter in self.early_parameters():
                 parameter.requires_grad_(False)
@@ -211,6 +157,22 @@ class LocalLearner:
                 f"num_blocks={self.settings.num_blocks}: nothing that the task loss reaches (from layer {first} on) "
                 "is trainable, so nothing would learn the task, as with prompt tuning or an adapter on the first "
                 "layers only; make later layers trainable, or use an adapter in all of them."
+            )
+
+    def _place_heads(self) -> None:
+        for block in self.learning_blocks:
+            if str(block.index) in self.heads:
+                self.place(self.heads[str(block.index)], block)
+
+    def _check_vision_is_reached(self) -> None:
+        """Raises if a vision tower that is to train has nothing to learn from."""
+        if not self.settings.train_vision or self.boundary.learns_locally:
+            return
+        if self.schedule.highest < len(self.blocks):
+            raise ValueError(
+                "train_vision=True: no loss reaches the first block, which the vision tower belongs to; choose a "
+                f"local objective, let task_reach reach all {len(self.blocks)} blocks at some steps, or set "
+                "train_vision to False."
             )
 
     # ---- What a method may use of the events ----
@@ -259,7 +221,7 @@ class LocalLearner:
         """The parameters of all blocks but the last."""
         return [parameter for block in self.owned()[:-1] for parameter in block.values()]
 
-    def learners(self) -> list[list[nn.Parameter]]:
+    def parameters_to_learn(self) -> list[list[nn.Parameter]]:
         """For each block the parameters that its gradients are for: its own and its head's."""
         groups = [[p for n, p in block.items() if not LocalHeads.is_name_of_head(n)] for block in self.owned()]
         for index, head in self.heads.items():
@@ -268,17 +230,10 @@ class LocalLearner:
 
     def groups(self) -> list[ClipGroup]:
         """What is clipped and stepped together; of a block's groups the one first that a backward completes first."""
-        learners = self.learners()
-        if self.settings.clip_scope != "part":
-            return [ClipGroup(f"block {index}", index, parameters) for index, parameters in enumerate(learners)]
-        in_layers = {id(p) for module in (*self.stack.layers, self.heads) for p in module.parameters()}
-        groups: list[ClipGroup] = []
-        for index, parameters in enumerate(learners):
-            inside, outside = ([p for p in parameters if (id(p) in in_layers) is where] for where in (True, False))
-            layers = ClipGroup(f"block {index}'s layers", index, inside)
-            others = ClipGroup(f"block {index} but its layers", index, outside)
-            groups += [others, layers] if index == len(learners) - 1 else [layers, others]
-        return groups
+        learning = self.parameters_to_learn()
+        if self.settings.clip_scope == "part":
+            return groups_of_parts(learning, [*self.stack.layers, self.heads])
+        return groups_of_blocks(learning)
 
     def device_of(self, block: Block) -> torch.device:
         """Where a block ends: a model may be spread over devices, or not yet be on its own (FSDP)."""
@@ -309,8 +264,8 @@ class LocalLearner:
         step: int,
         scale: float = 1.0,
         synchronises: bool = True,
-        accumulation_steps: int = 1,
-        total_steps: int = 1,
+        accumulation_steps: int | None = None,
+        total_steps: int | None = None,
     ) -> Iterator[None]:
         """Switches the boundaries on for the forwards of one micro-batch.
 
@@ -319,23 +274,27 @@ class LocalLearner:
             step: The optimizer step, counted from 0.
             scale: Factor of the local losses whose backward runs in the forward, see `Method.local_scale`.
             synchronises: Whether it is the step's last micro-batch, whose gradients are averaged and stepped.
-            accumulation_steps: Micro-batches of the step.
-            total_steps: Optimizer steps of the run.
+            accumulation_steps: Micro-batches of the step; with `reach_unit="microbatch"` they have to be known.
+            total_steps: Optimizer steps of the run; with `reach_unit="run"` they have to be known.
+
+        Raises:
+            ValueError: If one is missing that the schedule of reach needs.
         """
+        self.schedule.check_run_is_known(accumulation_steps, total_steps)
         self._synchronises = synchronises
         self.method.begin_micro_batch(self, step)
         self._micro_batch = MicroBatch(
-            BoundaryEvents(
+            events=BoundaryEvents(
                 run_backward=self._run_backward,
                 on_block_done=self._finish_block,
                 check_replay=self.events.check_replay,
                 around_backward=self.events.around_backward,
             ),
-            scale,
-            self.method.trains_early_blocks(self, step),
-            inputs,
-            1 if self._reaches_later else self.schedule.at(step, self._position, total_steps),
-            self.schedule.gradient_factors(accumulation_steps),
+            scale=scale,
+            trains_early_blocks=self.method.trains_early_blocks(self, step),
+            inputs=inputs,
+            reach=1 if self._reaches_later else self.schedule.at(step, self._position, total_steps or 1),
+            gradient_factors=self.schedule.gradient_factors(accumulation_steps or 1),
         )
         with self.boundary.training_forward(self._micro_batch):
             yield
@@ -369,20 +328,14 @@ class LocalLearner:
         Args:
             synchronises: As in `forward`.
         """
-        waiting: list[GradientsComplete] = []
         # Where gradients are averaged they are complete after that, which is after the backward; and while FSDP2
         # averages those of a unit, a norm that the host waits for would hold back the next unit.
-        if self.settings.local_step and synchronises and self._reducer is None and self.run.engine is None:
-            waiting = [
-                GradientsComplete(group.parameters, partial(self._step_group, group))
-                for group, next_group in pairwise(self.groups())
-                if group.block == next_group.block
-            ]
+        is_alone = self._reducer is None and self.run.engine is None
+        steps_early = self.settings.local_step and synchronises and is_alone
         try:
-            yield
+            with self._steps.stepping_early() if steps_early else contextlib.nullcontext():
+                yield
         finally:
-            for completion in waiting:
-                completion.remove()
             self.boundary.abandon()
             self._micro_batch = MicroBatch()
             self._position = 0 if synchronises else self._position + 1
@@ -393,7 +346,7 @@ class LocalLearner:
 
     def _run_backward(self, index: int, loss: torch.Tensor) -> None:
         if self.settings.local_step and self._synchronises:
-            self._check_first_backward(index)
+            self._steps.check_first_backward(index)
         if index in self._started and self._reducer is not None:
             self._reducer.wait()  # before a further forward of this micro-batch adds to what is being averaged
         self.events.run_backward(loss)
@@ -420,7 +373,7 @@ class LocalLearner:
     def _average(self, index: int) -> None:
         if self._reducer is not None and index in self._reduced:
             sees = index == 0 and self.settings.train_vision
-            self._reducer.start(self.learners()[index], may_differ=sees)
+            self._reducer.start(self.parameters_to_learn()[index], may_differ=sees)
             self._started.add(index)
 
     def wait_for_averages(self) -> None:
@@ -436,45 +389,14 @@ class LocalLearner:
 
     def clip(self, max_norm: float) -> torch.Tensor:
         """Clips each group's gradients, once `wait_for_averages` has ended; returns the norm of all of them before."""
-        norms = [self._clip_group(group, max_norm) for group in self.groups()]
-        return torch.linalg.vector_norm(torch.stack(norms))
+        return self._steps.clip(max_norm)
 
     def step_block(self, index: int) -> None:
-        """Averages, clips and applies what has not stepped yet of a block's gradients, and frees them.
-
-        There is one torch optimizer as ever: a step of some parameters is a call of it that sees their gradients
-        only. So optimizer, scheduler and checkpoints are what they are without, and clipping apart leaves nothing by
-        which one step could change another's.
-        """
+        """Averages, clips and applies what has not stepped yet of a block's gradients, and frees them."""
         with self.events.around_step():
             if self._reducer is not None:
                 self._reducer.wait()
-            for group in self.groups():
-                if group.block == index and group.name not in self._stepped_norms:
-                    self._step_group(group)
-
-    def _step_group(self, group: ClipGroup) -> None:
-        assert self.events.optimizer is not None
-        norm = self._clip_group(group, self.max_grad_norm)
-        self.events.check_finite(f"grad_norm of {group.name}", norm)
-        optimizer = self.events.optimizer()
-        with stepping_only(optimizer, group.parameters):
-            optimizer.step()
-        for parameter in group.parameters:
-            parameter.grad = None
-        self._stepped_norms[group.name] = norm
-
-    def _clip_group(self, group: ClipGroup, max_norm: float) -> torch.Tensor:
-        if group.name in self._stepped_norms:
-            return self._stepped_norms.pop(group.name)
-        return group.clip(max_norm).to(self.device)
-
-    def _check_first_backward(self, index: int) -> None:
-        if any(group.block == index and group.name in self._stepped_norms for group in self.groups()):
-            raise RuntimeError(
-                f"local_step=True: block {index} runs forward with gradients a second time after its step. This "
-                "trainer's loss takes several forwards for each micro-batch; set local_step to False."
-            )
+            self._steps.step(index)
 
     def after_step(self) -> None:
         """Does what follows every optimizer step."""
@@ -482,7 +404,7 @@ class LocalLearner:
 
     def begin_run(self) -> None:
         """Forgets the step that an exception ended."""
-        self._stepped_norms.clear()
+        self._steps.forget()
         self._started.clear()
         self._position = 0
 
@@ -521,33 +443,3 @@ class LocalLearner:
             "reach_rate": self.settings.reach_rate,
             **({"reach_anneal": True} if self.settings.reach_anneal else {}),
         }
-
-
-def separate_embeddings(model: PreTrainedModel, tied_embeddings: str) -> bool:
-    """Keeps the task's gradient out of an input embedding that shares its weight with the LM head.
-
-    Args:
-        model: The model; nothing is done where the two are apart, or do not learn.
-        tied_embeddings: `"untie"` gives the head a copy, `"freeze"` freezes both.
-
-    Returns:
-        Whether the head has been given a copy.
-
-    Raises:
-        ValueError: If the weight to copy has been sharded already.
-    """
-    embeddings: Any = model.get_input_embeddings()
-    shared = {id(parameter) for parameter in embeddings.parameters()}
-    tied = [p for p in model.get_output_embeddings().parameters() if id(p) in shared and p.requires_grad]  # type: ignore[union-attr]
-    if not tied:
-        return False
-    if tied_embeddings == "freeze":
-        for parameter in tied:
-            parameter.requires_grad_(False)
-        return False
-    if is_deepspeed_zero3_enabled():
-        raise ValueError(
-            "tied_embeddings='untie' does not work under DeepSpeed ZeRO-3, which has already sharded the weight to "
-            "copy; set it to 'freeze', or use ZeRO-2."
-        )
-    return untie_output_embeddings(model)

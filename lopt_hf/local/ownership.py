@@ -16,10 +16,10 @@ from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lopt_hf.common.upstream.torch import without_modes
-from lopt_hf.local.blocks import Block, DecoderStack
+from lopt_hf.local.blocks import Block
 from lopt_hf.local.heads import LocalHeads
 from lopt_hf.local.layer_calls import stop_at
-from lopt_hf.local.stacks import example_image
+from lopt_hf.local.stacks import DecoderStack, example_image
 
 __all__ = [
     "feeds_first_layer",
@@ -146,7 +146,7 @@ def _trace(stack: DecoderStack) -> frozenset[str]:
             _traced[decoder] = _trace_twin(kind, _Config(decoder.config), name)
         except TRACE_ERRORS:
             embeddings = (name for name, module in decoder.named_modules() if isinstance(module, nn.Embedding))
-            _traced[decoder] = frozenset(embeddings)  # what this misses, `BlockBoundary.check_reach` finds
+            _traced[decoder] = frozenset(embeddings)  # what this misses, `ReachCheck` finds
     return _traced[decoder]
 
 

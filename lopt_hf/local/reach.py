@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lopt_hf.common.settings import option
+from lopt_hf.common.settings import check_left_out, option
 from lopt_hf.local.arguments import LocalArguments
 from lopt_hf.local.run_facts import RunFacts
 from lopt_hf.local.schedule import RATE_RULES, ReachSchedule
@@ -140,6 +140,10 @@ class ReachArguments(LocalArguments):
                     f"{name}={getattr(self, name)!r} does nothing with task_reach={cycle}, which is the same at every "
                     "step; leave it out, or raise one of the numbers."
                 )
+        if self.reach_rate == "none":
+            check_left_out(
+                self, ["reach_rate_limit"], "does nothing with reach_rate='none'; leave it out, or set reach_rate."
+            )
         if self.reach_anneal and self.reach_unit != "run":
             raise ValueError(
                 f"reach_anneal=True does nothing with reach_unit={self.reach_unit!r}, which reaches every block until "
@@ -170,6 +174,11 @@ class ReachArguments(LocalArguments):
             raise ValueError(
                 f"reach_recompute=True does not work with {run.wants_one_backward}, which must see one backward per "
                 "step; set it to False, or choose another optimizer."
+            )
+        if self.reach_recompute and run.is_compiled:
+            raise ValueError(
+                "reach_recompute=True does not work with torch_compile=True, which cannot follow how a block runs "
+                "again; set one of them to False."
             )
         if self.reach_unit == "microbatch":
             self._check_micro_batches(run.accumulation_steps)

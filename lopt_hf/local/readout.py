@@ -20,26 +20,38 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from lopt_hf.common.labels import IGNORED_LABEL
 from lopt_hf.common.upstream.torch import FakeTensorMode
 from lopt_hf.common.upstream.transformers import no_init_weights
-from lopt_hf.local.blocks import find_decoder_stack
 from lopt_hf.local.objectives import LocalBatch
 from lopt_hf.local.ownership import modules_before_decoder
+from lopt_hf.local.stacks import find_decoder_stack
 
 __all__ = [
+    "IGNORED_LABEL",
     "ChunkedCrossEntropy",
     "Readout",
     "ReadoutObjective",
     "TokenLoss",
     "frozen_copy",
     "model_after_the_layers",
+    "tokens_at_once",
     "unadapted",
 ]
 
-IGNORED_LABEL = -100  # transformers, TRL
-
 # Ours: 64 MiB of fp32 logits, 341 tokens at SmolLM2's 49,152 entries. On a CPU larger chunks were no faster.
 MAX_LOGITS = 2**24
+
+
+def tokens_at_once(model: PreTrainedModel, max_logits: int = MAX_LOGITS) -> int:
+    """Returns of how many tokens the logits may exist at once, one at least.
+
+    Args:
+        model: The language model.
+        max_logits: Most logits that exist at once, as tokens times vocabulary.
+    """
+    vocabulary_size: int = model.config.get_text_config(decoder=True).vocab_size
+    return max(1, max_logits // vocabulary_size)
 
 
 class ReadoutObjective:
@@ -102,9 +114,8 @@ class ReadoutObjective:
         Raises:
             ValueError: If a weight is not there (on the `meta` device), or if `copy=False` and one is trainable.
         """
-        vocabulary_size = model.config.get_text_config(decoder=True).vocab_size
         readout = Readout(model_after_the_layers(model, functools.partial(frozen_copy, copy=copy)))
-        return cls(readout, max(1, max_logits // vocabulary_size))
+        return cls(readout, tokens_at_once(model, max_logits))
 
     @functools.cached_property
     def fingerprint(self) -> str:

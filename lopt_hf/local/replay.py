@@ -19,9 +19,10 @@ from torch.utils.hooks import RemovableHandle
 
 from lopt_hf.common.upstream.torch import BatchNorm
 from lopt_hf.common.upstream.transformers import active_collector
-from lopt_hf.local.blocks import Block, DecoderStack
+from lopt_hf.local.blocks import Block
 from lopt_hf.local.layer_calls import LayerCall, hidden_of, output_hidden
 from lopt_hf.local.objectives import LocalBatch
+from lopt_hf.local.stacks import DecoderStack
 
 __all__ = ["BlockRun", "RandomState", "Replay", "Replays", "running_statistics_kept"]
 

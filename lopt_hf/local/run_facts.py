@@ -32,6 +32,7 @@ class RunFacts:
         reentrant_checkpointing: Whether activations are checkpointed in the reentrant form.
         may_save_in_mid_step: Whether a checkpoint may be written when a signal comes.
         accumulation_steps: Micro-batches of an optimizer step.
+        is_compiled: Whether the model is compiled by `torch.compile`.
     """
 
     task: str = "SFT"
@@ -41,6 +42,7 @@ class RunFacts:
     reentrant_checkpointing: bool = False
     may_save_in_mid_step: bool = False
     accumulation_steps: int = 1
+    is_compiled: bool = False
 
     @property
     def wants_one_backward(self) -> str | None:

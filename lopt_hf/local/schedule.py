@@ -35,6 +35,19 @@ class ReachSchedule:
         """Optimizer steps after which a step is as the first."""
         return len(self.cycle) if self.unit == "step" else 1
 
+    def check_run_is_known(self, accumulation_steps: int | None, total_steps: int | None) -> None:
+        """Checks that what the schedule runs over is known.
+
+        Raises:
+            ValueError: If it is not.
+        """
+        if self.highest == 1:
+            return
+        needs = {"run": ("total_steps", total_steps), "microbatch": ("accumulation_steps", accumulation_steps)}
+        name, number = needs.get(self.unit, ("", 1))
+        if number is None:
+            raise ValueError(f"reach_unit={self.unit!r} follows from {name}, which is missing; pass it to `forward`.")
+
     def at(self, step: int, micro_batch: int = 0, total_steps: int = 1) -> int:
         """Returns the reach at an optimizer step and at a micro-batch in it, both counted from 0.
 

@@ -6,9 +6,10 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lopt_hf.local.blocks import Block, DecoderStack
+from lopt_hf.local.blocks import Block
 from lopt_hf.local.ownership import modules_before_decoder, parameters_before_decoder
 from lopt_hf.local.schedule import ReachSchedule
+from lopt_hf.local.stacks import DecoderStack
 
 __all__ = ["check_deepstack", "num_deepstack_layers", "prepare_vision"]
 

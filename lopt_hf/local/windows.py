@@ -171,10 +171,10 @@ class WindowBoundary(BlockBoundary):
         return hidden_BTD
 
     def leave_block(self, index: int, output_BTD: torch.Tensor) -> torch.Tensor:
-        segment = _Segment(index, self._boundary_BTD, output_BTD, self.load_balancing_loss())
+        segment = _Segment(index, self._boundary_BTD, output_BTD, self.routers.own_loss(self._mask_BT))
         self._segments[index] = segment
         if self.window < len(self.blocks):
-            self.check_reach(index, output_BTD.sum())
+            self.check_reach(index, output_BTD)
         if str(index) in self.heads:
             self._learn(segment)
         self._boundary_BTD = cut(output_BTD)

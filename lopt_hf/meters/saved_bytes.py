@@ -10,6 +10,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from lopt_hf.common.upstream.torch import storage_key
+from lopt_hf.meters.optimizer_bytes import stepped_weights
 
 __all__ = ["SavedBytes"]
 
@@ -55,6 +56,16 @@ class SavedBytes:
         # Autograd releases what it saved from the device's backward thread, and from wherever a graph is dropped.
         self._lock = RLock()
         self._hooks = saved_tensors_hooks(self._pack, _unpack)
+
+    @classmethod
+    def of_training(cls, model: nn.Module, optimizer: torch.optim.Optimizer) -> "SavedBytes":
+        """Makes the counter for a training step, which leaves out the model's tensors and what is stepped.
+
+        Args:
+            model: The model.
+            optimizer: It may step weights that are not the model's, such as those of local heads.
+        """
+        return cls(chain(model.parameters(), model.buffers(), stepped_weights(optimizer)))
 
     def reset_peak(self) -> None:
         """Starts a new peak at what is saved now."""

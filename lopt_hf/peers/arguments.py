@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass
 
-import torch
 from peft import OSFConfig
 from trl import SFTConfig
 
-from lopt_hf.common.arithmetic import pick_bf16
-from lopt_hf.common.settings import check_choice, check_lowest, option
+from lopt_hf.common.arithmetic import fit_to_machine
+from lopt_hf.common.settings import check_choice, check_left_out, check_lowest, option
 from lopt_hf.common.training_numbers import check_training_numbers
 from lopt_hf.peers.base import Peer
 from lopt_hf.peers.freezing import FreezeLast
@@ -20,6 +19,16 @@ __all__ = ["PeerArguments", "PeerConfig"]
 OSF_EFFECTIVE_RANK = 0.5  # PEFT's default
 
 _LOWEST = {"num_blocks": 2, "lisa_layers": 1, "lisa_period": 1, "badam_period": 1}
+
+
+# Which options a method has
+_OPTIONS = {
+    "osf": ("osf_effective_rank",),
+    "lisa": ("lisa_layers", "lisa_period"),
+    "badam": ("badam_period",),
+    "freeze_last": ("num_blocks", "split_at"),
+    "e2e_segments": ("num_blocks", "split_at"),
+}
 
 
 @dataclass
@@ -57,6 +66,20 @@ class PeerArguments:
                 f"osf_effective_rank={self.osf_effective_rank} is no share of the directions; give one between 0 and "
                 "1, such as 0.5."
             )
+
+    def check_unused(self, method: str) -> None:
+        """Checks that the options of other methods than the one that trains are left out.
+
+        Args:
+            method: One of `PEERS`, or `"osf"`.
+
+        Raises:
+            ValueError: If one has another value than its default.
+        """
+        own = _OPTIONS.get(method, ())
+        for other, names in _OPTIONS.items():
+            unused = [name for name in names if name not in own]
+            check_left_out(self, unused, f"is an option of method {other!r}, and method={method!r}; leave it out.")
 
     def make_osf_config(self) -> OSFConfig:
         """Makes PEFT's configuration of orthogonal subspace fine-tuning (https://huggingface.co/papers/2504.07097).
@@ -101,7 +124,5 @@ class PeerConfig(PeerArguments, SFTConfig):
     def __post_init__(self) -> None:
         self.check_peers()
         check_training_numbers(self)
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        if self.use_cpu:
-            self.bf16 = pick_bf16(self.bf16, self.fp16)
+        fit_to_machine(self)
         super().__post_init__()

@@ -69,7 +69,10 @@ class Peer(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if not self._is_prepared:
-            raise ValueError(f"{self.name} was added to a trainer that was there already; pass it to its `callbacks`.")
+            raise ValueError(
+                f"{self.name} came to a trainer that was there already; pass it to its `callbacks`, and leave "
+                "restore_callback_states_from_checkpoint unset, which would make another one of it."
+            )
         if state.global_step > 0:
             self.check_state(state)
         self.start(kwargs["optimizer"])

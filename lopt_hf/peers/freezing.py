@@ -5,8 +5,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from lopt_hf.local.blocks import find_decoder_stack, split_layers, untie_output_embeddings
+from lopt_hf.local.blocks import split_layers
+from lopt_hf.local.embeddings import untie_output_embeddings
 from lopt_hf.local.ownership import parameters_by_block
+from lopt_hf.local.stacks import find_decoder_stack
 from lopt_hf.peers.base import Peer
 
 __all__ = ["FreezeLast"]

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
 from lopt_hf.common.settings import check_at_least
-from lopt_hf.local.blocks import find_decoder_stack
+from lopt_hf.local.stacks import find_decoder_stack
 from lopt_hf.peers.base import Peer
 
 __all__ = ["BADAM_PERIOD", "LISA", "LISA_LAYERS", "LISA_PERIOD", "BAdam"]

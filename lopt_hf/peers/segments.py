@@ -13,10 +13,11 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, TrainingArguments
 
-from lopt_hf.local.blocks import DecoderStack, find_decoder_stack, split_layers
+from lopt_hf.local.blocks import split_layers
 from lopt_hf.local.layer_calls import hidden_of, output_hidden, with_output_hidden
 from lopt_hf.local.objectives import LocalBatch
 from lopt_hf.local.replay import BlockRun, Replay, Replays
+from lopt_hf.local.stacks import DecoderStack, find_decoder_stack
 from lopt_hf.peers.base import Peer
 
 __all__ = ["CheckpointSegments"]

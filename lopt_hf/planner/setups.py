@@ -15,21 +15,22 @@ from transformers import PreTrainedModel
 
 from lopt_hf.common.distributed import GradientReducer
 from lopt_hf.local.arguments import LocalArguments
-from lopt_hf.local.blocks import find_decoder_stack
 from lopt_hf.local.heads import LocalHeads
 from lopt_hf.local.learner import LearnerEvents, LocalLearner
 from lopt_hf.local.methods.mlaan.method import MLAANArguments
 from lopt_hf.local.readout import ReadoutObjective
+from lopt_hf.local.stacks import find_decoder_stack
 from lopt_hf.peers.arguments import PeerArguments
 from lopt_hf.peers.base import Peer
 from lopt_hf.peers.layer_switching import LISA, BAdam
 from lopt_hf.peers.step_in_backward import StepInBackward
-from lopt_hf.pipeline.runtime.stage import HiddenStateInput, StagePlan, keep_stage, separate_stage_embeddings
+from lopt_hf.pipeline.runtime.stage import HiddenStateInput, keep_stage, separate_stage_embeddings
+from lopt_hf.pipeline.runtime.stage_plan import StagePlan
 from lopt_hf.planner.memory import MemoryMeter
 from lopt_hf.planner.strategies import REPL_EVERY, Strategy
 from lopt_hf.planner.task_loss import PlannedTokenLoss, add_task_loss
 from lopt_hf.repl.config import RepLConfig
-from lopt_hf.repl.model import get_repl_model
+from lopt_hf.repl.mapping import get_repl_model
 
 __all__ = ["EndToEnd", "Local", "WithPeer", "make_setup"]
 
@@ -217,12 +218,12 @@ class Local(EndToEnd):
 
     @property
     def seen_by_ddp(self) -> list[nn.Parameter]:
-        learners = self.learner.learners() if self._is_joint else self.learner.learners()[-1:]
+        learners = self.learner.parameters_to_learn() if self._is_joint else self.learner.parameters_to_learn()[-1:]
         return [parameter for block in learners for parameter in block]
 
     @property
     def trainable(self) -> list[nn.Parameter]:
-        return [p for block in self.learner.learners() for p in block if p.requires_grad]
+        return [p for block in self.learner.parameters_to_learn() for p in block if p.requires_grad]
 
     def micro_batch(self, synchronises: bool) -> contextlib.AbstractContextManager[None]:
         return self.learner.micro_batch(synchronises)

@@ -29,9 +29,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lopt_hf.common.upstream.torch import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from lopt_hf.local.blocks import find_decoder_stack, split_layers
+from lopt_hf.local.blocks import split_layers
 from lopt_hf.local.ownership import parameters_before_decoder
-from lopt_hf.pipeline.runtime.stage import StagePlan, plan_stages
+from lopt_hf.local.stacks import find_decoder_stack
+from lopt_hf.pipeline.runtime.stage_plan import StagePlan, plan_stages
 from lopt_hf.planner.setups import make_setup
 from lopt_hf.planner.step import Step, StepCost, Workload
 from lopt_hf.planner.strategies import Strategy

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from lopt_hf.common.distributed import GradientReducer
-from lopt_hf.local.blocks import find_decoder_stack
 from lopt_hf.local.learner import LearnerEvents
+from lopt_hf.local.stacks import find_decoder_stack
 from lopt_hf.meters.saved_bytes import SavedBytes
-from lopt_hf.pipeline.runtime.stage import StagePlan
+from lopt_hf.pipeline.runtime.stage_plan import StagePlan
 from lopt_hf.planner.memory import MemoryMeter, Work
 from lopt_hf.planner.optimizers import DEFAULT_OPTIMIZER, make_optimizer
 from lopt_hf.planner.setups import EndToEnd

@@ -74,11 +74,8 @@ def reading(operator: Operator, previous: Neighbour) -> Iterator[list[torch.Tens
     def keep(module: nn.Module, args: tuple, output: Any) -> None:
         read.append(args[0] if operator.reads_input else output_hidden(output))
 
-    handle = operator.place(previous).register_forward_hook(keep)
-    try:
+    with operator.place(previous).register_forward_hook(keep):
         yield read
-    finally:
-        handle.remove()
 
 
 def check_finite(*tensors: torch.Tensor) -> None:

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lopt_hf.local.layer_calls import evaluating, hidden_of, output_hidden, stop_behind
+from lopt_hf.local.layer_calls import evaluating, layer_inputs, stop_behind
 from lopt_hf.repl.calibration import (
     Batches,
     SpanStates,
@@ -183,10 +183,11 @@ def span_angles(model: PreTrainedModel, spans: Sequence[Span], batches: Batches)
     Source: Gromov et al., arXiv 2403.17887, who take the last token of each sequence only.
     """
     totals, tokens = [0.0] * len(spans), 0
-    with evaluating(model), _recording(find_layers(model)) as states:
+    layers = find_layers(model)
+    with evaluating(model), layer_inputs(layers, range(len(layers) + 1)) as states:
         for batch in batches:
             forward_base(model, batch)
-            h_LND = torch.stack([select_tokens(h_BTD, kept_tokens(batch)).float() for h_BTD in states])
+            h_LND = torch.stack([select_tokens(h_BTD, kept_tokens(batch)).float() for h_BTD in states.values()])
             for index, (first, end) in enumerate(spans):
                 cosines_N = nn.functional.cosine_similarity(h_LND[first], h_LND[end], dim=-1)
                 totals[index] += (cosines_N.clamp(-1, 1).acos() / math.pi).sum().item()
@@ -268,38 +269,19 @@ def _split(batches: Batches) -> tuple[Batches, Batches]:
     return parts
 
 
-@contextmanager
-def _recording(layers: nn.ModuleList) -> Iterator[list[torch.Tensor]]:
-    """Keeps the inputs of all layers and the output of the last, of the latest forward."""
-    states: list[torch.Tensor] = []
-
-    def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if module is layers[0]:
-            states.clear()
-        states.append(hidden_of(args, kwargs))
-
-    def behind(module: nn.Module, args: tuple, output: Any) -> None:
-        states.append(output_hidden(output))
-
-    with ExitStack() as hooks:
-        for layer in layers:
-            hooks.enter_context(layer.register_forward_pre_hook(before, with_kwargs=True))
-        hooks.enter_context(layers[-1].register_forward_hook(behind))
-        yield states
-
-
 def _all_states(
     model: PreTrainedModel, surrogates: Mapping[Span, Surrogate], batches: Batches
 ) -> Iterator[tuple[Mapping[str, torch.Tensor], dict[Span, SpanStates], torch.Tensor]]:
     """Each batch with what there is to fit each span's surrogate to, and with the last layer's output."""
+    layers = find_layers(model)
     for batch in batches:
-        with evaluating(model), _recording(find_layers(model)) as states, ExitStack() as stack:
+        with evaluating(model), layer_inputs(layers, range(len(layers) + 1)) as states, ExitStack() as stack:
             read = {span: stack.enter_context(reading(made, beside[0])) for span, (made, beside) in surrogates.items()}
             forward_base(model, batch)
-        check_finite(*states)
+        check_finite(*states.values())
         seen = {}
         for (first, end), values in read.items():
             h_BTD = states[first]
             own = values[0].view(*h_BTD.shape[:-1], -1) if values else h_BTD
             seen[first, end] = SpanStates(h_BTD, states[end], own)
-        yield batch, seen, states[-1]
+        yield batch, seen, states[len(layers)]

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lopt_hf.common.settings import check_choices, check_lowest, option
+from lopt_hf.common.settings import check_choices, check_left_out, check_lowest, option
 
 __all__ = [
     "BRANCHES",
@@ -233,6 +233,12 @@ class RepLConfig:
             )
         if has_names:
             return
+        if self.placement != "every":
+            check_left_out(
+                self,
+                ["every"],
+                f"has no effect with placement={self.placement!r}; leave it out, or set that to 'every'.",
+            )
         if self.placement == "every":
             if self.num_layers_to_replace is not None:
                 raise ValueError(

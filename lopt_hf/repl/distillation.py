@@ -9,7 +9,7 @@ Shapes: B batch, T tokens, N tokens that count in the loss, D hidden channels, V
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,13 +18,22 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from lopt_hf.common.settings import option
+from lopt_hf.common.trainer_base import TrainerBase
 from lopt_hf.local.layer_calls import hidden_of
 from lopt_hf.local.readout import IGNORED_LABEL, MAX_LOGITS
 from lopt_hf.repl.modeling_repl import find_layers
 from lopt_hf.repl.placement import Span
 from lopt_hf.repl.surgery import kept_index, relative_distance
 
-__all__ = ["DistillationArguments", "Seen", "TeacherMixin", "chunked_divergence", "recording"]
+__all__ = [
+    "DistillationArguments",
+    "Seen",
+    "TeacherMixin",
+    "added_loss_divisor",
+    "bare_model",
+    "chunked_divergence",
+    "recording",
+]
 
 # What a collator or the trainer puts into a batch that a decoder is not given
 _NOT_FOR_DECODERS = ("labels", "use_cache", "output_router_logits", "completion_mask", "assistant_masks")
@@ -163,11 +172,19 @@ def chunked_divergence(
     return total
 
 
-# The mixin stands before a trainer in the list of base classes; a type checker is told that it is one.
-if TYPE_CHECKING:
-    from transformers import Trainer as TrainerBase
-else:
-    TrainerBase = object
+def bare_model(trainer: Any) -> Any:
+    """Returns a trainer's model without what accelerate and PEFT have put around it."""
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    return model if isinstance(model, PreTrainedModel) else model.get_base_model()
+
+
+def added_loss_divisor(trainer: Any, num_items_in_batch: torch.Tensor | int | None) -> int:
+    """Returns what to divide a loss by that is added to a micro-batch's task loss, as TRL does it for MoE models.
+
+    With `num_items_in_batch` Trainer leaves the division by the accumulation steps to the loss.
+    """
+    steps: int = trainer.current_gradient_accumulation_steps
+    return 1 if num_items_in_batch is None else steps
 
 
 class TeacherMixin(TrainerBase):
@@ -229,7 +246,7 @@ class TeacherMixin(TrainerBase):
         self._teacher = None if teacher is None else teacher.to(self.accelerator.device).eval()
 
     def _check_sizes(self, teacher: PreTrainedModel) -> None:
-        model, full = (each.config.get_text_config() for each in (self._pruned_model(), teacher))
+        model, full = (each.config.get_text_config() for each in (bare_model(self), teacher))
         removed = sum(end - first for first, end in self._removed_spans)
         found = (full.num_hidden_layers, full.hidden_size, full.vocab_size)
         expected = (model.num_hidden_layers + removed, model.hidden_size, model.vocab_size)
@@ -239,11 +256,6 @@ class TeacherMixin(TrainerBase):
                 f"teacher has {sizes.format(*found)}, but the model was made from one with {sizes.format(*expected)}; "
                 "pass the full model, loaded anew."
             )
-
-    def _pruned_model(self) -> Any:
-        """The model under what accelerate and PEFT put around it."""
-        model: Any = self.accelerator.unwrap_model(self.model)
-        return model if isinstance(model, PreTrainedModel) else model.get_base_model()
 
     def compute_loss(
         self,
@@ -256,7 +268,7 @@ class TeacherMixin(TrainerBase):
         if self._teacher is None or not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         removed = [layer for span in self._removed_spans for layer in range(*span)]
-        student = self._pruned_model()
+        student = bare_model(self)
         places = {span: kept_index(span[1], removed) for span in self._removed_spans}
         with recording(student, list(places.values())) as seen:
             result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -276,9 +288,8 @@ class TeacherMixin(TrainerBase):
             ]
             distance = torch.stack(distances).mean()
             self._metrics["train"]["teacher_distance"].append(distance.item())
-            # As TRL scales the auxiliary loss of MoE models: with `num_items_in_batch` Trainer leaves it to the loss.
-            share = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-            loss = loss + self.args.teacher_hidden_weight * distance / share
+            divisor = added_loss_divisor(self, num_items_in_batch)
+            loss = loss + self.args.teacher_hidden_weight * distance / divisor
         return (loss, result[1]) if return_outputs else loss
 
     def _divergence(

@@ -14,7 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lopt_hf.repl.config import OPERATORS, STOCK_OPERATORS, RepLConfig, init_of
-from lopt_hf.repl.model import RepLModel, get_repl_model
+from lopt_hf.repl.mapping import get_repl_model
+from lopt_hf.repl.model import RepLModel
 from lopt_hf.repl.surgery import remove_layers
 
 __all__ = [

@@ -110,10 +110,10 @@ def _span_states(
         outputs.append(output_hidden(output))
 
     last = span[1] - 1 + behind
-    with ExitStack() as stack:
-        handles = [layer.register_forward_hook(after) for layer in layers[span[1] - 1 : last + 1]]
-        for handle in (layers[span[0]].register_forward_pre_hook(before, with_kwargs=True), *handles):
-            stack.callback(handle.remove)
+    with ExitStack() as hooks:
+        hooks.enter_context(layers[span[0]].register_forward_pre_hook(before, with_kwargs=True))
+        for layer in layers[span[1] - 1 : last + 1]:
+            hooks.enter_context(layer.register_forward_hook(after))
         with reading(operator, beside[0]) as read, stop_behind(layers[last]):
             forward_base(model, batch)
     check_finite(*first, *outputs)
@@ -179,8 +179,5 @@ def _refit(
 def _inputs_of(module: nn.Module) -> Iterator[list[torch.Tensor]]:
     """Records what a module is given."""
     seen: list[torch.Tensor] = []
-    handle = module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    try:
+    with module.register_forward_pre_hook(lambda module, args: seen.append(args[0])):
         yield seen
-    finally:
-        handle.remove()

@@ -1,30 +1,19 @@
-"""A stock model with some layers replaced, under PEFT's verbs: `get_repl_model`, `RepLModel`."""
+"""A stock model with some layers replaced, under PEFT's verbs: `RepLModel`, which `get_repl_model` makes of it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
 from transformers.utils import logging
 
 from lopt_hf.common.upstream.torch import forward_pre_hooks
-from lopt_hf.repl.calibration_data import make_batches
-from lopt_hf.repl.choosing import (
-    check_count,
-    check_enough_tokens,
-    check_operator,
-    check_refit_behind,
-    choose_spans,
-    layer_kinds,
-)
 from lopt_hf.repl.config import MLP_OPERATORS, STOCK_OPERATORS, UNFOLDED_MODEL_TYPE, RepLConfig
 from lopt_hf.repl.configuration_repl import FoldedRepLConfig
 from lopt_hf.repl.convolution import ConvNeighbour
-from lopt_hf.repl.fitting import calibrate
 from lopt_hf.repl.folding import fold
 from lopt_hf.repl.map_operators import MLPMap
 from lopt_hf.repl.modeling_repl import (
@@ -35,14 +24,20 @@ from lopt_hf.repl.modeling_repl import (
     make_folded,
     make_folded_classes,
 )
-from lopt_hf.repl.neighbours import CONVOLUTIONAL, Neighbour, check_family
+from lopt_hf.repl.neighbours import CONVOLUTIONAL, Neighbour
 from lopt_hf.repl.operator_base import Operator, SurrogateCost, cost_of, layer_cost
 from lopt_hf.repl.operators import make_operator
 from lopt_hf.repl.placement import Span, runs_of
-from lopt_hf.repl.stages import check_kind, spans_of
-from lopt_hf.repl.surgery import PER_LAYER_LISTS, SynthesisHook, attach, attach_in_mlp, kept_index, remove_layers
+from lopt_hf.repl.surgery import PER_LAYER_LISTS, SynthesisHook, attach, attach_in_mlp, kept_index
 
-__all__ = ["RepLModel", "get_repl_model", "make_classes"]
+__all__ = [
+    "RepLModel",
+    "change_config_class",
+    "freeze_stock_weights",
+    "make_classes",
+    "put_surrogate",
+    "read_neighbours",
+]
 
 logger = logging.get_logger(__name__)
 
@@ -65,8 +60,8 @@ class RepLModel:
         repl, layers = config.repl, find_layers(self)  # type: ignore[arg-type]
         settings = _settings_of(repl)
         for _, index in _places(repl["removed"]):
-            beside = _neighbours(layers, index - 1, index, config, repl["family"], settings)
-            _put(make_operator(settings, *beside), *beside)
+            beside = read_neighbours(layers, index - 1, index, config, repl["family"], settings)
+            put_surrogate(make_operator(settings, *beside), *beside)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -82,7 +77,8 @@ class RepLModel:
         """
         if cls is not RepLModel:
             loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
-            _freeze(loaded[0] if kwargs.get("output_loading_info") else loaded)  # loading makes everything trainable
+            model = loaded[0] if kwargs.get("output_loading_info") else loaded
+            freeze_stock_weights(model)  # loading makes everything trainable
             return loaded
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **hub)
@@ -154,15 +150,18 @@ class RepLModel:
 def _settings_of(repl: Mapping[str, Any]) -> RepLConfig:
     """The arguments that a model was made with, as its `config.json` has them.
 
-    Before `span_criterion` had `"auto"`, every model was saved with `"error"`, which now has to have an effect.
+    Before `span_criterion` had `"auto"`, every model was saved with `"error"`, which now has to have an effect, as has
+    `every`.
     """
     values = dict(repl["config"])
+    if values.get("placement") != "every":
+        values.pop("every", None)
     if values.get("span_criterion") == "error":
         values["span_criterion"] = "auto"  # the same
     return RepLConfig(**values)
 
 
-def _freeze(model: Any) -> None:
+def freeze_stock_weights(model: Any) -> None:
     """Leaves the surrogates alone trainable, where the model was made so."""
     if _settings_of(model.config.repl).trainable == "coefficients":
         model.requires_grad_(False)
@@ -178,7 +177,7 @@ def _fold_to_stock(model: Any) -> Any:
         fold(operators[first], read(layers[index - 1]), [read(layer) for layer in layers[index:]])
     model_class: Any = getattr(transformers, repl["architecture"])
     del model.config.repl
-    _change_class(model.config, model_class.config_class)
+    change_config_class(model.config, model_class.config_class)
     model.__class__ = model_class
     _warn_of_patterns(model.config.get_text_config())
     return model
@@ -216,7 +215,7 @@ def _fold_beside(model: Any) -> Any:
         attach(layers[index], surrogate.eval(), SurrogateHook())
         folded[str(index)] = operator.spec
     config_class, model_class = make_folded_classes(repl["architecture"], FoldedRepLConfig.model_type)
-    _change_class(model.config, config_class)
+    change_config_class(model.config, config_class)
     kept = {name: repl[name] for name in ("architecture", "family", "removed")}
     model.config.repl = {**kept, "surrogates": folded}
     model.__class__ = model_class
@@ -228,7 +227,7 @@ def _places(removed: Sequence[int]) -> list[tuple[Span, int]]:
     return [(span, kept_index(span[1], removed)) for span in runs_of(removed)]
 
 
-def _put(operator: Operator, previous: Any, following: Any, teachers: Sequence[nn.Module] = ()) -> None:
+def put_surrogate(operator: Operator, previous: Any, following: Any, teachers: Sequence[nn.Module] = ()) -> None:
     """Puts a surrogate in its place."""
     if isinstance(operator, MLPMap):
         attach_in_mlp(previous, operator)
@@ -236,7 +235,7 @@ def _put(operator: Operator, previous: Any, following: Any, teachers: Sequence[n
         attach(following.layer, operator, SynthesisHook(previous, following, teachers))
 
 
-def _change_class(config: Any, config_class: type) -> None:
+def change_config_class(config: Any, config_class: type) -> None:
     """Makes a config, which the model's modules share, one of another class."""
     config.__class__ = config_class
     vars(config).pop("model_type", None)  # a config read from a file has its own beside its class's
@@ -248,21 +247,15 @@ def _surrogate(layer: Any) -> Operator:
     return surrogate if isinstance(surrogate, Operator) else surrogate.modules_to_save[surrogate.active_adapter]
 
 
-def _neighbours(
+def read_neighbours(
     layers: nn.ModuleList, previous: int, following: int, config: Any, family: str, settings: RepLConfig
 ) -> tuple[Any, Any]:
+    """Reads the layers before and behind a place in the model, of which a surrogate is made there."""
     read: Any = partial(Neighbour, family=family)
     if family in CONVOLUTIONAL:
         read = ConvNeighbour
     read = partial(read, config=config, detach=settings.detach_sources)
     return read(layers[previous]), read(layers[following])
-
-
-def _surrogate_of(config: RepLConfig, read: Any, span: Span) -> tuple[Operator, tuple[Any, Any]]:
-    """The surrogate that a span is tried with: of `refit` the smaller map, which takes less memory for all spans."""
-    beside = read(span[0] - 1, span[1])
-    tried = replace(config, operator="down_proj") if config.operator == "refit" else config
-    return make_operator(tried, *beside), beside
 
 
 @lru_cache
@@ -273,103 +266,3 @@ def make_classes(architecture: str) -> tuple[Any, Any]:
 
 def __getattr__(name: str) -> Any:
     return find_made_class(name, "RepL", make_classes)
-
-
-def get_repl_model(
-    model: PreTrainedModel, config: RepLConfig, calibration_data: Any = None, processing_class: Any = None
-) -> Any:
-    """Replaces layers of a pretrained model by surrogates of their neighbours, in place.
-
-    Args:
-        model: A `transformers` causal language model of a supported family, a `ViTForImageClassification`, or, with
-            `operator="conv"`, a `ResNetForImageClassification`.
-        config: Which layers, and by what.
-        calibration_data: Texts, a data set, or batches of model inputs; needed by `init="calibrate"` and by every
-            placement but `"every"`, see `make_batches`.
-        processing_class: The tokenizer, where the data are text.
-
-    Returns:
-        The model, now also a `RepLModel`.
-
-    Raises:
-        ValueError: If the model, the layers or the data do not fit; the message names field, value and fix.
-
-    Example:
-
-    ```python
-    config = RepLConfig(num_layers_to_replace=4)
-    model = get_repl_model(model, config, calibration_data=texts, processing_class=tokenizer)
-    ```
-    """
-    _check_model(model)
-    check_kind(config, model)
-    layers, family = find_layers(model), model.config.model_type
-    spans = spans_of(config, model)  # before the data are run through the model
-    if spans is None:
-        check_count(config, layer_kinds(model))
-        check_operator(config, model)
-    check_refit_behind(config, model)
-    batches = make_batches(calibration_data, processing_class, config) if config.needs_calibration_data else []
-    check_enough_tokens(config, model, batches)
-    read = partial(_neighbours, layers, config=model.config, family=family, settings=config)
-    fitted: dict[Span, Operator] = {}
-    if spans is None:
-        spans, fitted = choose_spans(model, config, batches, partial(_surrogate_of, config, read))
-    if config.distillation_weight > 0:
-        _check_distillation(model, spans)
-    neighbours = {(first, end): read(first - 1, end) for first, end in spans}
-    operators = fitted or {span: make_operator(config, *beside) for span, beside in neighbours.items()}
-    if not fitted:
-        _initialise(model, config, operators, neighbours, batches)
-    return _replace(model, config, spans, operators, neighbours)
-
-
-def _check_model(model: PreTrainedModel) -> None:
-    if isinstance(model, RepLModel) or model.config.model_type == FoldedRepLConfig.model_type:
-        raise ValueError(f"model={type(model).__name__} already has surrogates; start from the stock model.")
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(
-            f"model={type(model).__name__} is no model of transformers; replace layers first and add adapters then."
-        )
-    if model.config.to_dict().get("quantization_config") is not None:
-        raise ValueError(f"model={type(model).__name__} is quantised; load it without quantisation.")
-    check_family(model.config)
-
-
-def _check_distillation(model: PreTrainedModel, spans: Sequence[Span]) -> None:
-    types = model.config.get_text_config().to_dict().get("layer_types") or []
-    for first, end in spans if types else ():
-        layer = next((layer for layer in range(first, end) if types[layer] != types[end]), None)
-        if layer is not None:
-            raise ValueError(
-                f"distillation_weight needs layer {layer} and the one after it to attend alike, but they are "
-                f"{types[layer]!r} and {types[end]!r}; set distillation_weight to 0 or replace other layers."
-            )
-
-
-def _initialise(model: Any, config: RepLConfig, operators: Any, neighbours: Any, batches: Any) -> None:
-    if config.init == "calibrate":
-        calibrate(model, operators, neighbours, batches, config.ridge, config.refit_behind)
-        return
-    for span, operator in operators.items():
-        if config.init == "paper":
-            operator.start_as_paper(*neighbours[span])
-        else:
-            operator.start_as_skip()
-
-
-def _replace(model: Any, config: RepLConfig, spans: Sequence[Span], operators: Any, neighbours: Any) -> Any:
-    architecture, family = type(model).__name__, model.config.model_type
-    config_class, model_class = make_classes(architecture)
-    removed = [layer for first, end in spans for layer in range(first, end)]
-    gone = dict(zip(removed, remove_layers(model, removed), strict=True))
-    for span in spans:
-        teachers = [gone[layer].requires_grad_(False).eval() for layer in range(*span)]
-        before, after = neighbours[span]
-        _put(operators[span], before, after, teachers if config.distillation_weight > 0 else ())
-    _change_class(model.config, config_class)
-    origin = {"architecture": architecture, "family": family}
-    model.config.repl = {**origin, "removed": removed, "config": config.to_dict()}
-    model.__class__ = model_class
-    _freeze(model)
-    return model

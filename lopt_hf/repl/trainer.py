@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
@@ -11,15 +11,16 @@ from torch import nn
 from transformers import PreTrainedModel, set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
-from lopt_hf.common.arithmetic import pick_bf16
+from lopt_hf.common.arithmetic import fit_to_machine
 from lopt_hf.common.settings import option
+from lopt_hf.common.trainer_base import TrainerBase
 from lopt_hf.common.training_numbers import check_training_numbers
 from lopt_hf.data.formats import to_trl_format
 from lopt_hf.data.loading import load_sft_dataset
 from lopt_hf.data.prepared import check_prepared
 from lopt_hf.data.rows import RowError
 from lopt_hf.data.texts import is_text, read_text
-from lopt_hf.repl.distillation import DistillationArguments, TeacherMixin
+from lopt_hf.repl.distillation import DistillationArguments, TeacherMixin, added_loss_divisor, bare_model
 from lopt_hf.repl.model import RepLModel
 from lopt_hf.repl.placement import runs_of
 
@@ -43,12 +44,8 @@ class HealingConfig(DistillationArguments, SFTConfig):
     def __post_init__(self) -> None:
         check_training_numbers(self)
         self.check_distillation()
-        # transformers refuses bf16, the default of TRL's configs, on such a machine unless told that this is meant.
-        if not torch.accelerator.is_available():
-            self.use_cpu = True
         self.leaves_dtype_open = self.bf16 is None and not self.fp16
-        if self.use_cpu:
-            self.bf16 = pick_bf16(self.bf16, self.fp16)
+        fit_to_machine(self)
         super().__post_init__()
 
 
@@ -75,13 +72,6 @@ def healing_data(name: str, tokenizer: Any, length: int, data_dir: str | None = 
     return Dataset.from_dict({"input_ids": rows})
 
 
-# The mixin stands before a trainer in the list of base classes; a type checker is told that it is one.
-if TYPE_CHECKING:
-    from transformers import Trainer as TrainerBase
-else:
-    TrainerBase = object
-
-
 class DistillationMixin(TrainerBase):
     """Adds `distillation_weight` times the surrogates' distance from the removed layers to a trainer's loss.
 
@@ -100,9 +90,7 @@ class DistillationMixin(TrainerBase):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Adds the weighted distance to the trainer's loss."""
-        repl_model: Any = self.accelerator.unwrap_model(self.model)
-        if not isinstance(repl_model, PreTrainedModel):
-            repl_model = repl_model.get_base_model()
+        repl_model = bare_model(self)
         weight = repl_model.config.repl["config"]["distillation_weight"]
         if weight == 0 or not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -116,9 +104,7 @@ class DistillationMixin(TrainerBase):
             for hook in hooks:
                 hook.measures, hook.distance = False, None
         self._metrics["train"]["distillation_loss"].append(distance.item())
-        # As TRL scales the auxiliary loss of MoE models: with `num_items_in_batch` Trainer leaves it to the loss.
-        share = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-        added = weight * distance / share
+        added = weight * distance / added_loss_divisor(self, num_items_in_batch)
         return (result[0] + added, result[1]) if return_outputs else result + added
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,16 +19,17 @@ from lopt_hf.common.files import atomic_file, write_text
 from lopt_hf.retention.clusters import AUTO, check_cluster_field, with_clusters
 from lopt_hf.retention.comparisons import adjusted
 from lopt_hf.retention.cost import describe_device
-from lopt_hf.retention.deltas import ModelScores, entry_deltas, gain_delta, mean_delta
-from lopt_hf.retention.evaluation import VERSIONS, EvaluationSettings, evaluate_model
+from lopt_hf.retention.deltas import ModelScores, check_change, check_confidence, entry_deltas, gain_delta, mean_delta
+from lopt_hf.retention.evaluation import EvaluationSettings, evaluate_model
 from lopt_hf.retention.heldout import HELDOUT_TASK, heldout_task
+from lopt_hf.retention.identity import VERSIONS
 from lopt_hf.retention.layer_drift import layer_drift
 from lopt_hf.retention.references import ModelReference, fingerprint, load_tokenizer
 from lopt_hf.retention.results import ModelResult, RetentionReport
 from lopt_hf.retention.scores import ScoreCache
 from lopt_hf.retention.suites import TaskEntry
 
-__all__ = ["Candidate", "RetentionBenchmark", "describe_machine", "flips", "write_flips"]
+__all__ = ["Candidate", "RetentionBenchmark", "check_candidates", "describe_machine", "flips", "write_flips"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,17 @@ class Candidate:
     label: str
     group: str
     models: tuple[str, ...]
+
+
+def check_candidates(candidates: Sequence[Candidate]) -> None:
+    """Checks that there are models, under names that differ.
+
+    Raises:
+        ValueError: If not.
+    """
+    labels = [candidate.label for candidate in candidates]
+    if len(set(labels)) < len(labels) or not labels:
+        raise ValueError(f"models {labels} must be at least one, and each named once.")
 
 
 class RetentionBenchmark:
@@ -82,10 +93,8 @@ class RetentionBenchmark:
         margin: float = 1.0,
         cluster_by: str = AUTO,
     ) -> None:
-        if not 0 < confidence < 1:
-            raise ValueError(f"confidence={confidence} is not between 0 and 1; 0.95 is usual.")
-        if not 0 < margin < math.inf:
-            raise ValueError(f"margin={margin} is no change; give one above 0, such as 1 for one point.")
+        check_confidence(confidence)
+        check_change("margin", margin)
         check_cluster_field([task for entry in entries for task in entry.tasks], cluster_by)
         known = [task.task_name for entry in entries for task in entry.tasks]
         for name in settings.samples:
@@ -164,9 +173,7 @@ class RetentionBenchmark:
         Returns:
             The report; `None` on other processes than the first.
         """
-        labels = [candidate.label for candidate in candidates]
-        if len(set(labels)) < len(labels) or not labels:
-            raise ValueError(f"models {labels} must be at least one, and each named once.")
+        check_candidates(candidates)
         for candidate in candidates:  # before anything takes time
             for model in candidate.models:
                 self.reference(model)

@@ -24,7 +24,8 @@ from lopt_hf.common.settings import check_at_least
 from lopt_hf.common.upstream.lm_eval import set_process
 from lopt_hf.retention.clusters import AUTO, with_clusters
 from lopt_hf.retention.deltas import ModelScores, entry_deltas, mean_delta
-from lopt_hf.retention.evaluation import SOFTMAX_DTYPE, EvaluationSettings, evaluate_tasks, task_identity
+from lopt_hf.retention.evaluation import EvaluationSettings, evaluate_tasks
+from lopt_hf.retention.identity import SOFTMAX_DTYPE, task_identity
 from lopt_hf.retention.results import Delta
 from lopt_hf.retention.scores import TaskScores
 from lopt_hf.retention.suites import SUITES, SuiteTask, load_entries

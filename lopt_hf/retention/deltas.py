@@ -1,5 +1,6 @@
 """Paired changes from scores: of each task and group, of their mean, and of held-out answers."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ __all__ = [
     "MARGIN_HELP",
     "ModelScores",
     "against_one",
+    "check_change",
+    "check_confidence",
     "entry_deltas",
     "entry_metrics",
     "entry_scores",
@@ -63,6 +66,30 @@ def entry_scores(entry: TaskEntry, name: str, scores: ModelScores) -> list[Score
 def is_higher_better(entry: TaskEntry, name: str, scores: ModelScores) -> bool:
     """Returns whether more of a metric is better."""
     return scores[_tasks_with(entry, name, scores)[0].task_name].higher_is_better[name]
+
+
+def check_change(name: str, points: float) -> None:
+    """Checks a setting that is the size of a change.
+
+    Args:
+        name: The setting.
+        points: Its value.
+
+    Raises:
+        ValueError: If it is not above 0, or not finite.
+    """
+    if not 0 < points < math.inf:
+        raise ValueError(f"{name}={points} is no change; give one above 0, such as 1 for one point.")
+
+
+def check_confidence(confidence: float) -> None:
+    """Checks the level of the intervals.
+
+    Raises:
+        ValueError: If it is not between 0 and 1.
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence} is not between 0 and 1; 0.95 is usual.")
 
 
 def margin_of(points: float, higher_is_better: bool, baseline: float) -> float:

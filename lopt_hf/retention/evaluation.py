@@ -1,22 +1,17 @@
 """Evaluation of a model on tasks with lm-eval, once for each model, task and setting."""
 
 import errno
-import hashlib
-import inspect
-import json
 import random
 import re
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lm_eval
 import numpy as np
 import torch
-import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from lm_eval.api.instance import Instance
@@ -27,88 +22,22 @@ from lm_eval.tasks import TaskManager
 from peft import PeftModel
 from transformers.utils import logging
 
-from lopt_hf.common.arithmetic import read_dtype
-from lopt_hf.common.settings import check_at_least, option
 from lopt_hf.common.upstream.lm_eval import set_model, set_process
 from lopt_hf.retention.answers import KeptAnswers
 from lopt_hf.retention.cost import told_cost
-from lopt_hf.retention.heldout import HELDOUT_TASK
+from lopt_hf.retention.evaluation_settings import EvaluationSettings
+from lopt_hf.retention.identity import SOFTMAX_DTYPE, effective_fewshot, settings_identity, task_identity
 from lopt_hf.retention.lengths import check_written
-from lopt_hf.retention.own_code import own_code
 from lopt_hf.retention.references import ModelReference, load_tokenizer
 from lopt_hf.retention.scores import ScoreCache, TaskScores, infinite_perplexities
 from lopt_hf.retention.suites import TaskEntry
 
-__all__ = [
-    "SOFTMAX_DTYPE",
-    "VERSIONS",
-    "EvaluationSettings",
-    "evaluate_tasks",
-    "task_identity",
-    "load_language_model",
-    "evaluate_model",
-]
+__all__ = ["EvaluationSettings", "evaluate_model", "evaluate_tasks", "load_language_model"]
 
 logger = logging.get_logger(__name__)
 
-# lm-eval adds log-likelihoods up in the logits' type, and bf16 rounds a text's sum of 2,000 nats to a multiple of 8
-SOFTMAX_DTYPE = "float32"
 # How an error of NLTK, which is a plain LookupError, says what is missing
 NLTK_RESOURCE = re.compile(r"nltk\.download\('(\w+)'\)")
-VERSIONS = {module.__name__: module.__version__ for module in (lm_eval, transformers, torch)}
-
-
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """How every model is evaluated.
-
-    Raises:
-        ValueError: If a value is out of range; the message names field, value and fix.
-    """
-
-    limit: int | None = option(None, "First samples of each task. Default: all.")
-    samples: Mapping[str, int | Sequence[int]] = option(
-        {}, "Task -> how many of its first samples, or which by number; wins over limit."
-    )
-    num_fewshot: int | None = option(None, "Examples in each prompt. Default: the suite's or the task's own number.")
-    batch_size: int = option(8, "Requests per forward on each device.")
-    dtype: str = option(
-        "auto",
-        "All models' weights when measuring: float32, bfloat16, float16, or auto: as the baseline was saved, but "
-        "float32 where this machine is slower in bfloat16.",
-    )
-    apply_chat_template: bool = option(False, "Put prompts into the model's chat template.")
-    max_length: int | None = option(None, "Longest input in tokens. Default: the model's.")
-
-    def __post_init__(self) -> None:
-        for name in ("limit", "batch_size", "max_length"):
-            check_at_least(name, getattr(self, name), 1, "leaves nothing to measure")
-        check_at_least("num_fewshot", self.num_fewshot, 0, "is negative")
-        if self.dtype != "float16":
-            object.__setattr__(self, "dtype", read_dtype(self.dtype, "auto, float32, bfloat16 or float16"))
-        for task, chosen in self.samples.items():
-            if (chosen < 1) if isinstance(chosen, int) else (not chosen or min(chosen) < 0):
-                raise ValueError(f"samples of {task!r} are {chosen}; give how many (1 or more) or a list of numbers.")
-
-    def indices(self, task: Task) -> list[int] | None:
-        """The numbers of a task's samples that are measured; `None` for all.
-
-        Raises:
-            ValueError: If a sample is asked for that the task does not have.
-        """
-        if task.task_name == HELDOUT_TASK:  # has a number of its own
-            return None
-        chosen = self.samples.get(task.task_name, self.limit)
-        if chosen is None:
-            return None
-        available = len(task.eval_docs)
-        if isinstance(chosen, int):
-            return list(range(min(chosen, available)))
-        if max(chosen) >= available:
-            raise ValueError(
-                f"samples of {task.task_name!r} name number {max(chosen)}, but it has {available}, counted from 0."
-            )
-        return sorted(set(chosen))  # in lm-eval's order, whose sample numbers are right for sorted lists only
 
 
 def load_language_model(reference: ModelReference, settings: EvaluationSettings) -> HFLM:
@@ -152,7 +81,7 @@ def evaluate_model(
         OSError: If there is no room for a task's scores; those of earlier tasks are kept.
     """
     state = PartialState()
-    how = {"model": reference.fingerprint(), **_settings_identity(settings)}
+    how = {"model": reference.fingerprint(), **settings_identity(settings)}
     by_fewshot: dict[int | None, list[Task]] = {}
     for entry in entries:
         num_fewshot = settings.num_fewshot if settings.num_fewshot is not None else entry.num_fewshot
@@ -261,7 +190,7 @@ def _prepared(tasks: Sequence[Task], num_fewshot: int | None) -> Any:
     np.random.seed(DEFAULT_OTHER_SEED)
     torch.manual_seed(DEFAULT_OTHER_SEED)
     for task in tasks:
-        task.set_config("num_fewshot", _effective_fewshot(task, num_fewshot))
+        task.set_config("num_fewshot", effective_fewshot(task, num_fewshot))
         task.set_fewshot_seed(DEFAULT_OTHER_SEED)
     return TaskManager(include_defaults=False).load(list(tasks))
 
@@ -314,61 +243,3 @@ class _LanguageModel(HFLM):
                 return super().loglikelihood_rolling(requests, disable_tqdm)
             finally:
                 self._world_size = world_size
-
-
-def _settings_identity(settings: EvaluationSettings) -> dict[str, Any]:
-    """Returns the settings and versions that influence a model's scores."""
-    used = ("batch_size", "dtype", "apply_chat_template", "max_length")
-    return {**{name: getattr(settings, name) for name in used}, "softmax_dtype": SOFTMAX_DTYPE, **VERSIONS}
-
-
-def task_identity(task: Task, num_fewshot: int | None, settings: EvaluationSettings) -> dict[str, Any]:
-    """Returns what identifies a task's questions: its configuration, its samples, and the source of its examples.
-
-    Of a user's own task also the files of its code: those that it calls are not in the configuration.
-    """
-    indices = settings.indices(task)
-    documents = task.eval_docs
-    chosen = range(len(documents)) if indices is None else indices
-    identity = {
-        "task": task.task_name,
-        "task_config": _config_text(task),
-        "indices": list(chosen),
-        "documents": _digest_of(documents[index] for index in chosen),
-        "num_fewshot": _effective_fewshot(task, num_fewshot),
-    }
-    if (code := own_code(task)) is not None:
-        identity["code"] = code
-    if identity["num_fewshot"] > 0:  # each process draws its own examples, one sample after the other
-        identity["examples"] = _digest_of(task.fewshot_docs())
-        identity["processes"] = PartialState().num_processes
-    return identity
-
-
-def _effective_fewshot(task: Task, num_fewshot: int | None) -> int:
-    """The number of examples that lm-eval will put into the prompt: a task's own 0 cannot be changed."""
-    own = task.get_config("num_fewshot")
-    return (own or 0) if num_fewshot is None or own == 0 else num_fewshot
-
-
-def _digest_of(documents: Iterable[Any]) -> str:
-    digest = hashlib.sha256()
-    for document in documents:
-        digest.update(json.dumps(document, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
-
-
-def _config_text(task: Task) -> str:
-    """The task's configuration as text; without addresses of functions, and without where its file is.
-
-    The former differ between runs, the latter between clones.
-    """
-    config = {name: value for name, value in task.dump_config().items() if name != "num_fewshot"}
-    config["metadata"] = {k: value for k, value in (config.get("metadata") or {}).items() if k != "config_source"}
-    text = json.dumps(config, sort_keys=True, default=_name)
-    return re.sub(r" at 0x[0-9a-f]+", "", text)
-
-
-def _name(value: Any) -> str:
-    """The name of a function or class; of anything else, such as a partial, its type's."""
-    return value.__qualname__ if inspect.isroutine(value) or inspect.isclass(value) else type(value).__name__

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lopt_hf.local.blocks import find_decoder_stack
+from lopt_hf.local.stacks import find_decoder_stack
 from lopt_hf.meters.drift import relative_drift
 from lopt_hf.retention.references import ModelReference
 from lopt_hf.retention.weights import load_pair

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from lopt_hf.data.pretrained import resolve_model
 
 __all__ = ["ModelReference", "fingerprint", "load_tokenizer"]
 
-CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 HUB_ID_AT_REVISION = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)@(?P<revision>.+)")
 # What decides a model's answers; what training leaves beside it (optimizer, heads, logs) does not
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".model", ".txt", ".jinja")
@@ -111,7 +110,7 @@ def load_tokenizer(reference: ModelReference) -> PreTrainedTokenizerBase:
 def _check_base(name: str, base: str | None, revision: str | None, adapter_base: str | None) -> None:
     """Raises if an adapter's base is not to be had."""
     try:
-        if base is not None and _find_file(base, CONFIG, revision) is not None:
+        if base is not None and _find_file(base, CONFIG_NAME, revision) is not None:
             return
     except OSError:
         pass  # no folder, and not to be had from the hub
@@ -154,14 +153,14 @@ def fingerprint(name_or_path: str, revision: str | None = None) -> str:
 
 def _commit(hub_id: str, revision: str | None) -> str | None:
     """The commit of a model or adapter on the hub, as far as it can be told."""
-    files = (_find_file(hub_id, name, revision) for name in (CONFIG, ADAPTER_CONFIG))
+    files = (_find_file(hub_id, name, revision) for name in (CONFIG_NAME, ADAPTER_CONFIG_NAME))
     return next((extract_commit_hash(file, None) for file in files if file is not None), None)
 
 
 def _adapter_config(source: str, revision: str | None) -> Mapping[str, Any] | None:
     """The adapter's configuration, or `None` for a full model."""
     try:
-        config, adapter_config = (_find_file(source, name, revision) for name in (CONFIG, ADAPTER_CONFIG))
+        config, adapter_config = (_find_file(source, name, revision) for name in (CONFIG_NAME, ADAPTER_CONFIG_NAME))
     except OSError as error:
         raise ValueError(
             f"model {source!r} is no folder here, and not to be had from the hub either; give a checkpoint's folder "

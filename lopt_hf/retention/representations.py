@@ -21,8 +21,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 from lopt_hf.common.files import write_text
 from lopt_hf.data.texts import prose
-from lopt_hf.local.blocks import find_decoder_stack
 from lopt_hf.local.layer_calls import hidden_of, output_hidden
+from lopt_hf.local.stacks import find_decoder_stack
 from lopt_hf.retention.references import ModelReference, load_tokenizer
 from lopt_hf.retention.results import RetentionReport
 from lopt_hf.retention.weights import load_merged

@@ -7,7 +7,6 @@ import os
 import shutil
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,13 @@ from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import StateDictType
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from lopt_hf.common.files import publish_folder
 
 __all__ = [
     "HEADS_FILE",
-    "STATE_FILE",
-    "ResumeState",
     "StagedCheckpoint",
     "check_files",
     "complete_states",
@@ -35,90 +34,25 @@ __all__ = [
     "load_heads",
     "load_weights",
     "load_whole_state",
+    "passed_over_weights",
+    "random_state_warning",
+    "read_json",
     "save_heads",
     "whole_state",
 ]
 
 HEADS_FILE = "local_heads.safetensors"
-STATE_FILE = "local_learning.json"
 # Optimizers that make the state of a parameter, at its first step, of zeros: also the number of its steps
 _STARTS_AT_ZERO = (torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop)
 STAGING_FOLDER = "incomplete-checkpoint"  # `get_last_checkpoint` does not match it
 
 
-@dataclass(frozen=True)
-class ResumeState:
-    """What a checkpoint holds beside the parent's files and the heads: what the parent forgets.
+def read_json(path: Path, checkpoint: str) -> Any:
+    """Reads a JSON file of a checkpoint.
 
-    Attributes:
-        trainer: Name of the trainer that wrote it.
-        settings: The learner's fingerprint.
-        total_train_tokens: Tokens trained on so far.
-        metrics_since_log: Metrics since the last log, by name.
-        loss_since_log: Loss since the last log, of each process.
-        last_logged_step: Step of the last log.
+    Raises:
+        ValueError: If it is damaged; the message names checkpoint and file.
     """
-
-    trainer: str
-    settings: Mapping[str, Any]
-    total_train_tokens: int
-    metrics_since_log: Mapping[str, list[float]]
-    loss_since_log: list[float]
-    last_logged_step: int
-
-    def write(self, folder: Path) -> None:
-        """Writes the state into a checkpoint's folder."""
-        (folder / STATE_FILE).write_text(json.dumps(vars(self), indent=2), encoding="utf-8")
-
-    @classmethod
-    def read(cls, checkpoint: str, trainer: str, settings: Mapping[str, Any]) -> "ResumeState":
-        """Reads the state of a checkpoint that a run wants to go on from.
-
-        Args:
-            checkpoint: The checkpoint's folder.
-            trainer: Name of the run's trainer.
-            settings: The fingerprint of the run's learner.
-
-        Raises:
-            ValueError: If the checkpoint is not one of local learning, was written by another kind of trainer, or was
-                trained with other block settings or through another readout.
-        """
-        path = Path(checkpoint) / STATE_FILE
-        if not path.is_file():
-            raise ValueError(
-                f"resume_from_checkpoint={checkpoint!r} has no {STATE_FILE}: it is not a checkpoint of this trainer. "
-                "To start from its weights, pass the folder as `model`."
-            )
-        content: dict[str, Any] = _read_json(path, checkpoint)
-        try:
-            state = cls(**{"trainer": trainer, **content})
-        except TypeError as error:
-            raise ValueError(f"resume_from_checkpoint={checkpoint!r}: {STATE_FILE} is damaged ({error}).") from error
-        for name in (*settings, *(name for name in state.settings if name not in settings)):
-            saved, value = state.settings.get(name), settings.get(name)
-            if name == "frozen_readout" and saved is None:  # MLAAN's, of a checkpoint from before it was noted
-                continue
-            is_readout = name == "frozen_readout" or (name == "readout" and settings.get("method") != "MLAAN")
-            if saved != value and is_readout:
-                raise ValueError(
-                    f"resume_from_checkpoint={checkpoint!r} learned through a final norm and LM head that are not "
-                    "those of this run's model; pass the model that the run started from, not one that was trained "
-                    "since."
-                )
-            if saved != value:
-                raise ValueError(
-                    f"resume_from_checkpoint={checkpoint!r} was trained with {name}={saved}, but this run has "
-                    f"{name}={value}; resume with the same settings, or start anew in another output_dir."
-                )
-        if state.trainer != trainer:
-            raise ValueError(
-                f"resume_from_checkpoint={checkpoint!r} is a checkpoint of {state.trainer}, but this run is "
-                f"{trainer}; to start from its weights, pass the folder as `model`."
-            )
-        return state
-
-
-def _read_json(path: Path, checkpoint: str) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # also of a byte that is no text
@@ -157,7 +91,7 @@ def check_files(checkpoint: str, names: Iterable[str], shapes: Mapping[str, torc
         if path.suffix == ".pt" and not zipfile.is_zipfile(path):
             raise _damaged(checkpoint, name, "it ends too early")
         if path.suffix == ".json":
-            _read_json(path, checkpoint)
+            read_json(path, checkpoint)
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, "pt") as file:
@@ -170,6 +104,31 @@ def check_files(checkpoint: str, names: Iterable[str], shapes: Mapping[str, torc
                 f"resume_from_checkpoint={checkpoint!r} is of another model: {other} is of shape {list(found[other])} "
                 f"there and of {list(shapes[other])} in this run; pass the model that the run started from."
             )
+
+
+def random_state_warning(checkpoint: str, args: TrainingArguments) -> str | None:
+    """Returns what to say where a checkpoint has no random state of this process."""
+    name = "rng_state.pth" if args.world_size == 1 else f"rng_state_{args.process_index}.pth"
+    if (Path(checkpoint) / name).is_file():
+        return None
+    return (
+        f"resume_from_checkpoint={checkpoint!r} has no {name}, as when another number of processes wrote it: random "
+        "numbers, such as dropout's, are not those of the run that was left."
+    )
+
+
+def passed_over_weights(model: PreTrainedModel, load_result: Any) -> bool:
+    """Tells whether weights were passed over, as those are that are saved under other names.
+
+    Args:
+        model: The model.
+        load_result: What its `load_state_dict(..., strict=False)` has returned.
+    """
+    missing = set(load_result.missing_keys)
+    state = model.state_dict()
+    loaded = {tensor.data_ptr() for name, tensor in state.items() if name not in missing}
+    is_lacking = any(state[name].data_ptr() not in loaded for name in missing)  # tied to none that was loaded
+    return is_lacking or bool(load_result.unexpected_keys)
 
 
 def load_weights(model: PreTrainedModel, checkpoint: str) -> None:
@@ -306,16 +265,5 @@ class StagedCheckpoint:
         yield
         self._accelerator.wait_for_everyone()
         if self._accelerator.is_local_main_process:
-            self._publish()
+            publish_folder(self.folder, self.final)
         self._accelerator.wait_for_everyone()
-
-    def _publish(self) -> None:
-        """Renames a finished checkpoint, in place of one of the same step that an earlier run left."""
-        if not self.folder.is_dir():  # another node has renamed it on the shared file system
-            return
-        replaced = self.folder.parent / f"{self.final.name}-replaced"
-        if self.final.exists():
-            os.replace(self.final, replaced)
-        with contextlib.suppress(FileNotFoundError):
-            os.replace(self.folder, self.final)
-        shutil.rmtree(self.folder.parent, ignore_errors=True)

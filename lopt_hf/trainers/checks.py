@@ -1,8 +1,10 @@
 """Errors that a user can act on, raised before anything expensive happens."""
 
 import inspect
+import math
 import os
 from collections.abc import Sequence, Set
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -15,14 +17,19 @@ from trl import GRPOConfig, SFTConfig
 from trl.data_utils import get_dataset_column_names
 
 from lopt_hf.common.quantization import check_trainable, is_quantized
-from lopt_hf.local.blocks import check_architecture, find_decoder_stack, split_layers
+from lopt_hf.local.blocks import split_layers
+from lopt_hf.local.learner import LocalLearner
 from lopt_hf.local.run_facts import LOMO
+from lopt_hf.local.stacks import check_architecture, find_decoder_stack
 
 __all__ = [
     "check_dataset",
+    "check_finite",
     "check_fsdp",
     "check_heads_step",
     "check_model",
+    "check_neftune",
+    "check_no_model_is_lost",
     "check_optimizer",
     "check_output_dir",
     "check_own_optimizer",
@@ -35,6 +42,9 @@ __all__ = [
 _REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 _RENAMED_COLUMNS = ("prompt", "completion")
 
+# What tells that a folder holds a model, or its adapter
+_OF_A_MODEL = ("config.json", "adapter_config.json", "model*.safetensors", "adapter_model*", "pytorch_model*.bin")
+
 _SFT_LAYOUTS = ({"messages"}, {"conversations"}, {"prompt", "completion"}, {"input_ids"})
 
 
@@ -42,8 +52,10 @@ def check_output_dir(output_dir: str, resume_from_checkpoint: str | bool | None)
     """Raises if a new run would mix its checkpoints with another run's.
 
     Raises:
-        ValueError: If `output_dir` is a file, or holds checkpoints and the run does not resume.
+        ValueError: If `output_dir` is no folder that could be, or holds checkpoints and the run does not resume.
     """
+    if not output_dir:
+        raise ValueError("output_dir='' names no folder; name one.")
     if os.path.isfile(output_dir):
         raise ValueError(f"output_dir={output_dir!r} is a file; name a folder.")
     if resume_from_checkpoint or not os.path.isdir(output_dir):
@@ -54,6 +66,30 @@ def check_output_dir(output_dir: str, resume_from_checkpoint: str | bool | None)
             f"output_dir={output_dir!r} holds another run's checkpoints (the last is {os.path.basename(last)!r}); "
             "continue that run with resume_from_checkpoint=True, or choose another output_dir."
         )
+
+
+def check_no_model_is_lost(output_dir: str, model: str | None) -> None:
+    """Raises if a run that starts anew would save its model over another, or over the one that it starts from.
+
+    Args:
+        output_dir: Where the model is saved.
+        model: The model that the run starts from.
+
+    Raises:
+        ValueError: With the file that would be lost.
+    """
+    folder = Path(output_dir)
+    if model is not None and folder.is_dir() and Path(model).is_dir() and folder.samefile(model):
+        raise ValueError(
+            f"output_dir={output_dir!r} is the model that the run starts from; choose another output_dir."
+        )
+    for pattern in _OF_A_MODEL:
+        found = next(folder.glob(pattern), None)
+        if found is not None:
+            raise ValueError(
+                f"output_dir={output_dir!r} holds a model ({found.name}) that would be overwritten; choose another "
+                "output_dir, or remove it."
+            )
 
 
 def check_optimizer(args: TrainingArguments) -> None:
@@ -109,6 +145,41 @@ def check_heads_step(optim: str, heads: nn.Module) -> None:
         raise ValueError(
             f"optim={optim!r} steps the model's own parameters alone, and the early blocks' heads would stay as they "
             "were drawn; choose another optim, or an objective without heads, such as local_objective='none'."
+        )
+
+
+def check_neftune(args: Any, learner: LocalLearner) -> None:
+    """Raises if NEFTune's noise is asked for, and the model's first block learns from images too.
+
+    Raises:
+        ValueError: With the fix.
+    """
+    if args.neftune_noise_alpha is not None and learner.vision_parameters():
+        raise ValueError(
+            f"neftune_noise_alpha={args.neftune_noise_alpha} is not supported for a vision-language model, whose "
+            "first block would learn to keep the noise; leave it out."
+        )
+
+
+def check_finite(name: str, value: float, step: int, args: Any) -> None:
+    """Raises if a figure of a step is no number, before the step changes weights.
+
+    Args:
+        name: What it is, for the message.
+        value: The figure.
+        step: The optimizer step, counted from 1.
+        args: Training arguments.
+
+    Raises:
+        FloatingPointError: With the fix.
+    """
+    if not math.isfinite(value):
+        weights = "weights that have not stepped yet" if args.local_step else "weights"
+        raise FloatingPointError(
+            f"{name} is {value} at step {step}. Training stops before this step changes the {weights}; the "
+            f"checkpoints in output_dir={args.output_dir!r} are from before. Resuming would go on at their rates: "
+            "start a new run, from one of them as model if you like, with a lower learning_rate or "
+            "early_learning_rate, or with more warmup_steps."
         )
 
 

@@ -4,13 +4,12 @@ import os
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-import torch
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.training_args import OptimizerNames
 from trl import DPOConfig, GRPOConfig, SFTConfig
 from trl.trainer.utils import get_config_model_id
 
-from lopt_hf.common.arithmetic import pick_bf16
+from lopt_hf.common.arithmetic import fit_to_machine
 from lopt_hf.common.settings import check_choice, option
 from lopt_hf.common.training_numbers import check_training_numbers
 from lopt_hf.local.methods.lopt import LoPTArguments
@@ -66,12 +65,7 @@ class LocalTrainingArguments(ArgumentsBase):
         self.check()
         self.check_run(self.run_facts)
         check_training_numbers(self, beta_is_positive=self._task == "DPO")
-        # transformers refuses bf16, the default of TRL's configs, on a machine without an accelerator unless told
-        # that this is meant.
-        if not torch.accelerator.is_available():
-            self.use_cpu = True
-        if self.use_cpu:
-            self.bf16 = pick_bf16(self.bf16, self.fp16)
+        fit_to_machine(self)
         super().__post_init__()
         self.check_run(self.run_facts)  # again, as the parent has read some of them from text, or under older names
 
@@ -89,6 +83,7 @@ class LocalTrainingArguments(ArgumentsBase):
             reentrant_checkpointing=bool(self.gradient_checkpointing and reentrant),
             may_save_in_mid_step=self.enable_jit_checkpoint,
             accumulation_steps=self.gradient_accumulation_steps,
+            is_compiled=self.torch_compile,
         )
 
 

@@ -107,6 +107,7 @@ class LocalGRPOTrainer(LocalLearningMixin, GRPOTrainer):
         state = {
             "step": self._step,
             "num_processes": self.accelerator.num_processes,
+            "steps_per_generation": self.args.steps_per_generation,
             "inputs": self._buffered_inputs if self._step % self._steps_per_batch() else None,
         }
         staged.mkdir(parents=True, exist_ok=True)  # on a host whose disk the first process does not see
@@ -116,7 +117,8 @@ class LocalGRPOTrainer(LocalLearningMixin, GRPOTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         path = Path(resume_from_checkpoint, self._generation_file())
         state = torch.load(path, map_location=self.args.device, weights_only=True) if path.is_file() else {}
-        if state.get("num_processes") == self.accelerator.num_processes:  # otherwise generate anew, as the parent
+        now = (self.accelerator.num_processes, self.args.steps_per_generation)  # into so many parts a batch is cut
+        if (state.get("num_processes"), state.get("steps_per_generation")) == now:  # else anew, as the parent
             self._step, self._buffered_inputs = state["step"], state["inputs"]
 
     def _steps_per_batch(self) -> int:

@@ -6,45 +6,49 @@ import math
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
 from transformers.utils import logging
 
-from lopt_hf import __version__
 from lopt_hf.common.callbacks import bind_callbacks
 from lopt_hf.common.distributed import GradientReducer, broadcast_parameters
 from lopt_hf.common.locks import run_lock
+from lopt_hf.common.trainer_base import TrainerBase
 from lopt_hf.common.upstream.torch import ignored_by_ddp
 from lopt_hf.common.upstream.trainers import TRAINER_STATE_NAME
 from lopt_hf.data.prepared import check_prepared
 from lopt_hf.data.sampling import spread_batches
-from lopt_hf.local.blocks import Block, DecoderStack
+from lopt_hf.local.blocks import Block
 from lopt_hf.local.heads import LocalHeads
 from lopt_hf.local.hooks import BlockBoundary
 from lopt_hf.local.learner import LearnerEvents, LocalLearner
 from lopt_hf.local.methods.base import Method
 from lopt_hf.local.run_facts import RunFacts
-from lopt_hf.local.stepping import end_schedules_at, set_learning_rate
+from lopt_hf.local.stacks import DecoderStack
 from lopt_hf.meters.drift import WeightDrift
-from lopt_hf.trainers.checkpoint import ResumeState, StagedCheckpoint, complete_states, load_weights
-from lopt_hf.trainers.checks import check_fsdp, check_heads_step, check_output_dir, check_own_optimizer
+from lopt_hf.trainers.checkpoint import StagedCheckpoint, load_weights, passed_over_weights, random_state_warning
+from lopt_hf.trainers.checks import (
+    check_finite,
+    check_fsdp,
+    check_heads_step,
+    check_neftune,
+    check_output_dir,
+    check_own_optimizer,
+)
 from lopt_hf.trainers.engines import engine_of, fallback_warning, root_kept_whole, shard_heads_apart
-from lopt_hf.trainers.model_card import complete_card, describe_blocks, describe_reach, read_retention
+from lopt_hf.trainers.learner_callback import LearnerCallback
+from lopt_hf.trainers.model_card import complete_card, describe_run, read_retention
+from lopt_hf.trainers.parameter_groups import add_missing_parameters, end_with_reach, set_learning_rates
+from lopt_hf.trainers.reach_lines import reach_lines
+from lopt_hf.trainers.resume_state import ResumeState
 from lopt_hf.trainers.saved_heads import SavedHeads
 
 __all__ = ["LocalLearningMixin"]
-
-# The mixin stands before a trainer in the list of base classes; a type checker is told that it is one.
-if TYPE_CHECKING:
-    from transformers import Trainer as TrainerBase
-else:
-    TrainerBase = object
 
 logger = logging.get_logger(__name__)
 
@@ -81,6 +85,7 @@ class LocalLearningMixin(TrainerBase):
     _name: str  # TRL's, of the method
 
     _staging: Path | None = None  # while a checkpoint is being written
+    _completes_optimizer = False  # whether `create_optimizer` of this class has been asked
     _completes_in_forward = True  # whether early blocks have all their gradients when their local backward is done
     _weights_from = ""  # the checkpoint whose weights are being loaded
     _resumed: ResumeState | None = None  # from `train(resume_from_checkpoint=...)` to the first epoch
@@ -94,14 +99,16 @@ class LocalLearningMixin(TrainerBase):
         self._run_facts = self._facts_of_the_run()
         self._reducer = GradientReducer()
         self._heads_in_model = self._run_facts.engine is not None
+        check_own_optimizer(self.args, self.optimizer, self.lr_scheduler)  # before the model is changed
         self.learner = self._make_learner(method)
         self._saved_heads = SavedHeads(self.learner, self.accelerator)
         self.start_losses = dict(self.learner.method.start_losses())
         weakref.finalize(self, self.learner.boundary.remove)
         if self._heads_in_model:  # the engine shards, steps and saves what is in the model
             self.learner.heads.attach(self.learner.base_model)
+        self._check_run()
         self._warn()
-        self.add_callback(_LearnerCallback(self))
+        self.add_callback(LearnerCallback(self))
         self._drift = WeightDrift(self.learner.owned()) if self.args.log_drift else None
         self._owns_output_dir = False
         self.card_facts: dict[str, str] = {}
@@ -190,21 +197,20 @@ class LocalLearningMixin(TrainerBase):
         if self.accelerator.is_main_process:
             logger.warning(line)  # what nobody asked for, but must know; the level is what is shown by default
 
+    def _check_run(self) -> None:
+        """Raises if the run does not go with the optimizer that it has, or with the model."""
+        check_heads_step(self._run_facts.optim, self.local_heads)
+        check_neftune(self.args, self.learner)
+
     def _warn(self) -> None:
+        """Says what a user must know before training."""
         args = self.args
         for warning in self.learner.method.warnings(self.learner):
             logger.warning(warning)
-        check_own_optimizer(args, self.optimizer, self.lr_scheduler)
-        check_heads_step(self._run_facts.optim, self.local_heads)
         if self.optimizer is None and not isinstance(self.model, PeftModel):
             advice = self.learner.method.rate_advice(self.learner, args.learning_rate)
             if advice is not None:
                 logger.warning(advice)
-        if args.neftune_noise_alpha is not None and self.learner.vision_parameters():
-            raise ValueError(
-                f"neftune_noise_alpha={args.neftune_noise_alpha} is not supported for a vision-language model, whose "
-                "first block would learn to keep the noise; leave it out."
-            )
         if args.gradient_checkpointing:
             self._say(
                 "activation_checkpointing=True (TRL's default) leaves few activations for the blocks to free, and "
@@ -227,56 +233,32 @@ class LocalLearningMixin(TrainerBase):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Makes the optimizer, heads included, with `early_learning_rate` for the early blocks."""
         is_new = self.optimizer is None
+        self._completes_optimizer = True
         heads, target = self.learner.heads, self.model if model is None else model
         with contextlib.nullcontext() if self._heads_in_model else heads.attached(target):
             optimizer = super().create_optimizer(model)
-        self._add_missing_parameters(optimizer)
+        add_missing_parameters(optimizer, self.learner)
         if is_new:
-            self._set_learning_rates(optimizer)
+            set_learning_rates(optimizer, self.learner, self.args)
         return optimizer
 
-    def _add_missing_parameters(self, optimizer: torch.optim.Optimizer) -> None:
-        """Adds what an optimizer of the user's own does not know: the heads, and the LM head that was untied since.
-
-        They join groups that are there, as a scheduler may know the groups; the LM head that of the embeddings.
-        """
-        groups: list[list[nn.Parameter]] = [group["params"] for group in optimizer.param_groups]
-        present = {id(parameter) for group in groups for parameter in group}
-        groups[0].extend(p for p in self.learner.heads.parameters() if p.requires_grad and id(p) not in present)
-        if not self.learner.has_untied:
-            return
-        model: Any = self.learner.base_model
-        weight, copy = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-        if id(copy) not in present:
-            for group in groups:
-                if any(parameter is weight for parameter in group):
-                    group.append(copy)
-
-    def _set_learning_rates(self, optimizer: torch.optim.Optimizer) -> None:
-        """Gives blocks the rates that `early_learning_rate` or `reach_rate` say, where they are not the run's."""
-        rates = self.learner.learning_rates(self.args.learning_rate)
-        learners = self.learner.learners()
-        if self.args.reach_anneal:  # a group for each block, as the schedules of their rates end apart
-            for block, rate in zip(learners[:-1], rates[:-1], strict=True):
-                set_learning_rate(optimizer, block, rate)
-            return
-        for rate in dict.fromkeys(rates[:-1]):
-            if rate != rates[-1] or self.args.early_learning_rate is not None:
-                members = [
-                    p for block, own in zip(learners[:-1], rates[:-1], strict=True) if own == rate for p in block
-                ]
-                set_learning_rate(optimizer, members, rate)
+    def _wrap_model(self, model: nn.Module, training: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        # What the parent does next: by now the optimizer is made, perhaps by a subclass that did not ask this one.
+        if training and self.optimizer is not None and not self._completes_optimizer:
+            check_own_optimizer(self.args, self.optimizer, None)
+            add_missing_parameters(self.optimizer, self.learner)
+        wrapped: nn.Module = super()._wrap_model(model, training, *args, **kwargs)
+        return wrapped
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
         """Makes the scheduler; with `reach_anneal` a block's part of it ends with the last step that reaches it."""
         scheduler = super().create_scheduler(num_training_steps, *args, **kwargs)
         if self.args.reach_anneal:
-            schedule, learners = self.learner.schedule, self.learner.learners()
-            ends = [(block, schedule.end(index, num_training_steps)) for index, block in enumerate(learners)]
-            end_schedules_at(scheduler, ends, num_training_steps)
+            end_with_reach(scheduler, self.learner, num_training_steps)
         return scheduler
 
     def _prepare_for_training(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[nn.Module, Any]:
+        self.learner.begin_run()  # here, since `auto_find_batch_size` comes again
         # The early blocks' gradients are ready inside the forward, or do not follow from the forward's output; DDP's
         # reducer would wait for them, or see them twice. `GradientReducer` averages them instead.
         if self._run_facts.engine == "FSDP2" and (self.boundary.mode == "eager" or self.learner.schedule.highest > 1):
@@ -292,32 +274,9 @@ class LocalLearningMixin(TrainerBase):
 
     def _say_reach(self, max_steps: int) -> None:
         """Tells what comes of a schedule of reach in this run."""
-        self._say(self._reach_line())
-        furthest = self.learner.schedule.furthest(max_steps)
-        if furthest < self.learner.schedule.highest:
-            self._say(
-                f"The run's {max_steps} steps are too few for task_reach={self.args.task_reach}: the task's "
-                f"gradient reaches the last {furthest} of {len(self.blocks)} blocks at most. Train longer, or "
-                "put the furthest reach first."
-            )
-
-    def _reach_line(self) -> str:
-        """Says how often the task's gradient reaches each block, at which rate it learns, and what DDP averages."""
-        learner = self.learner
-        rates = [f"{rate:.3g}" for rate in learner.learning_rates(self.args.learning_rate)]
-        shares = [f"{learner.schedule.share(index):.3g}" for index in range(len(rates))]
-        line = (
-            f"task_reach={self.args.task_reach}: of the steps the task's gradient reaches each block at a share of "
-            f"{', '.join(shares)} (first to last); learning rates {', '.join(rates)}"
-        )
-        if self.args.reach_anneal:
-            line += ", each of which ends its schedule with the last step that reaches the block"
-        if self.accelerator.num_processes == 1:
-            return f"{line}."
-        per_block = [sum(p.numel() * p.element_size() for p in ps if p.requires_grad) for ps in learner.learners()]
-        learns_always = learner.boundary.learns_locally
-        averaged = sum(b * (1 if learns_always else learner.schedule.share(i)) for i, b in enumerate(per_block))
-        return f"{line}; {averaged / 1e6:.1f} of {sum(per_block) / 1e6:.1f} MB of gradients averaged per step."
+        rate = self.optimizer.param_groups[0]["initial_lr"]  # a scheduler has noted it; the early blocks' follow
+        for line in reach_lines(self.learner, self.args, rate, max_steps, self.accelerator.num_processes):
+            self._say(line)
 
     def _share_gradients(self) -> None:
         """Gives all ranks the same start of what DDP does not broadcast, and averages what it does not see."""
@@ -332,8 +291,8 @@ class LocalLearningMixin(TrainerBase):
         with self.learner.micro_batch(self.accelerator.sync_gradients):
             loss = super().training_step(*args, **kwargs)
             self._check_finite("loss", loss.item())
+            self.learner.after_backward()  # in which blocks may run again, whose local losses come then
             self._log_losses(self.learner.losses())
-            self.learner.after_backward()
         return loss
 
     def compute_loss(
@@ -355,14 +314,13 @@ class LocalLearningMixin(TrainerBase):
     @contextlib.contextmanager
     def _local_forward(self, inputs: dict[str, Any], num_items: torch.Tensor | int | None) -> Iterator[None]:
         """Lets the forwards of a micro-batch learn locally."""
-        steps = self.current_gradient_accumulation_steps
         with self.learner.forward(
             dict(inputs),  # a `compute_loss_func` makes the parent take the labels out
-            self.state.global_step,
-            self._local_scale(inputs, num_items),
-            self.accelerator.sync_gradients and self._completes_in_forward,
-            steps,
-            max(1, self.state.max_steps),
+            step=self.state.global_step,
+            scale=self._local_scale(inputs, num_items),
+            synchronises=self.accelerator.sync_gradients and self._completes_in_forward,
+            accumulation_steps=self.current_gradient_accumulation_steps,
+            total_steps=max(1, self.state.max_steps),
         ):
             yield
 
@@ -403,14 +361,7 @@ class LocalLearningMixin(TrainerBase):
         return self.learner.clip(max_norm)
 
     def _check_finite(self, name: str, figure: torch.Tensor | float) -> None:
-        value = float(figure)
-        if not math.isfinite(value):
-            weights = "weights that have not stepped yet" if self.args.local_step else "weights"
-            raise FloatingPointError(
-                f"{name} is {value} at step {self.state.global_step + 1}. Training stops before this step changes the "
-                f"{weights}; the checkpoints in output_dir={self.args.output_dir!r} are from before. Lower "
-                "learning_rate or early_learning_rate, or raise warmup_steps, and resume."
-            )
+        check_finite(name, float(figure), self.state.global_step + 1, self.args)
 
     # ---- The run ----
 
@@ -426,9 +377,7 @@ class LocalLearningMixin(TrainerBase):
         self._owns_output_dir = True
         output_dir = self.args.output_dir
         checkpoint = get_last_checkpoint(output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
-        if checkpoint:
-            self._resumed = self.check_checkpoint(checkpoint)
-        self.learner.begin_run()
+        self._resumed = self.check_checkpoint(checkpoint) if checkpoint else None
         with run_lock(output_dir) if self._writes_output_dir else contextlib.nullcontext():
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -469,13 +418,9 @@ class LocalLearningMixin(TrainerBase):
 
     def _check_files(self, checkpoint: str) -> None:
         self._saved_heads.check(checkpoint)
-        processes = self.args.world_size
-        random_state = "rng_state.pth" if processes == 1 else f"rng_state_{self.args.process_index}.pth"
-        if not (Path(checkpoint) / random_state).is_file():
-            logger.warning(
-                f"resume_from_checkpoint={checkpoint!r} has no {random_state}, as when another number of processes "
-                "wrote it: random numbers, such as dropout's, are not those of the run that was left."
-            )
+        warning = random_state_warning(checkpoint, self.args)
+        if warning is not None:
+            logger.warning(warning)
 
     @property
     def all_blocks(self) -> list[Block]:
@@ -488,15 +433,8 @@ class LocalLearningMixin(TrainerBase):
         """Writes TRL's model card, with blocks, reach, `card_facts`, and what a `RetentionCallback` has measured."""
         super().create_model_card(model_name or Path(str(self.args.output_dir)).name, dataset_name, tags)
         if self.is_world_process_zero():
-            facts = {
-                "method": f"{self._name}, of lopt_hf {__version__}",
-                "blocks": describe_blocks(self.all_blocks),
-                "trained by the task loss": describe_reach(self.learner.schedule),
-                **({} if dataset_name is None else {"data": dataset_name}),
-                **self.card_facts,
-            }
             path = Path(str(self.args.output_dir)) / "README.md"
-            complete_card(path, facts, read_retention(self.state.log_history))
+            complete_card(path, describe_run(self, dataset_name), read_retention(self.state.log_history))
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
@@ -528,20 +466,14 @@ class LocalLearningMixin(TrainerBase):
 
     def _save_local_state(self, staged: Path, final: Path) -> None:
         loss_since_log = self.accelerator.gather(self._tr_loss.reshape(1)).tolist()
-        if self.state.best_global_step == self.state.global_step:
+        is_best = self.state.best_global_step == self.state.global_step
+        if is_best:
             self.state.best_model_checkpoint = str(final)  # on every rank: each loads the best model at the end
         self._saved_heads.save(staged, self.args.should_save)
         if not self.args.should_save:
             return
-        ResumeState(
-            trainer=self._name,
-            settings=self.learner.fingerprint(),
-            total_train_tokens=self._total_train_tokens,
-            metrics_since_log=self._metrics["train"],
-            loss_since_log=loss_since_log,
-            last_logged_step=self._globalstep_last_logged,
-        ).write(staged)
-        if self.state.best_global_step == self.state.global_step:
+        ResumeState.of(self, loss_since_log).write(staged)
+        if is_best:
             self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -557,44 +489,22 @@ class LocalLearningMixin(TrainerBase):
             super()._load_best_model()
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        # After `load_state_dict(..., strict=False)`, by which weights under other names are passed over.
         model = self.model
         if self._run_facts.engine is not None or not isinstance(model, PreTrainedModel):
             super()._issue_warnings_after_load(load_result)
-            return
-        missing = set(load_result.missing_keys)
-        state = model.state_dict()
-        loaded = {tensor.data_ptr() for name, tensor in state.items() if name not in missing}
-        if load_result.unexpected_keys or any(state[name].data_ptr() not in loaded for name in missing):  # not tied
+        elif passed_over_weights(model, load_result):
             load_weights(model, self._weights_from)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self._saved_heads.is_fsdp2:
+        with self._saved_heads.completed_optimizer(self.optimizer, self.state.global_step) as warning:
             super()._save_optimizer_and_scheduler(output_dir)
-            return
-        heads, wrapped = self.learner.heads, self.optimizer
-        optimizer = wrapped.optimizer if isinstance(wrapped, AcceleratedOptimizer) else wrapped
-        # Of the state dict alone: the optimizer's state is saved by the names that the model gives the heads.
-        with heads.left_out(self.learner.base_model), complete_states(optimizer) as missing:
-            super()._save_optimizer_and_scheduler(output_dir)
-        if missing:
-            self._say(
-                f"The checkpoint of step {self.state.global_step} cannot be resumed from: {missing} weights have not "
-                f"been stepped yet, and torch loads the state of {type(optimizer).__name__} under FSDP2 only if it "
-                "has that of all. Resume from a later one, or set optim to adamw_torch, whose state is completed."
-            )
+        if warning is not None:
+            self._say(warning)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # The parent starts these at zero when it resumes between two logs.
         if self._resumed is not None:
-            state, self._resumed = self._resumed, None
-            self._total_train_tokens = state.total_train_tokens
-            self._metrics["train"].update(state.metrics_since_log)
-            self._globalstep_last_logged = state.last_logged_step
-            if len(state.loss_since_log) == self.args.world_size:
-                self._tr_loss += state.loss_since_log[self.args.process_index]
-                # `train_loss` is the mean of the steps of this call, which these are not.
-                self._total_loss_scalar -= sum(state.loss_since_log) / self.args.world_size
+            self._resumed.restore(self)
+            self._resumed = None
         if self.state.global_step >= self.state.max_steps:  # the parent would train a step before it looks
             self.control.should_training_stop = True
             return
@@ -604,21 +514,3 @@ class LocalLearningMixin(TrainerBase):
         if state_dict is not None:
             state_dict = {name: value for name, value in state_dict.items() if not LocalHeads.is_name_of_head(name)}
         super()._save(output_dir, state_dict)
-
-
-class _LearnerCallback(TrainerCallback):
-    """Does for the learner what the training loop does for the model, and logs the losses at the start."""
-
-    def __init__(self, trainer: LocalLearningMixin) -> None:
-        self._trainer = weakref.proxy(trainer)  # the trainer holds the callback
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        losses = self._trainer.start_losses
-        if losses and state.global_step == 0:
-            self._trainer.log({f"local_loss/{name}/start": loss for name, loss in losses.items()})
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._trainer.learner.heads.zero_grad()  # as the loop's `model.zero_grad()`
-
-    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self._trainer.learner.after_step()

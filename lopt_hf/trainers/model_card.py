@@ -7,11 +7,12 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
 
+from lopt_hf import __version__
 from lopt_hf.common.tables import markdown_table
 from lopt_hf.local.blocks import Block
 from lopt_hf.local.schedule import ReachSchedule
 
-__all__ = ["Kept", "complete_card", "describe_blocks", "describe_reach", "read_retention"]
+__all__ = ["Kept", "complete_card", "describe_reach", "describe_run", "read_retention"]
 
 _BEFORE = "### Framework versions"  # of TRL's template
 _PREFIX = "retention/"
@@ -38,7 +39,18 @@ class Kept:
     high: float
 
 
-def describe_blocks(blocks: Sequence[Block]) -> str:
+def describe_run(trainer: Any, dataset_name: str | None = None) -> dict[str, str]:
+    """Returns what to tell of a trainer of local learning, by its name; its `card_facts` come last."""
+    return {
+        "method": f"{trainer._name}, of lopt_hf {__version__}",
+        "blocks": _describe_blocks(trainer.all_blocks),
+        "trained by the task loss": describe_reach(trainer.learner.schedule),
+        **({} if dataset_name is None else {"data": dataset_name}),
+        **trainer.card_facts,
+    }
+
+
+def _describe_blocks(blocks: Sequence[Block]) -> str:
     """Returns how many blocks there are and which layers are in each, both ends included."""
     ranges = ", ".join(f"{block.start}–{block.stop - 1}" for block in blocks)
     return f"{len(blocks)}, of layers {ranges}"

@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedModel
 
-from lopt_hf.local.blocks import untie_output_embeddings
+from lopt_hf.local.embeddings import untie_output_embeddings
 
 __all__ = ["check_synchronised_reference", "match_reference"]
 

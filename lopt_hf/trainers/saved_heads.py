@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS_NAME
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -16,6 +18,7 @@ from lopt_hf.local.learner import LocalLearner
 from lopt_hf.trainers.checkpoint import (
     HEADS_FILE,
     check_files,
+    complete_states,
     fsdp_files,
     fsdp_weights,
     load_heads,
@@ -99,6 +102,30 @@ class SavedHeads:
         if self.is_fsdp2 and not self._is_adapted and not (folder / CONFIG_NAME).is_file():
             # A sharded checkpoint has none, and only this run's says whether its LM head has a weight of its own.
             self._learner.base_model.config.save_pretrained(folder)
+
+    @contextlib.contextmanager
+    def completed_optimizer(self, optimizer: Any, step: int) -> Iterator[str | None]:
+        """Makes a context in which the optimizer is saved, with all that a sharded one's loading asks for.
+
+        Args:
+            optimizer: The optimizer, maybe in what accelerate has put around it.
+            step: The optimizer step, for what to say.
+
+        Yields:
+            What to say afterwards, if it cannot be loaded again all the same.
+        """
+        if not self.is_fsdp2:
+            yield None
+            return
+        inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+        # Of the state dict alone: the optimizer's state is saved by the names that the model gives the heads.
+        with self._learner.heads.left_out(self._learner.base_model), complete_states(inner) as missing:
+            warning = (
+                f"The checkpoint of step {step} cannot be resumed from: {missing} weights have not been stepped yet, "
+                f"and torch loads the state of {type(inner).__name__} under FSDP2 only if it has that of all. Resume "
+                "from a later one, or set optim to adamw_torch, whose state is completed."
+            )
+            yield warning if missing else None
 
     def load(self, checkpoint: str) -> None:
         """Loads the heads of a checkpoint, unless they came with the model's weights."""

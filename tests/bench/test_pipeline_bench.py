@@ -17,7 +17,7 @@ from lopt_hf.bench.pipeline.schedules import ScheduledTraining
 from lopt_hf.bench.pipeline.settings import DEFAULT_METHODS, METHODS, SCHEDULES, PipelineBenchSettings
 from lopt_hf.bench.pipeline.worker import prepare
 from lopt_hf.common.host_store import LOOPBACK, host_store
-from lopt_hf.local.blocks import untie_output_embeddings
+from lopt_hf.local.embeddings import untie_output_embeddings
 from lopt_hf.pipeline.runtime.timeline import Timeline
 from lopt_hf.pipeline.split.costs import ModelCosts, PartCost
 from lopt_hf.scripts.bench import main

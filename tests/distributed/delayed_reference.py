@@ -18,8 +18,8 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from trl import SFTTrainer
 
 from lopt_hf import LoPTTrainer
-from lopt_hf.local.blocks import find_decoder_stack
 from lopt_hf.local.layer_calls import hidden_of, output_hidden, with_hidden
+from lopt_hf.local.stacks import find_decoder_stack
 
 
 class Delayed:

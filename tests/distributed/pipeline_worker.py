@@ -15,7 +15,7 @@ from lopt_hf.local.blocks import split_layers
 from lopt_hf.pipeline.runtime.adapters import add_adapter
 from lopt_hf.pipeline.runtime.config import MLAANPipelineConfig, PipelineConfig
 from lopt_hf.pipeline.runtime.launch import PipelineWorld, Rendezvous, init_world
-from lopt_hf.pipeline.runtime.stage import plan_stages
+from lopt_hf.pipeline.runtime.stage_plan import plan_stages
 from lopt_hf.pipeline.runtime.trainer import MLAANPipelineTrainer, PipelineTrainer
 from tests.distributed.pipeline_fault_worker import become_rank
 from tests.tiny import make_dataset, make_tokenizer

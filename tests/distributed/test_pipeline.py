@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, set_seed
 from lopt_hf import LoPTConfig, LoPTTrainer, MLAANConfig, MLAANTrainer
 from lopt_hf.local.blocks import split_layers
 from lopt_hf.local.learner import LocalLearner
-from lopt_hf.pipeline.runtime.checkpoint import export_checkpoint
+from lopt_hf.pipeline.runtime.export import export_checkpoint
 from lopt_hf.pipeline.runtime.launch import launch_command
-from lopt_hf.pipeline.runtime.stage import plan_stages
+from lopt_hf.pipeline.runtime.stage_plan import plan_stages
 from tests.distributed.pipeline_processes import Processes
 from tests.distributed.pipeline_worker import make_lora, run_rank
 from tests.distributed.sockets import assert_on_loopback, watched

@@ -11,7 +11,7 @@ from trl import SFTConfig, SFTTrainer
 
 from lopt_hf import LoPTConfig
 from lopt_hf.local.blocks import split_layers
-from lopt_hf.local.learner import separate_embeddings
+from lopt_hf.local.embeddings import separate_embeddings
 from tests.distributed.delayed_reference import DelayedTrainer, LocalAndDelayedTrainer
 from tests.distributed.pipeline_worker import make_lora
 from tests.distributed.test_pipeline import NUM_LAYERS, assert_equal, load_model, run_pipeline, save_start

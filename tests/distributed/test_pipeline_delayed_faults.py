@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from lopt_hf.pipeline.runtime.checkpoint import export_checkpoint
+from lopt_hf.pipeline.runtime.export import export_checkpoint
 from tests.distributed.pipeline_fault_worker import Fault
 from tests.distributed.pipeline_processes import (
     arguments,

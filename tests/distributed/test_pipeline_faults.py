@@ -121,7 +121,7 @@ def test_a_kill_before_the_rename_leaves_the_previous_checkpoint_the_last(tmp_pa
 def test_a_kill_while_the_model_is_put_together_leaves_none_that_loads(tmp_path, inputs, reference):
     """Also none of two runs' parts; and the run that goes on from its last step trains no further one."""
     shutil.copytree(reference, tmp_path / "out", ignore=shutil.ignore_patterns("checkpoint-*"))
-    faults = [Fault("lopt_hf.pipeline.runtime.checkpoint.safe_open", 2)]
+    faults = [Fault("lopt_hf.pipeline.runtime.export.safe_open", 2)]
     codes, _ = run(inputs, tmp_path / "out", faults=faults, timeout=LIMIT, **IMPATIENT)
     assert sorted(codes) == [-9, 1, 1]
     assert not (tmp_path / "out/model.safetensors.index.json").exists()

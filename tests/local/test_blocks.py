@@ -2,8 +2,10 @@ import pytest
 from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM, BertConfig, T5Config
 from transformers.models.opt.modeling_opt import OPTDecoder
 
-from lopt_hf.local.blocks import find_decoder_stack, split_layers, untie_output_embeddings
+from lopt_hf.local.blocks import split_layers
+from lopt_hf.local.embeddings import untie_output_embeddings
 from lopt_hf.local.ownership import parameters_by_block
+from lopt_hf.local.stacks import find_decoder_stack
 from tests.tiny import FAMILIES, make_model
 
 

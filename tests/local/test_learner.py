@@ -30,17 +30,18 @@ def run_micro_batch(model, learner):
         learner.after_backward()
 
 
-@pytest.mark.parametrize("mode", ["eager", "joint"])
-def test_a_bare_loop_has_the_gradients_of_the_trainer(tmp_path, mode):
-    settings = {"num_blocks": 2, "local_backward": mode}
+@pytest.mark.parametrize("settings", [{"local_backward": "eager"}, {"local_backward": "joint"}, {"task_reach": 2}])
+def test_a_bare_loop_has_the_gradients_of_the_trainer(tmp_path, settings):
     model = make_model()
     learner = LocalLearner(model, LoPTArguments(**settings), seed=42)
     run_micro_batch(model, learner)
     trainer = make_trainer(tmp_path, make_model(), seed=42, **settings)
-    run_micro_batch(trainer.model, trainer.learner)
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.training_step(trainer.model, batch())
+    # TRL sums the task loss chunk by chunk, which rounds in another way.
     expected = gradients(trainer.model, trainer.learner)
-    for name, gradient in gradients(model, learner).items():
-        assert torch.equal(gradient, expected[name]), name
+    torch.testing.assert_close(gradients(model, learner), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_a_step_of_a_block_frees_its_gradients_and_moves_nothing_else():

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from lopt_hf.local.blocks import find_decoder_stack
 from lopt_hf.local.objectives import LocalBatch, head_of
 from lopt_hf.local.readout import ReadoutObjective
+from lopt_hf.local.stacks import find_decoder_stack
 from lopt_hf.meters.saved_bytes import SavedBytes
 from tests.tiny import FAMILIES, VOCABULARY, make_model
 

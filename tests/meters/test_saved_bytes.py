@@ -65,6 +65,16 @@ def test_excludes_an_iterable_of_tensors_and_buffers():
     assert saved.peak == 0
 
 
+def test_a_training_step_leaves_out_what_is_stepped():
+    """Also what is not the model's: the weight of a head behind it."""
+    model, head = nn.Linear(8, 8), nn.Linear(8, 4)
+    optimizer = torch.optim.SGD([{"params": model.parameters()}, {"params": head.parameters()}])
+    x = torch.randn(5, 8)
+    with SavedBytes.of_training(model, optimizer) as saved:
+        head(model(x)).sum().backward()
+    assert saved.peak == 2 * 5 * 8 * FLOAT  # the inputs of both
+
+
 def test_shared_storage_counts_once_and_in_full():
     """Views keep all of their storage; a tensor that two nodes saved is freed with the second."""
     base = torch.randn(10, 10)

@@ -189,7 +189,8 @@ def test_a_model_saved_by_an_earlier_version_loads(tmp_path):
     saved = json.loads((tmp_path / "config.json").read_text())
     for name in ("refit_behind", "calibration_seed"):
         del saved["repl"]["config"][name]
-    saved["repl"]["config"]["span_criterion"] = "error"
+    of_places = {"layers_to_replace": None, "num_layers_to_replace": 2, "every": 3}
+    saved["repl"]["config"] |= {"span_criterion": "error", **of_places}
     (tmp_path / "config.json").write_text(json.dumps(saved))
     loaded = RepLModel.from_pretrained(tmp_path).eval()
     expected = logits(model.eval())

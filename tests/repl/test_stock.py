@@ -10,7 +10,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from lopt_hf import RepLConfig, RepLModel, get_repl_model
-from lopt_hf.repl import model as repl_model
+from lopt_hf.repl import mapping
 from lopt_hf.repl.calibration import _LinearFit
 from lopt_hf.repl.choosing import check_enough_tokens, span_angles, span_errors
 from lopt_hf.repl.map_operators import rotation
@@ -286,7 +286,7 @@ class TestChoosing:
     def test_what_the_choice_has_fitted_is_not_fitted_again(self, operator, monkeypatch):
         chosen = {"num_layers_to_replace": 2, "placement": "span", "layers_to_replace": None}
         with monkeypatch.context() as patched:
-            patched.setattr(repl_model, "calibrate", None)
+            patched.setattr(mapping, "calibrate", None)
             model = make_repl(operator=operator, **chosen)
         first, *_, last = model.config.repl["removed"]
         named = make_repl(operator=operator, layers_to_replace=None, spans=[[first, last + 1]])
@@ -361,6 +361,10 @@ def test_spans_that_do_not_fit_a_model(settings, family, message):
         (
             {"placement": "influence", "num_layers_to_replace": 2, "span_criterion": "angle"},
             "span_criterion='angle' has no effect with placement='influence'",
+        ),
+        (
+            {"num_layers_to_replace": 1, "every": 3},
+            "every=3 has no effect with placement='block_influence'; leave it out, or set that to 'every'.",
         ),
         ({"spans": [[1, 2]], "span_criterion": "influence"}, "span_criterion='influence' has no effect where the lay"),
         ({"spans": [[1, 2]], "operator": "scale", "detach_sources": False}, "detach_sources=False lets gradients"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback
+from transformers import OPTConfig, OPTForCausalLM, TrainerCallback
 
 from lopt_hf import LoPTConfig, LoPTTrainer
 from lopt_hf.common.locks import run_lock
@@ -55,6 +55,59 @@ def test_an_adapter_that_ties_what_is_untied_is_refused(tmp_path, modules):
         tmp_path, make_model(tie_word_embeddings=True), {"peft_config": adapter}, tied_embeddings="freeze"
     )
     assert trainer.train().global_step == 3
+
+
+def test_an_objective_that_is_passed_and_left_out_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="local_objective='none' leaves out ReconstructionObjective"):
+        make_trainer(tmp_path, None, {"local_objective": ReconstructionObjective()}, local_objective="none")
+
+
+@pytest.mark.parametrize("reach", [2, [1, 2]])
+def test_local_losses_are_logged_where_the_task_reaches_their_block(tmp_path, reach):
+    trainer = make_trainer(tmp_path, task_reach=reach)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(logs) == 3 and all(log["local_loss/block_0"] > 0 for log in logs)
+
+
+def test_a_smaller_batch_after_one_that_did_not_fit_steps_block_by_block(tmp_path, monkeypatch):
+    """`auto_find_batch_size` comes again where a block has stepped and the one behind has not."""
+    trainer = make_trainer(tmp_path, auto_find_batch_size=True, local_step=True, per_device_train_batch_size=8)
+    layer, fails = trainer.stack.layers[-1], iter([True])
+
+    def run_out(*_):
+        if next(fails, False):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    layer.register_forward_pre_hook(run_out)
+    assert trainer.train().global_step == 3 and trainer._train_batch_size < 8
+
+
+def test_a_compiled_model_runs_no_block_again(tmp_path):
+    settings = {"torch_compile": True, "torch_compile_backend": "eager", "task_reach": 2}
+    with pytest.raises(ValueError, match="reach_recompute=True does not work with torch_compile=True"):
+        make_trainer(tmp_path, **settings)
+
+
+def test_layers_that_are_left_out_at_random_are_refused(tmp_path):
+    config = OPTConfig(
+        vocab_size=64, hidden_size=8, ffn_dim=16, num_hidden_layers=4, num_attention_heads=2, layerdrop=0.5
+    )
+    with pytest.raises(ValueError, match=r"leaves out layers at random .layerdrop=0.5.*set it to 0"):
+        make_trainer(tmp_path, OPTForCausalLM(config))
+
+
+def test_a_failed_resume_leaves_nothing_behind(tmp_path, monkeypatch):
+    make_trainer(tmp_path / "one", save_strategy="steps", save_steps=1, max_steps=3, logging_steps=2).train()
+    trainer = make_trainer(tmp_path / "two")
+    with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
+        broken.setattr(trainer, "_prepare_for_training", lambda *args: 1 / 0)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "one/checkpoint-3"))
+    trainer.train()
+    fresh = make_trainer(tmp_path / "three")
+    fresh.train()
+    one, other = ([log for log in t.state.log_history if "loss" in log] for t in (trainer, fresh))
+    assert one[0]["num_tokens"] == other[0]["num_tokens"]
 
 
 @pytest.fixture(scope="module")

@@ -207,12 +207,13 @@ def test_completions_that_wait_for_their_update_are_resumed(tmp_path):
         assert [name for name in whole if not torch.equal(whole[name], again[name])] == []
 
 
-def test_completions_of_another_number_of_processes_are_generated_anew(tmp_path):
+@pytest.mark.parametrize("changed", ["num_processes", "steps_per_generation"])
+def test_completions_that_were_cut_into_other_parts_are_generated_anew(changed, tmp_path):
     resumable(tmp_path / "run", max_steps=1, save_steps=1).train()
     checkpoint = tmp_path / "run/checkpoint-1"
     state = torch.load(checkpoint / "generation_0.pt", weights_only=True)
     assert state["step"] == 2 and state["inputs"]
-    torch.save({**state, "num_processes": 2}, checkpoint / "generation_0.pt")
+    torch.save({**state, changed: state[changed] + 1}, checkpoint / "generation_0.pt")
     trainer = resumable(tmp_path / "resumed")
     trainer._load_from_checkpoint(str(checkpoint))
     assert (trainer._step, trainer._buffered_inputs) == (0, None)

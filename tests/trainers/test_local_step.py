@@ -81,7 +81,7 @@ def test_every_option(tmp_path, settings):
 def test_gradients_are_gone_when_the_next_block_starts(tmp_path):
     """Block j's are there when its own backward is done, and None when block j+1's forward starts."""
     trainer = make_trainer(tmp_path, make_model("gpt2"), **SETTINGS, local_step=True)
-    groups, alive = trainer.learner.learners(), []
+    groups, alive = trainer.learner.parameters_to_learn(), []
     held = lambda: [any(p.grad is not None for p in group) for group in groups]  # noqa: E731
 
     for block in trainer.blocks:
@@ -140,7 +140,7 @@ def test_whoever_has_checkpointing_on_is_told(tmp_path, caplog, checkpointing):
 def test_gradients_stay_while_they_accumulate(tmp_path, caplog):
     trainer = make_trainer(tmp_path, **SETTINGS, gradient_accumulation_steps=2, local_step=True)
     assert "local_step=True saves no memory with gradient_accumulation_steps=2" in caplog.text
-    first, alive = trainer.learner.learners()[0], []
+    first, alive = trainer.learner.parameters_to_learn()[0], []
     trainer.stack.layers[trainer.blocks[1].start].register_forward_pre_hook(
         lambda *_: alive.append(all(p.grad is not None for p in first))
     )

@@ -160,6 +160,42 @@ def test_optimizer_of_the_users_own_trains_what_is_untied_after_it(knows_embeddi
     assert ("lm_head.weight" in still) == ("model.embed_tokens.weight" in still) == (not knows_embeddings)
 
 
+def test_optimizer_of_the_users_own_trains_what_an_earlier_trainer_untied(tmp_path):
+    model = make_model(tie_word_embeddings=True)
+    trainers = []
+    for _ in range(2):  # a notebook's cell, run again
+        optimizer = torch.optim.SGD([p for name, p in model.named_parameters() if name != "lm_head.weight"], lr=0.1)
+        trainers.append(make_trainer(tmp_path, model, trainer_kwargs={"optimizers": (optimizer, None)}))
+    assert "lm_head.weight" not in unmoved(trainers[1])
+
+
+def test_an_optimizer_that_a_subclass_makes_trains_the_heads(tmp_path):
+    class Mine(LoPTTrainer):
+        def create_optimizer(self, model=None):
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+            return self.optimizer
+
+    trainer = make_trainer(tmp_path, trainer_class=Mine)
+    assert {name for name in unmoved(trainer) if name.startswith("head.")} == set()
+    with pytest.raises(ValueError, match="early_learning_rate=0.1 has no effect on an optimizer of your own"):
+        make_trainer(tmp_path, trainer_class=Mine, early_learning_rate=0.1).train()
+
+
+@pytest.mark.parametrize("settings", [{"reach_rate": "inverse"}, {"reach_unit": "run", "reach_anneal": True}])
+def test_rates_of_blocks_follow_from_the_optimizers_own(settings, tmp_path):
+    settings = {**settings, "task_reach": [2, 1], "local_objective": "none", "max_steps": 2}
+    kwargs = {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1})}
+    trainer = make_trainer(tmp_path, trainer_kwargs=kwargs, **settings)
+    trainer.train()
+    factor = 2 if "reach_rate" in settings else 1
+    of_first, of_last = trainer.learner.parameters_to_learn()
+    for group in trainer.optimizer.param_groups:
+        for parameter in group["params"]:
+            early = any(parameter is p for p in of_first)
+            assert early or any(parameter is p for p in of_last)
+            assert group["initial_lr"] == pytest.approx(0.1 * factor if early else 0.1)
+
+
 def test_optimizer_and_scheduler_of_the_users_own(tmp_path):
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -344,7 +380,7 @@ def test_clip_scope(tmp_path, scope):
 
     class Watch(TrainerCallback):
         def on_pre_optimizer_step(self, *args, **kwargs):
-            for index, group in enumerate(trainer.learner.learners()):
+            for index, group in enumerate(trainer.learner.parameters_to_learn()):
                 norms[index] = torch.nn.utils.get_total_norm([p.grad for p in group]).item()
 
     trainer.add_callback(Watch())

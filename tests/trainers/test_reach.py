@@ -9,7 +9,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback, get_scheduler
 
 from lopt_hf import LoPTConfig
-from lopt_hf.local.blocks import untie_output_embeddings
+from lopt_hf.local.embeddings import untie_output_embeddings
 from lopt_hf.local.schedule import ReachSchedule
 from lopt_hf.meters.gradient_bytes import GradientBytes
 from lopt_hf.meters.saved_bytes import SavedBytes
@@ -429,10 +429,11 @@ def test_a_cycle_is_read_from_text(tmp_path, text):
         ({"task_reach": "two"}, "task_reach='two' is not a number of blocks"),
         ({"task_reach": [1, 2.0]}, "task_reach=[1, 2.0] is not a number"),
         ({"task_reach": True}, "task_reach=True is not a number"),
-        ({"num_blocks": 4, "task_reach": [1, 2]}, "never reaches block 0, 1 of num_blocks=4"),
+        ({"num_blocks": 4, "task_reach": [1, 2]}, "never reaches the first 2 blocks of num_blocks=4"),
         ({"task_reach": 2, "reach_unit": "epoch"}, "reach_unit='epoch' is unknown"),
         ({"task_reach": 2, "reach_rate": "cube"}, "reach_rate='cube' is unknown"),
         ({"task_reach": 2, "reach_rate_limit": 0.5}, "reach_rate_limit=0.5 is too low"),
+        ({"task_reach": 2, "reach_rate_limit": 2}, "reach_rate_limit=2 does nothing with reach_rate='none'; leave it"),
         ({"task_reach": [1, 2], "reach_unit": "microbatch"}, "set gradient_accumulation_steps to at least 2"),
         ({"task_reach": 2, "reach_unit": "microbatch", "reach_rate": "sqrt"}, "reach_rate='sqrt' does not go with"),
         ({"reach_unit": "run"}, "reach_unit='run' does nothing with task_reach=[1]"),

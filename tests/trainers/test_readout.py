@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lopt_hf import LoPTConfig
-from lopt_hf.local.blocks import find_decoder_stack
 from lopt_hf.local.readout import ReadoutObjective
+from lopt_hf.local.stacks import find_decoder_stack
 from tests.tiny import FAMILIES, make_model
 from tests.trainers.helpers import make_trainer, one_step_gradients, snapshot
 

@@ -11,7 +11,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import get_last_checkpoint
 
-from lopt_hf.trainers import checkpoint as checkpoint_module
+from lopt_hf.trainers.checkpoint import STAGING_FOLDER
+from lopt_hf.trainers.resume_state import STATE_FILE
 from tests.forkserver import CONTEXT
 from tests.tiny import make_model
 from tests.trainers.helpers import KINDS, make_trainer
@@ -82,7 +83,7 @@ def test_an_interrupted_save_leaves_the_previous_checkpoint_the_last(tmp_path, m
     resumed = make_trainer(tmp_path, **settings)
     resumed.train(resume_from_checkpoint=True)
     assert Path(get_last_checkpoint(tmp_path)).name == "checkpoint-4"
-    assert not (tmp_path / checkpoint_module.STAGING_FOLDER).exists()
+    assert not (tmp_path / STAGING_FOLDER).exists()
 
 
 def test_old_checkpoints_are_rotated_and_the_best_is_kept(tmp_path):
@@ -118,7 +119,7 @@ def test_a_checkpoint_of_another_loss_is_refused(tmp_path):
 
 def test_a_checkpoint_of_another_trainer_is_refused(tmp_path):
     make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
-    (tmp_path / "checkpoint-1" / checkpoint_module.STATE_FILE).unlink()
+    (tmp_path / "checkpoint-1" / STATE_FILE).unlink()
     with pytest.raises(ValueError, match="not a checkpoint of this trainer"):
         make_trainer(tmp_path).train(resume_from_checkpoint=True)
 

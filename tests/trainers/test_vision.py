@@ -19,11 +19,13 @@ from lopt_hf import (
     RepLConfig,
     get_repl_model,
 )
-from lopt_hf.local.blocks import split_layers, untie_output_embeddings
+from lopt_hf.local.blocks import split_layers
+from lopt_hf.local.embeddings import untie_output_embeddings
 from lopt_hf.local.learner import LearnerEvents, LocalLearner
 from lopt_hf.local.methods.lopt import LoPTArguments
 from lopt_hf.local.objectives import LocalBatch
-from lopt_hf.pipeline.runtime.stage import StagePlan, keep_stage
+from lopt_hf.pipeline.runtime.stage import keep_stage
+from lopt_hf.pipeline.runtime.stage_plan import StagePlan
 from tests.tiny import make_model, make_tokenizer
 from tests.tiny_vision import VISION_FAMILIES, make_processor, make_vision_dataset, make_vision_model
 from tests.trainers.helpers import one_step_gradients, training_args

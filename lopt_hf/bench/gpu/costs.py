@@ -1,7 +1,7 @@
 """What the steps of a training run cost: time, the allocator's peaks, and the bytes that autograd keeps."""
 
 import statistics
-from itertools import chain
+from contextlib import ExitStack
 from time import perf_counter
 from typing import Any
 
@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from lopt_hf.bench.gpu.workload import Workload
 from lopt_hf.common.tables import interquartile_range
 from lopt_hf.meters.gradient_bytes import GradientBytes
+from lopt_hf.meters.optimizer_bytes import stepped_weights
 from lopt_hf.meters.saved_bytes import SavedBytes
 
 __all__ = ["StepCosts"]
@@ -40,6 +41,7 @@ class StepCosts(TrainerCallback):
         self._start = 0.0
         self._seconds: list[float] = []
         self._meters: tuple[SavedBytes, GradientBytes] | None = None
+        self._metering = ExitStack()
         self._saved = self._gradients = self._before_forward = 0
         self._at_rest = self._peak = self._reserved = self._forward_peak = 0
         self._handle: Any = None
@@ -105,9 +107,8 @@ class StepCosts(TrainerCallback):
         return perf_counter()
 
     def _start_meters(self, model: Any, optimizer: Any) -> None:
-        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-        saved = SavedBytes(chain(model.parameters(), model.buffers(), weights))
-        self._meters = saved.__enter__(), GradientBytes(weights).__enter__()
+        saved = self._metering.enter_context(SavedBytes.of_training(model, optimizer))
+        self._meters = saved, self._metering.enter_context(GradientBytes(stepped_weights(optimizer)))
         if self._on_cuda:
             torch.cuda.reset_peak_memory_stats()
             self._before_forward = torch.cuda.memory_allocated()
@@ -120,8 +121,7 @@ class StepCosts(TrainerCallback):
 
     def _stop_meters(self) -> None:
         assert self._meters is not None
-        for meter in self._meters:
-            meter.__exit__(None, None, None)
+        self._metering.close()
         saved, gradients = self._meters
         self._saved, self._gradients = max(self._saved, saved.peak), max(self._gradients, gradients.peak)
         self._meters = None

@@ -40,7 +40,7 @@ class Generation:
 
         from lopt_hf.bench.repl import time_generation
         from lopt_hf.repl.config import RepLConfig
-        from lopt_hf.repl.model import get_repl_model
+        from lopt_hf.repl.mapping import get_repl_model
 
         model, other = (make_model(self.config, "bfloat16", self.device, seed=0).eval() for _ in range(2))
         # What the surrogates start from changes no arithmetic.

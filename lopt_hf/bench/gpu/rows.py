@@ -88,7 +88,6 @@ class UpdateRow:
 _ADAM = {"optim": "adamw_torch_fused", "learning_rate": 1e-3}
 _LOCAL_STEP = {"local_step": True}
 _JOINT = {"local_backward": "joint"}
-_PARTS = {"local_step": True, "clip_scope": "part"}
 # Relative differences, ours: another order of additions differs by some rounding, which a step of AdamW makes larger
 # where a gradient is near zero. What is wrong differs by far more than any of them.
 _FP32, _ADAM_FP32, _OTHER_DEVICE, _HALF = 1e-5, 1e-3, 1e-3, 1e-2

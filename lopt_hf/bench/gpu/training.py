@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lopt_hf.bench.gpu.updates import Comparison, compare, save_updates
 from lopt_hf.bench.gpu.workload import Workload
 from lopt_hf.bench.step_settings import LORA_RANK
+from lopt_hf.bench.training import SHARED_ARGUMENTS
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -124,20 +125,15 @@ class Training:
             "max_steps": self.total_steps,
             "per_device_train_batch_size": self.workload.batch_size,
             "max_length": None,
-            "train_sampling_strategy": "sequential",
             "optim": self.workload.optim,
             "learning_rate": self.workload.learning_rate,
-            "lr_scheduler_type": "constant",
             "bf16": self.precision == "bf16",
             "fp16": self.precision == "fp16",
             "tf32": False,  # fp32 is what others are compared with; torch_compile would turn it on
             "use_cpu": self.device == "cpu",
             "gradient_checkpointing": False,
             "seed": self.workload.seed,
-            "logging_strategy": "no",
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
+            **SHARED_ARGUMENTS,
             **self.options,
         }
 
@@ -191,10 +187,12 @@ def _weights(trainer: "SFTTrainer") -> dict[str, Any]:
     import torch
     from torch.distributed.tensor import DTensor
 
+    from lopt_hf.local.heads import LocalHeads
+
     model = trainer.accelerator.unwrap_model(trainer.model)
     whole = {}
     for name, parameter in model.named_parameters():
-        if "local_heads." not in name and parameter.requires_grad:
+        if not LocalHeads.is_name_of_head(name) and parameter.requires_grad:
             weight = parameter.detach()
             weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
             whole[name] = weight.to("cpu", dtype=torch.float32, copy=True)

@@ -27,7 +27,8 @@ from lopt_hf.pipeline.runtime.image.costs import measure_image_costs
 from lopt_hf.pipeline.runtime.image.stage import check_stage_model, keep_image_stage
 from lopt_hf.pipeline.runtime.image.trainer import ImageStageTrainer
 from lopt_hf.pipeline.runtime.launch import PipelineWorld
-from lopt_hf.pipeline.runtime.stage import HiddenStateInput, StagePlan
+from lopt_hf.pipeline.runtime.stage import HiddenStateInput
+from lopt_hf.pipeline.runtime.stage_plan import StagePlan
 from lopt_hf.pipeline.split.costs import ModelCosts
 from lopt_hf.trainers.image import (
     ImageTrainer,

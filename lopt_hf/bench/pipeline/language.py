@@ -18,10 +18,12 @@ from lopt_hf.bench.pipeline.task import ClippedApart, PipelineTask, clip_groups,
 from lopt_hf.bench.training import num_layers, token_rows
 from lopt_hf.common.upstream.trl import add_fused_lm_head
 from lopt_hf.data.pretrained import resolve_model
-from lopt_hf.local.blocks import find_decoder_stack, untie_output_embeddings
+from lopt_hf.local.embeddings import untie_output_embeddings
+from lopt_hf.local.stacks import find_decoder_stack
 from lopt_hf.pipeline.runtime.config import PipelineConfig
 from lopt_hf.pipeline.runtime.launch import PipelineWorld
-from lopt_hf.pipeline.runtime.stage import HiddenStateInput, StagePlan, load_stage
+from lopt_hf.pipeline.runtime.stage import HiddenStateInput, load_stage
+from lopt_hf.pipeline.runtime.stage_plan import StagePlan
 from lopt_hf.pipeline.runtime.trainer import PipelineTrainer
 from lopt_hf.pipeline.split.costs import SFT_OUTPUTS, ModelCosts, measure_costs
 from lopt_hf.trainers.configs import LoPTConfig

@@ -2,8 +2,8 @@
 
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from lopt_hf.local.blocks import split_layers
 from lopt_hf.meters.saved_bytes import SavedBytes
 from lopt_hf.pipeline.runtime.config import PipelineConfig
 from lopt_hf.pipeline.runtime.launch import PipelineWorld, Rendezvous, init_world
-from lopt_hf.pipeline.runtime.stage import StagePlan, plan_stages
+from lopt_hf.pipeline.runtime.stage_plan import StagePlan, plan_stages
 from lopt_hf.pipeline.runtime.timeline import Timeline
 from lopt_hf.pipeline.split.balance import balanced_split, format_split
 from lopt_hf.pipeline.split.stopwatch import PartCost
@@ -117,17 +117,17 @@ class _StepRecorder(TrainerCallback):
     def __init__(self, run: MethodRun, rank: int, record: Record, on_step: Callable[[], None]) -> None:
         self.run, self.rank, self.record, self.on_step = run, rank, record, on_step
         self.saved: SavedBytes | None = None
+        self.counting = ExitStack()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.run.settings.warmup - 1:
-            weights = [weight for group in kwargs["optimizer"].param_groups for weight in group["params"]]
-            self.saved = SavedBytes(chain(kwargs["model"].parameters(), kwargs["model"].buffers(), weights))
-            self.saved.__enter__()
+            counter = SavedBytes.of_training(kwargs["model"], kwargs["optimizer"])
+            self.saved = self.counting.enter_context(counter)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         self.record.end_step()
         if self.saved is not None:
-            self.saved.__exit__(None, None, None)
+            self.counting.close()
             self.record.saved_bytes, self.saved = max(self.record.saved_bytes, self.saved.peak), None
         control.should_log = True  # for the loss of this very step
         self.on_step()

@@ -39,6 +39,7 @@ OVERRIDDEN = (
     "_save",
     "_save_checkpoint",
     "_save_optimizer_and_scheduler",
+    "_wrap_model",
 )
 CALLED = ("_get_collator_with_removed_columns", "_move_model_to_device", "_prepare_inputs", "_save_rng_state")
 

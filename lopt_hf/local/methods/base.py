@@ -9,12 +9,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lopt_hf.local.blocks import Block, DecoderStack
+from lopt_hf.local.blocks import Block
 from lopt_hf.local.boundary import GradientBoundary
 from lopt_hf.local.heads import LocalHeads
 from lopt_hf.local.hooks import BlockBoundary
 from lopt_hf.local.objectives import LocalObjective
 from lopt_hf.local.run_facts import RunFacts
+from lopt_hf.local.stacks import DecoderStack
 
 __all__ = ["Batches", "Learner", "Method"]
 

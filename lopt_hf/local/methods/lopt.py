@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from lopt_hf.common.settings import option
+from lopt_hf.common.settings import check_left_out, option
 from lopt_hf.local.blocks import Block
 from lopt_hf.local.boundary import GradientBoundary
 from lopt_hf.local.heads import LocalHeads
@@ -15,7 +15,7 @@ from lopt_hf.local.methods.base import Learner, Method
 from lopt_hf.local.objectives import LocalObjective, NoObjective, ReconstructionObjective
 from lopt_hf.local.reach import ReachArguments
 from lopt_hf.local.readout import ReadoutObjective
-from lopt_hf.local.run_facts import NEXT_TOKEN_MISFITS, RunFacts
+from lopt_hf.local.run_facts import NEXT_TOKEN_MISFITS, RunFacts, steps_in_backward
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +136,8 @@ class LoPTArguments(ReachArguments):
         super().check()
         if self.local_objective == "none":
             self._check_without_objective()
+            if self.schedule.highest == 1:  # nothing ever trains the early blocks
+                self.train_early_blocks = False
 
     @property
     def learns_after_reach(self) -> bool:
@@ -148,19 +150,16 @@ class LoPTArguments(ReachArguments):
 
     def _check_without_objective(self) -> None:
         reason, fix = self._without_objective
-        for name in (*_RECONSTRUCTION, "local_backward", "local_update_interval"):
-            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
-            if value != default:
-                raise ValueError(f"{name}={value!r} does nothing with {reason}; leave it out, or {fix}.")
+        names = (*_RECONSTRUCTION, "local_backward", "local_update_interval")
+        check_left_out(self, names, f"does nothing with {reason}; leave it out, or {fix}.")
         highest = self.schedule.highest
-        if highest == 1:  # nothing ever trains the early blocks
-            self.train_early_blocks = False
-        elif highest < self.num_blocks:
-            never = ", ".join(str(block) for block in range(self.num_blocks - highest))
+        if 1 < highest < self.num_blocks:
+            number = self.num_blocks - highest
+            never = "block 0" if number == 1 else f"the first {number} blocks"
             raise ValueError(
-                f"task_reach={self.task_reach} never reaches block {never} of num_blocks={self.num_blocks}, and "
-                f"{reason} gives it nothing else to learn from; add a reach of {self.num_blocks}, lower num_blocks to "
-                f"{highest}, or {fix}."
+                f"task_reach={self.task_reach} never reaches {never} of num_blocks={self.num_blocks}, and {reason} "
+                f"gives nothing else to learn from; lower num_blocks to {highest}, {fix}, or add a reach of "
+                f"{self.num_blocks} if the model has as many layers."
             )
 
     def check_run(self, run: RunFacts) -> None:
@@ -205,13 +204,12 @@ class LoPTArguments(ReachArguments):
                 f"local_objective='readout' does not fit {run.task}: {NEXT_TOKEN_MISFITS[run.task]}; set it to "
                 "'reconstruction'."
             )
-        for name in _RECONSTRUCTION:
-            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
-            if value != default:
-                raise ValueError(
-                    f"{name}={value!r} does nothing with local_objective='readout', whose weight is 1 and which "
-                    "counts the tokens that have a label; leave it out, or set local_objective to 'reconstruction'."
-                )
+        check_left_out(
+            self,
+            _RECONSTRUCTION,
+            "does nothing with local_objective='readout', whose weight is 1 and which counts the tokens that have a "
+            "label; leave it out, or set local_objective to 'reconstruction'.",
+        )
         if run.engine not in (None, "FSDP2"):
             raise ValueError(
                 f"local_objective='readout' does not work under {run.engine}, which shards the norm and head that it "
@@ -248,7 +246,7 @@ class LoPTArguments(ReachArguments):
                 "one process",
             ),
             (joint, f"{optim}, which must see one backward per step; choose another"),
-            (run.optim.endswith("layerwise"), f"{optim}, which steps in the backward; choose another"),
+            (steps_in_backward(run.optim), f"{optim}, which steps in the backward; choose another"),
             (
                 self.local_objective == "none" and not self.train_early_blocks,
                 "local_objective='none' and task_reach=1, which leave it nothing to do; raise task_reach",
@@ -282,6 +280,11 @@ class LoPT(Method):
     def make_objective(self, learner: Learner) -> LocalObjective:
         settings: LoPTArguments = learner.settings
         if self.objective is not None:
+            if settings.local_objective == "none":
+                raise ValueError(
+                    f"local_objective='none' leaves out {type(self.objective).__name__}, which was passed to the "
+                    "trainer; leave one of them out."
+                )
             return self.objective
         if settings.local_objective == "none":
             return NoObjective()
@@ -310,10 +313,10 @@ class LoPT(Method):
             learner.blocks,
             objective,
             heads,
-            self.weight_of(learner, objective),
-            mode,
-            learner.router_coefficient,
-            learner.early_blocks,
+            weight=self.weight_of(learner, objective),
+            mode=mode,
+            router_coefficient=learner.router_coefficient,
+            early_blocks=learner.early_blocks,
         )
 
     def weight_of(self, learner: Learner, objective: LocalObjective) -> float:

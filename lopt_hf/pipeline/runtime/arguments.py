@@ -123,7 +123,7 @@ class PipelineArguments(ArgumentsBase):
     timeline_steps: int = option(0, "Record this many first steps of every stage, as timeline.png and timeline.json.")
 
     def __post_init__(self) -> None:
-        self._check_pipeline()
+        self._settle_pipeline()
         super().__post_init__()
         if self.activation_checkpointing and not self.gradient_recompute:
             raise ValueError(
@@ -135,7 +135,7 @@ class PipelineArguments(ArgumentsBase):
         """Returns what early stages learn from where the user has not said it."""
         return "local"
 
-    def _check_pipeline(self) -> None:
+    def _settle_pipeline(self) -> None:
         lowest = {"data_parallel": 1, "channel_depth": 1, "timeline_steps": 0, "num_blocks": 2, "num_stages": 2}
         for name, least in lowest.items():
             value = getattr(self, name)
@@ -164,7 +164,7 @@ class PipelineArguments(ArgumentsBase):
                 f"eval_strategy={self.eval_strategy!r} is not supported in a pipeline; set it to 'no'"
                 f"{self._other_evaluation}."
             )
-        self._check_gradient()
+        self._settle_gradient()
         for name, (allowed, reason) in _UNSUPPORTED.items():
             value = vars(self).get(name)  # those of language models are not among the arguments of image models
             if value not in (allowed, None):
@@ -212,8 +212,18 @@ class PipelineArguments(ArgumentsBase):
             "reach_unit": self.schedule.unit,
         }
 
-    def _check_gradient(self) -> None:
+    def _settle_gradient(self) -> None:
         check_choice("gradient", self.gradient, GRADIENTS)
+        self._settle_weight_prediction()
+        self._check_late_warmup()
+        if self.sends_gradients_back:
+            self._check_delayed()
+        elif not self.gradient_recompute:
+            raise ValueError(
+                "gradient_recompute=False does nothing with gradient='local', which keeps no graph; leave it out."
+            )
+
+    def _settle_weight_prediction(self) -> None:
         if self.weight_prediction and self.gradient != "delayed":
             raise ValueError(
                 f"weight_prediction=True does not work with gradient={self.gradient!r}, where the weights of now are "
@@ -227,6 +237,8 @@ class PipelineArguments(ArgumentsBase):
             )
         if self.weight_prediction is None:
             self.weight_prediction = self.gradient == "delayed" and self.num_blocks > 2 and has_moments
+
+    def _check_late_warmup(self) -> None:
         if self.late_warmup_steps is not None and not self.late_warmup_steps >= 0:
             raise ValueError(
                 f"late_warmup_steps={self.late_warmup_steps} must be a number of steps, or a share of them below 1."
@@ -236,12 +248,8 @@ class PipelineArguments(ArgumentsBase):
                 f"late_warmup_steps={self.late_warmup_steps} does nothing with gradient='local', by which no gradient "
                 "is late; leave it out, or set warmup_steps."
             )
-        if not self.sends_gradients_back:
-            if not self.gradient_recompute:
-                raise ValueError(
-                    "gradient_recompute=False does nothing with gradient='local', which keeps no graph; leave it out."
-                )
-            return
+
+    def _check_delayed(self) -> None:
         wrong = f"does not work with gradient={self.gradient!r}"
         schedule, optim = SchedulerType(self.lr_scheduler_type).value, OptimizerNames(self.optim).value
         conflicts = [

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from lopt_hf.common.settings import option
+from lopt_hf.common.settings import check_left_out, option
 from lopt_hf.local.reach import ReachText, read_cycle
 from lopt_hf.local.run_facts import RunFacts
 from lopt_hf.pipeline.gradient import default_gradient
@@ -39,8 +39,8 @@ class ObjectivePipelineArguments(PipelineArguments, ObjectiveBase):
         "Default: all, at every step (ours).",
     )
 
-    def _check_gradient(self) -> None:
-        super()._check_gradient()
+    def _settle_gradient(self) -> None:
+        super()._settle_gradient()
         if self.task_reach is None:
             self.task_reach = [self.num_blocks if self.sends_gradients_back else 1]
         self.task_reach = cycle = read_cycle(self.task_reach)
@@ -69,8 +69,8 @@ class ObjectivePipelineArguments(PipelineArguments, ObjectiveBase):
     def _default_gradient(self) -> str:
         return default_gradient(self.local_objective, self.num_blocks, self.num_stages)
 
-    def _check_pipeline(self) -> None:
-        super()._check_pipeline()
+    def _settle_pipeline(self) -> None:
+        super()._settle_pipeline()
         if self.gradient == "delayed":
             self._leave_out_objective()
             return
@@ -137,8 +137,8 @@ class MLAANPipelineConfig(PipelineArguments, MLAANConfig):
         1, "Number of adjacent blocks that a loss reaches, at most those of its stage (ours: 1)."
     )
 
-    def _check_pipeline(self) -> None:
-        super()._check_pipeline()
+    def _settle_pipeline(self) -> None:
+        super()._settle_pipeline()
         if self.sends_gradients_back:
             raise ValueError(
                 f"gradient={self.gradient!r} does not work with method='mlaan', whose auxiliaries bring early stages "
@@ -149,13 +149,13 @@ class MLAANPipelineConfig(PipelineArguments, MLAANConfig):
                 f"window={self.window} is num_blocks, which is end-to-end training: its gradients cross stages; lower "
                 "window, or train in one process."
             )
-        for name in ("ema_decay", "ema_layers", "combine"):
-            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
-            if self.num_stages == self.num_blocks and value != default:
-                raise ValueError(
-                    f"{name}={value!r} does nothing with one block per stage, where no leapt layer is on the stage of "
-                    "its block; leave it out, or set num_blocks above num_stages."
-                )
+        if self.num_stages == self.num_blocks:
+            check_left_out(
+                self,
+                ("ema_decay", "ema_layers", "combine"),
+                "does nothing with one block per stage, where no leapt layer is on the stage of its block; leave it "
+                "out, or set num_blocks above num_stages.",
+            )
         if self.readout == "ema":
             raise ValueError(
                 "readout='ema' follows a norm and LM head that only the last stage has; set it to 'frozen' or "

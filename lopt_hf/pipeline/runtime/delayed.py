@@ -120,6 +120,7 @@ class DelayedGradients:
         model: PreTrainedModel,
         forward: StageForward,
         boundary: BlockBoundary,
+        *,
         delay: int,
         recompute: bool,
         prediction: WeightPrediction | None,
@@ -242,7 +243,7 @@ class DelayedGradients:
             if run.router_logits and kept.balance:
                 mask_BT = kept.arguments.get("attention_mask")
                 has_mask = isinstance(mask_BT, torch.Tensor) and mask_BT.ndim == 2
-                loss = self._boundary.balance_of(run.router_logits, mask_BT if has_mask else None)
+                loss = self._boundary.routers.loss_of(run.router_logits, mask_BT if has_mask else None)
                 roots.append(loss)
                 gradients.append(torch.full_like(loss, kept.balance))
             torch.autograd.backward(roots, gradients)

@@ -5,7 +5,7 @@ from typing import Any
 
 from lopt_hf.pipeline.runtime.channel import ReceivingChannel, SendingChannel
 from lopt_hf.pipeline.runtime.launch import PipelineWorld
-from lopt_hf.pipeline.runtime.stage import StagePlan
+from lopt_hf.pipeline.runtime.stage_plan import StagePlan
 
 __all__ = ["StageLinks"]
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from lopt_hf.pipeline.events import Event, chrome_trace, plot_timeline
-from lopt_hf.pipeline.runtime.stage import StagePlan
+from lopt_hf.pipeline.runtime.stage_plan import StagePlan
 
 __all__ = [
     "StageCallback",

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from transformers import AutoConfig
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from lopt_hf.common.arithmetic import arithmetic_of
 from lopt_hf.common.launching import run_launcher
 from lopt_hf.common.resuming import find_checkpoint
+from lopt_hf.common.upstream.trainers import TRAINER_STATE_NAME
 from lopt_hf.data.prepared import check_prepared
 from lopt_hf.data.pretrained import resolve_model
 from lopt_hf.local.blocks import split_layers
@@ -27,7 +27,7 @@ from lopt_hf.pipeline.runtime.checkpoint import Manifest
 from lopt_hf.pipeline.runtime.config import MLAANPipelineConfig, PipelineConfig
 from lopt_hf.pipeline.runtime.health import BAD_INPUT_STATUS, PipelineError, report_bad_input, report_termination
 from lopt_hf.pipeline.runtime.launch import PipelineWorld, Rendezvous, init_world, launch_command, rank_name
-from lopt_hf.pipeline.runtime.stage import plan_stages
+from lopt_hf.pipeline.runtime.stage_plan import plan_stages
 from lopt_hf.pipeline.runtime.stage_trainer import StageMixin
 from lopt_hf.pipeline.runtime.trainer import MLAANPipelineTrainer, PipelineTrainer, StageTrainer
 from lopt_hf.pipeline.split.auxiliaries import with_auxiliaries

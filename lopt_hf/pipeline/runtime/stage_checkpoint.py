@@ -15,17 +15,19 @@ from torch import nn
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from lopt_hf.common.upstream.trainers import SCHEDULER_NAME, TRAINER_STATE_NAME
 from lopt_hf.local.heads import HEADS_NAME
 from lopt_hf.pipeline.runtime.checkpoint import (
     INCOMPLETE,
     Manifest,
-    assemble_model,
     load_weights,
     publish_when_complete,
     save_weights,
 )
+from lopt_hf.pipeline.runtime.export import assemble_model
 from lopt_hf.pipeline.runtime.logs import is_of_own_block
-from lopt_hf.trainers.checkpoint import HEADS_FILE, STATE_FILE
+from lopt_hf.trainers.checkpoint import HEADS_FILE
+from lopt_hf.trainers.resume_state import STATE_FILE
 
 __all__ = [
     "find_random_state",
@@ -40,8 +42,6 @@ __all__ = [
 ]
 
 IN_FLIGHT = "in-flight"  # a checkpoint's folder of what the gradients that are on their way need
-SCHEDULER_FILE = "scheduler.pt"
-TRAINER_STATE_FILE = "trainer_state.json"
 OPTIMIZER_TENSORS_FILE = "optimizer.safetensors"
 OPTIMIZER_SETTINGS_FILE = "optimizer.json"
 SEPARATOR = "|"  # between a parameter's name and the name of its state; no parameter's name has one
@@ -136,13 +136,13 @@ def _save_stage(trainer: Any, folder: Path, final: Path) -> None:
     trainer.store_flos()
     save_weights({n: t.detach() for n, t in _state_to_save(trainer).items()}, folder)
     save_optimizer_state(trainer.optimizer, _stepped_parameters(trainer), folder)
-    torch.save(trainer.lr_scheduler.state_dict(), folder / SCHEDULER_FILE)
+    torch.save(trainer.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
     trainer._save_rng_state(str(folder))
     for callback in [*trainer.callback_handler.callbacks, trainer.control]:
         if isinstance(callback, ExportableState):
             states: Any = trainer.state.stateful_callbacks
             states[type(callback).__name__] = callback.state()
-    trainer.state.save_to_json(str(folder / TRAINER_STATE_FILE))
+    trainer.state.save_to_json(str(folder / TRAINER_STATE_NAME))
     trainer._save_local_state(folder, final)
     if isinstance(trainer.model, PeftModel):
         trainer.model.peft_config[trainer.model.active_adapter].save_pretrained(str(folder))
@@ -178,7 +178,7 @@ def load_stage_optimizer(trainer: Any, manifest: Manifest, checkpoint: str) -> N
         checkpoint: The folder of the stage that this one goes on from.
     """
     load_optimizer_state(trainer.optimizer, _stepped_parameters(trainer), manifest.stage_folders)
-    state = torch.load(Path(checkpoint) / SCHEDULER_FILE, weights_only=True)
+    state = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
     groups = trainer.optimizer.param_groups
     if len(state.get("base_lrs", groups)) != len(groups):  # other stages, other parameter groups
         state |= {"base_lrs": trainer.lr_scheduler.base_lrs, "_last_lr": [group["lr"] for group in groups]}

@@ -19,7 +19,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback
 from transformers.trainer_utils import TrainOutput
-from transformers.utils import SAFE_WEIGHTS_NAME
 
 from lopt_hf.common.resuming import find_checkpoint
 from lopt_hf.local.blocks import Block, split_layers
@@ -29,15 +28,20 @@ from lopt_hf.local.stacks import find_stack
 from lopt_hf.local.stepping import delay_schedules
 from lopt_hf.pipeline.runtime import stage_checkpoint
 from lopt_hf.pipeline.runtime.channel import BatchId
-from lopt_hf.pipeline.runtime.checkpoint import Manifest, check_shared_folder, remove_incomplete
+from lopt_hf.pipeline.runtime.checkpoint import (
+    Manifest,
+    check_no_other_model,
+    check_shared_folder,
+    remove_incomplete,
+)
 from lopt_hf.pipeline.runtime.delayed import DelayedGradients, send_back
 from lopt_hf.pipeline.runtime.draining import drain
 from lopt_hf.pipeline.runtime.launch import PipelineWorld, check_same
 from lopt_hf.pipeline.runtime.links import StageLinks
 from lopt_hf.pipeline.runtime.logs import StageCallback, add_figures, collect_start_losses, collect_timelines
 from lopt_hf.pipeline.runtime.replicas import count_over_replicas, own_share, own_stream, share_gradients
-from lopt_hf.pipeline.runtime.stage import plan_stages
 from lopt_hf.pipeline.runtime.stage_forward import StageForward
+from lopt_hf.pipeline.runtime.stage_plan import plan_stages
 from lopt_hf.pipeline.runtime.timeline import Timeline
 from lopt_hf.pipeline.runtime.weight_prediction import WeightPrediction
 from lopt_hf.trainers.mixin import LocalLearningMixin
@@ -270,11 +274,8 @@ class StageMixin(LocalLearningMixin):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         output_dir = Path(str(self.args.output_dir))
-        if not isinstance(self.model, PeftModel) and (output_dir / SAFE_WEIGHTS_NAME).exists():
-            raise ValueError(
-                f"output_dir={str(output_dir)!r} holds another run's model ({SAFE_WEIGHTS_NAME}), which would be "
-                "loaded in place of this run's; choose another output_dir."
-            )
+        if not isinstance(self.model, PeftModel):
+            check_no_other_model(output_dir)
         self.store = self.world.new_run_store()
         folder = find_checkpoint(str(output_dir), resume_from_checkpoint)
         shared = self.store, self.world.monitor, self.world.mesh.size()
@@ -301,15 +302,20 @@ class StageMixin(LocalLearningMixin):
                 self.learner.base_model,
                 self._forward,
                 self.boundary,
-                self.plan.delay,
-                self.args.gradient_recompute,
-                WeightPrediction(lambda: self.optimizer, self._rates_ahead) if self.args.weight_prediction else None,
-                self._links.back_receiver,
-                self._links.back_sender,
-                self.accelerator.autocast,
-                self.timeline,
-                self._check_finite,
+                delay=self.plan.delay,
+                recompute=self.args.gradient_recompute,
+                prediction=self._make_prediction(),
+                receiver=self._links.back_receiver,
+                sender=self._links.back_sender,
+                autocast=self.accelerator.autocast,
+                timeline=self.timeline,
+                check_finite=self._check_finite,
             )
+
+    def _make_prediction(self) -> WeightPrediction | None:
+        if not self.args.weight_prediction:
+            return None
+        return WeightPrediction(lambda: self.optimizer, self._rates_ahead)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if kwargs["resume_from_checkpoint"] is not None:  # of which an epoch reads the random state alone

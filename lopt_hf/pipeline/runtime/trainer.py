@@ -13,7 +13,8 @@ from lopt_hf.local.methods.lopt import LoPT
 from lopt_hf.local.objectives import LocalObjective
 from lopt_hf.pipeline.runtime.config import MLAANPipelineConfig, PipelineConfig
 from lopt_hf.pipeline.runtime.launch import PipelineWorld
-from lopt_hf.pipeline.runtime.stage import StagePlan, keep_stage, load_stage, separate_stage_embeddings
+from lopt_hf.pipeline.runtime.stage import keep_stage, load_stage, separate_stage_embeddings
+from lopt_hf.pipeline.runtime.stage_plan import StagePlan
 from lopt_hf.pipeline.runtime.stage_trainer import StageMixin
 from lopt_hf.trainers.checks import check_model, check_sft_dataset
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lopt_hf.pipeline.events import Event
+from lopt_hf.pipeline.simulator.closed_form import closed_form_bubble
 from lopt_hf.pipeline.simulator.schedule_engine import Floats, Timing, run_shared, run_unshared
 from lopt_hf.pipeline.simulator.schedule_kinds import Kind
 from lopt_hf.pipeline.simulator.schedule_orders import (
@@ -27,6 +28,7 @@ from lopt_hf.pipeline.simulator.schedule_orders import (
     make_orders,
     rounds_of,
 )
+from lopt_hf.pipeline.simulator.schedule_workload import StageTimes, Workload
 
 __all__ = [
     "SCHEDULES",
@@ -45,96 +47,6 @@ MOST_FORWARDS = 5_000_000  # simulated at a time, with what belongs to them: our
 
 class UnfitWorkloadError(ValueError):
     """The number of micro-batches does not fit the schedule."""
-
-
-@dataclass(frozen=True)
-class StageTimes:
-    """Times of one micro-batch on each stage, in seconds; every field has one value for each stage.
-
-    Attributes:
-        forward: Forward, on the last stage with the task loss.
-        backward: Backward with respect to inputs and weights.
-        local: Local objective of a stage that has one, forward and backward; only PPLL computes it.
-        optimizer: Optimizer step, once for all micro-batches of a step.
-    """
-
-    forward: tuple[float, ...]
-    backward: tuple[float, ...]
-    local: tuple[float, ...]
-    optimizer: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        for name in ("forward", "backward", "local", "optimizer"):
-            values = getattr(self, name)
-            if len(values) != len(self.forward):
-                raise ValueError(
-                    f"{name}={list(values)} has {len(values)} values but forward has {len(self.forward)}; "
-                    "give one for each stage."
-                )
-            if not all(0 <= value < math.inf for value in values):
-                raise ValueError(f"{name}={list(values)}: times are finite and not negative.")
-        if not self.forward or not all(f + b > 0 for f, b in zip(self.forward, self.backward, strict=True)):
-            raise ValueError(
-                f"forward={list(self.forward)} and backward={list(self.backward)}: every stage needs some time for a "
-                "micro-batch."
-            )
-
-    @classmethod
-    def equal(
-        cls, stages: int, forward: float, backward: float, local: float = 0.0, optimizer: float = 0.0
-    ) -> "StageTimes":
-        """Makes equal times for all stages; the last one has no local objective."""
-        last = (local,) * (stages - 1) + (0.0,)
-        return cls((forward,) * stages, (backward,) * stages, last, (optimizer,) * stages)
-
-    @property
-    def num_stages(self) -> int:
-        """Number of stages."""
-        return len(self.forward)
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A training step and the hardware that it runs on.
-
-    Attributes:
-        times: Times of each stage. Where a rank holds several virtual stages, each has its even share.
-        microbatches: Micro-batches of an optimizer step.
-        message_bytes: Size of a micro-batch's hidden states, and of their gradients.
-        bandwidth: Of each rank's link to the next one, and of its link back, in bytes per second.
-        latency: Of each message, in seconds.
-        channel_depth: Hidden states that wait at each end of a PPLL channel, beside the one that is under way.
-        virtual_stages: Stages on each rank in `interleaved` and `interleaved_zb`.
-        cores: Cores that all stages share; default: a device for each stage.
-        weight_share: Part of the backward that computes gradients of weights, which zero-bubble schedules put off.
-        keeps_graph: Whether `ppll_delayed` keeps the graphs of micro-batches whose gradients have not come, instead of
-            running their forward again.
-    """
-
-    times: StageTimes
-    microbatches: int
-    message_bytes: float = 0.0
-    bandwidth: float = math.inf
-    latency: float = 0.0
-    channel_depth: int = 2  # ours, as in `PipelineConfig`
-    virtual_stages: int = 2  # ours: the smallest that interleaves
-    cores: float | None = None
-    weight_share: float = 0.5  # matrix products of inputs and of weights cost the same (arXiv 2401.10241, Sec. 2)
-    keeps_graph: bool = False  # ours
-
-    def __post_init__(self) -> None:
-        for name in ("microbatches", "channel_depth", "virtual_stages"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1.")
-        for name in ("message_bytes", "latency"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)}: must be finite and not negative.")
-        if not self.bandwidth > 0:
-            raise ValueError(f"bandwidth={self.bandwidth}: must be more than 0.")
-        if self.cores is not None and not self.cores > 0:
-            raise ValueError(f"cores={self.cores}: must be more than 0.")
-        if not 0 <= self.weight_share <= 1:
-            raise ValueError(f"weight_share={self.weight_share}: must be between 0 and 1.")
 
 
 @dataclass(frozen=True)
@@ -359,42 +271,3 @@ def _peak_in_flight(schedule: str, workload: Workload, orders: Orders) -> tuple[
     frees = np.isin(orders.kind_KA, (Kind.BACKWARD, Kind.WEIGHT))
     change_KA = (orders.kind_KA == Kind.FORWARD).astype(np.int64) - frees
     return tuple((change_KA.cumsum(axis=1).max(axis=1) * ranks / orders.num_stages).tolist())
-
-
-def closed_form_bubble(schedule: str, workload: Workload) -> float | None:
-    """The share of the time in which stages idle if all are equal and messages and optimizer steps cost nothing.
-
-    Sources: GPipe (arXiv 1811.06965, Sec. 2.3); 1F1B and interleaved (arXiv 2104.04473, Sec. 2.2), given there
-    relative to the computing time; zero bubble (arXiv 2401.10241, Tab. 1, ZB-H1; ZB-V: Sec. 6), on several smaller
-    stages as interleaving divides it; DualPipeV (arXiv 2412.19437, Tab. 2, of half as many ranks). Local learning has
-    none after the fill.
-
-    Args:
-        schedule: A name of `SCHEDULES`.
-        workload: Of its times only the ratio of forward to backward counts, and that for zero bubble only.
-
-    Returns:
-        The share; `None` where the formula does not hold: fewer micro-batches than stages for zero bubble, micro-
-        batches that are no multiple of the stages for what is interleaved, forwards and parts of backwards that differ
-        in time for `zbv` and `dualpipev`; and for `ppll_delayed`.
-    """
-    stages, microbatches = workload.times.num_stages, workload.microbatches
-    forward, backward = sum(workload.times.forward), sum(workload.times.backward)
-    weight = backward * workload.weight_share
-    put_off = (forward + (backward - weight) - weight) / (forward + backward)
-    idle: dict[str, float | None] = {
-        "ppll": 0.0,
-        "gpipe": 1.0,
-        "1f1b": 1.0,
-        "interleaved": None if microbatches % stages else 1 / workload.virtual_stages,
-        "zero-bubble": None if microbatches < stages else put_off,
-        "interleaved_zb": None if microbatches % stages else put_off / workload.virtual_stages,
-    }
-    if math.isclose(forward, weight) and math.isclose(backward, 2 * weight):
-        idle["zbv"] = 0.0 if microbatches >= 2 * stages - 1 else None
-        # A forward and backward, a backward, and three parts less: of stages of half a rank
-        idle["dualpipev"] = (forward + backward + backward - 3 * weight) / 2 / (forward + backward)
-    share = idle.get(schedule)
-    if share is None:
-        return None
-    return (stages - 1) * share / (microbatches + (stages - 1) * share)

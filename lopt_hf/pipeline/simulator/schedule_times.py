@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lopt_hf.common.settings import suggest
-from lopt_hf.pipeline.simulator.schedule import StageTimes
+from lopt_hf.pipeline.simulator.schedule_workload import StageTimes
 
 __all__ = ["TimesSource", "read_times"]
 

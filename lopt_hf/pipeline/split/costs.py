@@ -17,10 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from lopt_hf.common.settings import check_at_least, check_choice
 from lopt_hf.common.upstream.trl import add_fused_lm_head
-from lopt_hf.local.blocks import find_decoder_stack, untie_output_embeddings
+from lopt_hf.local.embeddings import untie_output_embeddings
 from lopt_hf.local.layer_calls import LayerCall, hidden_of, record_layer_calls, stop_at
 from lopt_hf.local.objectives import LocalBatch, LocalObjective, ReconstructionObjective, head_of
 from lopt_hf.local.readout import ReadoutObjective, model_after_the_layers
+from lopt_hf.local.stacks import find_decoder_stack
 from lopt_hf.pipeline.split.stopwatch import LEAST_SECONDS, PartCost, Stopwatch, num_elements
 
 __all__ = ["ModelCosts", "PartCost", "StageCost", "layer_kind", "measure_costs"]

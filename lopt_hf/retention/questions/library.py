@@ -8,7 +8,7 @@ from random import Random
 
 from lopt_hf.retention.questions.question import Question, wrong_answers
 
-__all__ = ["FUNCTIONS", "METHODS", "MODULE_NAMES", "library"]
+__all__ = ["FUNCTIONS", "METHODS", "library"]
 
 # Module, name, level, what it is for
 FUNCTIONS: tuple[tuple[str, str, int, str], ...] = (
@@ -131,8 +131,6 @@ FUNCTIONS: tuple[tuple[str, str, int, str], ...] = (
     ("asyncio", "create_task", 3, "starts a coroutine in the background"),
     ("asyncio", "to_thread", 4, "runs a blocking function in a thread and awaits it"),
 )
-
-MODULE_NAMES = tuple(sorted({module for module, *_ in FUNCTIONS}))
 
 # Of which built-in type, method, level, what it does
 METHODS: tuple[tuple[str, str, int, str], ...] = (

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from lopt_hf.local.blocks import split_layers
 from lopt_hf.pipeline.runtime.launch import Rendezvous, init_world
-from lopt_hf.pipeline.runtime.stage import plan_stages
+from lopt_hf.pipeline.runtime.stage_plan import plan_stages
 from lopt_hf.pipeline.runtime.trainer import StageTrainer
 from tests.distributed.pipeline_fault_worker import become_rank
 from tests.local.methods.own_method import StayClosePipelineConfig

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 import tests.conftest  # noqa: F401  (offline, one thread)
 from lopt_hf.local.blocks import split_layers
-from lopt_hf.pipeline.runtime.stage import load_stage, plan_stages
+from lopt_hf.pipeline.runtime.stage import load_stage
+from lopt_hf.pipeline.runtime.stage_plan import plan_stages
 
 
 def status(name: str) -> int:

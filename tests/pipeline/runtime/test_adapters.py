@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from lopt_hf.local.blocks import split_layers
 from lopt_hf.pipeline.runtime.adapters import add_adapter
-from lopt_hf.pipeline.runtime.stage import load_stage, plan_stages
+from lopt_hf.pipeline.runtime.stage import load_stage
+from lopt_hf.pipeline.runtime.stage_plan import plan_stages
 from tests.tiny import make_model
 
 

@@ -9,13 +9,15 @@ import torch
 from torch import nn
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from lopt_hf.local.blocks import find_decoder_stack, split_layers
+from lopt_hf.local.blocks import split_layers
 from lopt_hf.local.boundary import GradientBoundary
 from lopt_hf.local.objectives import NoObjective
+from lopt_hf.local.stacks import find_decoder_stack
 from lopt_hf.pipeline.runtime.channel import BatchId
 from lopt_hf.pipeline.runtime.delayed import DelayedGradients
-from lopt_hf.pipeline.runtime.stage import load_stage, plan_stages
+from lopt_hf.pipeline.runtime.stage import load_stage
 from lopt_hf.pipeline.runtime.stage_forward import StageForward
+from lopt_hf.pipeline.runtime.stage_plan import plan_stages
 from lopt_hf.pipeline.runtime.timeline import Timeline
 from lopt_hf.pipeline.runtime.weight_prediction import WeightPrediction
 from lopt_hf.pipeline.runtime.weight_versions import WeightVersion, weights_put_back
@@ -49,14 +51,14 @@ def make_stage(folder, recompute=True, delay=1, cotangents=COTANGENTS, predictio
         model,
         forward,
         boundary,
-        delay,
-        recompute,
-        prediction,
-        Channel(cotangents),
-        None,
-        contextlib.nullcontext,
-        Timeline(0),
-        lambda name, value: None,
+        delay=delay,
+        recompute=recompute,
+        prediction=prediction,
+        receiver=Channel(cotangents),
+        sender=None,
+        autocast=contextlib.nullcontext,
+        timeline=Timeline(0),
+        check_finite=lambda name, value: None,
     )
     return model, stage, sent
 

@@ -4,8 +4,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lopt_hf.local.blocks import find_decoder_stack, split_layers
-from lopt_hf.pipeline.runtime.stage import HiddenStateInput, load_stage, plan_stages
+from lopt_hf.local.blocks import split_layers
+from lopt_hf.local.stacks import find_decoder_stack
+from lopt_hf.pipeline.runtime.stage import HiddenStateInput, load_stage
+from lopt_hf.pipeline.runtime.stage_plan import plan_stages
 from tests.tiny import FAMILIES, make_model
 
 INPUT_IDS = torch.arange(3, 27).reshape(2, 12)

@@ -4,7 +4,6 @@ Shapes: B batch, T tokens, N tokens that count, D hidden channels.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +11,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lopt_hf.local.blocks import DecoderStack, find_decoder_stack
-from lopt_hf.local.layer_calls import LayerCall, evaluating, hidden_of, output_hidden, record_layer_calls
+from lopt_hf.local.layer_calls import LayerCall, evaluating, layer_inputs, record_layer_calls
 from lopt_hf.local.methods.mlaan.auxiliary import Gap, LeapAuxiliary
 from lopt_hf.local.methods.mlaan.leaps import calibrated_leaps
 from lopt_hf.local.methods.mlaan.translator import TranslatorFit
 from lopt_hf.local.objectives import LocalBatch, LocalObjective
+from lopt_hf.local.stacks import DecoderStack, find_decoder_stack
 
 __all__ = ["Calibration"]
 
@@ -98,7 +97,7 @@ class Calibration:
             make: Makes the auxiliary with given leapt layers.
         """
         num_layers = len(self.stack.layers)
-        pairs = list(self._forwards(range(stop, num_layers), self.measured))
+        pairs = list(self._forwards(range(stop, num_layers + 1), self.measured))
         fits: dict[Gap, TranslatorFit] = {}
 
         def measure(leaps: Sequence[int]) -> float:
@@ -133,13 +132,11 @@ class Calibration:
             yield self._forward(indices, batch), batch
 
     def _forward(self, indices: Sequence[int], batch: Batch) -> _Seen:
-        decoder, layers = self.stack.decoder, self.stack.layers
         inputs = {name: batch[name] for name in _DECODER_INPUTS if batch.get(name) is not None}
-        inputs_BTD: dict[int, torch.Tensor] = {}
         with evaluating(self.model):
             calls = record_layer_calls(self.stack, (), inputs)
-            with _watching(layers, indices, inputs_BTD):
-                decoder(**inputs)
+            with layer_inputs(self.stack.layers, indices) as inputs_BTD:
+                self.stack.decoder(**inputs)
         kept_BT, is_first_BT = _tokens(batch, next(iter(inputs_BTD.values())))
         return _Seen(inputs_BTD, calls, kept_BT, is_first_BT)
 
@@ -155,29 +152,3 @@ def _tokens(batch: Mapping[str, Any], h_BTD: torch.Tensor) -> tuple[torch.Tensor
     if positions_BT is not None:
         return kept_BT, (positions_BT.to(device) == 0) & kept_BT
     return kept_BT, kept_BT & (kept_BT.cumsum(1) == 1)
-
-
-@contextmanager
-def _watching(layers: nn.ModuleList, indices: Sequence[int], seen: dict[int, torch.Tensor]) -> Iterator[None]:
-    """Keeps the inputs of layers by their index; index `len(layers)` is the output of the last."""
-
-    def before(index: int) -> Any:
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            seen[index] = hidden_of(args, kwargs)
-
-        return hook
-
-    def after(module: nn.Module, args: tuple, output: Any) -> None:
-        seen[len(layers)] = output_hidden(output)
-
-    handles = [layers[-1].register_forward_hook(after)]
-    handles += [
-        layers[index].register_forward_pre_hook(before(index), with_kwargs=True)
-        for index in indices
-        if index < len(layers)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 
 from lopt_hf.local.objectives import LocalBatch
 from lopt_hf.local.readout import (
-    MAX_LOGITS,
     Readout,
     ReadoutObjective,
     TokenLoss,
     frozen_copy,
     model_after_the_layers,
+    tokens_at_once,
     unadapted,
 )
 
@@ -42,7 +42,7 @@ class MovingReadoutObjective(ReadoutObjective):
             return average
 
         readout = Readout(model_after_the_layers(model, take))
-        super().__init__(readout, max(1, MAX_LOGITS // model.config.get_text_config(decoder=True).vocab_size))
+        super().__init__(readout, tokens_at_once(model))
 
     @torch.no_grad()
     def update(self, decay: float) -> None:
@@ -64,7 +64,7 @@ class TrainableReadoutObjective:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._make = functools.partial(_trainable_readout, model)
-        self.tokens_per_chunk = max(1, MAX_LOGITS // model.config.get_text_config(decoder=True).vocab_size)
+        self.tokens_per_chunk = tokens_at_once(model)
         self.token_loss = TokenLoss()
 
     def make_head(self, hidden_size: int) -> nn.Module:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PreTrainedModel
 
-from lopt_hf.local.blocks import Block, DecoderStack
+from lopt_hf.local.blocks import Block
 from lopt_hf.local.methods.base import Learner
 from lopt_hf.local.methods.mlaan.arguments import MLAANSettings
 from lopt_hf.local.methods.mlaan.auxiliary import LeapAuxiliary
@@ -15,6 +15,7 @@ from lopt_hf.local.methods.mlaan.memory import check_memory, planned_bytes
 from lopt_hf.local.methods.mlaan.readouts import MovingReadoutObjective, TrainableReadoutObjective
 from lopt_hf.local.objectives import LocalObjective
 from lopt_hf.local.readout import ReadoutObjective
+from lopt_hf.local.stacks import DecoderStack
 
 __all__ = ["MAX_LOGITS", "AuxiliarySetup"]
 

@@ -11,14 +11,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lopt_hf.local.blocks import Block, DecoderStack
+from lopt_hf.local.blocks import Block
 from lopt_hf.local.layer_calls import hidden_of, stop_at
 from lopt_hf.local.methods.image.heads import ModelTail, layer_shapes, make_classifier
 from lopt_hf.local.methods.image.objectives import ClassifierObjective, FrozenTailObjective
 from lopt_hf.local.objectives import LocalBatch, LocalObjective, ReconstructionObjective
-from lopt_hf.local.stacks import example_image, find_stack
+from lopt_hf.local.stacks import DecoderStack, example_image, find_stack
 from lopt_hf.pipeline.runtime.image.stage import keep_image_stage
-from lopt_hf.pipeline.runtime.stage import StagePlan
+from lopt_hf.pipeline.runtime.stage_plan import StagePlan
 from lopt_hf.pipeline.split.costs import ModelCosts, layer_kind
 from lopt_hf.pipeline.split.stopwatch import LEAST_SECONDS, PartCost, Stopwatch, num_elements
 

@@ -8,11 +8,12 @@ taken out of the whole model in place, so that whoever has found its layers befo
 from torch import nn
 from transformers import PreTrainedModel
 
-from lopt_hf.local.blocks import DecoderStack
 from lopt_hf.local.methods.image.calls import ImageCalls
 from lopt_hf.local.ownership import feeds_first_layer
+from lopt_hf.local.stacks import DecoderStack
 from lopt_hf.local.stand_ins import PixelsAsHidden
-from lopt_hf.pipeline.runtime.stage import Absent, PassThrough, StagePlan, save_on_every_rank
+from lopt_hf.pipeline.runtime.stage import Absent, PassThrough, save_on_every_rank
+from lopt_hf.pipeline.runtime.stage_plan import StagePlan
 
 __all__ = ["check_stage_model", "keep_image_stage"]
 

@@ -8,10 +8,11 @@ from peft import LoraConfig
 from torch import nn
 from transformers.cache_utils import Cache
 
-from lopt_hf.local.blocks import find_decoder_stack, split_layers
+from lopt_hf.local.blocks import split_layers
 from lopt_hf.local.layer_calls import record_layer_calls
 from lopt_hf.local.methods.mlaan.auxiliary import copy_layer
 from lopt_hf.local.methods.mlaan.leaps import calibrated_leaps, check_leaps, even_leaps, leap_counts
+from lopt_hf.local.stacks import find_decoder_stack
 from tests.local.methods.mlaan.helpers import first_batch, gradients_of, make_mlaan_trainer, next_token_loss
 from tests.tiny import FAMILIES, make_model
 

@@ -1,0 +1,113 @@
+"""The stock model that the stages of a pipeline make together, at the end of a run or from a checkpoint."""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+)
+
+from lopt_hf.pipeline.runtime.checkpoint import INCOMPLETE, WEIGHTS_FILE, Manifest, load_weights
+from lopt_hf.pipeline.runtime.stage import load_stage
+from lopt_hf.pipeline.runtime.stage_plan import StagePlan
+
+__all__ = ["assemble_model", "export_checkpoint"]
+
+
+def assemble_model(stage_folders: Sequence[Path], output_dir: Path) -> None:
+    """Makes one stock checkpoint of what `save_pretrained` wrote for each stage; the weight files are moved, not read.
+
+    Args:
+        stage_folders: The stages' folders, in order, on the same file system as `output_dir`.
+        output_dir: Where the checkpoint goes.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    last = stage_folders[-1]
+    if (last / ADAPTER_CONFIG_NAME).is_file():
+        parts = [load_file(folder / ADAPTER_SAFE_WEIGHTS_NAME) for folder in stage_folders]
+        save_file({name: tensor for part in parts for name, tensor in part.items()}, last / "whole.safetensors")
+        os.replace(last / "whole.safetensors", output_dir / ADAPTER_SAFE_WEIGHTS_NAME)
+        os.replace(last / ADAPTER_CONFIG_NAME, output_dir / ADAPTER_CONFIG_NAME)
+        return
+    # Without an index a model cannot be loaded; with that of an earlier run's it would be loaded from parts of both.
+    (output_dir / SAFE_WEIGHTS_INDEX_NAME).unlink(missing_ok=True)
+    files = [file for folder in stage_folders for file in sorted(folder.glob("*.safetensors"))]
+    weight_map: dict[str, str] = {}
+    total_size = 0
+    for index, file in enumerate(files):
+        name = f"model-{index + 1:05d}-of-{len(files):05d}.safetensors"
+        with safe_open(file, framework="pt") as weights:
+            weight_map.update(dict.fromkeys(weights.keys(), name))
+        total_size += file.stat().st_size
+        os.replace(file, output_dir / name)
+    index_content = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    (last / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index_content, indent=2), encoding="utf-8")
+    for name in (CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME):  # the index last
+        if (last / name).is_file():
+            os.replace(last / name, output_dir / name)
+
+
+def export_checkpoint(checkpoint: Path, output_dir: Path, model_name_or_path: str | None = None) -> None:
+    """Writes a checkpoint's model as a stock checkpoint; of a run with adapters, the adapter.
+
+    The stages are loaded one after the other, so memory stays at the largest of them.
+
+    Args:
+        checkpoint: The pipeline's checkpoint.
+        output_dir: A new folder.
+        model_name_or_path: The model that the run started from. Default: the one that the checkpoint names.
+
+    Raises:
+        ValueError: If the checkpoint is not complete, or `output_dir` exists.
+    """
+    manifest = Manifest(checkpoint)
+    if output_dir.exists():
+        raise ValueError(f"output_dir={str(output_dir)!r} exists; name a new folder.")
+    start = model_name_or_path or manifest.content["model"]
+    staged = output_dir / f"{INCOMPLETE}model"
+    for plan, folder in zip(manifest.plans, manifest.stage_folders, strict=True):
+        _export_stage(start, plan, folder, manifest, staged / plan.name)
+    assemble_model([staged / plan.name for plan in manifest.plans], output_dir)
+    AutoTokenizer.from_pretrained(start, revision=manifest.revision).save_pretrained(output_dir)
+    shutil.rmtree(staged)
+
+
+def _saved_dtype(folder: Path) -> torch.dtype | str:
+    """The type of a stage's trained weights, for checkpoints from before it was noted."""
+    with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+        dtypes = [file.get_tensor(name).dtype for name in file.keys()]
+    return reduce(torch.promote_types, dtypes) if dtypes else "auto"
+
+
+def _export_stage(start: str, plan: StagePlan, folder: Path, manifest: Manifest, target: Path) -> None:
+    dtype = manifest.content.get("dtype") or _saved_dtype(folder)  # the start's own may be a coarser one
+    model: Any = load_stage(start, plan, dtype=dtype, revision=manifest.revision)
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
+        model = get_peft_model(model, PeftConfig.from_pretrained(str(folder)))
+    with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+        saved = set(file.keys())
+    load_weights({name: tensor for name, tensor in model.state_dict().items() if name in saved}, [folder])
+    if isinstance(model, PeftModel):
+        return model.save_pretrained(str(target))
+    config = model.config.get_text_config(decoder=True)
+    keeps_tie = config.tie_word_embeddings and manifest.content["tied_embeddings"] == "freeze"
+    model.config.tie_word_embeddings = config.tie_word_embeddings = keeps_tie
+    state = model.state_dict(keep_vars=True)
+    if keeps_tie and plan.is_last:  # it is saved with the embeddings, on the first stage
+        head = {id(parameter) for parameter in model.get_output_embeddings().parameters()}
+        state = {name: tensor for name, tensor in state.items() if id(tensor) not in head}
+    model.save_pretrained(target, state_dict=state)
