@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from lopt_hf import __version__
+from lopt_hf.common.launching import INTERRUPTED
 
 __all__ = ["main"]
 
@@ -53,7 +54,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         given = f"unknown command {arguments[0]!r}" if arguments else "no command given"
         print(f"lopt-hf: error: {given}; choose one of {', '.join(COMMANDS)}.", file=sys.stderr)
         sys.exit(2)
-    importlib.import_module(f"lopt_hf.scripts.{arguments[0]}").main(arguments[1:])
+    try:
+        importlib.import_module(f"lopt_hf.scripts.{arguments[0]}").main(arguments[1:])
+    except KeyboardInterrupt:
+        print(f"\nlopt-hf {arguments[0]}: interrupted.", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from lopt_hf.common.figures import Figure, new_figure
 from lopt_hf.common.tables import markdown_table
+from lopt_hf.common.upstream.trainers import TRAINER_STATE_NAME
 
 __all__ = ["Curve", "mean_curve", "plot_curves", "read_curve", "smoothed", "to_markdown"]
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from lopt_hf.compare.runs import (
 )
 from lopt_hf.data.mirror import given_data_dir
 from lopt_hf.retention.clusters import AUTO, CLUSTER_HELP
-from lopt_hf.retention.deltas import MARGIN_HELP
+from lopt_hf.retention.deltas import MARGIN_HELP, check_change
 
 __all__ = ["Grid", "GridRun", "load_grid"]
 
@@ -107,8 +107,7 @@ class Grid:
         self._check_rates()
         check_methods(self.methods, self.learning_rates)
         check_distinct("seeds", self.seeds)
-        if not 0 < self.margin < math.inf:
-            raise ValueError(f"margin={self.margin} is no change; give one above 0, such as 1 for one point.")
+        check_change("margin", self.margin)
         check_lowest(self, dict.fromkeys(("num_train", "num_heldout", "workers", "eval_batch_size"), 1))
         if "max_length" not in self.training:
             raise ValueError("training.max_length is missing; set it: longer rows are left out of every run's data.")
@@ -190,7 +189,7 @@ def load_grid(path: Path, data_dir: Path | None = None, **overrides: Any) -> Gri
     known = {setting.name: setting for setting in fields(Grid)}
     for name in settings.keys() - known.keys():
         raise ValueError(f"config={path}: unknown setting {name!r} ({suggest(name, known)}).")
-    required = list(known)[: list(known).index("include_path")]
+    required = [each.name for each in known.values() if each.default is MISSING and each.default_factory is MISSING]
     missing = [name for name in required if name not in settings]
     if missing:
         raise ValueError(f"config={path}: {', '.join(missing)} missing; {known[missing[0]].metadata['help']}")

@@ -25,7 +25,7 @@ from lopt_hf.bench.step import BenchWorkerError, StepBenchSettings, run_step_ben
 from lopt_hf.common.arithmetic import choose_arithmetic
 from lopt_hf.common.files import write_text
 from lopt_hf.scripts.parsing import chosen
-from lopt_hf.scripts.settings import OneLineErrors, add_settings, check_output_folders, read_settings, with_dashes
+from lopt_hf.scripts.settings import OneLineErrors, add_settings, check_output_files, read_settings, with_dashes
 
 __all__ = ["main", "make_parser"]
 
@@ -247,7 +247,7 @@ class _Plan:
 
 
 def _read_settings(arguments: argparse.Namespace, settings: Any) -> Any:
-    check_output_folders(arguments, ("output",))
+    check_output_files(arguments, ("output",))
     return read_settings(arguments, settings)
 
 

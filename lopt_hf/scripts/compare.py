@@ -7,21 +7,24 @@ goes on where it was.
 """
 
 import argparse
+import importlib
 import logging
 import shlex
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from lopt_hf.common.packaged import find_config
 from lopt_hf.compare.budget import BudgetedRuns, BudgetRecord, complete_runs, parse_budget
 from lopt_hf.compare.experiment import GridEvaluation
-from lopt_hf.compare.grid import Grid, load_grid
+from lopt_hf.compare.grid import Grid, GridRun, load_grid
 from lopt_hf.compare.grid_data import prepare_data
 from lopt_hf.compare.grid_training import GridTrainingError, check_trained_runs, train_grid, train_runs
 from lopt_hf.data.mirror import DATA_DIR_HELP
+from lopt_hf.scripts.parsing import check_setting
 from lopt_hf.scripts.retention import exit_on_error, write_results
 from lopt_hf.scripts.settings import OneLineParser
 
@@ -68,7 +71,12 @@ def run(options: argparse.Namespace, command: str) -> None:
     """
     seconds = None if options.budget is None else parse_budget(options.budget)
     overrides = {name: getattr(options, name) for name in ("data_dir", "output_dir", "workers", "dtype")}
-    grid = load_grid(find_config(options.config), **overrides)
+    config = find_config(options.config)
+    grid = load_grid(config, **overrides)
+    try:
+        check_arguments(grid)
+    except ValueError as error:
+        raise ValueError(f"config={config}: {error}") from error
     if grid.output_path.is_file():
         raise ValueError(f"output_dir={grid.output_path} is a file; name a folder.")
     prepare_data(grid)
@@ -79,6 +87,34 @@ def run(options: argparse.Namespace, command: str) -> None:
         return
     train_grid(grid)
     write_results(evaluation.report(), evaluation.flips(), grid.output_path, command)
+
+
+def check_arguments(grid: Grid) -> None:
+    """Checks the names and types of all methods' arguments, which are those of other commands.
+
+    Raises:
+        ValueError: At the first that its command does not take; names the method, the argument, its value and the fix.
+    """
+    first_runs = {run.method: run for run in reversed(grid.runs()) if run.source is None}
+    for method, options in grid.methods.items():
+        if method in first_runs:
+            _check_arguments(first_runs[method], options, grid.training)
+
+
+def _check_arguments(run: GridRun, options: Mapping[str, Any], training: Mapping[str, Any]) -> None:
+    """As `check_arguments`, those of one method."""
+    module = importlib.import_module(f"lopt_hf.scripts.{run.command}")
+    has_methods = run.command in ("sft", "pipeline")  # with options of their own
+    parser = module.make_parser(*([run.arguments.get("method", "lopt")] if has_methods else []))
+    for name, value in run.command_arguments.items():
+        if name == "env":  # which TRL's parser takes beside the options
+            continue
+        try:
+            check_setting(parser, name, value)
+        except ValueError as error:
+            if name in training and name not in options:
+                raise ValueError(f"training.{error} Method {run.method!r} is trained with it.") from error
+            raise ValueError(f"methods.{run.method}.{error}") from error
 
 
 def _run_within(seconds: float, grid: Grid, evaluation: GridEvaluation, command: str) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from lopt_hf.common.figures import check_figure_path, save_figure
 from lopt_hf.common.settings import check_at_least
 from lopt_hf.compare.curves import Curve, plot_curves, read_curve, to_markdown
-from lopt_hf.scripts.settings import OneLineParser
+from lopt_hf.scripts.settings import OneLineParser, check_output_files
 
 __all__ = ["main", "make_parser"]
 
@@ -56,11 +56,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(options: argparse.Namespace) -> None:
     groups: dict[str, list[Curve]] = {}
     check_figure_path("--output", options.output)
+    check_output_files(options, ["output"])
     for name in ("smooth", "part"):
         check_at_least(f"--{name}", getattr(options, name), 1)
     for run in options.runs:
         label, separator, folder = run.partition("=")
-        if not separator:
+        if not (label and separator):
             raise ValueError(f"--run {run} must be LABEL=OUTPUT_DIR.")
         groups.setdefault(label, []).append(read_curve(folder, options.metric))
     save_figure(plot_curves(groups, options.metric, options.smooth), options.output)

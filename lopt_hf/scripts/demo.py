@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from lopt_hf.bench.processes import BenchWorkerError, one_gpu
 from lopt_hf.bench.step import StepBenchSettings, run_step_bench
@@ -96,6 +96,24 @@ def check_options(options: argparse.Namespace) -> None:
         raise ValueError(f"--minutes {options.minutes:g} is no time; give more than 0, such as 8.")
     if options.output_dir.exists() and (not options.output_dir.is_dir() or any(options.output_dir.iterdir())):
         raise ValueError(f"--output-dir {options.output_dir} is not empty; name a new folder, or remove it.")
+
+
+def find_model(name: str) -> str:
+    """Finds the model before anything is written.
+
+    Raises:
+        ValueError: If there is no such model here or on the hub.
+    """
+    path = resolve_model(name)
+    try:
+        AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"--model {name} cannot be loaded; give a local folder that holds a model, or check the id and the "
+            f"network. ({reason})"
+        ) from error
+    return path
 
 
 def measure(model_path: str, rows: Sequence[dict[str, Any]], dtype: torch.dtype, label: str) -> Measurement:
@@ -229,8 +247,8 @@ def run(options: argparse.Namespace, arithmetic: Arithmetic) -> None:
     """Runs the demo from loading to report."""
     start = perf_counter()
     print(arithmetic, flush=True)
+    model_path = find_model(options.model)
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    model_path = resolve_model(options.model)
     problems = make_word_problems((options.steps or MOST_STEPS) * BATCH_SIZE, HELD_OUT, options.seed)
     rows = list(problems["test"])
     measuring = perf_counter()

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-__all__ = ["COMMON", "HelpAll", "HelpFormatter", "format_sections", "without_fences"]
+__all__ = ["COMMON", "HelpAll", "HelpFormatter", "correct_help", "format_sections", "without_fences"]
 
 # What recipes set and nearly every run needs, of this package, transformers and TRL
 COMMON = (
@@ -26,6 +26,12 @@ COMMON = (
     *("report_to", "push_to_hub", "use_peft", "lora_r", "lora_alpha", "lora_target_modules", "load_in_4bit"),
 )
 _LIBRARIES = ("transformers", "trl")
+_TRL_BF16 = "If not set, it defaults to `True` if `fp16` is not set."  # which is so on an accelerator alone
+_BF16 = (
+    "Mixed precision in bf16 instead of fp32. Default, unless fp16 is set: True on an accelerator; on a CPU the "
+    "faster of bf16 and fp32, by measuring."
+)
+_RESUME = "A checkpoint's folder; true: the last one in output_dir; auto: likewise, or anew if there is none."
 _FENCE = "```"
 _LONG_CHOICES = 60  # characters from which choices stand in the text, which is wrapped
 
@@ -62,6 +68,31 @@ class HelpAll(argparse.Action):
     def __call__(self, parser: Any, *_: Any) -> None:
         print(format_sections(parser, parser.dataclass_types, shows_all=True), end="")
         parser.exit()
+
+
+def correct_help(parser: argparse.ArgumentParser, dataclass_types: Iterable[type]) -> None:
+    """Corrects the libraries' help where it is not so in the commands of this package, or lacks a default.
+
+    Args:
+        parser: What has the options.
+        dataclass_types: Whose fields they are.
+    """
+    kinds: list[Any] = list(dataclass_types)
+    defaults = {name: each.default for kind in kinds for name, each in kind.__dataclass_fields__.items()}
+    idle = {name for kind in kinds for name in getattr(kind, "idle_options", ())}
+    added = {  # where the option has no default of its own
+        "activation_checkpointing": f" Default: {bool(defaults.get('gradient_checkpointing'))}.",  # its older name
+        "output_dir": " Default: trainer_output.",
+    }
+    for action in parser._actions:
+        text = action.help or ""
+        if action.dest == "bf16" and _TRL_BF16 in text:
+            text = _BF16
+        elif action.dest == "resume_from_checkpoint" and action.dest not in idle:
+            text = _RESUME
+        elif action.default is None:
+            text += added.get(action.dest, "")
+        action.help = text
 
 
 def without_fences(text: str) -> str:

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from lopt_hf.common.settings import check_at_least, check_choice, option
 from lopt_hf.repl.config import RepLConfig
-from lopt_hf.repl.model import get_repl_model
+from lopt_hf.repl.mapping import get_repl_model
 from lopt_hf.repl.stages import spans_of
 from lopt_hf.repl.surgery import remove_layers
 

@@ -1,7 +1,6 @@
 """`--accelerate_config`: a training command that starts itself by `accelerate launch`, as TRL's commands do."""
 
 import argparse
-import contextlib
 import os
 import shlex
 import sys
@@ -10,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lopt_hf.common.launching import LAUNCHER, ON_THIS_HOST, run_launcher
-from lopt_hf.common.packaged import find_accelerate_config, find_config
+from lopt_hf.common.packaged import find_accelerate_config
 from lopt_hf.common.yaml_files import load_settings
+from lopt_hf.scripts.parsing import chosen
 from lopt_hf.scripts.settings import UsageExit
 
 __all__ = ["LAUNCHED", "launch_if_asked"]
@@ -37,12 +37,12 @@ def launch_if_asked(
             them is then told once.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    chosen, rest = _parser(command).parse_known_args(arguments)
-    name = chosen.accelerate_config or _named_in_recipe(arguments)
+    given, rest = _parser(command).parse_known_args(arguments)
+    name = given.accelerate_config or _named_in_recipe(arguments)
     if LAUNCHED in os.environ or name is None:
         return
     if "RANK" in os.environ:
-        if chosen.accelerate_config is None:
+        if given.accelerate_config is None:
             return  # the recipe's, and this launch is in its place
         raise UsageExit(
             f"lopt-hf {command}: error: accelerate_config={name!r}, but `accelerate launch` has started this process; "
@@ -50,7 +50,7 @@ def launch_if_asked(
         )
     try:
         path = find_accelerate_config(name)
-        launcher = [*LAUNCHER, "--config_file", str(path), *_options(chosen, path)]
+        launcher = [*LAUNCHER, "--config_file", str(path), *_options(given, path)]
     except (ValueError, OSError) as error:
         raise UsageExit(f"lopt-hf {command}: error: {error}") from error
     check(rest)
@@ -66,29 +66,23 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
 def _named_in_recipe(arguments: Sequence[str]) -> str | None:
     """The `accelerate_config` of the YAML, which the command's own parser reads again, and checks."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--config")
-    with contextlib.suppress(argparse.ArgumentError, ValueError, OSError):
-        given, _ = parser.parse_known_args(arguments)
-        if given.config is not None:
-            name = load_settings(find_config(given.config)).get("accelerate_config")
-            return name if isinstance(name, str) else None
-    return None
+    name: Any = chosen("accelerate_config", arguments, "")
+    return name if name and isinstance(name, str) else None
 
 
-def _options(chosen: argparse.Namespace, path: Path) -> list[str]:
+def _options(given: argparse.Namespace, path: Path) -> list[str]:
     """The launcher's own options; on one machine its processes meet there, at any free port unless one is given."""
-    given = {name: value for name in _OPTIONS if (value := getattr(chosen, name)) is not None}
+    options = {name: value for name in _OPTIONS if (value := getattr(given, name)) is not None}
     settings = load_settings(path)
-    num_processes = str(given.get("num_processes", 1))
+    num_processes = str(options.get("num_processes", 1))
     if settings.get("distributed_type") == "NO" and num_processes != "1":
         raise ValueError(
             f"num_processes={num_processes} has no effect with accelerate_config={path.stem!r}, which starts one "
             "process (distributed_type: NO); choose a configuration of several, such as ddp_2."
         )
-    num_machines = str(given.get("num_machines", settings.get("num_machines", 1)))
-    options: list[str] = []
+    num_machines = str(options.get("num_machines", settings.get("num_machines", 1)))
+    meeting: list[str] = []
     if num_machines == "1" and settings.get("rdzv_backend", "static") == "static":
-        port = given.pop("main_process_port", None) or settings.get("main_process_port")
-        options = [*ON_THIS_HOST, *(("--rdzv_conf", f"port={port}") if port else ())]
-    return [part for name, value in given.items() for part in (f"--{name}", value)] + options
+        port = options.pop("main_process_port", None) or settings.get("main_process_port")
+        meeting = [*ON_THIS_HOST, *(("--rdzv_conf", f"port={port}") if port else ())]
+    return [part for name, value in options.items() for part in (f"--{name}", value)] + meeting

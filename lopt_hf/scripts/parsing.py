@@ -14,10 +14,10 @@ from lopt_hf.common.packaged import find_config
 from lopt_hf.common.settings import check_choice, nearest
 from lopt_hf.common.typed import check_types, check_value
 from lopt_hf.common.yaml_files import load_settings
-from lopt_hf.scripts.help import HelpAll, HelpFormatter, format_sections, without_fences
+from lopt_hf.scripts.help import HelpAll, HelpFormatter, correct_help, format_sections, without_fences
 from lopt_hf.scripts.settings import OneLineErrors
 
-__all__ = ["chosen", "chosen_method", "make_trl_parser", "parse_or_exit", "refuse_method"]
+__all__ = ["check_setting", "chosen", "chosen_method", "make_trl_parser", "parse_or_exit", "refuse_method"]
 
 CONFIG_HELP = (
     "`--config recipe.yaml` reads any of these options from a file or one of `lopt-hf recipes`; the command line wins "
@@ -78,6 +78,22 @@ class _RecipeParser(OneLineErrors, TrlParser):
         for dataclass_type in self.dataclass_types:
             check_types(checked, dataclass_type, parses_text=True)
 
+    def check_setting(self, name: str, value: Any) -> None:
+        """See the function of this name."""
+        options = {action.dest: action for action in self._actions}
+        if name not in options:
+            found = nearest(name, options)
+            hint = f" (did you mean {found[0]!r}?)" if found else ""
+            raise ValueError(f"{name}={value!r} is no option of {self.prog}{hint}; remove it or correct its name.")
+        self._check_types({name: value})
+        self._check_choices({name: value}, ())
+        converts = options[name].type
+        if isinstance(value, str) and callable(converts):
+            try:
+                converts(value)
+            except (argparse.ArgumentTypeError, TypeError, ValueError) as error:
+                raise ValueError(f"{name}={value!r} cannot be read: {error}.") from error
+
     def _check_choices(self, settings: Mapping[str, Any], arguments: Iterable[str]) -> None:
         """Compares the values that the command line does not replace; argparse compares its own only."""
         replaced = {text.partition("=")[0][2:].replace("-", "_") for text in arguments if text.startswith("--")}
@@ -103,8 +119,24 @@ def make_trl_parser(command: str, description: str | None, *dataclass_types: typ
         description=f"{without_fences(description or '')}\n{CONFIG_HELP}",
         formatter_class=HelpFormatter,
     )
+    correct_help(parser, dataclass_types)
     parser.add_argument("--help-all", action=HelpAll, help="Show all options, also those seldom needed, and exit.")
     return parser
+
+
+def check_setting(parser: TrlParser, name: str, value: Any) -> None:
+    """Checks one value that a command is to find in its YAML, without making what the parser makes of all values.
+
+    Args:
+        parser: The command's, of `make_trl_parser`.
+        name: The key.
+        value: The value.
+
+    Raises:
+        ValueError: If there is no such option, or if it takes no such value; the message begins with the name.
+    """
+    assert isinstance(parser, _RecipeParser)
+    parser.check_setting(name, value)
 
 
 def chosen(name: str, argv: Sequence[str] | None, default: str) -> str:
@@ -164,6 +196,12 @@ def parse_or_exit(parser: TrlParser, argv: Sequence[str] | None) -> tuple[Any, .
     try:
         if arguments[-1:] == ["--config"]:
             raise ValueError("--config needs the path of a YAML file, or a name of `lopt-hf recipes`.")
+        configs = [after for option, after in zip(arguments, arguments[1:], strict=False) if option == "--config"]
+        if len(configs) > 1:
+            raise ValueError(
+                f"--config is given {len(configs)} times ({', '.join(configs)}); give one, and the other's settings "
+                "as options."
+            )
         return parser.parse_args_and_config(arguments)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {_explain(parser, error)}\n")

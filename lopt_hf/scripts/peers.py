@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from functools import partial
 
 from transformers import TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig, SFTTrainer, TrlParser
 
 from lopt_hf.common.compared_methods import PEERS
 from lopt_hf.common.resuming import find_checkpoint
 from lopt_hf.common.settings import check_choice, option
+from lopt_hf.common.upstream.trainers import TRAINER_STATE_NAME
 from lopt_hf.peers.arguments import PeerConfig
 from lopt_hf.scripts.parsing import make_trl_parser
 from lopt_hf.scripts.sft import SFTDataArguments, load_split
@@ -63,6 +63,7 @@ def make_trainer(script_args: PeerScriptArguments, args: PeerConfig, model_args:
     Raises:
         ValueError: If the run does not suit the method, or if the checkpoint to go on from was trained otherwise.
     """
+    args.check_unused(script_args.method)
     model, given = prepare(script_args, args, model_args, partial(load_split, text_field=args.dataset_text_field))
     if script_args.method == "osf":
         if given["peft_config"] is not None:

@@ -21,6 +21,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -32,7 +33,7 @@ from lopt_hf.common.resuming import find_checkpoint
 from lopt_hf.common.settings import option
 from lopt_hf.data.prepared import check_answers_fit
 from lopt_hf.pipeline.runtime.arguments import PipelineArguments
-from lopt_hf.pipeline.runtime.checkpoint import Manifest
+from lopt_hf.pipeline.runtime.checkpoint import Manifest, check_no_other_model
 from lopt_hf.pipeline.runtime.config import MLAANPipelineConfig, PipelineConfig
 from lopt_hf.pipeline.runtime.health import PipelineError, failure_status, report_failure
 from lopt_hf.pipeline.runtime.launch import Rendezvous
@@ -42,7 +43,7 @@ from lopt_hf.scripts.parsing import chosen, chosen_method, make_trl_parser, pars
 from lopt_hf.scripts.settings import UsageExit
 from lopt_hf.scripts.sft import SFTDataArguments, load_split
 from lopt_hf.scripts.training import load_checked, subsample
-from lopt_hf.trainers.checks import check_optimizer
+from lopt_hf.trainers.checks import check_optimizer, check_output_dir
 
 __all__ = ["main", "make_parser"]
 
@@ -125,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         data_args, args, model_args, *rest = _parse(arguments)
         launch_args = rest[0] if rest else data_args
         try:
-            _check_run(args)
+            _check_run(args, has_adapter=isinstance(model_args, ModelConfig) and model_args.use_peft)
             if _is_image(arguments):
                 _image().check_images(data_args, args, model_args)
             else:
@@ -162,9 +163,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(failure_status(rendezvous.store))  # the monitor has said why
 
 
-def _check_run(args: PipelineArguments) -> None:
-    """Checks optimizer and checkpoint before anything is read."""
-    folder = find_checkpoint(str(args.output_dir), args.resume_from_checkpoint)
+def _check_run(args: PipelineArguments, has_adapter: bool) -> None:
+    """Checks output folder, checkpoint and optimizer before anything is read."""
+    output_dir = str(args.output_dir)
+    folder = find_checkpoint(output_dir, args.resume_from_checkpoint)
+    check_output_dir(output_dir, folder)
+    if not has_adapter:
+        check_no_other_model(Path(output_dir))
     if folder is not None:
         assert args.num_stages is not None
         Manifest(folder).check_run(args.data_parallel, args.gradient_settings(args.num_stages))

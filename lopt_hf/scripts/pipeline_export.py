@@ -9,7 +9,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from lopt_hf.pipeline.runtime.checkpoint import Manifest, export_checkpoint
+from lopt_hf.pipeline.runtime.checkpoint import Manifest
+from lopt_hf.pipeline.runtime.export import export_checkpoint
 from lopt_hf.pipeline.runtime.image.export import export_image_checkpoint, is_of_images
 from lopt_hf.scripts.settings import OneLineParser
 

@@ -37,7 +37,7 @@ from lopt_hf.pipeline.events import chrome_trace, plot_timeline
 from lopt_hf.pipeline.simulator import schedule_report
 from lopt_hf.pipeline.simulator.schedule import SCHEDULES, ScheduleResult, Workload, simulate_all
 from lopt_hf.pipeline.simulator.schedule_times import TimesSource, read_times
-from lopt_hf.scripts.settings import OneLineParser, add_settings, check_output_folders
+from lopt_hf.scripts.settings import OneLineParser, add_settings, check_output_files
 
 __all__ = ["main", "make_parser"]
 
@@ -166,7 +166,7 @@ def _check_drawing(arguments: argparse.Namespace, workloads: Sequence[Workload])
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    check_output_folders(arguments, ("plot", "timeline", "output"))
+    check_output_files(arguments, ("plot", "timeline", "output"))
     workloads, tokens = _workloads(arguments), _source(arguments).tokens_per_microbatch
     _check_drawing(arguments, workloads)
     results, left_out = simulate_all(arguments.schedule, workloads)

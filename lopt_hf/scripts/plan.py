@@ -49,7 +49,7 @@ from lopt_hf.planner.plan import Plan, PlanSettings, make_plan
 from lopt_hf.planner.recipe import make_recipe
 from lopt_hf.planner.report import plot_plan, to_json, to_markdown
 from lopt_hf.planner.strategies import Strategy
-from lopt_hf.scripts.settings import OneLineParser, add_settings, check_output_folders, read_settings
+from lopt_hf.scripts.settings import OneLineParser, add_settings, check_output_files, read_settings
 from lopt_hf.scripts.sft import WORD_PROBLEMS
 
 __all__ = ["main", "make_parser"]
@@ -79,11 +79,7 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
 
 def _check_files(arguments: argparse.Namespace) -> None:
     names = ("write", "output", "plot", "calibrate")
-    for name in names:
-        path: Path | None = getattr(arguments, name)
-        if path is not None and path.exists():
-            raise ValueError(f"{name}={str(path)!r} exists and is not overwritten; choose another name.")
-    check_output_folders(arguments, names)
+    check_output_files(arguments, names)
     check_figure_path("plot", arguments.plot)
     if arguments.calibrate is not None and arguments.calibration is not None:
         raise ValueError("calibrate measures and calibration reads a speed; give one of them.")

@@ -67,8 +67,10 @@ def _copy(found: dict[str, Path], folder: Path) -> None:
     """Copies files into a folder, under their names.
 
     Raises:
-        ValueError: Before anything is copied, if a file is there already.
+        ValueError: Before anything is copied, if a file is there already, or in the folder's place.
     """
+    if (file := next((path for path in (folder, *folder.parents) if path.is_file()), None)) is not None:
+        raise ValueError(f"copy={str(folder)!r}: {file} is a file; name a folder.")
     targets = {name: folder / f"{name}.yaml" for name in found}
     for target in targets.values():
         if target.exists():

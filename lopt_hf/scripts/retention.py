@@ -6,7 +6,6 @@ with its confidence interval. Results are kept: a stopped run goes on where it w
 
 import argparse
 import logging
-import math
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,12 +19,13 @@ from accelerate import PartialState
 
 from lopt_hf.common.files import is_disk_full
 from lopt_hf.data.pretrained import SMOLLM2_ID
-from lopt_hf.retention.benchmark import Candidate, RetentionBenchmark, flips, write_flips
+from lopt_hf.retention.benchmark import Candidate, RetentionBenchmark, check_candidates, flips, write_flips
 from lopt_hf.retention.clusters import AUTO, CLUSTER_HELP
-from lopt_hf.retention.deltas import MARGIN_HELP
-from lopt_hf.retention.evaluation import EvaluationSettings
+from lopt_hf.retention.deltas import MARGIN_HELP, check_change, check_confidence
+from lopt_hf.retention.evaluation_settings import EvaluationSettings
 from lopt_hf.retention.heldout import load_heldout_rows
 from lopt_hf.retention.power import detectable_changes, detection_table
+from lopt_hf.retention.references import ModelReference
 from lopt_hf.retention.report.report import check_report_folder, write_report
 from lopt_hf.retention.report.tables import to_markdown
 from lopt_hf.retention.representations import LayerSimilarity, with_similarity
@@ -38,6 +38,8 @@ __all__ = ["exit_on_error", "main", "make_parser", "write_results"]
 
 # A rank may wait for another's long answers; lm-eval sets the same, but `run` has brought them together before
 DISTRIBUTED_TIMEOUT = timedelta(weeks=52)
+
+NUM_HELDOUT = 64  # ours
 
 # Of `--detect`, where none is given: cautious, as a fine-tuned model answers most questions as its base does
 CORRELATION = 0.5
@@ -93,7 +95,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="DATA",
         help="held-out data of the task trained on, in any layout of lopt-hf sft: their answers' loss is the gain",
     )
-    what.add_argument("--num-heldout", type=int, default=64, help="first rows of it (default: %(default)s)")
+    what.add_argument("--num-heldout", type=int, metavar="N", help=f"first rows of it (default: {NUM_HELDOUT})")
     how = parser.add_argument_group("how")
     add_settings(how, EvaluationSettings, leave_out=("samples",))
     how.add_argument("--confidence", type=float, default=0.95, help="level of the intervals (default: %(default)s)")
@@ -148,22 +150,24 @@ def run(options: argparse.Namespace, command: str) -> None:
     if options.cache_dir is not None and options.cache_dir.is_file():
         raise ValueError(f"cache_dir={options.cache_dir} is a file; name a folder.")
     _check_what_is_asked(options)
+    settings = read_settings(options, EvaluationSettings, leave_out=("samples",))
     candidates = [_candidate(text) for text in options.model]
+    _check_models(options, candidates)
+    num_heldout = NUM_HELDOUT if options.num_heldout is None else options.num_heldout
+    heldout = [] if options.heldout_data is None else load_heldout_rows(options.heldout_data, num_heldout)
     benchmark = RetentionBenchmark(
         options.baseline,
         load_entries(
             _wanted(options.suite, options.tasks), options.include_path, shows_progress=PartialState().is_main_process
         ),
-        read_settings(options, EvaluationSettings, leave_out=("samples",)),
+        settings,
         ScoreCache(options.cache_dir or DEFAULT_CACHE),
-        [] if options.heldout_data is None else load_heldout_rows(options.heldout_data, options.num_heldout),
+        heldout,
         options.confidence,
         options.adapter_base,
         options.margin,
         options.cluster_by,
     )
-    if options.adapter_base and not any(benchmark.reference(c.models[0]).adapter for c in candidates):
-        raise ValueError(f"adapter_base={options.adapter_base!r}: no model is an adapter; leave it out.")
     if PartialState().is_main_process:
         print(benchmark.arithmetic, flush=True)
     if options.detect is not None:
@@ -182,7 +186,11 @@ def run(options: argparse.Namespace, command: str) -> None:
 
 
 def _check_what_is_asked(options: argparse.Namespace) -> None:
-    """Checks which of `--model` and `--detect` are given, before anything takes time."""
+    """Checks options alone and beside each other, before anything takes time."""
+    check_confidence(options.confidence)
+    check_change("margin", options.margin)
+    if options.num_heldout is not None and options.heldout_data is None:
+        raise ValueError(f"num_heldout={options.num_heldout} is for --heldout-data; leave it out, or name such data.")
     if options.detect is None:
         if not options.model:
             raise ValueError("the following arguments are required: --model (or --detect, which needs the base only)")
@@ -193,10 +201,19 @@ def _check_what_is_asked(options: argparse.Namespace) -> None:
         raise ValueError(
             "detect is answered by the baseline's tasks alone; leave out --model, --adapter-base and --heldout-data."
         )
-    if not 0 < options.detect < math.inf:
-        raise ValueError(f"detect={options.detect} is no change; give one above 0, such as 1 for one point.")
+    check_change("detect", options.detect)
     if options.correlation is not None and not -1 <= options.correlation < 1:
         raise ValueError(f"correlation={options.correlation} is not from -1 to below 1; 0.5 is cautious.")
+
+
+def _check_models(options: argparse.Namespace, candidates: Sequence[Candidate]) -> None:
+    """Checks that the models are there, before tasks are loaded, which takes longer."""
+    if options.detect is None:
+        check_candidates(candidates)
+    ModelReference.find(options.baseline, options.adapter_base)
+    references = [ModelReference.find(each.models[0], options.adapter_base) for each in candidates]
+    if options.adapter_base and not any(reference.adapter for reference in references):
+        raise ValueError(f"adapter_base={options.adapter_base!r}: no model is an adapter; leave it out.")
 
 
 def _print_detectable(benchmark: RetentionBenchmark, options: argparse.Namespace) -> None:

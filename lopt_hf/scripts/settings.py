@@ -17,7 +17,7 @@ __all__ = [
     "OneLineParser",
     "UsageExit",
     "add_settings",
-    "check_output_folders",
+    "check_output_files",
     "print_what_can_be_printed",
     "read_settings",
     "with_dashes",
@@ -177,17 +177,24 @@ def read_settings(
     return settings(**{name: getattr(arguments, name) for name in names if name not in leave_out})
 
 
-def check_output_folders(arguments: argparse.Namespace, names: Sequence[str]) -> None:
-    """Checks before anything takes time that files can be written.
+def check_output_files(arguments: argparse.Namespace, names: Sequence[str]) -> None:
+    """Checks before anything takes time that files can be written, and that none is overwritten.
 
     Args:
         arguments: Parsed arguments.
         names: Those that are paths of files to write, or `None`.
 
     Raises:
-        ValueError: If a file's folder does not exist.
+        ValueError: If a file is there, or its folder is not, or if two of them are one.
     """
+    named: dict[Path, str] = {}
     for name in names:
         path: Path | None = getattr(arguments, name)
-        if path is not None and not path.absolute().parent.is_dir():
+        if path is None:
+            continue
+        if path.exists():
+            raise ValueError(f"{name}={str(path)!r} exists and is not overwritten; choose another name.")
+        if not path.absolute().parent.is_dir():
             raise ValueError(f"{name}={path}: its folder does not exist; create it or name another file.")
+        if (other := named.setdefault(path.absolute(), name)) != name:
+            raise ValueError(f"{name} and {other} are both {str(path)!r}; give each a file of its own.")

@@ -4,6 +4,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 from datasets import Dataset, DatasetDict, IterableDataset
@@ -14,11 +15,12 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 from lopt_hf.common.arithmetic import Arithmetic, arithmetic_of
 from lopt_hf.common.distributed import end_training
 from lopt_hf.common.files import is_disk_full
+from lopt_hf.common.launching import INTERRUPTED
 from lopt_hf.common.locks import FolderInUseError
 from lopt_hf.common.parent import end_with_parent
 from lopt_hf.common.resuming import find_checkpoint
-from lopt_hf.common.settings import check_at_least, check_choice, option
-from lopt_hf.data.loading import READ_ERRORS, NoHubError, explain_damage, load_sft_dataset
+from lopt_hf.common.settings import check_at_least, check_choice, check_left_out, option
+from lopt_hf.data.loading import READ_ERRORS, NoHubError, SplitError, explain_damage, load_sft_dataset
 from lopt_hf.data.mirror import DATA_DIR_HELP, say_once
 from lopt_hf.data.prepared import check_prepared
 from lopt_hf.data.pretrained import resolve_model
@@ -27,7 +29,7 @@ from lopt_hf.scripts.card_facts import describe_data, is_of_hub, public_command
 from lopt_hf.scripts.launching import launch_if_asked
 from lopt_hf.scripts.parsing import parse_or_exit
 from lopt_hf.scripts.settings import UsageExit
-from lopt_hf.trainers.checks import check_optimizer, check_output_dir
+from lopt_hf.trainers.checks import check_no_model_is_lost, check_optimizer, check_output_dir
 from lopt_hf.trainers.mixin import LocalLearningMixin
 
 __all__ = [
@@ -41,6 +43,9 @@ __all__ = [
 ]
 
 LoadSplit = Callable[[Any, str, int], Any]
+_OF_ADAPTERS = ("lora_", "use_rslora", "use_dora")
+# The commands that generate data, by the data's name; in another one it would be looked for on the hub
+GENERATED_BY = {"word-problems": "lopt-hf sft", "arithmetic": "lopt-hf dpo or grpo"}
 GENERATED_SIZES = {"num_train": 512, "num_heldout": 64}  # ours: enough for the recipes on SmolLM2-135M
 
 
@@ -116,6 +121,11 @@ def load_rows(
             "dataset_name is missing; give a hub id, a local .json, .jsonl or .parquet file, or "
             f"{' or '.join(map(repr, generated))} (generated)."
         )
+    if name in GENERATED_BY and name not in generated and not Path(name).exists():
+        raise ValueError(
+            f"dataset_name={name!r} names data that {GENERATED_BY[name]} generates, and this command does not; choose "
+            f"{' or '.join(map(repr, generated))} (generated), or give a hub id or a local file."
+        )
     if name not in generated:
         where = script_args.dataset_config, split, script_args.dataset_streaming, script_args.data_dir
         try:
@@ -129,7 +139,7 @@ def load_rows(
     script_args.is_generated = True
     splits = generated[name](**GENERATED_SIZES, seed=seed)
     if split not in splits:
-        raise ValueError(f"dataset split {split!r} is unknown; {name} has {', '.join(splits)}.")
+        raise SplitError(f"dataset split {split!r} is unknown; {name} has {', '.join(splits)}.")
     return splits[split]
 
 
@@ -162,6 +172,10 @@ def load_checked(load_split: LoadSplit, script_args: DataArguments, split: str, 
         return load_split(script_args, split, seed)
     except RowError as error:
         raise RowError(f"dataset_name={script_args.dataset_name}, split {split!r}, {error}") from error
+    except SplitError as error:
+        is_train = split == script_args.dataset_train_split
+        fix = "dataset_train_split" if is_train else "eval_strategy to 'no', or dataset_test_split"
+        raise ValueError(f"{error} Set {fix} to one that there is.") from error
     except READ_ERRORS as error:  # of a stream's first row
         raise ValueError(explain_damage(str(script_args.dataset_name), error)) from error
 
@@ -185,6 +199,9 @@ def prepare(
     """
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is missing; give a hub id or a local folder.")
+    if not model_args.use_peft:
+        names = [name for name in ModelConfig.__dataclass_fields__ if name.startswith(_OF_ADAPTERS)]
+        check_left_out(model_args, names, "does nothing without use_peft; add --use_peft, or leave it out.")
     check_optimizer(args)
     args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -224,6 +241,9 @@ def run_training(
     try:
         checkpoint = find_checkpoint(str(args.output_dir), args.resume_from_checkpoint)
         check_output_dir(args.output_dir, checkpoint)
+        # `auto` may start anew in the folder of a run of its own
+        if str(args.resume_from_checkpoint or "false").lower() == "false":
+            check_no_model_is_lost(args.output_dir, model_args.model_name_or_path)
         trainer: Any = make_trainer(script_args, args, model_args)
         if checkpoint is not None and isinstance(trainer, LocalLearningMixin):
             trainer.check_checkpoint(checkpoint)
@@ -238,8 +258,12 @@ def run_training(
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model(args.output_dir)
         trainer.save_state()  # what was logged: `lopt-hf curves` draws it
+        _write_card(trainer, script_args)
     except READ_ERRORS as error:  # of a stream, which is read while it trains
         raise UsageExit(f"{parser.prog}: {_explain(error, script_args.dataset_name)}") from error
+    except KeyboardInterrupt:
+        trainer.accelerator.print(f"\n{parser.prog}: {_what_is_kept(trainer)}", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except FloatingPointError as error:  # the loss has diverged
         sys.exit(f"{parser.prog}: {error}")
     except FolderInUseError as error:
@@ -257,6 +281,27 @@ def run_training(
         trainer.push_to_hub(dataset_name=script_args.dataset_name if is_of_hub(script_args) else None)
         trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}")
     end_training(trainer)
+
+
+def _write_card(trainer: Any, script_args: DataArguments) -> None:
+    """Writes the model card where no checkpoint has brought one, and none of the user's is there."""
+    folder = Path(trainer.args.output_dir)
+    if trainer.is_world_process_zero() and not (folder / "README.md").exists():
+        trainer.create_model_card(
+            model_name=folder.absolute().name,
+            dataset_name=script_args.dataset_name if is_of_hub(script_args) else None,
+        )
+
+
+def _what_is_kept(trainer: Any) -> str:
+    """What is there of a run that was interrupted, and how it goes on."""
+    checkpoint = find_checkpoint(trainer.args.output_dir, "auto")
+    kept = (
+        "no checkpoint has been saved"
+        if checkpoint is None
+        else f"the same command with --resume_from_checkpoint true goes on from {checkpoint}"
+    )
+    return f"interrupted after step {trainer.state.global_step}; {kept}."
 
 
 def _explain(error: BaseException, dataset_name: str | None) -> str:

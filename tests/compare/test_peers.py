@@ -18,7 +18,7 @@ from lopt_hf.compare.grid import GridRun
 from lopt_hf.compare.grid_data import model_folder, prepare_data, run_folder
 from lopt_hf.compare.grid_training import check_trained_runs, train_grid
 from lopt_hf.compare.replay import INSTRUCTION
-from lopt_hf.local.blocks import untie_output_embeddings
+from lopt_hf.local.embeddings import untie_output_embeddings
 from lopt_hf.scripts import compare
 from tests.compare.changes import change
 from tests.tiny import make_model, make_tokenizer

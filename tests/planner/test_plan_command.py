@@ -57,6 +57,12 @@ def test_nothing_is_overwritten(option, folder, tmp_path, capsys):
     assert path.read_text() == "mine"
 
 
+def test_two_files_are_not_one(folder, tmp_path, capsys):
+    path = str(tmp_path / "mine")
+    line = fails(capsys, "--model", folder, *ARGUMENTS, "--write", path, "--output", path)
+    assert f"output and write are both '{path}'; give each a file of its own" in line
+
+
 def test_calibrated_then_read_again(folder, tmp_path, capsys):
     path = tmp_path / "speed.json"
     arguments = ["--model", folder, *ARGUMENTS, "--strategies", "e2e"]

@@ -16,7 +16,8 @@ from scipy.stats import binomtest
 from lopt_hf.common.evaluation import general_text
 from lopt_hf.data.pretrained import SMOLLM2_ID, resolve_model
 from lopt_hf.retention import own_code
-from lopt_hf.retention.evaluation import EvaluationSettings, task_identity
+from lopt_hf.retention.evaluation_settings import EvaluationSettings
+from lopt_hf.retention.identity import task_identity
 from lopt_hf.retention.suites import SuiteTask, load_entries
 from lopt_hf.retention.tasks import load
 from tests.tiny import make_model, make_tokenizer

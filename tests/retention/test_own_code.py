@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lopt_hf.retention.evaluation import EvaluationSettings, task_identity
+from lopt_hf.retention.evaluation_settings import EvaluationSettings
+from lopt_hf.retention.identity import task_identity
 from lopt_hf.retention.own_code import own_code
 from lopt_hf.retention.suites import SuiteTask, load_entries
 from tests.retention.benchmark_tasks import write_benchmark_tasks

@@ -104,6 +104,7 @@ def test_samples_needed_are_told_beforehand(
         (["--detect", "1", "--correlation", "1"], True, "correlation=1.0 is not from -1 to below 1"),
         (["--correlation", "0.5"], False, "correlation=0.5 is for --detect"),
         (["--margin", "0"], False, "margin=0.0 is no change"),
+        (["--num-heldout", "3"], False, "num_heldout=3 is for --heldout-data; leave it out, or name such data."),
         (["--cluster-by", "pasage"], False, "cluster_by='pasage' is auto, none, or a field"),
     ],
 )
@@ -224,6 +225,30 @@ def test_wrong_arguments(
     assert message in error_of({**arguments, **change})
     assert "Traceback" not in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--limit": "0"}, "limit=0 leaves nothing to measure"),
+        ({"--max-length": "0"}, "max_length=0 leaves nothing to measure"),
+        ({"--confidence": "95"}, "confidence=95.0 is not between 0 and 1"),
+        ({"--margin": "0"}, "margin=0.0 is no change"),
+        ({"--heldout-data": "nowhere.jsonl"}, "There is no file or folder 'nowhere.jsonl'"),
+        ({"--baseline": "/nowhere/model"}, "model '/nowhere/model' is no folder here"),
+        ({"--model": "/nowhere/model"}, "model '/nowhere/model' is no folder here"),
+        ({"--model": ["one=model", "one=other"]}, "models ['one', 'one'] must be at least one, and each named once."),
+        ({"--adapter-base": "/nowhere/model"}, "adapter_base='/nowhere/model' is no model here or on the hub"),
+    ],
+)
+def test_what_needs_no_tasks_is_checked_before_them(
+    arguments: Arguments, monkeypatch: pytest.MonkeyPatch, change: Arguments, message: str
+) -> None:
+    def forbidden(*_: Any, **__: Any) -> None:
+        raise AssertionError("tasks were loaded")
+
+    monkeypatch.setattr(retention, "load_entries", forbidden)
+    assert message in error_of({**arguments, **change})
 
 
 def test_the_same_label_twice(arguments: Arguments, models: SavedModels, nothing_is_loaded: None) -> None:

@@ -75,6 +75,10 @@ OF_A_YAML: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"neftune_noise_alpha": -1.0}, "neftune_noise_alpha=-1.0 must be a number from 0 on"),
         ({"load_best_model_at_end": True}, "load_best_model_at_end=True needs evaluations; set eval_strategy"),
         ({"eval_strategy": "steps"}, "split 'test' of '{}/data.json'"),
+        ({"eval_strategy": "steps"}, "Set eval_strategy to 'no', or dataset_test_split to one that there is."),
+        ({"dataset_streaming": True, "dataset_train_split": "no"}, "Set dataset_train_split to one that there is."),
+        ({"dataset_name": "arithmetic"}, "lopt-hf dpo or grpo generates, and this command does not; choose 'word-pro"),
+        ({"num_blocks": 99, "task_reach": 2, "local_objective": "none"}, "never reaches the first 97 blocks of num_b"),
         ({"packing": True, "packing_strategy": "best"}, "packing_strategy='best' is unknown, nearest is 'bfd_split'"),
         ({"attn_implementation": "flash9"}, 'attn_implementation="flash9"` is not supported'),
         ({"use_peft": True, "lora_r": 0}, "`r` should be a positive integer value but the value passed is 0"),
@@ -115,6 +119,7 @@ OF_A_YAML: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"precompute_ref_batch_size": 0}, "precompute_ref_batch_size=0 must be at least 1"),
         ({"ref_model_mixup_alpha": 7.0}, "ref_model_mixup_alpha=7.0 must be a number from 0 to 1"),
         ({"dataset_name": "{}/data.json"}, "train_dataset has the columns ['completion', 'prompt']"),
+        ({"dataset_name": "word-problems"}, "dataset_name='word-problems' names data that lopt-hf sft generates"),
     ],
     "grpo": [
         ({"num_generations": 1}, "at least 2 generations per prompt"),
@@ -141,6 +146,9 @@ OF_A_YAML: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"num_stages": 3, "num_blocks": 2}, "num_stages=3 is more than num_blocks=2"),
         ({"max_steps": 0}, "max_steps=0 must be at least 1"),
         ({"dataset_name": "{}/empty.jsonl"}, "{}/empty.jsonl is empty"),
+        ({"output_dir": "{}/file"}, "output_dir='{}/file' is a file; name a folder"),
+        ({"output_dir": "{}/tuned"}, "output_dir='{}/tuned' holds another run's model (model.safetensors)"),
+        ({"output_dir": "{}/unfinished"}, "output_dir='{}/unfinished' holds another run's checkpoints"),
         (
             {"gradient": "delayed", "resume_from_checkpoint": "{}/late"},
             "was trained with num_stages=3, but this run has num_stages=2",
@@ -158,6 +166,27 @@ OF_A_YAML: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"methodes": {}}, "unknown setting 'methodes' (did you mean 'methods'?)"),
         ({"methods": {}}, "methods={} is empty; name at least one"),
         ({"methods": {"e": {"method": "lptt"}}}, "methods.e.method='lptt' is unknown, nearest is 'lopt'"),
+        (
+            {"methods": {"e": {"method": "e2e"}, "f": {"method": "e2e", "num_blockz": 2}}},
+            "recipe.yaml: methods.f.num_blockz=2 is no option of lopt-hf sft (did you mean 'num_blocks'?); remove it",
+        ),
+        ({"methods": {"e": {"num_blocks": 2.5}}}, "recipe.yaml: methods.e.num_blocks=2.5 must be a whole number."),
+        (
+            {"methods": {"e": {"num_blocks": "two"}}},
+            "recipe.yaml: methods.e.num_blocks='two' cannot be read: invalid literal for int",
+        ),
+        (
+            {"methods": {"e": {"method": "lisa"}}, "training": {"max_length": 64, "task_reach": [2]}},
+            "training.task_reach=[2] is no option of lopt-hf peers; remove it or correct its name. Method 'e' is",
+        ),
+        (
+            {"methods": {"e": {"method": "mlaan", "reconstruction_weight": 1.0}}},
+            "methods.e.reconstruction_weight=1.0 is no option of lopt-hf mlaan",
+        ),
+        (
+            {"methods": {"e": {"num_stages": 2, "micro": 1}}},
+            "methods.e.micro=1 is no option of lopt-hf pipeline",
+        ),
         ({"learning_rates": [-1.0]}, "learning_rates: -1.0 is no learning rate; set it above 0"),
         ({"seeds": [0, 0]}, "seeds=[0, 0] must name at least one value, and each value once"),
         ({"workers": 0}, "workers=0 is too small; set it to 1 or more"),
@@ -175,6 +204,7 @@ PLAN = ["plan", "--model", "{}/base", "--device-memory", "1GiB", "--batch-size",
 RETENTION = ["retention", "--baseline", "{}/base", *(part for pair in MEASURED.items() for part in pair)]
 CURVES = ["curves", "--run", "a={}/run", "--metric", "loss", "--output"]
 SIMULATE = ["pipeline", "simulate"]
+IMAGES = ["pipeline", "--task", "image", "--train_file", "{}/no.parquet", "--bf16", "false", "--use_cpu", "true"]
 OF_A_COMMAND_LINE: list[tuple[list[str], str]] = [
     ([*REPL, "--layers_to_replace", "0"], "layers_to_replace=[0] must name layers from 1 to 2"),
     ([*REPL, "--layers_to_replace", "1", "1"], "layers_to_replace=[1, 1]: layers 1 and 1 are not apart"),
@@ -192,6 +222,8 @@ OF_A_COMMAND_LINE: list[tuple[list[str], str]] = [
         ["image", "--output_dir", "{}/image", "--train_file", "{}/no.parquet"],
         "no file or folder '{}/no.parquet'",
     ),
+    ([*IMAGES, "--output_dir", "{}/file"], "output_dir='{}/file' is a file; name a folder"),
+    ([*IMAGES, "--output_dir", "{}/tuned"], "output_dir='{}/tuned' holds another run's model (model.safetensors)"),
     (["image", "--output_dir", "{}/image", "--method", "reach"], "task_reach=[1] is freezing the early blocks"),
     ([*RETENTION, "--limit", "0"], "limit=0 leaves nothing to measure; set it to 1 or more"),
     ([*RETENTION, "--confidence", "2"], "confidence=2.0 is not between 0 and 1"),
@@ -235,6 +267,8 @@ OF_A_COMMAND_LINE: list[tuple[list[str], str]] = [
         ["pipeline", "export", "--checkpoint", "{}/base", "--output-dir", "{}/x"],
         "checkpoint='{}/base' has no pipeline.json",
     ),
+    (["demo", "--model", "{}/noconfig", "--output-dir", "{}/demo"], "--model {}/noconfig cannot be loaded; give a"),
+    (["demo", "--model", "none-such", "--output-dir", "{}/demo"], "--model none-such cannot be loaded; give a local"),
     (["demo", "--minutes", "nan"], "--minutes nan is no time; give more than 0"),
     (
         ["demo", "--model", "{}/base", "--learning-rate", "-1"],
@@ -262,8 +296,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_pairs(8).to_json(folder / "pairs.json")
     make_questions(8).to_json(folder / "questions.json")
     write_tasks(folder / "tasks")
-    for name in ("noconfig", "run", "late"):
-        (folder / name).mkdir()
+    for name in ("noconfig", "run", "late", "unfinished/checkpoint-1"):
+        (folder / name).mkdir(parents=True)
     files = {"empty.jsonl": "", "file": "x", "broken.json": "{", "times.json": '{"forward": ["a"]}'}
     late = {"data_parallel": 1, "gradient": "delayed", "gradient_recompute": True, "num_stages": 3}
     files |= {"run/trainer_state.json": "{", "late/pipeline.json": json.dumps(late)}

@@ -19,13 +19,17 @@ def write_run(folder, rewards, metric="reward"):
 def test_a_plot_and_the_means(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     runs = [write_run(tmp_path / name, rewards) for name, rewards in (("a", [0, 1, 2, 3]), ("b", [1, 1, 1, 3]))]
-    output = tmp_path / "plots" / "reward.png"
+    output = tmp_path / "reward.png"
     arguments = [f"--run=LoPT={runs[0]}", f"--run=LoPT={runs[1]}", f"--run=end-to-end={runs[1]}"]
     main([*arguments, "--metric", "reward", "--output", str(output), "--part", "2", "--smooth", "2"])
-    assert output.read_bytes().startswith(b"\x89PNG")
+    drawn = output.read_bytes()
+    assert drawn.startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "| LoPT | 0.750 | 2.250 | +1.500 | +2.000, +1.000 |" in printed
     assert "| end-to-end | 1.000 | 2.000 | +1.000 | +1.000 |" in printed
+    with pytest.raises(SystemExit):
+        main([*arguments, "--metric", "reward", "--output", str(output)])
+    assert "exists and is not overwritten" in capsys.readouterr().err and output.read_bytes() == drawn
 
 
 def test_curves(tmp_path):
@@ -49,6 +53,7 @@ def test_the_log_of_a_pipeline_that_has_not_ended(tmp_path):
     ("arguments", "message"),
     [
         (["--run", "no-label", "--metric", "reward"], "--run no-label must be LABEL=OUTPUT_DIR"),
+        (["--run", "=nowhere", "--metric", "reward"], "--run =nowhere must be LABEL=OUTPUT_DIR"),
         (["--run", "a=nowhere", "--metric", "reward"], "--run nowhere: there is no trainer_state.json"),
         (["--run", "a={run}", "--metric", "accuracy"], "--metric accuracy: .* choose from reward, train_loss"),
     ],

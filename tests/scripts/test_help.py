@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from trl import SFTConfig
 
 import lopt_hf
 from lopt_hf import cli
@@ -15,6 +16,9 @@ OWN = {
     "peers": {"num_blocks", "lisa_period"},
     "repl": {"operator", "layers_to_replace"},
 }
+
+
+CORRECTED = ("output_dir", "bf16", "activation_checkpointing", "resume_from_checkpoint")
 
 
 def shown(command: str, flag: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -56,6 +60,22 @@ def test_a_terminal_shows_no_code_fences(command, capsys):
     text = shown(command, "--help", capsys)
     assert "```" not in text and f"\n  lopt-hf {command} " in text
     assert "```" in curves.__doc__  # what the documentation is made of has them
+
+
+@pytest.mark.parametrize("command", [*LONG, "image"])
+def test_the_libraries_texts_are_corrected(command, capsys):
+    """What an option left out means is what the command does then."""
+    text = " ".join(shown(command, "--help-all", capsys).split())
+    of = {name: re.split(rf" --{name} (?=\[?[A-Z])", text)[1].partition(" --")[0] for name in CORRECTED}
+    assert "Default: trainer_output." in of["output_dir"] and SFTConfig(use_cpu=True).output_dir == "trainer_output"
+    assert "defaults to `True`" not in of["bf16"] and ("the faster of bf16 and fp32" in of["bf16"]) == (
+        command != "image"
+    )
+    checkpoints = "True" if command not in ("image", "repl") else "False"
+    assert f"efault: {checkpoints}" in of["activation_checkpointing"]
+    if command != "repl":  # where it is refused
+        assert "true: the last one" in of["resume_from_checkpoint"] and "auto: " in of["resume_from_checkpoint"]
+        assert "Not directly used" not in of["resume_from_checkpoint"]
 
 
 def test_the_version(capsys):

@@ -66,6 +66,14 @@ def test_a_recipe_may_name_the_configuration(launched, tmp_path):
     assert launched[0][-4:] == ["-m", "lopt_hf.scripts.dpo", "--config", str(recipe)]
 
 
+@pytest.mark.parametrize("value", ["[ddp_2]", "8", "''"])
+def test_what_is_no_name_is_left_to_the_command(launched, tmp_path, value):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"accelerate_config: {value}")
+    launch_if_asked("sft", ["--config", str(recipe)])
+    assert not launched
+
+
 def test_nothing_is_launched_twice(launched, tmp_path, monkeypatch, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("accelerate_config: ddp_2")

@@ -38,6 +38,7 @@ def test_the_command_line_wins_over_the_file(tmp_path, form):
         (["--num-blcks=3"], "unknown option on the command line: 'num-blcks' (did you mean 'num_blocks'?)"),
         (["--config", "nowhere.yaml"], "there is no file 'nowhere.yaml'"),
         (["--config"], "--config needs the path of a YAML file"),
+        (["--config", "a.yaml", "--config=b.yaml"], "--config is given 2 times (a.yaml, b.yaml); give one"),
     ],
 )
 def test_errors_are_one_line(capsys, arguments, message):

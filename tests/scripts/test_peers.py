@@ -43,6 +43,14 @@ def test_bad_options_are_one_line(tmp_path, capsys, values, message):
         ({"method": "e2e_segments", "activation_checkpointing": True}, "set activation_checkpointing to False"),
         ({"method": "lisa", "lisa_layers": 5}, "LISA: layers=5, but the model has 4"),
         ({"method": "lisa", "use_peft": True}, "LISA trains the model's own weights"),
+        (
+            {"method": "lisa", "badam_period": 8},
+            "badam_period=8 is an option of method 'badam', and method='lisa'; le",
+        ),
+        (
+            {"method": "e2e_step_in_backward", "num_blocks": 4},
+            "num_blocks=4 is an option of method 'freeze_last', and",
+        ),
         ({"method": "osf", "use_peft": True}, "osf is an adapter itself; leave it out"),
     ],
 )

@@ -42,6 +42,16 @@ def test_a_copy_can_be_run_and_is_not_overwritten(tmp_path, capsys):
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [copy] and copy.read_text() == "mine"
 
 
+@pytest.mark.parametrize("folder", ["qa.csv", "qa.csv/new"])
+def test_a_file_is_no_folder_to_copy_into(folder, tmp_path, capsys):
+    (tmp_path / "qa.csv").write_text("mine")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["recipes", NAME, "--copy", str(tmp_path / folder)])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1
+    assert f"copy='{tmp_path / folder}': {tmp_path / 'qa.csv'} is a file; name a folder." in error
+
+
 def test_all_are_copied(tmp_path):
     cli.main(["recipes", "--copy", str(tmp_path / "new")])
     assert len(list((tmp_path / "new").rglob("*.yaml"))) == len(list_configs())

@@ -1,6 +1,8 @@
 """The training commands on a tiny model: from the arguments to a stock checkpoint, by each method."""
 
 import json
+import re
+import shutil
 
 import pytest
 import yaml
@@ -138,6 +140,54 @@ def test_another_runs_folder_is_left_alone(tmp_path, command):
     (tmp_path / "out/checkpoint-1/trainer_state.json").write_text("{}")
     with pytest.raises(SystemExit, match=f"lopt-hf {command}: output_dir=.* holds another run's checkpoints"):
         COMMANDS[command][0].main(arguments(tmp_path, command))
+
+
+def test_a_model_that_is_there_is_not_overwritten(tmp_path, capsys):
+    sft.main(arguments(tmp_path, "sft", max_steps=1))
+    weights = (tmp_path / "out/model.safetensors").read_bytes()
+    for values, message in (
+        ({}, "holds a model .config.json. that would be overwritten; choose another output_dir"),
+        ({"model_name_or_path": str(tmp_path / "out")}, "is the model that the run starts from"),
+    ):
+        with pytest.raises(SystemExit, match=f"lopt-hf sft: output_dir=.* {message}"):
+            sft.main(arguments(tmp_path, "sft", max_steps=1, **values))
+    assert (tmp_path / "out/model.safetensors").read_bytes() == weights
+    sft.main(arguments(tmp_path, "sft", max_steps=1, resume_from_checkpoint="auto"))  # of a job that begins again
+
+
+def test_options_of_an_adapter_that_is_not_asked_for_are_refused(tmp_path):
+    with pytest.raises(SystemExit, match="lora_r=8 does nothing without use_peft; add --use_peft"):
+        sft.main(arguments(tmp_path, "sft", lora_r=8))
+
+
+def test_a_run_without_checkpoints_has_a_model_card(tmp_path):
+    (tmp_path / "out").mkdir()
+    for written in ("the user's own", None):
+        card = tmp_path / "out/README.md"
+        if written is not None:
+            card.write_text(written)
+        sft.main(arguments(tmp_path, "sft", max_steps=1))
+        assert card.read_text() == written if written else "2605.04913" in card.read_text()
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_an_interrupted_run_says_what_is_kept(tmp_path, capsys, monkeypatch):
+    def interrupt(trainer, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sft.LoPTTrainer, "save_state", interrupt)
+    for saving, message in (
+        ({}, "interrupted after step 1; no checkpoint has been saved."),
+        ({"save_strategy": "steps", "save_steps": 1}, "--resume_from_checkpoint true goes on from .*checkpoint-1"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["sft", *arguments(tmp_path, "sft", max_steps=1, **saving)])
+        assert ended.value.code == 130 and re.search(message, capsys.readouterr().err)
+        shutil.rmtree(tmp_path / "out")
+    monkeypatch.setattr(sft, "main", interrupt)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["sft"])
+    assert ended.value.code == 130 and capsys.readouterr().err == "\nlopt-hf sft: interrupted.\n"
 
 
 def test_the_process_group_is_gone_at_the_end(tmp_path, monkeypatch):
