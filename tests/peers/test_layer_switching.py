@@ -172,5 +172,5 @@ def test_several_processes_and_engines_are_refused(run):
 def test_callback_that_comes_too_late_is_refused(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.add_callback(LISA())
-    with pytest.raises(ValueError, match="LISA was added to a trainer that was there already; pass it"):
+    with pytest.raises(ValueError, match="LISA came to a trainer that was there already; pass it"):
         trainer.train()
