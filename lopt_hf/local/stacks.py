@@ -79,9 +79,10 @@ def check_architecture(name: str, text_config: PretrainedConfig) -> None:
     Raises:
         ValueError: With the reason.
     """
-    if getattr(text_config, "layerdrop", 0):
+    layerdrop = vars(text_config).get("layerdrop")
+    if layerdrop:
         raise ValueError(
-            f"model={name} leaves out layers at random (layerdrop={text_config.layerdrop}), and with one of them the "
+            f"model={name} leaves out layers at random (layerdrop={layerdrop}), and with one of them the "
             "boundary behind it; set it to 0 in the model's config."
         )
     reason = _UNCUT.get(text_config.model_type)

@@ -79,7 +79,7 @@ def correct_help(parser: argparse.ArgumentParser, dataclass_types: Iterable[type
     """
     kinds: list[Any] = list(dataclass_types)
     defaults = {name: each.default for kind in kinds for name, each in kind.__dataclass_fields__.items()}
-    idle = {name for kind in kinds for name in getattr(kind, "idle_options", ())}
+    idle = _idle_options(kinds)
     added = {  # where the option has no default of its own
         "activation_checkpointing": f" Default: {bool(defaults.get('gradient_checkpointing'))}.",  # its older name
         "output_dir": " Default: trainer_output.",
@@ -121,7 +121,7 @@ def format_sections(parser: argparse.ArgumentParser, dataclass_types: Iterable[t
     for action in parser._actions:
         if not (action.dest in by_name and action.nargs == 0):  # `--no_x` says what `--x false` does
             by_name.setdefault(action.dest, []).append(action)
-    idle = {name for kind in kinds for name in getattr(kind, "idle_options", ())}
+    idle = _idle_options(kinds)
     common = [name for name in (*(name for name in by_name if name not in fields), *COMMON) if name in by_name]
     common = [name for name in common if name not in idle]
     own = [name for name in _own_fields(kinds) if name in by_name and name not in common and name not in idle]
@@ -139,6 +139,11 @@ def format_sections(parser: argparse.ArgumentParser, dataclass_types: Iterable[t
     if not shows_all:
         formatter.add_text(f"`{parser.prog} --help-all` shows {len(others)} more options of transformers and TRL.")
     return formatter.format_help()
+
+
+def _idle_options(dataclass_types: Iterable[type]) -> set[str]:
+    """Names of the options that have no use in a command, as classes of their fields may say."""
+    return {name for kind in dataclass_types for name in getattr(kind, "idle_options", ())}
 
 
 def _own_fields(dataclass_types: Iterable[type]) -> dict[str, None]:

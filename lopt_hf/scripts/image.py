@@ -140,8 +140,9 @@ def make_trainer(script_args: ImageScriptArguments, args: Any, model_args: Image
     set_objective(script_args.method, args, default=METHODS[script_args.method])
     images = load_images(script_args, args.seed)
     set_seed(args.seed)  # what the weights are drawn from
-    readout = METHODS[script_args.method] == "readout" or getattr(args, "readout", None) == "frozen"
-    model, processor = make_image_model(model_args, images.names, keeps_classifier=readout)
+    is_frozen = isinstance(args, MLAANImageConfig) and args.readout == "frozen"
+    keeps_classifier = is_frozen or METHODS[script_args.method] == "readout"
+    model, processor = make_image_model(model_args, images.names, keeps_classifier)
     if script_args.method == "repl":
         model = replace_layers(model, model_args)
     trainer_class = ImageTrainer if script_args.method in END_TO_END else LocalImageTrainer

@@ -326,7 +326,8 @@ class LocalImageTrainer(LocalLearningMixin, MetricsImageTrainer):
         check_image_model(model)
         if not isinstance(args, MLAANImageConfig):
             if args is not None:
-                args = image_arguments(args, takes_images=image_kwargs.get("data_collator") is None)
+                collator = image_kwargs.get("data_collator")
+                args = image_arguments(args, takes_images=collator is None or isinstance(collator, ImageBatches))
             args = local_config(model, args, LocalImageConfig, "local")
         super().__init__(model, args, *image_args, method=method, **image_kwargs)
         if self.args.n_gpu > 1:  # TRL's trainers say so themselves
