@@ -52,10 +52,10 @@ class BatchId:
         """
         checksum = 0
         for name in sorted(inputs):
-            if isinstance(inputs[name], torch.Tensor):
-                checksum = zlib.crc32(
-                    inputs[name].cpu().contiguous().numpy().tobytes(), zlib.crc32(name.encode(), checksum)
-                )
+            value = inputs[name]
+            if isinstance(value, torch.Tensor):
+                values = value.detach().cpu().reshape(-1).view(torch.uint8)  # NumPy has no bf16
+                checksum = zlib.crc32(values.numpy(), zlib.crc32(name.encode(), checksum))
         return cls(step, micro_batch, checksum)
 
     def __str__(self) -> str:
