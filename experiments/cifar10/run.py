@@ -41,12 +41,18 @@ ABLATION = {
     "MLAAN, sum of copy and average": [*METHODS["MLAAN"], "--combine", "sum"],
     "MLAAN, average of 10 steps": [*METHODS["MLAAN"], "--ema_decay", "0.9"],  # of 200 by default
 }
+# Less in the blocks whose feature maps are the largest
+CUT = {
+    f"{name}, cut at 1, 2, 4": [*METHODS[name], "--split_at", "1", "2", "4"]
+    for name in ("plain local learning", "MLAAN", "reach [1,1,1,4]", "reach 4")
+}
 # A paper's claim: the methods that it is about, each beside its controls
 CLAIMS = {
     "all": list(METHODS),
     "mlaan": ["end-to-end", "plain local learning", "MLAAN"],
     "ablation": ["end-to-end", "plain local learning", "MLAAN", *ABLATION],
     "repl": ["end-to-end", "RepL, every second layer", "plain removal of them"],
+    "cut": ["end-to-end", *CUT],
 }
 NOT_FOR_RESNET = ("readout",)  # its layers differ in width
 COMMON = {
@@ -63,7 +69,7 @@ TRAINING = [
 def methods_of(architecture: str, claim: str = "all") -> dict[str, list[str]]:
     """The options of the methods that an architecture is trained by for a claim, by their names."""
     left_out = NOT_FOR_RESNET if architecture == "resnet20" else ()
-    return {name: (METHODS | ABLATION)[name] for name in CLAIMS[claim] if name not in left_out}
+    return {name: (METHODS | ABLATION | CUT)[name] for name in CLAIMS[claim] if name not in left_out}
 
 
 def arguments_of(options: argparse.Namespace, method: list[str], seed: int, folder: Path) -> list[str]:

@@ -39,9 +39,10 @@ def test_results_of_other_arguments_are_not_taken(experiment, tmp_path, capsys):
 def test_every_run_is_one_that_the_command_takes(experiment, architecture, every_second, tmp_path):
     options = argparse.Namespace(architecture=architecture, train_file="a.parquet", eval_file="b.parquet", epochs=1)
     models = {}
-    for name, method in (
-        experiment.methods_of(architecture) | experiment.methods_of(architecture, "ablation")
-    ).items():
+    methods = {}
+    for claim in experiment.CLAIMS:
+        methods |= experiment.methods_of(architecture, claim)
+    for name, method in methods.items():
         arguments = experiment.arguments_of(options, method, 0, tmp_path)
         script_args, _, model_args = image.make_parser(chosen_method(arguments)).parse_args_and_config(arguments)
         assert script_args.method == method[1] and model_args.architecture == architecture
