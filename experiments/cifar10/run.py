@@ -54,6 +54,12 @@ CLAIMS = {
     "repl": ["end-to-end", "RepL, every second layer", "plain removal of them"],
     "cut": ["end-to-end", *CUT],
 }
+# What a method has to be better than by its paper's claim
+CONTROLS = {
+    **dict.fromkeys(["MLAAN", *ABLATION], "plain local learning"),
+    "MLAAN, cut at 1, 2, 4": "plain local learning, cut at 1, 2, 4",
+    "RepL, every second layer": "plain removal of them",
+}
 NOT_FOR_RESNET = ("readout",)  # its layers differ in width
 COMMON = {
     "vit": ["--architecture", "vit", "--learning_rate", "1e-3", "--weight_decay", "0.05"],
@@ -153,9 +159,13 @@ def report(options: argparse.Namespace) -> str:
     rows = []
     for name, found in results.items():
         share = saved_bytes(options, methods[name]) / whole
-        change = "" if name == "end-to-end" else interval(differences(found, results["end-to-end"]), "+")
-        rows.append([name, str(len(found)), interval(list(found.values())), change, f"{share:.2f}"])
-    return markdown_table(["method", "seeds", "accuracy, %", "above end-to-end, points", "saved bytes"], rows)
+        above = [
+            interval(differences(found, results[other]), "+") if other in results and other != name else ""
+            for other in ("end-to-end", CONTROLS.get(name))
+        ]
+        rows.append([name, str(len(found)), interval(list(found.values())), *above, f"{share:.2f}"])
+    head = ["method", "seeds", "accuracy, %", "above end-to-end, points", "above its control, points", "saved bytes"]
+    return markdown_table(head, rows)
 
 
 def differences(found: dict[int, float], others: dict[int, float]) -> list[float]:
