@@ -10,7 +10,6 @@ from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from lopt_hf.common.parent import end_with_spawner
@@ -19,12 +18,13 @@ __all__ = [
     "MALLOC",
     "MALLOC_HELP",
     "BenchWorkerError",
-    "FailuresTo",
     "changed_environment",
     "death_of",
     "failure_of",
+    "failures_sent",
     "one_gpu",
     "peak_resident_bytes",
+    "receive",
     "run_together",
 ]
 
@@ -52,23 +52,36 @@ def death_of(name: str, exit_code: int | None) -> BenchWorkerError:
     return BenchWorkerError(f"{name}: its process ended with exit code {exit_code}{hint}.")
 
 
-class FailuresTo:
-    """Sends the error that ends its block to the parent, which raises it."""
+@contextmanager
+def failures_sent(connection: Connection) -> Iterator[None]:
+    """Sends the error that ends its block to the parent, whose `receive` raises it."""
+    try:
+        yield
+    except BaseException as error:  # the process ends behind it
+        reason = "".join(traceback.format_exception_only(error)).strip()
+        with suppress(OSError):  # the parent has gone
+            connection.send(("failed", (reason, "".join(traceback.format_exception(error)))))
 
-    def __init__(self, connection: Connection) -> None:
-        self.connection = connection
 
-    def __enter__(self) -> None:
-        """Nothing to prepare."""
+def receive(name: str, connection: Connection, process: BaseProcess) -> tuple[str, Any]:
+    """Returns what a process sends next.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
-        if error is not None:
-            reason = "".join(traceback.format_exception_only(kind, error)).strip()
-            with suppress(OSError):  # the parent has gone
-                self.connection.send(("failed", (reason, "".join(traceback.format_exception(kind, error, trace)))))
-        return True
+    Args:
+        name: What to call the process in an error.
+        connection: The parent's end.
+        process: The process.
+
+    Raises:
+        BenchWorkerError: If it has failed, or has ended without a word.
+    """
+    try:
+        kind, content = connection.recv()
+    except (EOFError, ConnectionResetError) as error:
+        process.join()
+        raise death_of(name, process.exitcode) from error
+    if kind == "failed":
+        raise failure_of(name, *content)
+    return kind, content
 
 
 def run_together(
@@ -108,7 +121,7 @@ def run_together(
         while len(results) < len(processes):
             for connection in wait([connection for connection in processes if connection not in results]):
                 assert isinstance(connection, Connection)
-                kind, content = _receive(name, connection, processes[connection])
+                kind, content = receive(name, connection, processes[connection])
                 if kind == "step":
                     on_step()
                 else:
@@ -121,21 +134,10 @@ def run_together(
             process.join()
 
 
-def _receive(name: str, connection: Connection, process: BaseProcess) -> tuple[str, Any]:
-    try:
-        kind, content = connection.recv()
-    except (EOFError, ConnectionResetError) as error:
-        process.join()
-        raise death_of(name, process.exitcode) from error
-    if kind == "failed":
-        raise failure_of(name, *content)
-    return kind, content
-
-
 def _run(connection: Connection, work: Callable[..., Any], arguments: tuple[Any, ...], reports: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle: it ends its processes
     end_with_spawner()
-    with FailuresTo(connection):
+    with failures_sent(connection):
 
         def on_step() -> None:
             if reports:

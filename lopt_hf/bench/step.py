@@ -19,9 +19,8 @@ from lopt_hf.bench.processes import (
     MALLOC,
     BenchWorkerError,
     changed_environment,
-    death_of,
-    failure_of,
     one_gpu,
+    receive,
 )
 from lopt_hf.bench.step_settings import StepBenchSettings, StepRow, make_rows
 from lopt_hf.bench.step_worker import work
@@ -238,13 +237,7 @@ class _Worker:
         self._process.join()
 
     def _receive(self, expected: str) -> Any:
-        try:
-            kind, content = self._connection.recv()
-        except (EOFError, ConnectionResetError) as error:
-            self._process.join()
-            raise death_of(self.row.name, self._process.exitcode) from error
-        if kind == "failed":
-            raise failure_of(self.row.name, *content)
+        kind, content = receive(self.row.name, self._connection, self._process)
         if kind != expected:
             raise BenchWorkerError(f"{self.row.name}: its process is {kind} before its time.")
         return content

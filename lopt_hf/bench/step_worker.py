@@ -7,7 +7,7 @@ from multiprocessing.connection import Connection
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from lopt_hf.bench.processes import FailuresTo, peak_resident_bytes
+from lopt_hf.bench.processes import failures_sent, peak_resident_bytes
 from lopt_hf.bench.step_settings import BADAM_DEPTHS, LORA_RANK, StepBenchSettings, StepRow
 from lopt_hf.bench.training import SHARED_ARGUMENTS, silence, token_rows
 from lopt_hf.common.compared_methods import PEERS, REPL_EVERY, mlaan_window, spread_layers
@@ -35,7 +35,7 @@ def work(connection: Connection, row: StepRow, settings: StepBenchSettings, chec
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle: it ends its processes
     end_with_spawner()
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL would report each trainer made here as a user's run
-    with FailuresTo(connection):
+    with failures_sent(connection):
         connection.send(("finished", _train(connection, row, settings, checkpoint, f"{folder}/{row.name}")))
 
 

@@ -14,6 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
 from lopt_hf.common.distributed import GradientReducer
+from lopt_hf.common.upstream.trl import add_sft_head
 from lopt_hf.local.arguments import LocalArguments
 from lopt_hf.local.heads import LocalHeads
 from lopt_hf.local.learner import LearnerEvents, LocalLearner
@@ -28,7 +29,7 @@ from lopt_hf.pipeline.runtime.stage import HiddenStateInput, keep_stage, separat
 from lopt_hf.pipeline.runtime.stage_plan import StagePlan
 from lopt_hf.planner.memory import MemoryMeter
 from lopt_hf.planner.strategies import REPL_EVERY, Strategy
-from lopt_hf.planner.task_loss import PlannedTokenLoss, add_task_loss
+from lopt_hf.planner.task_loss import PlannedTokenLoss
 from lopt_hf.repl.config import RepLConfig
 from lopt_hf.repl.mapping import get_repl_model
 
@@ -82,7 +83,7 @@ class EndToEnd:
         self.base.train()
 
     def _add_loss(self) -> None:
-        add_task_loss(self.base)
+        add_sft_head(self.base)
 
     def begin(self, meter: MemoryMeter, events: LearnerEvents, reducer: GradientReducer | None) -> None:
         """Does what needs the weights to be there, if only as fake tensors.

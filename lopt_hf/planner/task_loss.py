@@ -15,21 +15,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-from lopt_hf.common.upstream.trl import add_fused_lm_head, chunked_logprob, trainer_utils
+from lopt_hf.common.upstream.trl import chunked_logprob, trainer_utils
 from lopt_hf.local.objectives import LocalBatch
 from lopt_hf.local.readout import ChunkedCrossEntropy, TokenLoss
 from lopt_hf.planner.memory import MemoryMeter
 
-__all__ = ["PlannedTokenLoss", "add_task_loss", "loss_as_on_gpu", "metered_loss"]
-
-SFT_OUTPUTS = ("log_probs", "entropy", "is_top1")  # TRL 1.16, SFTTrainer
-
-
-def add_task_loss(model: PreTrainedModel) -> None:
-    """Gives a model TRL's fused LM head, before PEFT wraps it."""
-    add_fused_lm_head(model, outputs=SFT_OUTPUTS)
+__all__ = ["PlannedTokenLoss", "loss_as_on_gpu", "metered_loss"]
 
 
 @contextlib.contextmanager

@@ -37,9 +37,9 @@ __all__ = [
     "check_operator",
     "check_refit_behind",
     "choose_spans",
+    "fit_and_measure",
     "layer_kinds",
     "span_angles",
-    "span_errors",
 ]
 
 HELD_OUT = 8  # one sequence in so many measures a span's error, the others are what its surrogate is fitted to
@@ -162,7 +162,7 @@ def choose_spans(
     spans = candidate_spans(count, kinds)
     if config.span_criterion in ("auto", "error"):
         surrogates = {span: make(span) for span in spans}
-        costs, fits = _fit_and_measure(model, surrogates, batches, config.ridge)
+        costs, fits = fit_and_measure(model, surrogates, batches, config.ridge)
         best = spans[min(range(len(spans)), key=costs.__getitem__)]
         if best not in fits or config.operator == "refit" or config.init != "calibrate" or config.refit_behind:
             return [best], {}
@@ -196,10 +196,10 @@ def span_angles(model: PreTrainedModel, spans: Sequence[Span], batches: Batches)
 
 
 @torch.no_grad()
-def span_errors(
+def fit_and_measure(
     model: PreTrainedModel, surrogates: Mapping[Span, Surrogate], batches: Batches, ridge: float
-) -> list[float]:
-    """For each span how far off the model's last hidden states are with its surrogate, on data held out from the fit.
+) -> tuple[list[float], dict[Span, Any]]:
+    """Measures how far off the model's last hidden states are with each span's surrogate, on data held out of the fit.
 
     The error is 1 - cos, since the last norm divides by the length, averaged over tokens. What a surrogate misses
     counts by what the layers behind it make of it: right behind the span, low spans have small errors, which grow. All
@@ -211,17 +211,12 @@ def span_errors(
         batches: Calibration data.
         ridge: See `RepLConfig.ridge`.
 
+    Returns:
+        The errors; and the fits, which by then have seen the held-out data too, and have set nothing by them.
+
     Raises:
         ValueError: If there are fewer than two sequences.
     """
-    return _fit_and_measure(model, surrogates, batches, ridge)[0]
-
-
-@torch.no_grad()
-def _fit_and_measure(
-    model: PreTrainedModel, surrogates: Mapping[Span, Surrogate], batches: Batches, ridge: float
-) -> tuple[list[float], dict[Span, Any]]:
-    """As `span_errors`; also the fits, which by then have seen the held-out data too, and have set nothing by them."""
     fitted_to, measured_on = _split(batches)
     layers = find_layers(model)
     fits = {

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from lopt_hf import RepLConfig, RepLModel, get_repl_model
 from lopt_hf.repl import mapping
 from lopt_hf.repl.calibration import _LinearFit
-from lopt_hf.repl.choosing import check_enough_tokens, span_angles, span_errors
+from lopt_hf.repl.choosing import check_enough_tokens, fit_and_measure, span_angles
 from lopt_hf.repl.map_operators import rotation
 from lopt_hf.repl.modeling_repl import find_layers
 from lopt_hf.repl.neighbours import Neighbour
@@ -251,7 +251,7 @@ class TestChoosing:
             make_repl(make_stock(), operator="scale", **{**SPANS, "spans": [list(span)]}).surrogates[span[0]],
             tuple(Neighbour(stock.model.layers[i], stock.config, "llama") for i in (span[0] - 1, span[1])),
         )
-        (found,) = span_errors(stock, {(2, 4): make_one((2, 4))}, data, 0.0)
+        (found,), _ = fit_and_measure(stock, {(2, 4): make_one((2, 4))}, data, 0.0)
         hook = stock.model.layers[2].register_forward_pre_hook(lambda m, a: seen.append([a[0]]))
         other = stock.model.layers[4].register_forward_pre_hook(lambda m, a: seen[-1].append(a[0]))
         with torch.no_grad():
@@ -299,7 +299,7 @@ class TestChoosing:
         for mode in (False, True):
             beside = tuple(Neighbour(layers[i], stock.config, "gpt2") for i in (1, 3))
             operator = make_operator(RepLConfig(operator="scale", spans=[[2, 3]]), *beside)
-            found += span_errors(stock.train(mode), {(2, 3): (operator, beside)}, data, 0.0)
+            found += fit_and_measure(stock.train(mode), {(2, 3): (operator, beside)}, data, 0.0)[0]
             assert stock.training == mode
         assert found[0] == found[1]
 

@@ -10,10 +10,9 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from time import perf_counter
-from types import TracebackType
 
 from lopt_hf.bench.gpu.parts import Case, Outcome, Part
-from lopt_hf.bench.processes import FailuresTo
+from lopt_hf.bench.processes import failures_sent
 from lopt_hf.common.parent import end_with_spawner
 
 __all__ = ["clean", "work"]
@@ -32,7 +31,7 @@ def work(connection: Connection, part: Part, first: int, folder: str, log: str) 
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
             os.dup2(file.fileno(), stream.fileno())
-    with FailuresTo(connection), suppress(EOFError):  # the parent has gone: nobody waits for the results
+    with failures_sent(connection), suppress(EOFError):  # the parent has gone: nobody waits for the results
         _import(part.threads)
         connection.send(("ready", None))
         connection.recv()
@@ -66,13 +65,17 @@ def _run(case: Case, part: Part, folder: Path) -> Outcome:
         return Outcome(part.name, case.name, "skipped", reason=f"needs {what}")
     start = perf_counter()
     left_over = clean()
-    with _Failure() as failure:
+    try:
         values = {**case.run(folder), "left_over_bytes": left_over}
-    seconds = perf_counter() - start
-    if failure.reason:
-        print(failure.trace, file=sys.stderr, flush=True)
-        return Outcome(part.name, case.name, "failed", seconds, reason=failure.reason, trace=failure.trace)
-    return Outcome(part.name, case.name, "done", seconds, values)
+    except BaseException as error:
+        seconds = perf_counter() - start
+        # As text only: what the frames refer to may hold the GPU's memory.
+        reason = "".join(traceback.format_exception_only(error)).strip().splitlines()[0][:400]
+        trace = "".join(traceback.format_exception(error))
+        traceback.clear_frames(error.__traceback__)
+        print(trace, file=sys.stderr, flush=True)
+        return Outcome(part.name, case.name, "failed", seconds, reason=reason, trace=trace)
+    return Outcome(part.name, case.name, "done", perf_counter() - start, values)
 
 
 def _is_there(need: str) -> bool:
@@ -93,24 +96,3 @@ def clean() -> int:
     torch.cuda.reset_peak_memory_stats()
     torch.cuda.reset_accumulated_memory_stats()
     return torch.cuda.memory_allocated()
-
-
-class _Failure:
-    """Keeps the error that ends its block, as text: what it refers to may hold the GPU's memory."""
-
-    reason = trace = ""
-
-    def __enter__(self) -> "_Failure":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
-        if error is None:
-            return False
-        text = "".join(traceback.format_exception_only(kind, error)).strip()
-        self.reason = text.splitlines()[0][:400]
-        self.trace = "".join(traceback.format_exception(kind, error, trace))
-        if trace is not None:
-            traceback.clear_frames(trace)
-        return True

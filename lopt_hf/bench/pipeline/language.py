@@ -16,7 +16,7 @@ from lopt_hf.bench.pipeline.lm_head import compute_all_logits
 from lopt_hf.bench.pipeline.method_run import MethodRun
 from lopt_hf.bench.pipeline.task import ClippedApart, PipelineTask, clip_groups, make_config
 from lopt_hf.bench.training import num_layers, token_rows
-from lopt_hf.common.upstream.trl import add_fused_lm_head
+from lopt_hf.common.upstream.trl import add_sft_head
 from lopt_hf.data.pretrained import resolve_model
 from lopt_hf.local.embeddings import untie_output_embeddings
 from lopt_hf.local.stacks import find_decoder_stack
@@ -25,7 +25,7 @@ from lopt_hf.pipeline.runtime.launch import PipelineWorld
 from lopt_hf.pipeline.runtime.stage import HiddenStateInput, load_stage
 from lopt_hf.pipeline.runtime.stage_plan import StagePlan
 from lopt_hf.pipeline.runtime.trainer import PipelineTrainer
-from lopt_hf.pipeline.split.costs import SFT_OUTPUTS, ModelCosts, measure_costs
+from lopt_hf.pipeline.split.costs import ModelCosts, measure_costs
 from lopt_hf.trainers.configs import LoPTConfig
 from lopt_hf.trainers.sft import LoPTTrainer
 
@@ -117,7 +117,7 @@ class _StageModule(nn.Module):
         self.num_predicted = settings.batch_size * (settings.seq_length - 1)
         self.input = None if plan.is_first else HiddenStateInput(find_decoder_stack(model).layers[plan.start])
         if plan.is_last:
-            add_fused_lm_head(model, outputs=SFT_OUTPUTS)
+            add_sft_head(model)
 
     def forward(self, input: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:
         """Runs the stage on hidden states (B, T, D), the first one on `tokens_BT`, which is `input` there."""

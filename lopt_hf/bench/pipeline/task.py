@@ -18,14 +18,7 @@ from lopt_hf.pipeline.runtime.launch import PipelineWorld
 from lopt_hf.pipeline.runtime.stage_plan import StagePlan
 from lopt_hf.pipeline.split.costs import ModelCosts
 
-__all__ = ["ClippedApart", "PipelineTask", "StageModule", "clip_groups", "make_config"]
-
-
-class StageModule(Protocol):
-    """A stage's part of a model as torch's schedules call it."""
-
-    def loss(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """The micro-batch's share of the batch's mean loss, of the last stage's output."""
+__all__ = ["ClippedApart", "PipelineTask", "clip_groups", "make_config"]
 
 
 class PipelineTask(Protocol):
@@ -61,7 +54,7 @@ class PipelineTask(Protocol):
         """Loads a stage's part of the model."""
 
     def make_stage(self, run: MethodRun, plan: StagePlan, model: PreTrainedModel) -> nn.Module:
-        """Makes a `StageModule` of a stage's part."""
+        """Makes of a stage's part what torch's schedules call: its `forward`, and on the last stage its `loss`."""
 
     def make_batches(self, run: MethodRun) -> list[tuple[Mapping[str, torch.Tensor], torch.Tensor]]:
         """For each step what every stage is given by name, and the target; the first stage is given the first too."""

@@ -55,7 +55,7 @@ class BatchId:
             value = inputs[name]
             if isinstance(value, torch.Tensor):
                 values = value.detach().cpu().reshape(-1).view(torch.uint8)  # NumPy has no bf16
-                checksum = zlib.crc32(values.numpy(), zlib.crc32(name.encode(), checksum))
+                checksum = zlib.crc32(values.numpy().data, zlib.crc32(name.encode(), checksum))
         return cls(step, micro_batch, checksum)
 
     def __str__(self) -> str:

@@ -35,7 +35,6 @@ from lopt_hf.pipeline.runtime.checkpoint import (
     remove_incomplete,
 )
 from lopt_hf.pipeline.runtime.delayed import DelayedGradients, send_back
-from lopt_hf.pipeline.runtime.draining import drain
 from lopt_hf.pipeline.runtime.launch import PipelineWorld, check_same
 from lopt_hf.pipeline.runtime.links import StageLinks
 from lopt_hf.pipeline.runtime.logs import StageCallback, add_figures, collect_start_losses, collect_timelines
@@ -249,8 +248,22 @@ class StageMixin(LocalLearningMixin):
 
     def drain(self) -> None:
         """Learns from the gradients that are still on their way at the end of a run, each in a step of its own."""
-        if self.delayed is not None:
-            drain(self, self.delayed)
+        if self.delayed is None:
+            return
+        scheduler = self.lr_scheduler.state_dict()
+        self.model.zero_grad()
+        self.local_heads.zero_grad()  # which have been in the step that has just ended
+        for _ in self.delayed.drain():
+            norm = self._clip_grad_norm(self.model) if self.args.max_grad_norm > 0 else None
+            self._get_grad_norm(self.model, norm)
+            self.optimizer.step()
+            self.learner.after_step()
+            self.lr_scheduler.step()
+            self.model.zero_grad()
+        # What is saved counts the run's own steps.
+        self.lr_scheduler.load_state_dict(scheduler)
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
 
     # ---- Replicas ----
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lopt_hf.common.settings import check_at_least, check_choice
-from lopt_hf.common.upstream.trl import add_fused_lm_head
+from lopt_hf.common.upstream.trl import add_sft_head
 from lopt_hf.local.embeddings import untie_output_embeddings
 from lopt_hf.local.layer_calls import LayerCall, hidden_of, record_layer_calls, stop_at
 from lopt_hf.local.objectives import LocalBatch, LocalObjective, ReconstructionObjective, head_of
@@ -25,8 +25,6 @@ from lopt_hf.local.stacks import find_decoder_stack
 from lopt_hf.pipeline.split.stopwatch import LEAST_SECONDS, PartCost, Stopwatch, num_elements
 
 __all__ = ["ModelCosts", "PartCost", "StageCost", "layer_kind", "measure_costs"]
-
-SFT_OUTPUTS = ("log_probs", "entropy", "is_top1")  # TRL 1.16, SFTTrainer: what its fused LM head computes
 
 
 @dataclass(frozen=True)
@@ -246,7 +244,7 @@ class _Bench:
 
         model: Any = model_after_the_layers(self.skeleton, take)
         model.get_output_embeddings = self.skeleton.get_output_embeddings  # needs input embeddings to find it
-        add_fused_lm_head(model, outputs=SFT_OUTPUTS)
+        add_sft_head(model)
         h_BTD = self._random_hidden_states()
 
         def task_loss() -> torch.Tensor:
