@@ -81,6 +81,7 @@ class BlockBoundary(ABC):
         self._active = False
         self._in_forward = False
         self._mask_BT: torch.Tensor | None = None
+        self._given_mask_BT: torch.Tensor | None = None  # to the model around the decoder
         self._left: set[int] = set()  # the blocks that have run in this forward
         self._unchecked_replays = set(range(len(self.blocks)))
         self._replays: Replays | None = None
@@ -92,6 +93,8 @@ class BlockBoundary(ABC):
             decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True),
             decoder.register_forward_hook(self._leave_decoder, always_call=True),
         ]
+        around = {self.model, self.model.base_model} - {decoder}
+        handles += [module.register_forward_pre_hook(self._note_mask, with_kwargs=True) for module in around]
         for block in self.early_blocks:
             enter = partial(self._enter_block, block.index)
             handles.append(layers[block.start].register_forward_pre_hook(enter, with_kwargs=True))
@@ -140,6 +143,7 @@ class BlockBoundary(ABC):
             torch.set_grad_enabled(records)  # which `_leave_decoder` does not after Ctrl-C
             # The hooks live as long as the model; they must not keep a trainer and its optimizer alive.
             self.micro_batch = MicroBatch()
+            self._given_mask_BT = None
 
     def begin(self) -> None:
         """Prepares for a micro-batch."""
@@ -225,6 +229,10 @@ class BlockBoundary(ABC):
             return "joined" if self._replays is None else "again"
         return "local" if self.micro_batch.trains_early_blocks else "blind"
 
+    def _note_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._active:
+            self._given_mask_BT = kwargs.get("attention_mask")
+
     def _enter_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._in_forward = self._active and torch.is_grad_enabled()
         if not self._in_forward:
@@ -232,7 +240,7 @@ class BlockBoundary(ABC):
         self.enter_decoder(args, kwargs)
         mask = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments.get("attention_mask")
         if isinstance(mask, Mapping):  # Gemma 3 makes the layers' masks before it calls its decoder
-            mask = self.micro_batch.inputs.get("attention_mask")
+            mask = self._given_mask_BT
         self._mask_BT = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
         self.routers.begin_forward()
         self._left.clear()

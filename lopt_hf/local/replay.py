@@ -7,7 +7,7 @@ Shapes: B batch, T tokens, D hidden channels.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -74,6 +74,7 @@ class BlockRun:
         random_state: The random state before it.
         autocast: The arguments of the autocast context that it ran in.
         calls: How its layers were called.
+        handed_on: The mappings that its layers were given, each with what it held before the block.
         output_BTD: What it returned: a leaf, from which the next block starts and whose gradient is the cotangent.
         router_logits: Its routers' logits, as leaves: the gradient of the model's load-balancing loss arrives there.
         batch: What a local objective may know of the micro-batch.
@@ -84,9 +85,23 @@ class BlockRun:
     random_state: RandomState
     autocast: dict[str, Any]
     calls: list[LayerCall] = field(default_factory=list)
+    handed_on: list[tuple[Mapping[Any, Any], dict[Any, Any]]] = field(default_factory=list)
     output_BTD: torch.Tensor | None = None
     router_logits: list[torch.Tensor] = field(default_factory=list)
     batch: LocalBatch = field(default_factory=LocalBatch)
+
+    def note_mappings(self, call: LayerCall) -> None:
+        """Notes the mappings that a layer is given, to see later whether the block has put something into them."""
+        known = {id(mapping) for mapping, _ in self.handed_on}
+        given = [value for value in (*call.args, *call.kwargs.values()) if isinstance(value, Mapping)]
+        self.handed_on += [(mapping, dict(mapping)) for mapping in given if id(mapping) not in known]
+
+    @property
+    def hands_on_more(self) -> bool:
+        """Whether its layers have left more than hidden states for later ones, such as keys and values in Gemma 4."""
+        return any(
+            value is not before.get(name) for mapping, before in self.handed_on for name, value in mapping.items()
+        )
 
     @property
     def is_behind_a_graph(self) -> bool:
@@ -153,6 +168,13 @@ def _changed_between(where: str) -> str:
     )
 
 
+def _more_than_hidden(problem: str) -> RuntimeError:
+    return RuntimeError(
+        f"{problem}, so that a part of the task's gradient would be lost when the block runs again; set "
+        "reach_recompute to False, and please report the architecture."
+    )
+
+
 class Replays:
     """Writes down how blocks run, and runs them again.
 
@@ -211,6 +233,9 @@ class Replays:
         """
         assert self._running is not None
         run, self._running, self._last_BTD = self._running, None, None
+        if run.hands_on_more:
+            raise _more_than_hidden("A block leaves more than hidden states to later layers, which may share its keys")
+        run.handed_on = []
         run.output_BTD, run.router_logits, run.batch = output_BTD, router_logits, batch
 
     def _record(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -221,11 +246,8 @@ class Replays:
         call = LayerCall.of(args, kwargs)
         learned = [v for v in (*call.args, *call.kwargs.values()) if isinstance(v, torch.Tensor) and v.requires_grad]
         if learned:
-            raise RuntimeError(
-                f"A layer of block {index} is given more than hidden states that the task's gradient passes through; "
-                "it would be lost when the block runs again. Set reach_recompute to False, and please report the "
-                "architecture."
-            )
+            raise _more_than_hidden(f"A layer of block {index} is given more than hidden states")
+        self._running.note_mappings(call)
         self._running.calls.append(call)
 
     def _leave_layer(self, layer: nn.Module, args: Any, output: Any) -> None:

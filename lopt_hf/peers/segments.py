@@ -4,7 +4,8 @@ transformers' checkpointing computes each layer again; this, whole runs of layer
 channels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -128,14 +129,24 @@ class CheckpointSegments(Peer):
 class _SegmentReplays(Replays):
     """Tells in this module's words what cannot run again."""
 
-    def _record(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        try:
-            super()._record(index, layer, args, kwargs)
-        except RuntimeError as error:
-            raise ValueError(
-                f"{CheckpointSegments.name} does not work with this model, whose layers get more from the decoder "
-                "than the hidden states of the layer before; use activation_checkpointing."
-            ) from error
+    def _record(self, *args: Any) -> None:
+        with _in_own_words():
+            super()._record(*args)
+
+    def leave(self, *args: Any) -> None:
+        with _in_own_words():
+            super().leave(*args)
+
+
+@contextmanager
+def _in_own_words() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise ValueError(
+            f"{CheckpointSegments.name} does not work with this model, whose layers get more than the hidden states "
+            "of the layer before; use activation_checkpointing."
+        ) from error
 
 
 class _RunAgain(torch.autograd.Function):

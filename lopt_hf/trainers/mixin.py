@@ -287,10 +287,17 @@ class LocalLearningMixin(TrainerBase):
     # ---- The step ----
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Runs a micro-batch with the local backward of each block, and logs the local losses."""
+        """Runs a micro-batch with the local backward of each block, and logs the local losses.
+
+        Returns:
+            The task loss, which is what stock trainers log, also where local losses had a part in the backward.
+        """
         with self.learner.micro_batch(self.accelerator.sync_gradients):
             loss = super().training_step(*args, **kwargs)
             self._check_finite("loss", loss.item())
+            joint_loss = self.boundary.joint_loss()
+            if joint_loss is not None:
+                loss = loss - joint_loss.detach() / self.current_gradient_accumulation_steps
             self.learner.after_backward()  # in which blocks may run again, whose local losses come then
             self._log_losses(self.learner.losses())
         return loss

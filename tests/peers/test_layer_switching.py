@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import TrainerCallback
 
 from lopt_hf.peers.layer_switching import LISA, BAdam
 from tests.peers.helpers import Steps, assert_equal, make_trainer, weights
@@ -123,6 +124,29 @@ def test_what_the_user_has_frozen_stays_so(tmp_path):
     frozen = [name for name in before if "embed_tokens" in name or "layers.1.mlp" in name]
     assert all(torch.equal(before[name], weights(model)[name]) for name in frozen)
     assert not any(dict(model.named_parameters())[name].requires_grad for name in frozen)
+
+
+@pytest.mark.parametrize("make_peer", [lambda: LISA(1, period=1), lambda: BAdam(period=1)], ids=["LISA", "BAdam"])
+def test_what_a_run_that_broke_off_has_frozen_is_trained_again(make_peer, tmp_path, caplog):
+    model = make_model()
+    model.model.norm.requires_grad_(False)
+
+    class Interrupted(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path, make_peer(), Interrupted(), model=model).train()
+    assert sum(not parameter.requires_grad for parameter in model.parameters()) > 1
+
+    with caplog.at_level(logging.WARNING, logger="lopt_hf"):
+        trainer = make_trainer(tmp_path, make_peer(), model=model)
+    assert "had not come to its end on this model" in caplog.text
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["model.norm.weight"]
+    trainer.train()
+    caplog.clear()
+    make_trainer(tmp_path, make_peer(), model=model)
+    assert not caplog.text
 
 
 def test_gradients_are_accumulated_within_a_step(tmp_path):

@@ -8,6 +8,7 @@ from lopt_hf.meters.saved_bytes import SavedBytes
 from lopt_hf.peers.segments import CheckpointSegments
 from tests.peers.helpers import assert_equal, changed, make_trainer, weights
 from tests.tiny import FAMILIES, VOCABULARY, make_model
+from tests.trainers.families import make_family
 
 TOKENS_BT = torch.arange(2 * 24).reshape(2, 24) % (len(VOCABULARY) - 3) + 3
 NO_OPTIMIZER = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
@@ -109,6 +110,15 @@ def test_layer_that_raises_leaves_gradients_enabled():
 def test_model_that_does_more_between_layers():
     model = make_model().train()
     model.model.layers[1].register_forward_pre_hook(lambda layer, args: (2 * args[0], *args[1:]))
+    peer = CheckpointSegments(2)
+    peer.prepare(model)
+    peer.start(NO_OPTIMIZER)
+    with pytest.raises(ValueError, match="e2e_segments does not work with this model, whose layers get more"):
+        model(input_ids=TOKENS_BT)
+
+
+def test_keys_that_another_segment_shares():
+    model = make_family("gemma4_text").train()
     peer = CheckpointSegments(2)
     peer.prepare(model)
     peer.start(NO_OPTIMIZER)

@@ -9,7 +9,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tests.tiny import VOCABULARY
 
-__all__ = ["FAMILIES", "make_family"]
+__all__ = ["FAMILIES", "SHARED_KEYS", "make_family"]
 
 _DROPOUTS = (
     *("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "layerdrop"),
@@ -72,12 +72,24 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "falcon_h1": {**_MAMBA, "mamba_d_ssm": 64},
 }
+# Decoders whose last two layers attend to the keys and values of the first two
+_SHARING = {
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": len(VOCABULARY),
+}
+SHARED_KEYS: dict[str, dict[str, Any]] = {
+    "gemma4_text": {**_SHARING, "global_head_dim": 8},
+    "gemma3n_text": {**_SHARING, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 4},
+}
 
 
 def make_config(family: str) -> PretrainedConfig:
     config_class = CONFIG_MAPPING[family]
     known = {*getattr(config_class, "__dataclass_fields__", {}), *inspect.signature(config_class.__init__).parameters}
-    return config_class(**{**{name: size for name, size in _SIZES.items() if name in known}, **FAMILIES[family]})
+    sizes = {name: size for name, size in _SIZES.items() if name in known}
+    return config_class(**{**sizes, **(FAMILIES | SHARED_KEYS)[family]})
 
 
 def make_family(family: str) -> PreTrainedModel:

@@ -472,3 +472,18 @@ def test_routers_that_run_again_in_the_backward_count_once(tmp_path, family, use
     assert any(expected[name].any() for name in expected if "gate" in name)
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@every_kind
+def test_the_loss_in_the_log_is_the_tasks(kind, tmp_path):
+    """A local loss that waits for the task's backward is a part of what is differentiated, not of what is shown."""
+    shown = []
+    for mode in ("eager", "joint"):
+        settings = {"local_backward": mode, "gradient_accumulation_steps": 2, "max_steps": 2, "logging_steps": 1}
+        torch.manual_seed(0)
+        trainer = make_trainer(tmp_path / mode, kind=kind, **settings)
+        trainer.train()
+        logs = trainer.state.log_history
+        shown.append([log.get("loss", log.get("train_loss")) for log in logs])
+        assert all(log["local_loss/block_0"] > 0 for log in logs[:-1])
+    assert len(shown[0]) == 3 and shown[0] == pytest.approx(shown[1], rel=1e-4, abs=1e-6)

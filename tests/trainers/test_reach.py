@@ -14,6 +14,7 @@ from lopt_hf.local.schedule import ReachSchedule
 from lopt_hf.meters.gradient_bytes import GradientBytes
 from lopt_hf.meters.saved_bytes import SavedBytes
 from tests.tiny import FAMILIES, make_model
+from tests.trainers.families import SHARED_KEYS, make_family
 from tests.trainers.helpers import (
     KINDS,
     InTwoForwards,
@@ -33,7 +34,7 @@ CLIPPED = {"max_grad_norm": 0.1, "lr_scheduler_type": "cosine", "weight_decay": 
 SAMPLING = {"temperature": 0.7, "top_p": 0.95, "loss_type": "grpo"}  # where our defaults are the paper's
 ROUTERS = {"output_router_logits": True}
 DROPOUT = {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.2}
-LORA = {"peft_config": LoraConfig(target_modules="all-linear", init_lora_weights=False)}
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
 def untied(family: str = "llama", **overrides: Any) -> Any:
@@ -42,9 +43,15 @@ def untied(family: str = "llama", **overrides: Any) -> Any:
     return model
 
 
-def adapter(lora: bool) -> dict[str, Any] | None:
+def untied_family(family: str) -> Any:
+    model = make_family(family)
+    untie_output_embeddings(model)
+    return model
+
+
+def adapter(lora: bool, targets: str | list[str] = "all-linear") -> dict[str, Any] | None:
     torch.manual_seed(0)
-    return LORA if lora else None
+    return {"peft_config": LoraConfig(target_modules=targets, init_lora_weights=False)} if lora else None
 
 
 def assert_stock_weights(tmp_path: Path, family: str = "llama", kind: str = "sft", **settings: Any) -> None:
@@ -97,16 +104,28 @@ def test_full_reach_is_the_stock_trainer_with_every_option(tmp_path, settings):
     assert_stock_weights(tmp_path, **settings)
 
 
-def test_full_reach_is_the_stock_trainer_with_lora(tmp_path):
-    ours = make_trainer(tmp_path / "ours", untied(), adapter(True), **FULL, **CLIPPED)
-    model = untied()
+def with_adapters(
+    tmp_path: Path, make: Any, targets: str | list[str] = "all-linear", **settings: Any
+) -> tuple[Any, Any]:
+    """A trainer of ours with LoRA and TRL's own, from the same weights."""
+    ours = make_trainer(tmp_path / "ours", make(), adapter(True, targets), **settings, **CLIPPED)
+    model = make()
     stock = KINDS["sft"].stock_trainer(
         model=model,
         args=KINDS["sft"].stock_config(**training_args(tmp_path / "stock", **CLIPPED)),
-        **kind_kwargs("sft", model, adapter(True)),
+        **kind_kwargs("sft", model, adapter(True, targets)),
     )
-    start = {n: p.detach().clone() for n, p in ours.model.named_parameters() if p.requires_grad}
-    stock.model.load_state_dict(start, strict=False)
+    stock.model.load_state_dict(snapshot(ours), strict=False)
+    return ours, stock
+
+
+def test_full_reach_is_the_stock_trainer_with_lora(tmp_path):
+    assert_same_training(*with_adapters(tmp_path, untied, **FULL))
+
+
+def assert_same_training(ours: Any, stock: Any) -> None:
+    """The weights that are trained move, and end where TRL's do."""
+    start = snapshot(ours)
     ours.train()
     stock.train()
     expected = {n: p for n, p in stock.model.named_parameters() if p.requires_grad}
@@ -412,6 +431,18 @@ def test_annealing_needs_the_trainers_own_schedule(tmp_path):
     trainer = make_trainer(tmp_path, None, rows, **settings, **plateau)
     with pytest.raises(ValueError, match="ReduceLROnPlateau follows the loss; set lr_scheduler_type"):
         trainer.train()
+
+
+@pytest.mark.parametrize("family", SHARED_KEYS)
+@pytest.mark.parametrize("recompute", [True, False])
+def test_keys_that_later_blocks_share_are_not_lost(tmp_path, family, recompute):
+    """Their gradient passes by the hidden states, which alone a block that runs again is given one for."""
+    settings = {**FULL, "num_blocks": 2, "task_reach": 2, "reach_recompute": recompute}
+    ours, stock = with_adapters(tmp_path, lambda: untied_family(family), ATTENTION, **settings)
+    if not recompute:
+        return assert_same_training(ours, stock)
+    with pytest.raises(RuntimeError, match="leaves more than hidden states to later layers.*reach_recompute to False"):
+        ours.train()
 
 
 @pytest.mark.parametrize("text", ["[1,1,1,4]", "1,1,1,4", (1, 1, 1, 4)])

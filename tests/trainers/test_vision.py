@@ -13,6 +13,8 @@ from lopt_hf import (
     LoPTConfig,
     LoPTDPOConfig,
     LoPTDPOTrainer,
+    LoPTGRPOConfig,
+    LoPTGRPOTrainer,
     LoPTTrainer,
     MLAANConfig,
     MLAANTrainer,
@@ -23,12 +25,12 @@ from lopt_hf.local.blocks import split_layers
 from lopt_hf.local.embeddings import untie_output_embeddings
 from lopt_hf.local.learner import LearnerEvents, LocalLearner
 from lopt_hf.local.methods.lopt import LoPTArguments
-from lopt_hf.local.objectives import LocalBatch
+from lopt_hf.local.objectives import LocalBatch, ReconstructionObjective
 from lopt_hf.pipeline.runtime.stage import keep_stage
 from lopt_hf.pipeline.runtime.stage_plan import StagePlan
-from tests.tiny import make_model, make_tokenizer
+from tests.tiny import make_model, make_questions, make_tokenizer
 from tests.tiny_vision import VISION_FAMILIES, make_processor, make_vision_dataset, make_vision_model
-from tests.trainers.helpers import one_step_gradients, training_args
+from tests.trainers.helpers import one_step_gradients, token_reward, training_args
 
 IMAGES, TEXT, MIXED = [1, 1, 1, 1], [0, 0, 0, 0], [2, 0, 1, 0]  # pictures of each of a batch's four rows
 
@@ -170,6 +172,36 @@ def test_preferences_about_images(family, trains, tmp_path):
     trainer.train()
     changed = moved(trainer, family)
     assert changed and any(map(sees, changed)) == trains
+
+
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_padding_of_prompts_and_completions_has_no_local_loss(family, tmp_path, monkeypatch):
+    """The mask is the one that the model is called with: a batch of GRPO has it in two parts, under other names."""
+    given, used = [], []
+    compute = ReconstructionObjective.__call__
+
+    def note(objective, *args):
+        used.append(args[-1].mask_BT)
+        return compute(objective, *args)
+
+    monkeypatch.setattr(ReconstructionObjective, "__call__", note)
+    settings = {"max_completion_length": 4, "num_generations": 2, "max_steps": 2}
+    trainer = LoPTGRPOTrainer(
+        model=make_vision_model(family),
+        reward_funcs=token_reward,
+        args=LoPTGRPOConfig(**training_args(tmp_path, **settings)),
+        train_dataset=make_questions(8),
+        processing_class=make_processor(family),
+    )
+
+    def note_given(module, args, kwargs):
+        if torch.is_grad_enabled():
+            given.append(kwargs["attention_mask"])
+
+    trainer.model.register_forward_pre_hook(note_given, with_kwargs=True)
+    trainer.train()
+    assert any(not mask_BT.all() for mask_BT in given)
+    assert len(used) == len(given) and all(map(torch.equal, used, given))
 
 
 @pytest.mark.parametrize(("family", "trains"), [("qwen3_vl", False), ("gemma3", True)])
