@@ -15,7 +15,8 @@ from pathlib import Path
 from lopt_hf.common.files import write_text
 from lopt_hf.compare.grid import Grid, GridRun
 from lopt_hf.compare.grid_data import model_folder
-from lopt_hf.compare.grid_training import GridTrainingError
+from lopt_hf.compare.grid_training import GridTrainingError, is_current
+from lopt_hf.retention.records import read_record
 
 __all__ = ["SHARES", "BudgetRecord", "BudgetedRuns", "complete_runs", "parse_budget"]
 
@@ -46,19 +47,35 @@ class BudgetRecord:
     Parameters:
         share: Share of the samples that is measured; `None` while it is not decided.
         base: Seconds that a model takes to answer all samples, by those that the base took for some.
+        load: Seconds that loading the base took, which are the same for any share.
+        measured: What is measured, by the names of all that decides it; `None` in records of earlier versions.
+        measure_base: Seconds of measuring the base on the share; `None` until it is.
         train: Seconds of training by the run's name.
-        measure: Seconds of measuring by the run's name.
+        measure: Seconds of measuring by the run's name; 0 where an earlier command had answered some of it.
     """
 
     share: float | None = None
     base: float | None = None
+    load: float = 0.0
+    measured: list[str] | None = None
+    measure_base: float | None = None
     train: dict[str, float] = field(default_factory=dict)
     measure: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> "BudgetRecord":
-        """Reads a record; an empty one where there is none."""
-        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else cls()
+        """Reads a record; an empty one where there is none.
+
+        Raises:
+            ValueError: If it is damaged.
+        """
+        if not path.is_file():
+            return cls()
+        remedy = "delete it, and what fits is decided anew"
+        try:
+            return cls(**read_record(path, remedy))
+        except TypeError as error:  # a name that is none of ours
+            raise ValueError(f"{path} is damaged ({error}); {remedy}.") from error
 
     def write(self, path: Path) -> None:
         """Writes the record."""
@@ -74,7 +91,8 @@ class BudgetedRuns:
         record: What is known of times; kept up to date in `path`.
         path: Where it is kept.
         train: Trains runs, `grid.workers` at a time.
-        measure: Measures a trained run on the share of the samples.
+        measure: Measures a trained run on the share of the samples; returns whether all was answered now.
+        measure_base: Measures the base on them.
         say: Tells what fits.
         clock: The time in seconds.
     """
@@ -86,15 +104,18 @@ class BudgetedRuns:
         record: BudgetRecord,
         path: Path,
         train: Callable[[Sequence[GridRun]], None],
-        measure: Callable[[GridRun], None],
+        measure: Callable[[GridRun], bool],
+        measure_base: Callable[[], None],
         say: Callable[[str], None] = print,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.grid, self.record, self.path = grid, record, path
-        self.train, self.measure, self.say, self.clock = train, measure, say, clock
+        self.train, self.measure, self.measure_base, self.say, self.clock = train, measure, measure_base, say, clock
         self.seconds, self.end = seconds, clock() + seconds
         # An average comes after what it is of
         self.runs = sorted(grid.runs(), key=lambda run: (grid.seeds.index(run.seed), run.source is not None))
+        self._averages: dict[str, bool] = {}  # which are there: telling it reads the whole model that each is of
+        self._is_prepared = False
 
     def begin(self) -> None:
         """Trains the first runs, one for each worker, and decides by their time on the share of the samples.
@@ -138,44 +159,72 @@ class BudgetedRuns:
 
     def is_done(self, run: GridRun) -> bool:
         """Whether a run is trained and measured."""
-        return run.name in self.record.measure and model_folder(self.grid, run).is_dir()
+        return run.name in self.record.measure and self._is_there(run)
+
+    def _is_there(self, run: GridRun) -> bool:
+        """As `is_current`, which is asked of an average once until something is trained."""
+        if run.source is None:
+            return is_current(self.grid, run)
+        if run.name not in self._averages:
+            self._averages[run.name] = is_current(self.grid, run)
+        return self._averages[run.name]
 
     def _run(self, cell: Sequence[GridRun]) -> list[str]:
         failures = []
+        self._prepare()
         try:
             self._train(cell)
         except GridTrainingError as error:
             failures.append(str(error))
         for run in cell:
-            if model_folder(self.grid, run).is_dir():
+            if self._is_there(run):
                 start = self.clock()
-                self.measure(run)
-                self.record.measure[run.name] = self.clock() - start
+                is_new = self.measure(run)
+                self.record.measure[run.name] = self.clock() - start if is_new else 0.0
                 self.record.write(self.path)
         return failures
 
+    def _prepare(self) -> None:
+        """Measures the base, once: its time is no run's."""
+        if self._is_prepared:
+            return
+        start = self.clock()
+        self.measure_base()
+        self._is_prepared = True
+        if self.record.measure_base is None:
+            self.record.measure_base = self.clock() - start
+            self.record.write(self.path)
+
     def _train(self, cell: Sequence[GridRun]) -> None:
-        untrained = [run for run in cell if not model_folder(self.grid, run).is_dir()]
+        untrained = [run for run in cell if not self._is_there(run)]
+        for run in untrained:
+            self.record.measure.pop(run.name, None)  # of a model that was deleted, or is no longer what it was
         start = self.clock()
         try:
             self.train(cell)
         finally:
+            if untrained:
+                self._averages.clear()
             for run in untrained:  # at a time, so each took its share
-                if model_folder(self.grid, run).is_dir():
+                if self._is_there(run):
                     self.record.train[run.name] = (self.clock() - start) / len(untrained)
             self.record.write(self.path)
 
     def _projected(self, runs: Sequence[GridRun], share: float | None = None) -> float:
-        """Seconds that runs will take."""
-        return sum(self._cost(run, share) for run in runs if not self.is_done(run))
+        """Seconds that runs will take, and before them the base if it is not measured yet."""
+        left = [run for run in runs if not self.is_done(run)]
+        training = sum(self._training(run) for run in left if not self._is_there(run))
+        base = self._by_probe(share) if left and self.record.measure_base is None else 0.0
+        return training + base + len(left) * self._measuring(share)
 
-    def _cost(self, run: GridRun, share: float | None) -> float:
-        training = 0.0 if model_folder(self.grid, run).is_dir() else self._training(run)
-        known = self.record.measure
-        if share is None and known:
-            return training + max(known.values())
+    def _measuring(self, share: float | None) -> float:
+        """Seconds of measuring a run: the most that one took, or by what the base took for some samples."""
+        known = [seconds for seconds in self.record.measure.values() if seconds]
+        return max(known) if share is None and known else self._by_probe(share)
+
+    def _by_probe(self, share: float | None) -> float:
         share = share or self.record.share or 1.0
-        return training + share * (self.record.base or 0.0)
+        return self.record.load + share * (self.record.base or 0.0)
 
     def _training(self, run: GridRun) -> float:
         """Seconds of training: of the same method, at the same rate if it is known, or by rows as any other."""
@@ -195,11 +244,11 @@ class BudgetedRuns:
     def _say_what_fits(self) -> None:
         share = self.record.share
         done = sum(map(self.is_done, self.runs))
-        left, seeds = self._left(), []
-        for seed in self.grid.seeds:
-            left -= self._projected([run for run in self.runs if run.seed == seed])
-            if left >= 0:
-                seeds.append(str(seed))
+        seeds = [
+            str(seed)
+            for number, seed in enumerate(self.grid.seeds, 1)
+            if self._projected([run for run in self.runs if run.seed in self.grid.seeds[:number]]) <= self._left()
+        ]
         whole = f"seeds {', '.join(seeds)}" if seeds else "not even the first seed, but as many of its runs as can be"
         training = ", ".join(f"{name} in {seconds / 60:.1f} min" for name, seconds in [*self.record.train.items()][:1])
         self.say(

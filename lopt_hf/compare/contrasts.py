@@ -84,7 +84,7 @@ def matched_contrasts(
     confidence: float,
     margin: Margin | None = None,
 ) -> Iterator[Contrast]:
-    """The first method's points minus the second method's line at the same gain; `nan` beyond the line's ends."""
+    """The first method's points minus the second method's line at the same gain; none beyond the line's ends."""
     if HELDOUT_TASK not in baseline:
         return
     models = [baseline, *(scores for other in second for scores in other.seeds)]
@@ -146,7 +146,7 @@ def _contrasts(
 ) -> Iterator[Contrast]:
     """The point minus a weighted mean of models, whose weights differ from seed to seed.
 
-    Without weights for some seed there is no difference to tell, and the contrast says so with `nan`.
+    Without weights for some seed there is no difference to tell, and the contrast says so.
     """
     known = [of_seed for of_seed in weights if of_seed is not None]
     num_seeds = len(point.seeds)
@@ -166,7 +166,9 @@ def _contrasts(
     ) -> Contrast:
         nothing = float("nan")
         if len(known) < num_seeds:
-            return Contrast(point.label, label, task, metric, higher, nothing, nothing, nothing, num_seeds)
+            return Contrast(
+                *(point.label, label, task, metric, higher, nothing, nothing, nothing, num_seeds), is_beyond=True
+            )
         parts = [parts_of(scores) for scores in everyone]
         sizes = weights_of(parts[0])
         interval = difference_interval(parts, coefficients, sizes, confidence)

@@ -1,6 +1,7 @@
 """Curves of what training runs logged: read, smoothed, averaged over the runs of one method, and plotted."""
 
 import json
+import logging
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from lopt_hf.common.tables import markdown_table
 from lopt_hf.common.upstream.trainers import TRAINER_STATE_NAME
 
 __all__ = ["Curve", "mean_curve", "plot_curves", "read_curve", "smoothed", "to_markdown"]
+
+logger = logging.getLogger(__name__)
 
 Curve = dict[int, float]  # step -> value
 
@@ -56,7 +59,7 @@ def smoothed(curve: Curve, window: int) -> Curve:
 
 
 def mean_curve(curves: Sequence[Curve]) -> Curve:
-    """Returns the mean at the steps that all curves have."""
+    """Returns the mean at the steps that all curves have; empty if there are none."""
     shared = sorted(set.intersection(*(set(curve) for curve in curves)))
     return {step: statistics.fmean(curve[step] for curve in curves) for step in shared}
 
@@ -87,7 +90,7 @@ def _row(label: str, curves: Sequence[Curve], part: int) -> list[str]:
 
 
 def plot_curves(groups: Mapping[str, Sequence[Curve]], metric: str, window: int) -> Figure:
-    """Plots each label's mean over its runs, with each run behind it.
+    """Plots each label's mean over its runs, with each run behind it; runs that share no step have no mean.
 
     Args:
         groups: Curves of the runs by label.
@@ -103,10 +106,14 @@ def plot_curves(groups: Mapping[str, Sequence[Curve]], metric: str, window: int)
         color = f"C{number}"
         for curve in curves if len(curves) > 1 else ():
             axes.plot(*zip(*smoothed(curve, window).items(), strict=True), color=color, alpha=0.3, linewidth=0.8)
-        name = f"{label} (mean of {len(curves)})" if len(curves) > 1 else label
+        mean = smoothed(mean_curve(curves), window)
+        if not mean:
+            logger.warning("label %r: its runs logged %s at no step in common, so they have no mean.", label, metric)
+        what = f"mean of {len(curves)}" if mean else f"{len(curves)} runs without a mean"
+        name = f"{label} ({what})" if len(curves) > 1 else label
         axes.plot(
-            *zip(*smoothed(mean_curve(curves), window).items(), strict=True), color=color, linewidth=1.8, label=name
-        )
+            list(mean), list(mean.values()), color=color, linewidth=1.8, label=name
+        )  # in the legend even if empty
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(metric + (f", mean of {window}" if window > 1 else ""))
     axes.grid(alpha=0.3)

@@ -1,7 +1,6 @@
 """Evaluation of every run of a grid, and the comparison of methods over their seeds."""
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from lopt_hf.compare.grid_data import heldout_rows, model_folder
 from lopt_hf.compare.grid_training import arithmetic_argument, training_arithmetic
 from lopt_hf.retention.benchmark import Candidate, RetentionBenchmark, flips
 from lopt_hf.retention.comparisons import adjusted
-from lopt_hf.retention.evaluation import EvaluationSettings, evaluate_model
+from lopt_hf.retention.evaluation import EvaluationSettings, answer_seconds
 from lopt_hf.retention.representations import LayerSimilarity, with_similarity
 from lopt_hf.retention.results import Contrast, RetentionReport
 from lopt_hf.retention.scores import ScoreCache
@@ -72,13 +71,25 @@ class GridEvaluation:
             f"measuring in {self.benchmark.arithmetic.description}."
         )
 
-    def time_base(self) -> float:
-        """Measures the base on an eighth of the samples, and returns the seconds that all of them take."""
+    def time_base(self) -> tuple[float, float]:
+        """Times the base on an eighth of the samples.
+
+        Returns:
+            Seconds of loading it, and those in which it would answer all samples.
+        """
         tasks = [task for entry in self.benchmark.entries for task in entry.tasks]
-        start = time.monotonic()
         settings = replace(self.benchmark.settings, samples=thinned(self.benchmark.settings, tasks, 1 / PROBE))
-        evaluate_model(self.benchmark.baseline, self.benchmark.entries, settings, self.benchmark.cache)
-        return PROBE * (time.monotonic() - start)
+        loading, answering = answer_seconds(self.benchmark.baseline, self.benchmark.entries, settings)
+        return loading, PROBE * answering
+
+    def measured(self) -> list[str]:
+        """Names of what is measured: they are others if the tasks, samples, type or versions are."""
+        return [path.stem for path in self.benchmark.score_files(self.benchmark.baseline.name)]
+
+    def measure_base(self) -> None:
+        """Measures the base, so that the first run's time is its own."""
+        self.benchmark.scores(self.benchmark.baseline.name)
+        self.similarity.prepare()
 
     def with_share(self, share: float) -> "GridEvaluation":
         """Returns an evaluation on a share of each task's samples, the first ones; held-out answers stay all."""
@@ -87,12 +98,18 @@ class GridEvaluation:
         tasks = [task for entry in self.benchmark.entries for task in entry.tasks]
         return GridEvaluation(replace(self.grid, samples=thinned(self.benchmark.settings, tasks, share)))
 
-    def measure(self, run: GridRun) -> None:
-        """Measures one run, so that a report finds it done."""
+    def measure(self, run: GridRun) -> bool:
+        """Measures one run, so that a report finds it done.
+
+        Returns:
+            Whether all was answered now: with scores of an earlier command, its time tells nothing.
+        """
         label = point_label(run.method, run.learning_rate)
         model = str(model_folder(self.grid, run))
+        is_new = not any(path.is_file() for path in self.benchmark.score_files(model))
         self.benchmark.compare([Candidate(label, run.method, (model,))])
         self.similarity(self.benchmark.reference(model))
+        return is_new
 
     def report(self, runs: Sequence[GridRun] | None = None) -> RetentionReport:
         """Compares methods and rates, each over its seeds.

@@ -17,6 +17,7 @@ from lopt_hf.data.damage import BUILDERS
 from lopt_hf.data.formats import to_trl_format
 from lopt_hf.data.loading import load_sft_dataset
 from lopt_hf.data.pretrained import resolve_model
+from lopt_hf.retention.records import read_record
 from lopt_hf.retention.references import ModelReference
 
 __all__ = ["check_same", "heldout_rows", "model_folder", "prepare_data", "run_folder"]
@@ -67,7 +68,8 @@ def prepare_data(grid: Grid) -> None:
             grid.heldout_split,
         )
     is_trained = any((grid.output_path / "runs").glob("*/model"))
-    stored = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+    remedy = "delete it, and the data are prepared again, or taken as they are where runs were trained on them"
+    stored = read_record(record, remedy) if record.is_file() else None
     if is_trained and stored is not None:
         check_same(settings, stored, f"the data of the runs in {grid.output_path}", "delete that folder")
     elif is_trained:
@@ -157,7 +159,7 @@ def _prepare_replay(grid: Grid) -> None:
         "model": grid.model,
         **_contents(grid, "replay_dataset"),
     }
-    stored = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+    stored = read_record(record, "delete it, and the rows are chosen again") if record.is_file() else None
     if stored is not None and any(model_folder(grid, run).is_dir() for run in runs):
         check_same(settings, stored, f"the general text of the runs in {grid.output_path}", "delete these runs")
     if stored is None or _difference(settings, stored) is not None or not target.is_file():

@@ -30,6 +30,7 @@ __all__ = [
     "GridTrainingError",
     "arithmetic_argument",
     "check_trained_runs",
+    "is_current",
     "train_grid",
     "train_runs",
     "training_arithmetic",
@@ -157,11 +158,11 @@ def _train(grid: Grid, run: GridRun, base: str) -> list[str]:
         base: The base's fingerprint.
     """
     model = model_folder(grid, run)
-    if model.is_dir() and not _is_stale(grid, run):
+    if is_current(grid, run):
         return []
     model.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(model.with_name("train.lock")):
-        if model.is_dir() and not _is_stale(grid, run):  # by another command, which was waited for
+        if is_current(grid, run):  # by another command, which was waited for
             _check_trained(grid, run, base)
             return []
         for stale in model.parent.glob("model.partial-*"):
@@ -212,14 +213,14 @@ def _source(grid: Grid, run: GridRun) -> Path:
     return model_folder(grid, replace(run, method=run.source, source=None))
 
 
-def _is_stale(grid: Grid, run: GridRun) -> bool:
-    """Whether a model is the average of one that is no longer there as it was."""
-    if run.source is None:
-        return False
+def is_current(grid: Grid, run: GridRun) -> bool:
+    """Whether a run's model is there; an average is not if the model that it was made of is no longer as it was."""
+    if run.source is None or not model_folder(grid, run).is_dir():
+        return model_folder(grid, run).is_dir()
     record = run_folder(grid, run) / SOURCE_RECORD
     source = _source(grid, run)
     known = record.read_text(encoding="utf-8") if record.is_file() else ""
-    return source.is_dir() and known != fingerprint(str(source))
+    return source.is_dir() and known == fingerprint(str(source))
 
 
 def _average(grid: Grid, run: GridRun) -> list[str]:

@@ -20,10 +20,12 @@ from lopt_hf.retention.clusters import AUTO, check_cluster_field, with_clusters
 from lopt_hf.retention.comparisons import adjusted
 from lopt_hf.retention.cost import describe_device
 from lopt_hf.retention.deltas import ModelScores, check_change, check_confidence, entry_deltas, gain_delta, mean_delta
-from lopt_hf.retention.evaluation import EvaluationSettings, evaluate_model
+from lopt_hf.retention.evaluation import EvaluationSettings, evaluate_model, score_identities
 from lopt_hf.retention.heldout import HELDOUT_TASK, heldout_task
-from lopt_hf.retention.identity import VERSIONS
+from lopt_hf.retention.identity import VERSIONS, effective_fewshot
 from lopt_hf.retention.layer_drift import layer_drift
+from lopt_hf.retention.lengths import listed
+from lopt_hf.retention.records import read_measured
 from lopt_hf.retention.references import ModelReference, fingerprint, load_tokenizer
 from lopt_hf.retention.results import ModelResult, RetentionReport
 from lopt_hf.retention.scores import ScoreCache
@@ -102,6 +104,7 @@ class RetentionBenchmark:
                 raise ValueError(
                     f"samples are given for {name!r}, which is not measured; tasks are {', '.join(known)}."
                 )
+        _tell_of_fixed_examples(entries, settings.num_fewshot)
         self._adapter_base = adapter_base
         self.baseline = ModelReference.find(baseline, adapter_base)
         self.entries = list(entries)
@@ -128,6 +131,15 @@ class RetentionBenchmark:
             found = evaluate_model(reference, entries, self.settings, self.cache)
             self._scores[model] = with_clusters(found, [t for each in entries for t in each.tasks], self.cluster_by)
         return self._scores[model]
+
+    def score_files(self, model: str) -> list[Path]:
+        """The files that hold a model's scores, or will: each is named by all that decides them.
+
+        Raises:
+            ValueError: As `reference`.
+        """
+        identities = score_identities(self.reference(model), [*self._heldout, *self.entries], self.settings)
+        return [self.cache.path(identity) for identity in identities.values()]
 
     def reference(self, model: str) -> ModelReference:
         """Finds a model and checks that it can be compared.
@@ -234,9 +246,23 @@ class RetentionBenchmark:
     def _cached_drift(self, reference: ModelReference) -> dict[str, float]:
         pair = f"{reference.fingerprint()} {self.baseline.fingerprint()} in the model's dtype"
         path = self.cache.folder / f"drift-{hashlib.sha256(pair.encode()).hexdigest()[:20]}.json"
-        if not path.is_file():
-            write_text(path, json.dumps(layer_drift(self.baseline, reference)))
-        return json.loads(path.read_text(encoding="utf-8"))
+        drift = read_measured(path)
+        if drift is None:
+            drift = layer_drift(self.baseline, reference)
+            write_text(path, json.dumps(drift))
+        return drift
+
+
+def _tell_of_fixed_examples(entries: Sequence[TaskEntry], num_fewshot: int | None) -> None:
+    """Says which tasks are asked without examples whatever number is given."""
+    tasks = {task.task_name: task for entry in entries for task in entry.tasks}
+    fixed = [name for name, task in tasks.items() if effective_fewshot(task, num_fewshot) != num_fewshot]
+    if num_fewshot is not None and fixed:
+        logger.warning(
+            "num_fewshot=%s is not for %s: by their own configuration they are asked without examples.",
+            num_fewshot,
+            listed(fixed),
+        )
 
 
 def _choose_arithmetic(dtype: str, baseline: ModelReference) -> Arithmetic:

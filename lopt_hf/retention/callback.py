@@ -26,6 +26,7 @@ from lopt_hf.retention.clusters import AUTO, with_clusters
 from lopt_hf.retention.deltas import ModelScores, entry_deltas, mean_delta
 from lopt_hf.retention.evaluation import EvaluationSettings, evaluate_tasks
 from lopt_hf.retention.identity import SOFTMAX_DTYPE, task_identity
+from lopt_hf.retention.records import read_record
 from lopt_hf.retention.results import Delta
 from lopt_hf.retention.scores import TaskScores
 from lopt_hf.retention.suites import SUITES, SuiteTask, load_entries
@@ -173,7 +174,7 @@ class RetentionCallback(TrainerBound):
                 f"there is no {path}, so what the model could do before training is unknown; add the callback from "
                 "the start of training, or compare afterwards with `lopt-hf retention`."
             )
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = read_record(path, "resume without the callback, and compare afterwards with `lopt-hf retention`")
         if stored.get("format") != BASELINE_FORMAT:
             raise ValueError(
                 f"{path} was written by another version of lopt_hf, and cannot be read by this one; resume with that "

@@ -4,6 +4,7 @@ import errno
 import random
 import re
 import sqlite3
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -32,7 +33,14 @@ from lopt_hf.retention.references import ModelReference, load_tokenizer
 from lopt_hf.retention.scores import ScoreCache, TaskScores, infinite_perplexities
 from lopt_hf.retention.suites import TaskEntry
 
-__all__ = ["EvaluationSettings", "evaluate_model", "evaluate_tasks", "load_language_model"]
+__all__ = [
+    "EvaluationSettings",
+    "answer_seconds",
+    "evaluate_model",
+    "evaluate_tasks",
+    "load_language_model",
+    "score_identities",
+]
 
 logger = logging.get_logger(__name__)
 
@@ -82,15 +90,8 @@ def evaluate_model(
     """
     state = PartialState()
     how = {"model": reference.fingerprint(), **settings_identity(settings)}
-    by_fewshot: dict[int | None, list[Task]] = {}
-    for entry in entries:
-        num_fewshot = settings.num_fewshot if settings.num_fewshot is not None else entry.num_fewshot
-        by_fewshot.setdefault(num_fewshot, []).extend(entry.tasks)
-    identities = {
-        task.task_name: {**how, **task_identity(task, num_fewshot, settings)}
-        for num_fewshot, tasks in by_fewshot.items()
-        for task in tasks
-    }
+    by_fewshot = _by_fewshot(entries, settings)
+    identities = _identities(how, by_fewshot, settings)
     known: dict[str, TaskScores] = {}
 
     def look(tasks: Iterable[Task]) -> list[Task]:
@@ -120,6 +121,49 @@ def evaluate_model(
             if state.is_main_process:  # which has written the scores
                 cache.forget(unfinished)
     return {name: known[name] for name in identities if name in known}
+
+
+def score_identities(
+    reference: ModelReference, entries: Iterable[TaskEntry], settings: EvaluationSettings
+) -> dict[str, dict[str, Any]]:
+    """Returns by task what decides a model's scores, and names them in the cache."""
+    how = {"model": reference.fingerprint(), **settings_identity(settings)}
+    return _identities(how, _by_fewshot(entries, settings), settings)
+
+
+def answer_seconds(
+    reference: ModelReference, entries: Iterable[TaskEntry], settings: EvaluationSettings
+) -> tuple[float, float]:
+    """Measures how long a model takes on tasks; nothing is looked up in a cache, and nothing kept.
+
+    Returns:
+        Seconds of loading it, and of answering.
+    """
+    start = time.monotonic()
+    language_model = load_language_model(reference, settings)
+    loaded = time.monotonic()
+    for num_fewshot, tasks in _by_fewshot(entries, settings).items():
+        evaluate_tasks(language_model, tasks, num_fewshot, settings)
+    return loaded - start, time.monotonic() - loaded
+
+
+def _by_fewshot(entries: Iterable[TaskEntry], settings: EvaluationSettings) -> dict[int | None, list[Task]]:
+    """The tasks by the number of examples that is asked for."""
+    found: dict[int | None, list[Task]] = {}
+    for entry in entries:
+        num_fewshot = settings.num_fewshot if settings.num_fewshot is not None else entry.num_fewshot
+        found.setdefault(num_fewshot, []).extend(entry.tasks)
+    return found
+
+
+def _identities(
+    how: Mapping[str, Any], by_fewshot: Mapping[int | None, Sequence[Task]], settings: EvaluationSettings
+) -> dict[str, dict[str, Any]]:
+    return {
+        task.task_name: {**how, **task_identity(task, num_fewshot, settings)}
+        for num_fewshot, tasks in by_fewshot.items()
+        for task in tasks
+    }
 
 
 def evaluate_tasks(

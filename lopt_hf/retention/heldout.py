@@ -1,5 +1,6 @@
 """Held-out answers of the task that was trained on, as an lm-eval task: their loss is the gain."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,9 +13,11 @@ from transformers import PreTrainedTokenizerBase
 from lopt_hf.common.sample_scores import RatioScores
 from lopt_hf.common.settings import check_at_least
 from lopt_hf.data.formats import to_trl_format
-from lopt_hf.data.loading import load_sft_dataset
+from lopt_hf.data.loading import SplitError, load_sft_dataset
 
 __all__ = ["ANSWER_METRIC", "HELDOUT_TASK", "answer_scores", "heldout_task", "load_heldout_rows"]
+
+logger = logging.getLogger(__name__)
 
 HELDOUT_TASK = "held-out answers"
 ANSWER_METRIC = "log_likelihood,none"
@@ -53,18 +56,31 @@ def heldout_task(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokeniz
     )
 
 
-def load_heldout_rows(source: str, count: int) -> list[Mapping[str, Any]]:
+def load_heldout_rows(source: str, count: int, split: str | None = None) -> list[Mapping[str, Any]]:
     """Loads the first rows of held-out data.
 
     Args:
         source: Hub id or local file, in any layout of `lopt-hf sft`.
         count: How many rows.
+        split: Which split of it. Default: `train`, the only one of a single file, with a warning if there are others.
 
     Raises:
-        ValueError: If it does not hold prompts and completions as messages.
+        ValueError: If there is no such split, or it does not hold prompts and completions as messages.
     """
     check_at_least("num_heldout", count, 1, "leaves nothing to measure")
-    rows = list(to_trl_format(load_sft_dataset(source)).take(count))
+    try:
+        dataset = load_sft_dataset(source, split=split or "train")
+    except SplitError as error:
+        raise ValueError(f"{error} Name one that there is with --heldout-split.") from error
+    known = list(dataset.info.splits or ())
+    if split is None and len(known) > 1:
+        logger.warning(
+            "heldout_data=%s has the splits %s, and train is read: the gain may be of rows seen in training; name the "
+            "one that is held out with --heldout-split.",
+            source,
+            ", ".join(known),
+        )
+    rows = list(to_trl_format(dataset).take(count))
     if not rows[0].keys() >= {"prompt", "completion"} or isinstance(rows[0]["prompt"], str):
         raise ValueError(
             f"heldout_data={source} has the columns {sorted(rows[0])}; the loss of answers needs prompts and "

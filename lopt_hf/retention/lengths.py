@@ -12,7 +12,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from transformers.utils import logging
 
-__all__ = ["check_answers", "check_written", "count_tokens", "tell_cut_prompts", "written_tokens"]
+__all__ = ["check_answers", "check_written", "count_tokens", "listed", "tell_cut_prompts", "written_tokens"]
 
 logger = logging.get_logger(__name__)
 
@@ -102,10 +102,11 @@ def tell_cut_prompts(requests: Sequence[Instance], lengths: Sequence[int], langu
         number = sum(name in names for name, _ in asked[limit])
         logger.warning_once(
             "%s of %s prompts of %s are longer than %s tokens and lose their beginning.",
-            *(f"{len(prompts):,}", f"{number:,}", _listed(names), f"{limit:,}"),
+            *(f"{len(prompts):,}", f"{number:,}", listed(names), f"{limit:,}"),
         )
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Returns the first tasks of many, and how many more there are."""
     more = f" and {len(names) - NAMED} other tasks" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more

@@ -1,6 +1,8 @@
 """The code of a user's own tasks, which decides their scores as their configuration does."""
 
+import ast
 import hashlib
+import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -15,10 +17,13 @@ __all__ = ["own_code"]
 
 # Of lm-eval's tasks and ours the version and the configuration tell enough
 LIBRARIES = (Path(lm_eval.__file__).parent, Path(__file__).parents[1])
+INSTALLED = frozenset({"site-packages", "dist-packages"})  # where no user edits a helper
 
 
 def own_code(task: Task) -> str | None:
     """Returns a digest of the files behind a task's class and the functions and classes that its configuration names.
+
+    With them count the user's own files that these import, and those that these import in turn.
 
     Args:
         task: The task.
@@ -27,7 +32,8 @@ def own_code(task: Task) -> str | None:
         `None` if all of them are lm-eval's, lopt_hf's or Python's own.
     """
     parts: list[Any] = [type(task), *_callables(task.config.to_dict(keep_callable=True))]
-    digests = {hashlib.sha256(file.read_bytes()).hexdigest() for part in parts for file in _own_files(part)}
+    files = _with_imported({file for part in parts for file in _own_files(part)})
+    digests = {hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest() if digests else None
 
 
@@ -52,5 +58,60 @@ def _own_files(part: Callable[..., Any]) -> Iterator[Path]:
         if file is None or name.partition(".")[0] in sys.stdlib_module_names:
             continue
         path = Path(file)
-        if not any(path.is_relative_to(folder) for folder in LIBRARIES):
+        if not _is_of_libraries(path):
             yield path
+
+
+def _is_of_libraries(path: Path) -> bool:
+    return any(path.is_relative_to(folder) for folder in LIBRARIES)
+
+
+def _with_imported(files: set[Path]) -> set[Path]:
+    """The files, and the user's own that they import, in whatever depth."""
+    found, left = set(files), list(files)
+    while left:
+        imported = set(_imported_files(left.pop())) - found
+        found |= imported
+        left += imported
+    return found
+
+
+def _imported_files(file: Path) -> Iterator[Path]:
+    """The user's own files that one names in its imports, inside functions too, which run only later."""
+    if file.suffix != ".py" or INSTALLED.intersection(file.parts):
+        return
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield from _module_files(_folder_of(alias.name), alias.name)
+        elif isinstance(node, ast.ImportFrom):
+            name = node.module or ""
+            folder = file.parents[node.level - 1] if node.level else _folder_of(name)
+            for alias in node.names:  # a module, or something in it
+                yield from _module_files(folder, f"{name}.{alias.name}".removeprefix("."))
+
+
+def _folder_of(module: str) -> Path | None:
+    """Where the outermost package of a module is, if that is a user's own; nothing is imported for it."""
+    name = module.partition(".")[0]
+    if name in sys.stdlib_module_names:
+        return None
+    try:
+        spec = importlib.util.find_spec(name)
+    except ValueError:  # a module that was made without one
+        return None
+    places: list[str | None] = [] if spec is None else [*(spec.submodule_search_locations or ()), spec.origin]
+    place = next(iter(places), None)
+    if place is None or INSTALLED.intersection(Path(place).parts) or _is_of_libraries(Path(place)):
+        return None
+    return Path(place).parent
+
+
+def _module_files(folder: Path | None, name: str) -> Iterator[Path]:
+    """The files of a module in a folder and of the packages that it is in."""
+    if folder is None:
+        return
+    path = folder
+    for part in name.split("."):
+        path = path / part
+        yield from (file for file in (path.with_name(f"{part}.py"), path / "__init__.py") if file.is_file())

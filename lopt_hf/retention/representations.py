@@ -23,6 +23,7 @@ from lopt_hf.common.files import write_text
 from lopt_hf.data.texts import prose
 from lopt_hf.local.layer_calls import hidden_of, output_hidden
 from lopt_hf.local.stacks import find_decoder_stack
+from lopt_hf.retention.records import read_measured
 from lopt_hf.retention.references import ModelReference, load_tokenizer
 from lopt_hf.retention.results import RetentionReport
 from lopt_hf.retention.weights import load_merged
@@ -118,30 +119,44 @@ class LayerSimilarity:
         Raises:
             ValueError: If the models have different layers.
         """
-        if self._ids_BT is None:
-            self._ids_BT = self._texts()
-        how = (self._ids_BT.tolist(), self.dtype, model.fingerprint(), self.baseline.fingerprint())
+        ids_BT = self._text_ids()
+        how = (ids_BT.tolist(), self.dtype, model.fingerprint(), self.baseline.fingerprint())
         path = self.folder / f"similarity-{hashlib.sha256(json.dumps(how).encode()).hexdigest()[:20]}.json"
-        if not path.is_file():
-            write_text(path, json.dumps(self._measure(model, self._ids_BT)))
-        return json.loads(path.read_text(encoding="utf-8"))
+        similarity = read_measured(path)
+        if similarity is None:
+            similarity = self._measure(model, ids_BT)
+            write_text(path, json.dumps(similarity))
+        return similarity
+
+    def prepare(self) -> None:
+        """Takes the baseline's hidden states, which the first model that is measured would wait for otherwise."""
+        self._baseline_states(self._text_ids())
 
     def _measure(self, model: ModelReference, ids_BT: torch.Tensor) -> dict[str, float]:
-        if self._before is None:
-            self._before = self._states(self.baseline, ids_BT)
+        before = self._baseline_states(ids_BT)
         after = self._states(model, ids_BT)
-        if after.keys() != self._before.keys():
+        if after.keys() != before.keys():
             raise ValueError(
-                f"the baseline has {len(self._before) - 1} layers and the model {len(after) - 1}, so there is no "
+                f"the baseline has {len(before) - 1} layers and the model {len(after) - 1}, so there is no "
                 "similarity to tell; give models of one architecture."
             )
-        return {name: linear_cka(self._before[name], h_ND) for name, h_ND in after.items()}
+        return {name: linear_cka(before[name], h_ND) for name, h_ND in after.items()}
+
+    def _baseline_states(self, ids_BT: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self._before is None:
+            self._before = self._states(self.baseline, ids_BT)
+        return self._before
 
     def _states(self, reference: ModelReference, ids_BT: torch.Tensor) -> dict[str, torch.Tensor]:
         device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
         model = load_merged(reference, getattr(torch, self.dtype))
         model.to(device)  # type: ignore[arg-type]  # transformers' own `to` is typed for types of numbers
         return hidden_states(model.eval(), ids_BT)
+
+    def _text_ids(self) -> torch.Tensor:
+        if self._ids_BT is None:
+            self._ids_BT = self._texts()
+        return self._ids_BT
 
     def _texts(self) -> torch.Tensor:
         """Token ids of prose that every Python carries, as many whole texts as there are."""

@@ -131,7 +131,8 @@ class Contrast:
         task: lm-eval's task, or as in `Delta`.
         metric: As in `Delta`.
         higher_is_better: As in `Delta`.
-        difference: `first - second`, mean over seeds; `nan` where the second's line does not reach the first's gain.
+        difference: `first - second`, mean over seeds; `nan` where the second's line does not reach the first's gain,
+            and where both are infinite.
         low: Lower end of its confidence interval.
         high: Upper end.
         seeds: Number of seeds.
@@ -140,6 +141,7 @@ class Contrast:
         detectable: As in `Delta`.
         margin: As in `Delta`.
         is_within_margin: As in `Delta`.
+        is_beyond: Whether the second's line does not reach the first's gain.
     """
 
     first: str
@@ -156,12 +158,15 @@ class Contrast:
     detectable: float = math.nan
     margin: float | None = None
     is_within_margin: bool = False
+    is_beyond: bool = False
 
     @property
     def verdict(self) -> str:
         """The label of the better one, or why neither can be named, as in `Delta`."""
-        if math.isnan(self.difference):
+        if self.is_beyond:
             return BEYOND
+        if math.isnan(self.difference):
+            return NOT_A_NUMBER
         if math.isnan(self.low) or math.isnan(self.high):
             return NO_INTERVAL
         if not (self.low > 0 or self.high < 0):

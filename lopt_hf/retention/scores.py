@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from lopt_hf.common.files import write_text
 from lopt_hf.common.sample_scores import MeanScores, RatioScores, ResampledScores, Scores
+from lopt_hf.retention.records import read_measured
 
 __all__ = ["DEFAULT_CACHE", "ScoreCache", "TaskScores", "infinite_perplexities", "metric_scores"]
 
@@ -123,11 +124,9 @@ class ScoreCache:
             path.unlink(missing_ok=True)
 
     def get(self, identity: Mapping[str, Any]) -> TaskScores | None:
-        """The scores, if they are known."""
-        path = self.path(identity)
-        if not path.is_file():
-            return None
-        return TaskScores(**json.loads(path.read_text(encoding="utf-8"))["scores"])
+        """The scores, if they are known; a damaged file is warned of, and written again with what is measured."""
+        record = read_measured(self.path(identity), "scores")
+        return None if record is None else TaskScores(**record["scores"])
 
     def put(self, identity: Mapping[str, Any], scores: TaskScores) -> None:
         """Writes the scores.

@@ -14,6 +14,9 @@ def load_pair(baseline: ModelReference, model: ModelReference) -> tuple[PreTrain
 
     Both are in the type that the model was saved in, an adapter's base for an adapter: the rounding of an fp32
     baseline is no change of a bf16 model.
+
+    Raises:
+        ValueError: If one is an adapter that is no change of weights.
     """
     after = _load(model, "auto")
     before = _load(baseline, after.dtype)
@@ -21,7 +24,11 @@ def load_pair(baseline: ModelReference, model: ModelReference) -> tuple[PreTrain
 
 
 def load_merged(reference: ModelReference, dtype: torch.dtype) -> PreTrainedModel:
-    """Loads one model to host memory in a type, an adapter's part computed in fp32."""
+    """Loads one model to host memory in a type, an adapter's part computed in fp32.
+
+    Raises:
+        ValueError: As `load_pair`.
+    """
     is_full = reference.adapter is None
     return _merged(_load(reference, dtype if is_full else torch.float32), reference).to(dtype)  # type: ignore[arg-type]
 
@@ -36,4 +43,10 @@ def _merged(model: PreTrainedModel, reference: ModelReference) -> PreTrainedMode
     if reference.adapter is None:
         return model
     adapted = PeftModel.from_pretrained(model.float(), reference.adapter, revision=reference.adapter_revision)
-    return adapted.merge_and_unload()
+    try:
+        return adapted.merge_and_unload()
+    except (AttributeError, NotImplementedError) as error:  # of prompts and prefixes, which are no weights' change
+        raise ValueError(
+            f"the adapter {reference.name!r} ({adapted.active_peft_config.peft_type.value}) cannot be merged into its "
+            "base's weights; give one that can, such as LoRA, or a full model."
+        ) from error

@@ -125,16 +125,21 @@ def _run_within(seconds: float, grid: Grid, evaluation: GridEvaluation, command:
     """
     check_trained_runs(grid)
     path = grid.output_path / "budget.json"
-    record = BudgetRecord.read(path)
+    record, measured = BudgetRecord.read(path), evaluation.measured()
+    if record.measured not in (None, measured):
+        print(f"Budget: tasks, samples, type or versions are not those of {path}: all is measured anew.", flush=True)
+        record = BudgetRecord(train=record.train)
+    record.measured = measured
     budgeted = BudgetedRuns(
         *(grid, seconds, record, path),
         train=lambda runs: train_runs(grid, runs),
         measure=lambda run: evaluation.measure(run),
+        measure_base=lambda: evaluation.measure_base(),
         say=lambda line: print(line, flush=True),
     )
     if record.base is None:
-        record.base = evaluation.time_base()
-        record.write(path)  # at once: answered again from the cache, the base would take no time
+        record.load, record.base = evaluation.time_base()
+    record.write(path)
     budgeted.begin()
     evaluation = evaluation.with_share(record.share or 1.0)
     failures = budgeted.run()

@@ -40,6 +40,8 @@ __all__ = ["exit_on_error", "main", "make_parser", "write_results"]
 DISTRIBUTED_TIMEOUT = timedelta(weeks=52)
 
 NUM_HELDOUT = 64  # ours
+MARGIN = 1.0
+OUTPUT_DIR = Path("retention-report")
 
 # Of `--detect`, where none is given: cautious, as a fine-tuned model answers most questions as its base does
 CORRELATION = 0.5
@@ -82,7 +84,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--adapter-base",
         metavar="MODEL",
-        help="base of the adapters, where it is no longer what they name; usually the baseline",
+        help="base of the adapters, the baseline among them if it is one, where it is no longer what they name; "
+        "usually the baseline",
     )
     what = parser.add_argument_group("what to measure")
     what.add_argument("--suite", choices=sorted(SUITES), help="a named set of tasks (default: offline)")
@@ -95,13 +98,14 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="DATA",
         help="held-out data of the task trained on, in any layout of lopt-hf sft: their answers' loss is the gain",
     )
+    what.add_argument(
+        "--heldout-split", metavar="NAME", help="split of it, such as test (default: train, the only one of a file)"
+    )
     what.add_argument("--num-heldout", type=int, metavar="N", help=f"first rows of it (default: {NUM_HELDOUT})")
     how = parser.add_argument_group("how")
     add_settings(how, EvaluationSettings, leave_out=("samples",))
     how.add_argument("--confidence", type=float, default=0.95, help="level of the intervals (default: %(default)s)")
-    how.add_argument(
-        "--margin", type=float, default=1.0, metavar="POINTS", help=f"{MARGIN_HELP} (default: %(default)s)"
-    )
+    how.add_argument("--margin", type=float, metavar="POINTS", help=f"{MARGIN_HELP} (default: {MARGIN})")
     how.add_argument("--cluster-by", default=AUTO, metavar="FIELD", help=f"{CLUSTER_HELP} (default: %(default)s)")
     how.add_argument("--no-drift", action="store_true", help="do not compare weights and hidden states layer by layer")
     before = parser.add_argument_group("before anything is trained")
@@ -120,9 +124,7 @@ def make_parser() -> argparse.ArgumentParser:
         f"it was, the higher, and the fewer samples are needed (default: {CORRELATION})",
     )
     out = parser.add_argument_group("where results go")
-    out.add_argument(
-        "--output-dir", type=Path, default=Path("retention-report"), help="folder of the report (default: %(default)s)"
-    )
+    out.add_argument("--output-dir", type=Path, help=f"folder of the report (default: {OUTPUT_DIR})")
     out.add_argument(
         "--cache-dir", type=Path, help="folder of finished scores (default: lopt_hf/retention in HF_HOME)"
     )
@@ -146,7 +148,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     # Without an accelerator, accelerate has to be told that launched processes belong together
     PartialState(cpu=not torch.accelerator.is_available(), timeout=DISTRIBUTED_TIMEOUT)
     if options.detect is None:  # which writes no report
-        check_report_folder(options.output_dir)
+        check_report_folder(options.output_dir or OUTPUT_DIR)
     if options.cache_dir is not None and options.cache_dir.is_file():
         raise ValueError(f"cache_dir={options.cache_dir} is a file; name a folder.")
     _check_what_is_asked(options)
@@ -154,7 +156,11 @@ def run(options: argparse.Namespace, command: str) -> None:
     candidates = [_candidate(text) for text in options.model]
     _check_models(options, candidates)
     num_heldout = NUM_HELDOUT if options.num_heldout is None else options.num_heldout
-    heldout = [] if options.heldout_data is None else load_heldout_rows(options.heldout_data, num_heldout)
+    heldout = (
+        []
+        if options.heldout_data is None
+        else load_heldout_rows(options.heldout_data, num_heldout, options.heldout_split)
+    )
     benchmark = RetentionBenchmark(
         options.baseline,
         load_entries(
@@ -165,7 +171,7 @@ def run(options: argparse.Namespace, command: str) -> None:
         heldout,
         options.confidence,
         options.adapter_base,
-        options.margin,
+        MARGIN if options.margin is None else options.margin,
         options.cluster_by,
     )
     if PartialState().is_main_process:
@@ -182,24 +188,29 @@ def run(options: argparse.Namespace, command: str) -> None:
         report = with_similarity(report, references, measure)
     before = benchmark.scores(benchmark.baseline.name)
     rows = (row for c in candidates for row in flips(c.label, before, benchmark.scores(c.models[0])))
-    write_results(report, rows, options.output_dir, command)
+    write_results(report, rows, options.output_dir or OUTPUT_DIR, command)
 
 
 def _check_what_is_asked(options: argparse.Namespace) -> None:
     """Checks options alone and beside each other, before anything takes time."""
     check_confidence(options.confidence)
-    check_change("margin", options.margin)
-    if options.num_heldout is not None and options.heldout_data is None:
-        raise ValueError(f"num_heldout={options.num_heldout} is for --heldout-data; leave it out, or name such data.")
+    if options.margin is not None:
+        check_change("margin", options.margin)
+    for name in ("num_heldout", "heldout_split"):
+        if (value := getattr(options, name)) is not None and options.heldout_data is None:
+            raise ValueError(f"{name}={value} is for --heldout-data; leave it out, or name such data.")
     if options.detect is None:
         if not options.model:
             raise ValueError("the following arguments are required: --model (or --detect, which needs the base only)")
         if options.correlation is not None:
             raise ValueError(f"correlation={options.correlation} is for --detect; leave it out, or add --detect 1.")
         return
-    if options.model or options.adapter_base or options.heldout_data:
+    of_reports = ("model", "heldout_data", "margin", "no_drift", "output_dir")
+    given = [f"--{name.replace('_', '-')}" for name in of_reports if getattr(options, name) not in (None, [], False)]
+    if given:
         raise ValueError(
-            "detect is answered by the baseline's tasks alone; leave out --model, --adapter-base and --heldout-data."
+            f"detect={options.detect:g} is answered by the baseline's tasks alone, without a report; leave out "
+            f"{', '.join(given)}."
         )
     check_change("detect", options.detect)
     if options.correlation is not None and not -1 <= options.correlation < 1:
@@ -210,8 +221,8 @@ def _check_models(options: argparse.Namespace, candidates: Sequence[Candidate]) 
     """Checks that the models are there, before tasks are loaded, which takes longer."""
     if options.detect is None:
         check_candidates(candidates)
-    ModelReference.find(options.baseline, options.adapter_base)
-    references = [ModelReference.find(each.models[0], options.adapter_base) for each in candidates]
+    names = [options.baseline, *(each.models[0] for each in candidates)]
+    references = [ModelReference.find(name, options.adapter_base) for name in names]
     if options.adapter_base and not any(reference.adapter for reference in references):
         raise ValueError(f"adapter_base={options.adapter_base!r}: no model is an adapter; leave it out.")
 

@@ -184,6 +184,9 @@ def test_data_are_prepared_again_while_nothing_is_trained(config: Path, tmp_path
     train.write_text(of_first)
     grid_data.prepare_data(compare.load_grid(config))
     assert train.read_text() == of_first
+    (train.parent / "settings.json").write_text('{"train_dataset": "ro')
+    with pytest.raises(ValueError, match="settings.json is damaged .*; delete it, and the data are prepared again"):
+        grid_data.prepare_data(compare.load_grid(config))
     (train.parent / "settings.json").unlink()
     grid_data.prepare_data(compare.load_grid(config))
     assert train.read_text() == of_second

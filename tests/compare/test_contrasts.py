@@ -100,6 +100,13 @@ def test_gains_beyond_the_line_are_not_compared() -> None:
     assert kept.verdict == "beyond its line"
 
 
+def test_two_diverged_models_are_no_numbers_apart() -> None:
+    """No line is missing there: both have the infinite value that is subtracted."""
+    ruined = [point(label, 1.0, [(-np.inf, 1.5)] * 3) for label in ("A, 1", "B, 1")]
+    _, kept = rate_contrasts(ruined[:1], ruined[1:], [ENTRY], 0.95)
+    assert np.isnan(kept.difference) and kept.verdict == "not a number"
+
+
 def test_a_rate_that_gains_less_ends_the_line() -> None:
     """A ruined model is no point on the way to a gain that lower rates reach better."""
     ruined = [*SECOND, point("B, 3", 3.0, [(-5.0, 1.4)] * 3)]

@@ -222,6 +222,42 @@ def test_scores_in_another_type_are_left_aside_with_one_line(
     assert "has scores in bfloat16, which are left aside: these are in float32" in message
 
 
+@pytest.mark.parametrize("damage", ['{"scores": {"task', "[]", "{}"], ids=["cut off", "a list", "empty"])
+def test_a_damaged_file_is_named_and_measured_again(
+    models: SavedModels, entries: list[TaskEntry], tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    """Of scores and of drift; and once, however often the scores of a model are looked for."""
+    before = compare(make_benchmark(models, entries, tmp_path / "cache"), candidates_of(models))
+    of_drift = sorted((tmp_path / "cache").glob("drift-*.json"))[0]
+    damaged = [*sorted((tmp_path / "cache").glob("texts-*.json"))[:1], *([of_drift] if damage != "{}" else [])]
+    for path in damaged:
+        path.write_text(damage)
+    after = compare(make_benchmark(models, entries, tmp_path / "cache"), candidates_of(models))
+    assert after.models == before.models
+    told = [message for record in caplog.records if "is damaged" in (message := record.getMessage())]
+    assert [str(path) in message for path, message in zip(damaged, told, strict=True)] == [True] * len(damaged)
+    assert all("what it holds is measured again" in message for message in told)
+    assert all(json.loads(path.read_text()) for path in damaged)
+
+
+def test_tasks_that_take_no_examples_are_named(
+    models: SavedModels, task_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(task_folder, tmp_path / "tasks")
+    for name in ("sums", "texts"):
+        with (folder / f"{name}.yaml").open("a") as file:
+            file.write("num_fewshot: 0\n")
+    entries = load_entries([SuiteTask(name) for name in ("sums", "words", "texts")], [folder])
+    for number in (None, 0):
+        make_benchmark(models, entries, tmp_path, settings=EvaluationSettings(num_fewshot=number))
+    assert not caplog.records
+    make_benchmark(models, entries, tmp_path, settings=EvaluationSettings(num_fewshot=5))
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "num_fewshot=5 is not for sums, texts: by their own configuration they are asked without examples."
+    )
+
+
 def test_padded_embeddings_leave_the_drift_out(
     models: SavedModels, entries: list[TaskEntry], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -225,6 +225,15 @@ def test_resuming_without_a_beginning_is_an_error(tmp_path: Path, tasks: Path) -
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(tmp_path / "out")))
 
 
+def test_resuming_from_a_damaged_file_is_an_error(tmp_path: Path, tasks: Path) -> None:
+    make_trainer(tmp_path / "out", max_steps=2, save_strategy="steps", save_steps=2).train()
+    (tmp_path / "out" / "retention_baseline.json").write_text('{"scores": {"ta')
+    trainer = make_trainer(tmp_path / "out", max_steps=4)
+    trainer.add_callback(make_callback(tasks))
+    with pytest.raises(ValueError, match="retention_baseline.json is damaged .*; resume without the callback, and"):
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(tmp_path / "out")))
+
+
 @pytest.mark.parametrize("content", [{"settings": {}, "scores": {}}, {"format": 0}, {}])
 def test_resuming_from_another_versions_file_is_an_error(tmp_path: Path, tasks: Path, content: dict[str, Any]) -> None:
     make_trainer(tmp_path / "out", max_steps=2, save_strategy="steps", save_steps=2).train()

@@ -1,5 +1,6 @@
 """The loss of held-out answers is that of `lopt_hf.common.evaluation`, whatever is done to other tasks' prompts."""
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from lopt_hf.common.evaluation import answer_loss
 from lopt_hf.retention.deltas import gain_delta, gain_scores
 from lopt_hf.retention.evaluation import EvaluationSettings, evaluate_model
-from lopt_hf.retention.heldout import HELDOUT_TASK, heldout_task
+from lopt_hf.retention.heldout import HELDOUT_TASK, heldout_task, load_heldout_rows
 from lopt_hf.retention.references import ModelReference
 from lopt_hf.retention.scores import ScoreCache, TaskScores
 from lopt_hf.retention.suites import TaskEntry
@@ -111,3 +112,20 @@ def test_the_gain_is_the_change_of_the_loss(models: SavedModels, tmp_path: Path)
 def test_unusable_data(rows: list[dict[str, Any]], template: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         heldout_task(rows, with_template(template))
+
+
+def test_the_split_that_is_read_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Where there is a choice and none was made: rows that were trained on are no held-out ones."""
+    for split in ("train", "test"):
+        row = {"question": f"a question of {split}", "answer": "an answer"}
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    (row,) = load_heldout_rows(str(tmp_path), 4)
+    assert row["prompt"][0]["content"] == "a question of train"
+    (record,) = caplog.records
+    assert "has the splits train, test, and train is read" in record.getMessage()
+    (row,) = load_heldout_rows(str(tmp_path), 4, "test")
+    (alone,) = load_heldout_rows(str(tmp_path / "test.jsonl"), 4)
+    assert row["prompt"][0]["content"] == alone["prompt"][0]["content"] == "a question of test"
+    assert caplog.records == [record]
+    with pytest.raises(ValueError, match="Unknown split .* Name one that there is with --heldout-split"):
+        load_heldout_rows(str(tmp_path), 4, "dev")

@@ -1,6 +1,7 @@
 """The code of a user's own task is part of what it asks; that of libraries is not."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,47 @@ def test_an_edit_makes_it_another_task(tmp_path: Path, edited: str, old: str, ne
     assert identity_of(task, folder) == before
     (folder / edited).write_text(CODE[edited].replace(old, new))
     after = identity_of(task, folder)
+    assert {name for name in before if before[name] != after[name]} == {"code"}
+
+
+IMPORTS = {
+    "by name": "from scoring_of_mine import score as of_mine",
+    "as a module": "import scoring_of_mine",
+    "a constant": "from scoring_of_mine import UNUSED",
+    "inside a function": "def later():\n    import scoring_of_mine",
+    "through another": "import between_mine",
+    "of a package": "from package_of_mine import between",
+}
+
+
+@pytest.mark.parametrize("imported", IMPORTS.values(), ids=IMPORTS)
+def test_an_edited_helper_makes_it_another_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, imported: str
+) -> None:
+    """The file that the configuration names stays as it was; what is only beside it does not count."""
+    folder = write_benchmark_tasks(tmp_path / "tasks")
+    helpers = tmp_path / "helpers"
+    (helpers / "package_of_mine").mkdir(parents=True)
+    monkeypatch.syspath_prepend(helpers)
+    for name in [name for name in sys.modules if name.partition(".")[0].endswith("_mine")]:
+        monkeypatch.delitem(sys.modules, name)  # of another test's folder
+    (helpers / "between_mine.py").write_text("import numpy, torch\nfrom scoring_of_mine import UNUSED\n")
+    (helpers / "package_of_mine" / "__init__.py").write_text("")
+    (helpers / "package_of_mine" / "between.py").write_text("from . import scoring\nimport between_mine\n")
+    (helpers / "package_of_mine" / "scoring.py").write_text("from lopt_hf.retention import scores\n")
+    (helpers / "scoring_of_mine.py").write_text("UNUSED = 0\ndef score(results): return 0.0\n")
+    (folder / "filters.py").write_text(CODE["filters.py"])
+    (folder / "examples.py").write_text(CODE["examples.py"])
+    (folder / "scoring.py").write_text(f"{imported}\n{CODE['scoring.py']}")
+    of_task = folder / "generated.yaml"
+    of_task.write_text(of_task.read_text().partition("filter_list")[0] + BY_FUNCTION)
+    before = identity_of("generated", folder)
+    (folder / "aggregations.py").write_text("")
+    assert identity_of("generated", folder) == before
+    edited = "package_of_mine/scoring.py" if "package" in imported else "scoring_of_mine.py"
+    with (helpers / edited).open("a") as file:
+        file.write("# edited\n")
+    after = identity_of("generated", folder)
     assert {name for name in before if before[name] != after[name]} == {"code"}
 
 

@@ -81,4 +81,7 @@ def test_a_report_has_the_mean_over_seeds(tmp_path: Path, caplog: pytest.LogCapt
     assert 0 <= min(apart.values()) and max(apart.values()) < 0.99
     assert found.models[1].similarity == {} and "the baseline has 4 layers and the model 2" in caplog.text
     assert len(list((tmp_path / "scores").glob("similarity-*.json"))) == 2
+    for path in (tmp_path / "scores").glob("similarity-*.json"):
+        path.write_text(path.read_text()[:9])
+    assert measure(other) == apart and "is damaged (" in caplog.text
     assert json.loads(found.to_json())["models"][0]["similarity"]["0"] == found.models[0].similarity["0"]

@@ -13,12 +13,13 @@ import lm_eval
 import pytest
 from lm_eval.api.model import CacheHook
 from lm_eval.tasks import TaskManager
+from peft import PromptTuningConfig, get_peft_model
 
 from lopt_hf.retention import evaluation, suites
 from lopt_hf.scripts import retention
 from tests.retention.benchmark_tasks import write_benchmark_tasks
 from tests.retention.conftest import SavedModels, save
-from tests.tiny import make_model, make_tokenizer
+from tests.tiny import VOCABULARY, make_model, make_tokenizer
 
 Arguments = dict[str, str | list[str]]
 
@@ -73,10 +74,11 @@ def error_of(arguments: Arguments, *flags: str) -> str:
 
 
 def test_samples_needed_are_told_beforehand(
-    arguments: Arguments, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    arguments: Arguments, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the baseline alone: of 0 or 1 per sample the variance is p (1 - p), and Miller's formula has the rest."""
-    del arguments["--model"]
+    del arguments["--model"], arguments["--output-dir"]
+    monkeypatch.chdir(tmp_path)
     run(arguments, "--detect", "2.5", "--correlation", "0.8")
     table = [
         [cell.strip() for cell in line.split("|")[1:-1]]
@@ -91,20 +93,24 @@ def test_samples_needed_are_told_beforehand(
     assert int(sums[5].replace(",", "")) == pytest.approx(expected, rel=0.1)  # the bootstrap's noise
     assert float(sums[7]) == pytest.approx(0.025 * (expected / number) ** 0.5, rel=0.1)
     assert sums[6] == "no" and float(texts[4]) == pytest.approx(0.025 * float(texts[2].split()[0]), rel=1e-3)
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and not (tmp_path / "retention-report").exists()
 
 
 @pytest.mark.parametrize(
     ("flags", "without_model", "message"),
     [
         ([], True, "required: --model (or --detect"),
-        (["--detect", "1"], False, "leave out --model"),
-        (["--detect", "1", "--heldout-data", "rows.jsonl"], True, "leave out --model, --adapter-base and --heldout"),
+        (["--detect", "1"], False, "without a report; leave out --model."),
+        (["--detect", "1", "--heldout-data", "rows.jsonl"], True, "leave out --heldout-data."),
+        (["--detect", "1", "--margin", "0.5", "--no-drift"], True, "leave out --margin, --no-drift."),
+        (["--detect", "1", "--output-dir", "elsewhere"], True, "leave out --output-dir."),
+        (["--detect", "1", "--adapter-base", "BASE"], True, "no model is an adapter; leave it out."),
         (["--detect", "0"], True, "detect=0.0 is no change"),
         (["--detect", "1", "--correlation", "1"], True, "correlation=1.0 is not from -1 to below 1"),
         (["--correlation", "0.5"], False, "correlation=0.5 is for --detect"),
         (["--margin", "0"], False, "margin=0.0 is no change"),
         (["--num-heldout", "3"], False, "num_heldout=3 is for --heldout-data; leave it out, or name such data."),
+        (["--heldout-split", "test"], False, "heldout_split=test is for --heldout-data; leave it out"),
         (["--cluster-by", "pasage"], False, "cluster_by='pasage' is auto, none, or a field"),
     ],
 )
@@ -113,6 +119,9 @@ def test_what_is_asked_makes_no_sense(
 ) -> None:
     if without_model:
         del arguments["--model"]
+    if "--detect" in flags:  # which writes no report
+        del arguments["--output-dir"]
+    flags = [str(arguments["--baseline"]) if flag == "BASE" else flag for flag in flags]
     assert message in error_of(arguments, *flags)
 
 
@@ -339,6 +348,23 @@ def test_full_disk_while_answering(arguments: Arguments, tmp_path: Path, monkeyp
     assert (tmp_path / "out" / "report.json").is_file()
 
 
+def test_an_adapter_that_is_no_change_of_weights(
+    arguments: Arguments, models: SavedModels, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A prompt's tokens: the report is written, and only what compares weights leaves that model out."""
+    model = make_model(vocab_size=len(VOCABULARY) + 8)
+    model.name_or_path = models.base
+    prompt = str(tmp_path / "prompt")
+    get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).save_pretrained(prompt)
+    run({**arguments, "--model": [f"tuned={models.tuned}", f"prompt={prompt}"]})
+    tuned, prompted = json.loads((tmp_path / "out" / "report.json").read_text())["models"]
+    assert tuned["drift"] and tuned["similarity"] and prompted["deltas"]
+    assert prompted["drift"] == prompted["similarity"] == {}
+    reason = f"the adapter '{prompt}' (PROMPT_TUNING) cannot be merged into its base's weights; give one that can"
+    assert f"prompt: its drift is left out: {reason}" in caplog.text
+    assert f"prompt: the similarity of its layers is left out: {reason}" in caplog.text
+
+
 def test_an_adapters_base_can_be_given(arguments: Arguments, models: SavedModels, tmp_path: Path) -> None:
     """The adapter gives what it gave with the base that it names."""
     run({**arguments, "--model": models.adapter})
@@ -349,3 +375,10 @@ def test_an_adapters_base_can_be_given(arguments: Arguments, models: SavedModels
     moved = {**arguments, "--model": str(adapter), "--output-dir": str(tmp_path / "again")}
     run({**moved, "--adapter-base": models.base})
     assert json.loads((tmp_path / "again" / "report.json").read_text())["models"][0]["deltas"] == expected
+    baseline = {**moved, "--baseline": str(adapter), "--model": models.merged, "--tasks": "sums"}
+    assert "give the base with --adapter-base" in error_of(baseline)
+    run({**baseline, "--adapter-base": models.base})
+    (delta, *_) = json.loads((tmp_path / "again" / "report.json").read_text())["models"][0]["deltas"]
+    assert delta["delta"] == 0
+    del baseline["--model"], baseline["--output-dir"]
+    run({**baseline, "--adapter-base": models.base, "--detect": "1"})

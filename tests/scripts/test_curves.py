@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from lopt_hf.compare.curves import mean_curve, read_curve, smoothed, to_markdown
+from lopt_hf.compare.curves import mean_curve, plot_curves, read_curve, smoothed, to_markdown
 from lopt_hf.scripts.curves import main
 
 
@@ -30,6 +30,19 @@ def test_a_plot_and_the_means(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*arguments, "--metric", "reward", "--output", str(output)])
     assert "exists and is not overwritten" in capsys.readouterr().err and output.read_bytes() == drawn
+
+
+def test_runs_without_a_step_in_common_keep_their_name(tmp_path, caplog):
+    """There is no mean of them, and the plot and a warning say so."""
+    pytest.importorskip("matplotlib")
+    figure = plot_curves({"LoPT": [{1: 1.0, 3: 2.0}, {2: 1.0, 4: 2.0}], "e2e": [{1: 0.0, 2: 1.0}] * 2}, "reward", 1)
+    (axes,) = figure.axes
+    legend = axes.get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["LoPT (2 runs without a mean)", "e2e (mean of 2)"]
+    colors = [line.get_color() for line in axes.get_lines()]
+    assert [handle.get_color() for handle in legend.get_lines()] == ["C0", "C1"] and set(colors) == {"C0", "C1"}
+    (record,) = caplog.records
+    assert record.getMessage() == "label 'LoPT': its runs logged reward at no step in common, so they have no mean."
 
 
 def test_curves(tmp_path):

@@ -1,16 +1,19 @@
 "use strict";
 // The tables sort by a click on a header, or Enter on it; a third one brings the first order back.
-const NUMBER = /^[<\u00b1]?\s*([+-]?\d+(?:\.\d+)?(?:e[+-]?\d+)?)/i;
+// An interval goes by its lower end.
+const NUMBER = /^[[<\u00b1]?\s*([+-]?(?:\d+(?:\.\d+)?(?:e[+-]?\d+)?|inf\b))/i;
 
 function keyOf(cell) {
   const text = cell.textContent.trim();
-  const number = NUMBER.exec(text);
-  return number && cell.classList.contains("number") ? Number(number[1]) : text;
+  const number = cell.classList.contains("number") && NUMBER.exec(text);
+  if (!number) return text;
+  return Number(number[1].replace(/inf/i, "Infinity"));
 }
 
 function compare(one, other) {
   const empty = (key) => key === "" || key === "-";
   if (empty(one) || empty(other)) return empty(one) - empty(other) || 0;
+  if (one === other) return 0;  // of two infinite ones there is no difference
   return typeof one === "number" && typeof other === "number"
     ? one - other : String(one).localeCompare(String(other), undefined, { numeric: true });
 }

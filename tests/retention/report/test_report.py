@@ -4,10 +4,13 @@ import base64
 import json
 import math
 import re
+import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import product
+from pathlib import Path
 
 import pytest
 
@@ -248,6 +251,30 @@ def test_page_shows_tables_findings_and_settings(grid, grid_html):
     for image in images:
         assert image["alt"]
         assert base64.b64decode(image["src"].removeprefix("data:image/png;base64,")).startswith(PNG)
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="a browser's language needs something that runs it")
+@pytest.mark.parametrize(
+    "cells",
+    [
+        ["[-inf, +0.2000]", "[-0.0300, -0.0100]", "[-0.0100, +0.0200]", "[+0.0000, +0.0100]", "[+0.0200, +inf]", "-"],
+        ["-inf", "-3.0000", "7.1000", "12.5000", "+inf", "+inf", "-"],
+        ["<0.001", "0.031", "1.000", "-"],
+        ["\u00b10.0500", "\u00b10.2000", "\u00b1inf", "-"],
+        ["3 / 10", "12 / 4", "-"],
+    ],
+    ids=["intervals", "infinite ones", "p-values", "sizes", "flips"],
+)
+def test_columns_of_numbers_are_sorted_by_them(cells):
+    code = (Path(report_module.__file__).parent / "page.js").read_text().partition("function sort(")[0]
+    code += """
+    const cell = (text) => ({ textContent: text, classList: { contains: (name) => name === "number" } });
+    const sorted = JSON.parse(process.argv[1]).sort((one, other) => compare(keyOf(cell(one)), keyOf(cell(other))));
+    console.log(JSON.stringify(sorted));
+    """
+    shuffled = json.dumps([*cells[1::2], *cells[::2]])
+    done = subprocess.run(["node", "-e", code, shuffled], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == cells
 
 
 def test_page_loads_nothing(grid_html):
