@@ -261,11 +261,12 @@ def _check_model(config: PretrainedConfig, settings: PlanSettings) -> None:
             f"model={settings.model!r} ({type(config).__name__}) is no decoder-only language model of transformers, "
             "and the planner runs no remote code; name another model."
         )
-    if settings.dtype == "float32" and any("experts" in key for key in config.to_dict()):
+    text_settings = config.get_text_config(decoder=True).to_dict()
+    if settings.dtype == "float32" and any("experts" in key for key in text_settings):
         raise ValueError(
             f"dtype='float32': of the experts of {config.model_type} torch knows the shapes in bf16 only; set dtype "
             "to bfloat16."
         )
-    longest = config.get_text_config(decoder=True).to_dict().get("max_position_embeddings")
+    longest = text_settings.get("max_position_embeddings")
     if longest is not None and settings.seq_length > longest:
         raise ValueError(f"seq_length={settings.seq_length}: the model takes {longest} tokens; use at most {longest}.")

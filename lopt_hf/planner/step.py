@@ -117,6 +117,15 @@ class _LoneReducer(GradientReducer):
         self.buckets.clear()
 
 
+def _waiting_messages(stage: StagePlan, depth: int) -> int:
+    """The most hidden states that a stage's ends of its links hold.
+
+    Beside the queue's, a sending end has one on its way and one that waits for a place; a receiving end, whose thread
+    fetches ahead, has one that waits for a place.
+    """
+    return (depth + 2) * (not stage.is_last) + (depth + 1) * (not stage.is_first)
+
+
 class Step:
     """Optimizer steps of one device.
 
@@ -156,9 +165,8 @@ class Step:
     def _make_buffers(self, stage: StagePlan | None) -> list[torch.Tensor]:
         """What communication holds all the time: DDP's buckets, or the hidden states in a pipeline's queues."""
         if stage is not None:
-            links = int(not stage.is_first) + int(not stage.is_last)
             width = find_decoder_stack(self.setup.base).hidden_size
-            messages = links * self.workload.channel_depth
+            messages = _waiting_messages(stage, self.workload.channel_depth)
             shape = (messages, self.workload.batch_size, self.workload.seq_length, width)
             return [torch.empty(shape, dtype=self.workload.dtype)]
         if self.reducer is None:

@@ -24,26 +24,31 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, IterableDataset
-from transformers import AutoTokenizer
-from trl import ModelConfig, TrlParser
+from transformers import AutoConfig, AutoTokenizer, get_scheduler
+from transformers.trainer_utils import SchedulerType
+from trl import ModelConfig, TrlParser, get_peft_config
 
 from lopt_hf.common.parent import end_with_parent
 from lopt_hf.common.resuming import find_checkpoint
 from lopt_hf.common.settings import option
 from lopt_hf.data.prepared import check_answers_fit
+from lopt_hf.local.blocks import split_layers
 from lopt_hf.pipeline.runtime.arguments import PipelineArguments
-from lopt_hf.pipeline.runtime.checkpoint import Manifest, check_no_other_model
+from lopt_hf.pipeline.runtime.checkpoint import Manifest, check_no_other_model, may_start_anew
 from lopt_hf.pipeline.runtime.config import MLAANPipelineConfig, PipelineConfig
+from lopt_hf.pipeline.runtime.cut_check import check_cut
 from lopt_hf.pipeline.runtime.health import PipelineError, failure_status, report_failure
 from lopt_hf.pipeline.runtime.launch import Rendezvous
 from lopt_hf.pipeline.runtime.run import StageConfig, find_model, launch_stages, run_stage
+from lopt_hf.pipeline.runtime.stage_plan import plan_stages
 from lopt_hf.scripts.launching import launch_if_asked
 from lopt_hf.scripts.parsing import chosen, chosen_method, make_trl_parser, parse_or_exit, refuse_method
 from lopt_hf.scripts.settings import UsageExit
 from lopt_hf.scripts.sft import SFTDataArguments, load_split
 from lopt_hf.scripts.training import load_checked, subsample
-from lopt_hf.trainers.checks import check_optimizer, check_output_dir
+from lopt_hf.trainers.checks import check_no_model_is_lost, check_optimizer, check_output_dir
 
 __all__ = ["main", "make_parser"]
 
@@ -126,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         data_args, args, model_args, *rest = _parse(arguments)
         launch_args = rest[0] if rest else data_args
         try:
-            _check_run(args, has_adapter=isinstance(model_args, ModelConfig) and model_args.use_peft)
+            _check_run(args, model_args, has_adapter=isinstance(model_args, ModelConfig) and model_args.use_peft)
             if _is_image(arguments):
                 _image().check_images(data_args, args, model_args)
             else:
@@ -163,25 +168,58 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(failure_status(rendezvous.store))  # the monitor has said why
 
 
-def _check_run(args: PipelineArguments, has_adapter: bool) -> None:
+def _check_run(args: PipelineArguments, model_args: Any, has_adapter: bool) -> None:
     """Checks output folder, checkpoint and optimizer before anything is read."""
     output_dir = str(args.output_dir)
     folder = find_checkpoint(output_dir, args.resume_from_checkpoint)
     check_output_dir(output_dir, folder)
     if not has_adapter:
         check_no_other_model(Path(output_dir))
+    if not may_start_anew(args):
+        check_no_model_is_lost(output_dir, model_args.model_name_or_path)
     if folder is not None:
         assert args.num_stages is not None
         Manifest(folder).check_run(args.data_parallel, args.gradient_settings(args.num_stages))
     check_optimizer(args)
+    _check_scheduler(args)
+
+
+def _check_scheduler(args: PipelineArguments) -> None:
+    """Makes the scheduler for one number: some need settings that only `lr_scheduler_kwargs` gives."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    num_steps = max(1, args.max_steps)
+    kwargs: Any = args.lr_scheduler_kwargs or {}
+    try:
+        get_scheduler(
+            args.lr_scheduler_type,
+            optimizer,
+            args.get_warmup_steps(num_steps),
+            num_steps,
+            scheduler_specific_kwargs=kwargs or None,
+        )
+    except (TypeError, ValueError) as error:
+        name = SchedulerType(args.lr_scheduler_type).value
+        raise ValueError(
+            f"lr_scheduler_type={name!r} cannot be made with lr_scheduler_kwargs={kwargs}: "
+            f"{str(error).rstrip('.')}; give what it needs there, or choose another."
+        ) from error
 
 
 def _check_input(data_args: SFTDataArguments, args: StageConfig, model_args: ModelConfig) -> None:
     """Reads what the stages will read: here an error in it is one line."""
+    if data_args.dataset_streaming and args.max_steps < 1:
+        raise ValueError(
+            "dataset_streaming=True reads data whose length is not known, so that epochs cannot be counted; set "
+            "max_steps."
+        )
     load = partial(load_split, text_field=args.dataset_text_field)
     rows = load_checked(load, data_args, data_args.dataset_train_split, args.seed)
     rows = subsample(rows, data_args.dataset_max_samples, args.seed)
-    model, _ = find_model(args, model_args)
+    model, num_layers = find_model(args, model_args)
+    config = AutoConfig.from_pretrained(model, revision=model_args.model_revision)
+    # Measured times cut it in other places, but what can be cut in one can in another
+    plans = plan_stages(split_layers(num_layers, args.num_blocks, args.split_at), int(args.num_stages or 0))
+    check_cut(model, config, plans, get_peft_config(model_args))
     check_answers_fit(rows, AutoTokenizer.from_pretrained(model, revision=model_args.model_revision), args)
 
 

@@ -146,6 +146,17 @@ def _source(arguments: argparse.Namespace) -> TimesSource:
     return source if arguments.tokens is None else replace(source, tokens_per_microbatch=arguments.tokens)
 
 
+def _check_schedules(arguments: argparse.Namespace) -> None:
+    """Refuses what none of the schedules looks at."""
+    if arguments.keeps_graph and "ppll_delayed" not in arguments.schedule:
+        raise ValueError("keeps_graph=True is for ppll_delayed alone; name it in --schedule, or leave it out.")
+    if arguments.local_ms is not None and "ppll" not in arguments.schedule:
+        raise ValueError(
+            f"local_ms={list(arguments.local_ms)}: of all schedules ppll alone computes local objectives; name it in "
+            "--schedule, or leave it out."
+        )
+
+
 def _check_drawing(arguments: argparse.Namespace, workloads: Sequence[Workload]) -> None:
     """What would fail only after the simulation."""
     if arguments.plot is not None and len({workload.times.num_stages for workload in workloads}) < 2:
@@ -167,6 +178,7 @@ def _check_drawing(arguments: argparse.Namespace, workloads: Sequence[Workload])
 
 def _run(arguments: argparse.Namespace) -> None:
     check_output_files(arguments, ("plot", "timeline", "output"))
+    _check_schedules(arguments)
     workloads, tokens = _workloads(arguments), _source(arguments).tokens_per_microbatch
     _check_drawing(arguments, workloads)
     results, left_out = simulate_all(arguments.schedule, workloads)

@@ -134,6 +134,12 @@ def test_experts_in_fp32():
         make_plan(replace(SETTINGS, dtype="float32"), tiny_config("mixtral"))
 
 
+def test_experts_in_fp32_of_a_model_with_images():
+    """Whose experts are in the config of its text model."""
+    with pytest.raises(ValueError, match="dtype='float32': of the experts of qwen3_vl_moe .* set dtype to bfloat16"):
+        make_plan(replace(SETTINGS, dtype="float32"), AutoConfig.for_model("qwen3_vl_moe"))
+
+
 def test_strategies_none_of_which_is_possible():
     with pytest.raises(ValueError, match=r"strategies=\('ppll',\): none of them is possible .* num_gpus=1"):
         make_plan(replace(SETTINGS, strategies=("ppll",)), tiny_config())

@@ -320,6 +320,14 @@ def test_stages_share_the_model():
     assert max(stage.peak_bytes for stage in stages) < whole.peak_bytes
 
 
+def test_links_hold_what_waits_in_the_queues_and_beside_them():
+    """With a depth of 2, as the channels do: 4 messages at a sending end and 3 at a receiving one."""
+    config = tiny_config(num_hidden_layers=8)
+    stages = simulate(config, Strategy("PPLL", "ppll", 3, num_stages=3), replace(WORKLOAD, channel_depth=2))
+    message = BATCH * LENGTH * config.hidden_size * 4
+    assert [stage.peak["communication"] for stage in stages] == [4 * message, 7 * message, 3 * message]
+
+
 def test_local_step_frees_the_other_blocks_gradients():
     """And changes neither arithmetic, nor what is saved for backward, nor the optimizer's state."""
     config, workload = (

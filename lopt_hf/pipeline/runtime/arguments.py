@@ -35,7 +35,14 @@ _UNSUPPORTED: dict[str, tuple[object, str]] = {
     "load_best_model_at_end": (False, "the stages do not share an evaluation"),
     "clip_scope": ("block", "each stage clips its own blocks"),
     "enable_jit_checkpoint": (False, "when a signal comes, the stages are at different steps"),
+    "save_only_model": (
+        False,
+        "a stage's checkpoint is what its run goes on from; `lopt-hf pipeline export` makes a model",
+    ),
 }
+
+# Ways to share out batches that accelerate knows, which replicas of a pipeline do in one way only
+_OF_BATCHES: dict[str, object] = {"split_batches": False, "dispatch_batches": None, "even_batches": True}
 
 
 @dataclass
@@ -125,6 +132,8 @@ class PipelineArguments(ArgumentsBase):
     def __post_init__(self) -> None:
         self._settle_pipeline()
         super().__post_init__()
+        self._check_replicas()
+        self._check_packing()
         if self.activation_checkpointing and not self.gradient_recompute:
             raise ValueError(
                 "gradient_recompute=False does not work with activation_checkpointing=True (the default), which runs "
@@ -149,6 +158,11 @@ class PipelineArguments(ArgumentsBase):
                 f"num_stages={self.num_stages} is more than num_blocks={self.num_blocks}, but a stage runs one block "
                 "or several; lower num_stages, or leave num_blocks out for one block per stage."
             )
+        if self.data_parallel > 1 and not self.average_tokens_across_devices:  # which its parent sets for one process
+            raise ValueError(
+                f"average_tokens_across_devices=False with data_parallel={self.data_parallel} does nothing: replicas "
+                "divide their losses by the tokens of all; leave it out."
+            )
         if self.gradient is None:
             self.gradient = self._default_gradient()
         if not self.peer_timeout >= 5:
@@ -164,11 +178,48 @@ class PipelineArguments(ArgumentsBase):
                 f"eval_strategy={self.eval_strategy!r} is not supported in a pipeline; set it to 'no'"
                 f"{self._other_evaluation}."
             )
+        if str(self.save_strategy) in ("best", "SaveStrategy.BEST"):
+            raise ValueError(
+                "save_strategy='best' does not work in a pipeline, whose stages do not evaluate; set it to 'steps', "
+                "'epoch' or 'no'."
+            )
+        for name in ("fsdp", "deepspeed"):
+            if value := getattr(self, name):
+                raise ValueError(
+                    f"{name}={value!r} does not work in a pipeline, where each process has a stage of its own; leave "
+                    "it out."
+                )
         self._settle_gradient()
         for name, (allowed, reason) in _UNSUPPORTED.items():
             value = vars(self).get(name)  # those of language models are not among the arguments of image models
             if value not in (allowed, None):
                 raise ValueError(f"{name}={value!r} does not work in a pipeline: {reason}; leave it out.")
+
+    def _check_replicas(self) -> None:
+        """Refuses what replicas would not do: each takes whole batches in turns, and counts its own tokens."""
+        for name, only in _OF_BATCHES.items():
+            value = getattr(self.accelerator_config, name)
+            if value != only:
+                raise ValueError(
+                    f"accelerator_config: {name}={value!r} does nothing in a pipeline, whose replicas take whole "
+                    "batches in turns; leave it out."
+                )
+        if self.data_parallel == 1:
+            return
+        if self.include_num_input_tokens_seen != "no":
+            raise ValueError(
+                f"include_num_input_tokens_seen={self.include_num_input_tokens_seen!r} with "
+                f"data_parallel={self.data_parallel} would count one replica's tokens; leave it out, and see "
+                "num_tokens in the logs."
+            )
+
+    def _check_packing(self) -> None:
+        given = vars(self)  # images have none of these
+        if given.get("padding_free") and not given["packing"] and given["max_length"] is not None:
+            raise ValueError(
+                f"padding_free=True does not keep to max_length={given['max_length']} without packing; set packing to "
+                "True, or leave padding_free out."
+            )
 
     @property
     def schedule(self) -> ReachSchedule:
@@ -239,7 +290,7 @@ class PipelineArguments(ArgumentsBase):
             self.weight_prediction = self.gradient == "delayed" and self.num_blocks > 2 and has_moments
 
     def _check_late_warmup(self) -> None:
-        if self.late_warmup_steps is not None and not self.late_warmup_steps >= 0:
+        if self.late_warmup_steps is not None and not 0 <= self.late_warmup_steps < math.inf:
             raise ValueError(
                 f"late_warmup_steps={self.late_warmup_steps} must be a number of steps, or a share of them below 1."
             )

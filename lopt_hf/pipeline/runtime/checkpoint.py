@@ -33,6 +33,7 @@ __all__ = [
     "check_no_other_model",
     "check_shared_folder",
     "load_weights",
+    "may_start_anew",
     "publish_when_complete",
     "remove_incomplete",
     "save_weights",
@@ -56,6 +57,11 @@ def check_no_other_model(output_dir: Path) -> None:
             f"output_dir={str(output_dir)!r} holds another run's model ({SAFE_WEIGHTS_NAME}), which would be loaded "
             "in place of this run's; choose another output_dir."
         )
+
+
+def may_start_anew(args: Any) -> bool:
+    """Tells whether a run may save its model over one in its folder: it goes on, or is a job that begins again."""
+    return str(args.resume_from_checkpoint or "false").lower() != "false"
 
 
 class Manifest:

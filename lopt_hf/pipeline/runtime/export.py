@@ -3,13 +3,15 @@
 import json
 import os
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -21,11 +23,13 @@ from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
 )
 
+from lopt_hf.common.files import publish_folder
+from lopt_hf.pipeline.runtime.adapters import adapt_saved_stage
 from lopt_hf.pipeline.runtime.checkpoint import INCOMPLETE, WEIGHTS_FILE, Manifest, load_weights
 from lopt_hf.pipeline.runtime.stage import load_stage
 from lopt_hf.pipeline.runtime.stage_plan import StagePlan
 
-__all__ = ["assemble_model", "export_checkpoint"]
+__all__ = ["assemble_model", "export_checkpoint", "exporting"]
 
 
 def assemble_model(stage_folders: Sequence[Path], output_dir: Path) -> None:
@@ -61,6 +65,27 @@ def assemble_model(stage_folders: Sequence[Path], output_dir: Path) -> None:
             os.replace(last / name, output_dir / name)
 
 
+@contextmanager
+def exporting(output_dir: Path) -> Iterator[Path]:
+    """Gives a folder for a model, beside its place; it gets its name at the end of the block, and not if that fails.
+
+    Args:
+        output_dir: A new folder.
+
+    Raises:
+        ValueError: If it exists.
+    """
+    if output_dir.exists():
+        raise ValueError(f"output_dir={str(output_dir)!r} exists; name a new folder.")
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(prefix=f"{INCOMPLETE}{output_dir.name}-", dir=output_dir.parent))
+    try:
+        yield staged / "model"
+        publish_folder(staged / "model", output_dir)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
 def export_checkpoint(checkpoint: Path, output_dir: Path, model_name_or_path: str | None = None) -> None:
     """Writes a checkpoint's model as a stock checkpoint; of a run with adapters, the adapter.
 
@@ -75,15 +100,14 @@ def export_checkpoint(checkpoint: Path, output_dir: Path, model_name_or_path: st
         ValueError: If the checkpoint is not complete, or `output_dir` exists.
     """
     manifest = Manifest(checkpoint)
-    if output_dir.exists():
-        raise ValueError(f"output_dir={str(output_dir)!r} exists; name a new folder.")
     start = model_name_or_path or manifest.content["model"]
-    staged = output_dir / f"{INCOMPLETE}model"
-    for plan, folder in zip(manifest.plans, manifest.stage_folders, strict=True):
-        _export_stage(start, plan, folder, manifest, staged / plan.name)
-    assemble_model([staged / plan.name for plan in manifest.plans], output_dir)
-    AutoTokenizer.from_pretrained(start, revision=manifest.revision).save_pretrained(output_dir)
-    shutil.rmtree(staged)
+    with exporting(output_dir) as folder:
+        tokenizer = AutoTokenizer.from_pretrained(start, revision=manifest.revision)  # before the work
+        parts = [folder.parent / plan.name for plan in manifest.plans]
+        for plan, stage_folder, part in zip(manifest.plans, manifest.stage_folders, parts, strict=True):
+            _export_stage(start, plan, stage_folder, manifest, part)
+        assemble_model(parts, folder)
+        tokenizer.save_pretrained(folder)
 
 
 def _saved_dtype(folder: Path) -> torch.dtype | str:
@@ -97,7 +121,7 @@ def _export_stage(start: str, plan: StagePlan, folder: Path, manifest: Manifest,
     dtype = manifest.content.get("dtype") or _saved_dtype(folder)  # the start's own may be a coarser one
     model: Any = load_stage(start, plan, dtype=dtype, revision=manifest.revision)
     if (folder / ADAPTER_CONFIG_NAME).is_file():
-        model = get_peft_model(model, PeftConfig.from_pretrained(str(folder)))
+        model = adapt_saved_stage(model, PeftConfig.from_pretrained(str(folder)))
     with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
         saved = set(file.keys())
     load_weights({name: tensor for name, tensor in model.state_dict().items() if name in saved}, [folder])

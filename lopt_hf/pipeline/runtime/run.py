@@ -74,9 +74,15 @@ def find_model(args: StageConfig, model_args: ModelConfig) -> tuple[str, int]:
         Its folder or id, and the number of its layers.
 
     Raises:
-        ValueError: If the model is missing, is to be quantised, or has too few layers.
+        ValueError: If the model is missing, is to be quantised or resized, or has too few layers.
         OSError: If it cannot be found.
     """
+    template = args.chat_template_path
+    if template is not None and not (os.path.isfile(template) and template.endswith((".jinja", ".j2"))):
+        raise ValueError(
+            f"chat_template_path={template!r} would add tokens to embeddings and LM head, which are on two stages; "
+            "name a .jinja file that holds the template alone, or start from a model that has these tokens."
+        )
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is missing; give a hub id or a local folder.")
     if get_quantization_config(model_args) is not None:

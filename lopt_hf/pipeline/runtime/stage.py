@@ -18,14 +18,19 @@ from lopt_hf.local.blocks import Block
 from lopt_hf.local.layer_calls import stop_at, with_hidden
 from lopt_hf.local.ownership import feeds_first_layer, parameters_by_block
 from lopt_hf.local.stacks import DecoderStack, find_decoder_stack
+from lopt_hf.pipeline.runtime.cutting import check_layer_inputs, cutting
 from lopt_hf.pipeline.runtime.stage_plan import StagePlan
 
 __all__ = [
     "Absent",
+    "AbsentEmbedding",
     "HiddenStateInput",
     "PassThrough",
+    "drop_other_stages",
     "keep_stage",
     "load_stage",
+    "match_layer_outputs",
+    "model_class",
     "save_on_every_rank",
     "separate_stage_embeddings",
 ]
@@ -67,21 +72,23 @@ def load_stage(
         A model of the stock class. Its parameters have their usual names; those of other stages are not there.
 
     Raises:
-        ValueError: If the model is no decoder-only language model, or has parameters that belong to no stage.
+        ValueError: If the model is no decoder-only language model, cannot be cut into stages, or has parameters that
+            belong to no stage.
     """
     config = from_pretrained_kwargs.pop("config", None) or AutoConfig.from_pretrained(
         name_or_path,
         **{k: v for k, v in from_pretrained_kwargs.items() if k in ("revision", "trust_remote_code", "token")},
     )
-    stock_class = _model_class(name_or_path, config)
+    stock_class = model_class(name_or_path, config)
+    check_layer_inputs(stock_class, config)
     keeps_head = plan.is_last or keeps_readout
-    tied = bool(config.get_text_config(decoder=True).tie_word_embeddings)
+    tied = _is_tied(config)
 
     def make_partial(self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         stock_class.__init__(self, config, *args, **kwargs)
         # A tied head is found in the checkpoint under the embeddings' name only.
         keeps_embeddings = plan.is_first or (tied and keeps_head)
-        _drop_other_stages(self, plan, keeps_embeddings, keeps_head)
+        drop_other_stages(self, plan, keeps_embeddings, keeps_head)
         if not (keeps_embeddings and keeps_head):
             self.all_tied_weights_keys = {}
 
@@ -99,11 +106,11 @@ def load_stage(
     save_on_every_rank(model)
     if tied and keeps_head and not plan.is_first:
         embeddings: Any = model.get_input_embeddings()
-        model.set_input_embeddings(_AbsentEmbedding(embeddings, find_decoder_stack(model).hidden_size))
+        model.set_input_embeddings(AbsentEmbedding(embeddings, find_decoder_stack(model).hidden_size))
         model.all_tied_weights_keys = {}
     if keeps_readout and not plan.is_last:
         _freeze_readout(model, plan)
-    _match_layer_outputs(model, plan)
+    match_layer_outputs(model, plan)
     return model
 
 
@@ -132,12 +139,13 @@ def keep_stage(model: PreTrainedModel, plan: StagePlan) -> None:
         plan: The stage.
 
     Raises:
-        ValueError: If the model has parameters that belong to no stage.
+        ValueError: If the model cannot be cut into stages, or has parameters that belong to no stage.
     """
-    _drop_other_stages(model, plan, keeps_embeddings=plan.is_first, keeps_head=plan.is_last)
+    check_layer_inputs(type(model), model.config)
+    drop_other_stages(model, plan, keeps_embeddings=plan.is_first, keeps_head=plan.is_last)
     model.all_tied_weights_keys = {}
     save_on_every_rank(model)
-    _match_layer_outputs(model, plan)
+    match_layer_outputs(model, plan)
 
 
 def save_on_every_rank(model: PreTrainedModel) -> None:
@@ -157,7 +165,20 @@ def _freeze_readout(model: PreTrainedModel, plan: StagePlan) -> None:
         parameter.requires_grad_(False)
 
 
-def _model_class(name_or_path: str, config: PretrainedConfig) -> type[PreTrainedModel]:
+def _is_tied(config: PretrainedConfig) -> bool:
+    return bool(getattr(config.get_text_config(decoder=True), "tie_word_embeddings", False))
+
+
+def model_class(name_or_path: str, config: PretrainedConfig) -> type[PreTrainedModel]:
+    """Finds the stock class of a causal language model.
+
+    Args:
+        name_or_path: What it is called in the message.
+        config: Its config.
+
+    Raises:
+        ValueError: If `transformers` has none.
+    """
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(
             f"model={name_or_path!r} ({type(config).__name__}) is no causal language model of transformers; the "
@@ -182,7 +203,7 @@ class PassThrough(GradientCheckpointingLayer):
         return (hidden_states, None) if self.returns_tuple else hidden_states
 
 
-class _AbsentEmbedding(nn.Module):
+class AbsentEmbedding(nn.Module):
     """Stands for an embedding of another stage: zeros in the shape of the hidden states, without memory.
 
     Not in the embedding's own width: where that differs (OPT), the projection behind it is absent too.
@@ -206,14 +227,35 @@ class Absent(nn.Module):
         return hidden_states
 
 
-def _drop_other_stages(model: PreTrainedModel, plan: StagePlan, keeps_embeddings: bool, keeps_head: bool) -> None:
+def drop_other_stages(model: PreTrainedModel, plan: StagePlan, keeps_embeddings: bool, keeps_head: bool) -> None:
+    """Puts stand-ins in place of what other stages hold.
+
+    Args:
+        model: The whole model.
+        plan: The stage.
+        keeps_embeddings: Whether the stage has the input embeddings.
+        keeps_head: Whether it has what runs after the layers.
+
+    Raises:
+        ValueError: If the model cannot be cut into stages, or has parameters that belong to no stage.
+    """
     stack = find_decoder_stack(model)
+    with cutting(type(model).__name__):
+        _put_stand_ins(model, stack, plan, keeps_embeddings, keeps_head)
+        _check_only_own(model, stack, plan, keeps_head)
+
+
+def _put_stand_ins(
+    model: PreTrainedModel, stack: DecoderStack, plan: StagePlan, keeps_embeddings: bool, keeps_head: bool
+) -> None:
     for index in range(len(stack.layers)):
         if not plan.start <= index < plan.stop:
             stack.layers[index] = PassThrough()
     for name, module in list(stack.decoder.named_children()):
         if module is stack.layers or not any(True for _ in module.parameters()):
             continue
+        if stack.layers in set(module.modules()):
+            raise LookupError(f"its layers are inside {name!r} of what it calls its decoder")
         is_before = feeds_first_layer(stack, name)
         keeps = (
             (plan.is_first or (keeps_embeddings and module is model.get_input_embeddings()))
@@ -221,11 +263,10 @@ def _drop_other_stages(model: PreTrainedModel, plan: StagePlan, keeps_embeddings
             else keeps_head
         )
         if not keeps:
-            absent = _AbsentEmbedding(module, stack.hidden_size) if isinstance(module, nn.Embedding) else Absent()
+            absent = AbsentEmbedding(module, stack.hidden_size) if isinstance(module, nn.Embedding) else Absent()
             setattr(stack.decoder, name, absent)
     if not keeps_head:
         model.set_output_embeddings(Absent())
-    _check_only_own(model, stack, plan, keeps_head)
 
 
 def _check_only_own(model: PreTrainedModel, stack: DecoderStack, plan: StagePlan, keeps_head: bool) -> None:
@@ -245,14 +286,28 @@ def _check_only_own(model: PreTrainedModel, stack: DecoderStack, plan: StagePlan
 
 
 @torch.no_grad()
-def _match_layer_outputs(model: PreTrainedModel, plan: StagePlan) -> None:
+def match_layer_outputs(model: PreTrainedModel, plan: StagePlan) -> None:
     """Lets the stand-ins return what the model's own layers do: hidden states, or a tuple that starts with them.
 
     Falcon's layers, for instance, also return their attention weights. One token runs through one real layer, with
     the arguments that the model itself passes to it.
+
+    Args:
+        model: The stage's part of the model.
+        plan: The stage.
+
+    Raises:
+        ValueError: If the model's code does not run on a part of it.
     """
     stack = find_decoder_stack(model)
+    with cutting(type(model).__name__):
+        returns_tuple = isinstance(_output_of_own_layer(stack, plan), tuple | list)
+    for layer in stack.layers:
+        if isinstance(layer, PassThrough):
+            layer.returns_tuple = returns_tuple
 
+
+def _output_of_own_layer(stack: DecoderStack, plan: StagePlan) -> Any:
     own = stack.layers[plan.start]
     weight = next(own.parameters())
     tokens_BT = torch.zeros(1, 2, dtype=torch.long, device=weight.device)
@@ -260,7 +315,4 @@ def _match_layer_outputs(model: PreTrainedModel, plan: StagePlan) -> None:
         stack.decoder(input_ids=tokens_BT, attention_mask=torch.ones_like(tokens_BT), use_cache=False)
     hidden_BTD = torch.zeros(1, 2, stack.hidden_size, device=weight.device, dtype=weight.dtype)
     args, kwargs = with_hidden(*reached[0], hidden_BTD)
-    output = own(*args, **kwargs)
-    for layer in stack.layers:
-        if isinstance(layer, PassThrough):
-            layer.returns_tuple = isinstance(output, tuple)
+    return own(*args, **kwargs)

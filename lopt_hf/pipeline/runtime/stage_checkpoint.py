@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,13 @@ from lopt_hf.pipeline.runtime.checkpoint import (
 from lopt_hf.pipeline.runtime.export import assemble_model
 from lopt_hf.pipeline.runtime.logs import is_of_own_block
 from lopt_hf.trainers.checkpoint import HEADS_FILE
-from lopt_hf.trainers.resume_state import STATE_FILE
+from lopt_hf.trainers.resume_state import STATE_FILE, ResumeState
 
 __all__ = [
     "find_random_state",
     "load_in_flight",
     "load_optimizer_state",
+    "load_replica_state",
     "load_stage_optimizer",
     "load_stage_weights",
     "push_model",
@@ -61,7 +63,8 @@ def _stepped_parameters(trainer: Any) -> dict[str, torch.Tensor]:
 def save_process(trainer: Any) -> None:
     """Writes what a process contributes to a checkpoint.
 
-    That is the stage, by its first replica; and of each replica the random state, and what is in flight.
+    That is the stage, by its first replica; and of each replica the random state, what it has counted since the last
+    log, and what is in flight.
     """
     name = f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
     output_dir = Path(trainer.args.output_dir)
@@ -76,6 +79,7 @@ def save_process(trainer: Any) -> None:
     else:
         folder.mkdir(parents=True, exist_ok=True)
         trainer._save_rng_state(str(folder))
+        ResumeState.of(trainer, [trainer._tr_loss.item()]).write(folder)
     base_model = trainer.learner.base_model
     details = {
         "step": trainer.state.global_step,
@@ -93,6 +97,25 @@ def save_process(trainer: Any) -> None:
 def _of_replica(stage_folder: Path, replica: int) -> Path:
     """The folder of what a replica alone has of a stage; the first one's is the stage's."""
     return stage_folder.with_name(f"{stage_folder.name}-replica-{replica}") if replica else stage_folder
+
+
+def _state_of_replica(stage_folder: Path, replica: int) -> Path:
+    """The folder of a replica's counts; the stage's where a checkpoint is from before each had its own."""
+    own = _of_replica(stage_folder, replica)
+    return own if (own / STATE_FILE).is_file() else stage_folder
+
+
+def load_replica_state(trainer: Any, stage_folder: Path, metrics: Mapping[str, list[float]]) -> ResumeState:
+    """Reads what a process had counted: tokens, the loss since the last log.
+
+    Args:
+        trainer: The stage's trainer.
+        stage_folder: The folder of the stage that it goes on from.
+        metrics: The metrics since the last log, from `load_stage_weights`.
+    """
+    folder = _state_of_replica(stage_folder, trainer.world.replica)
+    state: ResumeState = trainer.check_checkpoint(str(folder))
+    return replace(state, metrics_since_log=metrics)
 
 
 def find_random_state(trainer: Any, stage_folder: Path) -> Path:
@@ -152,14 +175,15 @@ def load_stage_weights(trainer: Any, manifest: Manifest) -> dict[str, list[float
     """Reads a stage's weights and heads from a checkpoint, whichever stages it is of.
 
     Returns:
-        The metrics since the last log that are this stage's.
+        The metrics since the last log that are this stage's, as this replica has them.
     """
     folders = manifest.stage_folders
     load_weights(_state_to_save(trainer), folders)
     load_weights(trainer.learner.state(), folders, HEADS_FILE)
     metrics: dict[str, list[float]] = {}
     for folder in folders:
-        saved = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["metrics_since_log"]
+        path = _state_of_replica(folder, trainer.world.replica) / STATE_FILE
+        saved = json.loads(path.read_text(encoding="utf-8"))["metrics_since_log"]
         is_task = trainer.plan.is_last and folder == folders[-1]
         metrics |= {
             name: values

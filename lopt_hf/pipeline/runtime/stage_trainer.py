@@ -8,7 +8,6 @@ Shapes: B batch, T tokens, D hidden channels.
 """
 
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from lopt_hf.pipeline.runtime.checkpoint import (
     Manifest,
     check_no_other_model,
     check_shared_folder,
+    may_start_anew,
     remove_incomplete,
 )
 from lopt_hf.pipeline.runtime.delayed import DelayedGradients, send_back
@@ -43,6 +43,7 @@ from lopt_hf.pipeline.runtime.stage_forward import StageForward
 from lopt_hf.pipeline.runtime.stage_plan import plan_stages
 from lopt_hf.pipeline.runtime.timeline import Timeline
 from lopt_hf.pipeline.runtime.weight_prediction import WeightPrediction
+from lopt_hf.trainers.checks import check_no_model_is_lost
 from lopt_hf.trainers.mixin import LocalLearningMixin
 from lopt_hf.trainers.model_card import describe_reach
 
@@ -293,6 +294,8 @@ class StageMixin(LocalLearningMixin):
         folder = find_checkpoint(str(output_dir), resume_from_checkpoint)
         shared = self.store, self.world.monitor, self.world.mesh.size()
         check_same(*shared, "checkpoint", {"resume_from_checkpoint": folder})
+        if folder is None and not may_start_anew(self.args):
+            check_no_model_is_lost(str(output_dir), self.learner.base_model.config.name_or_path)
         if self.world.rank == 0:
             remove_incomplete(output_dir)
         check_shared_folder(*shared, output_dir)
@@ -354,9 +357,10 @@ class StageMixin(LocalLearningMixin):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         assert self._manifest is not None and self._resumed is not None
-        self._random_state = stage_checkpoint.find_random_state(self, Path(resume_from_checkpoint))
+        folder = Path(resume_from_checkpoint)
+        self._random_state = stage_checkpoint.find_random_state(self, folder)
         metrics = stage_checkpoint.load_stage_weights(self, self._manifest)
-        self._resumed = replace(self._resumed, metrics_since_log=metrics)
+        self._resumed = stage_checkpoint.load_replica_state(self, folder, metrics)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

@@ -42,6 +42,22 @@ def test_blocks_and_stages(tmp_path, given, expected):
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 does not work in a pipeline: TRL"),
         ({"use_liger_kernel": True}, "use_liger_kernel=True does not work in a pipeline"),
         ({"torch_compile": True}, "torch_compile=True does not work in a pipeline"),
+        ({"save_only_model": True}, "save_only_model=True does not work in a pipeline: a stage's checkpoint is what"),
+        ({"save_strategy": "best"}, "save_strategy='best' does not work in a pipeline, whose stages do not evaluate"),
+        ({"fsdp": "full_shard"}, "fsdp='full_shard' does not work in a pipeline, where each process has a stage"),
+        ({"padding_free": True}, "padding_free=True does not keep to max_length=1024 without packing"),
+        ({"late_warmup_steps": float("inf")}, "late_warmup_steps=inf must be a number of steps"),
+        (
+            {"average_tokens_across_devices": False, "data_parallel": 2},
+            "average_tokens_across_devices=False with data_parallel=2 does nothing",
+        ),
+        (
+            {"include_num_input_tokens_seen": True, "data_parallel": 2},
+            "include_num_input_tokens_seen='all' with data_parallel=2 would count one replica's tokens",
+        ),
+        ({"accelerator_config": {"split_batches": True}}, "accelerator_config: split_batches=True does nothing"),
+        ({"accelerator_config": {"dispatch_batches": False}}, "accelerator_config: dispatch_batches=False does noth"),
+        ({"accelerator_config": {"even_batches": False}}, "accelerator_config: even_batches=False does nothing"),
         ({"gradient": "late"}, "gradient='late' is unknown, nearest is 'delayed'"),
         (
             {"gradient": "local", "gradient_recompute": False},
@@ -97,6 +113,11 @@ def test_bad_input(tmp_path, settings, message):
 def test_bad_input_of_delayed_gradients(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         make(tmp_path, **{"gradient": "delayed", "activation_checkpointing": False, **settings})
+
+
+def test_what_means_nothing_to_one_replica_is_left_alone(tmp_path):
+    make(tmp_path, average_tokens_across_devices=False, include_num_input_tokens_seen=True)
+    make(tmp_path, padding_free=True, packing=True)
 
 
 def test_delayed_gradients_take_the_place_of_an_objective(tmp_path):

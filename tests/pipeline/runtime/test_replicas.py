@@ -1,11 +1,16 @@
-"""Each replica's share of the data."""
+"""Each replica's share of the data, and what it has counted of it."""
 
+import json
+import shutil
 from types import SimpleNamespace
 
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 
 from lopt_hf.pipeline.runtime.replicas import own_share, own_stream
+from lopt_hf.pipeline.runtime.stage_checkpoint import load_replica_state
+from lopt_hf.trainers.resume_state import ResumeState
+from tests.distributed.pipeline_processes import assert_succeeded, run, write_inputs
 
 
 def share_of(replica, dataset):
@@ -26,3 +31,40 @@ def test_replicas_take_turns_in_a_stream_as_in_a_data_set():
     shares = [share_of(replica, stream) for replica in range(2)]
     assert shares == [[[70, 71], [74, 75], [31, 32]], [[72, 73], [76, 30], [70, 71]]]
     assert shares == [share_of(replica, Dataset.from_list(list(rows_of([7, 3])))) for replica in range(2)]
+
+
+def test_a_resumed_run_counts_what_each_replica_had_counted(tmp_path):
+    """Between two logs: loss, metrics and tokens of the next log are of all replicas, as if there had been no stop."""
+    write_inputs(tmp_path)
+    settings = {"num_blocks": 2, "data_parallel": 2, "logging_steps": 3, "max_steps": 3, "save_steps": 2}
+    for output_dir in ("whole", "resumed"):
+        resumes = {"resume_from_checkpoint": "auto"} if output_dir == "resumed" else {}
+        assert_succeeded(*run(tmp_path, tmp_path / output_dir, ranks=4, **settings, **resumes))
+        if not resumes:
+            shutil.copytree(tmp_path / "whole/checkpoint-2", tmp_path / "resumed/checkpoint-2")
+    names = ("loss", "num_tokens", "mean_token_accuracy", "local_loss/block_0")
+    logs = [json.loads((tmp_path / name / "trainer_state.json").read_text()) for name in ("resumed", "whole")]
+    resumed, whole = ([log["log_history"][0][name] for name in names] for log in logs)
+    assert resumed == whole
+    counts = [
+        json.loads((tmp_path / "whole/checkpoint-2" / name / "local_learning.json").read_text())["total_train_tokens"]
+        for name in ("stage-1", "stage-1-replica-1")
+    ]
+    assert counts[0] != counts[1], "equal counts would not show whose they are"
+
+
+def test_a_checkpoint_from_before_replicas_counted_is_read(tmp_path):
+    stage, own = tmp_path / "stage-1", tmp_path / "stage-1-replica-1"
+    for folder in (stage, own):
+        folder.mkdir()
+    (stage / "local_learning.json").write_text("{}")
+    seen = []
+    trainer = SimpleNamespace(
+        world=SimpleNamespace(replica=1),
+        check_checkpoint=lambda folder: seen.append(folder) or ResumeState("PPLL", {}, 7, {}, [0.5], 2),
+    )
+    state = load_replica_state(trainer, stage, {"entropy": [1.0]})
+    (own / "local_learning.json").write_text("{}")
+    load_replica_state(trainer, stage, {})
+    assert seen == [str(stage), str(own)]
+    assert (state.total_train_tokens, state.metrics_since_log) == (7, {"entropy": [1.0]})

@@ -72,8 +72,8 @@ def test_options_reach_the_simulation(tmp_path):
     options = ["--forward-ms", "1,2", "--backward-ms", "3,4", "--local-ms", 5, "--optimizer-ms", 6]
     options += ["--message-mb", 2, "--link-gbps", 8, "--latency-us", 7, "--channel-depth", 3, "--virtual-stages", 4]
     options += ["--weight-share", 0.25, "--keeps-graph"]
-    simulate(*options, "--microbatches", 4, "--schedule", "interleaved", "--output", output)
-    (row,) = json.loads(output.read_text())
+    simulate(*options, "--microbatches", 4, "--schedule", "interleaved,ppll,ppll_delayed", "--output", output)
+    row, *_ = json.loads(output.read_text())
     workload = row["workload"]
     assert workload["times"] == {
         "forward": [0.001, 0.002],
@@ -154,6 +154,8 @@ def test_sleeping_stages_run(capsys):
         (["--link-gbps", "0"], "link_gbps=0.0 must be more than 0; leave it out for no limit."),
         (["--times", "none.json"], "times=none.json: No such file or directory; name a JSON file of measured times."),
         (["--times", "x.json", "--local-ms", "1"], "times and local_ms: times come from the file or by hand"),
+        (["--keeps-graph"], "keeps_graph=True is for ppll_delayed alone; name it in --schedule, or leave it out."),
+        (["--local-ms", "1", "--schedule", "gpipe"], "local_ms=[1.0]: of all schedules ppll alone computes local"),
         (["--plot", "x.png"], "plot: a plot of scaling needs several numbers of stages, such as --stages 2,4,8,16."),
         (["--stages", "2,4", "--plot", "x.svg"], "plot=x.svg: name a .png file."),
         (["--timeline", "x.html"], "timeline=x.html: name a .png file for a drawing or .json for a Chrome trace."),

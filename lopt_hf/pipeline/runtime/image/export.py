@@ -6,6 +6,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from lopt_hf.pipeline.runtime.checkpoint import Manifest, load_weights
+from lopt_hf.pipeline.runtime.export import exporting
 
 __all__ = ["export_image_checkpoint", "is_of_images"]
 
@@ -25,15 +26,14 @@ def export_image_checkpoint(manifest: Manifest, output_dir: Path) -> None:
     Raises:
         ValueError: If `output_dir` exists, or the checkpoint has no frozen weights.
     """
-    if output_dir.exists():
-        raise ValueError(f"output_dir={str(output_dir)!r} exists; name a new folder.")
     if not manifest.content["train_early_blocks"]:
         raise ValueError(
             f"checkpoint={str(manifest.folder)!r} was trained with train_early_blocks=False, and does not have the "
             "weights that were frozen; resume the run, which saves the whole model at its end."
         )
-    folder = manifest.stage_folders[-1]
-    model = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(folder))
-    load_weights(model.state_dict(), manifest.stage_folders)
-    model.save_pretrained(output_dir)
-    AutoImageProcessor.from_pretrained(folder).save_pretrained(output_dir)
+    last = manifest.stage_folders[-1]
+    with exporting(output_dir) as folder:
+        model = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(last))
+        load_weights(model.state_dict(), manifest.stage_folders)
+        model.save_pretrained(folder)
+        AutoImageProcessor.from_pretrained(last).save_pretrained(folder)

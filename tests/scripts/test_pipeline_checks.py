@@ -1,0 +1,124 @@
+"""What the stages of `lopt-hf pipeline` would fail by, or overwrite, is one line before any is started."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lopt_hf.scripts import pipeline
+from tests.scripts.test_bad_data import run
+from tests.scripts.test_training import arguments
+from tests.tiny import make_model, make_tokenizer
+
+
+class LaunchedError(Exception):
+    """In place of a launch."""
+
+
+@pytest.fixture(autouse=True)
+def no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def launch(*args: Any) -> int:
+        raise LaunchedError
+
+    monkeypatch.setattr(pipeline, "launch_stages", launch)
+
+
+def save_model(folder: Path, adapter: bool) -> None:
+    model: Any = make_model()
+    if adapter:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(folder, max_shard_size="20KB")  # in several files, as a pipeline does
+    assert adapter or not (folder / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("trains_adapter", [False, True], ids=["whole", "adapter"])
+@pytest.mark.parametrize(
+    ("adapter", "name"), [(False, "config.json"), (True, "adapter_config.json")], ids=["model", "adapter"]
+)
+def test_a_finished_model_is_not_overwritten(
+    tmp_path: Path, adapter: bool, name: str, trains_adapter: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model(tmp_path / "out", adapter)
+    values = {"num_stages": 2, "use_peft": trains_adapter}
+    line = run("pipeline", arguments(tmp_path, "sft", **values), capsys)
+    assert f"holds a model ({name}) that would be overwritten; choose another output_dir" in line
+    with pytest.raises(LaunchedError):  # a job that begins again
+        pipeline.main(arguments(tmp_path, "sft", **values, resume_from_checkpoint="auto"))
+
+
+def test_the_model_that_a_run_starts_from_is_not_overwritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model(tmp_path / "start", adapter=False)
+    start = str(tmp_path / "start")
+    line = run(
+        "pipeline", arguments(tmp_path, "sft", num_stages=2, model_name_or_path=start, output_dir=start), capsys
+    )
+    assert "is the model that the run starts from; choose another output_dir" in line
+
+
+def test_nor_one_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model(tmp_path / "out", adapter=False)
+    given = ["--task", "image", "--train_file", "no.parquet", "--output_dir", str(tmp_path / "out")]
+    line = run("pipeline", [*given, "--bf16", "false", "--use_cpu", "true"], capsys)
+    assert "holds a model (config.json) that would be overwritten" in line
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"chat_template_path": "{}/base"}, "chat_template_path='{}/base' would add tokens to embeddings and LM head"),
+        (
+            {"use_peft": True, "lora_target_modules": ["q_proj", "lm_head"]},
+            "target_modules names the LM head, whose weight TRL's loss reads past an adapter",
+        ),
+        (
+            {"use_peft": True, "lora_target_modules": ["embed_tokens", "embed"]},
+            "target_modules=['embed', 'embed_tokens'] adapts nothing on the stage of layers 2 to 3",
+        ),
+        ({"use_peft": True, "lora_target_modules": ["no_proj"]}, "no_proj"),
+        ({"dataset_streaming": True, "max_steps": -1}, "cannot be counted; set max_steps"),
+        (
+            {"lr_scheduler_type": "warmup_stable_decay"},
+            "lr_scheduler_type='warmup_stable_decay' cannot be made with lr_scheduler_kwargs={}: ",
+        ),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type='cosine_with_min_lr' cannot be made with"),
+        ({"save_strategy": "best"}, "save_strategy='best' does not work in a pipeline"),
+        ({"padding_free": True}, "padding_free=True does not keep to max_length=64"),
+        ({"fsdp": "full_shard"}, "fsdp='full_shard' does not work in a pipeline"),
+        ({"late_warmup_steps": float("inf")}, "late_warmup_steps=inf must be"),
+    ],
+)
+def test_what_the_stages_would_find(
+    tmp_path: Path, values: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {name: value.format(tmp_path) if isinstance(value, str) else value for name, value in values.items()}
+    line = run("pipeline", arguments(tmp_path, "sft", **{"num_stages": 2, **values}), capsys)
+    assert message.replace("{}/", f"{tmp_path}/") in line
+
+
+def test_a_model_that_cannot_be_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = arguments(tmp_path, "sft", num_stages=2, model_name_or_path=str(tmp_path / "rwkv"))
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "vocab_size": 64}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("rwkv", **sizes)).save_pretrained(tmp_path / "rwkv")
+    make_tokenizer().save_pretrained(tmp_path / "rwkv")
+    assert "model=RwkvForCausalLM cannot be cut into stages" in run("pipeline", given, capsys)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"use_peft": True, "lora_target_modules": ["q_proj", "embed_tokens"]},
+        {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 1}},
+        {"chat_template_path": "{}/template.jinja"},
+        {"dataset_streaming": True},
+    ],
+)
+def test_what_they_can_do_is_launched(tmp_path: Path, values: dict[str, Any]) -> None:
+    (tmp_path / "template.jinja").write_text("{{ messages }}")
+    values = {name: value.format(tmp_path) if isinstance(value, str) else value for name, value in values.items()}
+    with pytest.raises(LaunchedError):
+        pipeline.main(arguments(tmp_path, "sft", **{"num_stages": 2, **values}))
