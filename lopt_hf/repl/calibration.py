@@ -79,29 +79,33 @@ def reading(operator: Operator, previous: Neighbour) -> Iterator[list[torch.Tens
 
 
 def check_finite(*tensors: torch.Tensor) -> None:
-    """Checks hidden states that something is fitted to.
+    """Checks hidden states that something is fitted to, or chosen by.
 
     Raises:
         FloatingPointError: If they are not finite.
     """
     if not all(torch.isfinite(value).all() for value in tensors):
         raise FloatingPointError(
-            "The hidden states of the calibration data are not finite, so nothing can be fitted to them; load "
-            "the model in another dtype, or check the data."
+            "The hidden states of the calibration data are not finite, so nothing can be fitted to them or chosen by "
+            "them; load the model in another dtype, or check the data."
         )
 
 
 @torch.no_grad()
 def block_influence(model: PreTrainedModel, batches: Batches) -> list[float]:
-    """For each layer `1 - cos` of its input and output, averaged over tokens (Men et al., arXiv 2403.03853, Eq 1)."""
+    """For each layer `1 - cos` of its input and output, averaged over tokens (Men et al., arXiv 2403.03853, Eq 1).
+
+    Raises:
+        FloatingPointError: If the model's hidden states are not finite.
+    """
     layers = find_layers(model)
     totals = [0.0] * len(layers)
     tokens = [0] * len(layers)
 
     def add(index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any], output_BTD: torch.Tensor) -> None:
-        h_BTD = hidden_of(args, kwargs)
-        cosines_BT = nn.functional.cosine_similarity(h_BTD.float(), output_BTD.float(), dim=-1)
-        changes = 1 - select_tokens(cosines_BT, mask_BT)
+        h_ND, output_ND = (select_tokens(value, mask_BT) for value in (hidden_of(args, kwargs), output_BTD))
+        check_finite(h_ND, output_ND)
+        changes = 1 - nn.functional.cosine_similarity(h_ND.float(), output_ND.float(), dim=-1)
         totals[index] += changes.sum().item()
         tokens[index] += changes.numel()
 

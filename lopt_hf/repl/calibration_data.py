@@ -1,16 +1,19 @@
 """Calibration data as batches of model inputs."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
 from typing import Any
 
 import torch
 
-from lopt_hf.repl.config import RepLConfig
+from lopt_hf.common.settings import check_left_out
+from lopt_hf.repl.config import CUTTING, RepLConfig
 
-__all__ = ["make_batches"]
+__all__ = ["check_lengths", "learned_positions", "make_batches"]
 
 Batch = dict[str, torch.Tensor]
+LEARNED_POSITIONS = ("gpt2", "opt")  # families whose tables of positions end
+READABLE = (("text",), ("messages",), ("prompt", "completion"))  # columns of a row with text
 
 
 def make_batches(data: Any, processing_class: Any, config: RepLConfig) -> list[Batch]:
@@ -18,13 +21,14 @@ def make_batches(data: Any, processing_class: Any, config: RepLConfig) -> list[B
 
     Args:
         data: Texts; a data set with a column `text`, `input_ids`, `messages`, or `prompt` and `completion`; or batches
-            of model inputs (dictionaries of tensors), which are taken as they are.
+            of model inputs (dictionaries of tensors, a tokenizer's among them), which are taken as they are. Of rows
+            with an `attention_mask` padding is left out.
         processing_class: The tokenizer, where there is text.
         config: Says how many tokens, in which pieces.
 
     Raises:
-        ValueError: If there is no data, not a whole sequence of it, no tokenizer for it, or nothing to draw from by a
-            seed.
+        ValueError: If there is no data, not a whole sequence of it, no tokenizer for it, or no text to cut as the
+            config says.
     """
     if data is None:
         needs = {f"init={config.init!r}": "set init to 'skip'"} if config.init == "calibrate" else {}
@@ -34,20 +38,28 @@ def make_batches(data: Any, processing_class: Any, config: RepLConfig) -> list[B
             f"calibration_data is missing, but {' and '.join(needs)} must have it; pass texts or a data set, or "
             f"{' and '.join(needs.values())}."
         )
-    if isinstance(data, dict) or not isinstance(data, Iterable):
+    if isinstance(data, Mapping) or not isinstance(data, Iterable):
         name = type(data).__name__
-        raise ValueError(f"calibration_data is a {name}; pass texts, one split of a data set, or batches of inputs.")
+        raise ValueError(
+            f"calibration_data is a {name}; pass texts, one split of a data set, or a list of batches of inputs."
+        )
     rows = iter([data] if isinstance(data, str) else data)
-    first = next(rows, None)
-    if first is None:
+    first = list(islice(rows, 1))
+    if not first:
         raise ValueError("calibration_data is empty; check the file or split it was loaded from.")
-    rows = chain([first], rows)
-    if isinstance(first, dict) and all(isinstance(value, torch.Tensor) for value in first.values()):
+    rows = chain(first, rows)
+    if _is_batch(first[0]):
         if config.calibration_seed is not None:
             raise ValueError(
                 f"calibration_seed={config.calibration_seed} draws sequences from text, but calibration_data are "
                 "batches already, which are all taken; leave it out, or pass texts or a data set."
             )
+        check_left_out(
+            config,
+            [name for name in CUTTING if name != "calibration_seed"],
+            "cuts sequences from text, but calibration_data are batches already, which are taken as they are; leave "
+            "it out, or pass texts or a data set.",
+        )
         return [{name: value for name, value in batch.items() if name != "labels"} for batch in rows]
     return _pack(_token_ids(rows, processing_class), config)
 
@@ -68,29 +80,76 @@ def _pack(token_ids: Iterator[int], config: RepLConfig) -> list[Batch]:
     return [{"input_ids": batch_BT} for batch_BT in rows_BT.split(size)]
 
 
+def _is_batch(row: Any) -> bool:
+    """Whether it is a batch of inputs, and no row of a data set, whose tensors have one dimension."""
+    if not isinstance(row, Mapping) or not all(isinstance(value, torch.Tensor) for value in row.values()):
+        return False
+    return any(value.ndim > 1 for value in row.values())
+
+
 def _token_ids(rows: Iterable[Any], tokenizer: Any) -> Iterator[int]:
     for row in rows:
-        if isinstance(row, dict) and "input_ids" in row:
-            yield from row["input_ids"]
+        if isinstance(row, Mapping) and "input_ids" in row:
+            yield from _tokens_of(row)
             continue
         if tokenizer is None:
             raise ValueError("processing_class is missing; pass the model's tokenizer for calibration_data with text.")
         yield from tokenizer(_text(row, tokenizer), add_special_tokens=False, verbose=False)["input_ids"]
 
 
+def _tokens_of(row: Mapping[str, Any]) -> list[int]:
+    """The tokens of a tokenised row that are no padding."""
+    ids = torch.as_tensor(row["input_ids"], dtype=torch.long)
+    if ids.ndim != 1:
+        raise ValueError(
+            "calibration_data has input_ids of more than one row that are no tensor; call the tokenizer with "
+            "return_tensors='pt', or pass its rows one by one."
+        )
+    mask = row.get("attention_mask")
+    return (ids if mask is None else ids[torch.as_tensor(mask).bool()]).tolist()
+
+
 def _text(row: Any, tokenizer: Any) -> str:
     if isinstance(row, str):
         return row
-    if "text" in row:
+    if not isinstance(row, Mapping):
+        raise ValueError(f"calibration_data has a row of type {type(row).__name__}; pass texts, or rows with columns.")
+    columns = next((names for names in READABLE if set(names) <= row.keys()), None)
+    if columns is None:
+        raise ValueError(
+            f"calibration_data has the columns {sorted(row)}, but none that can be read (text; input_ids; messages; "
+            "prompt + completion); rename the columns."
+        )
+    for name in columns:
+        if row[name] is None:
+            raise ValueError(f"calibration_data has a row whose {name!r} is None; leave such rows out.")
+    if columns == ("text",):
         return row["text"]
-    if "messages" in row:
-        return tokenizer.apply_chat_template(row["messages"], tokenize=False)
-    if {"prompt", "completion"} <= row.keys():
-        prompt, completion = row["prompt"], row["completion"]
-        if isinstance(prompt, str):
-            return prompt + completion
-        return tokenizer.apply_chat_template(prompt + completion, tokenize=False)
-    raise ValueError(
-        f"calibration_data has the columns {sorted(row)}, but none that can be read (text; input_ids; messages; "
-        "prompt + completion); rename the columns."
-    )
+    values = [row[name] for name in columns]
+    if isinstance(values[0], str):
+        return "".join(values)
+    return tokenizer.apply_chat_template([message for value in values for message in value], tokenize=False)
+
+
+def learned_positions(config: Any) -> float:
+    """How many positions a model knows: as many as it has learned, else any number."""
+    return config.max_position_embeddings if config.model_type in LEARNED_POSITIONS else float("inf")
+
+
+def check_lengths(batches: Iterable[Mapping[str, torch.Tensor]], config: Any) -> None:
+    """Checks that a model knows all positions of calibration data.
+
+    Args:
+        batches: The data, as `make_batches` gives them.
+        config: The model's.
+
+    Raises:
+        ValueError: If a sequence is longer than its table of positions.
+    """
+    longest = max((batch["input_ids"].shape[1] for batch in batches if "input_ids" in batch), default=0)
+    most = learned_positions(config)
+    if longest > most:
+        raise ValueError(
+            f"calibration_data has sequences of {longest} tokens, but model={config.model_type} has learned {most} "
+            f"positions; set calibration_seq_length to at most {most}, or cut the batches."
+        )

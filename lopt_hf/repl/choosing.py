@@ -181,6 +181,9 @@ def span_angles(model: PreTrainedModel, spans: Sequence[Span], batches: Batches)
     """For each span the angle between the hidden states before and behind it, as a share of pi, averaged over tokens.
 
     Source: Gromov et al., arXiv 2403.17887, who take the last token of each sequence only.
+
+    Raises:
+        FloatingPointError: If the model's hidden states are not finite.
     """
     totals, tokens = [0.0] * len(spans), 0
     layers = find_layers(model)
@@ -188,6 +191,7 @@ def span_angles(model: PreTrainedModel, spans: Sequence[Span], batches: Batches)
         for batch in batches:
             forward_base(model, batch)
             h_LND = torch.stack([select_tokens(h_BTD, kept_tokens(batch)).float() for h_BTD in states.values()])
+            check_finite(h_LND)
             for index, (first, end) in enumerate(spans):
                 cosines_N = nn.functional.cosine_similarity(h_LND[first], h_LND[end], dim=-1)
                 totals[index] += (cosines_N.clamp(-1, 1).acos() / math.pi).sum().item()

@@ -18,15 +18,17 @@ from lopt_hf.common.arithmetic import arithmetic_of
 from lopt_hf.common.files import write_text
 from lopt_hf.data.prepared import check_answers_fit
 from lopt_hf.data.pretrained import resolve_model
-from lopt_hf.data.texts import prose, read_text
+from lopt_hf.data.texts import is_text, prose, read_text
+from lopt_hf.repl.calibration_data import learned_positions
 from lopt_hf.repl.comparison_arguments import (
     ALL,
     PLAIN_FOLDER,
     REPORT,
     ComparisonArguments,
+    check_no_healing,
     check_scratch,
 )
-from lopt_hf.repl.config import RepLConfig
+from lopt_hf.repl.config import CHOOSING, CUTTING, RepLConfig
 from lopt_hf.repl.experiment import (
     FULL,
     PLAIN,
@@ -76,7 +78,9 @@ class Comparison:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(self.name, revision=self.revision)
         if self.script_args.scratch is not None:
             check_scratch(self.config)
+        self._check_idle()
         self._check_teacher()
+        self._check_positions()
         for text in self._named():
             parse_variant(text, self.config)
         self.calibration, evaluation = read_texts(self.script_args)
@@ -98,6 +102,28 @@ class Comparison:
         """How every model is made."""
         return {"dtype": getattr(torch, self.dtype), "attn_implementation": self.model_args.attn_implementation}
 
+    def _check_idle(self) -> None:
+        """Checks that what is set has an effect, on this model or on one that it is compared with.
+
+        What a recipe may set and an option beside it replaces is named, and no reason to end.
+
+        Raises:
+            ValueError: If something has none.
+        """
+        for name, why in self.config.idle.items():
+            if self.script_args.compare and name not in CHOOSING:
+                continue  # it may be of another
+            text = f"{name}={getattr(self.config, name)!r} has no effect: it {why}"
+            if name not in (*CHOOSING, *CUTTING):
+                raise ValueError(f"{text}; leave it out.")
+            print(f"{text}.", file=sys.stderr)
+        if self.script_args.dataset_name is not None:
+            return
+        check_no_healing(self.script_args, self.model_args)
+        if self.config.distillation_weight > 0:
+            weight = self.config.distillation_weight
+            print(f"distillation_weight={weight} has no effect without healing, on dataset_name.", file=sys.stderr)
+
     def _check_teacher(self) -> None:
         """Checks that a full model is there to learn from, and data to learn it on.
 
@@ -112,6 +138,26 @@ class Comparison:
             raise ValueError(f"{given} cannot be used with scratch, where it is untrained; leave one out.")
         if self.script_args.dataset_name is None:
             raise ValueError(f"{given} cannot be used without healing; give dataset_name, or leave it out.")
+
+    def _check_positions(self) -> None:
+        """Checks that the model knows all positions of the sequences that texts are cut into.
+
+        Raises:
+            ValueError: If they are longer than its table of positions.
+        """
+        changes: Any = self.script_args.scratch or {}
+        most = learned_positions(AutoConfig.from_pretrained(self.name, revision=self.revision, **changes))
+        lengths: dict[str, int | None] = {"eval_chunk_length": self.script_args.eval_chunk_length}
+        if self.config.needs_calibration_data:
+            lengths["calibration_seq_length"] = self.config.calibration_seq_length
+        if is_text(self.script_args.dataset_name or ""):
+            lengths["max_length"] = self.args.max_length
+        for name, length in lengths.items():
+            if length is not None and length > most:
+                raise ValueError(
+                    f"{name}={length} is more than the {most} positions that model={self.name} has learned; set it to "
+                    f"at most {most}."
+                )
 
     def _named(self) -> list[str]:
         return [text for text in self.script_args.compare if text != ALL]

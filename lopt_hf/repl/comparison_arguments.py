@@ -1,6 +1,7 @@
 """What a comparison of RepL is told: its texts, data and models, and the checks of them."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +22,7 @@ __all__ = [
     "ComparisonArguments",
     "ComparisonModelConfig",
     "check_healing",
+    "check_no_healing",
     "check_output_dir",
     "check_scratch",
 ]
@@ -101,6 +103,10 @@ class ComparisonModelConfig(ModelConfig):
         for name in self.idle_options:
             if getattr(self, name):
                 raise ValueError(f"{name}=True: layers of a quantised model cannot be replaced; leave it out.")
+        modules = self.lora_target_modules
+        # TRL makes the text of a list of one, which PEFT takes for a pattern that whole paths have to match
+        if isinstance(modules, str) and re.fullmatch(r"[\w.]+", modules):
+            self.lora_target_modules = [modules]
 
 
 def _json_object(option: str, text: str) -> dict[str, Any]:
@@ -125,6 +131,17 @@ def check_scratch(config: RepLConfig) -> None:
         raise ValueError(
             f"placement={config.placement!r} says nothing of random weights; use 'every' or name the layers."
         )
+
+
+def check_no_healing(script_args: ComparisonArguments, model_args: ModelConfig) -> None:
+    """Checks that nothing is asked of healing where there is none.
+
+    Raises:
+        ValueError: If something is.
+    """
+    for name, value, default in (("seeds", script_args.seeds, [0]), ("use_peft", model_args.use_peft, False)):
+        if value != default:
+            raise ValueError(f"{name}={value} has no effect without healing; give dataset_name, or leave it out.")
 
 
 def check_healing(args: HealingConfig) -> None:

@@ -1,14 +1,16 @@
 """Arguments of `get_repl_model`."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lopt_hf.common.settings import check_choices, check_left_out, check_lowest, option
 
 __all__ = [
     "BRANCHES",
+    "CHOOSING",
     "CONV_OPERATORS",
+    "CUTTING",
     "MAP_OPERATORS",
     "MLP_OPERATORS",
     "OPERATORS",
@@ -31,6 +33,8 @@ INITS = ("calibrate", "paper", "skip")
 COEFFICIENTS = ("channel", "head", "scalar")
 BRANCHES = ("identity", "value", "output", "mlp")
 TRAINABLE = ("all", "coefficients")
+CHOOSING = ("placement", "every")
+CUTTING = ("calibration_tokens", "calibration_seed", "calibration_seq_length", "calibration_batch_size")
 _SMALLEST = {
     "every": 2,
     "calibration_tokens": 1,
@@ -147,6 +151,7 @@ class RepLConfig:
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name}={value} must be a number from 0 on.")
         self._check_branches()
+        self._check_layers()
         self._read_spans()
         self._check_placement()
         self._check_operator()
@@ -179,6 +184,11 @@ class RepLConfig:
                 f"operator='mlp' has no coefficients (paper, Eq 25-27), so init={self.init!r} has nothing to set; "
                 "set init to 'paper'."
             )
+        if self.operator == "mlp" and self.trainable == "coefficients":
+            raise ValueError(
+                "trainable='coefficients' leaves nothing to train, since operator='mlp' has none; set trainable to "
+                "'all', or use another operator."
+            )
 
     def _check_convolution(self) -> None:
         if self.init == "calibrate":
@@ -206,6 +216,11 @@ class RepLConfig:
                 f"coefficients='head' needs branches that have heads, but branches={self.branches}; "
                 "use ['value'], or another granularity."
             )
+
+    def _check_layers(self) -> None:
+        layers = self.layers_to_replace
+        if layers is not None and not (isinstance(layers, list | tuple) and all(_is_layer(layer) for layer in layers)):
+            raise ValueError(f"layers_to_replace={layers!r} must list whole numbers of layers, like [14, 17].")
 
     def _read_spans(self) -> None:
         if self.spans is None:
@@ -261,6 +276,40 @@ class RepLConfig:
         """Whether the surrogates or their places follow from data."""
         return self.chooses_by_data or self.init == "calibrate"
 
+    @property
+    def idle(self) -> dict[str, str]:
+        """The options that are set but have no effect beside the others, each with the reason."""
+        reasons: dict[str, str] = {}
+        if self.layers_to_replace is not None or self.spans is not None:
+            reasons |= dict.fromkeys(CHOOSING, "chooses layers, which are named")
+        if self.operator != "branches":
+            reasons |= dict.fromkeys(
+                ("coefficients", "branches"), f"is of operator 'branches', not of {self.operator!r}"
+            )
+        tries_fits = self.chooses_by_data and self.placement == "span" and self.span_criterion in ("auto", "error")
+        if self.init != "calibrate" and not tries_fits:
+            reasons["ridge"] = f"is of a fit, and with init={self.init!r} nothing is fitted"
+        if not self.needs_calibration_data:
+            reasons |= dict.fromkeys(CUTTING, f"cuts calibration data, which init={self.init!r} does without")
+        default = RepLConfig(num_layers_to_replace=1)
+        return {name: why for name, why in reasons.items() if getattr(self, name) != getattr(default, name)}
+
+    def check_idle(self) -> None:
+        """Checks that every option that is set has an effect.
+
+        Not done as a config is made: one that is to be compared with others may have options of theirs.
+
+        Raises:
+            ValueError: If one has none.
+        """
+        for name, why in self.idle.items():
+            raise ValueError(f"{name}={getattr(self, name)!r} has no effect: it {why}; leave it out.")
+
+    def without_idle(self) -> "RepLConfig":
+        """The same without the options that have no effect."""
+        default = RepLConfig(num_layers_to_replace=1)
+        return replace(self, **{name: getattr(default, name) for name in self.idle})
+
     def to_dict(self) -> dict[str, Any]:
         """The arguments as plain values."""
         return asdict(self)
@@ -271,10 +320,14 @@ def init_of(operator: str) -> str:
     return "paper" if operator in ("mlp", *CONV_OPERATORS) else "calibrate"
 
 
+def _is_layer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _is_pair(value: Any) -> bool:
     return (
         isinstance(value, list | tuple)
         and len(value) == 2
-        and all(isinstance(number, int) and not isinstance(number, bool) for number in value)
+        and all(_is_layer(number) for number in value)
         and value[0] < value[1]
     )

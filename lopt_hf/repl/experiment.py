@@ -107,7 +107,7 @@ def parse_variant(text: str, config: RepLConfig) -> RepLConfig:
     if len(parts) > 3 or not (behind == "" or behind.isdecimal()):
         raise ValueError(f"compare={text!r} is no operator[:init[:refit_behind]]; write it like 'refit:calibrate:4'.")
     settings: dict[str, Any] = {"operator": operator, "init": init or config.init, "refit_behind": int(behind or 0)}
-    return replace(config, **settings, distillation_weight=0.0, detach_sources=True)
+    return replace(config, **settings, distillation_weight=0.0, detach_sources=True, trainable="all")
 
 
 def all_variants(config: RepLConfig) -> list[str]:
@@ -125,9 +125,12 @@ def make_plain(model: PreTrainedModel, removed: Sequence[int]) -> PreTrainedMode
 def make_variant(
     model: PreTrainedModel, config: RepLConfig, calibration_data: Any, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Any, float]:
-    """A copy of a model with layers replaced, and the seconds that choosing and calibrating took."""
+    """A copy of a model with layers replaced, and the seconds that choosing and calibrating took.
+
+    Options of other variants, which have no effect on this one, are left out.
+    """
     start = perf_counter()
-    variant = get_repl_model(copy.deepcopy(model), config, calibration_data, tokenizer)
+    variant = get_repl_model(copy.deepcopy(model), config.without_idle(), calibration_data, tokenizer)
     return variant, perf_counter() - start
 
 

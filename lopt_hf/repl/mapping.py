@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from lopt_hf.repl.calibration_data import make_batches
+from lopt_hf.repl.calibration_data import check_lengths, make_batches
 from lopt_hf.repl.choosing import (
     check_count,
     check_enough_tokens,
@@ -22,6 +22,7 @@ from lopt_hf.repl.fitting import calibrate
 from lopt_hf.repl.model import (
     RepLModel,
     change_config_class,
+    cost_of_layers,
     freeze_stock_weights,
     make_classes,
     put_surrogate,
@@ -55,7 +56,8 @@ def get_repl_model(
         The model, now also a `RepLModel`.
 
     Raises:
-        ValueError: If the model, the layers or the data do not fit; the message names field, value and fix.
+        ValueError: If the model, the layers or the data do not fit, or if an option has no effect; the message names
+            field, value and fix.
 
     Example:
 
@@ -66,6 +68,7 @@ def get_repl_model(
     """
     _check_model(model)
     check_kind(config, model)
+    config.check_idle()
     layers, family = find_layers(model), model.config.model_type
     spans = spans_of(config, model)  # before the data are run through the model
     if spans is None:
@@ -73,6 +76,7 @@ def get_repl_model(
         check_operator(config, model)
     check_refit_behind(config, model)
     batches = make_batches(calibration_data, processing_class, config) if config.needs_calibration_data else []
+    check_lengths(batches, model.config)
     check_enough_tokens(config, model, batches)
     read = partial(read_neighbours, layers, config=model.config, family=family, settings=config)
     fitted: dict[Span, Operator] = {}
@@ -139,7 +143,8 @@ def _replace(model: Any, config: RepLConfig, spans: Sequence[Span], operators: A
         put_surrogate(operators[span], before, after, teachers if config.distillation_weight > 0 else ())
     change_config_class(model.config, config_class)
     origin = {"architecture": architecture, "family": family}
-    model.config.repl = {**origin, "removed": removed, "config": config.to_dict()}
+    costs = [cost_of_layers([gone[layer] for layer in range(*span)], model.config) for span in spans]
+    model.config.repl = {**origin, "removed": removed, "removed_costs": costs, "config": config.to_dict()}
     model.__class__ = model_class
     freeze_stock_weights(model)
     return model

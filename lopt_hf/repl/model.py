@@ -33,6 +33,7 @@ from lopt_hf.repl.surgery import PER_LAYER_LISTS, SynthesisHook, attach, attach_
 __all__ = [
     "RepLModel",
     "change_config_class",
+    "cost_of_layers",
     "freeze_stock_weights",
     "make_classes",
     "put_surrogate",
@@ -106,13 +107,13 @@ class RepLModel:
     @property
     def surrogate_costs(self) -> list[SurrogateCost]:
         """What each surrogate costs beside its removed layers."""
-        layers = find_layers(self)  # type: ignore[arg-type]
-        operators, costs = self.surrogates, []
-        per_token = self.config.get_text_config().to_dict().get("num_experts_per_tok") or 1
-        for (first, end), index in _places(self.config.repl["removed"]):
-            of_one = layer_cost(layers[index], per_token)  # its neighbour's are its own
-            costs.append(cost_of(first, operators[first], [(end - first) * value for value in of_one]))
-        return costs
+        layers, operators = find_layers(self), self.surrogates  # type: ignore[arg-type]
+        places = _places(self.config.repl["removed"])
+        removed = self.config.repl.get("removed_costs")
+        if removed is None:  # of an older model; the layer behind is alike, but beside mixtures of experts
+            alike = [(end - first) * [layers[index]] for (first, end), index in places]
+            removed = [cost_of_layers(span, self.config) for span in alike]
+        return [cost_of(first, operators[first], cost) for ((first, _), _), cost in zip(places, removed, strict=True)]
 
     @property
     def hooks(self) -> list[SynthesisHook]:
@@ -151,13 +152,15 @@ def _settings_of(repl: Mapping[str, Any]) -> RepLConfig:
     """The arguments that a model was made with, as its `config.json` has them.
 
     Before `span_criterion` had `"auto"`, every model was saved with `"error"`, which now has to have an effect, as has
-    `every`.
+    `every`; and what trains could be the coefficients of an operator without any.
     """
     values = dict(repl["config"])
     if values.get("placement") != "every":
         values.pop("every", None)
     if values.get("span_criterion") == "error":
         values["span_criterion"] = "auto"  # the same
+    if values["operator"] == "mlp":
+        values["trainable"] = "all"
     return RepLConfig(**values)
 
 
@@ -179,6 +182,8 @@ def _fold_to_stock(model: Any) -> Any:
     del model.config.repl
     change_config_class(model.config, model_class.config_class)
     model.__class__ = model_class
+    if settings.trainable == "coefficients":  # they have become part of weights that were frozen
+        model.requires_grad_(True)
     _warn_of_patterns(model.config.get_text_config())
     return model
 
@@ -220,6 +225,17 @@ def _fold_beside(model: Any) -> Any:
     model.config.repl = {**kept, "surrogates": folded}
     model.__class__ = model_class
     return model
+
+
+def cost_of_layers(layers: Sequence[nn.Module], config: Any) -> list[int]:
+    """Parameters, and multiply-adds per token, of some layers of a model together.
+
+    Args:
+        layers: The layers.
+        config: The model's.
+    """
+    per_token = config.get_text_config().to_dict().get("num_experts_per_tok") or 1
+    return [sum(values) for values in zip(*(layer_cost(layer, per_token) for layer in layers), strict=True)]
 
 
 def _places(removed: Sequence[int]) -> list[tuple[Span, int]]:

@@ -46,6 +46,7 @@ __all__ = [
 
 CODE_FILES = ("configuration_repl.py", "modeling_repl.py")  # beside each other here, and in a checkpoint
 FOLDED_PREFIX = "FoldedRepL"
+HUB_ARGUMENTS = ("repo_id", "commit_message", "private", "create_pr")  # of `save_pretrained`, for an upload alone
 
 
 class FoldedMLP(nn.Module):
@@ -191,20 +192,27 @@ class FoldedModel:
             layer.surrogate = make_folded(spec)
             layer.register_forward_pre_hook(SurrogateHook(), with_kwargs=True)
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Saves the model as a stock one is saved, with the code that it needs where `lopt_hf` is not imported.
 
         Args:
             save_directory: Folder of the checkpoint.
             *args: Further arguments of `PreTrainedModel.save_pretrained`.
-            **kwargs: Likewise.
+            push_to_hub: Uploads it too, with its code.
+            **kwargs: Likewise, or for the upload.
         """
         self.config.auto_map = {"AutoConfig": "configuration_repl.FoldedRepLConfig"}
+        hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        for name in CODE_FILES if kwargs.get("is_main_process", True) else ():
+        if not kwargs.get("is_main_process", True):
+            return
+        for name in CODE_FILES:
             source, target = Path(__file__).with_name(name), Path(save_directory) / name
             if not (target.exists() and target.samefile(source)):
                 shutil.copyfile(source, target)
+        if push_to_hub:  # not by the stock method, which would upload before the code is there
+            hub |= {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
+            self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), **hub)  # type: ignore[attr-defined]
 
     def train(self, mode: bool = True) -> Any:
         """As the stock model's, but a folded model is there to be used, not to be trained.

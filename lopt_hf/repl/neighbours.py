@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
@@ -192,14 +193,29 @@ def effective(module: Any) -> Affine:
     Returns:
         Its weight as (out, in), of a convolution (out, in, height, width), and its bias.
     """
+    if isinstance(module, ModulesToSaveWrapper):
+        copies: Any = module.modules_to_save
+        module = module.original_module if module.disable_adapters else copies[module.active_adapter]
     adapter = module if isinstance(module, BaseTunerLayer) else None
     base: Any = adapter.get_base_layer() if adapter is not None else module
-    weight = base.weight
+    is_transposed = isinstance(base, Conv1D)
+    own = base.weight.T if is_transposed else base.weight
+    weight = own
     if isinstance(adapter, lora.Linear | lora.Conv2d) and not adapter.merged and not adapter.disable_adapters:
         for name in adapter.active_adapters:
             if name in adapter.lora_A:
-                weight = weight + adapter.get_delta_weight(name)
-    return Affine(weight.T if isinstance(base, Conv1D) else weight, base.bias)
+                delta = adapter.get_delta_weight(name)
+                weight = weight + _added(adapter, name, own, delta.T if is_transposed else delta)
+    return Affine(weight, base.bias)
+
+
+def _added(adapter: Any, name: str, weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """What an adapter adds to a weight: with DoRA the sum's rows have lengths of their own."""
+    if name not in adapter.lora_magnitude_vector:
+        return delta
+    summed = weight + delta
+    factors_O = adapter.lora_magnitude_vector[name].weight.flatten() / summed.flatten(1).norm(dim=1).detach()
+    return summed * factors_O.view(-1, *[1] * (summed.ndim - 1)) - weight
 
 
 class Neighbour:
@@ -233,7 +249,8 @@ class Neighbour:
     def _norm(self, path: str) -> NormWeights:
         module: Any = self.layer.get_submodule(path)
         weight = self._read(module.weight)
-        bias = self._read(module.bias) if isinstance(module, nn.LayerNorm) else None
+        # By the layout, not by the class: PEFT wraps a norm that learns beside adapters
+        bias = self._read(module.bias) if self.layout.norm == "layer" else None
         if weight is not None and self.layout.norm_offset:
             weight = weight + self.layout.norm_offset
         return NormWeights(weight, bias)

@@ -22,12 +22,26 @@ __all__ = [
 Span = tuple[int, int]
 
 
+def _check_enough(num_layers: int) -> None:
+    """Checks that a model has a layer between its first and its last.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    if num_layers < 3:
+        raise ValueError(
+            f"num_hidden_layers={num_layers}: the first and the last layer are kept, so none can be replaced; use a "
+            "model with 3 or more."
+        )
+
+
 def every_kth(num_layers: int, every: int) -> list[int]:
     """Layers K, 2K, ... counted from 1 (paper), as numbers from 0; the last layer stays.
 
     Raises:
         ValueError: If there is no such layer.
     """
+    _check_enough(num_layers)
     chosen = list(range(every - 1, num_layers - 1, every))
     if not chosen:
         raise ValueError(f"every={every} chooses none of {num_layers} layers; use at most {num_layers - 1}.")
@@ -44,6 +58,7 @@ def least_influence(influence: Sequence[float], count: int) -> list[int]:
     Raises:
         ValueError: If the model has too few layers.
     """
+    _check_enough(len(influence))
     most = (len(influence) - 1) // 2
     if not 1 <= count <= most:
         raise ValueError(
@@ -68,6 +83,7 @@ def check_layers(layers: Sequence[int], num_layers: int) -> list[int]:
     Raises:
         ValueError: If a layer is the first, the last or none of the model's, or if two are adjacent or the same.
     """
+    _check_enough(num_layers)
     chosen = sorted(layers)
     if not chosen or chosen[0] < 1 or chosen[-1] > num_layers - 2:
         raise ValueError(
@@ -105,6 +121,7 @@ def check_spans(spans: Sequence[Sequence[int]], kinds: Sequence[str]) -> list[Sp
         ValueError: If a span has the first, the last or none of the model's layers, if two overlap or touch, or if one
             has layers of more than one kind.
     """
+    _check_enough(len(kinds))
     chosen = sorted((first, end) for first, end in spans)
     for first, end in chosen:
         name = f"spans={[list(span) for span in spans]}"
@@ -146,6 +163,7 @@ def candidate_spans(count: int, kinds: Sequence[str]) -> list[Span]:
     Raises:
         ValueError: If there is none.
     """
+    _check_enough(len(kinds))
     spans = [(first, first + count) for first in range(1, len(kinds) - count)]
     fitting = [span for span in spans if count > 0 and _change_within(span, kinds) is None]
     if not fitting:
@@ -176,12 +194,13 @@ def least_influence_spans(influence: Sequence[float], count: int, kinds: Sequenc
     Raises:
         ValueError: If the model has too few layers.
     """
-    chosen: set[int] = set()
+    _check_enough(len(influence))
+    chosen: list[int] = []  # as many as fit
     for layer in sorted(range(1, len(influence) - 1), key=influence.__getitem__):
         beside = [other for other in (layer - 1, layer + 1) if other in chosen]
-        if len(chosen) < count and all(kinds[other] == kinds[layer] for other in beside):
-            chosen.add(layer)
-    if count < 1 or len(chosen) < count:
+        if all(kinds[other] == kinds[layer] for other in beside):
+            chosen.append(layer)
+    if not 1 <= count <= len(chosen):
         by_data = (
             " How many fit depends on the order of their influence, so on the data." if len(set(kinds)) > 1 else ""
         )
@@ -190,7 +209,7 @@ def least_influence_spans(influence: Sequence[float], count: int, kinds: Sequenc
             f"first, nor the last, nor neighbours of two types are replaced; choose a number from 1 to {len(chosen)}."
             f"{by_data}"
         )
-    return runs_of(sorted(chosen))
+    return runs_of(sorted(chosen[:count]))
 
 
 def named_spans(config: RepLConfig, kinds: Sequence[str]) -> list[Span] | None:

@@ -27,6 +27,7 @@ __all__ = [
     "attach_in_mlp",
     "detach",
     "detach_from_mlp",
+    "hooked_paths",
     "kept_index",
     "relative_distance",
     "remove_layers",
@@ -185,3 +186,16 @@ def detach_from_mlp(previous: Neighbour, surrogate: MLPMap) -> None:
     """Takes the surrogate out of a layer's MLP."""
     remove_forward_hooks(surrogate.place(previous), MLPHook)
     del previous.layer.surrogate
+
+
+def hooked_paths(model: Any) -> list[str]:
+    """Finds the modules behind or before which a model's surrogates run, by their paths."""
+    paths = {module: path for path, module in model.named_modules()}
+    found = []
+    for layer in find_layers(model):
+        surrogate = dict(layer.named_children()).get("surrogate")
+        if isinstance(surrogate, MLPMap):
+            found.append(paths[surrogate.place(Neighbour(layer, model.config, model.config.repl["family"]))])
+        elif surrogate is not None:
+            found.append(paths[layer])
+    return found

@@ -23,6 +23,7 @@ from lopt_hf.data.texts import is_text, read_text
 from lopt_hf.repl.distillation import DistillationArguments, TeacherMixin, added_loss_divisor, bare_model
 from lopt_hf.repl.model import RepLModel
 from lopt_hf.repl.placement import runs_of
+from lopt_hf.repl.surgery import hooked_paths
 
 __all__ = ["DistillationMixin", "HealingConfig", "PlainHealingTrainer", "RepLTrainer", "heal", "healing_data"]
 
@@ -122,7 +123,8 @@ class RepLTrainer(DistillationMixin, TeacherMixin, SFTTrainer):
 
     Raises:
         ValueError: If the model is no `RepLModel`, or was loaded without its removed layers while
-            `distillation_weight` asks for them; or if the teacher is missing, or is not the model's.
+            `distillation_weight` asks for them; if the teacher is missing, or is not the model's; or if adapters are
+            in a surrogate's way.
     """
 
     _tag_names = ["trl", "sft", "repl"]
@@ -137,6 +139,8 @@ class RepLTrainer(DistillationMixin, TeacherMixin, SFTTrainer):
                 "distillation_weight > 0, but the removed layers are not saved with a model and this one was loaded "
                 "without them; call get_repl_model on the stock model, or set distillation_weight to 0 in its config."
             )
+        if kwargs.get("peft_config") is not None:
+            _check_adapters(model, kwargs["peft_config"])
         spans = runs_of(model.config.repl["removed"])
         super().__init__(model, *args, teacher=teacher, removed_spans=spans, **kwargs)
 
@@ -146,27 +150,50 @@ class PlainHealingTrainer(TeacherMixin, SFTTrainer):
 
 
 def _check_adapters(model: Any, peft_config: Any) -> None:
-    """Checks that no adapter goes around a surrogate.
+    """Checks that what PEFT does with a module leaves its surrogate alone.
 
     OPT's MLP is no module of its own: the surrogate of `down_proj` follows `fc2`, inside the adapter of that, so what
-    the adapter adds is mapped once it is merged, but not while it trains.
+    the adapter adds is mapped once it is merged, but not while it trains. DoRA scales what its layer puts out, that of
+    `refit` with it, but merged the layer's own weights alone. A copy that PEFT makes to train a module has a hook of
+    its own, with a copy of the surrogate.
 
     Raises:
-        ValueError: If there would be one.
+        ValueError: If adapters or copies are in the way.
     """
-    repl, targets = model.config.repl, peft_config.target_modules
-    if repl["family"] != "opt" or repl["config"]["operator"] != "down_proj":
-        return
-    paths = [path for path, _ in model.named_modules() if path.endswith(".fc2")]
-    if isinstance(targets, str):  # a pattern, or a word for all
-        is_reached = targets == "all-linear" or any(re.fullmatch(targets, path) for path in paths)
-    else:
-        is_reached = any(f".{path}".endswith(f".{target}") for path in paths for target in targets or ())
-    if is_reached:
+    repl, hooked = model.config.repl, hooked_paths(model)
+    targets, uses_dora = (vars(peft_config).get(name) for name in ("target_modules", "use_dora"))
+    operator, place = repl["config"]["operator"], hooked[0].rpartition(".")[2]
+    alike = [path for path, _ in model.named_modules() if path.endswith(f".{place}")]  # of every layer
+    is_reached = any(_reaches(targets, path) for path in alike)
+    if is_reached and repl["family"] == "opt" and operator == "down_proj":
         raise ValueError(
             f"lora_target_modules={targets} reaches fc2, behind which operator='down_proj' has its surrogate; leave "
             "fc2 out of lora_target_modules."
         )
+    if is_reached and uses_dora and operator == "refit":
+        raise ValueError(
+            f"use_dora=True with lora_target_modules={targets} scales what operator='refit' adds to {place}, which is "
+            f"lost when adapters are merged; leave {place} out of lora_target_modules, or use_dora."
+        )
+    for name in vars(peft_config).get("modules_to_save") or ():
+        path = next((path for path in hooked if any(part.endswith(name) for part in _parents(path))), None)
+        if path is not None:
+            raise ValueError(
+                f"lora_modules_to_save has {name!r}, of which PEFT trains a copy, but {path} runs a surrogate, which "
+                f"would not learn; leave {name!r} out, or train the whole model."
+            )
+
+
+def _reaches(targets: Any, path: str) -> bool:
+    """Whether `target_modules` of PEFT name a linear layer: a pattern, or the ends of paths."""
+    if isinstance(targets, str):
+        return targets == "all-linear" or re.fullmatch(targets, path) is not None
+    return any(f".{path}".endswith(f".{target}") for target in targets or ())
+
+
+def _parents(path: str) -> list[str]:
+    """A module's path, and those of all that it is part of."""
+    return [path, *(path[: match.start()] for match in re.finditer("[.]", path))]
 
 
 def heal(
@@ -198,10 +225,11 @@ def heal(
     peft_config: Any = get_peft_config(model_args)
     if peft_config is not None and is_repl:
         peft_config.modules_to_save = [*(peft_config.modules_to_save or ()), "surrogate"]
-        _check_adapters(model, peft_config)
     taught: dict[str, Any] = {"teacher": teacher} if args.has_teacher else {}
     if not is_repl:
         taught["removed_spans"] = runs_of(removed)
+    text_config = model.config.get_text_config()
+    uses_cache = text_config.use_cache
     trainer_class: Any = RepLTrainer if is_repl else PlainHealingTrainer
     trainer = trainer_class(
         model, args=run_args, train_dataset=dataset, processing_class=tokenizer, peft_config=peft_config, **taught
@@ -212,4 +240,5 @@ def heal(
     if peft_config is not None:
         trained = trained.merge_and_unload()
     vars(trained).pop("forward", None)  # TRL's fused head, which unwrapping leaves there
+    text_config.use_cache = uses_cache  # which the trainer switches off
     return trained

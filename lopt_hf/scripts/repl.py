@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if judge_args.judge:
             found = judge(judge_args, tasks, comparison.full_model, Path(str(args.output_dir)), comparison.dtype)
             print(f"\n{found.to_markdown()}")
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         raise UsageExit(f"lopt-hf repl: {error}") from error
     print(f"\nModel and report saved to {args.output_dir}")
 

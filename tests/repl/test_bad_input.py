@@ -3,12 +3,13 @@
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from peft import LoraConfig
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from lopt_hf import LoPTConfig, LoPTTrainer, RepLConfig, RepLModel, RepLTrainer, get_repl_model
 from lopt_hf.repl.export import save_with_code
 from lopt_hf.repl.trainer import HealingConfig, heal
-from tests.repl.helpers import make_repl, make_stock
+from tests.repl.helpers import batches, make_repl, make_stock
 from tests.tiny import make_dataset, make_model, make_tokenizer
 from tests.trainers.helpers import training_args
 
@@ -25,6 +26,12 @@ from tests.trainers.helpers import training_args
         ({"num_layers_to_replace": None}, "num_layers_to_replace is missing"),
         ({"layers_to_replace": [2]}, "two ways to say which layers"),
         ({"placement": "every"}, "num_layers_to_replace=2 has no effect"),
+        ({"num_layers_to_replace": None, "layers_to_replace": 2}, r"layers_to_replace=2 must list .* like \[14, 17\]"),
+        (
+            {"num_layers_to_replace": None, "layers_to_replace": [2.0]},
+            r"layers_to_replace=\[2.0\] must list whole num",
+        ),
+        ({"operator": "mlp", "init": "paper", "trainable": "coefficients"}, "trainable='coefficients' leaves nothing"),
         ({"operator": "mlp"}, "operator='mlp' has no coefficients .* set init to 'paper'"),
         ({"operator": "branches", "branches": ["vlaue"]}, r"branches=\['vlaue'\] must name"),
         ({"operator": "branches", "coefficients": "head"}, "coefficients='head' needs branches that have heads"),
@@ -33,6 +40,39 @@ from tests.trainers.helpers import training_args
 def test_config(settings, message):
     with pytest.raises(ValueError, match=message):
         RepLConfig(**{"num_layers_to_replace": 2, **settings})
+
+
+NAMED = {"layers_to_replace": [2]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {**NAMED, "placement": "every"},
+            "placement='every' has no effect: it chooses layers, which are named; leave",
+        ),
+        ({**NAMED, "every": 9}, "every=9 has no effect: it chooses layers"),
+        ({**NAMED, "coefficients": "head"}, "coefficients='head' has no effect: it is of operator 'branches', not of"),
+        ({**NAMED, "branches": ["mlp"]}, r"branches=\['mlp'\] has no effect: it is of operator 'branches'"),
+        ({**NAMED, "init": "skip", "ridge": 9.0}, "ridge=9.0 has no effect: it is of a fit, and with init='skip'"),
+        ({"num_layers_to_replace": 1, "init": "skip", "ridge": 9.0}, "ridge=9.0 has no effect"),
+        ({**NAMED, "init": "skip", "calibration_seed": 3}, "calibration_seed=3 has no effect: it cuts calibration"),
+        ({"placement": "every", "init": "skip", "calibration_tokens": 64}, "calibration_tokens=64 has no effect"),
+    ],
+)
+def test_options_without_effect(settings, message):
+    with pytest.raises(ValueError, match=message):
+        get_repl_model(make_stock(), RepLConfig(**settings), batches())
+
+
+def test_options_with_an_effect():
+    """A span is chosen by fits, also where the surrogate that stays does nothing."""
+    by_fits = {"placement": "span", "num_layers_to_replace": 1, "init": "skip", "ridge": 9.0}
+    assert make_repl(layers_to_replace=None, **by_fits).config.repl["config"]["ridge"] == 9.0
+    assert not RepLConfig(
+        operator="branches", coefficients="scalar", branches=["mlp"], placement="every", every=2
+    ).idle
 
 
 def test_too_many_layers_are_refused_before_any_forward():
@@ -52,11 +92,30 @@ def test_too_many_layers_are_refused_before_any_forward():
         (DatasetDict(), "calibration_data is a DatasetDict; pass texts, one split"),
         (["short"], "gives 5 tokens .* less than one sequence of calibration_seq_length=512"),
         (Dataset.from_dict({"question": ["a"]}), r"has the columns \['question'\]"),
+        ([{"text": None}], "has a row whose 'text' is None; leave such rows out"),
+        ([None], "has a row of type NoneType; pass texts, or rows with columns"),
+        (make_tokenizer()(["1", "2"]), "calibration_data is a BatchEncoding; pass .* a list of batches"),
+        ([make_tokenizer()(["1", "2"])], "no tensor; call the tokenizer with return_tensors='pt'"),
     ],
 )
 def test_calibration_data(data, message):
     with pytest.raises(ValueError, match=message):
         get_repl_model(make_stock(), RepLConfig(num_layers_to_replace=1), data, make_tokenizer())
+
+
+@pytest.mark.parametrize("name", ["calibration_tokens", "calibration_seq_length", "calibration_batch_size"])
+def test_what_cuts_texts_has_no_effect_on_batches(name):
+    with pytest.raises(ValueError, match=f"{name}=16 cuts sequences from text, but calibration_data are batches"):
+        get_repl_model(make_stock(), RepLConfig(num_layers_to_replace=1, **{name: 16}), batches())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_sequences_longer_than_the_positions_that_were_learned(family):
+    config = RepLConfig(num_layers_to_replace=1, calibration_seq_length=129)
+    message = "sequences of 129 tokens, but model=.* has learned 128 .* set calibration_seq_length to at most 128"
+    with pytest.raises(ValueError, match=message):
+        get_repl_model(make_stock(family), config, ["1" * 600], make_tokenizer())
+    get_repl_model(make_stock(), config, ["1" * 600], make_tokenizer())
 
 
 def test_what_needs_calibration_data_is_named():
@@ -76,6 +135,29 @@ def test_adapters_that_would_go_around_a_surrogate(tmp_path):
             heal(model, 0, make_dataset(), args, adapters, make_tokenizer())
 
 
+@pytest.mark.parametrize(
+    ("operator", "adapters", "message"),
+    [
+        ("refit", {"use_dora": True, "lora_target_modules": "all-linear"}, "leave down_proj out of lora_target_modul"),
+        ("refit", {"lora_modules_to_save": ["down_proj"]}, "has 'down_proj', .*model.layers.0.mlp.down_proj runs"),
+        ("refit", {"lora_modules_to_save": ["lm_head", "mlp"]}, "lora_modules_to_save has 'mlp'"),
+        ("down_proj", {"lora_modules_to_save": ["mlp"]}, "leave 'mlp' out, or train the whole model"),
+        ("branches", {"lora_modules_to_save": ["layers.1"]}, "lora_modules_to_save has 'layers.1'"),
+    ],
+)
+def test_adapters_that_keep_a_surrogate_from_learning_or_merging(operator, adapters, message, tmp_path):
+    args = HealingConfig(str(tmp_path), report_to="none")
+    model_args = ModelConfig(**{"use_peft": True, "lora_target_modules": ["q_proj", "v_proj"], **adapters})
+    with pytest.raises(ValueError, match=message):
+        heal(make_repl(operator=operator), 0, make_dataset(), args, model_args, make_tokenizer())
+
+
+def test_adapters_of_a_trainer_of_ones_own(tmp_path):
+    lora = LoraConfig(target_modules=["q_proj"], modules_to_save=["surrogate", "mlp"])
+    with pytest.raises(ValueError, match="has 'mlp', of which PEFT trains a copy"):
+        RepLTrainer(make_repl(operator="down_proj"), SFTConfig(**training_args(tmp_path)), peft_config=lora)
+
+
 def test_text_without_a_tokenizer():
     with pytest.raises(ValueError, match="processing_class is missing"):
         get_repl_model(make_stock(), RepLConfig(num_layers_to_replace=1), ["text"])
@@ -86,6 +168,22 @@ def test_calibration_data_that_is_not_finite():
     model.model.layers[0].mlp.down_proj.weight.data.fill_(float("inf"))
     with pytest.raises(FloatingPointError, match="not finite"):
         make_repl(model)
+
+
+CHOICES = [
+    {},
+    {"placement": "influence"},
+    {"placement": "span", "span_criterion": "influence"},
+    {"placement": "span", "span_criterion": "angle"},
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_hidden_states_that_are_not_finite_choose_nothing(choice):
+    model = make_stock()
+    model.model.layers[2].mlp.down_proj.weight.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="not finite, so nothing can be fitted to them or chosen by them"):
+        make_repl(model, layers_to_replace=None, num_layers_to_replace=1, init="skip", **choice)
 
 
 def test_an_unknown_family():

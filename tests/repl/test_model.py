@@ -7,9 +7,11 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
 from lopt_hf import RepLConfig, RepLModel, get_repl_model
@@ -198,6 +200,14 @@ def test_a_model_saved_by_an_earlier_version_loads(tmp_path):
     torch.testing.assert_close(logits(loaded.merge_and_unload()), expected)
 
 
+def test_a_model_without_coefficients_that_was_to_train_them_loads(tmp_path):
+    make_repl(operator="mlp", init="paper").save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    saved["repl"]["config"]["trainable"] = "coefficients"
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert RepLModel.from_pretrained(tmp_path).get_nb_trainable_parameters()[0] > 0
+
+
 def test_folding_keeps_nothing_of_the_neighbours_twice():
     model = make_repl(operator="branches")
     stock = make_stock()
@@ -231,6 +241,43 @@ def test_costs_are_those_of_the_removed_layers():
     costs = make_repl().surrogate_costs
     assert [cost.layer for cost in costs] == REMOVED
     assert all(cost.removed_parameters == removed for cost in costs)
+
+
+def test_costs_of_layers_of_another_kind_than_the_one_behind():
+    stock = make_stock("qwen3_moe", num_hidden_layers=8, mlp_only_layers=[0, 4, 5])
+    removed = [sum(p.numel() for p in layer.parameters()) for layer in stock.model.layers[2:4]]
+    (cost,) = make_repl(stock, operator="patch", layers_to_replace=None, spans=[[2, 4]]).surrogate_costs
+    assert cost.removed_parameters == sum(removed)
+
+
+def test_costs_of_a_model_saved_before_those_of_the_removed_layers_were():
+    model = make_repl()
+    expected = model.surrogate_costs
+    del model.config.repl["removed_costs"]
+    assert model.surrogate_costs == expected
+
+
+def test_an_upload_has_the_code_too(tmp_path, monkeypatch):
+    uploaded = {}
+    monkeypatch.setattr(
+        "transformers.utils.hub.hf_api",
+        lambda *args, **kwargs: SimpleNamespace(
+            create_repo=lambda repo_id, **kwargs: SimpleNamespace(repo_id=repo_id)
+        ),
+    )
+    monkeypatch.setattr("transformers.modeling_utils.hf_api", transformers.utils.hub.hf_api)
+    folded = make_repl().merge_and_unload()
+
+    def upload(folder, repo_id, *args, **kwargs):
+        uploaded[repo_id] = ({path.name for path in Path(folder).iterdir()}, kwargs["commit_message"])
+
+    monkeypatch.setattr(folded, "_upload_modified_files", upload)
+    folded.save_pretrained(tmp_path / "named", push_to_hub=True, repo_id="org/model", commit_message="Fold")
+    folded.save_pretrained(tmp_path / "unnamed", push_to_hub=True)
+    code = {"configuration_repl.py", "modeling_repl.py"}
+    assert {name: message for name, (_, message) in uploaded.items()} == {"org/model": "Fold", "unnamed": None}
+    assert all(files > code for files, _ in uploaded.values())
+    assert code < {path.name for path in (tmp_path / "named").iterdir()}
 
 
 def test_int8_dynamic_quantisation_of_the_folded_model():

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from lopt_hf.repl.calibration import block_influence
-from lopt_hf.repl.placement import check_layers, every_kth, least_influence, least_influence_spans
+from lopt_hf.repl.placement import (
+    candidate_spans,
+    check_layers,
+    check_spans,
+    every_kth,
+    least_influence,
+    least_influence_spans,
+)
 from tests.repl.helpers import batches, make_stock
 
 
@@ -67,3 +74,25 @@ def test_how_many_layers_of_two_types_fit_is_up_to_the_data():
     assert least_influence_spans([0, 1, 2, 1, 0], 2, kinds) == [(1, 2), (3, 4)]
     with pytest.raises(ValueError, match="from 1 to 1. How many fit depends on the order of their influence"):
         least_influence_spans([0, 2, 1, 2, 0], 2, kinds)
+
+
+def test_none_of_a_count_below_one_but_as_many_as_fit():
+    with pytest.raises(ValueError, match="num_layers_to_replace=0 does not fit .* choose a number from 1 to 4"):
+        least_influence_spans([0.0] * 6, 0, [""] * 6)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_models_that_are_too_small_are_told_so(count):
+    message = f"num_hidden_layers={count}: the first and the last layer are kept, .* use a model with 3 or more"
+    kinds, influence = [""] * count, [0.0] * count
+    choices = [
+        lambda: every_kth(count, 2),
+        lambda: least_influence(influence, 1),
+        lambda: least_influence_spans(influence, 1, kinds),
+        lambda: candidate_spans(1, kinds),
+        lambda: check_layers([1], count),
+        lambda: check_spans([[1, 2]], kinds),
+    ]
+    for choose in choices:
+        with pytest.raises(ValueError, match=message):
+            choose()

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, trainer_optimizer
 from lopt_hf import RepLModel
 from lopt_hf.common.arithmetic import choose_arithmetic
 from lopt_hf.repl import comparison
+from lopt_hf.repl.comparison_arguments import ComparisonModelConfig
 from lopt_hf.repl.config import OPERATORS, STOCK_OPERATORS
 from lopt_hf.repl.report import describe_removed
 from lopt_hf.scripts import bench, repl
@@ -173,6 +174,49 @@ def test_adapters(folder):
     assert all(operator.coefficients.any() for operator in unfolded.surrogates.values())
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [(["q_proj"], ["q_proj"]), (["self_attn.q_proj"], ["self_attn.q_proj"]), (["all-linear"], "all-linear")]
+    + [([".*q_proj"], ".*q_proj"), (["q_proj", "v_proj"], ["q_proj", "v_proj"])],
+)
+def test_names_of_modules_with_adapters(given, expected):
+    """One name is as good as two, and no pattern."""
+    assert ComparisonModelConfig(lora_target_modules=given).lora_target_modules == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_peft": True}, "use_peft=True has no effect without healing; give dataset_name, or leave it out"),
+        ({"seeds": [0, 1]}, r"seeds=\[0, 1\] has no effect without healing"),
+        (
+            {"coefficients": "scalar"},
+            "coefficients='scalar' has no effect: it is of operator 'branches', not of 'linea",
+        ),
+        ({"ridge": 9.0, "init": "skip"}, "ridge=9.0 has no effect: it is of a fit, and with init='skip' nothing is"),
+    ],
+)
+def test_options_without_effect(options, message, folder):
+    (folder / "model/model.safetensors").unlink()
+    with pytest.raises(SystemExit, match=message):
+        repl.main(arguments(folder, **options))
+
+
+def test_options_of_a_recipe_that_others_take_the_place_of(folder, capsys):
+    """Layers named beside a recipe's placement; and what only calibrated variants read."""
+    named = {"num_layers_to_replace": None, "layers_to_replace": [2], "init": "skip", "placement": "every", "every": 2}
+    repl.main(arguments(folder, distillation_weight=1.0, **named))
+    lines = capsys.readouterr().err.splitlines()
+    assert "placement='every' has no effect: it chooses layers, which are named." in lines
+    assert "every=2 has no effect: it chooses layers, which are named." in lines
+    assert "calibration_tokens=512 has no effect: it cuts calibration data, which init='skip' does without." in lines
+    assert "distillation_weight=1.0 has no effect without healing, on dataset_name." in lines
+    assert json.loads((folder / "out/report.json").read_text())["rows"][1]["removed"] == [2]
+    others = {"compare": ["linear:calibrate", "branches", "mlp:paper"], "coefficients": "scalar", "ridge": 9.0}
+    repl.main(arguments(folder, **named, **others, trainable="coefficients", output_dir=folder / "other"))
+    assert "calibration_tokens" not in capsys.readouterr().err
+
+
 def test_both_models_are_healed_with_the_full_one_as_teacher(folder, capsys):
     span = {"num_layers_to_replace": None, "spans": "[[2, 4]]", "operator": "down_proj"}
     taught = {"teacher_logits_weight": 1.0, "teacher_hidden_weight": 0.1, "task_loss_weight": 0.0}
@@ -307,6 +351,33 @@ def test_healing_that_cannot_work_ends_before_the_model_is_loaded(folder, monkey
 )
 def test_bad_input(options, message, folder):
     with pytest.raises(SystemExit, match=message):
+        repl.main(arguments(folder, **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eval_chunk_length": 129}, "eval_chunk_length=129 is more than the 128 positions"),
+        (
+            {"calibration_seq_length": 129},
+            "calibration_seq_length=129 is more .* model=.* has learned; set it to at most",
+        ),
+        ({"dataset_name": "healing.txt", "max_length": 129}, "max_length=129 is more than the 128 positions"),
+    ],
+)
+def test_sequences_longer_than_the_positions_that_were_learned(options, message, folder):
+    make_stock("gpt2").save_pretrained(folder / "model")
+    (folder / "model/model.safetensors").unlink()
+    with pytest.raises(SystemExit, match=message):
+        repl.main(arguments(folder, **options))
+
+
+@pytest.mark.parametrize("options", [{}, {"init": "skip"}, {"init": "skip", "placement": "span"}])
+def test_hidden_states_that_are_not_finite_end_in_one_line(options, folder):
+    model = make_stock()
+    model.model.layers[1].mlp.down_proj.weight.data.fill_(float("inf"))
+    model.save_pretrained(folder / "model")
+    with pytest.raises(SystemExit, match="hidden states of the calibration data are not finite"):
         repl.main(arguments(folder, **options))
 
 

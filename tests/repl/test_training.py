@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from lopt_hf import LoPTConfig, LoPTTrainer, RepLModel, RepLTrainer
+from lopt_hf.repl.config import STOCK_OPERATORS
 from lopt_hf.repl.surgery import remove_layers
 from lopt_hf.repl.trainer import HealingConfig, heal
 from tests.repl.helpers import INPUT_IDS, logits, make_repl, make_stock
@@ -69,6 +70,12 @@ def test_coefficients_only(is_reloaded, tmp_path):
     assert changed(model, before) == {f"model.layers.{index}.surrogate.coefficients" for index in (1, 3)}
 
 
+@pytest.mark.parametrize("operator", STOCK_OPERATORS)
+def test_a_stock_model_trains_after_coefficients_alone_did(operator):
+    folded = make_repl(operator=operator, trainable="coefficients").merge_and_unload()
+    assert all(parameter.requires_grad for parameter in folded.parameters())
+
+
 @pytest.mark.parametrize("adapters", [{}, LORA_AND_HEAD], ids=["whole", "adapters"])
 @pytest.mark.parametrize("kind", ["repl", "plain"])
 def test_a_healed_model_is_itself_again(kind, adapters, tmp_path):
@@ -83,6 +90,7 @@ def test_a_healed_model_is_itself_again(kind, adapters, tmp_path):
     args = HealingConfig(**training_args(tmp_path, bf16=True, max_steps=2, save_strategy="steps", save_steps=1))
     healed = heal(model, 7, make_dataset(), args, ModelConfig(**adapters), make_tokenizer(), None, removed)
     assert healed.forward.__func__ is type(healed).forward
+    assert healed.config.use_cache, "the trainer switches it off"
     assert logits(healed.eval()).dtype == torch.float32 and not torch.equal(healed.lm_head.weight, head)
     saved = (tmp_path / "healing").glob("*/checkpoint-*")
     assert sorted(folder.parts[-2:] for folder in saved) == [(f"{kind}-seed-7", f"checkpoint-{i}") for i in (1, 2)]
@@ -104,6 +112,37 @@ def test_lora_and_coefficients(operator, tmp_path):
     assert isinstance(merged, RepLModel)
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(logits(merged.merge_and_unload()), expected, rtol=1e-4, atol=1e-5)
+
+
+DORA = [("llama", "branches"), ("llama", "head+mlp"), ("llama", "down_proj"), ("gpt2", "branches")]
+
+
+@pytest.mark.parametrize(("family", "operator"), DORA)
+def test_dora_is_merged_as_it_was_trained(family, operator):
+    """Each row has a length of its own, which the surrogates follow too."""
+    lora = LoraConfig(
+        r=4, target_modules="all-linear", modules_to_save=["surrogate"], use_dora=True, init_lora_weights=False
+    )
+    model = get_peft_model(make_repl(make_stock(family), operator=operator), lora).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                parameter.mul_(1 + torch.rand_like(parameter))
+    expected = logits(model)
+    torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("saved", ["ln_1", "c_proj", "c_attn"])
+def test_neighbours_that_learn_beside_adapters_are_read_as_they_are(saved):
+    """A norm with its bias, and GPT-2's projections, transposed as they are, from the copies that PEFT trains."""
+    lora = LoraConfig(r=4, target_modules=["c_fc"], modules_to_save=["surrogate", saved])
+    model = get_peft_model(make_repl(make_stock("gpt2"), operator="branches"), lora).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name and saved in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    expected = logits(model)
+    torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_blocks_count_the_layers_that_are_left(tmp_path):
