@@ -1,7 +1,6 @@
 """What a comparison of RepL is told: its texts, data and models, and the checks of them."""
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -103,10 +102,6 @@ class ComparisonModelConfig(ModelConfig):
         for name in self.idle_options:
             if getattr(self, name):
                 raise ValueError(f"{name}=True: layers of a quantised model cannot be replaced; leave it out.")
-        modules = self.lora_target_modules
-        # TRL makes the text of a list of one, which PEFT takes for a pattern that whole paths have to match
-        if isinstance(modules, str) and re.fullmatch(r"[\w.]+", modules):
-            self.lora_target_modules = [modules]
 
 
 def _json_object(option: str, text: str) -> dict[str, Any]:

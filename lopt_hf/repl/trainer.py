@@ -9,8 +9,9 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, set_seed
-from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
+from trl import ModelConfig, SFTConfig, SFTTrainer
 
+from lopt_hf.common.adapters import adapter_config
 from lopt_hf.common.arithmetic import fit_to_machine
 from lopt_hf.common.settings import option
 from lopt_hf.common.trainer_base import TrainerBase
@@ -222,7 +223,7 @@ def heal(
     kind = "repl" if is_repl else "plain" if removed else "full"
     run_args = replace(args, seed=seed, output_dir=f"{args.output_dir}/healing/{kind}-seed-{seed}")
     set_seed(seed)
-    peft_config: Any = get_peft_config(model_args)
+    peft_config: Any = adapter_config(model_args)
     if peft_config is not None and is_repl:
         peft_config.modules_to_save = [*(peft_config.modules_to_save or ()), "surrogate"]
     taught: dict[str, Any] = {"teacher": teacher} if args.has_teacher else {}

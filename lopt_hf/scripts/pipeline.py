@@ -28,8 +28,9 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, AutoTokenizer, get_scheduler
 from transformers.trainer_utils import SchedulerType
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import ModelConfig, TrlParser
 
+from lopt_hf.common.adapters import adapter_config
 from lopt_hf.common.parent import end_with_parent
 from lopt_hf.common.resuming import find_checkpoint
 from lopt_hf.common.settings import option
@@ -219,7 +220,7 @@ def _check_input(data_args: SFTDataArguments, args: StageConfig, model_args: Mod
     config = AutoConfig.from_pretrained(model, revision=model_args.model_revision)
     # Measured times cut it in other places, but what can be cut in one can in another
     plans = plan_stages(split_layers(num_layers, args.num_blocks, args.split_at), int(args.num_stages or 0))
-    check_cut(model, config, plans, get_peft_config(model_args))
+    check_cut(model, config, plans, adapter_config(model_args))
     check_answers_fit(rows, AutoTokenizer.from_pretrained(model, revision=model_args.model_revision), args)
 
 

@@ -10,8 +10,9 @@ from typing import Any, cast
 from datasets import Dataset, DatasetDict, IterableDataset
 from safetensors import SafetensorError
 from transformers import Trainer, set_seed
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
 
+from lopt_hf.common.adapters import adapter_config
 from lopt_hf.common.arithmetic import Arithmetic, arithmetic_of
 from lopt_hf.common.distributed import end_training
 from lopt_hf.common.files import is_disk_full
@@ -216,7 +217,7 @@ def prepare(
     given: dict[str, Any] = {
         "train_dataset": subsample(train_dataset, script_args.dataset_max_samples, args.seed),
         "eval_dataset": load_checked(load_split, script_args, test_split, args.seed) if evaluates else None,
-        "peft_config": get_peft_config(model_args),
+        "peft_config": adapter_config(model_args),
         "quantization_config": get_quantization_config(model_args),
     }
     model = resolve_model(model_args.model_name_or_path)

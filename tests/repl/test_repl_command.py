@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, trainer_optimizer
 from lopt_hf import RepLModel
 from lopt_hf.common.arithmetic import choose_arithmetic
 from lopt_hf.repl import comparison
-from lopt_hf.repl.comparison_arguments import ComparisonModelConfig
 from lopt_hf.repl.config import OPERATORS, STOCK_OPERATORS
 from lopt_hf.repl.report import describe_removed
 from lopt_hf.scripts import bench, repl
@@ -172,16 +171,6 @@ def test_adapters(folder):
     repl.main(arguments(folder, dataset_name=folder / "healing.txt", **{**HEALING, "seeds": [0]}, **lora))
     unfolded = RepLModel.from_pretrained(folder / "out/unfolded")
     assert all(operator.coefficients.any() for operator in unfolded.surrogates.values())
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [(["q_proj"], ["q_proj"]), (["self_attn.q_proj"], ["self_attn.q_proj"]), (["all-linear"], "all-linear")]
-    + [([".*q_proj"], ".*q_proj"), (["q_proj", "v_proj"], ["q_proj", "v_proj"])],
-)
-def test_names_of_modules_with_adapters(given, expected):
-    """One name is as good as two, and no pattern."""
-    assert ComparisonModelConfig(lora_target_modules=given).lora_target_modules == expected
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig
 from transformers.trainer_utils import get_last_checkpoint
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_quantization_config
 
+from lopt_hf.common.adapters import adapter_config
 from lopt_hf.common.arithmetic import arithmetic_of
 from lopt_hf.common.launching import run_launcher
 from lopt_hf.common.resuming import find_checkpoint
@@ -124,7 +125,7 @@ def make_trainer(
         print("\n".join(str(plan) for plan in plans))
     trainer_class: Any = MLAANPipelineTrainer if isinstance(args, MLAANPipelineConfig) else PipelineTrainer
     model: Any = trainer_class.load_part(checkpoint, plan, args, **kwargs)
-    peft_config = get_peft_config(model_args)
+    peft_config = adapter_config(model_args)
     if peft_config is not None:
         model = add_adapter(model, peft_config, args.seed)
     if world.rank == 0:
@@ -176,7 +177,7 @@ def _find_split(checkpoint: str, args: StageConfig, model_args: ModelConfig) -> 
         accumulation_steps=args.gradient_accumulation_steps,
         activation_checkpointing=bool(args.activation_checkpointing),
         tied_embeddings=args.tied_embeddings,
-        peft_config=get_peft_config(model_args),
+        peft_config=adapter_config(model_args),
     )
     if isinstance(args, MLAANPipelineConfig):
         costs = with_auxiliaries(costs, args)
