@@ -82,7 +82,7 @@ OF_A_YAML: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"packing": True, "packing_strategy": "best"}, "packing_strategy='best' is unknown, nearest is 'bfd_split'"),
         ({"attn_implementation": "flash9"}, 'attn_implementation="flash9"` is not supported'),
         ({"use_peft": True, "lora_r": 0}, "`r` should be a positive integer value but the value passed is 0"),
-        ({"use_peft": True, "lora_target_modules": ["nowhere"]}, "Target modules nowhere not found"),
+        ({"use_peft": True, "lora_target_modules": ["nowhere"]}, "Target modules {'nowhere'} not found"),
         ({"use_peft": True, "load_in_4bit": True, "load_in_8bit": True}, "8 bit and 4 bit"),
         ({"fsdp": "sharded"}, "Unknown `fsdp` option: sharded"),
         ({"split_at": [9]}, "split_at=[9] must be strictly increasing layer indices from 1 to 3"),

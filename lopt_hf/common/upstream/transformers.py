@@ -22,4 +22,4 @@ TRANSFORMERS.check(
     "_no_split_modules",
     "_supports_attention_backend",
 )
-TRANSFORMERS.check(PreTrainedConfig(), "_attn_implementation")
+TRANSFORMERS.check(PreTrainedConfig(), "_attn_implementation", "_experts_implementation")
