@@ -20,7 +20,6 @@ def adapter_config(model_args: ModelConfig) -> PeftConfig | None:
         model_args: The arguments.
     """
     config: Any = get_peft_config(model_args)
-    modules = getattr(config, "target_modules", None)
-    if isinstance(modules, str) and _NAME.fullmatch(modules):
-        config.target_modules = {modules}  # the form that PEFT gives a list
+    if config is not None and isinstance(config.target_modules, str) and _NAME.fullmatch(config.target_modules):
+        config.target_modules = {config.target_modules}  # the form that PEFT gives a list
     return config  # type: ignore[no-any-return]
