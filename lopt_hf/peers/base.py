@@ -1,17 +1,26 @@
 """What the peers have in common: each is a callback of a stock trainer, and refuses runs that it does not suit."""
 
+import weakref
 from typing import Any, ClassVar, cast
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from transformers.utils import logging
 
 __all__ = ["Peer"]
+
+logger = logging.get_logger(__name__)
+
+# Which peer has hold of a model, in a run that has not come to its end
+_UNFINISHED: "weakref.WeakKeyDictionary[PreTrainedModel, Peer]" = weakref.WeakKeyDictionary()
 
 
 class Peer(TrainerCallback, ExportableState):
     """A way to train by the task loss alone, for any trainer of transformers or TRL, in one process.
+
+    A peer holds no reference to the model itself, only to parts of it.
 
     Give it to the trainer when that is made: `SFTTrainer(model, args, callbacks=[LISA()])`. A planner, which has no
     trainer, calls `prepare`, `start` and `begin_step` itself.
@@ -75,21 +84,35 @@ class Peer(TrainerCallback, ExportableState):
             )
         if state.global_step > 0:
             self.check_state(state)
+        self._end_unfinished(_base_model(kwargs["model"]))
         self.start(kwargs["optimizer"])
+        _UNFINISHED[_base_model(kwargs["model"])] = self
 
     def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         self.begin_step(kwargs["optimizer"], state.global_step)
 
     def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         self.stop()
+        _UNFINISHED.pop(_base_model(kwargs["model"]), None)
 
     def _prepare(self, model: Any) -> None:
-        if isinstance(model, PeftModel):
-            if not self.takes_adapters:
-                raise ValueError(f"{self.name} trains the model's own weights; leave out peft_config (use_peft).")
-            model = model.get_base_model()
-        self.prepare(model)
+        if isinstance(model, PeftModel) and not self.takes_adapters:
+            raise ValueError(f"{self.name} trains the model's own weights; leave out peft_config (use_peft).")
+        self._end_unfinished(_base_model(model))
+        self.prepare(_base_model(model))
         self._is_prepared = True
+
+    def _end_unfinished(self, model: PreTrainedModel) -> None:
+        """Ends the run before on this model, if it broke off: its hooks would step an optimizer that is no more."""
+        unfinished = _UNFINISHED.pop(model, None)
+        if unfinished is None:
+            return
+        unfinished.stop()
+        if unfinished is not self:
+            logger.warning(
+                f"{self.name}: {unfinished.name} had not come to its end on this model; its hooks are removed, and "
+                "all that it trained in turn is trainable again."
+            )
 
     def check_state(self, state: TrainerState) -> None:
         """Checks the state that a checkpoint holds.
@@ -109,3 +132,8 @@ class Peer(TrainerCallback, ExportableState):
                     f"resume_from_checkpoint: {self.name} began with {name}={before!r}, and now it is {value!r}; set "
                     "it as it was, or start anew."
                 )
+
+
+def _base_model(model: Any) -> PreTrainedModel:
+    base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+    return base

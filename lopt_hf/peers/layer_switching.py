@@ -7,7 +7,6 @@ state, and copies fp32 weights.
 """
 
 import random
-import weakref
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -29,9 +28,6 @@ LISA_LAYERS = 2  # paper (arXiv 2403.17919), Tab. 1: embeddings, head and two la
 LISA_PERIOD = 20  # its release, OptimalScale/LMFlow, scripts/run_finetune_with_lisa.sh
 BADAM_PERIOD = 100  # K; the README of its release, Ledzy/BAdam: "the K Adam steps in paper"
 
-# What switched layers off in a model, in a run that has not come to its end
-_UNFINISHED: "weakref.WeakKeyDictionary[PreTrainedModel, _LayerSwitching]" = weakref.WeakKeyDictionary()
-
 
 class _LayerSwitching(Peer):
     """Trains some of the decoder layers, others after each period, which begin with a fresh optimizer state.
@@ -47,7 +43,6 @@ class _LayerSwitching(Peer):
         check_at_least(f"{self.name}: period", period, 1)
         self.period = period
         self.seed = seed
-        self._model: weakref.ref[PreTrainedModel] | None = None
         self._layers: list[list[nn.Parameter]] = []
         self._rest: list[nn.Parameter] = []
 
@@ -74,15 +69,7 @@ class _LayerSwitching(Peer):
             self.seed = args.seed
 
     def prepare(self, model: PreTrainedModel) -> None:
-        """Notes what may be trained: what the user has frozen stays so, what a run that broke off has does not."""
-        unfinished = _UNFINISHED.get(model)
-        if unfinished is not None:
-            unfinished.stop()
-            logger.warning(
-                f"{self.name}: {unfinished.name} had not come to its end on this model; all layers that it trains in "
-                "turn are trainable again."
-            )
-        self._model = weakref.ref(model)
+        """Notes what may be trained: what the user has frozen stays so."""
         layers = find_decoder_stack(model).layers
         self._layers = [[p for p in layer.parameters() if p.requires_grad] for layer in layers]
         in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
@@ -108,14 +95,8 @@ class _LayerSwitching(Peer):
                     optimizer.state.pop(parameter, None)
         for parameter in self._rest:
             parameter.requires_grad_(self.trains_the_rest)
-        model = None if self._model is None else self._model()
-        if model is not None:
-            _UNFINISHED[model] = self
 
     def stop(self) -> None:
-        model = None if self._model is None else self._model()
-        if model is not None:
-            _UNFINISHED.pop(model, None)
         for parameters in (*self._layers, self._rest):
             for parameter in parameters:
                 parameter.requires_grad_(True)

@@ -27,7 +27,7 @@ class StepInBackward(Peer):
     takes_adapters = True
 
     def __init__(self) -> None:
-        self._model: PreTrainedModel | None = None
+        self._parameters: list[torch.nn.Parameter] = []
         self._handles: list[RemovableHandle] = []
 
     def check(self, args: TrainingArguments) -> None:
@@ -52,14 +52,13 @@ class StepInBackward(Peer):
             raise ValueError(f"optim={optim!r} steps in the backward by itself; leave out method={self.name}.")
 
     def prepare(self, model: PreTrainedModel) -> None:
-        self._model = model
+        self._parameters = list(model.parameters())
 
     def start(self, optimizer: torch.optim.Optimizer) -> None:
-        assert self._model is not None
         step = partial(self._step, optimizer)
         self._handles = [
             parameter.register_post_accumulate_grad_hook(step)
-            for parameter in self._model.parameters()
+            for parameter in self._parameters
             if parameter.requires_grad
         ]
 
