@@ -121,7 +121,7 @@ def _backward(trainer: Any, inputs: Mapping[str, Any], only: int) -> None:
     if not isinstance(trainer, LocalLearningMixin):
         run_backward(only, _task_loss(trainer, inputs))
         return
-    updates: bool = trainer.args.train_early_blocks
+    updates = not trainer.args.freezes_early_blocks
     micro_batch = MicroBatch(BoundaryEvents(run_backward), trains_early_blocks=updates, inputs=inputs)
     with trainer.boundary.training_forward(micro_batch):
         loss = _task_loss(trainer, inputs)

@@ -91,6 +91,11 @@ class LocalArguments(ABC):
         """Makes the method that these arguments are of."""
 
     @property
+    def freezes_early_blocks(self) -> bool:
+        """Whether nothing ever trains the early blocks."""
+        return not self.train_early_blocks
+
+    @property
     def schedule(self) -> ReachSchedule:
         """Which blocks the task's gradient reaches at which step; by default the last one always."""
         return ReachSchedule((1,), self.num_blocks)

@@ -139,7 +139,7 @@ class LocalLearner:
     def _prepare_model(self) -> None:
         if self.method.separates_embeddings(self):
             separate_embeddings(self.base_model, self.settings.tied_embeddings)
-        if not self.settings.train_early_blocks:
+        if self.settings.freezes_early_blocks:
             for parameter in self.early_parameters():
                 parameter.requires_grad_(False)
         owned = self.owned()
@@ -195,7 +195,7 @@ class LocalLearner:
     @property
     def learning_blocks(self) -> list[Block]:
         """The early blocks of this process, if they learn."""
-        return self.early_blocks if self.settings.train_early_blocks else []
+        return [] if self.settings.freezes_early_blocks else self.early_blocks
 
     def stage_stop(self, block: Block) -> int:
         """The layer behind the last one of the stage that a block is of; without a pipeline that of the model."""

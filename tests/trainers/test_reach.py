@@ -1,5 +1,6 @@
 """The schedule of the task's gradient: exact at both ends of the dial, and in between what each step says."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,13 @@ def assert_same_training(ours: Any, stock: Any) -> None:
     assert expected.keys() == start.keys()
     for name, weight in snapshot(ours).items():
         assert torch.equal(weight, expected[name]) and not torch.equal(weight, start[name]), name
+
+
+def test_what_freezes_can_be_copied_into_what_reaches(tmp_path):
+    frozen = LoPTConfig(str(tmp_path), local_objective="none")
+    assert frozen.freezes_early_blocks and frozen.train_early_blocks
+    assert not replace(frozen, task_reach=[2, 1]).freezes_early_blocks
+    assert replace(frozen, local_objective="reconstruction", train_early_blocks=False).freezes_early_blocks
 
 
 @pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}, {"packing": True, "max_length": 48}])

@@ -152,7 +152,7 @@ class Method(ABC):
 
     def trains_early_blocks(self, learner: Learner, step: int) -> bool:
         """Tells whether the early blocks learn from their objective at an optimizer step, counted from 0."""
-        if not (learner.settings.train_early_blocks and learner.boundary.learns_locally):
+        if learner.settings.freezes_early_blocks or not learner.boundary.learns_locally:
             return False
         return bool(step % learner.settings.local_update_interval == 0)
 

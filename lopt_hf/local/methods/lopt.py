@@ -136,8 +136,10 @@ class LoPTArguments(ReachArguments):
         super().check()
         if self.local_objective == "none":
             self._check_without_objective()
-            if self.schedule.highest == 1:  # nothing ever trains the early blocks
-                self.train_early_blocks = False
+
+    @property
+    def freezes_early_blocks(self) -> bool:
+        return super().freezes_early_blocks or (self.local_objective == "none" and self.schedule.highest == 1)
 
     @property
     def learns_after_reach(self) -> bool:
@@ -248,7 +250,7 @@ class LoPTArguments(ReachArguments):
             (joint, f"{optim}, which must see one backward per step; choose another"),
             (steps_in_backward(run.optim), f"{optim}, which steps in the backward; choose another"),
             (
-                self.local_objective == "none" and not self.train_early_blocks,
+                self.local_objective == "none" and self.freezes_early_blocks,
                 "local_objective='none' and task_reach=1, which leave it nothing to do; raise task_reach",
             ),
             (not self.train_early_blocks, "train_early_blocks=False, which leaves it nothing to do; set it to True"),
@@ -338,7 +340,7 @@ class LoPT(Method):
     def rate_advice(self, learner: Learner, learning_rate: float) -> str | None:
         """Warns of the paper's one rate for all blocks: it undoes what early ones knew, if no step is rounded away."""
         settings: LoPTArguments = learner.settings
-        if settings.early_learning_rate is not None or not settings.train_early_blocks:
+        if settings.early_learning_rate is not None or settings.freezes_early_blocks:
             return None
         if not learner.boundary.learns_locally:  # the task's gradient is what end-to-end training has
             return None
@@ -357,5 +359,5 @@ class LoPT(Method):
             "readout": objective.fingerprint if isinstance(objective, ReadoutObjective) else None,
             "reconstruction_bottleneck": settings.reconstruction_bottleneck,
             "tied_embeddings": settings.tied_embeddings,
-            "train_early_blocks": settings.train_early_blocks,
+            "train_early_blocks": not settings.freezes_early_blocks,
         }
