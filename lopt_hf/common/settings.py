@@ -5,6 +5,7 @@ from copy import deepcopy
 from dataclasses import field, fields
 from difflib import get_close_matches
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "check_choice",
     "check_choices",
     "check_distinct",
+    "check_folder",
     "check_left_out",
     "check_lowest",
     "nearest",
@@ -120,6 +122,25 @@ def check_distinct(name: str, values: Sequence[Any]) -> None:
     """
     if not values or len(set(values)) < len(values):
         raise ValueError(f"{name}={values} must name at least one value, and each value once.")
+
+
+def check_folder(name: str, path: str | Path | None) -> None:
+    """Checks that a folder is there or can be made; `None`, a setting left out, passes.
+
+    Args:
+        name: The setting.
+        path: Its value.
+
+    Raises:
+        ValueError: If a file is in its place, or in that of a folder above it.
+    """
+    if path is None:
+        return
+    folder = Path(path)
+    found = next((each for each in (folder, *folder.parents) if each.exists()), None)
+    if found is not None and not found.is_dir():
+        where = "" if found == folder else f": {found}"
+        raise ValueError(f"{name}={str(path)!r}{where} is a file; name a folder.")
 
 
 def check_left_out(settings: Any, names: Iterable[str], problem: str) -> None:

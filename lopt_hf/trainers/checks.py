@@ -17,6 +17,8 @@ from trl import GRPOConfig, SFTConfig
 from trl.data_utils import get_dataset_column_names
 
 from lopt_hf.common.quantization import check_trainable, is_quantized
+from lopt_hf.common.settings import check_folder
+from lopt_hf.local.arguments import LocalArguments
 from lopt_hf.local.blocks import split_layers
 from lopt_hf.local.learner import LocalLearner
 from lopt_hf.local.run_facts import LOMO
@@ -36,6 +38,7 @@ __all__ = [
     "check_questions",
     "check_rewards",
     "check_sft_dataset",
+    "load_config",
 ]
 
 # What `GRPOTrainer` (TRL 1.16) calls a reward function with besides the training set's columns, but for these two
@@ -56,8 +59,7 @@ def check_output_dir(output_dir: str, resume_from_checkpoint: str | bool | None)
     """
     if not output_dir:
         raise ValueError("output_dir='' names no folder; name one.")
-    if os.path.isfile(output_dir):
-        raise ValueError(f"output_dir={output_dir!r} is a file; name a folder.")
+    check_folder("output_dir", output_dir)
     if resume_from_checkpoint or not os.path.isdir(output_dir):
         return
     last = get_last_checkpoint(output_dir)
@@ -297,18 +299,18 @@ def check_model(
 
     Raises:
         ValueError: If it is no decoder-only language model, has too few layers for the cut, or is quantised without
-            an adapter to train.
+            an adapter to train; or if the arguments are of no method.
         OSError: If there is no such model here or on the hub.
     """
+    if not isinstance(args, LocalArguments):
+        kind = None if args is None else type(args).__name__
+        raise ValueError(
+            f"args={kind} has no arguments of a method; pass a config that has, such as LoPTConfig, LoPTDPOConfig or "
+            "LoPTGRPOConfig."
+        )
     if isinstance(model, str):
-        kwargs: Any = args.model_init_kwargs or {}
-        try:
-            config = AutoConfig.from_pretrained(
-                model, revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code
-            )
-        except OSError as error:  # which does not always name the model
-            raise OSError(f"model={model!r} cannot be loaded: {error}") from error
-        given = quantization_config or kwargs.get("quantization_config")
+        config = load_config(model, args)
+        given = quantization_config or (args.model_init_kwargs or {}).get("quantization_config")
         quantized = given is not None or is_quantized(config)
         _check_config(model, config)
         num_layers = config.get_text_config(decoder=True).num_hidden_layers
@@ -320,6 +322,22 @@ def check_model(
     split_layers(num_layers, args.num_blocks, args.split_at)
     name = model if isinstance(model, str) else type(model).__name__
     check_trainable(name, quantized, has_adapter=peft_config is not None or isinstance(model, PeftModel))
+
+
+def load_config(model: str, args: Any) -> PretrainedConfig:
+    """Loads the configuration of the model that TRL's trainer will load from a model id.
+
+    Raises:
+        OSError: If there is no such model here or on the hub.
+    """
+    kwargs: Any = args.model_init_kwargs or {}
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            model, revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code
+        )
+    except OSError as error:  # which does not always name the model
+        raise OSError(f"model={model!r} cannot be loaded: {error}") from error
+    return config
 
 
 def _check_adapter(model: Any, peft_config: Any) -> None:

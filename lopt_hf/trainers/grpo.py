@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 
 from lopt_hf.common.upstream.grpo import GRPOTrainer
 from lopt_hf.local.methods.base import Method
 from lopt_hf.local.methods.lopt import LOPT_PAPER, LoPT
 from lopt_hf.local.objectives import LocalObjective
-from lopt_hf.trainers.checks import check_dataset, check_model, check_questions, check_rewards
+from lopt_hf.trainers.checks import check_dataset, check_model, check_questions, check_rewards, load_config
 from lopt_hf.trainers.configs import LoPTGRPOConfig, local_config
 from lopt_hf.trainers.engines import asked_engine
 from lopt_hf.trainers.mixin import LocalLearningMixin
@@ -188,7 +188,7 @@ def _check_vllm(model: str | PreTrainedModel, args: LoPTGRPOConfig, peft_config:
     """Raises if vLLM would sample from another model than the one that learns."""
     if not args.use_vllm or args.tied_embeddings == "freeze" or peft_config or isinstance(model, PeftModel):
         return
-    config: Any = model.config if isinstance(model, PreTrainedModel) else AutoConfig.from_pretrained(model)
+    config: Any = model.config if isinstance(model, PreTrainedModel) else load_config(model, args)
     if config.get_text_config(decoder=True).tie_word_embeddings:
         raise ValueError(
             "use_vllm=True with tied_embeddings='untie': the model's embedding and LM head are one weight, of which "

@@ -484,7 +484,6 @@ class LocalLearningMixin(TrainerBase):
             self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.check_checkpoint(resume_from_checkpoint)
         self._weights_from = resume_from_checkpoint
         with self._saved_heads.hidden_as_in(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -5,7 +5,9 @@ import torch
 from datasets import Dataset
 from peft import PrefixTuningConfig
 from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM, BertConfig, BitsAndBytesConfig, T5Config
+from trl import SFTConfig
 
+from lopt_hf import LocalDPOTrainer, LocalGRPOTrainer, LocalSFTTrainer
 from lopt_hf.rewards import gsm8k_reward
 from lopt_hf.scripts import dpo, grpo, sft
 from tests.tiny import make_model
@@ -335,3 +337,12 @@ def test_a_reward_whose_module_misses_a_package(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="No module named 'a_package_that_is_nowhere'"):
         grpo.main(write_config(tmp_path, reward_funcs="[broken_rewards.reward]"))
+
+
+@pytest.mark.parametrize("trainer_class", [LocalSFTTrainer, LocalDPOTrainer, LocalGRPOTrainer])
+@pytest.mark.parametrize("args", [None, SFTConfig("out", use_cpu=True)], ids=["none", "TRL's"])
+def test_arguments_of_no_method(trainer_class, args):
+    with pytest.raises(
+        ValueError, match=r"args=(None|SFTConfig) has no arguments of a method; pass a config that has"
+    ):
+        trainer_class(make_model(), args=args)

@@ -1,10 +1,12 @@
 """What GRPO adds: generation, several updates of one batch of completions, the weights that vLLM is sent."""
 
+import contextlib
+
 import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import AutoConfig, TrainerCallback
 from trl import GRPOConfig
 from trl.generation.vllm_generation import VLLMGeneration
 
@@ -178,6 +180,20 @@ def test_vllm_with_an_untied_head_is_refused(tmp_path, as_string):
         ValueError, match="use_vllm=True with tied_embeddings='untie'.*set tied_embeddings to 'freeze'"
     ):
         make_grpo(tmp_path, model, use_vllm=True)
+
+
+def test_the_config_that_is_checked_is_the_one_that_is_loaded(tmp_path, monkeypatch):
+    """With the revision and the trust in remote code that the model is loaded with."""
+    make_model().save_pretrained(tmp_path / "base")
+    original, asked = AutoConfig.from_pretrained, []
+    monkeypatch.setattr(
+        AutoConfig, "from_pretrained", lambda *args, **kwargs: asked.append(kwargs) or original(*args, **kwargs)
+    )
+    settings = {"use_vllm": True, "trust_remote_code": True, "model_init_kwargs": {"revision": "v1"}}
+    with contextlib.suppress(ImportError):  # there is no vLLM here
+        make_grpo(tmp_path, str(tmp_path / "base"), **settings)
+    assert len(asked) >= 2
+    assert all((each.get("revision"), each.get("trust_remote_code")) == ("v1", True) for each in asked[:2])
 
 
 def resumable(output_dir, **settings):
