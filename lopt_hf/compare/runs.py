@@ -27,7 +27,7 @@ __all__ = [
 # An option of a method that stands for another one: the early blocks' rate, as a share of the run's learning rate
 EARLY_RATE_RATIO = "early_learning_rate_ratio"
 
-METHODS = ("lopt", "mlaan", "e2e", *PEERS, "osf")
+METHODS = ("lopt", "reach", "freeze", "mlaan", "e2e", *PEERS, "osf")
 PIPELINE_METHODS = ("lopt", "mlaan")
 # The options of a method that the grid reads itself; all others are the command's
 OPTION_TYPES: dict[str, Any] = {
@@ -128,9 +128,9 @@ class GridRun:
             return "adapters" if method in ("e2e", "osf") else "local losses"
         if method in ("lisa", "badam"):
             return "one part at a time"
-        if method == "freeze_last" or arguments.get("train_early_blocks") is False:
+        if method in ("freeze", "freeze_last") or arguments.get("train_early_blocks") is False:
             return "freezing"
-        if method == "lopt" and (arguments.get("task_reach") or self._has_late_gradients):
+        if method == "reach" or (method == "lopt" and (arguments.get("task_reach") or self._has_late_gradients)):
             return "reach"
         if method == "lopt" and arguments.get("local_objective") == "none":
             return "freezing"

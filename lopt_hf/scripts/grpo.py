@@ -22,7 +22,8 @@ from lopt_hf.common.settings import option
 from lopt_hf.data.arithmetic import make_arithmetic
 from lopt_hf.data.questions import to_questions
 from lopt_hf.local.run_facts import NEXT_TOKEN_MISFITS
-from lopt_hf.scripts.parsing import make_trl_parser, refuse_method
+from lopt_hf.scripts.parsing import chosen_method, make_trl_parser, refuse_method
+from lopt_hf.scripts.presets import preset_of
 from lopt_hf.scripts.training import DataArguments, MethodArguments, load_rows, prepare, run_training
 from lopt_hf.trainers.checks import check_questions, check_rewards
 from lopt_hf.trainers.configs import LoPTGRPOConfig, convert_config
@@ -71,9 +72,16 @@ class GRPOScriptArguments(MethodArguments, DataArguments):
     )
 
 
-def make_parser() -> TrlParser:
-    """The parser of this command: script, training and model arguments, and `--config file.yaml`."""
-    return make_trl_parser("grpo", __doc__, GRPOScriptArguments, LoPTGRPOConfig, ModelConfig)
+def make_parser(method: str = "lopt", argv: Sequence[str] | None = ()) -> TrlParser:
+    """Makes the parser of this command: script, training and model arguments, and `--config file.yaml`.
+
+    Args:
+        method: The method whose defaults it has.
+        argv: What it is to parse; default: nothing.
+    """
+    parser = make_trl_parser("grpo", __doc__, GRPOScriptArguments, LoPTGRPOConfig, ModelConfig)
+    parser.set_defaults(**preset_of(method, argv))
+    return parser
 
 
 def load_split(script_args: GRPOScriptArguments, split: str, seed: int) -> Any:
@@ -123,7 +131,7 @@ def make_trainer(script_args: GRPOScriptArguments, args: LoPTGRPOConfig, model_a
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains, saves and, if asked to, pushes a model."""
     refuse_method("grpo", argv, {"mlaan": f"{NEXT_TOKEN_MISFITS['GRPO']}; use 'lopt' or 'e2e'"})
-    run_training(make_parser(), argv, make_trainer)
+    run_training(make_parser(chosen_method(argv), argv), argv, make_trainer)
 
 
 if __name__ == "__main__":

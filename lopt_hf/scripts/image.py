@@ -3,7 +3,7 @@
 ```bash
 lopt-hf image --method mlaan --train_file train.parquet --eval_file test.parquet --output_dir out/mlaan
 lopt-hf image --method local --architecture resnet20 --train_file train.parquet --output_dir out/local
-lopt-hf image --method reach --task_reach '[1,1,1,4]' --num_blocks 4 --train_file train.parquet --output_dir out/reach
+lopt-hf image --method reach --task_reach 4 --num_blocks 4 --train_file train.parquet --output_dir out/reach
 lopt-hf image --method e2e --model_name_or_path google/vit-base-patch16-224-in21k --dataset_name cifar10 \\
     --output_dir out/e2e
 lopt-hf image --method repl --operator head+mlp --replace_every 4 --train_file train.parquet --output_dir out/repl

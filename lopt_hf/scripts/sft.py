@@ -1,10 +1,11 @@
 """Supervised fine-tuning with local learning.
 
 ```bash
+lopt-hf sft --method reach --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name trl-lib/Capybara \\
+    --output_dir out
 lopt-hf sft --config smollm2-135m/sft/reach_k2
 lopt-hf sft --method mlaan --config smollm2-135m/mlaan/k4
 lopt-hf sft --method mlaan --help                                              # the options of that method
-lopt-hf sft --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name trl-lib/Capybara --output_dir out
 lopt-hf sft --accelerate_config ddp_2 --config ...
 ```
 """
@@ -22,7 +23,16 @@ from lopt_hf.data.prepared import say_what_was_cut
 from lopt_hf.data.rows import EmptyRowError
 from lopt_hf.data.word_problems import make_word_problems
 from lopt_hf.scripts.parsing import chosen_method, make_trl_parser
-from lopt_hf.scripts.training import DataArguments, MethodArguments, load_rows, prepare, run_training
+from lopt_hf.scripts.presets import preset_of
+from lopt_hf.scripts.training import (
+    METHOD_HELP,
+    METHODS,
+    DataArguments,
+    MethodArguments,
+    load_rows,
+    prepare,
+    run_training,
+)
 from lopt_hf.trainers.configs import LoPTConfig, MLAANConfig, convert_config
 from lopt_hf.trainers.sft import LoPTTrainer, MLAANTrainer
 
@@ -55,19 +65,35 @@ class SFTDataArguments(DataArguments):
 
 @dataclass
 class SFTScriptArguments(MethodArguments, SFTDataArguments):
-    """Which data to train on, and by which method."""
+    """Which data to train on, and by which method.
+
+    Parameters:
+        method: One of `MethodArguments`, or `"mlaan"`, which has options of its own.
+    """
+
+    method: str = option(
+        "lopt",
+        f"{METHOD_HELP}, or 'mlaan' (early blocks learn the task through auxiliaries; `--method mlaan --help` shows "
+        "its options).",
+        [*METHODS, "mlaan"],
+    )
 
 
-def make_parser(method: str = "lopt", command: str = "sft", description: str = __doc__) -> TrlParser:
+def make_parser(
+    method: str = "lopt", command: str = "sft", description: str = __doc__, argv: Sequence[str] | None = ()
+) -> TrlParser:
     """Makes the parser of this command: script, training and model arguments, and `--config file.yaml`.
 
     Args:
         method: The method whose training arguments it takes.
         command: The name after `lopt-hf`.
         description: What `--help` says above the options.
+        argv: What it is to parse; default: nothing.
     """
     config_class = MLAANConfig if method == "mlaan" else LoPTConfig
-    return make_trl_parser(command, description, SFTScriptArguments, config_class, ModelConfig)
+    parser = make_trl_parser(command, description, SFTScriptArguments, config_class, ModelConfig)
+    parser.set_defaults(**preset_of(method, argv))
+    return parser
 
 
 def load_split(script_args: SFTDataArguments, split: str, seed: int, text_field: str = "text") -> Any:
@@ -102,7 +128,7 @@ def main(argv: Sequence[str] | None = None, command: str = "sft", description: s
         command: The name after `lopt-hf`.
         description: What `--help` says above the options.
     """
-    run_training(make_parser(chosen_method(argv), command, description), argv, make_trainer)
+    run_training(make_parser(chosen_method(argv), command, description, argv), argv, make_trainer)
 
 
 if __name__ == "__main__":

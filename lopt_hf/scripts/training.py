@@ -29,11 +29,14 @@ from lopt_hf.data.rows import RowError
 from lopt_hf.scripts.card_facts import describe_data, is_of_hub, public_command
 from lopt_hf.scripts.launching import launch_if_asked
 from lopt_hf.scripts.parsing import parse_or_exit
+from lopt_hf.scripts.presets import PRESETS, check_preset
 from lopt_hf.scripts.settings import UsageExit
 from lopt_hf.trainers.checks import check_no_model_is_lost, check_optimizer, check_output_dir
 from lopt_hf.trainers.mixin import LocalLearningMixin
 
 __all__ = [
+    "METHODS",
+    "METHOD_HELP",
     "DataArguments",
     "MethodArguments",
     "load_checked",
@@ -43,6 +46,11 @@ __all__ = [
     "subsample",
 ]
 
+METHODS = ["lopt", *PRESETS, "e2e"]
+METHOD_HELP = (
+    "'lopt' (local learning with every option below), 'reach' (the task loss trains all blocks in the run's first "
+    "quarter, then the last half of the model), 'freeze' (the last block only), 'e2e' (TRL's plain trainer)"
+)
 LoadSplit = Callable[[Any, str, int], Any]
 _OF_ADAPTERS = ("lora_", "use_rslora", "use_dora")
 # The commands that generate data, by the data's name; in another one it would be looked for on the hub
@@ -82,16 +90,11 @@ class MethodArguments:
     """By which method to train.
 
     Parameters:
-        method: `"lopt"` or `"mlaan"`, each with options of its own, or `"e2e"` for TRL's own trainer with the
-            arguments of `"lopt"`.
+        method: `"lopt"`; `"reach"` or `"freeze"`, which are settings of it; or `"e2e"` for TRL's own trainer with
+            the same arguments.
     """
 
-    method: str = option(
-        "lopt",
-        "'lopt', 'mlaan' (supervised only; `--method mlaan --help` shows its options), or 'e2e' for TRL's "
-        "plain end-to-end trainer.",
-        ["lopt", "mlaan", "e2e"],
-    )
+    method: str = option("lopt", f"{METHOD_HELP}.", METHODS)
 
 
 def load_rows(
@@ -131,10 +134,13 @@ def load_rows(
         where = script_args.dataset_config, split, script_args.dataset_streaming, script_args.data_dir
         try:
             return load_sft_dataset(name, *where)
-        except NoHubError:
+        except NoHubError as error:
             # Only at first, or a run would train on the one and evaluate on the other
-            if fallback is None or split != script_args.dataset_train_split:
+            if not generated or split != script_args.dataset_train_split:
                 raise
+            if fallback is None:
+                names = " or ".join(map(repr, generated))
+                raise NoHubError(f"{error} To try the run on generated data set dataset_fallback to {names}.") from error
         say_once(f"Data: no hub answers for {name}; this run takes {fallback!r} instead, which the package generates.")
         script_args.dataset_name = name = fallback
     script_args.is_generated = True
@@ -200,6 +206,8 @@ def prepare(
     """
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is missing; give a hub id or a local folder.")
+    if isinstance(script_args, MethodArguments):
+        check_preset(script_args.method, args)
     if not model_args.use_peft:
         names = [name for name in ModelConfig.__dataclass_fields__ if name.startswith(_OF_ADAPTERS)]
         check_left_out(model_args, names, "does nothing without use_peft; add --use_peft, or leave it out.")

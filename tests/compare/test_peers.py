@@ -209,9 +209,12 @@ def test_families() -> None:
     known = {
         "end-to-end": [{"method": "e2e"}, {"method": "e2e_segments"}],
         "adapters": [ADAPTER, {"method": "osf"}],
-        "freezing": [{"method": "freeze_last"}, {"train_early_blocks": False}, {"local_objective": "none"}],
+        "freezing": [
+            *({"method": name} for name in ("freeze", "freeze_last")),
+            *({"train_early_blocks": False}, {"local_objective": "none"}),
+        ],
         "one part at a time": [{"method": "lisa"}, {"method": "badam"}],
-        "reach": [{"local_objective": "none", "task_reach": [2, 1]}],
+        "reach": [{"method": "reach"}, {"local_objective": "none", "task_reach": [2, 1]}],
         "local losses": [{}, {"method": "mlaan"}, {"method": "lopt", "use_peft": True}],
     }
     for family, methods in known.items():
