@@ -5,7 +5,7 @@ Options of data and model are those of `lopt-hf image`.
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -202,7 +202,7 @@ def _find_split(model: PreTrainedModel, processor: Any, args: ImagePipelineConfi
         device=args.device,
         accumulation_steps=args.gradient_accumulation_steps,
     )
-    costs = replace(costs, runs_again=args.sends_gradients_back and args.gradient_recompute)
+    costs = costs.with_gradient(args.gradient, args.gradient_recompute, args.schedule.cycle)
     split = balanced_split(costs, args.num_blocks)
     print(format_split(costs, split), flush=True)
     return split

@@ -1,6 +1,7 @@
 """The GPU check on a CPU, with tiny sizes; nothing here depends on how fast the machine is."""
 
 import json
+import math
 import os
 import signal
 import time
@@ -175,6 +176,11 @@ def test_comparison_sees_a_difference(tmp_path):
     assert compare(tmp_path, Comparison("a", 0.11), other, [2.0, 1.0])["is_equal"]
     assert not compare(tmp_path, Comparison("a", 0.11), other, [2.0, 1.2])["is_equal"]
     assert compare(tmp_path, Comparison("a", 0.11, of_losses=False), other, [2.0, 1.2])["is_equal"]
+    for name, place in zip(start, ("layer 0", "layer 1", "norm"), strict=True):  # wherever it is among the others
+        broken = compare(tmp_path, Comparison("a", 0.11), start | {name: start[name] * math.nan}, [2.0, 1.0])
+        assert (broken["largest_in"], broken["is_equal"]) == (place, False)
+    for losses in ([math.nan, 1.0], [2.0, math.nan]):
+        assert not compare(tmp_path, Comparison("a", 0.11), start, losses)["is_equal"]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ from lopt_hf.bench.pipeline.worker import prepare
 from lopt_hf.common.host_store import LOOPBACK, host_store
 from lopt_hf.local.embeddings import untie_output_embeddings
 from lopt_hf.pipeline.runtime.timeline import Timeline
-from lopt_hf.pipeline.split.costs import ModelCosts, PartCost
+from lopt_hf.pipeline.split.model_costs import ModelCosts
+from lopt_hf.pipeline.split.stopwatch import PartCost
 from lopt_hf.scripts.bench import main
 from tests.forkserver import forked_instead_of_spawned
 from tests.tiny import make_model, make_tokenizer
@@ -164,8 +165,11 @@ def test_bf16_and_readout_on_three_stages(tiny_model):
         ({"methods": ("ppll", "gpip")}, "methods='gpip' is unknown, nearest is 'gpipe'"),
         ({"methods": ()}, "methods=.* at least one"),
         ({"stages": 1}, "stages=1 is too small; set it to 2 or more"),
-        ({"microbatches": 1}, "microbatches=1: torch's Schedule1F1B needs at least as many as stages=2"),
-        ({"microbatches": 3, "methods": ("dualpipev",)}, "ScheduleDualPipeV needs at least twice as many as stages=2"),
+        ({"microbatches": 1}, "microbatches=1 with stages=2: 1f1b needs at least as many as stages in torch"),
+        (
+            {"microbatches": 3, "methods": ("dualpipev",)},
+            "=3 with stages=2: dualpipev needs at least twice as many as",
+        ),
         ({"microbatches": 5, "methods": ("zbv", "interleaved_zb")}, "interleaved_zb deals them out in 2 equal rounds"),
         ({"stages": 3, "methods": ("ppll_delayed",)}, "ppll_delayed has its first gradient in step 3; set it to 3"),
         ({"warmup": 0}, "warmup=0 is too small; set it to 1 or more"),

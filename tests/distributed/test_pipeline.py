@@ -267,9 +267,8 @@ def test_an_exported_checkpoint_is_the_saved_model(finished, tmp_path, num_stage
         export_checkpoint(saved / "checkpoint-4", tmp_path / "model")
 
 
-@pytest.mark.parametrize("noted", [{"dtype": "float32"}, {}], ids=["noted", "older"])
-def test_an_exported_checkpoint_is_as_precise_as_the_run(finished, tmp_path, monkeypatch, noted):
-    """The start lies on the hub in bfloat16, under a revision; a checkpoint of before has no data type."""
+def test_an_exported_checkpoint_is_as_precise_as_the_run(finished, tmp_path, monkeypatch):
+    """The start lies on the hub in bfloat16, under a revision."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     snapshot = tmp_path / "models--org--start/snapshots" / ("a" * 40)
     make_model(num_hidden_layers=NUM_LAYERS).to(torch.bfloat16).save_pretrained(snapshot)
@@ -279,8 +278,8 @@ def test_an_exported_checkpoint_is_as_precise_as_the_run(finished, tmp_path, mon
     saved, checkpoint = finished(4) / "saves", tmp_path / "checkpoint-4"
     shutil.copytree(saved / checkpoint.name, checkpoint)
     manifest = json.loads((checkpoint / "pipeline.json").read_text())
-    assert manifest.pop("dtype") == "float32"
-    manifest |= {"model": "org/start", "model_revision": "v2", **noted}
+    assert manifest["dtype"] == "float32"
+    manifest |= {"model": "org/start", "model_revision": "v2"}
     (checkpoint / "pipeline.json").write_text(json.dumps(manifest))
     export_checkpoint(checkpoint, tmp_path / "model")
     assert_equal(load_model(tmp_path / "model"), load_model(saved))

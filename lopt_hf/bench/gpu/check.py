@@ -14,9 +14,10 @@ from lopt_hf.bench.gpu.parts import Outcome
 from lopt_hf.bench.gpu.report import Results, to_json, to_markdown
 from lopt_hf.bench.gpu.runner import run_parts
 from lopt_hf.bench.gpu.settings import GpuCheckSettings
-from lopt_hf.bench.gpu.workload import Workload
+from lopt_hf.bench.gpu.workload import TrainingWorkload
 from lopt_hf.bench.processes import one_gpu
 from lopt_hf.common.files import write_text
+from lopt_hf.common.settings import check_folder
 
 __all__ = ["run_gpu_check"]
 
@@ -39,7 +40,7 @@ def run_gpu_check(
     folder: Path,
     load_config: Callable[[str], Config],
     measure_device: Run,
-    predict: Callable[[str, Workload, int], Run],
+    predict: Callable[[str, TrainingWorkload, int], Run],
 ) -> Results:
     """Runs a check and writes `gpu_check.json`, `gpu_check.md` and what the processes printed to a folder.
 
@@ -56,8 +57,7 @@ def run_gpu_check(
     Raises:
         ValueError: If a model is unknown, or `folder` is a file.
     """
-    if folder.is_file():
-        raise ValueError(f"output_dir={folder} is a file; name a folder.")
+    check_folder("output_dir", folder)
     device = _device(settings)
     known = {name: load_config(name) for name in settings.models} if device["type"] == "cuda" else {}
     sizes = make_sizes(settings, device["type"], known)

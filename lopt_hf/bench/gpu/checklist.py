@@ -11,7 +11,7 @@ from lopt_hf.bench.gpu.settings import GpuCheckSettings
 from lopt_hf.bench.gpu.sharded import Sharded
 from lopt_hf.bench.gpu.training import Training
 from lopt_hf.bench.gpu.updates import Comparison
-from lopt_hf.bench.gpu.workload import Workload
+from lopt_hf.bench.gpu.workload import TrainingWorkload
 from lopt_hf.bench.processes import one_gpu
 from lopt_hf.common.packaged import find_accelerate_config
 
@@ -60,12 +60,12 @@ class Sizes:
 
     device: str
     models: Mapping[str, Mapping[str, Any]]
-    steps: Workload
-    equality: Workload
-    options: Workload
+    steps: TrainingWorkload
+    equality: TrainingWorkload
+    options: TrainingWorkload
     generation: Generation
 
-    def workload(self, model: str) -> Workload:
+    def workload(self, model: str) -> TrainingWorkload:
         """What a step of a model trains."""
         return replace(self.steps, config=self.models[model])
 
@@ -79,12 +79,14 @@ def make_sizes(settings: GpuCheckSettings, device: str, models: Mapping[str, Map
         models: Configurations of `settings.models`. On a CPU one tiny model stands for them.
     """
     if device == "cpu":
-        tiny = Workload(TINY_CONFIG, 2, 16, 1, 1, settings.optim, 1e-3, device)
+        tiny = TrainingWorkload(TINY_CONFIG, 2, 16, 1, 1, settings.optim, 1e-3, device)
         compared = replace(tiny, warmup=0, steps=2, optim="sgd", learning_rate=0.5, is_made_on_cpu=True)
         generation = Generation(TINY_CONFIG, _REPL_EVERY, 1, 4, 4, 1, device)
         return Sizes(device, {TINY: TINY_CONFIG}, tiny, compared, compared, generation)
-    steps = Workload({}, settings.batch_size, settings.seq_length, 2, settings.steps, settings.optim, 1e-5, device)
-    small = Workload(_qwen2(256, 8, 8, 4, 704, 4096), 4, 128, 0, 7, "sgd", 0.5, device, True, True)
+    steps = TrainingWorkload(
+        {}, settings.batch_size, settings.seq_length, 2, settings.steps, settings.optim, 1e-5, device
+    )
+    small = TrainingWorkload(_qwen2(256, 8, 8, 4, 704, 4096), 4, 128, 0, 7, "sgd", 0.5, device, True, True)
     wide = replace(small, config=_qwen2(896, 8, 14, 2, 4864, 8192), batch_size=4, seq_length=512, warmup=1)
     smallest = models[settings.models[-1]]
     return Sizes(device, models, steps, small, wide, Generation(smallest, _REPL_EVERY, 1, 128, 64, 5, device))
@@ -143,7 +145,7 @@ def _equality(sizes: Sizes) -> Part:
     return Part("Equality", "updates", cases, 75, _DETERMINISTIC)
 
 
-def _update_run(row: UpdateRow, workload: Workload) -> Training:
+def _update_run(row: UpdateRow, workload: TrainingWorkload) -> Training:
     return Training(
         workload,
         {"num_blocks": _BLOCKS, **row.options},

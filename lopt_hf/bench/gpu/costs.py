@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from lopt_hf.bench.gpu.workload import Workload
+from lopt_hf.bench.gpu.workload import TrainingWorkload
 from lopt_hf.common.tables import interquartile_range
 from lopt_hf.meters.gradient_bytes import GradientBytes
 from lopt_hf.meters.optimizer_bytes import stepped_weights
@@ -33,7 +33,7 @@ class StepCosts(TrainerCallback):
         losses: The logged loss of each step.
     """
 
-    def __init__(self, device: str, workload: Workload, cycle: int, metered: bool) -> None:
+    def __init__(self, device: str, workload: TrainingWorkload, cycle: int, metered: bool) -> None:
         self.losses: list[float] = []
         self._on_cuda = device == "cuda"
         self._warmup, self._cycle, self._tokens = workload.warmup, cycle, workload.tokens

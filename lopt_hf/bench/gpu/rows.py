@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["BASELINE", "OPTION_ROWS", "STEP_ROWS", "UPDATE_ROWS", "OptionRow", "StepRow", "UpdateRow"]
+__all__ = ["BASELINE", "OPTION_ROWS", "STEP_ROWS", "UPDATE_ROWS", "MethodRow", "OptionRow", "UpdateRow"]
 
 BASELINE = "end-to-end"
 _REACH = {"local_objective": "none"}
@@ -12,7 +12,7 @@ _REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {
 
 
 @dataclass(frozen=True)
-class StepRow:
+class MethodRow:
     """A way to train whose steps are measured.
 
     Attributes:
@@ -32,22 +32,22 @@ class StepRow:
 
 # The first ones have targets. The second end-to-end row shows how much of a difference in time is the machine's.
 STEP_ROWS = (
-    StepRow(BASELINE, plan="end-to-end"),
-    StepRow("LoPT K=2", {"num_blocks": 2}, "LoPT K=2"),
-    StepRow("LoPT K=4", {"num_blocks": 4}, "LoPT K=4"),
-    StepRow("K=4, reach 1,1,1,4", {**_REACH, "num_blocks": 4, "task_reach": [1, 1, 1, 4]}, cycle=4),
-    StepRow("end-to-end, again", plan="end-to-end"),
-    StepRow("LoPT K=8", {"num_blocks": 8}, "LoPT K=8"),
-    StepRow("LoPT K=4, local step", {"num_blocks": 4, "local_step": True}, "LoPT K=4, local step"),
-    StepRow("LoPT K=4, local step, in parts", {"num_blocks": 4, "local_step": True, "clip_scope": "part"}),
-    StepRow("end-to-end + checkpointing", _REENTRANT, "end-to-end + checkpointing"),
-    StepRow("LoRA r=16", plan="LoRA r=16", lora=True),
-    StepRow("freeze 1 of 2 blocks", {"num_blocks": 2, "train_early_blocks": False}, "freeze 1 of 2 blocks"),
-    StepRow("LoPT K=2, local step", {"num_blocks": 2, "local_step": True}, "LoPT K=2, local step"),
-    StepRow("LoPT K=8, local step", {"num_blocks": 8, "local_step": True}, "LoPT K=8, local step"),
-    StepRow("LoPT K=4 + checkpointing", {"num_blocks": 4, **_REENTRANT}, "LoPT K=4 + checkpointing"),
-    StepRow("K=2, reach 1,1,1,2", {**_REACH, "num_blocks": 2, "task_reach": [1, 1, 1, 2]}, cycle=4),
-    StepRow("LoPT K=2, joint (released code)", {"num_blocks": 2, "local_backward": "joint"}),
+    MethodRow(BASELINE, plan="end-to-end"),
+    MethodRow("LoPT K=2", {"num_blocks": 2}, "LoPT K=2"),
+    MethodRow("LoPT K=4", {"num_blocks": 4}, "LoPT K=4"),
+    MethodRow("K=4, reach 1,1,1,4", {**_REACH, "num_blocks": 4, "task_reach": [1, 1, 1, 4]}, cycle=4),
+    MethodRow("end-to-end, again", plan="end-to-end"),
+    MethodRow("LoPT K=8", {"num_blocks": 8}, "LoPT K=8"),
+    MethodRow("LoPT K=4, local step", {"num_blocks": 4, "local_step": True}, "LoPT K=4, local step"),
+    MethodRow("LoPT K=4, local step, in parts", {"num_blocks": 4, "local_step": True, "clip_scope": "part"}),
+    MethodRow("end-to-end + checkpointing", _REENTRANT, "end-to-end + checkpointing"),
+    MethodRow("LoRA r=16", plan="LoRA r=16", lora=True),
+    MethodRow("freeze 1 of 2 blocks", {"num_blocks": 2, "train_early_blocks": False}, "freeze 1 of 2 blocks"),
+    MethodRow("LoPT K=2, local step", {"num_blocks": 2, "local_step": True}, "LoPT K=2, local step"),
+    MethodRow("LoPT K=8, local step", {"num_blocks": 8, "local_step": True}, "LoPT K=8, local step"),
+    MethodRow("LoPT K=4 + checkpointing", {"num_blocks": 4, **_REENTRANT}, "LoPT K=4 + checkpointing"),
+    MethodRow("K=2, reach 1,1,1,2", {**_REACH, "num_blocks": 2, "task_reach": [1, 1, 1, 2]}, cycle=4),
+    MethodRow("LoPT K=2, joint (released code)", {"num_blocks": 2, "local_backward": "joint"}),
 )
 
 

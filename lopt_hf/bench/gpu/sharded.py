@@ -15,7 +15,7 @@ from typing import Any
 from lopt_hf.bench.gpu.training import Training
 from lopt_hf.bench.gpu.updates import Comparison
 from lopt_hf.bench.gpu.worker import clean
-from lopt_hf.bench.gpu.workload import Workload
+from lopt_hf.bench.gpu.workload import TrainingWorkload
 from lopt_hf.common.launching import LAUNCHER, ON_THIS_HOST
 
 __all__ = ["Sharded", "main", "read_runs", "write_runs"]
@@ -74,7 +74,7 @@ def read_runs(folder: Path) -> list[Training]:
         Training(
             **values
             | {
-                "workload": Workload(**values["workload"]),
+                "workload": TrainingWorkload(**values["workload"]),
                 "comparison": values["comparison"] and Comparison(**values["comparison"]),
             }
         )

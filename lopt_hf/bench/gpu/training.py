@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lopt_hf.bench.gpu.updates import Comparison, compare, save_updates
-from lopt_hf.bench.gpu.workload import Workload
+from lopt_hf.bench.gpu.workload import TrainingWorkload
 from lopt_hf.bench.step_settings import LORA_RANK
 from lopt_hf.bench.training import SHARED_ARGUMENTS
 
@@ -43,7 +43,7 @@ class Training:
         sharded: Whether an engine is to shard the weights.
     """
 
-    workload: Workload
+    workload: TrainingWorkload
     options: Mapping[str, Any] = field(default_factory=dict)
     weights: str = "bfloat16"
     precision: str = "bf16"

@@ -62,18 +62,20 @@ def compare(
     still = [name for name in own if not own[name].any() or not other[name].any()]
     if still:
         raise ValueError(f"the weights of {', '.join(still)} have not moved, so there is nothing to compare")
-    differences = {name: float((own[name] - other[name]).norm() / other[name].norm()) for name in own}
-    place = max(differences, key=differences.__getitem__)
+    # Of tensors nan is the largest value, which Python's `max` passes over unless it comes first.
+    differences = torch.stack([(own[name] - other[name]).norm() / other[name].norm() for name in own])
+    largest = int(differences.argmax())
     values: dict[str, Any] = {
         "compared_with": comparison.reference,
-        "difference": differences[place],
-        "largest_in": place,
+        "difference": float(differences[largest]),
+        "largest_in": list(own)[largest],
         "tolerance": comparison.tolerance,
-        "is_equal": differences[place] <= comparison.tolerance,
+        "is_equal": float(differences[largest]) <= comparison.tolerance,
     }
     if comparison.of_losses:
-        pairs = zip(losses, saved["losses"], strict=True)
-        values["loss_difference"] = max(abs(a - b) / abs(b) for a, b in pairs)
+        pairs = torch.tensor(list(zip(losses, saved["losses"], strict=True)), dtype=torch.float64)
+        ours, theirs = pairs.unbind(dim=1)
+        values["loss_difference"] = float(((ours - theirs) / theirs).abs().max())
         values["is_equal"] &= values["loss_difference"] <= max(comparison.tolerance, _LOSS_TOLERANCE)
     return values
 

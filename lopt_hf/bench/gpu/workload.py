@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Workload"]
+__all__ = ["TrainingWorkload"]
 
 
 @dataclass(frozen=True)
-class Workload:
+class TrainingWorkload:
     """What every run of a part trains, and for how long.
 
     Attributes:

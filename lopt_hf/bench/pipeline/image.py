@@ -29,7 +29,7 @@ from lopt_hf.pipeline.runtime.image.trainer import ImageStageTrainer
 from lopt_hf.pipeline.runtime.launch import PipelineWorld
 from lopt_hf.pipeline.runtime.stage import HiddenStateInput
 from lopt_hf.pipeline.runtime.stage_plan import StagePlan
-from lopt_hf.pipeline.split.costs import ModelCosts
+from lopt_hf.pipeline.split.model_costs import ModelCosts
 from lopt_hf.trainers.image import (
     ImageTrainer,
     ImageTrainingArguments,

@@ -25,7 +25,8 @@ from lopt_hf.pipeline.runtime.launch import PipelineWorld
 from lopt_hf.pipeline.runtime.stage import HiddenStateInput, load_stage
 from lopt_hf.pipeline.runtime.stage_plan import StagePlan
 from lopt_hf.pipeline.runtime.trainer import PipelineTrainer
-from lopt_hf.pipeline.split.costs import ModelCosts, measure_costs
+from lopt_hf.pipeline.split.costs import measure_costs
+from lopt_hf.pipeline.split.model_costs import ModelCosts
 from lopt_hf.trainers.configs import LoPTConfig
 from lopt_hf.trainers.sft import LoPTTrainer
 
@@ -72,8 +73,7 @@ class LanguageTask(PipelineTask):
             "processing_class": tokenizer,
         }
         if plan is not None and world is not None:
-            keeps_readout = run.settings.objective == "readout" and run.method == "ppll"
-            part = load_stage(run.checkpoint, plan, keeps_readout, dtype=torch.float32)
+            part = PipelineTrainer.load_part(run.checkpoint, plan, shared["args"], dtype=torch.float32)
             return PipelineTrainer(part, world=world, **shared)
         model = AutoModelForCausalLM.from_pretrained(run.checkpoint, dtype=torch.float32)
         if run.method == "lopt":

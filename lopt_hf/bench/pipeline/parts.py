@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lopt_hf.pipeline.split.costs import ModelCosts
+from lopt_hf.pipeline.split.model_costs import ModelCosts
 
 __all__ = ["Cut", "divide_stages"]
 

@@ -23,11 +23,10 @@ from lopt_hf.bench.pipeline.worker import make_plans, prepare
 from lopt_hf.common.host_store import LOOPBACK
 from lopt_hf.meters.saved_bytes import SavedBytes
 from lopt_hf.pipeline.runtime.timeline import Timeline
+from lopt_hf.pipeline.simulator.schedule_orders import stages_of
 from lopt_hf.pipeline.simulator.torch_schedules import TORCH_SCHEDULES
 
-__all__ = ["ScheduledTraining", "stages_of", "train_by_schedule"]
-
-V_SHAPED = ("zbv", "dualpipev")  # rank 0 has the first stage and the last
+__all__ = ["ScheduledTraining", "train_by_schedule"]
 
 
 class _TimedStage(PipelineStage):
@@ -67,19 +66,6 @@ def train_by_schedule(on_step: Callable[[], None], rank: int, run: MethodRun) ->
     dist.barrier()
     dist.destroy_process_group()
     return record.finish(run, training.timeline)
-
-
-def stages_of(method: str, rank: int, ranks: int) -> list[int]:
-    """The stages that a rank runs, in their order.
-
-    Args:
-        method: One of torch's schedules.
-        rank: The rank.
-        ranks: Number of ranks.
-    """
-    if method not in TWO_STAGES_PER_RANK:
-        return [rank]
-    return [rank, 2 * ranks - 1 - rank] if method in V_SHAPED else [rank, ranks + rank]
 
 
 class ScheduledTraining:

@@ -1,14 +1,15 @@
 """What `lopt-hf bench pipeline` measures: the settings."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 from lopt_hf.bench.processes import MALLOC, MALLOC_HELP
 from lopt_hf.common.architectures import ARCHITECTURES
 from lopt_hf.common.arithmetic import DTYPE_HELP, read_dtype
-from lopt_hf.common.settings import check_at_least, check_choices, check_distinct, check_lowest
-from lopt_hf.pipeline.simulator.schedule_orders import rounds_of
+from lopt_hf.common.settings import check_at_least, check_choices, check_distinct, check_lowest, option
+from lopt_hf.pipeline.simulator.schedule_orders import SCHEDULES as SIMULATED
+from lopt_hf.pipeline.simulator.schedule_orders import check_microbatches
 
 __all__ = [
     "DEFAULT_METHODS",
@@ -41,7 +42,7 @@ LANGUAGE_METHODS = tuple(name for name in METHODS if name != "local")
 IMAGE_METHODS = tuple(name for name in METHODS if name != "lopt")
 DELAYED = ("ppll_delayed", "ppll_delayed_graph")
 PPLL = ("ppll", *DELAYED)
-TWO_STAGES_PER_RANK = ("interleaved", "interleaved_zb", "zbv", "dualpipev")
+TWO_STAGES_PER_RANK = tuple(name for name, schedule in SIMULATED.items() if schedule.stages_per_rank() == 2)
 SCHEDULES = ("gpipe", "1f1b", *TWO_STAGES_PER_RANK)  # torch's; each computes the gradients of `e2e`
 _CHOICES: dict[str, tuple[str, ...]] = {
     "split": ("auto", "even"),
@@ -59,10 +60,6 @@ _SMALLEST = {
 }
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True)
 class BenchSettings:
     """What `run_pipeline_bench` measures, whatever the models are.
@@ -76,26 +73,28 @@ class BenchSettings:
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     methods: tuple[str, ...] = ()
-    stages: int = _option(2, "Processes of a pipeline; the local learning has as many blocks.")
-    microbatches: int = _option(4, "Micro-batches of an optimizer step.")
+    stages: int = option(2, "Processes of a pipeline; the local learning has as many blocks.")
+    microbatches: int = option(4, "Micro-batches of an optimizer step.")
     micro_batch_size: int = 1
     objective: str = ""
-    split: str = _option("auto", "auto: so that the slowest stage is as fast as can be, measured; even: by layers.")
-    split_at: tuple[int, ...] | None = _option(None, "First layer of every stage but the first; wins over --split.")
-    steps: int = _option(3, "Timed steps per method and round.")
-    warmup: int = _option(2, "Untimed steps before them; the last of them counts the saved bytes.")
-    rounds: int = _option(2, "How often the methods take turns, each time in new processes.")
-    dtype: str = _option("auto", f"{DTYPE_HELP} The weights are float32.")
-    malloc: str = _option("keep", MALLOC_HELP)
-    threads: int = _option(1, "CPU threads per process.")
-    seed: int = _option(0, "Seed of the data order and of new weights.")
+    split: str = option("auto", "auto: so that the slowest stage is as fast as can be, measured; even: by layers.")
+    split_at: tuple[int, ...] | None = option(None, "First layer of every stage but the first; wins over --split.")
+    steps: int = option(3, "Timed steps per method and round.")
+    warmup: int = option(2, "Untimed steps before them; the last of them counts the saved bytes.")
+    rounds: int = option(2, "How often the methods take turns, each time in new processes.")
+    dtype: str = option("auto", f"{DTYPE_HELP} The weights are float32.")
+    malloc: str = option("keep", MALLOC_HELP)
+    threads: int = option(1, "CPU threads per process.")
+    seed: int = option(0, "Seed of the data order and of new weights.")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", read_dtype(self.dtype))
         check_lowest(self, _SMALLEST)
         check_choices(self, {**_CHOICES, **self.choices})
         check_distinct("methods", self.methods)
-        self._check_microbatches()
+        for method in self.methods:
+            if method in SCHEDULES:  # what torch would say in a process of each round
+                check_microbatches(method, self.stages, self.microbatches, by_torch=True)
         delayed = [method for method in self.methods if method in DELAYED]
         if delayed and self.warmup < self.stages:
             raise ValueError(
@@ -104,24 +103,6 @@ class BenchSettings:
             )
         if self.split_at is not None and len(self.split_at) != self.stages - 1:
             raise ValueError(f"split_at={self.split_at} must have stages - 1 = {self.stages - 1} layers.")
-
-    def _check_microbatches(self) -> None:
-        """What torch's schedules ask for, and would say in a process of each round."""
-        needed = {"1f1b": ("Schedule1F1B", self.stages), "dualpipev": ("ScheduleDualPipeV", 2 * self.stages)}
-        for method, (schedule, least) in needed.items():
-            if method in self.methods and self.microbatches < least:
-                what = "as many as" if method == "1f1b" else "twice as many as"
-                raise ValueError(
-                    f"microbatches={self.microbatches}: torch's {schedule} needs at least {what} stages="
-                    f"{self.stages}; raise it, or leave {method} out of methods."
-                )
-        rounds = rounds_of(self.stages, self.microbatches)
-        for method in ("interleaved", "interleaved_zb"):
-            if method in self.methods and self.microbatches % rounds:
-                raise ValueError(
-                    f"microbatches={self.microbatches}: {method} deals them out in {rounds} equal rounds; use a "
-                    f"multiple of stages={self.stages}, or leave {method} out of methods."
-                )
 
     @property
     def parts_per_stage(self) -> int:
@@ -160,12 +141,12 @@ class PipelineBenchSettings(BenchSettings):
         "lm_head": ("fused", "logits"),
     }
 
-    methods: tuple[str, ...] = _option(DEFAULT_METHODS, f"Any of {', '.join(LANGUAGE_METHODS)}.")
-    micro_batch_size: int = _option(2, "Sequences of a micro-batch.")
-    objective: str = _option("reconstruction", "Local objective: reconstruction or readout.")
-    model: str = _option("HuggingFaceTB/SmolLM2-135M-Instruct", "Hub id or local folder of a causal LM.")
-    seq_length: int = _option(128, "Tokens per sequence; there is no padding.")
-    lm_head: str = _option("fused", "fused: TRL's, in tiles; logits: those of all tokens at once, see below.")
+    methods: tuple[str, ...] = option(DEFAULT_METHODS, f"Any of {', '.join(LANGUAGE_METHODS)}.")
+    micro_batch_size: int = option(2, "Sequences of a micro-batch.")
+    objective: str = option("reconstruction", "Local objective: reconstruction or readout.")
+    model: str = option("HuggingFaceTB/SmolLM2-135M-Instruct", "Hub id or local folder of a causal LM.")
+    seq_length: int = option(128, "Tokens per sequence; there is no padding.")
+    lm_head: str = option("fused", "fused: TRL's, in tiles; logits: those of all tokens at once, see below.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -192,14 +173,14 @@ class ImagePipelineBenchSettings(BenchSettings):
         "architecture": tuple(ARCHITECTURES),
     }
 
-    methods: tuple[str, ...] = _option(("local", *DEFAULT_METHODS[1:]), f"Any of {', '.join(IMAGE_METHODS)}.")
-    micro_batch_size: int = _option(16, "Images of a micro-batch.")
-    objective: str = _option(
+    methods: tuple[str, ...] = option(("local", *DEFAULT_METHODS[1:]), f"Any of {', '.join(IMAGE_METHODS)}.")
+    micro_batch_size: int = option(16, "Images of a micro-batch.")
+    objective: str = option(
         "classifier", "Local objective: classifier, of each early block's own, or readout, the model's, frozen."
     )
-    model: str | None = _option(None, "Hub id or local folder of an image classifier. Default: from random weights.")
-    architecture: str = _option("vit", "What to make from random weights: vit, a small one, or resnet20.")
-    image_size: int | None = _option(None, "Side of the images in pixels. Default: the model's.")
+    model: str | None = option(None, "Hub id or local folder of an image classifier. Default: from random weights.")
+    architecture: str = option("vit", "What to make from random weights: vit, a small one, or resnet20.")
+    image_size: int | None = option(None, "Side of the images in pixels. Default: the model's.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -16,7 +16,7 @@ from lopt_hf.local.ownership import parameters_by_block
 from lopt_hf.local.stacks import find_stack
 from lopt_hf.pipeline.runtime.launch import PipelineWorld
 from lopt_hf.pipeline.runtime.stage_plan import StagePlan
-from lopt_hf.pipeline.split.costs import ModelCosts
+from lopt_hf.pipeline.split.model_costs import ModelCosts
 
 __all__ = ["ClippedApart", "PipelineTask", "clip_groups", "make_config"]
 

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from lopt_hf.pipeline.runtime.launch import PipelineWorld, Rendezvous, init_worl
 from lopt_hf.pipeline.runtime.stage_plan import StagePlan, plan_stages
 from lopt_hf.pipeline.runtime.timeline import Timeline
 from lopt_hf.pipeline.split.balance import balanced_split, format_split
-from lopt_hf.pipeline.split.stopwatch import PartCost
 
 __all__ = ["find_cut", "make_plans", "prepare", "train"]
 
@@ -45,8 +43,8 @@ def find_cut(on_step: Callable[[], None], checkpoint: str, settings: BenchSettin
     costs = task_of(settings).measure_costs(settings, checkpoint)
     split_at = balanced_split(costs, settings.stages, least_layers=settings.parts_per_stage)
     parts_at = divide_stages(split_at, len(costs.layers), settings.parts_per_stage, costs)
-    twice = replace(costs, objective=PartCost(0.0, 0.0, 0), objectives={}, runs_again=True)  # no local objective
-    return Cut(split_at, parts_at, balanced_split(twice, settings.stages), format_split(costs, split_at))
+    rerun_at = balanced_split(costs.with_gradient("delayed"), settings.stages)
+    return Cut(split_at, parts_at, rerun_at, format_split(costs, split_at))
 
 
 def train(on_step: Callable[[], None], rank: int, run: MethodRun) -> Record:

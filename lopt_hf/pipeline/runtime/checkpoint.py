@@ -82,7 +82,8 @@ class Manifest:
                 f"checkpoint={str(folder)!r} has no {MANIFEST_FILE}: it is not a complete checkpoint of a pipeline; "
                 "name another one."
             )
-        self.content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        # One that names no gradient is from before there was another than that of local objectives.
+        self.content: dict[str, Any] = {"gradient": "local", **json.loads(path.read_text(encoding="utf-8"))}
 
     @staticmethod
     def write(folder: Path, plans: Sequence[StagePlan], details: Mapping[str, Any]) -> None:
@@ -91,15 +92,14 @@ class Manifest:
         content = {"stages": stages, "num_layers": plans[0].num_layers, **details}
         (folder / MANIFEST_FILE).write_text(json.dumps(content, indent=2), encoding="utf-8")
 
-    def check(self, name: str, value: Any, default: Any = None) -> None:
+    def check(self, name: str, value: Any) -> None:
         """Raises `ValueError` if the run that wrote the checkpoint had another value of a setting.
 
         Args:
             name: The setting.
             value: That of this run.
-            default: The value of checkpoints from before there was the setting.
         """
-        saved = self.content.get(name, default)
+        saved = self.content.get(name)
         if saved != value:
             raise ValueError(
                 f"resume_from_checkpoint={str(self.folder)!r} was trained with {name}={saved}, but this "
@@ -113,10 +113,8 @@ class Manifest:
             data_parallel: Replicas of the run.
             gradient_settings: Its settings that no run with gradients on their way can change, by name.
         """
-        self.check("data_parallel", data_parallel)
-        self.check("gradient", gradient_settings["gradient"], "local")
-        for name, value in gradient_settings.items():
-            self.check(name, value, value)
+        for name, value in {"data_parallel": data_parallel, **gradient_settings}.items():
+            self.check(name, value)
 
     @property
     def revision(self) -> str:

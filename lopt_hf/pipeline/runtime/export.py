@@ -6,15 +6,16 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import upload_folder
 from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_SAFE_WEIGHTS_NAME,
@@ -29,7 +30,7 @@ from lopt_hf.pipeline.runtime.checkpoint import INCOMPLETE, WEIGHTS_FILE, Manife
 from lopt_hf.pipeline.runtime.stage import load_stage
 from lopt_hf.pipeline.runtime.stage_plan import StagePlan
 
-__all__ = ["assemble_model", "export_checkpoint", "exporting"]
+__all__ = ["assemble_model", "export_checkpoint", "exporting", "push_model", "save_stage_model"]
 
 
 def assemble_model(stage_folders: Sequence[Path], output_dir: Path) -> None:
@@ -63,6 +64,48 @@ def assemble_model(stage_folders: Sequence[Path], output_dir: Path) -> None:
     for name in (CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME):  # the index last
         if (last / name).is_file():
             os.replace(last / name, output_dir / name)
+
+
+def save_stage_model(trainer: Any, target: Path) -> None:
+    """Makes one stock checkpoint of all stages; every process must call it, and waits until it is complete."""
+    staged = target / f"{INCOMPLETE}model"
+    store = trainer.world.new_run_store()
+    if trainer.world.replica == 0:
+        folder = staged / trainer.plan.name
+        shutil.rmtree(folder, ignore_errors=True)
+        trainer._save(str(folder), _exported_state(trainer))
+        if store.add("written", 1) == len(trainer.plans):
+            assemble_model([staged / plan.name for plan in trainer.plans], target)
+            if trainer.processing_class is not None:
+                trainer.processing_class.save_pretrained(target)
+            shutil.rmtree(staged)
+            store.set("complete", "")
+    trainer.world.monitor.wait_for(store, "complete")
+
+
+def _exported_state(trainer: Any) -> dict[str, torch.Tensor] | None:
+    """What goes into the model: a head that is tied to the embeddings is saved with them, on another stage."""
+    if isinstance(trainer.model, PeftModel):
+        return None
+    others = {} if trainer.plan.is_last else trainer.learner.owned()[-1]  # the frozen readout
+    state = {name: tensor for name, tensor in trainer.model.state_dict().items() if name not in others}
+    base_model = trainer.learner.base_model
+    head = base_model.get_output_embeddings() if trainer.plan.is_last else None  # of images there is none
+    if head is not None and base_model.config.get_text_config(decoder=True).tie_word_embeddings:
+        own = {id(parameter) for parameter in head.parameters()}
+        state = {n: t for n, t in trainer.model.state_dict(keep_vars=True).items() if id(t) not in own}
+    return state
+
+
+def push_model(trainer: Any) -> None:
+    """Uploads the saved model to the hub, without the checkpoints."""
+    upload_folder(
+        repo_id=str(trainer.hub_model_id),
+        folder_path=str(trainer.args.output_dir),
+        token=trainer.args.hub_token,
+        commit_message="End of training",
+        ignore_patterns=[f"{PREFIX_CHECKPOINT_DIR}-*", f"{INCOMPLETE}*"],
+    )
 
 
 @contextmanager
@@ -110,15 +153,8 @@ def export_checkpoint(checkpoint: Path, output_dir: Path, model_name_or_path: st
         tokenizer.save_pretrained(folder)
 
 
-def _saved_dtype(folder: Path) -> torch.dtype | str:
-    """The type of a stage's trained weights, for checkpoints from before it was noted."""
-    with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-        dtypes = [file.get_tensor(name).dtype for name in file.keys()]
-    return reduce(torch.promote_types, dtypes) if dtypes else "auto"
-
-
 def _export_stage(start: str, plan: StagePlan, folder: Path, manifest: Manifest, target: Path) -> None:
-    dtype = manifest.content.get("dtype") or _saved_dtype(folder)  # the start's own may be a coarser one
+    dtype = manifest.content.get("dtype", "auto")  # the start's own may be a coarser one
     model: Any = load_stage(start, plan, dtype=dtype, revision=manifest.revision)
     if (folder / ADAPTER_CONFIG_NAME).is_file():
         model = adapt_saved_stage(model, PeftConfig.from_pretrained(str(folder)))

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,6 @@ from lopt_hf.pipeline.runtime.trainer import MLAANPipelineTrainer, PipelineTrain
 from lopt_hf.pipeline.split.auxiliaries import with_auxiliaries
 from lopt_hf.pipeline.split.balance import balanced_split, format_split
 from lopt_hf.pipeline.split.costs import measure_costs
-from lopt_hf.pipeline.split.stopwatch import PartCost
 
 __all__ = ["StageConfig", "agreed_split", "find_model", "launch_stages", "make_trainer", "run_stage"]
 
@@ -181,9 +180,7 @@ def _find_split(checkpoint: str, args: StageConfig, model_args: ModelConfig) -> 
     )
     if isinstance(args, MLAANPipelineConfig):
         costs = with_auxiliaries(costs, args)
-    if args.gradient == "delayed":
-        costs = replace(costs, objective=PartCost(0.0, 0.0, 0))
-    costs = replace(costs, runs_again=args.sends_gradients_back and args.gradient_recompute)
+    costs = costs.with_gradient(args.gradient, args.gradient_recompute, args.schedule.cycle)
     split = balanced_split(costs, args.num_blocks)
     print(format_split(costs, split), flush=True)
     return split

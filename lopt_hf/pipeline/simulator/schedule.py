@@ -24,9 +24,10 @@ from lopt_hf.pipeline.simulator.schedule_orders import (
     SCHEDULES,
     Orders,
     Schedule,
+    UnfitWorkloadError,
+    check_microbatches,
     link_program,
     make_orders,
-    rounds_of,
 )
 from lopt_hf.pipeline.simulator.schedule_workload import StageTimes, Workload
 
@@ -43,10 +44,6 @@ __all__ = [
 
 EVENTS = {kind: "backward" if kind is Kind.INPUT else kind.name.lower() for kind in Kind}
 MOST_FORWARDS = 5_000_000  # simulated at a time, with what belongs to them: ours, minutes and 3 GB
-
-
-class UnfitWorkloadError(ValueError):
-    """The number of micro-batches does not fit the schedule."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +118,8 @@ def simulate(schedule: str, workload: Workload) -> ScheduleResult:
     """
     _check_size([schedule], [workload])
     chosen, ranks = SCHEDULES[schedule], workload.times.num_stages
-    chunks = _chunks(schedule, workload)
-    _check_fit(schedule, ranks, chunks, workload.microbatches)
+    check_microbatches(schedule, ranks, workload.microbatches, workload.virtual_stages)
+    chunks = chosen.stages_per_rank(workload.virtual_stages)
     steps = _steps(chosen, workload)
     orders = make_orders(chosen, ranks, chunks, workload.microbatches, sum(steps))
     seconds_KA = _seconds(workload, chunks, orders, recomputes=chosen.is_delayed and not workload.keeps_graph)
@@ -175,15 +172,10 @@ def _check_size(schedules: Sequence[str], workloads: Sequence[Workload]) -> None
         )
 
 
-def _chunks(schedule: str, workload: Workload) -> int:
-    if SCHEDULES[schedule].is_v:
-        return 2
-    return workload.virtual_stages if SCHEDULES[schedule].has_virtual_stages else 1
-
-
 def _num_forwards(schedule: str, workload: Workload) -> int:
-    stages = workload.times.num_stages * _chunks(schedule, workload)
-    return stages * workload.microbatches * sum(_steps(SCHEDULES[schedule], workload))
+    chosen = SCHEDULES[schedule]
+    stages = workload.times.num_stages * chosen.stages_per_rank(workload.virtual_stages)
+    return stages * workload.microbatches * sum(_steps(chosen, workload))
 
 
 class _Steps(NamedTuple):
@@ -204,20 +196,6 @@ def _steps(schedule: Schedule, workload: Workload) -> _Steps:
         microbatches = max(microbatches, 2 * (depth + 2) * stages)
     each = math.ceil(microbatches / workload.microbatches)
     return _Steps(each + (stages - 1) * schedule.is_delayed, each, each)  # the first stage's gradient comes last
-
-
-def _check_fit(schedule: str, ranks: int, chunks: int, microbatches: int) -> None:
-    rounds = rounds_of(ranks, microbatches)
-    if SCHEDULES[schedule].has_virtual_stages and chunks > 1 and microbatches % rounds:
-        raise UnfitWorkloadError(
-            f"microbatches={microbatches} with stages={ranks}: {schedule} deals micro-batches out in {rounds} equal "
-            f"rounds; use a multiple of {ranks}."
-        )
-    if schedule == "dualpipev" and microbatches < 2 * ranks:
-        raise UnfitWorkloadError(
-            f"microbatches={microbatches} with stages={ranks}: dualpipev needs at least twice as many as stages; use "
-            f"{2 * ranks} or more."
-        )
 
 
 def _seconds(workload: Workload, chunks: int, orders: Orders, recomputes: bool) -> Floats:

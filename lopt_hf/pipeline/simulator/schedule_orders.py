@@ -14,7 +14,22 @@ from lopt_hf.pipeline.simulator.schedule_engine import NO_MESSAGE, Floats, Integ
 from lopt_hf.pipeline.simulator.schedule_kinds import Kind
 from lopt_hf.pipeline.simulator.schedule_v_orders import dualpipev_order, zbv_order
 
-__all__ = ["Kind", "Orders", "SCHEDULES", "Schedule", "link_program", "make_orders", "rounds_of"]
+__all__ = [
+    "Kind",
+    "Orders",
+    "SCHEDULES",
+    "Schedule",
+    "UnfitWorkloadError",
+    "check_microbatches",
+    "link_program",
+    "make_orders",
+    "rounds_of",
+    "stages_of",
+]
+
+
+class UnfitWorkloadError(ValueError):
+    """The number of micro-batches does not fit the schedule."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +89,15 @@ class Schedule:
     def flushes(self) -> bool:
         """Whether the pipeline drains at the end of each step, and fills anew."""
         return not (self.is_local or self.is_delayed)
+
+    @property
+    def puts_weights_off(self) -> bool:
+        """Whether backwards of the weights come some time after those of the inputs."""
+        return bool((self.order(0, 2, 2, 4)[0] == Kind.WEIGHT).any())
+
+    def stages_per_rank(self, virtual_stages: int = 2) -> int:
+        """Returns how many stages a rank holds, `virtual_stages` where that is free."""
+        return 2 if self.is_v else virtual_stages if self.has_virtual_stages else 1
 
 
 def _local_order(rank: int, ranks: int, chunks: int, microbatches: int) -> Integers:
@@ -179,6 +203,50 @@ SCHEDULES = {
         is_delayed=True,
     ),
 }
+
+
+def stages_of(schedule: str, rank: int, ranks: int, virtual_stages: int = 2) -> list[int]:
+    """Returns the stages that a rank runs, in their order.
+
+    Args:
+        schedule: A name of `SCHEDULES`.
+        rank: The rank.
+        ranks: Number of ranks.
+        virtual_stages: Stages of a rank where the schedule leaves that free.
+    """
+    if SCHEDULES[schedule].is_v:
+        return [rank, 2 * ranks - 1 - rank]
+    return [chunk * ranks + rank for chunk in range(SCHEDULES[schedule].stages_per_rank(virtual_stages))]
+
+
+def check_microbatches(
+    schedule: str, ranks: int, microbatches: int, virtual_stages: int = 2, by_torch: bool = False
+) -> None:
+    """Checks that a schedule takes so many micro-batches.
+
+    Args:
+        schedule: A name of `SCHEDULES`.
+        ranks: Devices (or processes) of the pipeline.
+        microbatches: Micro-batches of an optimizer step.
+        virtual_stages: Stages of a rank where the schedule leaves that free.
+        by_torch: Whether torch is to run it, which asks for more than the schedule itself.
+
+    Raises:
+        UnfitWorkloadError: If it does not.
+    """
+    chosen, rounds = SCHEDULES[schedule], rounds_of(ranks, microbatches)
+    has_rounds = chosen.order in (_interleaved_order, _zero_bubble_order)
+    if schedule == "dualpipev" and microbatches < 2 * ranks:
+        needs = f"needs at least twice as many as stages; use {2 * ranks} or more"
+    elif schedule == "1f1b" and by_torch and microbatches < ranks:
+        needs = f"needs at least as many as stages in torch; use {ranks} or more"
+    elif has_rounds and (by_torch or chosen.stages_per_rank(virtual_stages) > 1) and microbatches % rounds:
+        needs = f"deals them out in {rounds} equal rounds; use a multiple of {ranks}"
+    else:
+        return
+    raise UnfitWorkloadError(
+        f"microbatches={microbatches} with stages={ranks}: {schedule} {needs}, or leave {schedule} out."
+    )
 
 
 def make_orders(schedule: Schedule, ranks: int, chunks: int, microbatches: int, steps: int) -> Orders:

@@ -25,7 +25,7 @@ from lopt_hf.common.parent import end_with_spawner
 from lopt_hf.pipeline.runtime.channel import BatchId, ReceivingChannel, SendingChannel
 from lopt_hf.pipeline.runtime.health import PeerMonitor
 from lopt_hf.pipeline.simulator.schedule import Workload
-from lopt_hf.pipeline.simulator.schedule_orders import SCHEDULES, rounds_of
+from lopt_hf.pipeline.simulator.schedule_orders import SCHEDULES, check_microbatches, stages_of
 from lopt_hf.pipeline.simulator.torch_schedules import TORCH_SCHEDULES
 
 __all__ = ["ScheduleRunError", "check_measurable", "measure_schedules"]
@@ -34,8 +34,6 @@ PEER_TIMEOUT_SECONDS = 60.0  # importing torch in several processes on a busy ma
 MAX_PROCESSES = 16  # ours: each takes about 300 MB for torch alone
 MEASURED_STEPS = 3
 BYTES_PER_VALUE = 4
-IN_ROUNDS = ("interleaved", "zero-bubble", "interleaved_zb")
-PUTS_WEIGHTS_OFF = ("zero-bubble", "interleaved_zb", "zbv", "dualpipev")
 TAKES_ONE_STAGE = ("gpipe", "1f1b")  # the others take a list
 
 
@@ -73,14 +71,7 @@ def check_measurable(schedule: str, workload: Workload) -> None:
         raise ValueError(f"cores={workload.cores}: sleeping stages take no core; leave it out to validate.")
     if not 2 <= stages <= MAX_PROCESSES:
         raise ValueError(f"stages={stages}: each is a process here; validate with 2 to {MAX_PROCESSES}.")
-    if schedule == "1f1b" and workload.microbatches < stages:
-        raise ValueError(
-            f"microbatches={workload.microbatches}: torch's Schedule1F1B needs at least as many as stages={stages}."
-        )
-    if schedule in IN_ROUNDS and workload.microbatches % rounds_of(stages, workload.microbatches):
-        raise ValueError(
-            f"microbatches={workload.microbatches}: torch's {schedule} schedule needs a multiple of stages={stages}."
-        )
+    check_microbatches(schedule, stages, workload.microbatches, workload.virtual_stages, by_torch=True)
 
 
 def _launch(ranks: int, cases: list[tuple[str, Workload]]) -> list[float]:
@@ -175,7 +166,7 @@ class _SleepingStage(nn.Module):
 
 def _end_to_end_step(schedule: str, workload: Workload) -> Callable[[], Any]:
     """A step of one of torch's schedules, without the optimizer's."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
     stages = _stages(schedule, workload, rank)
     runner = TORCH_SCHEDULES[schedule](
         stages[0] if schedule in TAKES_ONE_STAGE else stages,
@@ -184,19 +175,18 @@ def _end_to_end_step(schedule: str, workload: Workload) -> Callable[[], Any]:
     )
     inputs_MN = torch.zeros(workload.microbatches, _values(workload))
     arguments = (inputs_MN,) if rank == 0 else ()
-    has_last = rank == (0 if SCHEDULES[schedule].is_v else ranks - 1)
-    targets = {"target": torch.zeros(workload.microbatches)} if has_last else {}
+    targets = {"target": torch.zeros(workload.microbatches)} if stages[-1].is_last else {}
     return lambda: runner.step(*arguments, **targets, return_outputs=False)
 
 
 def _stages(schedule: str, workload: Workload, rank: int) -> list[PipelineStage]:
     times, ranks, chosen = workload.times, workload.times.num_stages, SCHEDULES[schedule]
-    chunks = 2 if chosen.is_v else workload.virtual_stages if chosen.has_virtual_stages else 1
-    indices = [rank, 2 * ranks - 1 - rank] if chosen.is_v else [chunk * ranks + rank for chunk in range(chunks)]
-    weight = times.backward[rank] * workload.weight_share / chunks if schedule in PUTS_WEIGHTS_OFF else 0.0
+    indices = stages_of(schedule, rank, ranks, workload.virtual_stages)
+    chunks = len(indices)
+    weight = times.backward[rank] * workload.weight_share / chunks if chosen.puts_weights_off else 0.0
     module = _SleepingStage(times.forward[rank] / chunks, times.backward[rank] / chunks - weight)
     # Called for every backward, at once where a schedule leaves it whole.
-    puts_off = (lambda: lambda: time.sleep(weight)) if schedule in PUTS_WEIGHTS_OFF else None
+    puts_off = (lambda: lambda: time.sleep(weight)) if chosen.puts_weights_off else None
     return [
         PipelineStage(module, index, chunks * ranks, torch.device("cpu"), dw_builder=puts_off) for index in indices
     ]

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 from lopt_hf.local.blocks import Block
 from lopt_hf.local.methods.mlaan.leaps import even_leaps, leap_counts
-from lopt_hf.pipeline.split.costs import ModelCosts, PartCost
+from lopt_hf.pipeline.split.model_costs import ModelCosts
+from lopt_hf.pipeline.split.stopwatch import PartCost
 from lopt_hf.trainers.configs import MLAANConfig
 
 __all__ = ["with_auxiliaries"]

@@ -12,7 +12,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 
 from lopt_hf.common.tables import markdown_table
-from lopt_hf.pipeline.split.costs import ModelCosts, StageCost
+from lopt_hf.pipeline.split.model_costs import ModelCosts, StageCost
 
 __all__ = ["balanced_split", "format_split", "stage_costs"]
 
@@ -44,29 +44,29 @@ def balanced_split(costs: ModelCosts, num_stages: int, least_layers: int = 1) ->
             f"num_stages={num_stages} does not fit a model with {num_layers} layers; choose a number from 1 "
             f"to {most_stages}."
         )
-    seconds = {
-        (start, stop): costs.stage(start, stop).total if stop - start >= least_layers else math.inf
-        for start in range(num_layers)
-        for stop in range(start + 1, num_layers + 1)
-    }
-    pace, _ = _best_cut(seconds, num_layers, num_stages, max)
-    squares = {stage: value**2 if value <= pace else math.inf for stage, value in seconds.items()}
-    _, split_at = _best_cut(squares, num_layers, num_stages, operator.add)
+    seconds = [
+        {
+            (start, stop): costs.stage(start, stop, delay).total if stop - start >= least_layers else math.inf
+            for start in range(num_layers)
+            for stop in range(start + 1, num_layers + 1)
+        }
+        for delay in reversed(range(num_stages))
+    ]
+    pace, _ = _best_cut(seconds, num_layers, max)
+    squares = [{part: s**2 if s <= pace else math.inf for part, s in stage.items()} for stage in seconds]
+    _, split_at = _best_cut(squares, num_layers, operator.add)
     return split_at
 
 
 def _best_cut(
-    charges: Mapping[tuple[int, int], float],
-    num_layers: int,
-    num_stages: int,
-    combine: Callable[[float, float], float],
+    charges: Sequence[Mapping[tuple[int, int], float]], num_layers: int, combine: Callable[[float, float], float]
 ) -> tuple[float, list[int]]:
-    """Finds the cut with the least combined charge of its stages, which are given by first layer and end."""
-    best = {stop: (charges[0, stop], [0]) for stop in range(1, num_layers + 1)}
-    for stage in range(1, num_stages):
+    """Finds the cut with the least combined charge; what each stage is charged is given by first layer and end."""
+    best = {stop: (charges[0][0, stop], [0]) for stop in range(1, num_layers + 1)}
+    for stage in range(1, len(charges)):
         best = {
             stop: min(
-                (combine(best[start][0], charges[start, stop]), [*best[start][1], start])
+                (combine(best[start][0], charges[stage][start, stop]), [*best[start][1], start])
                 for start in range(stage, stop)
             )
             for stop in range(stage + 1, num_layers + 1)
@@ -83,7 +83,8 @@ def stage_costs(costs: ModelCosts, split_at: Sequence[int]) -> list[StageCost]:
         split_at: The first layer of every stage but the first.
     """
     edges = [0, *split_at, len(costs.layers)]
-    return [costs.stage(start, stop) for start, stop in zip(edges[:-1], edges[1:], strict=True)]
+    delays = reversed(range(len(edges) - 1))
+    return [costs.stage(*stage) for stage in zip(edges[:-1], edges[1:], delays, strict=True)]
 
 
 def format_split(costs: ModelCosts, split_at: Sequence[int]) -> str:

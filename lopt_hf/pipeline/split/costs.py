@@ -5,8 +5,7 @@ Shapes: B batch, T tokens, D hidden channels.
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,77 +21,10 @@ from lopt_hf.local.layer_calls import LayerCall, hidden_of, record_layer_calls, 
 from lopt_hf.local.objectives import LocalBatch, LocalObjective, ReconstructionObjective, head_of
 from lopt_hf.local.readout import ReadoutObjective, model_after_the_layers
 from lopt_hf.local.stacks import find_decoder_stack
+from lopt_hf.pipeline.split.model_costs import ModelCosts
 from lopt_hf.pipeline.split.stopwatch import LEAST_SECONDS, PartCost, Stopwatch, num_elements
 
-__all__ = ["ModelCosts", "PartCost", "StageCost", "layer_kind", "measure_costs"]
-
-
-@dataclass(frozen=True)
-class StageCost:
-    """Cost of a stage of the pipeline, in seconds per micro-batch.
-
-    Attributes:
-        start: Its first decoder layer.
-        stop: The layer after its last.
-        forward: Its layers; on the first stage the embeddings, on the last the norm, the LM head and the task loss.
-        backward: Of the same.
-        local: The local objective, forward and backward; 0 on the last stage.
-        optimizer: Clipping and the optimizer's step, divided by the micro-batches of a step.
-    """
-
-    start: int
-    stop: int
-    forward: float
-    backward: float
-    local: float
-    optimizer: float
-
-    @property
-    def total(self) -> float:
-        """Seconds per micro-batch in all."""
-        return self.forward + self.backward + self.local + self.optimizer
-
-
-@dataclass(frozen=True)
-class ModelCosts:
-    """Costs of the parts of a model.
-
-    Attributes:
-        embeddings: What runs before the layers: embeddings, masks, rotary angles.
-        layers: Each decoder layer.
-        objective: The local objective of one block, with its head.
-        objectives: Local objectives that depend on where the block ends, by the first layer after it; they take the
-            place of `objective`.
-        head: What runs after the layers: final norm, LM head, task loss.
-        step_seconds: Clipping and the optimizer's step, per trainable parameter.
-        accumulation_steps: Micro-batches of an optimizer step.
-        runs_again: Whether stages but the last run forward a second time, for a gradient that comes late.
-    """
-
-    embeddings: PartCost
-    layers: tuple[PartCost, ...]
-    objective: PartCost
-    head: PartCost
-    step_seconds: float
-    accumulation_steps: int = 1
-    objectives: Mapping[int, PartCost] = field(default_factory=dict)
-    runs_again: bool = False
-
-    def stage(self, start: int, stop: int) -> StageCost:
-        """Returns the cost of a stage that runs the layers `start` to `stop - 1`."""
-        is_first, is_last = start == 0, stop == len(self.layers)
-        parts = [*[self.embeddings] * is_first, *self.layers[start:stop], *[self.head] * is_last]
-        objective = PartCost(0.0, 0.0, 0) if is_last else self.objectives.get(stop, self.objective)
-        num_trainable = sum(part.num_trainable for part in [*parts, objective])
-        runs = 2 if self.runs_again and not is_last else 1
-        return StageCost(
-            start,
-            stop,
-            forward=runs * sum(part.forward for part in parts),
-            backward=sum(part.backward for part in parts),
-            local=objective.forward + objective.backward,
-            optimizer=self.step_seconds * num_trainable / self.accumulation_steps,
-        )
+__all__ = ["layer_kind", "measure_costs"]
 
 
 def measure_costs(
@@ -221,16 +153,18 @@ class _Bench:
     def measure_layers(
         self, calls: Sequence[LayerCall], make_optimizer: Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
     ) -> tuple[tuple[PartCost, ...], float]:
-        """Times one layer of each kind, and the optimizer's step on it; returns the cost of every layer."""
+        """Times one layer of each kind, and the optimizer's step on the largest; returns the cost of every layer."""
         costs: dict[Any, PartCost] = {}
         step_seconds = 0.0
         kinds = [layer_kind(layer) for layer in self.stack.layers]
+        sizes = [num_elements(p for p in layer.parameters() if p.requires_grad) for layer in self.stack.layers]
+        largest = kinds[sizes.index(max(sizes))]  # of an adapter some layers may have nothing
         for layer, kind, call in zip(self.stack.layers, kinds, calls, strict=True):
             if kind in costs:
                 continue
             with self._present([layer]) as own:
                 costs[kind] = self.stopwatch.measure(partial(call, layer, self._random_hidden_states()), own)
-                if not step_seconds:
+                if kind == largest and own:
                     step_seconds = self.stopwatch.measure_step(make_optimizer(own), own) / num_elements(own)
         return tuple(costs[kind] for kind in kinds), step_seconds
 

@@ -8,6 +8,8 @@ import pytest
 
 from lopt_hf.pipeline.events import Event
 from lopt_hf.pipeline.runtime.logs import collect_timelines
+from lopt_hf.pipeline.runtime.timeline import Timeline
+from lopt_hf.pipeline.runtime.trainer import PipelineTrainer
 
 EVENTS = [Event(0, "forward", 0, 5.0, 6.0), Event(0, "backward", 0, 6.0, 8.0)]
 
@@ -45,3 +47,16 @@ def test_without_matplotlib_the_trace_alone_is_written(draws, tmp_path, monkeypa
     assert any(event.get("ts") == 1e6 for event in trace["traceEvents"])
     assert (tmp_path / "timeline.png").is_file() == draws
     assert ("Of the timeline only" in caplog.text) != draws
+
+
+def test_local_backwards_are_recorded_in_the_timeline_of_then():
+    """The learner is made before a benchmark puts a timeline that keeps more steps in the place of the trainer's."""
+    trainer = object.__new__(PipelineTrainer)
+    trainer.accelerator = SimpleNamespace(backward=None, autocast=None)
+    trainer.timeline = Timeline(0)
+    events = trainer._learner_events()
+    trainer.timeline = Timeline(0, kept_steps=1)
+    for span in (events.around_backward, events.around_step):
+        with span():
+            pass
+    assert [event.kind for event in trainer.timeline.events] == ["backward", "optimizer"]

@@ -8,8 +8,6 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 
 from lopt_hf.pipeline.runtime.replicas import own_share, own_stream
-from lopt_hf.pipeline.runtime.stage_checkpoint import load_replica_state
-from lopt_hf.trainers.resume_state import ResumeState
 from tests.distributed.pipeline_processes import assert_succeeded, run, write_inputs
 
 
@@ -51,20 +49,3 @@ def test_a_resumed_run_counts_what_each_replica_had_counted(tmp_path):
         for name in ("stage-1", "stage-1-replica-1")
     ]
     assert counts[0] != counts[1], "equal counts would not show whose they are"
-
-
-def test_a_checkpoint_from_before_replicas_counted_is_read(tmp_path):
-    stage, own = tmp_path / "stage-1", tmp_path / "stage-1-replica-1"
-    for folder in (stage, own):
-        folder.mkdir()
-    (stage / "local_learning.json").write_text("{}")
-    seen = []
-    trainer = SimpleNamespace(
-        world=SimpleNamespace(replica=1),
-        check_checkpoint=lambda folder: seen.append(folder) or ResumeState("PPLL", {}, 7, {}, [0.5], 2),
-    )
-    state = load_replica_state(trainer, stage, {"entropy": [1.0]})
-    (own / "local_learning.json").write_text("{}")
-    load_replica_state(trainer, stage, {})
-    assert seen == [str(stage), str(own)]
-    assert (state.total_train_tokens, state.metrics_since_log) == (7, {"entropy": [1.0]})

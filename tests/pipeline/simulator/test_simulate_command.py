@@ -168,7 +168,8 @@ def test_sleeping_stages_run(capsys):
         ),
         (
             ["--validate", "--stages", "2", "--microbatches", "3,5", "--schedule", "zero-bubble"],
-            "microbatches=5: torch's zero-bubble schedule needs a multiple of stages=2.",
+            "microbatches=5 with stages=2: zero-bubble deals them out in 2 equal rounds; use a multiple of 2, or "
+            "leave zero-bubble out.",
         ),
         (
             ["--stages", "10000", "--microbatches", "100000", "--schedule", "ppll,gpipe"],
@@ -179,7 +180,7 @@ def test_sleeping_stages_run(capsys):
         (["--channel-depth", "1000000000"], "microbatches=32, channel_depth=1000000000 and"),
         (["--stages", ",".join(["1000"] * 600)], "forwards in all, and at most 5,000,000 are simulated"),
         (["--validate", "--cores", "2"], "cores=2.0: sleeping stages take no core; leave it out to validate."),
-        (["--validate", "--microbatches", "2", "--schedule", "1f1b"], "microbatches=2: torch's Schedule1F1B needs"),
+        (["--validate", "--microbatches", "2", "--schedule", "1f1b"], "1f1b needs at least as many as stages in"),
     ],
 )
 def test_bad_input_is_one_clear_line(options, message, capsys, tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 import itertools
 import random
 import statistics
-from dataclasses import replace
 from time import perf_counter
 
 import pytest
@@ -17,7 +16,9 @@ from lopt_hf.local.layer_calls import LayerCall
 from lopt_hf.pipeline.split import costs as costs_module
 from lopt_hf.pipeline.split.auxiliaries import with_auxiliaries
 from lopt_hf.pipeline.split.balance import balanced_split, format_split, stage_costs
-from lopt_hf.pipeline.split.costs import ModelCosts, PartCost, measure_costs
+from lopt_hf.pipeline.split.costs import measure_costs
+from lopt_hf.pipeline.split.model_costs import ModelCosts
+from lopt_hf.pipeline.split.stopwatch import PartCost
 from tests.tiny import FAMILIES, make_model
 from tests.trainers.helpers import make_trainer
 
@@ -108,6 +109,53 @@ def test_the_table_names_every_stage():
     assert second == "| 1 | 4-5 | 50.0 | 40.0 | 0.0 | 0.0 | 90.0 | 73% |"
 
 
+PART = PartCost(1.0, 2.0, 10)
+EVEN = ModelCosts(PART, (PART,) * 4, PartCost(3.0, 4.0, 5), PART, 1.0, objectives={2: PartCost(1.0, 2.0, 5)})
+
+
+@pytest.mark.parametrize(
+    ("gradient", "recompute", "reaches", "forwards", "backwards"),
+    [
+        ("local", True, (), 1, 1),
+        ("delayed", True, (), 2, 1),
+        ("delayed", False, (), 1, 1),
+        ("local_and_delayed", True, (), 2, 2),
+        ("delayed", True, (1, 1, 1, 2), 1.25, 0.25),  # of the other steps nothing runs again, and nothing backward
+        ("delayed", False, (1, 1, 1, 2), 1, 0.25),
+        ("local_and_delayed", True, (2, 1), 1.5, 1.5),
+    ],
+)
+def test_how_often_a_stage_with_late_gradients_runs(gradient, recompute, reaches, forwards, backwards):
+    """The last one, whose gradient does not come late, once; and with the task's gradient alone nothing is local."""
+    first, last = stage_costs(EVEN.with_gradient(gradient, recompute, reaches), [2])
+    assert (first.forward, first.backward) == (3 * forwards, 6 * backwards)
+    # Without an objective the optimizer steps where the gradient has come.
+    assert (first.local, first.optimizer) == ((0.0, 30.0 * backwards) if gradient == "delayed" else (3.0, 35.0))
+    assert last == stage_costs(EVEN, [2])[1]
+
+
+def test_a_gradient_may_travel_to_some_stages_only():
+    """Of four steps to the middle stage at two, to the first at one."""
+    stages = stage_costs(EVEN.with_gradient("delayed", reaches=(1, 2, 1, 3)), [1, 2])
+    assert [stage.forward for stage in stages] == [2 * 1.25, 1.5, 3]
+    assert [stage.backward for stage in stages] == [4 * 0.25, 2 * 0.5, 6]
+
+
+def test_late_gradients_move_the_cut():
+    layer = PartCost(1.0, 2.0, 0)
+    costs = ModelCosts(NOTHING, (layer,) * 12, NOTHING, NOTHING, 0.0)
+    assert balanced_split(costs, 2) == [6]
+    assert balanced_split(costs.with_gradient("delayed"), 2) == [5]  # 4 F a layer, and 3 F on the last stage
+    assert balanced_split(costs.with_gradient("local_and_delayed"), 2) == [4]  # 6 F
+    assert balanced_split(costs.with_gradient("delayed", reaches=(1, 1, 1, 2)), 2) == [8]  # 1.75 F
+    # Of three stages the first, to which no gradient travels, has the most layers, as brute force finds
+    some = costs.with_gradient("delayed", reaches=(1, 2))
+    cuts = itertools.combinations(range(1, 12), 2)
+    split_at = balanced_split(some, 3)
+    assert slowest(some, split_at) == min(slowest(some, cut) for cut in cuts)
+    assert split_at[0] == max(b - a for a, b in itertools.pairwise([0, *split_at, 12]))
+
+
 # ---- Measured costs ----
 
 
@@ -145,6 +193,14 @@ def test_of_an_adapter_only_its_own_parameters_train(objective):
     trained = get_peft_model(make_model(), config).get_nb_trainable_parameters()[0]
     assert sum(layer.num_trainable for layer in costs.layers) == trained
     assert costs.embeddings.num_trainable == costs.head.num_trainable == 0
+    assert costs.step_seconds > 0 and all(layer.backward > 0 for layer in costs.layers)
+
+
+def test_an_adapter_of_some_layers_is_measured_on_one_that_has_it():
+    config = LoraConfig(r=2, target_modules=r".*layers\.(1|3)\..*q_proj", task_type="CAUSAL_LM")
+    costs = quick(make_model(), peft_config=config)
+    trained = get_peft_model(make_model(), config).get_nb_trainable_parameters()[0]
+    assert [layer.num_trainable for layer in costs.layers] == [0, trained // 2, 0, trained // 2]
     assert costs.step_seconds > 0 and all(layer.backward > 0 for layer in costs.layers)
 
 
@@ -237,13 +293,3 @@ def test_the_predicted_shares_of_smollm2s_stages_are_the_real_ones(objective, tm
         shares.append((boundary - start) / (end - start))
     first, last = (stage.total - stage.optimizer for stage in stage_costs(costs, [18]))
     assert first / (first + last) == pytest.approx(statistics.median(shares[1:]), abs=0.05)
-
-
-def test_stages_that_run_forward_again():
-    """All but the last, whose gradient does not come late."""
-    part = PartCost(1.0, 2.0, 0)
-    costs = ModelCosts(part, (part,) * 4, PartCost(0.5, 0.5, 0), part, 0.0)
-    again = replace(costs, runs_again=True)
-    assert [(s.forward, s.backward) for s in stage_costs(costs, [2])] == [(3.0, 6.0), (3.0, 6.0)]
-    assert [(s.forward, s.backward) for s in stage_costs(again, [2])] == [(6.0, 6.0), (3.0, 6.0)]
-    assert balanced_split(again, 2) == [1]

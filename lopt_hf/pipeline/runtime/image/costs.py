@@ -19,12 +19,11 @@ from lopt_hf.local.objectives import LocalBatch, LocalObjective, ReconstructionO
 from lopt_hf.local.stacks import DecoderStack, example_image, find_stack
 from lopt_hf.pipeline.runtime.image.stage import keep_image_stage
 from lopt_hf.pipeline.runtime.stage_plan import StagePlan
-from lopt_hf.pipeline.split.costs import ModelCosts, layer_kind
-from lopt_hf.pipeline.split.stopwatch import LEAST_SECONDS, PartCost, Stopwatch, num_elements
+from lopt_hf.pipeline.split.costs import layer_kind
+from lopt_hf.pipeline.split.model_costs import ModelCosts
+from lopt_hf.pipeline.split.stopwatch import LEAST_SECONDS, NOTHING, PartCost, Stopwatch, num_elements
 
 __all__ = ["measure_image_costs"]
-
-NOTHING = PartCost(0.0, 0.0, 0)
 
 
 def measure_image_costs(
