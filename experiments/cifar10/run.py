@@ -46,6 +46,7 @@ CUT = {
     f"{name}, cut at 1, 2, 4": [*METHODS[name], "--split_at", "1", "2", "4"]
     for name in ("plain local learning", "MLAAN", "reach [1,1,1,4]", "reach 4")
 }
+CUT["MLAAN without windows, cut at 1, 2, 4"] = [*ABLATION["MLAAN without windows"], "--split_at", "1", "2", "4"]
 # A paper's claim: the methods that it is about, each beside its controls
 CLAIMS = {
     "all": list(METHODS),
@@ -57,7 +58,7 @@ CLAIMS = {
 # What a method has to be better than by its paper's claim
 CONTROLS = {
     **dict.fromkeys(["MLAAN", *ABLATION], "plain local learning"),
-    "MLAAN, cut at 1, 2, 4": "plain local learning, cut at 1, 2, 4",
+    **dict.fromkeys([name for name in CUT if "MLAAN" in name], "plain local learning, cut at 1, 2, 4"),
     "RepL, every second layer": "plain removal of them",
 }
 NOT_FOR_RESNET = ("readout",)  # its layers differ in width

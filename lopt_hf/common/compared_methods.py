@@ -1,12 +1,14 @@
 """The methods that `lopt-hf bench step`, `lopt-hf compare` and `lopt-hf plan` compare: names, labels, settings."""
 
 from collections.abc import Sequence
+from typing import Any
 
 __all__ = [
     "CUTS",
     "PEERS",
     "REPL_EVERY",
     "check_reach",
+    "method_arguments",
     "mlaan_window",
     "reach_cycle",
     "row_label",
@@ -37,6 +39,16 @@ _LABELS = {
     "mlaan": "MLAAN K={blocks}, window {window}",
     "lora": "LoRA r={rank}",
     "repl": f"RepL, every {REPL_EVERY}th layer",
+}
+
+# What makes them of LoPT
+_LOPT_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "lopt": {"local_backward": "eager"},
+    "lopt_local_step": {"local_backward": "eager", "local_step": True},
+    "joint": {"local_backward": "joint"},
+    "reach": {"local_objective": "none"},
+    "reach_local_step": {"local_objective": "none", "local_step": True},
+    "freeze": {"train_early_blocks": False},
 }
 
 
@@ -86,6 +98,20 @@ def row_label(
     values: dict[str, object] = {"blocks": num_blocks, "frozen": num_blocks - 1, "window": mlaan_window(num_blocks)}
     values["reach"] = ",".join(map(str, reach_cycle(num_blocks, task_reach)))
     return _LABELS[method].format(**values, rank=rank, e2e=end_to_end)
+
+
+def method_arguments(method: str, num_blocks: int, task_reach: Sequence[int] | None = None) -> dict[str, Any]:
+    """Returns what makes a method of local learning: `MLAANArguments` for `"mlaan"`, `LoPTArguments` for the others.
+
+    Args:
+        method: The method.
+        num_blocks: Blocks of the decoder.
+        task_reach: A cycle of reach. Default: see `reach_cycle`.
+    """
+    if method == "mlaan":
+        return {"window": mlaan_window(num_blocks)}
+    reach = {"task_reach": list(reach_cycle(num_blocks, task_reach))} if method.startswith("reach") else {}
+    return reach | _LOPT_ARGUMENTS[method]
 
 
 def spread_layers(num_layers: int, count: int) -> list[int]:

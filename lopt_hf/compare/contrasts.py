@@ -64,7 +64,7 @@ def rate_contrasts(
     second: Sequence[MethodPoint],
     entries: Sequence[TaskEntry],
     confidence: float,
-    margin: Margin | None = None,
+    margin: Margin,
 ) -> Iterator[Contrast]:
     """The first method minus the second at each rate that both have: gain and each task's main metric."""
     for point in first:
@@ -82,7 +82,7 @@ def matched_contrasts(
     baseline: ModelScores,
     entries: Sequence[TaskEntry],
     confidence: float,
-    margin: Margin | None = None,
+    margin: Margin,
 ) -> Iterator[Contrast]:
     """The first method's points minus the second method's line at the same gain; none beyond the line's ends."""
     if HELDOUT_TASK not in baseline:
@@ -141,7 +141,7 @@ def _contrasts(
     weights: Sequence[Mapping[int, float] | None],
     entries: Sequence[TaskEntry],
     confidence: float,
-    margin: Margin | None,
+    margin: Margin,
     with_gain: bool = False,
 ) -> Iterator[Contrast]:
     """The point minus a weighted mean of models, whose weights differ from seed to seed.
@@ -164,25 +164,19 @@ def _contrasts(
         parts_of: Callable[[ModelScores], list[Scores]],
         weights_of: Callable[[list[Scores]], list[float]],
     ) -> Contrast:
-        nothing = float("nan")
+        baseline = parts_of(margin.baseline)
+        sizes = weights_of(baseline)
+        equal = margin_of(margin.points, higher, float(np.average([part.total for part in baseline], weights=sizes)))
         if len(known) < num_seeds:
-            return Contrast(
-                *(point.label, label, task, metric, higher, nothing, nothing, nothing, num_seeds), is_beyond=True
-            )
-        parts = [parts_of(scores) for scores in everyone]
-        sizes = weights_of(parts[0])
-        interval = difference_interval(parts, coefficients, sizes, confidence)
+            nothing = (float("nan"),) * 3
+            return Contrast(point.label, label, task, metric, higher, *nothing, num_seeds, equal, is_beyond=True)
+        interval = difference_interval([parts_of(scores) for scores in everyone], coefficients, sizes, confidence)
         values = (interval.delta, interval.low, interval.high)
-        equal = None
-        if margin is not None:
-            of_baseline = np.average([part.total for part in parts_of(margin.baseline)], weights=sizes)
-            equal = margin_of(margin.points, higher, float(of_baseline))
         return Contrast(
-            *(point.label, label, task, metric, higher, *values, num_seeds),
+            *(point.label, label, task, metric, higher, *values, num_seeds, equal),
             p_value=interval.p_value,
             detectable=interval.detectable(),
-            margin=equal,
-            is_within_margin=equal is not None and interval.is_within(equal),
+            is_within_margin=interval.is_within(equal),
         )
 
     if with_gain and HELDOUT_TASK in everyone[0]:

@@ -24,7 +24,7 @@ from lopt_hf.compare.runs import (
 )
 from lopt_hf.data.mirror import given_data_dir
 from lopt_hf.retention.clusters import AUTO, CLUSTER_HELP
-from lopt_hf.retention.deltas import MARGIN_HELP, check_change
+from lopt_hf.retention.deltas import MARGIN, MARGIN_HELP, check_change
 
 __all__ = ["Grid", "GridRun", "load_grid"]
 
@@ -82,7 +82,7 @@ class Grid:
     seeds: Sequence[int] = option((0, 1, 2), "Each run is repeated with each seed.")
     num_train: int = option(128, "Rows to train on, drawn with the run's seed.")
     num_heldout: int = option(64, "First rows of the held-out data.")
-    margin: float = option(1.0, MARGIN_HELP)
+    margin: float = option(MARGIN, MARGIN_HELP)
     cluster_by: str = option(AUTO, CLUSTER_HELP)
     workers: int = option(1, "Runs at a time; on a CPU each takes its share of the cores, and so does each stage.")
     eval_batch_size: int = option(16, "Requests per forward when measuring.")

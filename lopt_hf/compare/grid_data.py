@@ -82,7 +82,8 @@ def prepare_data(grid: Grid) -> None:
         target = grid.output_path / "data" / f"{name}.jsonl"
         if is_stale or not target.is_file():
             source, split = getattr(grid, f"{name}_dataset"), getattr(grid, f"{name}_split")
-            _prepare(grid, name, to_trl_format(load_sft_dataset(source, grid.dataset_config, split)), target)
+            config = None if Path(source).expanduser().is_file() else grid.dataset_config  # which is the other's
+            _prepare(grid, name, to_trl_format(load_sft_dataset(source, config, split)), target)
         _check_count(grid, f"num_{name}={count}", count, target, settings[f"{name}_dataset"])
     if is_stale:
         write_text(record, json.dumps(settings, indent=2))

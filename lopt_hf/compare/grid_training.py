@@ -127,8 +127,7 @@ def _arguments(grid: Grid, run: GridRun, output_dir: Path) -> dict[str, Any]:
 
 def _check_trained(grid: Grid, run: GridRun, base: str) -> None:
     model = model_folder(grid, run)
-    began_from = model.with_name(BASE_RECORD)  # which earlier versions did not write
-    if began_from.is_file() and began_from.read_text(encoding="utf-8") != base:
+    if model.with_name(BASE_RECORD).read_text(encoding="utf-8") != base:
         raise ValueError(
             f"run {run.name}: trained from model={grid.model!r} as it was before its files changed; set another "
             f"output_dir, or delete {model.parent} to train anew."
@@ -136,15 +135,13 @@ def _check_trained(grid: Grid, run: GridRun, base: str) -> None:
     config = model.with_name("sft.yaml")
     stored = load_settings(config) if config.is_file() else {}
     now = read_yaml(yaml.safe_dump(_arguments(grid, run, model)), run.name)
-    if config.is_file() and run.source is None and not stored.get("fp16"):
-        stored.setdefault("bf16", True)  # TRL's default, when a grid did not yet say it
-        if arithmetic_argument(grid, run.arguments) and stored["bf16"] != now["bf16"]:
-            before = "bfloat16" if stored["bf16"] else "float32"
-            raise ValueError(
-                f"run {run.name}: trained in {before}, but now it would be {training_arithmetic(grid).description}; "
-                f"set dtype to {before} to go on as it began, or another output_dir, or delete {model.parent} to "
-                "train anew."
-            )
+    if arithmetic_argument(grid, run.arguments) and stored.get("bf16") not in (None, now.get("bf16")):
+        before = "bfloat16" if stored["bf16"] else "float32"
+        raise ValueError(
+            f"run {run.name}: trained in {before}, but now it would be {training_arithmetic(grid).description}; "
+            f"set dtype to {before} to go on as it began, or another output_dir, or delete {model.parent} to "
+            "train anew."
+        )
     settings, trained = ({k: v for k, v in each.items() if k not in PLACES} for each in (now, stored))
     check_same(settings, trained, f"run {run.name}", f"delete {model.parent}")
 

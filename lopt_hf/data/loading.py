@@ -52,9 +52,11 @@ def load_sft_dataset(
         FileNotFoundError: If `name` is no file or folder here, nor a data set the hub gives access to; a `NoHubError`
             if no hub answers.
         ValueError: If the file type is not supported, there is no data in it, it is damaged, `split` (a `SplitError`)
-            or `config` does not exist, or `data_dir` is no folder.
+            or `config` does not exist or is of a file, or `data_dir` is no folder.
     """
     path = Path(name).expanduser()
+    if config and path.is_file():
+        raise ValueError(f"dataset_config={config!r} has no effect on {name!r}, which is a single file; leave it out.")
     folder = given_data_dir(data_dir)
     if folder is not None and not path.exists() and (copy := find_in_mirror(folder, name, config, split)):
         path, file_split = copy

@@ -7,13 +7,12 @@ numbers that the story tells, so they are right by construction.
 
 import operator
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from datasets import Dataset, DatasetDict
 
-__all__ = ["extract_answer", "make_word_problems"]
+__all__ = ["make_word_problems"]
 
 Sentences = dict[str, tuple[str, ...]]
 
@@ -132,8 +131,6 @@ WORKING: Sentences = {
     "difference": ("The difference to {k} is {sum} {unit}.", "Compared with {k} it is {sum} {unit} more."),
 }
 
-NUMBER = re.compile(r"(?:(?<![\w)])-)?\d+(?:,\d{3})*(?:\.\d+)?")
-
 
 def make_word_problems(num_train: int, num_heldout: int, seed: int) -> DatasetDict:
     """Generates word problems with worked answers, different ones for training and for the held-out test.
@@ -161,22 +158,6 @@ def make_word_problems(num_train: int, num_heldout: int, seed: int) -> DatasetDi
         problems.setdefault(" ".join(story.text), story)
     rows = [_to_row(problem, story) for problem, story in problems.items()]
     return DatasetDict(train=Dataset.from_list(rows[:num_train]), test=Dataset.from_list(rows[num_train:]))
-
-
-def extract_answer(text: str) -> str | None:
-    """Finds the final answer in a worked answer, for scoring by exact match.
-
-    Args:
-        text: What a model or a data set wrote.
-
-    Returns:
-        The number after the last `####`; without one, the last number in the text; thousands' commas removed. `None`
-        if there is no number.
-    """
-    _, marker, tail = text.rpartition("####")
-    marked = NUMBER.search(tail) if marker else None
-    numbers = [marked.group()] if marked else NUMBER.findall(text)
-    return numbers[-1].replace(",", "") if numbers else None
 
 
 @dataclass

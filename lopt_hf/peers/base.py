@@ -135,5 +135,4 @@ class Peer(TrainerCallback, ExportableState):
 
 
 def _base_model(model: Any) -> PreTrainedModel:
-    base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
-    return base
+    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)

@@ -5,10 +5,9 @@ from typing import Any
 
 import yaml
 
-from lopt_hf.common.compared_methods import PEERS
+from lopt_hf.common.compared_methods import PEERS, REPL_EVERY, method_arguments
 from lopt_hf.planner.plan import Plan, PlanRow
 from lopt_hf.planner.setups import LORA_ALPHA_PER_RANK
-from lopt_hf.planner.strategies import REPL_EVERY
 from lopt_hf.planner.units import size_text
 
 __all__ = ["Recipe", "make_recipe"]
@@ -69,34 +68,25 @@ def _comment(plan: Plan, row: PlanRow, command: str) -> str:
 
 def _method(plan: Plan, row: PlanRow) -> dict[str, Any]:
     strategy, settings = row.strategy, plan.settings
-    local = {"num_blocks": strategy.num_blocks, "tied_embeddings": settings.tied_embeddings}
-    early = {"early_learning_rate": EARLY_LEARNING_RATE}
-    if strategy.method == "lopt":
-        return {"method": "lopt", **local, **early, "local_backward": "eager"}
-    if strategy.method == "lopt_local_step":
-        return {"method": "lopt", **local, **early, "local_backward": "eager", "local_step": True}
-    if strategy.method in ("reach", "reach_local_step"):
-        reach = {"task_reach": list(strategy.task_reach), "reach_unit": settings.reach_unit, "local_objective": "none"}
-        step = {"local_step": True} if strategy.method == "reach_local_step" else {}
-        return {"method": "lopt", **local, **reach, **step}
-    if strategy.method == "mlaan":
-        return {**local, "window": strategy.window}
-    if strategy.method == "joint":
-        return {"method": "lopt", **local, **early, "local_backward": "joint"}
-    if strategy.method == "freeze":
-        return {"method": "lopt", **local, "train_early_blocks": False}
-    if strategy.method == "ppll":
-        return {"num_stages": strategy.num_stages, "split": "even", "gradient": "local", **local, **early}
-    if strategy.method == "repl":
+    method, early = strategy.method, {"early_learning_rate": EARLY_LEARNING_RATE}
+    if method == "repl":
         return {"operator": "linear", "placement": "every", "every": REPL_EVERY}
-    if strategy.method in ("e2e_segments", "freeze_last"):
-        return {"method": strategy.method, "num_blocks": strategy.num_blocks}
-    if strategy.is_peer:
-        return {"method": strategy.method}
-    if strategy.method == "lora":
+    if method == "lora":
         adapter = {"lora_r": settings.lora_r, "lora_alpha": LORA_ALPHA_PER_RANK * settings.lora_r}
         return {"method": "e2e", "use_peft": True, **adapter, "lora_target_modules": ["all-linear"]}
-    return {"method": "e2e"}
+    if method in ("e2e_segments", "freeze_last"):
+        return {"method": method, "num_blocks": strategy.num_blocks}
+    if method == "e2e" or strategy.is_peer:
+        return {"method": method}
+    local = {"num_blocks": strategy.num_blocks, "tied_embeddings": settings.tied_embeddings}
+    if method == "ppll":
+        return {"num_stages": strategy.num_stages, "split": "even", "gradient": "local", **local, **early}
+    local |= method_arguments(method, strategy.num_blocks, strategy.task_reach)
+    if method == "mlaan":
+        return local
+    if "task_reach" in local:
+        return {"method": "lopt", **local, "reach_unit": settings.reach_unit}
+    return {"method": "lopt", **local, **({} if method == "freeze" else early)}
 
 
 def _common(plan: Plan, row: PlanRow, dataset: str) -> dict[str, Any]:

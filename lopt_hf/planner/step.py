@@ -15,6 +15,7 @@ from lopt_hf.common.distributed import GradientReducer
 from lopt_hf.local.learner import LearnerEvents
 from lopt_hf.local.stacks import find_decoder_stack
 from lopt_hf.meters.saved_bytes import SavedBytes
+from lopt_hf.pipeline.runtime.arguments import PipelineArguments
 from lopt_hf.pipeline.runtime.stage_plan import StagePlan
 from lopt_hf.planner.memory import MemoryMeter, Work
 from lopt_hf.planner.optimizers import DEFAULT_OPTIMIZER, make_optimizer
@@ -38,7 +39,6 @@ class Workload:
         num_gpus: Devices; more than one train data-parallel by DDP, or as stages of a pipeline.
         accumulation_steps: Micro-batches of an optimizer step.
         tied_embeddings: `"untie"` or `"freeze"`, see `LocalArguments`.
-        channel_depth: Hidden states that may wait at each end of a link of the pipeline, see `PipelineConfig`.
     """
 
     batch_size: int = 4
@@ -49,7 +49,6 @@ class Workload:
     num_gpus: int = 1
     accumulation_steps: int = 1
     tied_embeddings: str = "untie"
-    channel_depth: int = 2
 
     @property
     def tokens(self) -> int:
@@ -117,12 +116,13 @@ class _LoneReducer(GradientReducer):
         self.buckets.clear()
 
 
-def _waiting_messages(stage: StagePlan, depth: int) -> int:
+def _waiting_messages(stage: StagePlan) -> int:
     """The most hidden states that a stage's ends of its links hold.
 
     Beside the queue's, a sending end has one on its way and one that waits for a place; a receiving end, whose thread
     fetches ahead, has one that waits for a place.
     """
+    depth = PipelineArguments.channel_depth
     return (depth + 2) * (not stage.is_last) + (depth + 1) * (not stage.is_first)
 
 
@@ -166,7 +166,7 @@ class Step:
         """What communication holds all the time: DDP's buckets, or the hidden states in a pipeline's queues."""
         if stage is not None:
             width = find_decoder_stack(self.setup.base).hidden_size
-            messages = _waiting_messages(stage, self.workload.channel_depth)
+            messages = _waiting_messages(stage)
             shape = (messages, self.workload.batch_size, self.workload.seq_length, width)
             return [torch.empty(shape, dtype=self.workload.dtype)]
         if self.reducer is None:

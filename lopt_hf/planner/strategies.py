@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from lopt_hf.common.compared_methods import PEERS, REPL_EVERY, mlaan_window, reach_cycle, row_label
+from lopt_hf.common.compared_methods import PEERS, REPL_EVERY, method_arguments, reach_cycle, row_label
 from lopt_hf.local.arguments import LocalArguments
 from lopt_hf.local.methods.lopt import LoPTArguments
 from lopt_hf.local.methods.mlaan.method import MLAANArguments
@@ -28,7 +28,6 @@ class Strategy:
         num_blocks: Blocks of the decoder; 1 without boundaries.
         checkpointing: Whether activations are recomputed in the backward.
         num_stages: Devices that share one copy of the model.
-        window: Blocks that a loss of MLAAN reaches.
         task_reach: Blocks, counted from the last, that the task's gradient reaches, over a cycle of steps; over a run
             they cost the same.
         settings: Arguments of another method of local learning, whose row this is.
@@ -39,7 +38,6 @@ class Strategy:
     num_blocks: int = 1
     checkpointing: bool = False
     num_stages: int = 1
-    window: int = 1
     task_reach: tuple[int, ...] = (1,)
     settings: LocalArguments | None = None
 
@@ -56,23 +54,10 @@ class Strategy:
         """
         if self.settings is not None or self.num_blocks == 1 or self.is_peer:
             return self.settings
-        if self.method == "mlaan":
-            return MLAANArguments(num_blocks=self.num_blocks, window=self.window, tied_embeddings=tied_embeddings)
-        if self.task_reach != (1,):
-            return LoPTArguments(
-                num_blocks=self.num_blocks,
-                tied_embeddings=tied_embeddings,
-                local_objective="none",
-                task_reach=list(self.task_reach),
-                local_step=self.method == "reach_local_step",
-            )
-        return LoPTArguments(
-            num_blocks=self.num_blocks,
-            tied_embeddings=tied_embeddings,
-            local_backward="joint" if self.method == "joint" else "eager",
-            local_step=self.method == "lopt_local_step",
-            train_early_blocks=self.method != "freeze",
-        )
+        kind = MLAANArguments if self.method == "mlaan" else LoPTArguments
+        method = "lopt" if self.method == "ppll" else self.method
+        arguments = method_arguments(method, self.num_blocks, self.task_reach)
+        return kind(num_blocks=self.num_blocks, tied_embeddings=tied_embeddings, **arguments)
 
     @property
     def trains_all(self) -> bool:
@@ -113,12 +98,10 @@ def make_strategies(
             methods = tuple(method for method in methods if not method.startswith(kind))
     rows: list[Strategy] = []
 
-    def add(
-        name: str, method: str, blocks: int = 1, stages: int = 1, window: int = 1, reach: tuple[int, ...] = (1,)
-    ) -> None:
-        rows.append(Strategy(name, method, blocks, False, stages, window, reach))
+    def add(name: str, method: str, blocks: int = 1, stages: int = 1, reach: tuple[int, ...] = (1,)) -> None:
+        rows.append(Strategy(name, method, blocks, False, stages, reach))
         if method != "e2e_segments":
-            rows.append(Strategy(f"{name} + checkpointing", method, blocks, True, stages, window, reach))
+            rows.append(Strategy(f"{name} + checkpointing", method, blocks, True, stages, reach))
 
     if "e2e" in methods:
         add(END_TO_END, "e2e")
@@ -133,7 +116,7 @@ def make_strategies(
                 add(row_label(method, blocks, task_reach=cycle), method, blocks, reach=cycle)
     if "mlaan" in methods:
         for blocks in cuts:
-            add(row_label("mlaan", blocks), "mlaan", blocks, window=mlaan_window(blocks))
+            add(row_label("mlaan", blocks), "mlaan", blocks)
     if "freeze" in methods and cuts:
         add(f"freeze {cuts[0] - 1} of {cuts[0]} blocks", "freeze", cuts[0])
     for method in ("freeze_last", "e2e_step_in_backward", "lisa", "badam"):

@@ -21,14 +21,14 @@ def make_batches(data: Any, processing_class: Any, config: RepLConfig) -> list[B
 
     Args:
         data: Texts; a data set with a column `text`, `input_ids`, `messages`, or `prompt` and `completion`; or batches
-            of model inputs (dictionaries of tensors, a tokenizer's among them), which are taken as they are. Of rows
-            with an `attention_mask` padding is left out.
+            of model inputs (dictionaries of tensors, a tokenizer's among them), which are taken as they are, but for
+            sequences of padding alone. Of rows with an `attention_mask` padding is left out.
         processing_class: The tokenizer, where there is text.
         config: Says how many tokens, in which pieces.
 
     Raises:
-        ValueError: If there is no data, not a whole sequence of it, no tokenizer for it, or no text to cut as the
-            config says.
+        ValueError: If there is no data, not a whole sequence of it, no tokenizer for it, no token in it, or no text
+            to cut as the config says.
     """
     if data is None:
         needs = {f"init={config.init!r}": "set init to 'skip'"} if config.init == "calibrate" else {}
@@ -60,7 +60,12 @@ def make_batches(data: Any, processing_class: Any, config: RepLConfig) -> list[B
             "cuts sequences from text, but calibration_data are batches already, which are taken as they are; leave "
             "it out, or pass texts or a data set.",
         )
-        return [{name: value for name, value in batch.items() if name != "labels"} for batch in rows]
+        batches = [batch for batch in map(_sequences_with_tokens, rows) if len(next(iter(batch.values())))]
+        if not batches:
+            raise ValueError(
+                "calibration_data has padding alone: every attention_mask is 0; give sequences with tokens."
+            )
+        return batches
     return _pack(_token_ids(rows, processing_class), config)
 
 
@@ -85,6 +90,15 @@ def _is_batch(row: Any) -> bool:
     if not isinstance(row, Mapping) or not all(isinstance(value, torch.Tensor) for value in row.values()):
         return False
     return any(value.ndim > 1 for value in row.values())
+
+
+def _sequences_with_tokens(batch: Mapping[str, torch.Tensor]) -> Batch:
+    """A batch without its `labels`, and without sequences of padding alone, of which there is no mean over tokens."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    if "attention_mask" not in inputs:
+        return inputs
+    has_tokens_B = inputs["attention_mask"].bool().any(1)
+    return inputs if has_tokens_B.all() else {name: value[has_tokens_B] for name, value in inputs.items()}
 
 
 def _token_ids(rows: Iterable[Any], tokenizer: Any) -> Iterator[int]:

@@ -160,7 +160,7 @@ def choose_spans(
     if config.placement == "influence":
         return least_influence_spans(block_influence(model, some), count, kinds), {}
     spans = candidate_spans(count, kinds)
-    if config.span_criterion in ("auto", "error"):
+    if config.span_criterion == "error":
         surrogates = {span: make(span) for span in spans}
         costs, fits = fit_and_measure(model, surrogates, batches, config.ridge)
         best = spans[min(range(len(spans)), key=costs.__getitem__)]

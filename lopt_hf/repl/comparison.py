@@ -117,12 +117,8 @@ class Comparison:
             if name not in (*CHOOSING, *CUTTING):
                 raise ValueError(f"{text}; leave it out.")
             print(f"{text}.", file=sys.stderr)
-        if self.script_args.dataset_name is not None:
-            return
-        check_no_healing(self.script_args, self.model_args)
-        if self.config.distillation_weight > 0:
-            weight = self.config.distillation_weight
-            print(f"distillation_weight={weight} has no effect without healing, on dataset_name.", file=sys.stderr)
+        if self.script_args.dataset_name is None:
+            check_no_healing(self.script_args, self.model_args)
 
     def _check_teacher(self) -> None:
         """Checks that a full model is there to learn from, and data to learn it on.
@@ -217,7 +213,7 @@ class Comparison:
         self.measure(_name(self.config), repl, seconds=seconds, removed=removed)
         spans = [list(span) for span in runs_of(removed)]
         same_layers = replace(
-            self.config, num_layers_to_replace=None, layers_to_replace=None, spans=spans, span_criterion="auto"
+            self.config, num_layers_to_replace=None, layers_to_replace=None, spans=spans, span_criterion="error"
         )
         named = {_name(parse_variant(text, same_layers)) for text in self._named()}
         for other in self._variants(same_layers):

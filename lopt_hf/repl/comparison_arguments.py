@@ -9,7 +9,7 @@ from transformers.trainer_utils import IntervalStrategy
 from trl import ModelConfig
 
 from lopt_hf.common.arithmetic import DTYPE_HELP
-from lopt_hf.common.settings import check_distinct, check_lowest, option
+from lopt_hf.common.settings import check_distinct, check_folder, check_lowest, option
 from lopt_hf.data.mirror import DATA_DIR_HELP
 from lopt_hf.repl.config import RepLConfig
 from lopt_hf.repl.trainer import HealingConfig
@@ -170,8 +170,7 @@ def check_output_dir(output_dir: str) -> None:
     Raises:
         ValueError: If the folder holds another run's report or models.
     """
-    if Path(output_dir).is_file():
-        raise ValueError(f"output_dir={output_dir!r} is a file; name a folder.")
+    check_folder("output_dir", output_dir)
     for name in (REPORT, "report.md", "unfolded", "folded", PLAIN_FOLDER):
         if (Path(output_dir) / name).exists():
             raise ValueError(f"output_dir={output_dir!r} holds another run's {name}; choose another output_dir.")

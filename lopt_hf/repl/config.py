@@ -28,7 +28,7 @@ MAP_OPERATORS = (*STOCK_OPERATORS, "patch")  # they read no weights of the neigh
 OPERATORS = ("linear", "branches", "proj", "head", "mlp", "head+mlp", *MAP_OPERATORS)  # of transformers
 CONV_OPERATORS = ("conv",)  # of convolutional networks
 PLACEMENTS = ("block_influence", "every", "influence", "span")
-SPAN_CRITERIA = ("auto", "error", "influence", "angle")
+SPAN_CRITERIA = ("error", "influence", "angle")
 INITS = ("calibrate", "paper", "skip")
 COEFFICIENTS = ("channel", "head", "scalar")
 BRANCHES = ("identity", "value", "output", "mlp")
@@ -69,11 +69,10 @@ class RepLConfig:
             kept; of a ResNet in each stage. `"influence"` (ours): the layers of least influence, adjacent ones as one
             span. `"span"`: one span.
         num_layers_to_replace: How many layers `"block_influence"`, `"influence"` and `"span"` pick.
-        span_criterion: How `"span"` chooses. `"auto"`: as `"error"`. `"error"` (ours): by the error of the last hidden
-            states on held-out calibration data, each span with a fitted surrogate (for `"refit"` that of
-            `"down_proj"`, since one of its own for each span would take too much memory). `"influence"`: by the sum
-            of its layers' block influence. `"angle"`: by the angle between the hidden states before and behind it
-            (arXiv 2403.17887).
+        span_criterion: How `"span"` chooses. `"error"` (ours): by the error of the last hidden states on held-out
+            calibration data, each span with a fitted surrogate (for `"refit"` that of `"down_proj"`, since one of its
+            own for each span would take too much memory). `"influence"`: by the sum of its layers' block influence.
+            `"angle"`: by the angle between the hidden states before and behind it (arXiv 2403.17887).
         every: K of `"every"`. Paper: 4.
         layers_to_replace: Layers, counted from 0, instead of a placement; no two of them adjacent.
         spans: Spans as `[first, end]`, counted from 0, without the end, instead of a placement: `[[14, 18]]` is layers
@@ -98,8 +97,6 @@ class RepLConfig:
         calibration_seq_length: Tokens of each calibration sequence.
         calibration_batch_size: Calibration sequences for each forward.
         trainable: What trains afterwards: `"all"` (paper), or the surrogates' `"coefficients"` only.
-        distillation_weight: Weight of the distance between surrogates' and removed layers' outputs in the loss of
-            `RepLTrainer`; 0 keeps no removed layer in memory.
 
     Raises:
         ValueError: If a value is out of range; the message names field, value and fix.
@@ -112,8 +109,8 @@ class RepLConfig:
     num_layers_to_replace: int | None = option(
         None, "How many layers the placements 'block_influence', 'influence' and 'span' pick."
     )
-    # ours: auto is "error"
-    span_criterion: str = option("auto", "How placement 'span' chooses its layers.", SPAN_CRITERIA)
+    # ours
+    span_criterion: str = option("error", "How placement 'span' chooses its layers.", SPAN_CRITERIA)
     every: int = option(4, "K of placement 'every' (paper: 4).")  # paper, Sec. 4
     layers_to_replace: list[int] | None = option(None, "Layers to replace, counted from 0, instead of a placement.")
     spans: list[list[int]] | str | None = option(
@@ -139,17 +136,12 @@ class RepLConfig:
     calibration_seq_length: int = option(512, "Tokens of each calibration sequence.")  # ours
     calibration_batch_size: int = option(4, "Calibration sequences per forward.")  # ours
     trainable: str = option("all", "What trains afterwards.", TRAINABLE)  # paper
-    distillation_weight: float = option(  # paper: the task loss alone
-        0.0, "Weight of the removed layers' outputs as targets in the loss of RepLTrainer."
-    )
 
     def __post_init__(self) -> None:
         check_choices(self)
         check_lowest(self, _SMALLEST)
-        for name in ("ridge", "distillation_weight"):
-            value = getattr(self, name)
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"{name}={value} must be a number from 0 on.")
+        if not 0 <= self.ridge < float("inf"):
+            raise ValueError(f"ridge={self.ridge} must be a number from 0 on.")
         self._check_branches()
         self._check_layers()
         self._read_spans()
@@ -160,11 +152,6 @@ class RepLConfig:
         if self.operator in MAP_OPERATORS and self.init == "paper":
             raise ValueError(
                 f"init='paper' is RepL's, which has no operator={self.operator!r}; set init to 'calibrate' or 'skip'."
-            )
-        if self.operator in MLP_OPERATORS and self.distillation_weight > 0:
-            raise ValueError(
-                f"distillation_weight={self.distillation_weight} compares what stands in front of a layer, where "
-                f"operator={self.operator!r} has nothing; set it to 0, or use another operator."
             )
         if self.refit_behind > 0 and (self.operator not in MLP_OPERATORS or self.init != "calibrate"):
             raise ValueError(
@@ -201,11 +188,6 @@ class RepLConfig:
                 f"placement={self.placement!r} measures hidden states of tokens, and operator={self.operator!r} has "
                 "none; set placement to 'every', or name blocks with layers_to_replace or spans."
             )
-        if self.distillation_weight > 0:
-            raise ValueError(
-                f"distillation_weight={self.distillation_weight} compares hidden states of tokens, and operator="
-                f"{self.operator!r} has none; set it to 0."
-            )
 
     def _check_branches(self) -> None:
         unknown = [branch for branch in self.branches if branch not in BRANCHES]
@@ -240,11 +222,12 @@ class RepLConfig:
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are two ways to say which layers; leave one of them out.")
         has_names = self.layers_to_replace is not None or self.spans is not None
-        if self.span_criterion != "auto" and (has_names or self.placement != "span"):
+        if has_names or self.placement != "span":
             where = "where the layers are named" if has_names else f"with placement={self.placement!r}"
-            raise ValueError(
-                f"span_criterion={self.span_criterion!r} has no effect {where}; leave it out, or set placement to "
-                "'span' with num_layers_to_replace."
+            check_left_out(
+                self,
+                ["span_criterion"],
+                f"has no effect {where}; leave it out, or set placement to 'span' with num_layers_to_replace.",
             )
         if has_names:
             return
@@ -286,7 +269,7 @@ class RepLConfig:
             reasons |= dict.fromkeys(
                 ("coefficients", "branches"), f"is of operator 'branches', not of {self.operator!r}"
             )
-        tries_fits = self.chooses_by_data and self.placement == "span" and self.span_criterion in ("auto", "error")
+        tries_fits = self.chooses_by_data and self.placement == "span" and self.span_criterion == "error"
         if self.init != "calibrate" and not tries_fits:
             reasons["ridge"] = f"is of a fit, and with init={self.init!r} nothing is fitted"
         if not self.needs_calibration_data:

@@ -29,8 +29,6 @@ __all__ = [
     "DistillationArguments",
     "Seen",
     "TeacherMixin",
-    "added_loss_divisor",
-    "bare_model",
     "chunked_divergence",
     "recording",
 ]
@@ -172,13 +170,13 @@ def chunked_divergence(
     return total
 
 
-def bare_model(trainer: Any) -> Any:
+def _bare_model(trainer: Any) -> Any:
     """Returns a trainer's model without what accelerate and PEFT have put around it."""
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     return model if isinstance(model, PreTrainedModel) else model.get_base_model()
 
 
-def added_loss_divisor(trainer: Any, num_items_in_batch: torch.Tensor | int | None) -> int:
+def _added_loss_divisor(trainer: Any, num_items_in_batch: torch.Tensor | int | None) -> int:
     """Returns what to divide a loss by that is added to a micro-batch's task loss, as TRL does it for MoE models.
 
     With `num_items_in_batch` Trainer leaves the division by the accumulation steps to the loss.
@@ -246,7 +244,7 @@ class TeacherMixin(TrainerBase):
         self._teacher = None if teacher is None else teacher.to(self.accelerator.device).eval()
 
     def _check_sizes(self, teacher: PreTrainedModel) -> None:
-        model, full = (each.config.get_text_config() for each in (bare_model(self), teacher))
+        model, full = (each.config.get_text_config() for each in (_bare_model(self), teacher))
         removed = sum(end - first for first, end in self._removed_spans)
         found = (full.num_hidden_layers, full.hidden_size, full.vocab_size)
         expected = (model.num_hidden_layers + removed, model.hidden_size, model.vocab_size)
@@ -268,7 +266,7 @@ class TeacherMixin(TrainerBase):
         if self._teacher is None or not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         removed = [layer for span in self._removed_spans for layer in range(*span)]
-        student = bare_model(self)
+        student = _bare_model(self)
         places = {span: kept_index(span[1], removed) for span in self._removed_spans}
         with recording(student, list(places.values())) as seen:
             result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -288,7 +286,7 @@ class TeacherMixin(TrainerBase):
             ]
             distance = torch.stack(distances).mean()
             self._metrics["train"]["teacher_distance"].append(distance.item())
-            divisor = added_loss_divisor(self, num_items_in_batch)
+            divisor = _added_loss_divisor(self, num_items_in_batch)
             loss = loss + self.args.teacher_hidden_weight * distance / divisor
         return (loss, result[1]) if return_outputs else loss
 

@@ -107,7 +107,7 @@ def parse_variant(text: str, config: RepLConfig) -> RepLConfig:
     if len(parts) > 3 or not (behind == "" or behind.isdecimal()):
         raise ValueError(f"compare={text!r} is no operator[:init[:refit_behind]]; write it like 'refit:calibrate:4'.")
     settings: dict[str, Any] = {"operator": operator, "init": init or config.init, "refit_behind": int(behind or 0)}
-    return replace(config, **settings, distillation_weight=0.0, detach_sources=True, trainable="all")
+    return replace(config, **settings, detach_sources=True, trainable="all")
 
 
 def all_variants(config: RepLConfig) -> list[str]:

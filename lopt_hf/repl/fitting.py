@@ -4,7 +4,7 @@ Shapes: B batch, T tokens, D hidden channels, K inputs of a layer's down project
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lopt_hf.common.ridge import LinearRidge
-from lopt_hf.local.layer_calls import evaluating, hidden_of, output_hidden, stop_behind
+from lopt_hf.local.layer_calls import evaluating, layer_inputs, stop_behind
 from lopt_hf.repl.calibration import (
     Batches,
     SpanStates,
@@ -100,24 +100,15 @@ def _span_states(
     behind: int,
 ) -> tuple[SpanStates, list[torch.Tensor]]:
     """Hidden states before and behind a span, and behind each of some layers that follow; the forward ends there."""
-    first: list[torch.Tensor] = []
-    outputs: list[torch.Tensor] = []
-
-    def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        first.append(hidden_of(args, kwargs))
-
-    def after(module: nn.Module, args: tuple, output: Any) -> None:
-        outputs.append(output_hidden(output))
-
     last = span[1] - 1 + behind
-    with ExitStack() as hooks:
-        hooks.enter_context(layers[span[0]].register_forward_pre_hook(before, with_kwargs=True))
-        for layer in layers[span[1] - 1 : last + 1]:
-            hooks.enter_context(layer.register_forward_hook(after))
-        with reading(operator, beside[0]) as read, stop_behind(layers[last]):
-            forward_base(model, batch)
-    check_finite(*first, *outputs)
-    h_BTD = first[0]
+    with (
+        layer_inputs(layers, [span[0], *range(span[1], last + 1)]) as inputs,
+        reading(operator, beside[0]) as read,
+        stop_behind(layers[last]) as ended,
+    ):
+        forward_base(model, batch)
+    h_BTD, *outputs = [*inputs.values(), ended[0][1]]
+    check_finite(h_BTD, *outputs)
     read_BTK = read[0].view(*h_BTD.shape[:-1], -1) if read else h_BTD
     return SpanStates(h_BTD, outputs[0], read_BTK), outputs[1:]
 

@@ -10,7 +10,9 @@ Shapes: N tokens, D hidden channels, K inputs of a map (D, or the MLP's inner wi
 import math
 from typing import Any
 
+import numpy as np
 import torch
+from scipy import fft, linalg
 from torch import nn
 
 from lopt_hf.repl.neighbours import Neighbour
@@ -129,11 +131,5 @@ def rotation(size: int, device: Any = None) -> torch.Tensor:
         device: Where it is made.
     """
     power = size & -size
-    matrix = torch.ones(1, 1, dtype=torch.float64, device=device)
-    while len(matrix) < power:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)]) / math.sqrt(2)
-    odd = size // power
-    steps = torch.arange(odd, dtype=torch.float64, device=device)
-    cosines = torch.cos(math.pi / odd * (steps + 0.5) * steps[:, None]) * math.sqrt(2 / odd)
-    cosines[0] /= math.sqrt(2)
-    return torch.kron(cosines, matrix)
+    cosines = fft.dct(np.eye(size // power), axis=0, norm="ortho")
+    return torch.from_numpy(np.kron(cosines, linalg.hadamard(power) / math.sqrt(power))).to(device)

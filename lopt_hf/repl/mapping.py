@@ -82,8 +82,6 @@ def get_repl_model(
     fitted: dict[Span, Operator] = {}
     if spans is None:
         spans, fitted = choose_spans(model, config, batches, partial(_surrogate_of, config, read))
-    if config.distillation_weight > 0:
-        _check_distillation(model, spans)
     neighbours = {(first, end): read(first - 1, end) for first, end in spans}
     operators = fitted or {span: make_operator(config, *beside) for span, beside in neighbours.items()}
     if not fitted:
@@ -101,17 +99,6 @@ def _check_model(model: PreTrainedModel) -> None:
     if model.config.to_dict().get("quantization_config") is not None:
         raise ValueError(f"model={type(model).__name__} is quantised; load it without quantisation.")
     check_family(model.config)
-
-
-def _check_distillation(model: PreTrainedModel, spans: Sequence[Span]) -> None:
-    types = model.config.get_text_config().to_dict().get("layer_types") or []
-    for first, end in spans if types else ():
-        layer = next((layer for layer in range(first, end) if types[layer] != types[end]), None)
-        if layer is not None:
-            raise ValueError(
-                f"distillation_weight needs layer {layer} and the one after it to attend alike, but they are "
-                f"{types[layer]!r} and {types[end]!r}; set distillation_weight to 0 or replace other layers."
-            )
 
 
 def _surrogate_of(config: RepLConfig, read: Any, span: Span) -> tuple[Operator, tuple[Any, Any]]:
@@ -138,9 +125,7 @@ def _replace(model: Any, config: RepLConfig, spans: Sequence[Span], operators: A
     removed = [layer for first, end in spans for layer in range(first, end)]
     gone = dict(zip(removed, remove_layers(model, removed), strict=True))
     for span in spans:
-        teachers = [gone[layer].requires_grad_(False).eval() for layer in range(*span)]
-        before, after = neighbours[span]
-        put_surrogate(operators[span], before, after, teachers if config.distillation_weight > 0 else ())
+        put_surrogate(operators[span], *neighbours[span])
     change_config_class(model.config, config_class)
     origin = {"architecture": architecture, "family": family}
     costs = [cost_of_layers([gone[layer] for layer in range(*span)], model.config) for span in spans]

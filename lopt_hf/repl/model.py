@@ -1,6 +1,6 @@
 """A stock model with some layers replaced, under PEFT's verbs: `RepLModel`, which `get_repl_model` makes of it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -59,7 +59,7 @@ class RepLModel:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         repl, layers = config.repl, find_layers(self)  # type: ignore[arg-type]
-        settings = _settings_of(repl)
+        settings = RepLConfig(**repl["config"])
         for _, index in _places(repl["removed"]):
             beside = read_neighbours(layers, index - 1, index, config, repl["family"], settings)
             put_surrogate(make_operator(settings, *beside), *beside)
@@ -107,13 +107,11 @@ class RepLModel:
     @property
     def surrogate_costs(self) -> list[SurrogateCost]:
         """What each surrogate costs beside its removed layers."""
-        layers, operators = find_layers(self), self.surrogates  # type: ignore[arg-type]
-        places = _places(self.config.repl["removed"])
-        removed = self.config.repl.get("removed_costs")
-        if removed is None:  # of an older model; the layer behind is alike, but beside mixtures of experts
-            alike = [(end - first) * [layers[index]] for (first, end), index in places]
-            removed = [cost_of_layers(span, self.config) for span in alike]
-        return [cost_of(first, operators[first], cost) for ((first, _), _), cost in zip(places, removed, strict=True)]
+        removed = self.config.repl["removed_costs"]
+        return [
+            cost_of(first, operator, cost)
+            for (first, operator), cost in zip(self.surrogates.items(), removed, strict=True)
+        ]
 
     @property
     def hooks(self) -> list[SynthesisHook]:
@@ -148,25 +146,9 @@ class RepLModel:
         return _fold_to_stock(self) if repl["config"]["operator"] in STOCK_OPERATORS else _fold_beside(self)
 
 
-def _settings_of(repl: Mapping[str, Any]) -> RepLConfig:
-    """The arguments that a model was made with, as its `config.json` has them.
-
-    Before `span_criterion` had `"auto"`, every model was saved with `"error"`, which now has to have an effect, as has
-    `every`; and what trains could be the coefficients of an operator without any.
-    """
-    values = dict(repl["config"])
-    if values.get("placement") != "every":
-        values.pop("every", None)
-    if values.get("span_criterion") == "error":
-        values["span_criterion"] = "auto"  # the same
-    if values["operator"] == "mlp":
-        values["trainable"] = "all"
-    return RepLConfig(**values)
-
-
 def freeze_stock_weights(model: Any) -> None:
     """Leaves the surrogates alone trainable, where the model was made so."""
-    if _settings_of(model.config.repl).trainable == "coefficients":
+    if model.config.repl["config"]["trainable"] == "coefficients":
         model.requires_grad_(False)
         for operator in model.surrogates.values():
             operator.requires_grad_(True)
@@ -174,7 +156,7 @@ def freeze_stock_weights(model: Any) -> None:
 
 def _fold_to_stock(model: Any) -> Any:
     layers, repl = find_layers(model), model.config.repl
-    operators, settings = model.surrogates, _settings_of(repl)
+    operators, settings = model.surrogates, RepLConfig(**repl["config"])
     read = partial(Neighbour, config=model.config, family=repl["family"], detach=settings.detach_sources)
     for (first, _), index in _places(repl["removed"]):
         fold(operators[first], read(layers[index - 1]), [read(layer) for layer in layers[index:]])
@@ -243,12 +225,12 @@ def _places(removed: Sequence[int]) -> list[tuple[Span, int]]:
     return [(span, kept_index(span[1], removed)) for span in runs_of(removed)]
 
 
-def put_surrogate(operator: Operator, previous: Any, following: Any, teachers: Sequence[nn.Module] = ()) -> None:
+def put_surrogate(operator: Operator, previous: Any, following: Any) -> None:
     """Puts a surrogate in its place."""
     if isinstance(operator, MLPMap):
         attach_in_mlp(previous, operator)
     else:
-        attach(following.layer, operator, SynthesisHook(previous, following, teachers))
+        attach(following.layer, operator, SynthesisHook(previous, following))
 
 
 def change_config_class(config: Any, config_class: type) -> None:

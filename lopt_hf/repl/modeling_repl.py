@@ -145,11 +145,11 @@ class SurrogateHook:
 
     def __call__(self, layer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         hidden_BTD = args[0] if args else kwargs["hidden_states"]
-        output_BTD = self.run(layer, hidden_BTD, args[1:], kwargs)
+        output_BTD = self.run(layer, hidden_BTD)
         return ((output_BTD, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": output_BTD})
 
-    def run(self, layer: Any, hidden_BTD: torch.Tensor, args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor:
-        """The surrogate's output; `args` and `kwargs` are what else the layer is given."""
+    def run(self, layer: Any, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """The surrogate's output."""
         return layer.surrogate(hidden_BTD)
 
 

@@ -7,12 +7,12 @@ A surrogate is a child of the layer that follows it and runs before that layer, 
 it runs: it has no entry in the `ModuleList` and no slot in the cache.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedModel, ResNetPreTrainedModel
+from transformers import PreTrainedModel, ResNetPreTrainedModel
 
 from lopt_hf.common.upstream.torch import remove_forward_hooks, remove_forward_pre_hooks
 from lopt_hf.local.layer_calls import output_hidden, with_output_hidden
@@ -100,31 +100,15 @@ class SynthesisHook(SurrogateHook):
     Args:
         previous: The layer before the removed ones.
         following: The layer after them, whose hook this is.
-        teachers: The removed layers, to compare the surrogate's output with; empty: not kept.
     """
 
-    def __init__(self, previous: Neighbour, following: Neighbour, teachers: Sequence[nn.Module] = ()) -> None:
+    def __init__(self, previous: Neighbour, following: Neighbour) -> None:
         self.previous = previous
         self.following = following
-        self.teachers = list(teachers)
-        self.distance: torch.Tensor | None = None
-        self.measures = False
 
-    def run(self, layer: Any, hidden_BTD: torch.Tensor, args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor:
-        output_BTD = layer.surrogate(hidden_BTD, self.previous, self.following)
-        if self.measures and self.teachers:
-            self.distance = relative_distance(output_BTD, self._teach(hidden_BTD, args, kwargs), hidden_BTD)
+    def run(self, layer: Any, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        output_BTD: torch.Tensor = layer.surrogate(hidden_BTD, self.previous, self.following)
         return output_BTD
-
-    @torch.no_grad()
-    def _teach(self, hidden_BTD: torch.Tensor, args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor:
-        """The removed layers' output, given what the following one is given but the cache."""
-        others = [None if isinstance(value, Cache) else value for value in args]
-        named = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
-        named.pop("hidden_states", None)
-        for teacher in self.teachers:
-            hidden_BTD = teacher.to(hidden_BTD.device)(hidden_BTD, *others, **named)
-        return hidden_BTD
 
 
 def relative_distance(

@@ -1,32 +1,31 @@
-"""Healing: fine-tuning after layers were replaced or removed, also with what was removed as a teacher."""
+"""Healing: fine-tuning after layers were replaced or removed, also with the full model as a teacher."""
 
+import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
 from datasets import Dataset
-from torch import nn
+from peft.tuners.tuners_utils import check_target_module_exists
 from transformers import PreTrainedModel, set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from lopt_hf.common.adapters import adapter_config
 from lopt_hf.common.arithmetic import fit_to_machine
 from lopt_hf.common.settings import option
-from lopt_hf.common.trainer_base import TrainerBase
 from lopt_hf.common.training_numbers import check_training_numbers
 from lopt_hf.data.formats import to_trl_format
 from lopt_hf.data.loading import load_sft_dataset
 from lopt_hf.data.prepared import check_prepared
 from lopt_hf.data.rows import RowError
 from lopt_hf.data.texts import is_text, read_text
-from lopt_hf.repl.distillation import DistillationArguments, TeacherMixin, added_loss_divisor, bare_model
+from lopt_hf.repl.distillation import DistillationArguments, TeacherMixin
 from lopt_hf.repl.model import RepLModel
 from lopt_hf.repl.placement import runs_of
 from lopt_hf.repl.surgery import hooked_paths
 
-__all__ = ["DistillationMixin", "HealingConfig", "PlainHealingTrainer", "RepLTrainer", "heal", "healing_data"]
+__all__ = ["HealingConfig", "PlainHealingTrainer", "RepLTrainer", "heal", "healing_data"]
 
 
 @dataclass
@@ -74,46 +73,10 @@ def healing_data(name: str, tokenizer: Any, length: int, data_dir: str | None = 
     return Dataset.from_dict({"input_ids": rows})
 
 
-class DistillationMixin(TrainerBase):
-    """Adds `distillation_weight` times the surrogates' distance from the removed layers to a trainer's loss.
+class RepLTrainer(TeacherMixin, SFTTrainer):
+    """`SFTTrainer` for a `RepLModel`, with the full model as a teacher.
 
-    The distance is each token's mean square error relative to what the removed layer adds, averaged over tokens
-    (padding included) and surrogates; it is logged as `distillation_loss`. Weight 0 leaves the trainer as it is.
-    """
-
-    model: Any
-    _metrics: dict[str, Any]  # TRL's
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        """Adds the weighted distance to the trainer's loss."""
-        repl_model = bare_model(self)
-        weight = repl_model.config.repl["config"]["distillation_weight"]
-        if weight == 0 or not self.model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        hooks = repl_model.hooks
-        for hook in hooks:
-            hook.measures = True
-        try:
-            result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            distance = torch.stack([hook.distance for hook in hooks]).mean()
-        finally:
-            for hook in hooks:
-                hook.measures, hook.distance = False, None
-        self._metrics["train"]["distillation_loss"].append(distance.item())
-        added = weight * distance / added_loss_divisor(self, num_items_in_batch)
-        return (result[0] + added, result[1]) if return_outputs else result + added
-
-
-class RepLTrainer(DistillationMixin, TeacherMixin, SFTTrainer):
-    """`SFTTrainer` for a `RepLModel`, with `RepLConfig.distillation_weight` and with the full model as a teacher.
-
-    Without either any trainer does: `SFTTrainer` itself, or `LoPTTrainer`.
+    Without a teacher any trainer does: `SFTTrainer` itself, or `LoPTTrainer`.
 
     Args:
         model: What `get_repl_model` returned.
@@ -123,9 +86,8 @@ class RepLTrainer(DistillationMixin, TeacherMixin, SFTTrainer):
         **kwargs: As for `SFTTrainer`.
 
     Raises:
-        ValueError: If the model is no `RepLModel`, or was loaded without its removed layers while
-            `distillation_weight` asks for them; if the teacher is missing, or is not the model's; or if adapters are
-            in a surrogate's way.
+        ValueError: If the model is no `RepLModel`; if the teacher is missing, or is not the model's; or if adapters
+            are in a surrogate's way.
     """
 
     _tag_names = ["trl", "sft", "repl"]
@@ -135,11 +97,6 @@ class RepLTrainer(DistillationMixin, TeacherMixin, SFTTrainer):
         if not isinstance(model, RepLModel):
             name = model if isinstance(model, str) else type(model).__name__
             raise ValueError(f"model={name} is no unfolded RepL model; pass what get_repl_model returns.")
-        if model.config.repl["config"]["distillation_weight"] > 0 and any(not hook.teachers for hook in model.hooks):
-            raise ValueError(
-                "distillation_weight > 0, but the removed layers are not saved with a model and this one was loaded "
-                "without them; call get_repl_model on the stock model, or set distillation_weight to 0 in its config."
-            )
         if kwargs.get("peft_config") is not None:
             _check_adapters(model, kwargs["peft_config"])
         spans = runs_of(model.config.repl["removed"])
@@ -165,7 +122,7 @@ def _check_adapters(model: Any, peft_config: Any) -> None:
     targets, uses_dora = (vars(peft_config).get(name) for name in ("target_modules", "use_dora"))
     operator, place = repl["config"]["operator"], hooked[0].rpartition(".")[2]
     alike = [path for path, _ in model.named_modules() if path.endswith(f".{place}")]  # of every layer
-    is_reached = any(_reaches(targets, path) for path in alike)
+    is_reached = targets is not None and any(_reaches(peft_config, path) for path in alike)
     if is_reached and repl["family"] == "opt" and operator == "down_proj":
         raise ValueError(
             f"lora_target_modules={targets} reaches fc2, behind which operator='down_proj' has its surrogate; leave "
@@ -185,11 +142,13 @@ def _check_adapters(model: Any, peft_config: Any) -> None:
             )
 
 
-def _reaches(targets: Any, path: str) -> bool:
-    """Whether `target_modules` of PEFT name a linear layer: a pattern, or the ends of paths."""
-    if isinstance(targets, str):
-        return targets == "all-linear" or re.fullmatch(targets, path) is not None
-    return any(f".{path}".endswith(f".{target}") for target in targets or ())
+def _reaches(peft_config: Any, path: str) -> bool:
+    """Whether PEFT puts an adapter on a linear layer of the decoder."""
+    targets = peft_config.target_modules
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        peft_config = copy.copy(peft_config)
+        peft_config.target_modules = {path}  # what PEFT replaces it by, before it leaves out `exclude_modules`
+    return bool(check_target_module_exists(peft_config, path))
 
 
 def _parents(path: str) -> list[str]:

@@ -5,7 +5,6 @@ folder may be shared.
 """
 
 import json
-import logging
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,6 @@ from lm_eval.api.model import LM, CachingLM
 from sqlitedict import SqliteDict
 
 __all__ = ["KeptAnswers"]
-
-logger = logging.getLogger(__name__)
 
 
 class KeptAnswers(CachingLM):
@@ -29,9 +26,7 @@ class KeptAnswers(CachingLM):
 
     def __init__(self, language_model: LM, beginning: Path, rank: int) -> None:
         # Not the parent's, which opens a file of pickles
-        path, pickled = (beginning.with_name(f"{beginning.name}_rank{rank}{end}") for end in (".json.db", ".db"))
-        if pickled.exists():
-            logger.warning("%s is of an earlier version and left aside: its answers are asked for again", pickled)
+        path = beginning.with_name(f"{beginning.name}_rank{rank}.json.db")
         path.parent.mkdir(parents=True, exist_ok=True)
         self.lm, self.cache_db = language_model, str(path)
         self.dbdict = SqliteDict(str(path), autocommit=True, encode=json.dumps, decode=_decode)

@@ -19,7 +19,15 @@ from lopt_hf.common.files import atomic_file, write_text
 from lopt_hf.retention.clusters import AUTO, check_cluster_field, with_clusters
 from lopt_hf.retention.comparisons import adjusted
 from lopt_hf.retention.cost import describe_device
-from lopt_hf.retention.deltas import ModelScores, check_change, check_confidence, entry_deltas, gain_delta, mean_delta
+from lopt_hf.retention.deltas import (
+    MARGIN,
+    ModelScores,
+    check_change,
+    check_confidence,
+    entry_deltas,
+    gain_delta,
+    mean_delta,
+)
 from lopt_hf.retention.evaluation import EvaluationSettings, evaluate_model, score_identities
 from lopt_hf.retention.heldout import HELDOUT_TASK, heldout_task
 from lopt_hf.retention.identity import VERSIONS, effective_fewshot
@@ -92,7 +100,7 @@ class RetentionBenchmark:
         heldout: Sequence[Mapping[str, Any]] = (),
         confidence: float = 0.95,
         adapter_base: str | None = None,
-        margin: float = 1.0,
+        margin: float = MARGIN,
         cluster_by: str = AUTO,
     ) -> None:
         check_confidence(confidence)

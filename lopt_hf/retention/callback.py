@@ -2,7 +2,6 @@
 
 import copy
 import json
-import logging
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from lopt_hf.common.files import write_text
 from lopt_hf.common.settings import check_at_least
 from lopt_hf.common.upstream.lm_eval import set_process
 from lopt_hf.retention.clusters import AUTO, with_clusters
-from lopt_hf.retention.deltas import ModelScores, entry_deltas, mean_delta
+from lopt_hf.retention.deltas import MARGIN, ModelScores, entry_deltas, mean_delta
 from lopt_hf.retention.evaluation import EvaluationSettings, evaluate_tasks
 from lopt_hf.retention.identity import SOFTMAX_DTYPE, task_identity
 from lopt_hf.retention.records import read_record
@@ -33,11 +32,8 @@ from lopt_hf.retention.suites import SUITES, SuiteTask, load_entries
 
 __all__ = ["RetentionCallback"]
 
-logger = logging.getLogger(__name__)
-
 BASELINE_FILE = "retention_baseline.json"
 MIXED_PRECISION = {"bf16": "bfloat16", "fp16": "float16"}  # accelerate's names, and torch's
-BASELINE_FORMAT = 1  # to be raised whenever an older file can no longer be read
 
 
 class RetentionCallback(TrainerBound):
@@ -111,7 +107,7 @@ class RetentionCallback(TrainerBound):
         if PartialState().is_main_process:
             scores = {name: asdict(scores) for name, scores in self._baseline.items()}
             measured = {"settings": self._comparable_settings(), "asked": self._asked(), "scores": scores}
-            write_text(path, json.dumps({"format": BASELINE_FORMAT, **measured}))
+            write_text(path, json.dumps(measured))
         self._log(trainer, self._baseline)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -143,13 +139,14 @@ class RetentionCallback(TrainerBound):
     def _log(self, trainer: Trainer, scores: ModelScores) -> None:
         logs: dict[str, float] = {}
         if PartialState().is_main_process:
-            found = [entry_deltas(entry, self._baseline, [scores], self.confidence) for entry in self.entries]
+            how = self.confidence, MARGIN
+            found = [entry_deltas(entry, self._baseline, [scores], *how) for entry in self.entries]
             for delta in (delta for entry in found for delta, _ in entry):
                 name = f"retention/{delta.task}/{delta.metric}"
                 logs[name] = delta.value
                 if scores is not self._baseline:
                     logs.update(_change(name, delta))
-            mean = mean_delta([entry[0] for entry in found], self.confidence)
+            mean = mean_delta([entry[0] for entry in found], *how)
             if mean is not None and scores is not self._baseline:
                 logs.update(_change("retention/mean", mean))
         log_is_due = trainer.control.should_log
@@ -175,14 +172,6 @@ class RetentionCallback(TrainerBound):
                 "the start of training, or compare afterwards with `lopt-hf retention`."
             )
         stored = read_record(path, "resume without the callback, and compare afterwards with `lopt-hf retention`")
-        if stored.get("format") != BASELINE_FORMAT:
-            raise ValueError(
-                f"{path} was written by another version of lopt_hf, and cannot be read by this one; resume with that "
-                "version, or without the callback, and compare afterwards with `lopt-hf retention`."
-            )
-        if "dtype" not in stored["settings"]:
-            logger.warning("%s does not say its dtype; it is taken for %s.", path, self._dtype)
-            stored["settings"]["dtype"] = self._dtype
         for name, value in self._comparable_settings().items():
             if value != stored["settings"][name]:
                 raise ValueError(
@@ -194,8 +183,8 @@ class RetentionCallback(TrainerBound):
         if missing:
             raise ValueError(f"{path} has no scores of {', '.join(missing)}; resume with the tasks of the beginning.")
         for name, now in asked.items():
-            before = stored["asked"][name]  # of an earlier version it may lack parts
-            changed = [part for part, value in now.items() if value != before.get(part, value)]
+            before = stored["asked"][name]
+            changed = [part for part, value in now.items() if value != before.get(part)]
             if changed:
                 raise ValueError(
                     f"task {name!r} is not the one that {path} was measured with: {', '.join(changed)} changed; "

@@ -16,6 +16,7 @@ from lopt_hf.retention.scores import TaskScores, metric_scores
 from lopt_hf.retention.suites import TaskEntry
 
 __all__ = [
+    "MARGIN",
     "MARGIN_HELP",
     "ModelScores",
     "against_one",
@@ -32,6 +33,7 @@ __all__ = [
     "task_weights",
 ]
 
+MARGIN = 1.0  # ours, as `points` of `margin_of`
 MARGIN_HELP = (
     "Change below which two models are taken to be equal: points of a score from 0 to 1, per cent of the baseline's "
     "value of other metrics."
@@ -108,7 +110,7 @@ def entry_deltas(
     before: ModelScores,
     after: Sequence[ModelScores],
     confidence: float,
-    margin: float | None = None,
+    margin: float,
 ) -> list[tuple[Delta, Interval]]:
     """Returns the paired change of each metric of a task or group.
 
@@ -117,12 +119,12 @@ def entry_deltas(
         before: The baseline's scores.
         after: The model's; of several seeds the mean counts, and the interval includes what varies between them.
         confidence: Level of the intervals.
-        margin: As `points` of `margin_of`; `None` leaves open whether there is no change or too few samples.
+        margin: As `points` of `margin_of`.
     """
     return [_entry_delta(entry, name, before, after, confidence, margin) for name in entry_metrics(entry, before)]
 
 
-def mean_delta(main: Sequence[tuple[Delta, Interval]], confidence: float, margin: float | None = None) -> Delta | None:
+def mean_delta(main: Sequence[tuple[Delta, Interval]], confidence: float, margin: float) -> Delta | None:
     """Returns the mean change over tasks with a score from 0 to 1, 1 being best; `None` with fewer than two.
 
     Args:
@@ -146,9 +148,7 @@ def gain_scores(scores: ModelScores) -> Scores:
     return clustered(answer_scores(heldout.metrics[ANSWER_METRIC], num_tokens), heldout.clusters)
 
 
-def gain_delta(
-    before: ModelScores, after: Sequence[ModelScores], confidence: float, margin: float | None = None
-) -> Delta | None:
+def gain_delta(before: ModelScores, after: Sequence[ModelScores], confidence: float, margin: float) -> Delta | None:
     """Returns the change in the loss of held-out answers; `None` if there are none."""
     if HELDOUT_TASK not in before:
         return None
@@ -166,17 +166,16 @@ def _delta(
     baseline: float,
     interval: Interval,
     n: int,
-    margin: float | None,
+    margin: float,
     **changes: Any,
 ) -> Delta:
     """The change that an interval is of."""
     value, ends = baseline + interval.delta, (interval.low, interval.high)
-    equal = None if margin is None else margin_of(margin, higher_is_better, baseline)
+    equal = margin_of(margin, higher_is_better, baseline)
     return Delta(
-        *(task, metric, higher_is_better, baseline, value, interval.delta, *ends, n),
+        *(task, metric, higher_is_better, baseline, value, interval.delta, *ends, n, equal),
         detectable=interval.detectable(),
-        margin=equal,
-        is_within_margin=equal is not None and interval.is_within(equal),
+        is_within_margin=interval.is_within(equal),
         num_clusters=interval.num_samples if interval.num_samples < n else None,
         p_interval=interval.p_value,
         **changes,
@@ -205,7 +204,7 @@ def _entry_delta(
     before: ModelScores,
     after: Sequence[ModelScores],
     confidence: float,
-    margin: float | None,
+    margin: float,
 ) -> tuple[Delta, Interval]:
     baseline = entry_scores(entry, name, before)
     models = [entry_scores(entry, name, scores) for scores in after]

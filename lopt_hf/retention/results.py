@@ -9,8 +9,6 @@ from typing import Any, Literal
 
 __all__ = ["Contrast", "Delta", "ModelResult", "Outcome", "RetentionReport", "arrow", "main_outcomes"]
 
-NO_CHANGE = "no detectable change"
-NO_DIFFERENCE = "no detectable difference"
 CANNOT_TELL = "cannot tell"
 NO_INTERVAL = "too few samples to tell"
 NOT_A_NUMBER = "not a number"
@@ -31,13 +29,13 @@ class Delta:
         low: Lower end of the confidence interval of `delta`; `nan` where there is none.
         high: Upper end.
         n: Samples measured.
+        margin: The change below which two models are taken to be equal, in the metric's units.
         p_value: McNemar's exact test, for metrics that are right or wrong per sample.
         right_to_wrong: Samples that the baseline had right and the model has wrong, for such metrics.
         wrong_to_right: The reverse.
         p_adjusted: The p-value by Holm's method over all tests of the report: McNemar's, or that of the interval.
         detectable: The smallest change that these samples would have shown, with 80 % power.
-        margin: The change below which two models are taken to be equal, in the metric's units.
-        is_within_margin: Whether the change is shown to be smaller than that, by two one-sided tests.
+        is_within_margin: Whether the change is shown to be smaller than the margin, by two one-sided tests.
         num_clusters: How many clusters of samples that belong together were resampled; `None`: single samples.
         p_interval: p-value of the interval; `nan` where there is none.
     """
@@ -51,12 +49,12 @@ class Delta:
     low: float
     high: float
     n: int
+    margin: float
     p_value: float | None = None
     right_to_wrong: int | None = None
     wrong_to_right: int | None = None
     p_adjusted: float | None = field(default=None, compare=False)  # of the report that it stands in, not its own
     detectable: float = math.nan
-    margin: float | None = None
     is_within_margin: bool = False
     num_clusters: int | None = None
     p_interval: float = math.nan
@@ -76,14 +74,14 @@ class Delta:
     def verdict(self) -> str:
         """`better`, `worse`, or why neither can be said.
 
-        With a margin, what is neither is `no change larger than` it, where that is shown, and otherwise `cannot tell`.
+        What is neither is `no change larger than` the margin, where that is shown, and otherwise `cannot tell`.
         """
         if not math.isfinite(self.delta):
             return NOT_A_NUMBER
         if math.isnan(self.low) or math.isnan(self.high):
             return NO_INTERVAL
         if self.is_open:
-            return _equality(self.margin, self.is_within_margin, NO_CHANGE, "change")
+            return _equality(self.margin, self.is_within_margin, "change")
         return "better" if (self.delta > 0) == self.higher_is_better else "worse"
 
 
@@ -136,10 +134,10 @@ class Contrast:
         low: Lower end of its confidence interval.
         high: Upper end.
         seeds: Number of seeds.
+        margin: As in `Delta`.
         p_value: Of the interval.
         p_adjusted: As in `Delta`, over all contrasts.
         detectable: As in `Delta`.
-        margin: As in `Delta`.
         is_within_margin: As in `Delta`.
         is_beyond: Whether the second's line does not reach the first's gain.
     """
@@ -153,10 +151,10 @@ class Contrast:
     low: float
     high: float
     seeds: int
+    margin: float
     p_value: float = math.nan
     p_adjusted: float | None = None
     detectable: float = math.nan
-    margin: float | None = None
     is_within_margin: bool = False
     is_beyond: bool = False
 
@@ -170,7 +168,7 @@ class Contrast:
         if math.isnan(self.low) or math.isnan(self.high):
             return NO_INTERVAL
         if not (self.low > 0 or self.high < 0):
-            return _equality(self.margin, self.is_within_margin, NO_DIFFERENCE, "difference")
+            return _equality(self.margin, self.is_within_margin, "difference")
         return self.first if (self.difference > 0) == self.higher_is_better else self.second
 
 
@@ -245,10 +243,8 @@ def main_outcomes(report: RetentionReport) -> list[Outcome]:
     return [*gains[:1], *means[:1], *sorted(tasks, key=lambda outcome: outcome.higher_is_better)]
 
 
-def _equality(margin: float | None, is_within: bool, without_margin: str, what: str) -> str:
+def _equality(margin: float, is_within: bool, what: str) -> str:
     """What can be said of a difference whose interval includes zero."""
-    if margin is None:
-        return without_margin
     return f"no {what} larger than {margin:.3g}" if is_within else CANNOT_TELL
 
 

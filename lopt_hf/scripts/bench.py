@@ -6,9 +6,10 @@ measures what a folded RepL model saves where it is used. `gpu` checks on a GPU 
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lopt_hf.bench import repl
 from lopt_hf.bench.gpu.check import run_gpu_check
 from lopt_hf.bench.gpu.report import to_markdown as gpu_to_markdown
 from lopt_hf.bench.gpu.settings import GpuCheckSettings
-from lopt_hf.bench.gpu.workload import Workload
+from lopt_hf.bench.gpu.workload import TrainingWorkload
 from lopt_hf.bench.pipeline import report as pipeline_report
 from lopt_hf.bench.pipeline.bench import run_pipeline_bench
 from lopt_hf.bench.pipeline.settings import ImagePipelineBenchSettings, PipelineBenchSettings
@@ -25,9 +26,11 @@ from lopt_hf.bench.step import BenchWorkerError, StepBenchSettings, run_step_ben
 from lopt_hf.common.arithmetic import choose_arithmetic
 from lopt_hf.common.files import write_text
 from lopt_hf.scripts.parsing import chosen
-from lopt_hf.scripts.settings import OneLineErrors, add_settings, check_output_files, read_settings, with_dashes
+from lopt_hf.scripts.settings import OneLineErrors, OneLineParser, add_settings, check_output_files, read_settings
 
 __all__ = ["main", "make_parser"]
+
+_SPEED = "speed.json"  # in the folder of `bench gpu`
 
 MALLOC_DESCRIPTION = """\
 --malloc keep (the default) sets MALLOC_MMAP_MAX_ and MALLOC_TRIM_THRESHOLD_ for all processes, so that glibc keeps the
@@ -131,8 +134,10 @@ def make_parser(task: str = "sft") -> argparse.ArgumentParser:
     Args:
         task: Whose options `pipeline` takes.
     """
-    parser = OneLineErrors(prog="lopt-hf bench", description=__doc__)
-    commands = parser.add_subparsers(title="what to measure", required=True, metavar="COMMAND")
+    parser = OneLineParser("bench", __doc__)
+    commands = parser.add_subparsers(
+        title="what to measure", required=True, metavar="COMMAND", parser_class=OneLineErrors
+    )
     step = commands.add_parser(
         "step",
         help="bytes, time and memory of one training step, by method",
@@ -216,22 +221,31 @@ def _load_config(name: str) -> dict[str, Any]:
 
 
 def _measure_device(folder: Path) -> dict[str, Any]:
-    from lopt_hf.planner.prediction import measure_device
+    """Measures this machine's speed as `lopt-hf plan --calibrate` does, and saves it in `folder` for `_Plan`."""
+    from lopt_hf.planner.device import measure_speed, write_speed
 
-    return measure_device(folder)
+    speed = measure_speed()
+    write_speed(speed, folder / _SPEED)
+    return asdict(speed)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """The plan of a model for what is trained on a device; made where it is called, since its imports take long."""
+    """The plan of a model for what is trained on a device, as plain numbers; a call may find its speed in `folder`.
+
+    It is made where it is called, since its imports take long.
+    """
 
     model: str
-    workload: Workload
+    workload: TrainingWorkload
     device_memory: int
 
     def __call__(self, folder: Path) -> dict[str, Any]:
-        from lopt_hf.planner.plan import PlanSettings
-        from lopt_hf.planner.prediction import Prediction
+        from transformers import AutoConfig
+
+        from lopt_hf.planner.device import read_speed
+        from lopt_hf.planner.plan import PlanSettings, make_plan
+        from lopt_hf.planner.report import to_json as plan_to_json
 
         on_gpu = self.workload.device == "cuda"
         settings = PlanSettings(
@@ -243,7 +257,12 @@ class _Plan:
             strategies=("e2e", "lopt", "lopt_local_step", "freeze", "lora") if on_gpu else ("e2e", "lopt"),
             num_blocks=(2, 4, 8) if on_gpu else (2,),
         )
-        return Prediction(self.workload.config, settings)(folder)
+        values = dict(self.workload.config)
+        config = AutoConfig.for_model(values.pop("model_type"), **values)
+        speed = folder / _SPEED
+        plan = make_plan(settings, config, read_speed(speed) if speed.exists() else None)
+        content: dict[str, Any] = json.loads(plan_to_json(plan))
+        return content
 
 
 def _read_settings(arguments: argparse.Namespace, settings: Any) -> Any:
@@ -276,12 +295,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: On bad input (status 2) or if a measurement fails (status 1), after one line on stderr.
     """
-    given = with_dashes(sys.argv[1:] if argv is None else argv)
-    arguments = make_parser(chosen("task", given, "sft")).parse_args(given)
+    arguments = make_parser(chosen("task", argv, "sft")).parse_args(argv)
     try:
-        arguments.run(arguments)
-    except (ValueError, OSError, ImportError) as error:
-        arguments.parser.error(str(error))
+        with arguments.parser.ending_in_one_line():
+            arguments.run(arguments)
     except BenchWorkerError as error:
         sys.exit(f"{arguments.parser.prog}: error: {error}")
 

@@ -18,14 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from lopt_hf.common.packaged import find_config
+from lopt_hf.common.settings import check_folder
 from lopt_hf.compare.budget import BudgetedRuns, BudgetRecord, complete_runs, parse_budget
 from lopt_hf.compare.experiment import GridEvaluation
 from lopt_hf.compare.grid import Grid, GridRun, load_grid
 from lopt_hf.compare.grid_data import prepare_data
 from lopt_hf.compare.grid_training import GridTrainingError, check_trained_runs, train_grid, train_runs
 from lopt_hf.data.mirror import DATA_DIR_HELP
+from lopt_hf.retention.report.report import check_plots
 from lopt_hf.scripts.parsing import check_setting
-from lopt_hf.scripts.retention import exit_on_error, write_results
+from lopt_hf.scripts.retention import write_results
 from lopt_hf.scripts.settings import OneLineParser
 
 __all__ = ["main", "make_parser"]
@@ -43,7 +45,7 @@ methods x learning rates x seeds of them.
 """
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> OneLineParser:
     """Makes the parser of this command."""
     lines = (f"  {setting.name:<16} {setting.metadata['help']}" for setting in fields(Grid))
     settings = "\n".join(textwrap.fill(line, 110, subsequent_indent=" " * 19) for line in lines)
@@ -77,8 +79,8 @@ def run(options: argparse.Namespace, command: str) -> None:
         check_arguments(grid)
     except ValueError as error:
         raise ValueError(f"config={config}: {error}") from error
-    if grid.output_path.is_file():
-        raise ValueError(f"output_dir={grid.output_path} is a file; name a folder.")
+    check_folder("output_dir", grid.output_path)
+    check_plots()
     prepare_data(grid)
     evaluation = GridEvaluation(grid)  # before training: tasks that cannot be loaded are found at once
     print(evaluation.describe_arithmetic(), flush=True)
@@ -156,14 +158,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: Arguments without the program's name; default: those of the process.
     """
     arguments = sys.argv[1:] if argv is None else argv
-    options = make_parser().parse_args(arguments)
+    command = shlex.join(["lopt-hf", "compare", *arguments])
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
-        run(options, shlex.join(["lopt-hf", "compare", *arguments]))
+        make_parser().run(lambda options: run(options, command), arguments)
     except GridTrainingError as error:
         sys.exit(f"lopt-hf compare: {error}\nThe other runs are kept; correct the cause and run it again.")
-    except (ValueError, OSError, ImportError) as error:
-        exit_on_error("lopt-hf compare", error)
 
 
 if __name__ == "__main__":

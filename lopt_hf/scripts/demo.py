@@ -28,9 +28,10 @@ from lopt_hf.common.arithmetic import DTYPE_HELP, Arithmetic, choose_arithmetic
 from lopt_hf.common.compared_methods import reach_cycle
 from lopt_hf.common.evaluation import answer_loss, general_text, generate_answers, text_loss
 from lopt_hf.common.files import write_text
-from lopt_hf.common.settings import check_at_least, option
+from lopt_hf.common.settings import check_at_least, check_folder, option
 from lopt_hf.data.pretrained import SMOLLM2_ID, resolve_model
-from lopt_hf.data.word_problems import extract_answer, make_word_problems
+from lopt_hf.data.word_problems import make_word_problems
+from lopt_hf.rewards import last_number
 from lopt_hf.scripts.demo_report import DemoResult, Measurement, Training, plot_curves, report
 from lopt_hf.scripts.settings import OneLineParser, add_settings
 from lopt_hf.trainers.configs import LoPTConfig
@@ -94,7 +95,8 @@ def check_options(options: argparse.Namespace) -> None:
         check_at_least(f"--{name.replace('_', '-')}", getattr(options, name), 0)
     if not options.minutes > 0:
         raise ValueError(f"--minutes {options.minutes:g} is no time; give more than 0, such as 8.")
-    if options.output_dir.exists() and (not options.output_dir.is_dir() or any(options.output_dir.iterdir())):
+    check_folder("--output-dir", options.output_dir)
+    if options.output_dir.is_dir() and any(options.output_dir.iterdir()):
         raise ValueError(f"--output-dir {options.output_dir} is not empty; name a new folder, or remove it.")
 
 
@@ -124,7 +126,7 @@ def measure(model_path: str, rows: Sequence[dict[str, Any]], dtype: torch.dtype,
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     prompts = [row["prompt"] for row in rows]
     answers = generate_answers(model, tokenizer, prompts, batch_size=HELD_OUT, description=f"answering, {label}")
-    matches = sum(extract_answer(text) == row["answer"] for text, row in zip(answers, rows, strict=True))
+    matches = sum(last_number(text) == int(row["answer"]) for text, row in zip(answers, rows, strict=True))
     return Measurement(
         answer_loss=answer_loss(model, tokenizer, rows),
         exact_matches=matches,

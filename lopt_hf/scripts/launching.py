@@ -66,7 +66,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
 def _named_in_recipe(arguments: Sequence[str]) -> str | None:
     """The `accelerate_config` of the YAML, which the command's own parser reads again, and checks."""
-    name: Any = chosen("accelerate_config", arguments, "")
+    name = chosen("accelerate_config", arguments, "")
     return name if name and isinstance(name, str) else None
 
 

@@ -7,24 +7,35 @@ lopt-hf mlaan --accelerate_config ddp_2 --config ...
 ```
 """
 
-import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from trl import TrlParser
+from trl import ModelConfig, TrlParser
 
-from lopt_hf.scripts import sft
+from lopt_hf.common.settings import option
+from lopt_hf.scripts.parsing import make_trl_parser
+from lopt_hf.scripts.sft import SFTScriptArguments, make_trainer
+from lopt_hf.scripts.training import run_training
+from lopt_hf.trainers.configs import MLAANConfig
 
-__all__ = ["main", "make_parser"]
+__all__ = ["MLAANScriptArguments", "main", "make_parser"]
+
+
+@dataclass
+class MLAANScriptArguments(SFTScriptArguments):
+    """Which data to train on; the method is what the command is named after."""
+
+    method: str = option("mlaan", "'mlaan'; `lopt-hf sft` has other methods.", ["mlaan"])
 
 
 def make_parser() -> TrlParser:
-    """Makes the parser of this command: that of `lopt-hf sft --method mlaan`."""
-    return sft.make_parser("mlaan", "mlaan", __doc__)
+    """Makes the parser of this command: the options of `lopt-hf sft --method mlaan`."""
+    return make_trl_parser("mlaan", __doc__, MLAANScriptArguments, MLAANConfig, ModelConfig)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains, saves and, if asked to, pushes a model."""
-    sft.main(["--method", "mlaan", *(sys.argv[1:] if argv is None else argv)], command="mlaan", description=__doc__)
+    run_training(make_parser(), argv, make_trainer)
 
 
 if __name__ == "__main__":

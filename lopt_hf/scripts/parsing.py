@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import os
-import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -24,14 +23,6 @@ CONFIG_HELP = (
     "over it."
 )
 
-# How the parser's errors about unknown names begin, and what these are: a YAML's are told in TRL's words, those of the
-# command line in transformers'
-_UNKNOWN = {
-    "Unknown arguments": "key in the YAML file",
-    "Some specified arguments are not used": "option on the command line",
-}
-
-
 # Fields whose type in transformers does not say all that they take: true is the last checkpoint
 _LOOSELY_TYPED = ("resume_from_checkpoint",)
 
@@ -42,15 +33,10 @@ class _RecipeParser(OneLineErrors, TrlParser):
     def format_help(self) -> str:
         return format_sections(self, self.dataclass_types, shows_all=False)
 
-    def parse_args_and_config(
-        self,
-        args: Iterable[str] | None = None,
-        return_remaining_strings: bool = False,
-        fail_with_unknown_args: bool = True,
-        separate_remaining_strings: bool = False,
+    def parse_args_and_config(  # type: ignore[override]  # no command goes on with what is unknown
+        self, args: Iterable[str] | None = None
     ) -> tuple[Any, ...]:
         arguments = list(sys.argv[1:] if args is None else args)
-        unknown: list[str] = []
         if "--config" in arguments:
             place = arguments.index("--config")
             settings = load_settings(find_config(arguments[place + 1]))
@@ -58,16 +44,23 @@ class _RecipeParser(OneLineErrors, TrlParser):
             self._set_environment(settings.pop("env", {}))
             self._check_types(settings)
             self._check_choices(settings, arguments)
-            unknown = self.set_defaults_with_config(**settings)
+            known = {action.dest for action in self._actions}
+            self._refuse("key in the YAML file", [name for name in settings if name not in known])
+            self.set_defaults_with_config(**settings)
         *parsed, remaining = self.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
-        if return_remaining_strings:
-            both = (unknown, remaining) if separate_remaining_strings else (unknown + remaining,)
-            return (*parsed, *both)
-        if remaining:
-            raise ValueError(f"Some specified arguments are not used by the parser: {remaining}")
-        if unknown and fail_with_unknown_args:
-            raise ValueError(f"Unknown arguments from config file: {unknown}")
+        options = [text.partition("=")[0].removeprefix("--") for text in remaining if text.startswith("--")]
+        self._refuse("option on the command line", options or remaining)
         return tuple(parsed)
+
+    def _refuse(self, what: str, names: Sequence[str]) -> None:
+        """Raises where there are names, which are no options."""
+        if names:
+            hints = ", ".join(f"{name!r}{self._did_you_mean(name)}" for name in names)
+            raise ValueError(f"unknown {what}: {hints}; remove it or correct its name.")
+
+    def _did_you_mean(self, name: str) -> str:
+        found = nearest(name.replace("-", "_"), [action.dest for action in self._actions])
+        return f" (did you mean {found[0]!r}?)" if found else ""
 
     def _set_environment(self, variables: Any) -> None:
         check_value("env", variables, Mapping[str, Any])
@@ -82,8 +75,7 @@ class _RecipeParser(OneLineErrors, TrlParser):
         """See the function of this name."""
         options = {action.dest: action for action in self._actions}
         if name not in options:
-            found = nearest(name, options)
-            hint = f" (did you mean {found[0]!r}?)" if found else ""
+            hint = self._did_you_mean(name)
             raise ValueError(f"{name}={value!r} is no option of {self.prog}{hint}; remove it or correct its name.")
         self._check_types({name: value})
         self._check_choices({name: value}, ())
@@ -139,25 +131,25 @@ def check_setting(parser: TrlParser, name: str, value: Any) -> None:
     parser.check_setting(name, value)
 
 
-def chosen(name: str, argv: Sequence[str] | None, default: str) -> str:
-    """Returns the value that a command line or its YAML has for an option on which the other options depend.
+def chosen(name: str, argv: Sequence[str] | None, default: str) -> Any:
+    """Returns the text or number that a command line or its YAML has for an option on which the others depend.
 
     Args:
         name: The option.
         argv: Arguments without the program's name; default: those of the process.
-        default: Where it is in neither.
+        default: Where neither has one.
     """
     arguments = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument(*{f"--{name}", f"--{name.replace('_', '-')}"}, dest="value")
     parser.add_argument("--config")
-    with contextlib.suppress(argparse.ArgumentError):  # the whole parser says what is wrong
+    value: Any = None
+    with contextlib.suppress(argparse.ArgumentError, ValueError, OSError):  # the whole parser says what is wrong
         given, _ = parser.parse_known_args(arguments)
-        if given.value is None and given.config is not None:
-            with contextlib.suppress(ValueError, OSError):
-                given.value = load_settings(find_config(given.config)).get(name)
-        return given.value or default
-    return default
+        value = given.value
+        if value is None and given.config is not None:
+            value = load_settings(find_config(given.config)).get(name)
+    return value if value and isinstance(value, str | int | float) else default
 
 
 def chosen_method(argv: Sequence[str] | None, default: str = "lopt") -> str:
@@ -167,7 +159,7 @@ def chosen_method(argv: Sequence[str] | None, default: str = "lopt") -> str:
         argv: Arguments without the program's name; default: those of the process.
         default: Where neither names one.
     """
-    return chosen("method", argv, default)
+    return str(chosen("method", argv, default))
 
 
 def refuse_method(command: str, argv: Sequence[str] | None, reasons: Mapping[str, str]) -> None:
@@ -204,22 +196,8 @@ def parse_or_exit(parser: TrlParser, argv: Sequence[str] | None) -> tuple[Any, .
             )
         return parser.parse_args_and_config(arguments)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {_explain(parser, error)}\n")
+        message = str(error)
+        if isinstance(error, FileNotFoundError) and error.filename is not None:
+            message = f"there is no file {str(error.filename)!r}; check the path."
+        parser.exit(2, f"{parser.prog}: error: {message}\n")
         raise AssertionError("unreachable") from error
-
-
-def _explain(parser: TrlParser, error: Exception) -> str:
-    """The message, with the nearest known name where an option is unknown."""
-    if isinstance(error, FileNotFoundError) and error.filename is not None:
-        return f"there is no file {str(error.filename)!r}; check the path."
-    message = str(error)
-    place = next((place for start, place in _UNKNOWN.items() if message.startswith(start)), None)
-    unknown = re.findall(r"'--([\w-]+)", message)
-    if place is None or not unknown:
-        return message
-    known = [action.dest for action in parser._actions]
-    hints = []
-    for key in unknown:
-        found = nearest(key.replace("-", "_"), known)
-        hints.append(f"{key!r}" + (f" (did you mean {found[0]!r}?)" if found else ""))
-    return f"unknown {place}: {', '.join(hints)}; remove it or correct its name."

@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from lopt_hf.common.settings import check_folder
 from lopt_hf.pipeline.runtime.checkpoint import Manifest
 from lopt_hf.pipeline.runtime.export import export_checkpoint
 from lopt_hf.pipeline.runtime.image.export import export_image_checkpoint, is_of_images
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    check_folder("output_dir", arguments.output_dir)
     manifest = Manifest(arguments.checkpoint)
     if not is_of_images(manifest):
         export_checkpoint(arguments.checkpoint, arguments.output_dir, arguments.model)

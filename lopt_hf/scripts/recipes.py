@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lopt_hf.common.files import atomic_file
 from lopt_hf.common.packaged import command_of, list_configs, packaged_file, purpose_of
+from lopt_hf.common.settings import check_folder
 from lopt_hf.scripts.settings import OneLineParser
 
 __all__ = ["main", "make_parser"]
@@ -69,8 +70,7 @@ def _copy(found: dict[str, Path], folder: Path) -> None:
     Raises:
         ValueError: Before anything is copied, if a file is there already, or in the folder's place.
     """
-    if (file := next((path for path in (folder, *folder.parents) if path.is_file()), None)) is not None:
-        raise ValueError(f"copy={str(folder)!r}: {file} is a file; name a folder.")
+    check_folder("copy", folder)
     targets = {name: folder / f"{name}.yaml" for name in found}
     for target in targets.values():
         if target.exists():

@@ -17,30 +17,29 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from lopt_hf.common.files import is_disk_full
+from lopt_hf.common.settings import check_folder
 from lopt_hf.data.pretrained import SMOLLM2_ID
 from lopt_hf.retention.benchmark import Candidate, RetentionBenchmark, check_candidates, flips, write_flips
 from lopt_hf.retention.clusters import AUTO, CLUSTER_HELP
-from lopt_hf.retention.deltas import MARGIN_HELP, check_change, check_confidence
+from lopt_hf.retention.deltas import MARGIN, MARGIN_HELP, check_change, check_confidence
 from lopt_hf.retention.evaluation_settings import EvaluationSettings
 from lopt_hf.retention.heldout import load_heldout_rows
 from lopt_hf.retention.power import detectable_changes, detection_table
 from lopt_hf.retention.references import ModelReference
-from lopt_hf.retention.report.report import check_report_folder, write_report
+from lopt_hf.retention.report.report import check_plots, check_report_folder, write_report
 from lopt_hf.retention.report.tables import to_markdown
 from lopt_hf.retention.representations import LayerSimilarity, with_similarity
 from lopt_hf.retention.results import RetentionReport
 from lopt_hf.retention.scores import DEFAULT_CACHE, ScoreCache
 from lopt_hf.retention.suites import SUITES, SuiteTask, load_entries
-from lopt_hf.scripts.settings import OneLineParser, UsageExit, add_settings, read_settings
+from lopt_hf.scripts.settings import OneLineParser, add_settings, read_settings
 
-__all__ = ["exit_on_error", "main", "make_parser", "write_results"]
+__all__ = ["main", "make_parser", "write_results"]
 
 # A rank may wait for another's long answers; lm-eval sets the same, but `run` has brought them together before
 DISTRIBUTED_TIMEOUT = timedelta(weeks=52)
 
 NUM_HELDOUT = 64  # ours
-MARGIN = 1.0
 OUTPUT_DIR = Path("retention-report")
 
 # Of `--detect`, where none is given: cautious, as a fine-tuned model answers most questions as its base does
@@ -65,7 +64,7 @@ suites:
 """
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> OneLineParser:
     """Makes the parser of this command."""
     parser = OneLineParser("retention", __doc__, EXAMPLES)
     parser.add_argument(
@@ -131,13 +130,6 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def exit_on_error(command: str, error: Exception) -> None:
-    """Ends the process with one clear line; what was finished stays in the cache."""
-    if is_disk_full(error):
-        sys.exit(f"{command}: the disk is full: {error}. What was finished is kept; free some room and run it again.")
-    raise UsageExit(f"{command}: {error}") from error
-
-
 def run(options: argparse.Namespace, command: str) -> None:
     """Evaluates the models, and writes and prints the report.
 
@@ -149,8 +141,8 @@ def run(options: argparse.Namespace, command: str) -> None:
     PartialState(cpu=not torch.accelerator.is_available(), timeout=DISTRIBUTED_TIMEOUT)
     if options.detect is None:  # which writes no report
         check_report_folder(options.output_dir or OUTPUT_DIR)
-    if options.cache_dir is not None and options.cache_dir.is_file():
-        raise ValueError(f"cache_dir={options.cache_dir} is a file; name a folder.")
+        check_plots()
+    check_folder("cache_dir", options.cache_dir)
     _check_what_is_asked(options)
     settings = read_settings(options, EvaluationSettings, leave_out=("samples",))
     candidates = [_candidate(text) for text in options.model]
@@ -242,7 +234,7 @@ baseline and model correlate by {correlation:g} on the same samples:
 
 
 def write_results(report: RetentionReport, rows: Iterator[Mapping[str, Any]], folder: Path, command: str) -> None:
-    """Writes and prints a report, and writes the samples whose answers changed.
+    """Prints and writes a report, and writes the samples whose answers changed; plots come last, as they may fail.
 
     Args:
         report: The report.
@@ -251,10 +243,9 @@ def write_results(report: RetentionReport, rows: Iterator[Mapping[str, Any]], fo
         command: The command line, for the report.
     """
     report = replace(report, settings={"command": command, **report.settings})
-    written = [*write_report(report, folder), folder / "flips.jsonl"]
-    write_flips(rows, written[-1])
-    print(f"\n{to_markdown(report)}\n")
-    print("\n".join(map(str, written)))
+    print(f"\n{to_markdown(report)}\n", flush=True)
+    write_flips(rows, folder / "flips.jsonl")
+    print("\n".join(map(str, [*write_report(report, folder), folder / "flips.jsonl"])))
 
 
 def _wanted(suite: str | None, tasks: str | None) -> list[SuiteTask]:
@@ -280,12 +271,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: Arguments without the program's name; default: those of the process.
     """
     arguments = sys.argv[1:] if argv is None else argv
-    options = make_parser().parse_args(arguments)
+    parser = make_parser()
+    options = parser.parse_args(arguments)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about tasks' defaults, at every task
     try:
-        run(options, shlex.join(["lopt-hf", "retention", *arguments]))
-    except (ValueError, OSError, ImportError) as error:
-        exit_on_error("lopt-hf retention", error)
+        with parser.ending_in_one_line():
+            run(options, shlex.join(["lopt-hf", "retention", *arguments]))
     finally:
         PartialState().destroy_process_group()
 

@@ -2,14 +2,16 @@
 
 import argparse
 import codecs
+import contextlib
 import io
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from lopt_hf.common.files import is_disk_full
 from lopt_hf.scripts.help import without_fences
 
 __all__ = [
@@ -58,9 +60,22 @@ class OneLineErrors(argparse.ArgumentParser):
         """Ends the process with status 2."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
+    @contextlib.contextmanager
+    def ending_in_one_line(self) -> Iterator[None]:
+        """Ends the process with one line where the block finds something wrong: with status 2, or 1 on a full disk."""
+        try:
+            yield
+        except (ValueError, OSError, ImportError) as error:
+            if not is_disk_full(error):
+                raise UsageExit(f"{self.prog}: error: {error}") from error
+            remedy = "What was finished is kept; free some room and run it again."
+            sys.exit(f"{self.prog}: the disk is full: {error}. {remedy}")
+
 
 class OneLineParser(OneLineErrors):
     """A command's parser: it keeps the lines of its texts, and its errors are one line.
+
+    Its options have dashes and are also taken with underscores, as those of the trainers.
 
     Args:
         command: The name after `lopt-hf`.
@@ -76,21 +91,23 @@ class OneLineParser(OneLineErrors):
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
+    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
+        """Parses as `argparse` does."""
+        return super().parse_args(with_dashes(sys.argv[1:] if args is None else args), namespace)
+
     def run(self, command: Callable[[argparse.Namespace], None], argv: Sequence[str] | None) -> None:
-        """Runs a command on its arguments, and ends the process with status 2 and one line where its input is wrong.
+        """Runs a command on its arguments, and ends the process with one line where its input is wrong.
 
         Args:
             command: What to do with the parsed arguments.
             argv: Arguments without the program's name; default: those of the process.
         """
-        arguments = self.parse_args(with_dashes(sys.argv[1:] if argv is None else argv))
-        try:
+        arguments = self.parse_args(argv)
+        with self.ending_in_one_line():
             command(arguments)
-        except (ValueError, OSError, ImportError) as error:
-            self.error(str(error))
 
 
-def with_dashes(argv: Sequence[str]) -> list[str]:
+def with_dashes(argv: Iterable[str]) -> list[str]:
     """Returns arguments whose option names have dashes, as the options here do; those of trainers have underscores."""
     return [re.sub(r"^--\w[\w-]*", lambda name: name[0].replace("_", "-"), argument) for argument in argv]
 

@@ -79,19 +79,15 @@ class SFTScriptArguments(MethodArguments, SFTDataArguments):
     )
 
 
-def make_parser(
-    method: str = "lopt", command: str = "sft", description: str = __doc__, argv: Sequence[str] | None = ()
-) -> TrlParser:
+def make_parser(method: str = "lopt", argv: Sequence[str] | None = ()) -> TrlParser:
     """Makes the parser of this command: script, training and model arguments, and `--config file.yaml`.
 
     Args:
-        method: The method whose training arguments it takes.
-        command: The name after `lopt-hf`.
-        description: What `--help` says above the options.
+        method: The method whose training arguments and defaults it has.
         argv: What it is to parse; default: nothing.
     """
     config_class = MLAANConfig if method == "mlaan" else LoPTConfig
-    parser = make_trl_parser(command, description, SFTScriptArguments, config_class, ModelConfig)
+    parser = make_trl_parser("sft", __doc__, SFTScriptArguments, config_class, ModelConfig)
     parser.set_defaults(**preset_of(method, argv))
     return parser
 
@@ -120,15 +116,9 @@ def make_trainer(
     return trainer
 
 
-def main(argv: Sequence[str] | None = None, command: str = "sft", description: str = __doc__) -> None:
-    """Trains, saves and, if asked to, pushes a model.
-
-    Args:
-        argv: Arguments without the program's name; default: those of the process.
-        command: The name after `lopt-hf`.
-        description: What `--help` says above the options.
-    """
-    run_training(make_parser(chosen_method(argv), command, description, argv), argv, make_trainer)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains, saves and, if asked to, pushes a model."""
+    run_training(make_parser(chosen_method(argv), argv), argv, make_trainer)
 
 
 if __name__ == "__main__":

@@ -140,7 +140,9 @@ def load_rows(
                 raise
             if fallback is None:
                 names = " or ".join(map(repr, generated))
-                raise NoHubError(f"{error} To try the run on generated data set dataset_fallback to {names}.") from error
+                raise NoHubError(
+                    f"{error} To try the run on generated data set dataset_fallback to {names}."
+                ) from error
         say_once(f"Data: no hub answers for {name}; this run takes {fallback!r} instead, which the package generates.")
         script_args.dataset_name = name = fallback
     script_args.is_generated = True

@@ -302,12 +302,7 @@ def check_model(
             an adapter to train; or if the arguments are of no method.
         OSError: If there is no such model here or on the hub.
     """
-    if not isinstance(args, LocalArguments):
-        kind = None if args is None else type(args).__name__
-        raise ValueError(
-            f"args={kind} has no arguments of a method; pass a config that has, such as LoPTConfig, LoPTDPOConfig or "
-            "LoPTGRPOConfig."
-        )
+    _check_method(args)
     if isinstance(model, str):
         config = load_config(model, args)
         given = quantization_config or (args.model_init_kwargs or {}).get("quantization_config")
@@ -322,6 +317,15 @@ def check_model(
     split_layers(num_layers, args.num_blocks, args.split_at)
     name = model if isinstance(model, str) else type(model).__name__
     check_trainable(name, quantized, has_adapter=peft_config is not None or isinstance(model, PeftModel))
+
+
+def _check_method(args: object) -> None:
+    if not isinstance(args, LocalArguments):
+        kind = None if args is None else type(args).__name__
+        raise ValueError(
+            f"args={kind} has no arguments of a method; pass a config that has, such as LoPTConfig, LoPTDPOConfig or "
+            "LoPTGRPOConfig."
+        )
 
 
 def load_config(model: str, args: Any) -> PretrainedConfig:

@@ -1,6 +1,7 @@
 """A wrong setting is told by its field, its value and the fix."""
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,7 @@ from lopt_hf.common.settings import (
     check_choice,
     check_choices,
     check_distinct,
+    check_folder,
     check_lowest,
     nearest,
     option,
@@ -58,6 +60,18 @@ def test_good_settings_pass():
 def test_bad_settings_are_explained(check, message):
     with pytest.raises(ValueError, match=message):
         check()
+
+
+@pytest.mark.parametrize(("path", "where"), [("notes.txt", ""), ("notes.txt/a/b", ": notes.txt")])
+def test_a_file_is_neither_a_folder_nor_above_one(path, where, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("notes.txt").write_text("mine")
+    for given in (path, Path(path)):
+        with pytest.raises(ValueError) as refused:
+            check_folder("output_dir", given)
+        assert str(refused.value) == f"output_dir={path!r}{where} is a file; name a folder."
+    for good in (None, "", "new/and/deep", tmp_path, tmp_path / "new"):
+        check_folder("output_dir", good)
 
 
 def test_similar_names_are_found():

@@ -49,6 +49,7 @@ def point(label: str, rate: float, seeds: Sequence[tuple[float, float]]) -> Meth
 
 
 BASE = scores(kept=0.0, loss=2.0)
+MARGIN = Margin(2.0, BASE)
 # Gains of 0.5 and 1.0, which cost 0.1 and 0.4; the third seed forgets a little more
 SECOND = [
     point("B, 1", 1.0, [(-0.1, 1.5), (-0.1, 1.5), (-0.13, 1.5)]),
@@ -58,7 +59,7 @@ SECOND = [
 
 def test_difference_at_the_same_rate() -> None:
     first = [point("A, 1", 1.0, [(-0.05, 1.7), (-0.07, 1.7), (-0.06, 1.7)])]
-    gain, kept = rate_contrasts(first, SECOND, [ENTRY], 0.95)
+    gain, kept = rate_contrasts(first, SECOND, [ENTRY], 0.95, MARGIN)
     assert (gain.task, gain.second, gain.seeds) == (HELDOUT_TASK, "B, 1", 3)
     assert gain.difference == pytest.approx(0.2)
     assert gain.verdict == "B, 1"  # a lower loss is better
@@ -75,7 +76,7 @@ def test_difference_at_the_same_rate() -> None:
 )
 def test_difference_at_the_same_gain(gain: float, on_the_line: list[float]) -> None:
     first = [point("A, 1", 1.0, [(-0.2, 2 - gain)] * 3)]
-    (kept,) = matched_contrasts(first, SECOND, BASE, [ENTRY], 0.95)
+    (kept,) = matched_contrasts(first, SECOND, BASE, [ENTRY], 0.95, MARGIN)
     assert kept.second == "B at the same gain"
     assert kept.difference == pytest.approx(-0.2 - np.mean(on_the_line))
 
@@ -83,27 +84,26 @@ def test_difference_at_the_same_gain(gain: float, on_the_line: list[float]) -> N
 def test_margin_is_of_the_baseline() -> None:
     """Two per cent of its loss of 2.0, whichever method comes first, and two points of a score."""
     first = [point("A, 1", 1.0, [(-0.1, 1.5)] * 3)]
-    margin = Margin(2.0, BASE)
     for pair in ((first, SECOND), (SECOND, first)):
-        gain, kept = rate_contrasts(*pair, [ENTRY], 0.95, margin)
+        gain, kept = rate_contrasts(*pair, [ENTRY], 0.95, MARGIN)
         assert gain.margin == pytest.approx(0.04) and kept.margin == pytest.approx(0.02)
     assert gain.verdict == "no difference larger than 0.04"
-    (matched,) = matched_contrasts([point("A, 1", 1.0, [(-0.2, 1.75)] * 3)], SECOND, BASE, [ENTRY], 0.95, margin)
+    (matched,) = matched_contrasts([point("A, 1", 1.0, [(-0.2, 1.75)] * 3)], SECOND, BASE, [ENTRY], 0.95, MARGIN)
     assert matched.margin == pytest.approx(0.02)
 
 
 def test_gains_beyond_the_line_are_not_compared() -> None:
     """One seed outside is enough: there is nothing to compare it with, and the contrast says so."""
     first = [point("A, 1", 1.0, [(-0.2, 1.2), (-0.2, 1.2), (-0.2, 0.9)])]
-    (kept,) = matched_contrasts(first, SECOND, BASE, [ENTRY], 0.95)
+    (kept,) = matched_contrasts(first, SECOND, BASE, [ENTRY], 0.95, MARGIN)
     assert np.isnan(kept.difference)
-    assert kept.verdict == "beyond its line"
+    assert kept.verdict == "beyond its line" and kept.margin == pytest.approx(0.02)
 
 
 def test_two_diverged_models_are_no_numbers_apart() -> None:
     """No line is missing there: both have the infinite value that is subtracted."""
     ruined = [point(label, 1.0, [(-np.inf, 1.5)] * 3) for label in ("A, 1", "B, 1")]
-    _, kept = rate_contrasts(ruined[:1], ruined[1:], [ENTRY], 0.95)
+    _, kept = rate_contrasts(ruined[:1], ruined[1:], [ENTRY], 0.95, MARGIN)
     assert np.isnan(kept.difference) and kept.verdict == "not a number"
 
 
@@ -111,6 +111,6 @@ def test_a_rate_that_gains_less_ends_the_line() -> None:
     """A ruined model is no point on the way to a gain that lower rates reach better."""
     ruined = [*SECOND, point("B, 3", 3.0, [(-5.0, 1.4)] * 3)]
     first = [point("A, 1", 1.0, [(-0.2, 1.45)] * 3)]
-    (expected,) = matched_contrasts(first, SECOND, BASE, [ENTRY], 0.95)
-    (kept,) = matched_contrasts(first, ruined, BASE, [ENTRY], 0.95)
+    (expected,) = matched_contrasts(first, SECOND, BASE, [ENTRY], 0.95, MARGIN)
+    (kept,) = matched_contrasts(first, ruined, BASE, [ENTRY], 0.95, MARGIN)
     assert kept == expected

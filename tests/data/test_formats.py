@@ -103,6 +103,13 @@ class TestLoad:
         with pytest.raises(ValueError, match=r"split 'validation' of .*data\.jsonl.*\['train'\]"):
             load_sft_dataset(str(path), split="validation", streaming=streaming)
 
+    def test_a_file_has_no_configurations(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "data.jsonl", ROWS)
+        with pytest.raises(
+            ValueError, match=r"dataset_config='main' has no effect on '.*data\.jsonl', .*; leave it out"
+        ):
+            load_sft_dataset(str(path), "main")
+
     def test_hub_id_is_passed_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
         calls = []
         monkeypatch.setattr("lopt_hf.data.loading.load_dataset", lambda **arguments: calls.append(arguments))

@@ -7,7 +7,8 @@ from fractions import Fraction
 import pytest
 from datasets import DatasetDict
 
-from lopt_hf.data.word_problems import LARGEST, NAMES, THEMES, extract_answer, make_word_problems
+from lopt_hf.data.word_problems import LARGEST, NAMES, THEMES, make_word_problems
+from lopt_hf.rewards import last_number
 
 NUM_TRAIN, NUM_HELDOUT = 3000, 300
 SPELT_OUT = {"twice": 2, "three times": 3, "four times": 4}
@@ -112,26 +113,5 @@ def test_sizes_must_be_positive(sizes: tuple[int, int]) -> None:
         make_word_problems(*sizes, seed=0)
 
 
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("3 + 4 = 7 apples.\n#### 7", "7"),
-        ("#### 1\nNo, wait.\n#### 1,234 apples, not 5", "1234"),
-        ("The answer is 12.", "12"),
-        ("10-4=6", "6"),
-        ("from 10 to 3-2", "2"),
-        ("It is -5 degrees", "-5"),
-        ("#### -3", "-3"),
-        ("It costs $1,250.75.", "1250.75"),
-        ("one of 3, 4 or 5,6", "6"),
-        ("There are 8 ####", "8"),
-        ("no number at all ####", None),
-        ("", None),
-    ],
-)
-def test_extract_answer(text: str, answer: str | None) -> None:
-    assert extract_answer(text) == answer
-
-
-def test_generated_answers_are_extracted(problems: DatasetDict) -> None:
-    assert all(extract_answer(worked) == answer for _, worked, answer in texts(problems, "test"))
+def test_the_last_number_of_a_worked_answer_is_its_answer(problems: DatasetDict) -> None:
+    assert all(last_number(worked) == int(answer) for _, worked, answer in texts(problems, "test"))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lopt_hf.common.compared_methods import PEERS
+from lopt_hf.common.compared_methods import PEERS, mlaan_window
 from lopt_hf.planner.plan import Plan, PlanRow, PlanSettings
 from lopt_hf.planner.recipe import make_recipe
 from lopt_hf.planner.strategies import STRATEGIES, make_strategies
@@ -78,7 +78,7 @@ def test_round_trip(strategy, tmp_path):
             "reach_unit": "run",
         }
     if strategy.method == "mlaan":
-        expected["window"] = strategy.window
+        expected["window"] = mlaan_window(strategy.num_blocks)
     if strategy.method in ("lopt", "lopt_local_step", "mlaan", "joint", "ppll", "e2e_segments"):
         expected["num_blocks"] = strategy.num_blocks
     assert {key: values[key] for key in expected} == expected

@@ -13,7 +13,7 @@ from transformers import AutoConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from lopt_hf import LoPTConfig, LoPTTrainer, MLAANConfig, MLAANTrainer, RepLConfig, get_repl_model
-from lopt_hf.common.compared_methods import PEERS
+from lopt_hf.common.compared_methods import PEERS, mlaan_window
 from lopt_hf.local.methods.mlaan import method as mlaan_method
 from lopt_hf.local.readout import TokenLoss
 from lopt_hf.meters.gradient_bytes import GradientBytes
@@ -91,13 +91,17 @@ class AllocatedPeak(TrainerCallback):
                 self.peak = max(self.peak, allocated)
 
 
+def has_wide_window(strategy):
+    return strategy.method == "mlaan" and mlaan_window(strategy.num_blocks) > 1
+
+
 def measure(strategy, family, folder, peak=None, **overrides):
     """Trains two steps by the trainer of the strategy; returns the peak of the last one."""
     model = make_model(family, **overrides)
     rows = Dataset.from_dict({"input_ids": [[3 + i % 50 for i in range(LENGTH)]] * 8 * BATCH})
     settings = training_args(folder, bf16=True, max_steps=2, per_device_train_batch_size=BATCH, max_length=None)
     if strategy.checkpointing:
-        reentrant = strategy.window == 1 and strategy.method != "badam"
+        reentrant = strategy.method != "badam" and not has_wide_window(strategy)
         settings |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
     peak = peak or Peak()
     given = {"train_dataset": rows, "processing_class": make_tokenizer(), "callbacks": [peak]}
@@ -114,7 +118,7 @@ def measure(strategy, family, folder, peak=None, **overrides):
         given["callbacks"].insert(0, peer)  # what looks at a step comes after what switches layers on and off
         SFTTrainer(model, SFTConfig(**settings), **given).train()
     elif strategy.method == "mlaan":
-        args = MLAANConfig(**settings, num_blocks=strategy.num_blocks, window=strategy.window)
+        args = MLAANConfig(**settings, num_blocks=strategy.num_blocks, window=mlaan_window(strategy.num_blocks))
         MLAANTrainer(model, args, **given).train()
     elif strategy.task_reach != (1,):
         reach = {"task_reach": list(strategy.task_reach), "local_objective": "none"}
@@ -146,7 +150,7 @@ def test_saved_bytes_and_gradients_are_those_of_the_real_trainer(strategy, tmp_p
     [predicted] = simulate(tiny_config(**overrides), strategy, WORKLOAD)
     saved, gradients = measure(strategy, "llama", tmp_path, **overrides)
     assert predicted.gradient_bytes == round(gradients)
-    if strategy.window > 1 and strategy.checkpointing:  # what is computed again cannot be seen
+    if has_wide_window(strategy) and strategy.checkpointing:  # what is computed again cannot be seen
         assert predicted.saved_bytes is None
     else:
         assert predicted.saved_bytes == pytest.approx(saved, rel=0.01)
@@ -323,7 +327,7 @@ def test_stages_share_the_model():
 def test_links_hold_what_waits_in_the_queues_and_beside_them():
     """With a depth of 2, as the channels do: 4 messages at a sending end and 3 at a receiving one."""
     config = tiny_config(num_hidden_layers=8)
-    stages = simulate(config, Strategy("PPLL", "ppll", 3, num_stages=3), replace(WORKLOAD, channel_depth=2))
+    stages = simulate(config, Strategy("PPLL", "ppll", 3, num_stages=3), WORKLOAD)
     message = BATCH * LENGTH * config.hidden_size * 4
     assert [stage.peak["communication"] for stage in stages] == [4 * message, 7 * message, 3 * message]
 

@@ -129,10 +129,25 @@ def test_what_needs_calibration_data_is_named():
 def test_adapters_that_would_go_around_a_surrogate(tmp_path):
     model = make_repl(make_stock("opt"), operator="down_proj")
     args = HealingConfig(str(tmp_path), report_to="none")
-    for targets in (["q_proj", "fc2"], "all-linear", ".*[.]fc.", ["q_proj", "1.fc2"]):
+    for targets in (["q_proj", "fc2"], "all-linear", "ALL-LINEAR", ".*[.]fc.", ["q_proj", "1.fc2"]):
         adapters = ModelConfig(use_peft=True, lora_target_modules=targets)
         with pytest.raises(ValueError, match="leave fc2 out of lora_target_modules"):
             heal(model, 0, make_dataset(), args, adapters, make_tokenizer())
+
+
+def test_adapters_that_leave_the_place_of_a_surrogate_out(tmp_path):
+    lora = LoraConfig(target_modules="all-linear", exclude_modules=["fc2"])
+    trainer = RepLTrainer(
+        make_repl(make_stock("opt"), operator="down_proj"),
+        SFTConfig(**training_args(tmp_path)),
+        train_dataset=make_dataset(),
+        processing_class=make_tokenizer(),
+        peft_config=lora,
+    )
+    adapted = {
+        name.split(".lora_A")[0].rpartition(".")[2] for name, _ in trainer.model.named_modules() if "lora_A" in name
+    }
+    assert "fc1" in adapted and "fc2" not in adapted
 
 
 @pytest.mark.parametrize(
@@ -239,14 +254,6 @@ def test_export_of_an_unfolded_model(tmp_path):
         save_with_code(make_repl(), tmp_path)
 
 
-def test_distillation_needs_layers_that_attend_alike():
-    with pytest.raises(ValueError, match="distillation_weight needs layer 1 and the one after it to attend alike"):
-        make_repl(make_stock("gemma2"), distillation_weight=1.0)
-
-
-def test_distillation_needs_the_removed_layers(tmp_path):
-    make_repl(distillation_weight=1.0).save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match="the removed layers are not saved"):
-        RepLTrainer(RepLModel.from_pretrained(tmp_path / "model"), SFTConfig(**training_args(tmp_path)))
+def test_a_trainer_of_surrogates_for_a_model_without(tmp_path):
     with pytest.raises(ValueError, match="is no unfolded RepL model"):
         RepLTrainer(make_stock(), SFTConfig(**training_args(tmp_path)))

@@ -184,30 +184,6 @@ def test_a_config_read_from_a_file_changes_its_type_too(tmp_path):
     save_with_code(folded, tmp_path / "folded")
 
 
-def test_a_model_saved_by_an_earlier_version_loads(tmp_path):
-    """It named a criterion where none had an effect, and lacks what came later."""
-    model = make_repl(operator="down_proj")
-    model.save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / "config.json").read_text())
-    for name in ("refit_behind", "calibration_seed"):
-        del saved["repl"]["config"][name]
-    of_places = {"layers_to_replace": None, "num_layers_to_replace": 2, "every": 3}
-    saved["repl"]["config"] |= {"span_criterion": "error", **of_places}
-    (tmp_path / "config.json").write_text(json.dumps(saved))
-    loaded = RepLModel.from_pretrained(tmp_path).eval()
-    expected = logits(model.eval())
-    assert torch.equal(logits(loaded), expected)
-    torch.testing.assert_close(logits(loaded.merge_and_unload()), expected)
-
-
-def test_a_model_without_coefficients_that_was_to_train_them_loads(tmp_path):
-    make_repl(operator="mlp", init="paper").save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / "config.json").read_text())
-    saved["repl"]["config"]["trainable"] = "coefficients"
-    (tmp_path / "config.json").write_text(json.dumps(saved))
-    assert RepLModel.from_pretrained(tmp_path).get_nb_trainable_parameters()[0] > 0
-
-
 def test_folding_keeps_nothing_of_the_neighbours_twice():
     model = make_repl(operator="branches")
     stock = make_stock()
@@ -248,13 +224,6 @@ def test_costs_of_layers_of_another_kind_than_the_one_behind():
     removed = [sum(p.numel() for p in layer.parameters()) for layer in stock.model.layers[2:4]]
     (cost,) = make_repl(stock, operator="patch", layers_to_replace=None, spans=[[2, 4]]).surrogate_costs
     assert cost.removed_parameters == sum(removed)
-
-
-def test_costs_of_a_model_saved_before_those_of_the_removed_layers_were():
-    model = make_repl()
-    expected = model.surrogate_costs
-    del model.config.repl["removed_costs"]
-    assert model.surrogate_costs == expected
 
 
 def test_an_upload_has_the_code_too(tmp_path, monkeypatch):

@@ -194,12 +194,11 @@ def test_options_without_effect(options, message, folder):
 def test_options_of_a_recipe_that_others_take_the_place_of(folder, capsys):
     """Layers named beside a recipe's placement; and what only calibrated variants read."""
     named = {"num_layers_to_replace": None, "layers_to_replace": [2], "init": "skip", "placement": "every", "every": 2}
-    repl.main(arguments(folder, distillation_weight=1.0, **named))
+    repl.main(arguments(folder, **named))
     lines = capsys.readouterr().err.splitlines()
     assert "placement='every' has no effect: it chooses layers, which are named." in lines
     assert "every=2 has no effect: it chooses layers, which are named." in lines
     assert "calibration_tokens=512 has no effect: it cuts calibration data, which init='skip' does without." in lines
-    assert "distillation_weight=1.0 has no effect without healing, on dataset_name." in lines
     assert json.loads((folder / "out/report.json").read_text())["rows"][1]["removed"] == [2]
     others = {"compare": ["linear:calibrate", "branches", "mlp:paper"], "coefficients": "scalar", "ridge": 9.0}
     repl.main(arguments(folder, **named, **others, trainable="coefficients", output_dir=folder / "other"))
@@ -251,7 +250,7 @@ def test_every_variant_is_measured_once(folder):
 
 
 def test_what_matters_in_training_only_keeps_nothing_out_of_all(folder, capsys):
-    settings = {"distillation_weight": 1.0, "detach_sources": False, "coefficients": "head", "branches": "value"}
+    settings = {"detach_sources": False, "coefficients": "head", "branches": "value"}
     named = ["all", "down_proj:skip", "mlp:paper"]
     repl.main(arguments(folder, operator="branches", compare=named, output_dir=folder / "all", **settings))
     names = [row["name"] for row in json.loads((folder / "all/report.json").read_text())["rows"]]

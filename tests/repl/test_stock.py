@@ -356,7 +356,6 @@ def test_spans_that_do_not_fit_a_model(settings, family, message):
         ({"spans": "14-18"}, "spans='14-18' must list pairs"),
         ({"spans": [[1, 2]], "num_layers_to_replace": 1}, "two ways to say which layers"),
         ({"spans": [[1, 2]], "operator": "scale", "init": "paper"}, "init='paper' is RepL's"),
-        ({"spans": [[1, 2]], "operator": "refit", "distillation_weight": 1.0}, "distillation_weight=1.0 compares"),
         ({"placement": "span"}, "num_layers_to_replace is missing; .* placement='span'"),
         (
             {"placement": "influence", "num_layers_to_replace": 2, "span_criterion": "angle"},

@@ -23,7 +23,8 @@ P_VALUES = [0.001, 0.02, 0.03, 0.2, 0.6, 0.9]
 
 def delta(p: float, number: int = 0, **changes: Any) -> Delta:
     high = -0.001 if p < 0.05 else 0.01
-    return Delta(f"task {number}", "acc", True, 0.5, 0.49, -0.01, -0.03, high, 200, p_interval=p, **changes)
+    changes = {"margin": 0.02, "p_interval": p, **changes}
+    return Delta(f"task {number}", "acc", True, 0.5, 0.49, -0.01, -0.03, high, 200, **changes)
 
 
 @pytest.fixture
@@ -31,7 +32,8 @@ def report() -> RetentionReport:
     """Two models in three tasks, and two contrasts of which one has no interval."""
     deltas = [delta(p, number % 3) for number, p in enumerate(P_VALUES)]
     models = tuple(ModelResult(name, name, tuple(deltas[i : i + 3])) for name, i in (("a", 0), ("b", 3)))
-    contrasts = tuple(Contrast("a", "b", "task 0", "acc", True, 0.1, 0.0, 0.2, 3, p_value=p) for p in (0.04, math.nan))
+    values = ("a", "b", "task 0", "acc", True, 0.1, 0.0, 0.2, 3, 0.02)
+    contrasts = tuple(Contrast(*values, p_value=p) for p in (0.04, math.nan))
     return RetentionReport("base", models, {}, contrasts=contrasts)
 
 
@@ -77,7 +79,6 @@ def test_tables_have_the_corrected_p_and_what_could_be_seen(report: RetentionRep
 @pytest.mark.parametrize(
     ("changes", "verdict"),
     [
-        ({}, "no detectable change"),
         ({"margin": 0.01, "is_within_margin": True}, "no change larger than 0.01"),
         ({"margin": 0.01, "is_within_margin": False}, "cannot tell"),
         ({"margin": 0.32145, "is_within_margin": True}, "no change larger than 0.321"),
@@ -102,7 +103,7 @@ def test_findings_tell_equality_from_too_few_samples() -> None:
     }
     assert [each.start for each in second.statements] == ["No change larger than the margin"]
     page = render_page(adjusted(report), {})
-    assert "two one-sided tests" in page and "Changes tested: 3" in page and "It does not mean that" not in page
+    assert "two one-sided tests" in page and "Changes tested: 3" in page
 
 
 def test_margin_is_in_points_or_per_cent() -> None:

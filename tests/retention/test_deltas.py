@@ -8,7 +8,7 @@ import pytest
 from lm_eval.tasks import TaskManager
 
 from lopt_hf.retention.benchmark import flips
-from lopt_hf.retention.deltas import entry_deltas, entry_metrics
+from lopt_hf.retention.deltas import MARGIN, entry_deltas, entry_metrics
 from lopt_hf.retention.evaluation import EvaluationSettings, evaluate_model
 from lopt_hf.retention.references import ModelReference
 from lopt_hf.retention.results import Delta
@@ -40,7 +40,7 @@ def measured(model: str, entries: list[TaskEntry], cache: Path) -> dict[str, Tas
 
 def deltas_of(entry: TaskEntry, models: SavedModels, cache: Path) -> dict[str, Delta]:
     before, after = (measured(model, [entry], cache) for model in (models.base, models.tuned))
-    return {delta.metric: delta for delta, _ in entry_deltas(entry, before, [after], CONFIDENCE)}
+    return {delta.metric: delta for delta, _ in entry_deltas(entry, before, [after], CONFIDENCE, MARGIN)}
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_single_tasks(models: SavedModels, task_folder: Path, tmp_path: Path) ->
     before, after = (measured(model, entries, tmp_path) for model in (models.base, models.tuned))
     assert entry_metrics(entries[0], before)[0] == "acc_norm,none"
     for entry in entries:
-        for delta, _ in entry_deltas(entry, before, [after], CONFIDENCE):
+        for delta, _ in entry_deltas(entry, before, [after], CONFIDENCE, MARGIN):
             name = f"{delta.metric},none"
             assert delta.baseline == pytest.approx(before[entry.name].values[name], rel=1e-6)
             assert delta.value == pytest.approx(after[entry.name].values[name], rel=1e-6)
@@ -140,7 +140,7 @@ def test_flips_are_the_answers_that_differ(task_folder: Path) -> None:
     ]
     first = {"model": "tuned", "task": "sums", "metric": "acc,none", "doc": {"i": 1}, "target": 1}
     assert first.items() <= rows[0].items()
-    delta = entry_deltas(entry, before, [after], CONFIDENCE)[0][0]
+    delta = entry_deltas(entry, before, [after], CONFIDENCE, MARGIN)[0][0]
     assert (delta.right_to_wrong, delta.wrong_to_right) == (1, 3)
     counts = [row["direction"] for row in rows]
     assert (counts.count("right to wrong"), counts.count("wrong to right")) == (1, 3)
@@ -163,7 +163,7 @@ def test_flips_of_measured_models(models: SavedModels, task_folder: Path, tmp_pa
     rows = list(flips("tuned", before, after))
     assert {row["task"] for row in rows} == {"sums", "generated"}
     for entry in entries:
-        for delta, _ in entry_deltas(entry, before, [after], CONFIDENCE):
+        for delta, _ in entry_deltas(entry, before, [after], CONFIDENCE, MARGIN):
             if delta.right_to_wrong is None:
                 continue
             names = (delta.metric, f"{delta.metric},none")

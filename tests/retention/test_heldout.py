@@ -12,7 +12,7 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from lopt_hf.common.evaluation import answer_loss
-from lopt_hf.retention.deltas import gain_delta, gain_scores
+from lopt_hf.retention.deltas import MARGIN, gain_delta, gain_scores
 from lopt_hf.retention.evaluation import EvaluationSettings, evaluate_model
 from lopt_hf.retention.heldout import HELDOUT_TASK, heldout_task, load_heldout_rows
 from lopt_hf.retention.references import ModelReference
@@ -93,12 +93,12 @@ def test_unlikely_answers(tmp_path: Path) -> None:
 def test_the_gain_is_the_change_of_the_loss(models: SavedModels, tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     before, after = (measured(model, ROWS, tokenizer, tmp_path) for model in (models.base, models.tuned))
-    gain = gain_delta(before, [after], 0.95)
+    gain = gain_delta(before, [after], 0.95, MARGIN)
     assert gain is not None and not gain.higher_is_better
     assert gain.baseline == pytest.approx(loss_of(models.base, ROWS, tokenizer), abs=1e-4)
     assert gain.value == pytest.approx(loss_of(models.tuned, ROWS, tokenizer), abs=1e-4)
     assert gain.n == len(ROWS)
-    assert gain_delta({}, [{}], 0.95) is None
+    assert gain_delta({}, [{}], 0.95, MARGIN) is None
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sqlite3
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lm_eval.tasks import TaskManager
 from peft import PromptTuningConfig, get_peft_model
 
 from lopt_hf.retention import evaluation, suites
+from lopt_hf.retention.report import report as report_module
 from lopt_hf.scripts import retention
 from tests.retention.benchmark_tasks import write_benchmark_tasks
 from tests.retention.conftest import SavedModels, save
@@ -79,6 +81,7 @@ def test_samples_needed_are_told_beforehand(
     """From the baseline alone: of 0 or 1 per sample the variance is p (1 - p), and Miller's formula has the rest."""
     del arguments["--model"], arguments["--output-dir"]
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # it draws nothing
     run(arguments, "--detect", "2.5", "--correlation", "0.8")
     table = [
         [cell.strip() for cell in line.split("|")[1:-1]]
@@ -187,7 +190,7 @@ def test_the_help_names_the_packages_of_ifeval(capsys: pytest.CaptureFixture[str
 
 def test_no_drift(arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lopt_hf.retention.benchmark.layer_drift", None)
-    run(arguments, "--no-drift", "--limit", "3")
+    run(arguments, "--no_drift", "--limit", "3")  # options of trainers have underscores
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [delta["n"] for delta in report["models"][0]["deltas"]][:1] == [3]
     assert report["models"][0]["drift"] == {}
@@ -309,7 +312,31 @@ def test_output_folder(
     arguments: Arguments, nothing_is_loaded: None, tmp_path: Path, make: Callable[[Path], None], message: str
 ) -> None:
     make(tmp_path / "out")
-    assert error_of(arguments) == f"lopt-hf retention: output_dir={tmp_path / 'out'} {message}"
+    assert error_of(arguments) == f"lopt-hf retention: error: output_dir='{tmp_path / 'out'}' {message}"
+
+
+def test_plots_that_cannot_be_drawn_are_told_before_anything_is_measured(
+    arguments: Arguments, nothing_is_loaded: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert 'Plots need `matplotlib`: `pip install "lopt_hf[demo]"`' in error_of(arguments)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
+
+
+def test_a_plot_that_fails_takes_nothing_with_it(
+    arguments: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was measured is printed and written before."""
+
+    def fail(report: Any) -> None:
+        raise RuntimeError("no room to draw")
+
+    monkeypatch.setitem(report_module.PLOTS, "deltas.png", fail)
+    with pytest.raises(RuntimeError, match="no room to draw"):
+        run(arguments, "--no-drift")
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {"report.json", "report.md", "flips.jsonl"}
+    assert (out / "report.md").read_text().strip() in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("full_at", ["texts", "drift", "report.md", "flips"])

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from lopt_hf import cli
+from lopt_hf.scripts import bench, compare, demo, pipeline_export, pipeline_simulate, plan, retention
 
 SUBCOMMANDS = [["bench", name] for name in ("step", "pipeline", "repl", "gpu")]
 SUBCOMMANDS += [["pipeline", name] for name in ("simulate", "export")]
@@ -29,6 +30,7 @@ BAD_INPUT = {
     "sft": (["sft", "--max_steps", "many"], "invalid int value: 'many'"),
     "sft without a model": (["sft", "--output_dir", "{}/out"], "model_name_or_path is missing"),
     "mlaan": (["mlaan", "--window", "0"], "window=0"),
+    "mlaan, method": (["mlaan", "--method", "lopt"], "invalid choice: 'lopt'"),
     "dpo": (["dpo", "--output_dir", "{}/out", "--model_name_or_path", "{}/no"], "dataset_name is missing"),
     "grpo": (["grpo", "--output_dir", "{}/out", "--model_name_or_path", "{}/no"], "reward_funcs is missing"),
     "peers": (["peers", "--method", "lisaa", "--output_dir", "{}"], "lisaa"),
@@ -47,6 +49,25 @@ BAD_INPUT = {
     "demo": (["demo", "--steps", "0"], "--steps 0 trains nothing"),
     "demo, model": (["demo", "--model", "{}/no", "--output-dir", "{}/out"], "{}/no"),
 }
+
+
+WITH_UNDERSCORES = {
+    bench: ["step", "--model", "a_b", "--num_blocks", "2", "--batch_size=4"],
+    compare: ["--config", "a_b.yaml", "--data_dir", "c_d", "--output_dir", "e_f"],
+    demo: ["--output_dir", "a_b", "--learning_rate", "1"],
+    pipeline_export: ["--checkpoint", "a_b", "--output_dir=c_d"],
+    pipeline_simulate: ["--forward_ms", "1", "--virtual_stages", "2"],
+    plan: ["--model", "a_b", "--device_memory", "1GiB"],
+    retention: ["--baseline", "a_b", "--num_heldout", "8", "--no_drift", "--output_dir", "c_d"],
+}
+
+
+@pytest.mark.parametrize("command", WITH_UNDERSCORES, ids=lambda command: command.__name__.rpartition(".")[2])
+def test_options_are_taken_with_underscores_too(command):
+    parser, given = command.make_parser(), WITH_UNDERSCORES[command]
+    names = [text.partition("=")[0] for text in given if text.startswith("--")]
+    dashed = [text.replace("_", "-") if text in names else text for text in given]
+    assert parser.parse_args(given) == parser.parse_args(dashed)
 
 
 @pytest.mark.parametrize("name", BAD_INPUT)

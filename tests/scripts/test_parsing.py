@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from lopt_hf import cli
 from lopt_hf.scripts import pipeline
-from lopt_hf.scripts.parsing import chosen_method, make_trl_parser, parse_or_exit
+from lopt_hf.scripts.parsing import chosen, chosen_method, make_trl_parser, parse_or_exit
 from tests.common.test_yaml_files import BOMB
 
 
@@ -36,6 +37,7 @@ def test_the_command_line_wins_over_the_file(tmp_path, form):
     [
         (["--num_blcks", "3"], "unknown option on the command line: 'num_blcks' (did you mean 'num_blocks'?)"),
         (["--num-blcks=3"], "unknown option on the command line: 'num-blcks' (did you mean 'num_blocks'?)"),
+        (["num_blocks=3"], "unknown option on the command line: 'num_blocks=3'"),
         (["--config", "nowhere.yaml"], "there is no file 'nowhere.yaml'"),
         (["--config"], "--config needs the path of a YAML file"),
         (["--config", "a.yaml", "--config=b.yaml"], "--config is given 2 times (a.yaml, b.yaml); give one"),
@@ -54,6 +56,10 @@ def test_errors_are_one_line(capsys, arguments, message):
         (
             "num_blocks: 2\nrate: 1\nnum_blocks: 3\n",
             "line 3, column 1 is not valid YAML: the key 'num_blocks' is there tw",
+        ),
+        (
+            "num_blokcs: 2\nx: 1",
+            "unknown key in the YAML file: 'num_blokcs' (did you mean 'num_blocks'?), 'x'; remove",
         ),
         ("num_blocks: [2]", "num_blocks=[2] must be a whole number."),
         ("num_blocks: 2.5", "num_blocks=2.5 must be a whole number."),
@@ -115,6 +121,18 @@ def test_the_pipelines_method_decides_which_options_there_are(tmp_path):
         assert (args.window, args.num_stages, launch.method) == (1, 2, "mlaan")
     for arguments in ([], ["--method", "lopt", "--config", str(config)], ["--config", "nowhere.yaml"], ["--method"]):
         assert chosen_method(arguments) == "lopt"
+
+
+@pytest.mark.parametrize("command", ["sft", "dpo", "grpo", "pipeline", "image"])
+def test_a_method_that_is_no_text_is_one_line(command, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("method: [mlaan]\nnum_blocks: 3\noutput_dir: out")
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--config", str(path)])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1
+    assert error.startswith(f"lopt-hf {command}: error: method=['mlaan'] must be text")
+    assert chosen("num_blocks", ["--config", str(path)], "2") == 3
 
 
 def test_a_methods_options_are_not_anothers(capsys):

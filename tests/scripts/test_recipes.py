@@ -42,14 +42,14 @@ def test_a_copy_can_be_run_and_is_not_overwritten(tmp_path, capsys):
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [copy] and copy.read_text() == "mine"
 
 
-@pytest.mark.parametrize("folder", ["qa.csv", "qa.csv/new"])
-def test_a_file_is_no_folder_to_copy_into(folder, tmp_path, capsys):
+@pytest.mark.parametrize(("folder", "where"), [("qa.csv", ""), ("qa.csv/new", ": {}/qa.csv")])
+def test_a_file_is_no_folder_to_copy_into(folder, where, tmp_path, capsys):
     (tmp_path / "qa.csv").write_text("mine")
     with pytest.raises(SystemExit) as ended:
         cli.main(["recipes", NAME, "--copy", str(tmp_path / folder)])
     error = capsys.readouterr().err
     assert ended.value.code == 2 and error.count("\n") == 1
-    assert f"copy='{tmp_path / folder}': {tmp_path / 'qa.csv'} is a file; name a folder." in error
+    assert f"copy='{tmp_path / folder}'{where.format(tmp_path)} is a file; name a folder." in error
 
 
 def test_all_are_copied(tmp_path):

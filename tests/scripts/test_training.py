@@ -88,6 +88,7 @@ def test_mlaan_is_a_method_of_sft(tmp_path, command):
     cli.main([command, *given])
     log = json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"]
     assert any("local_loss/block_0/cascaded" in row for row in log)
+    assert f"`lopt-hf {command} --config recipe.yaml`" in (tmp_path / "out/README.md").read_text()
 
 
 @pytest.mark.parametrize(

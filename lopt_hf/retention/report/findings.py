@@ -14,9 +14,8 @@ NO_BREAK_SPACE = "\u00a0"
 CANNOT_TELL = "Cannot tell"
 # How a statement on changes whose interval includes zero begins, and which they are
 OPEN_VERDICTS: dict[str, Callable[[Delta], bool]] = {
-    "No detectable change": lambda delta: delta.is_open and delta.margin is None,
     "No change larger than the margin": lambda delta: delta.is_open and delta.is_within_margin,
-    CANNOT_TELL: lambda delta: delta.is_open and delta.margin is not None and not delta.is_within_margin,
+    CANNOT_TELL: lambda delta: delta.is_open and not delta.is_within_margin,
 }
 
 

@@ -4,7 +4,6 @@ Axes reach up to Tukey's fences, so that a few diverged models do not squeeze al
 """
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -234,11 +233,11 @@ def _plot_layers(rows: Mapping[str, Mapping[str, float]], what: str) -> Figure |
     """A heat map of values by label and part; `None` without rows."""
     if not rows:
         return None
-    names = _parts_in_order(rows.values())
+    names = list(next(iter(rows.values())))  # the baseline's parts, which every model has
     width = 1 + _label_width(rows) + 0.23 * max(len(names), 24)
     figure = new_figure(min(width, MAX_WIDTH), 2.0 + 0.26 * len(rows), PANEL_PADDING)
     axes = figure.subplots()
-    _draw_layers(axes, [[row.get(name, math.nan) for name in names] for row in rows.values()], what)
+    _draw_layers(axes, [[row[name] for name in names] for row in rows.values()], what)
     ticks = _layer_ticks(names)
     axes.set_xticks(list(ticks), [plot_text(text) for text in ticks.values()], rotation=90)
     axes.set_yticks(range(len(rows)), [plot_text(label) for label in rows])
@@ -264,30 +263,11 @@ def _label_width(labels: Iterable[str]) -> float:
     return INCHES_PER_CHARACTER * max(len(plot_text(label)) for label in labels)
 
 
-def _parts_in_order(rows: Iterable[Mapping[str, float]]) -> list[str]:
-    """Names in the order of the forward pass: embeddings, layers by number, the rest as given."""
-    names = dict.fromkeys(name for row in rows for name in row)
-
-    def place(name: str) -> tuple[int, int]:
-        number = _layer_number(name)
-        if number is not None:
-            return 1, number
-        return (0, 0) if name.startswith("embed") else (2, 0)
-
-    return sorted(names, key=place)
-
-
 def _layer_ticks(names: Sequence[str]) -> dict[int, str]:
     """Column -> what is written below it: layers by number, of many every fifth."""
-    numbers = [_layer_number(name) for name in names]
     step = 1 if len(names) <= 20 else 5
     return {
-        column: name if number is None else f"layer {number}"
-        for column, (name, number) in enumerate(zip(names, numbers, strict=True))
-        if number is None or number % step == 0
+        column: f"layer {name}" if name.isdigit() else name
+        for column, name in enumerate(names)
+        if not name.isdigit() or int(name) % step == 0
     }
-
-
-def _layer_number(name: str) -> int | None:
-    match = re.fullmatch(r"(?:layers?[ ._]*)?(\d+)", name)
-    return int(match.group(1)) if match else None

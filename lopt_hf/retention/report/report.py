@@ -13,8 +13,9 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from lopt_hf.common.figures import DPI
+from lopt_hf.common.figures import DPI, new_figure
 from lopt_hf.common.files import atomic_file, write_text
+from lopt_hf.common.settings import check_folder
 from lopt_hf.retention.comparisons import chance_line
 from lopt_hf.retention.report.drawing import draw_svg
 from lopt_hf.retention.report.findings import NO_BREAK_SPACE, findings
@@ -23,7 +24,7 @@ from lopt_hf.retention.report.plots import plot_deltas, plot_drift, plot_similar
 from lopt_hf.retention.report.tables import level_text, make_tables, to_markdown
 from lopt_hf.retention.results import RetentionReport, main_outcomes
 
-__all__ = ["check_report_folder", "render_page", "to_html", "to_markdown", "write_report"]
+__all__ = ["check_plots", "check_report_folder", "render_page", "to_html", "to_markdown", "write_report"]
 
 PLOTS = {
     "deltas.png": plot_deltas,
@@ -50,16 +51,24 @@ def to_html(report: RetentionReport) -> str:
     return render_page(report, _render_plots(report))
 
 
+def check_plots() -> None:
+    """Checks before anything takes time that a report's plots can be drawn.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    new_figure(1, 1)
+
+
 def check_report_folder(folder: Path) -> None:
     """Checks that a report may be written into a folder.
 
     Raises:
         ValueError: If it is a file, or holds other files and no earlier report.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir={folder} is a file; name a folder.")
+    check_folder("output_dir", folder)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "report.json").is_file():
-        raise ValueError(f"output_dir={folder} is not empty and holds no earlier report; name another folder.")
+        raise ValueError(f"output_dir={str(folder)!r} is not empty and holds no earlier report; name another folder.")
 
 
 def write_report(report: RetentionReport, folder: Path) -> list[Path]:
@@ -138,7 +147,6 @@ def render_page(report: RetentionReport, plots: Mapping[str, bytes]) -> str:
         gain=next((result.gain for result in report.models if result.gain), None),
         one_in=round(1 / (1 - report.confidence)),
         num_intervals=sum(len(r.deltas) + bool(r.mean) for r in report.models) + len(report.contrasts),
-        is_judged=any(delta.margin is not None for result in report.models for delta in result.deltas),
         chance=chance_line(report),
         findings=findings(report),
         outcomes=", ".join(f"{outcome.task} {outcome.metric}" for outcome in main_outcomes(report)),

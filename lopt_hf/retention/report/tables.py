@@ -99,8 +99,6 @@ def model_table(result: ModelResult, confidence: float) -> Table:
     headers += ["Seeds"] if result.seeds else []
     with_changes = any(delta.p_value is not None or delta.right_to_wrong is not None for delta in result.deltas)
     headers += ["right to wrong / wrong to right", "McNemar p"] if with_changes else []
-    with_tests = any(delta.p_adjusted is not None for delta in result.deltas)
-    headers += ["Holm p", "detectable"] if with_tests else []
     entries = [(delta.task, delta) for delta in result.deltas]
     if result.mean:
         entries.insert(0, (result.mean.task, result.mean))
@@ -112,18 +110,17 @@ def model_table(result: ModelResult, confidence: float) -> Table:
         cells = [task if task != previous else "", *_delta_texts(delta)]
         cells += [_count(result.seeds)] if result.seeds else []
         cells += [_flips(delta), _p_text(delta.p_value)] if with_changes else []
-        cells += [_p_text(delta.p_adjusted), _size_text(delta.detectable)] if with_tests else []
+        cells += [_p_text(delta.p_adjusted), _size_text(delta.detectable)]
         rows.append((*map(Cell, cells), Cell(delta.verdict, delta.verdict)))
         previous = task
-    return Table(result.label, (*headers, "Reading"), tuple(rows))
+    return Table(result.label, (*headers, "Holm p", "detectable", "Reading"), tuple(rows))
 
 
 def contrast_table(report: RetentionReport) -> Table:
     """Returns the table of differences between methods that were trained with the same seeds."""
     headers = ["First", "Second", "Task", "Metric", "", "Difference", f"{level_text(report.confidence)} interval"]
-    with_tests = any(contrast.p_adjusted is not None for contrast in report.contrasts)
-    headers += ["Seeds", *(["Holm p", "detectable"] if with_tests else []), "Better"]
-    rows = tuple(_contrast_row(contrast, with_tests) for contrast in report.contrasts)
+    headers += ["Seeds", "Holm p", "detectable", "Better"]
+    rows = tuple(map(_contrast_row, report.contrasts))
     return Table("Differences between methods: first minus second", tuple(headers), rows)
 
 
@@ -154,11 +151,10 @@ def _delta_texts(delta: Delta) -> list[str]:
     return [delta.metric, arrow(delta.higher_is_better), *change, _sample_text(delta)]
 
 
-def _contrast_row(contrast: Contrast, with_tests: bool) -> tuple[Cell, ...]:
+def _contrast_row(contrast: Contrast) -> tuple[Cell, ...]:
     texts = [contrast.first, contrast.second, contrast.task, contrast.metric, arrow(contrast.higher_is_better)]
     texts += [signed_text(contrast.difference), interval_text(contrast), str(contrast.seeds)]
-    texts += [_p_text(contrast.p_adjusted), _size_text(contrast.detectable)] if with_tests else []
-    texts.append(contrast.verdict)
+    texts += [_p_text(contrast.p_adjusted), _size_text(contrast.detectable), contrast.verdict]
     return tuple(map(Cell, texts))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from lopt_hf.retention.comparisons import adjusted
 from lopt_hf.retention.report import report as report_module
 from lopt_hf.retention.report.findings import findings
 from lopt_hf.retention.report.frontier import frontier_labels, pareto_frontier, plot_frontier, retention_outcomes
@@ -28,30 +29,19 @@ ALL_FILES = ["report.json", "report.md", "report.html", "deltas.png", "frontier.
 
 
 def accuracy(change=-0.05, half_width=0.02, task="arc_easy", metric="acc", **settings):
-    settings = {"p_value": 0.0312, "right_to_wrong": 31, "wrong_to_right": 21, **settings}
-    return Delta(
-        task, metric, True, 0.6, 0.6 + change, change, change - half_width, change + half_width, 200, **settings
-    )
+    settings = {"p_value": 0.0312, "right_to_wrong": 31, "wrong_to_right": 21, "detectable": 0.03, **settings}
+    ends = change - half_width, change + half_width
+    return Delta(task, metric, True, 0.6, 0.6 + change, change, *ends, 200, 0.01, **settings)
 
 
-def perplexity(change=2.0, half_width=0.5):
-    return Delta(
-        "wikitext", "word_perplexity", False, 30.0, 30.0 + change, change, change - half_width, change + half_width, 62
-    )
+def perplexity(change=2.0, half_width=0.5, **settings):
+    ends = change - half_width, change + half_width
+    return Delta("wikitext", "word_perplexity", False, 30.0, 30.0 + change, change, *ends, 62, 0.3, **settings)
 
 
 def loss(change=-0.7, half_width=0.1):
-    return Delta(
-        "held-out answers",
-        "answer_loss",
-        False,
-        1.7,
-        1.7 + change,
-        change,
-        change - half_width,
-        change + half_width,
-        64,
-    )
+    ends = change - half_width, change + half_width
+    return Delta("held-out answers", "answer_loss", False, 1.7, 1.7 + change, change, *ends, 64, 0.017)
 
 
 @pytest.fixture
@@ -63,7 +53,8 @@ def single():
         accuracy(0.04, task="piqa", p_value=None, right_to_wrong=None, wrong_to_right=None),
     )
     model = ModelResult("lopt", "lopt", deltas, mean=accuracy(-0.005, task="mean of 2 tasks", metric="accuracy"))
-    return RetentionReport("the base", (model,), {"limit": 200, "tasks": ["arc_easy", "piqa"], "chat": False})
+    settings = {"limit": 200, "tasks": ["arc_easy", "piqa"], "chat": False}
+    return adjusted(RetentionReport("the base", (model,), settings))
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +63,14 @@ def grid():
     models = [_averaged(number, rate) for number, rate in product(range(9), (2e-5, 1e-4))]
     labels = [model.label for model in models]
     contrasts = (
-        Contrast(labels[0], labels[2], "held-out answers", "answer_loss", False, -0.2, -0.3, -0.1, 3),
-        Contrast(labels[0], labels[2], "piqa", "acc", True, 0.01, -0.01, 0.03, 3),
+        Contrast(
+            *(labels[0], labels[2], "held-out answers", "answer_loss", False, -0.2, -0.3, -0.1, 3, 0.017),
+            p_value=0.002,
+            detectable=0.14,
+        ),
+        Contrast(labels[0], labels[2], "piqa", "acc", True, 0.01, -0.01, 0.03, 3, 0.05, is_within_margin=True),
     )
-    return RetentionReport("the base", tuple(models), {"seeds": [0, 1, 2]}, contrasts=contrasts)
+    return adjusted(RetentionReport("the base", tuple(models), {"seeds": [0, 1, 2]}, contrasts=contrasts))
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +99,7 @@ def _run(number, rate, seed):
         (accuracy(-forgotten), accuracy(-forgotten, task="piqa"), perplexity(0.1 * number * step + 10 * ruined)),
         mean=accuracy(-forgotten, task="mean of 2 tasks", metric="accuracy"),
         gain=loss(-0.2 - 0.05 * number * step + 0.01 * seed + ruined / 40),
-        drift={"head": 1e-4, **{str(layer): 1e-3 * layer * step for layer in range(12)}, "embeddings": 1e-7},
+        drift={"embeddings": 1e-7, **{str(layer): 1e-3 * layer * step for layer in range(12)}, "rest": 1e-4},
     )
 
 
@@ -144,17 +139,21 @@ def test_table_of_one_model(single):
     assert headers == ["Tasks", "Metric", "", "Baseline", "", "Value", "Delta", "95 % interval", "n"] + [
         "right to wrong / wrong to right",
         "McNemar p",
+        "Holm p",
+        "detectable",
         "Reading",
     ]
     mean, first, second, third = rows
-    assert mean[0] == "mean of 2 tasks" and mean[-1] == "no detectable change"
+    assert mean[0] == "mean of 2 tasks" and mean[-1] == "cannot tell"
     assert first == ["arc_easy", "acc", "↑", "0.6000", "→", "0.5500", "-0.0500", "[-0.0700, -0.0300]", "200"] + [
         "31 / 21",
         "0.031",
+        "0.031",
+        "±0.0300",
         "worse",
     ]
-    assert second[:3] == ["", "acc_norm", "↑"] and second[-2:] == ["<0.001", "no detectable change"]
-    assert third[0] == "piqa" and third[-3:] == ["-", "-", "better"]
+    assert second[:3] == ["", "acc_norm", "↑"] and second[-4:] == ["<0.001", "<0.001", "±0.0300", "cannot tell"]
+    assert third[0] == "piqa" and third[-5:] == ["-", "-", "-", "±0.0300", "better"]
     assert "Overview" not in to_markdown(single)
 
 
@@ -210,16 +209,23 @@ def test_contrasts(grid):
     headers, loss_row, accuracy_row = markdown_rows(
         to_markdown(grid), "Differences between methods: first minus second"
     )
-    assert headers == ["First", "Second", "Task", "Metric", "", "Difference", "95 % interval", "Seeds", "Better"]
-    assert loss_row[2:] == ["held-out answers", "answer_loss", "↓", "-0.2000", "[-0.3000, -0.1000]", "3"] + [
-        "method 0, lr 2e-05"
+    assert headers == ["First", "Second", "Task", "Metric", "", "Difference", "95 % interval", "Seeds"] + [
+        "Holm p",
+        "detectable",
+        "Better",
     ]
-    assert accuracy_row[-1] == "no detectable difference"
+    assert loss_row[2:] == ["held-out answers", "answer_loss", "↓", "-0.2000", "[-0.3000, -0.1000]", "3"] + [
+        "0.002",
+        "±0.1400",
+        "method 0, lr 2e-05",
+    ]
+    assert accuracy_row[-3:] == ["-", "-", "no difference larger than 0.05"]
 
 
 def test_findings_say_what_can_be_told(single):
     model = replace(single.models[0], gain=loss())
-    unchanged = replace(model, label="still", gain=loss(0.01), deltas=(accuracy(0.01), perplexity(0.1)), mean=None)
+    same = accuracy(0.01, is_within_margin=True), perplexity(0.1, is_within_margin=True)
+    unchanged = replace(model, label="still", gain=loss(0.01), deltas=same, mean=None)
     first, second = findings(replace(single, models=(model, unchanged)))
     said = {statement.start: statement.text.replace("\u00a0", " ") for statement in first.statements}
     assert said["Task trained on:"] == (
@@ -227,10 +233,13 @@ def test_findings_say_what_can_be_told(single):
     )
     assert said["Worse:"] == "arc_easy acc -0.0500 [-0.0700, -0.0300]."
     assert said["Better:"] == "piqa acc +0.0400 [+0.0200, +0.0600]."
-    assert said["No detectable change:"] == "mean of 2 tasks accuracy; arc_easy acc_norm."
+    assert said["Cannot tell:"] == (
+        "mean of 2 tasks accuracy -0.0050 [-0.0250, +0.0150] (could have seen ±0.0300); "
+        "arc_easy acc_norm -0.0100 [-0.0300, +0.0100] (could have seen ±0.0300)."
+    )
     said = {statement.start: statement.text.replace("\u00a0", " ") for statement in second.statements}
-    assert said["Task trained on:"].startswith("no detectable change;")
-    assert said["No detectable change"] == "in any retention task (n = 200 arc_easy, 62 wikitext)."
+    assert said["Task trained on:"].startswith("cannot tell;")
+    assert said["No change larger than the margin"] == "in any retention task (n = 200 arc_easy, 62 wikitext)."
 
 
 def test_page_shows_tables_findings_and_settings(grid, grid_html):
@@ -239,11 +248,11 @@ def test_page_shows_tables_findings_and_settings(grid, grid_html):
     for shown in (
         model.label,
         f"{model.gain.value:.4f} ({model.gain.delta:+.4f})",
-        "no detectable change",
+        "cannot tell",
         "flips.jsonl",
         "seeds 0, 1, 2",
         f"This page has {18 * 4 + 2} of retention and between methods",
-        "no detectable difference",
+        "no difference larger than 0.05",
     ):
         assert shown in page.text
     images = [attributes for tag, attributes in page.tags if tag == "img"]
@@ -352,7 +361,7 @@ def test_missing_intervals(single):
     report = replace(single, models=models)
     rows = markdown_rows(to_markdown(report), "lopt")
     row = next(row for row in rows if row[0] == "boolq")
-    assert row[6:8] == ["-0.0500", "-"] and row[-2] == "-"
+    assert row[6:8] == ["-0.0500", "-"] and row[-4:-2] == ["-", "-"]
     assert next(row for row in rows if row[0] == "copa")[5:8] == ["-", "-", "-"]
     said = {statement.start: statement.text for statement in findings(report)[0].statements}
     assert said["No interval, so nothing can be told:"] == "boolq acc; copa acc."
@@ -451,7 +460,7 @@ def test_plot_of_the_frontier(grid):
 
 def test_plot_of_drift(grid):
     ticks = plot_drift(grid).axes[0].get_xticklabels()
-    assert [text.get_text() for text in ticks] == ["embeddings", *(f"layer {layer}" for layer in range(12)), "head"]
+    assert [text.get_text() for text in ticks] == ["embeddings", *(f"layer {layer}" for layer in range(12)), "rest"]
 
 
 def test_nothing_to_plot(single):
