@@ -118,9 +118,12 @@ def load_judge_tasks(settings: JudgeArguments) -> list[Any]:
 
     Raises:
         ValueError: If a name is unknown, or a task's data cannot be loaded.
+        ImportError: If the reports' plots cannot be drawn.
     """
+    from lopt_hf.retention.report.report import check_plots
     from lopt_hf.retention.suites import SUITES, SuiteTask, load_entries
 
+    check_plots()
     suite = () if settings.judge_suite == NO_SUITE else SUITES[settings.judge_suite]
     named = [SuiteTask(name) for name in settings.judge_tasks]
     return load_entries([*suite, *named], [Path(folder) for folder in settings.judge_include_path])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lopt_hf.bench.processes import failures_sent, peak_resident_bytes
 from lopt_hf.bench.step_settings import BADAM_DEPTHS, LORA_RANK, StepBenchSettings, StepRow
 from lopt_hf.bench.training import SHARED_ARGUMENTS, silence, token_rows
-from lopt_hf.common.compared_methods import PEERS, REPL_EVERY, mlaan_window, spread_layers
+from lopt_hf.common.compared_methods import PEERS, REPL_EVERY, method_arguments, spread_layers
 from lopt_hf.common.parent import end_with_spawner
 
 if TYPE_CHECKING:
@@ -91,13 +91,10 @@ def _make_trainer(row: StepRow, settings: StepBenchSettings, checkpoint: str, fo
             "num_blocks": row.num_blocks,
             "split_at": None if settings.split_at is None else list(settings.split_at),
             "tied_embeddings": settings.tied_embeddings,
-            "local_step": row.method in ("lopt_local_step", "reach_local_step"),
             "clip_scope": row.clip_scope,
-            "train_early_blocks": row.method != "freeze",
+            **method_arguments(row.method, row.num_blocks, row.task_reach or None),
         }
-        if row.task_reach:
-            arguments |= {"task_reach": list(row.task_reach), "local_objective": "none"}
-        else:
+        if not row.task_reach:
             arguments["local_update_interval"] = row.interval
         return LoPTTrainer(args=LoPTConfig(**arguments), **shared)
     if row.method == "mlaan":
@@ -107,7 +104,7 @@ def _make_trainer(row: StepRow, settings: StepBenchSettings, checkpoint: str, fo
             "num_blocks": row.num_blocks,
             "split_at": None if settings.split_at is None else list(settings.split_at),
             "tied_embeddings": settings.tied_embeddings,
-            "window": mlaan_window(row.num_blocks),
+            **method_arguments(row.method, row.num_blocks),
         }
         return MLAANTrainer(args=MLAANConfig(**arguments), **shared)
     if row.method in PEERS:
