@@ -171,7 +171,9 @@ def test_a_grids_settings_for_a_hub_and_for_a_mirror_are_settings(path: Path, tm
     """Both load; held-out rows are not those trained on, and each task measured in part is one of the tasks."""
     for grid in (load_grid(path), load_grid(path, data_dir=tmp_path)):
         assert (grid.train_dataset, grid.train_split) != (grid.heldout_dataset, grid.heldout_split)
-        assert set(grid.samples) == set(grid.tasks) and len(grid.tasks) == (1 if path.stem in ("delayed", "long") else 3)
+        assert set(grid.samples) == set(grid.tasks) and len(grid.tasks) == (
+            1 if path.stem in ("delayed", "long") else 3
+        )
     assert (load_grid(path).train_dataset, load_grid(path).include_path) == ("openai/gsm8k", None)
     assert Path(grid.train_dataset).parent == tmp_path / "data" and grid.dataset_config is None
     assert grid.include_path == str(tmp_path / "lm_eval_tasks")
