@@ -110,8 +110,8 @@ class Peer(TrainerCallback, ExportableState):
         unfinished.stop()
         if unfinished is not self:
             logger.warning(
-                f"{self.name}: {unfinished.name} had not come to its end on this model; its hooks are removed, and "
-                "all that it trained in turn is trainable again."
+                f"{self.name}: {unfinished.name} had not come to its end on this model; it is ended now, and trains "
+                "nothing of it any more."
             )
 
     def check_state(self, state: TrainerState) -> None:
