@@ -153,7 +153,7 @@ class LocalArguments(ABC):
             if value is None and name == "early_learning_rate":
                 continue
             kind = int if isinstance(bound, int) else (int, float)
-            if not isinstance(value, kind) or not math.isfinite(value):
+            if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value):
                 raise ValueError(f"{name}={value!r} must be a{'n integer' if kind is int else ' finite number'}.")
             if value < bound:
                 raise ValueError(f"{name}={value} is too low; it must be at least {bound}.")
@@ -162,7 +162,7 @@ class LocalArguments(ABC):
     def _check_split(self) -> None:
         if isinstance(self.split_at, int):  # `split_at: 7` in a YAML
             self.split_at = [self.split_at]
-        if self.split_at is not None and not all(isinstance(index, int) for index in self.split_at):
+        if self.split_at is not None and not all(type(index) is int for index in self.split_at):
             raise ValueError(f"split_at={self.split_at} must be a list of integers.")
         if self.split_at is not None and len(self.split_at) != self.num_blocks - 1:
             raise ValueError(

@@ -54,6 +54,7 @@ class BlockSteps:
         self._events = events
         self._device = device
         self._max_grad_norm = max_grad_norm if max_grad_norm > 0 else math.inf
+        self._holds_back = False
         self._stepped_norms: dict[str, torch.Tensor] = {}  # of the groups that have taken the step under way, by name
 
     def clip(self, max_norm: float) -> torch.Tensor:
@@ -76,7 +77,7 @@ class BlockSteps:
     def stepping_early(self) -> Iterator[None]:
         """Makes a context in which a group steps as soon as its gradients are complete, before its block's others."""
         waiting = [
-            GradientsComplete(group.parameters, partial(self._step_group, group))
+            GradientsComplete(group.parameters, partial(self._step_group, group), lambda: not self._holds_back)
             for group, next_group in pairwise(self._groups())
             if group.block == next_group.block
         ]
@@ -85,6 +86,15 @@ class BlockSteps:
         finally:
             for completion in waiting:
                 completion.remove()
+
+    @contextlib.contextmanager
+    def holding_back(self) -> Iterator[None]:
+        """Makes a context for a backward that completes no gradient, since more will be added to the same ones."""
+        self._holds_back = True
+        try:
+            yield
+        finally:
+            self._holds_back = False
 
     def check_first_backward(self, index: int) -> None:
         """Raises `RuntimeError` if a block that has taken the step under way is to get gradients again."""

@@ -22,7 +22,7 @@ from lopt_hf.local.micro_batch import MicroBatch
 from lopt_hf.local.objectives import LocalBatch, LocalObjective, NoObjective
 from lopt_hf.local.reach_check import ReachCheck
 from lopt_hf.local.replay import BlockRun, Replay, Replays
-from lopt_hf.local.routers import RouterLogits
+from lopt_hf.local.routers import RouterLogits, with_gradient_times
 from lopt_hf.local.stacks import find_stack
 
 __all__ = ["BlockBoundary", "Way", "cut"]
@@ -176,9 +176,12 @@ class BlockBoundary(ABC):
         if micro_batch.reach == 1:
             return
         micro_batch.events.on_block_done(last)
+        forwards = self._replays.forwards if self._replays is not None else []
         for index in range(last - 1, last - micro_batch.reach, -1):
-            for runs in self._replays.forwards if self._replays is not None else ():
-                self._learn_again(index, runs.pop(index), micro_batch)
+            for number, runs in enumerate(forwards, start=1):
+                more_come = number < len(forwards)
+                with micro_batch.events.before_more() if more_come else contextlib.nullcontext():
+                    self._learn_again(index, runs.pop(index), micro_batch)
             micro_batch.events.on_block_done(index)
         self.abandon()
 
@@ -304,13 +307,8 @@ class BlockBoundary(ABC):
 
     def _pass_through(self, index: int, output_BTD: torch.Tensor) -> torch.Tensor:
         """Ends a block that the task's gradient reaches through its graph; returns what the next block starts from."""
-        self.routers.leave_to_task()
-        factor = self.micro_batch.factor_across(index)
-        if factor == 1.0 or not output_BTD.requires_grad:
-            return output_BTD
-        next_BTD = output_BTD.view_as(output_BTD)
-        next_BTD.register_hook(lambda gradient: gradient * factor)
-        return next_BTD
+        self.routers.leave_to_task(self.micro_batch.factor(index))
+        return with_gradient_times(self.micro_batch.factor_across(index), output_BTD)
 
     def _leave_for_later(self, output_BTD: torch.Tensor) -> torch.Tensor:
         """Ends the first run of a block that will run again; returns the leaf that the next block starts from."""
@@ -328,6 +326,7 @@ class BlockBoundary(ABC):
         factor = micro_batch.factor_across(index)
         if factor != 1.0:
             cotangent_BTD = cotangent_BTD * factor
+        run.scale_router_gradients(micro_batch.factor(index))
         is_first = index == len(self.blocks) - micro_batch.reach
         # Reentrant checkpointing gives no gradient unless an input requires one.
         learns_at_input = not is_first or run.is_behind_a_graph or self.model.is_activation_checkpointing

@@ -289,6 +289,7 @@ class LocalLearner:
                 on_block_done=self._finish_block,
                 check_replay=self.events.check_replay,
                 around_backward=self.events.around_backward,
+                before_more=self._steps.holding_back,
             ),
             scale=scale,
             trains_early_blocks=self.method.trains_early_blocks(self, step),

@@ -37,6 +37,7 @@ class BoundaryEvents:
         run_backward: Runs the backward of a block's weighted loss; called with the block's index and the loss.
         on_block_done: Called with a block's index when its gradients and its head's are complete.
         around_backward: Makes a context for each backward that runs within the forward, to time it for instance.
+        before_more: Makes a context for a backward after which another forward's comes to the same block.
         check_replay: Raises if a block that runs again gives something else; called once with the block's index and
             the norm of the difference relative to the output's.
     """
@@ -45,6 +46,7 @@ class BoundaryEvents:
     on_block_done: Callable[[int], None] = _nothing
     check_replay: Callable[[int, torch.Tensor], None] = check_replay
     around_backward: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    before_more: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,10 @@ class MicroBatch:
     reach: int = 1
     gradient_factors: Mapping[int, float] = field(default_factory=dict)
 
+    def factor(self, index: int) -> float:
+        """The factor of a block's gradient."""
+        return self.gradient_factors.get(index, 1.0)
+
     def factor_across(self, index: int) -> float:
         """The factor of the gradient where it passes from the block behind to this one."""
-        return self.gradient_factors.get(index, 1.0) / self.gradient_factors.get(index + 1, 1.0)
+        return self.factor(index) / self.factor(index + 1)

@@ -96,6 +96,12 @@ class BlockRun:
         given = [value for value in (*call.args, *call.kwargs.values()) if isinstance(value, Mapping)]
         self.handed_on += [(mapping, dict(mapping)) for mapping in given if id(mapping) not in known]
 
+    def scale_router_gradients(self, factor: float) -> None:
+        """Multiplies what the load-balancing loss has handed back to the routers' logits."""
+        for logits in self.router_logits:
+            if logits.grad is not None:
+                logits.grad = logits.grad * factor
+
     @property
     def hands_on_more(self) -> bool:
         """Whether its layers have left more than hidden states for later ones, such as keys and values in Gemma 4."""

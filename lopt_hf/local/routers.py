@@ -11,7 +11,16 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from lopt_hf.common.upstream.transformers import active_collector
 
-__all__ = ["RouterLogits"]
+__all__ = ["RouterLogits", "with_gradient_times"]
+
+
+def with_gradient_times(factor: float, tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor as it is, whose gradient is multiplied on its way back."""
+    if factor == 1.0 or not tensor.requires_grad:
+        return tensor
+    view = tensor.view_as(tensor)
+    view.register_hook(lambda gradient: gradient * factor)
+    return view
 
 
 class RouterLogits:
@@ -36,9 +45,15 @@ class RouterLogits:
         """Begins a forward of the decoder."""
         self._seen = 0
 
-    def leave_to_task(self) -> None:
-        """Leaves a block's load-balancing loss to the task loss."""
-        self._seen = len(self._collected())
+    def leave_to_task(self, factor: float = 1.0) -> None:
+        """Leaves a block's load-balancing loss to the task loss.
+
+        Args:
+            factor: By which its gradient is multiplied.
+        """
+        logits = self._collected()
+        logits[self._seen :] = [with_gradient_times(factor, own) for own in logits[self._seen :]]
+        self._seen = len(logits)
 
     def leave_leaves_to_task(self) -> list[torch.Tensor]:
         """Leaves a block's load-balancing loss to the task loss, which hands its gradient back to the leaves returned.

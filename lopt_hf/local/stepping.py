@@ -49,16 +49,19 @@ class GradientsComplete:
     Args:
         parameters: The parameters; frozen ones are passed over.
         call: What to call, in the backward. Not called if a parameter has no part in the loss.
+        counts: Whether the backward under way counts.
     """
 
-    def __init__(self, parameters: Collection[nn.Parameter], call: Callable[[], None]) -> None:
+    def __init__(
+        self, parameters: Collection[nn.Parameter], call: Callable[[], None], counts: Callable[[], bool]
+    ) -> None:
         learning = [parameter for parameter in parameters if parameter.requires_grad]
         self._missing = {id(parameter) for parameter in learning}
-        self._call = call
+        self._call, self._counts = call, counts
         self._handles = [parameter.register_post_accumulate_grad_hook(self._arrive) for parameter in learning]
 
     def _arrive(self, parameter: torch.Tensor) -> None:
-        if not self._missing:
+        if not self._missing or not self._counts():
             return
         self._missing.discard(id(parameter))
         if not self._missing:

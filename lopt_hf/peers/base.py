@@ -9,6 +9,8 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerState, Trainin
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
+from lopt_hf.local.arguments import LocalArguments
+
 __all__ = ["Peer"]
 
 logger = logging.get_logger(__name__)
@@ -48,6 +50,11 @@ class Peer(TrainerCallback, ExportableState):
         Raises:
             ValueError: If one does not work; the message names field, value and fix.
         """
+        if isinstance(args, LocalArguments):
+            raise ValueError(
+                f"{self.name} trains end to end, and makes trainable what local learning has frozen; pass it to a "
+                "trainer of TRL or transformers, or leave it out."
+            )
         if not self.takes_processes and (args.world_size > 1 or args.fsdp or args.deepspeed):
             raise ValueError(
                 f"{self.name} trains in one process without an engine, and this run has {args.world_size}: DDP, FSDP "

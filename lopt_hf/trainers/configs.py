@@ -184,8 +184,20 @@ def local_config(
         args: A config of this class, of its parent in TRL, or none.
         config_class: The class that the trainer needs.
         suffix: The end of the default output folder's name.
+
+    Raises:
+        ValueError: If the arguments are of another method or task, so that some would be lost.
     """
     if args is None:
         model_id = model if isinstance(model, str) else get_config_model_id(model.config)
         return config_class(f"{model_id.split('/')[-1]}-{suffix}")
-    return args if isinstance(args, config_class) else convert_config(args, config_class)
+    if isinstance(args, config_class):
+        return args
+    known = {each.name for each in fields(config_class)}
+    lost = [each.name for each in fields(args) if each.init and each.name not in known]
+    if lost:
+        raise ValueError(
+            f"args is {type(args).__name__}, whose {lost[0]!r} this trainer does not know; pass "
+            f"{config_class.__name__}, or use the trainer that {type(args).__name__} is for."
+        )
+    return convert_config(args, config_class)

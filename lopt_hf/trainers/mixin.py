@@ -274,7 +274,8 @@ class LocalLearningMixin(TrainerBase):
 
     def _say_reach(self, max_steps: int) -> None:
         """Tells what comes of a schedule of reach in this run."""
-        rate = self.optimizer.param_groups[0]["initial_lr"]  # a scheduler has noted it; the early blocks' follow
+        group = self.optimizer.param_groups[0]  # the last block's; the early blocks' rates follow from it
+        rate = group.get("initial_lr", group["lr"])  # noted by a scheduler, unless it follows the loss
         for line in reach_lines(self.learner, self.args, rate, max_steps, self.accelerator.num_processes):
             self._say(line)
 

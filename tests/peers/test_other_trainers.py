@@ -8,6 +8,7 @@ from lopt_hf.peers.step_in_backward import StepInBackward
 from tests.peers.helpers import Steps, assert_equal
 from tests.tiny import make_model
 from tests.trainers.helpers import KINDS, kind_kwargs, training_args
+from tests.trainers.helpers import make_trainer as make_local_trainer
 
 
 def train(kind, output_dir, *callbacks, **overrides):
@@ -18,6 +19,12 @@ def train(kind, output_dir, *callbacks, **overrides):
     )
     trainer.train()
     return trainer.model
+
+
+@pytest.mark.parametrize("make_peer", [LISA, BAdam, StepInBackward, lambda: CheckpointSegments(2)])
+def test_a_trainer_of_local_learning_takes_no_peer(make_peer, tmp_path):
+    with pytest.raises(ValueError, match="trains end to end, .* pass it to a trainer of TRL or transformers"):
+        make_local_trainer(tmp_path, None, {"callbacks": [make_peer()]})
 
 
 @pytest.mark.parametrize("kind", ["dpo", "grpo"])

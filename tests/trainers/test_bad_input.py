@@ -7,10 +7,19 @@ from peft import PrefixTuningConfig
 from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM, BertConfig, BitsAndBytesConfig, T5Config
 from trl import SFTConfig
 
-from lopt_hf import LocalDPOTrainer, LocalGRPOTrainer, LocalSFTTrainer
+from lopt_hf import (
+    LocalDPOTrainer,
+    LocalGRPOTrainer,
+    LocalSFTTrainer,
+    LoPTConfig,
+    LoPTDPOTrainer,
+    LoPTTrainer,
+    MLAANConfig,
+    MLAANTrainer,
+)
 from lopt_hf.rewards import gsm8k_reward
 from lopt_hf.scripts import dpo, grpo, sft
-from tests.tiny import make_model
+from tests.tiny import make_model, make_pairs
 from tests.trainers.helpers import KINDS, make_trainer
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -66,6 +75,19 @@ COMMANDS = {"sft": sft, "dpo": dpo, "grpo": grpo}
             {"task_reach": 2, **FSDP1},
             "task_reach=.2. does not work under FSDP1.*FSDP2 with TRANSFORMER_BASED_WRAP",
         ),
+        ({"early_learning_rate": True}, "early_learning_rate=True must be a finite number"),
+        ({"split_at": [True]}, "split_at=.True. must be a list of integers"),
+        (
+            {"train_early_blocks": False, "early_learning_rate": 1e-6},
+            "early_learning_rate=1e-06 does nothing .* frozen",
+        ),
+        (
+            {"train_early_blocks": False, "local_update_interval": 4},
+            "local_update_interval=4 .* train_early_blocks to T",
+        ),
+        ({"train_early_blocks": False, "reconstruction_weight": 3.0}, "reconstruction_weight=3.0 does nothing where"),
+        ({"local_objective": "none", "early_learning_rate": 1e-6}, "early_learning_rate=1e-06 .* set task_reach to"),
+        ({"reach_recompute": False}, "reach_recompute=False does nothing with task_reach=.1."),
         ({"log_drift": True, "fsdp": True}, "log_drift=True does not work under FSDP2"),
         ({"local_step": True, "train_early_blocks": False}, "local_step=True .* train_early_blocks=False.*to True"),
         ({"local_step": True, "enable_jit_checkpoint": True}, "local_step=True .* enable_jit_checkpoint=True"),
@@ -103,6 +125,20 @@ def test_eager_under_deepspeed(kind, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(ValueError, match="local_backward='eager' .* DeepSpeed"):
         KINDS[kind].config(str(tmp_path), local_backward="eager")
+
+
+@pytest.mark.parametrize(
+    ("trainer", "config", "message"),
+    [
+        (LoPTTrainer, MLAANConfig, "args is MLAANConfig, whose 'window' .* pass LoPTConfig, or use the trainer that"),
+        (MLAANTrainer, LoPTConfig, "args is LoPTConfig, whose 'train_early_blocks' .* pass MLAANConfig"),
+        (LoPTDPOTrainer, SFTConfig, "args is SFTConfig, whose .* pass LoPTDPOConfig"),
+    ],
+)
+def test_arguments_of_another_method_or_task(tmp_path, trainer, config, message):
+    """What the trainer's own arguments do not know would be lost."""
+    with pytest.raises(ValueError, match=message):
+        trainer(make_model(), args=config(str(tmp_path), use_cpu=True, bf16=False), train_dataset=make_pairs())
 
 
 @every_kind

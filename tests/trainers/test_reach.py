@@ -252,13 +252,17 @@ def test_a_schedule_over_the_run(tmp_path):
     assert moved == [True] * 3 + [False] * 3
 
 
+@pytest.mark.parametrize(
+    ("family", "overrides"), [("llama", {}), ("mixtral", {**ROUTERS, "router_aux_loss_coef": 10.0})]
+)
 @pytest.mark.parametrize("recompute", [True, False])
-def test_the_gradients_of_some_micro_batches_are_unbiased(tmp_path, recompute):
+def test_the_gradients_of_some_micro_batches_are_unbiased(tmp_path, recompute, family, overrides):
+    """That of the routers' load-balancing loss too, which does not come through the hidden states."""
     settings = {**NONE, "num_blocks": 3, "task_reach": [1, 2, 1, 3], "reach_unit": "microbatch"}
     settings |= {"gradient_accumulation_steps": 4, "reach_recompute": recompute}
-    trainer = make_trainer(tmp_path, untied(), **settings)
+    trainer = make_trainer(tmp_path, untied(family, **overrides), **settings)
     whole = gradients_of(trainer, position=3)
-    expected = stock_gradients(tmp_path, "llama")
+    expected = stock_gradients(tmp_path, family, **overrides)
     for index, factor in enumerate([4.0, 2.0, 1.0]):  # block 0: one of four micro-batches, block 1: two
         for name in trainer.learner.owned()[index]:
             torch.testing.assert_close(whole[name], expected[name] * factor, rtol=1e-5, atol=1e-8)
@@ -327,14 +331,16 @@ LOCAL_STEP = {**NONE, "num_blocks": 3, "task_reach": [1, 3, 2], "max_steps": 6, 
         {"local_objective": "reconstruction"},
         {"reach_rate": "inverse"},
         {"optim": "adafactor"},
+        {"clip_scope": "part", "kind": "grpo", "trainer_class": InTwoForwards},
     ],
     ids=str,
 )
 def test_local_step_changes_nothing(tmp_path, settings):
     given = {**LOCAL_STEP, **settings}
     local, deferred = (make_trainer(tmp_path / str(on), local_step=on, **given) for on in (True, False))
-    local.train()
-    deferred.train()
+    for trainer in (local, deferred):
+        torch.manual_seed(1)  # GRPO draws the order of its completions
+        trainer.train()
     assert_equal(end(local), end(deferred))
 
 
@@ -427,6 +433,15 @@ def test_a_blocks_rate_runs_through_its_schedule_while_it_is_reached(tmp_path, k
         for parameter in names.values():
             seen = [of_step[id(parameter)] for of_step in rates.seen]
             assert seen == pytest.approx(expected + [0.0] * (12 - steps))
+
+
+def test_a_schedule_that_follows_the_loss(tmp_path):
+    plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "metric_for_best_model": "loss"}
+    rows = {"eval_dataset": make_trainer(tmp_path).train_dataset}
+    trainer = make_trainer(tmp_path, None, rows, **NONE, task_reach=[1, 2], max_steps=2, **plateau)
+    before = snapshot(trainer)
+    trainer.train()
+    assert all(not torch.equal(weight, before[name]) for name, weight in snapshot(trainer).items())
 
 
 def test_annealing_needs_the_trainers_own_schedule(tmp_path):

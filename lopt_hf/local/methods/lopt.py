@@ -136,6 +136,15 @@ class LoPTArguments(ReachArguments):
         super().check()
         if self.local_objective == "none":
             self._check_without_objective()
+        if self.freezes_early_blocks:
+            self._check_frozen()
+        if self.schedule.highest == 1:
+            check_left_out(
+                self,
+                ["reach_recompute"],
+                f"does nothing with task_reach={self.task_reach}, which reaches no early block; leave it out, or "
+                "raise task_reach.",
+            )
 
     @property
     def freezes_early_blocks(self) -> bool:
@@ -149,6 +158,13 @@ class LoPTArguments(ReachArguments):
     def _without_objective(self) -> tuple[str, str]:
         """The setting by which there is no objective, and what brings one back."""
         return "local_objective='none'", "choose a local objective"
+
+    def _check_frozen(self) -> None:
+        trained_by = "train_early_blocks to True" if not self.train_early_blocks else "task_reach to a higher number"
+        names = [*_RECONSTRUCTION, "early_learning_rate", "local_backward", "local_update_interval"]
+        if self.local_objective != "none":  # which is what becomes of it
+            names.append("local_objective")
+        check_left_out(self, names, f"does nothing where early blocks are frozen; leave it out, or set {trained_by}.")
 
     def _check_without_objective(self) -> None:
         reason, fix = self._without_objective

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from lopt_hf.common.settings import option
+from lopt_hf.common.settings import check_left_out, option
 from lopt_hf.common.yaml_files import read_yaml
 from lopt_hf.local.reach import ReachArguments, read_cycle
 from lopt_hf.local.run_facts import NEXT_TOKEN_MISFITS, RunFacts
@@ -11,6 +11,12 @@ from lopt_hf.local.schedule import ReachSchedule
 from lopt_hf.local.windows import LossWeights
 
 __all__ = ["MLAANSettings"]
+
+# What is of the losses of early blocks alone
+_OF_AUXILIARIES = (
+    *("leap_layers", "leap_share", "leap", "combine", "ema_decay", "ema_layers", "translator"),
+    *("independent_weight", "cascaded_weight", "readout", "auxiliary_warmup_steps", "auxiliary_checkpointing"),
+)
 
 
 @dataclass
@@ -171,6 +177,21 @@ class MLAANSettings(ReachArguments):
                 f"task_reach={self.task_reach} does nothing with window={self.window}, which the task loss reaches at "
                 "every step; raise one of its numbers, or lower window."
             )
+        self._check_auxiliaries()
+
+    def _check_auxiliaries(self) -> None:
+        """Refuses options of the auxiliaries that come to nothing."""
+        if self.window == self.num_blocks:
+            check_left_out(
+                self,
+                _OF_AUXILIARIES,
+                f"does nothing with window={self.window}, all of num_blocks={self.num_blocks}, where the task loss is "
+                "alone; leave it out, or lower window.",
+            )
+        if self.leap_layers is not None:
+            given = f"does nothing with leap_layers={self.leap_layers}, which says it already; leave one of them out."
+            are_named = all(isinstance(entry, list) or entry == 0 for entry in self.leap_layers)
+            check_left_out(self, ["leap_share", "leap"] if are_named else ["leap_share"], given)
 
     def _check_ranges(self) -> None:
         super()._check_ranges()

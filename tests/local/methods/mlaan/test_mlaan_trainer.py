@@ -196,6 +196,9 @@ def test_memory_is_stated_and_checked(tmp_path, monkeypatch, caplog):
         ({"combine": "max"}, "combine='max' .* mean, sum"),
         ({"ema_decay": 1.5}, "ema_decay=1.5 is too high; it must be at most 1"),
         ({"independent_weight": 0.0, "cascaded_weight": 0.0}, "cascaded_weight are both 0"),
+        ({"leap_layers": [1, 1, 1], "leap_share": 0.9}, "leap_share=0.9 does nothing with leap_layers=.1, 1, 1."),
+        ({"leap_layers": [[3], [3], 0], "leap": "last"}, "leap='last' does nothing with leap_layers="),
+        ({"window": 4, "readout": "ema"}, "readout='ema' does nothing with window=4, all of num_blocks=4"),
         ({"fsdp": True}, "MLAAN does not work under FSDP2.*DDP"),
         ({"optim": "lomo"}, "MLAAN does not work under optim='lomo'"),
         (
