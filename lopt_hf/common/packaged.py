@@ -116,11 +116,10 @@ def _without_folder(name: str) -> str:
 
 
 def _hint(wanted: str, known: Sequence[str]) -> str:
-    """The nearest name, by the whole of it or by its last part."""
+    """The nearest name, by the whole of it or by its last part, if one is near; and where all are."""
     ends = {name.rpartition("/")[2]: name for name in reversed(known)}
     found = nearest(wanted, known)
     if not found and (end := nearest(wanted.rpartition("/")[2], ends)):
         found = [ends[end[0]]]
-    if not found:
-        found = nearest(wanted, known, cutoff=0.0)
-    return f"nearest is {found[0]!r}, and `lopt-hf recipes` lists all"
+    near = f"nearest is {found[0]!r}, and " if found else ""
+    return f"{near}`lopt-hf recipes` lists all"

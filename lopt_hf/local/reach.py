@@ -134,12 +134,13 @@ class ReachArguments(LocalArguments):
                 f"task_reach={cycle} trains early blocks, which train_early_blocks=False freezes; set task_reach to "
                 "1, or train_early_blocks to True."
             )
-        for name, default in (("reach_unit", "step"), ("reach_rate", "none")):
-            if max(cycle) == 1 and getattr(self, name) != default:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} does nothing with task_reach={cycle}, which is the same at every "
-                    "step; leave it out, or raise one of the numbers."
-                )
+        if len(set(cycle)) == 1:
+            check_left_out(
+                self,
+                ["reach_unit", "reach_rate"],
+                f"does nothing with task_reach={cycle}, which is the same at every step; leave it out, or give a "
+                "cycle of several numbers.",
+            )
         if self.reach_rate == "none":
             check_left_out(
                 self, ["reach_rate_limit"], "does nothing with reach_rate='none'; leave it out, or set reach_rate."

@@ -25,8 +25,9 @@ def preset_of(method: str, argv: Sequence[str] | None) -> dict[str, Any]:
         return settings
     num_blocks = int(given) if (given := str(chosen("num_blocks", argv, "2"))).isdecimal() else 2
     # The first quarter of the run trains all, the others the last half, in as many blocks as there are (docs/reach.md)
-    task_reach = [num_blocks, *[max(num_blocks // 2, 1)] * 3]
-    return settings | {"num_blocks": num_blocks, "task_reach": task_reach, "reach_unit": "run"}
+    settings |= {"num_blocks": num_blocks, "task_reach": [num_blocks, *[max(num_blocks // 2, 1)] * 3]}
+    is_constant = str(chosen("task_reach", argv, "")).strip("[] ").isdecimal()  # and runs over nothing
+    return settings if is_constant else settings | {"reach_unit": "run"}
 
 
 def check_preset(method: str, args: Any) -> None:

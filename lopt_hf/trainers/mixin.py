@@ -83,6 +83,7 @@ class LocalLearningMixin(TrainerBase):
     _metrics: dict[str, Any]  # TRL's
     _total_train_tokens: int  # TRL's
     _name: str  # TRL's, of the method
+    _paper: dict[str, str]  # TRL's, of the method
 
     _staging: Path | None = None  # while a checkpoint is being written
     _completes_optimizer = False  # whether `create_optimizer` of this class has been asked
@@ -439,10 +440,24 @@ class LocalLearningMixin(TrainerBase):
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """Writes TRL's model card, with blocks, reach, `card_facts`, and what a `RetentionCallback` has measured."""
-        super().create_model_card(model_name or Path(str(self.args.output_dir)).name, dataset_name, tags)
+        with self._named_as_trained():
+            super().create_model_card(model_name or Path(str(self.args.output_dir)).name, dataset_name, tags)
         if self.is_world_process_zero():
             path = Path(str(self.args.output_dir)) / "README.md"
             complete_card(path, describe_run(self, dataset_name), read_retention(self.state.log_history))
+
+    @contextlib.contextmanager
+    def _named_as_trained(self) -> Iterator[None]:
+        """Lets TRL's card name the method, and its paper, only where the run is what the paper describes."""
+        own_name = self.learner.method.own_name(self.args)
+        if own_name is None:
+            yield
+            return
+        self._name, self._paper = own_name, {}
+        try:
+            yield
+        finally:
+            del self._name, self._paper  # those of the class again, by which checkpoints know each other
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)

@@ -39,11 +39,16 @@ def test_a_path_that_is_there_wins(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "nearest"),
-    [("smollm2-135m/sft/lopt_k3", "smollm2-135m/sft/lopt_k"), ("lopt_k2", "/lopt_k2"), ("zzz.yaml", "")],
+    [("smollm2-135m/sft/lopt_k3", "smollm2-135m/sft/lopt_k"), ("lopt_k2", "/lopt_k2")],
 )
 def test_an_unknown_name_is_told_the_nearest(name, nearest):
     with pytest.raises(FileNotFoundError, match=f"nearest is '[^']*{nearest}"):
         packaged.find_config(name)
+
+
+def test_no_name_is_suggested_where_none_is_near():
+    with pytest.raises(FileNotFoundError, match="nor a recipe of that name; `lopt-hf recipes` lists all"):
+        packaged.find_config("zzz.yaml")
 
 
 def test_a_wheels_own_files_win_over_the_checkouts(tmp_path, monkeypatch):

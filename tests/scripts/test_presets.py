@@ -30,6 +30,7 @@ def settings(args):
         (["reach", "--num_blocks", "4"], (4, [4, 2, 2, 2], "run", "none", False)),
         (["reach", "--num-blocks=3"], (3, [3, 1, 1, 1], "run", "none", False)),
         (["reach", "--task_reach", "[1,2]", "--reach_unit", "step"], (2, [1, 2], "step", "none", False)),
+        (["reach", "--task_reach", "2"], (2, [2], "step", "none", False)),
         (["reach", "--local_objective", "reconstruction"], (2, [2, 1, 1, 1], "run", "reconstruction", False)),
         (["freeze"], (2, [1], "step", "none", False)),
         (["freeze", "--num_blocks", "3", "--activation_checkpointing", "true"], (3, [1], "step", "none", True)),

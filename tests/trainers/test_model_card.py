@@ -53,6 +53,18 @@ def test_the_card_tells_blocks_reach_and_what_the_command_knows(tmp_path):
     assert card.data.eval_results is None and "lopt" in card.data.tags
 
 
+@pytest.mark.parametrize(("reach", "name"), [([1, 2], "a reach schedule"), (1, "frozen early blocks")])
+def test_a_run_that_is_not_the_papers_does_not_name_it(tmp_path, reach, name):
+    trainer = make_trainer(tmp_path, local_objective="none", task_reach=reach)
+    trainer.create_model_card("tiny")
+    text = ModelCard.load(tmp_path / "README.md").text
+    assert f"| method | {name}, of lopt_hf {__version__} |" in text and f"trained with {name}" in text
+    assert "Rethinking" not in text and "2605.04913" not in text
+    trainer = make_trainer(tmp_path / "2")
+    trainer.create_model_card("tiny")
+    assert "Rethinking" in ModelCard.load(tmp_path / "2" / "README.md").text
+
+
 def test_what_was_kept_is_in_the_metadata_as_the_hub_has_it(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.state.log_history = HISTORY

@@ -489,8 +489,12 @@ def test_a_cycle_is_read_from_text(tmp_path, text):
         ({"task_reach": 2, "reach_rate_limit": 0.5}, "reach_rate_limit=0.5 is too low"),
         ({"task_reach": 2, "reach_rate_limit": 2}, "reach_rate_limit=2 does nothing with reach_rate='none'; leave it"),
         ({"task_reach": [1, 2], "reach_unit": "microbatch"}, "set gradient_accumulation_steps to at least 2"),
-        ({"task_reach": 2, "reach_unit": "microbatch", "reach_rate": "sqrt"}, "reach_rate='sqrt' does not go with"),
+        (
+            {"task_reach": [1, 2], "reach_unit": "microbatch", "reach_rate": "sqrt"},
+            "reach_rate='sqrt' does not go with",
+        ),
         ({"reach_unit": "run"}, "reach_unit='run' does nothing with task_reach=[1]"),
+        ({"task_reach": 2, "reach_unit": "run"}, "reach_unit='run' does nothing with task_reach=[2]"),
         ({"reach_rate": "sqrt"}, "reach_rate='sqrt' does nothing with task_reach=[1]"),
         ({"task_reach": 2, "train_early_blocks": False}, "train_early_blocks=False freezes"),
         ({"task_reach": 2, "local_step": True, "reach_recompute": False}, "reach_recompute=False, where all"),

@@ -164,6 +164,14 @@ class Method(ABC):
 
     # ---- What is said and saved ----
 
+    def own_name(self, settings: Any) -> str | None:
+        """Returns what a run with these settings is called where it is not what the method's paper describes.
+
+        Args:
+            settings: The method's arguments.
+        """
+        return None
+
     def warnings(self, learner: Learner) -> Iterator[str]:
         """Yields what a user must know before training."""
         yield from ()

@@ -295,6 +295,11 @@ class LoPT(Method):
     def stage_needs(self, settings: LoPTArguments) -> Literal["part", "readout", "model"]:
         return "readout" if settings.local_objective == "readout" else "part"
 
+    def own_name(self, settings: LoPTArguments) -> str | None:
+        if settings.local_objective != "none":
+            return None
+        return "frozen early blocks" if settings.freezes_early_blocks else "a reach schedule"
+
     def make_objective(self, learner: Learner) -> LocalObjective:
         settings: LoPTArguments = learner.settings
         if self.objective is not None:
