@@ -19,6 +19,7 @@ from lopt_hf.compare.runs import (
     check_option_types,
     check_pipelines,
     check_replay,
+    check_reserved,
     make_run,
     rates_of,
 )
@@ -111,9 +112,7 @@ class Grid:
         check_lowest(self, dict.fromkeys(("num_train", "num_heldout", "workers", "eval_batch_size"), 1))
         if "max_length" not in self.training:
             raise ValueError("training.max_length is missing; set it: longer rows are left out of every run's data.")
-        for setting in ("output_dir", "dataset_name", "model_name_or_path", "seed"):
-            if setting in self.training:
-                raise ValueError(f"training.{setting} is set by the grid itself; remove it.")
+        check_reserved(self.training, self.methods)
         for setting in OPTION_TYPES.keys() & self.training.keys():
             raise ValueError(f"training.{setting} is an option of a method; set methods.<label>.{setting} instead.")
         if any("model_revision" in arguments for arguments in (self.training, *self.methods.values())):

@@ -25,7 +25,7 @@ def general_rows(grid: Grid) -> Dataset | IterableDataset:
 
     Raises:
         ValueError: If the text is also measured, or cannot be used.
-        FileNotFoundError: If it is not there.
+        FileNotFoundError: If it is not there, or no hub answers.
     """
     name = grid.replay_dataset
     if name is None:
@@ -37,7 +37,7 @@ def general_rows(grid: Grid) -> Dataset | IterableDataset:
             )
         return _passages(prose("first"))
     if is_text(name):
-        return _passages(read_text(name, "replay_dataset"))
+        return _passages(read_text(name, "replay_dataset", fallback=None))  # else it would pass for the hub's text
     return to_trl_format(load_sft_dataset(name, None, grid.replay_split), skips_empty=True)
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "check_option_types",
     "check_pipelines",
     "check_replay",
+    "check_reserved",
     "make_run",
     "rates_of",
 ]
@@ -37,6 +38,15 @@ OPTION_TYPES: dict[str, Any] = {
     "average_of": str,
     "alpha": float,
     "replay_share": float,
+}
+# Arguments of the commands that the grid sets, and what says their values
+OF_GRID = {
+    "model_name_or_path": "model of the grid",
+    "dataset_name": "train_dataset of the grid",
+    "dataset_max_samples": "num_train of the method or of the grid",
+    "learning_rate": "learning_rates of the method or of the grid",
+    "seed": "seeds of the grid",
+    "output_dir": "output_dir of the grid",
 }
 OF_AVERAGES = ("average_of", "alpha", "learning_rates")
 # What a report draws alike: by colour and shape
@@ -201,6 +211,20 @@ def check_methods(methods: Mapping[str, Mapping[str, Any]], of_grid: Sequence[fl
             _check_average(label, methods, of_grid)
         elif "alpha" in options:
             raise ValueError(f"methods.{label}.alpha is a weight of an average; name the method in average_of.")
+
+
+def check_reserved(training: Mapping[str, Any], methods: Mapping[str, Mapping[str, Any]]) -> None:
+    """Checks that no argument is given that the grid would replace.
+
+    Raises:
+        ValueError: If one is; names field, value and fix.
+    """
+    for place, arguments in {"training": training, **{f"methods.{name}": methods[name] for name in methods}}.items():
+        for name, instead in OF_GRID.items():
+            if name in arguments:
+                raise ValueError(
+                    f"{place}.{name}={arguments[name]!r} is set by the grid itself; set {instead} instead."
+                )
 
 
 def check_replay(runs: Sequence[GridRun], replay_dataset: str | None) -> None:

@@ -8,7 +8,7 @@ from datasets import Dataset, IterableDataset, get_dataset_config_names, load_da
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from lopt_hf.data.damage import BUILDERS, find_damage
-from lopt_hf.data.mirror import find_in_mirror, given_data_dir, say_once
+from lopt_hf.data.mirror import Copy, find_in_mirror, given_data_dir, say_copy
 from lopt_hf.data.rows import RowError
 
 __all__ = ["READ_ERRORS", "NoHubError", "SplitError", "explain_damage", "load_sft_dataset"]
@@ -59,10 +59,9 @@ def load_sft_dataset(
         raise ValueError(f"dataset_config={config!r} has no effect on {name!r}, which is a single file; leave it out.")
     folder = given_data_dir(data_dir)
     if folder is not None and not path.exists() and (copy := find_in_mirror(folder, name, config, split)):
-        path, file_split = copy
-        say_once(f"Data: {name}, split {split}, from its copy {path}.")
-        split = file_split
-        path, config = _in_copy(path, config)
+        copy, config = _in_copy(copy, config)
+        say_copy(name, split, copy)
+        path, split = copy.path, copy.split
         name = str(path)
     if path.is_file():
         arguments: dict[str, Any] = {"path": _builder(path), "data_files": str(path)}
@@ -101,11 +100,15 @@ def load_sft_dataset(
         raise (SplitError if str(error).startswith(_SPLIT_ERRORS) else ValueError)(unknown) from error
 
 
-def _in_copy(path: Path, config: str | None) -> tuple[Path, str | None]:
+def _in_copy(copy: Copy, config: str | None) -> tuple[Copy, str | None]:
     """Where in a copy a configuration is, and what to ask for there: a folder of plain files has none by name."""
-    if config is None or not path.is_dir() or config in get_dataset_config_names(str(path)):
-        return path, config
-    return (path / config if (path / config).is_dir() else path), None
+    if config is None or not copy.path.is_dir():
+        return copy, config
+    if config in get_dataset_config_names(str(copy.path)):
+        return copy._replace(unnamed_config=None), config
+    if (copy.path / config).is_dir():
+        return copy._replace(path=copy.path / config, unnamed_config=None), None
+    return copy, None
 
 
 def explain_damage(name: str, error: BaseException) -> str:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lopt_hf.data.rows import Row, RowError, has_value, read_text, show
+from lopt_hf.data.rows import EmptyRowError, Row, RowError, has_value, read_text, show
 
 __all__ = ["Message", "holds_messages", "read_messages", "read_side", "with_context"]
 
@@ -60,17 +60,20 @@ def read_messages(row: Row, column: str) -> list[Message]:
         Messages with known roles and without blank turns of a user or an assistant; further keys stay.
 
     Raises:
-        RowError: If it is no such conversation; the message names the column and the turn.
+        RowError: If it is no such conversation; the message names the column and the turn. An `EmptyRowError` if it
+            is null or has no turns, or a turn of a user or an assistant has nothing in it.
     """
     value = row.get(column)
+    if column not in row:
+        raise RowError(f"{column!r} is missing; give it messages, or remove the row.")
     if value is None:
-        raise RowError(f"{column!r} is {'null' if column in row else 'missing'}; give it messages, or remove the row.")
+        raise EmptyRowError(f"{column!r} is null; give it messages, or remove the row.")
     if isinstance(value, str):
         value = _decode(value, column)
     if not isinstance(value, list):
         raise RowError(f"{column!r} holds {type(value).__name__} {show(value)}, not a list of messages.")
     if not value:
-        raise RowError(f"{column!r} is an empty list; give it messages, or remove the row.")
+        raise EmptyRowError(f"{column!r} is an empty list; give it messages, or remove the row.")
     return [_read_turn(turn, f"turn {number} of {column!r}") for number, turn in enumerate(value, start=1)]
 
 
@@ -189,12 +192,13 @@ def _known_role(role: str, place: str) -> str:
 def _check_content(content: Any, turn: Row, role: str, place: str) -> None:
     if role == "assistant" and any(turn.get(key) for key in INSTEAD_OF_CONTENT):
         return
+    empty = EmptyRowError if role in ("user", "assistant") else RowError
     if content is None:
-        raise RowError(f"{place} ({role}) has no content: it is null or missing; write it, or remove the row.")
+        raise empty(f"{place} ({role}) has no content: it is null or missing; write it, or remove the row.")
     if not isinstance(content, str | list) or (
         isinstance(content, list) and not all(isinstance(part, Mapping) for part in content)
     ):
         raise RowError(f"{place} ({role}) has the content {show(content)}, which is neither text nor a list of parts.")
     is_blank = not content.strip() if isinstance(content, str) else not content
     if is_blank and role in ("user", "assistant"):
-        raise RowError(f"{place} ({role}) is empty; write it, or remove the row.")
+        raise empty(f"{place} ({role}) is empty; write it, or remove the row.")

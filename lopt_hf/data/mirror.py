@@ -4,15 +4,30 @@ import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from lopt_hf.data.damage import BUILDERS
 
-__all__ = ["DATA_DIR_HELP", "find_in_mirror", "given_data_dir", "say_once"]
+__all__ = ["DATA_DIR_HELP", "Copy", "find_in_mirror", "given_data_dir", "say_copy", "say_once"]
 
 logger = logging.getLogger(__name__)
 
 VARIABLE = "LOPT_HF_DATA_DIR"
 DATA_DIR_HELP = f"Folder with copies of data sets, looked into before the hub. Default: what {VARIABLE} names, if set."
+
+
+class Copy(NamedTuple):
+    """A copy of a hub's data set.
+
+    Parameters:
+        path: The file or folder.
+        split: The split to ask it for.
+        unnamed_config: The configuration that was asked for, where the copy may be of another one.
+    """
+
+    path: Path
+    split: str
+    unnamed_config: str | None
 
 
 def given_data_dir(data_dir: str | Path | None) -> Path | None:
@@ -36,32 +51,41 @@ def given_data_dir(data_dir: str | Path | None) -> Path | None:
 
 def find_in_mirror(
     folder: Path, name: str, config: str | None, split: str, suffixes: Iterable[str] = BUILDERS
-) -> tuple[Path, str] | None:
+) -> Copy | None:
     """Finds the copy of a hub's data set.
 
     Args:
         folder: Where copies are. That of `openai/gsm8k` is a folder `openai/gsm8k` or `gsm8k`, as `load_dataset` takes
             it, or a file for each split such as `gsm8k_train.jsonl`.
         name: The hub id.
-        config: The data set's configuration; files may be called by it in place of the name.
+        config: The data set's configuration; files may be called by it in place of the name, or after it, and win over
+            one that is called by the name alone.
         split: The split, which may be a slice such as `train[:100]`.
         suffixes: Those that a file may have.
 
     Returns:
-        The file or folder, and the split to ask it for; `None` if there is no copy.
+        The copy, of a folder without a look at the configurations in it; `None` if there is none.
     """
     last = name.rpartition("/")[2]
     for place in (folder / name, folder / last):
         if place.is_dir():
-            return place, split
+            return Copy(place, split, config)
     split_name, bracket, rest = split.partition("[")
-    stems = [last] if config is None else [last, f"{last}_{config}", config]
+    stems = [last] if config is None else [f"{last}_{config}", config, last]
     for stem in stems:
         for suffix in suffixes:
             path = folder / f"{stem}_{split_name}{suffix}"
             if path.is_file():
-                return path, f"train{bracket}{rest}"  # a single file has no other split
+                # A single file has no other split
+                return Copy(path, f"train{bracket}{rest}", config if stem == last else None)
     return None
+
+
+def say_copy(name: str, split: str, copy: Copy) -> None:
+    """Says which copy of a hub's data set is read, once as `say_once` does."""
+    config = copy.unnamed_config
+    doubt = "" if config is None else f", taken for the configuration {config!r}, which it does not name"
+    say_once(f"Data: {name}, split {split}, from its copy {copy.path}{doubt}.")
 
 
 def say_once(message: str) -> None:

@@ -3,12 +3,14 @@
 Row numbers count from 1, as the lines of a `.jsonl` file do.
 """
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from datasets import Dataset, IterableDataset
+import pyarrow
+from datasets import Dataset, Features, IterableDataset, Json, List
 
 __all__ = [
     "CONTEXT_COLUMNS",
@@ -39,6 +41,10 @@ CONTEXT_COLUMNS = ("input", "context", "choices", "options", "functions", "image
 # `datasets` keeps what was converted and finds it by the converter's name, not by its code: count up when rows of the
 # same columns are converted in another way.
 CONVERSION = 1
+
+
+# What `datasets` raises for values that are not of the type which it told from the first rows
+CAST_ERRORS = (TypeError, OverflowError, UnicodeEncodeError, pyarrow.ArrowException)
 
 
 class RowError(ValueError):
@@ -158,6 +164,8 @@ def convert_rows(
     numbered(first_row(dataset), 0)  # also of a stream, whose other rows are read much later
     if isinstance(dataset, Dataset) and not _changes(dataset, numbered):
         return dataset.remove_columns(list(dropped)) if dropped else dataset
+    if isinstance(dataset, Dataset):
+        return _convert_table(dataset, numbered, list(dropped))
     return dataset.map(numbered, with_indices=True, remove_columns=list(dropped))
 
 
@@ -186,6 +194,39 @@ def _changes(dataset: Dataset, numbered: Callable[[Row, int], dict[str, Any]]) -
         if any(name not in row or row[name] != value for name, value in numbered(row, index).items()):
             return True
     return False
+
+
+def _convert_table(dataset: Dataset, numbered: Callable[[Row, int], dict[str, Any]], dropped: list[str]) -> Dataset:
+    """Converts the rows to columns of the type that the first ones have, or to JSON where later ones do not fit it."""
+    try:
+        return dataset.map(numbered, with_indices=True, remove_columns=dropped)
+    except CAST_ERRORS:
+        logger.info("Messages of later rows have other keys or types than those of the first: they are kept as JSON.")
+    messages = dict.fromkeys(numbered(dataset[0], 0), List(Json()))
+    kept = {name: feature for name, feature in dataset.features.items() if name not in dropped}
+    as_json = partial(_as_json, numbered=numbered)
+    return dataset.map(as_json, with_indices=True, remove_columns=dropped, features=Features(kept | messages))
+
+
+def _as_json(row: Row, index: int, numbered: Callable[[Row, int], dict[str, Any]]) -> dict[str, list[str]]:
+    """Converts a row to the text that the type `Json` keeps of each of its messages."""
+    return {
+        name: [_to_json(message, f"row {index + 1}: {name!r}") for message in messages]
+        for name, messages in numbered(row, index).items()
+    }
+
+
+def _to_json(message: Any, place: str) -> str:
+    try:
+        text = json.dumps(message, ensure_ascii=False, allow_nan=False)
+        text.encode()  # half of a character has no code
+        # `Json` reads longer numbers as others
+        json.loads(text, parse_int=lambda digits: int(digits).to_bytes(8, "big", signed=True))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RowError(
+            f"{place} holds {show(message)}, which cannot be kept as JSON ({error}); write what is in it as text."
+        ) from None
+    return text
 
 
 def _convert_numbered(row: Row, index: int, convert: Callable[[Row], dict[str, Any]], version: int) -> dict[str, Any]:

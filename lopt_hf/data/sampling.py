@@ -1,6 +1,7 @@
 """Rows of a data set for what is measured before training."""
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,11 +15,11 @@ def spread_batches(dataset: Any, size: int) -> Iterator[list[Any]]:
 
     Args:
         dataset: A `Dataset` or an `IterableDataset`.
-        size: Rows per batch.
+        size: Rows per batch; the last has what is left.
     """
     if isinstance(dataset, IterableDataset):
         rows = iter(dataset)
-        while len(batch := [row for row, _ in zip(rows, range(size), strict=False)]) == size:
+        while batch := list(islice(rows, size)):
             yield batch
         return
     assert isinstance(dataset, Dataset)

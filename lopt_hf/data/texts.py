@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from lopt_hf.common.evaluation import general_text
 from lopt_hf.data.loading import NoHubError, load_sft_dataset
-from lopt_hf.data.mirror import find_in_mirror, given_data_dir, say_once
+from lopt_hf.data.mirror import find_in_mirror, given_data_dir, say_copy, say_once
 
 __all__ = ["is_text", "prose", "read_text"]
 
@@ -25,19 +25,20 @@ def prose(half: Literal["first", "second"]) -> str:
 
 
 def read_text(
-    name: str, setting: str, data_dir: str | None = None, fallback: Literal["first", "second"] = "first"
+    name: str, setting: str, data_dir: str | None = None, fallback: Literal["first", "second"] | None = "first"
 ) -> str:
     """Reads text.
 
     Args:
-        name: A file, or `id:configuration:split` of a data set of the hub with a column `text`.
+        name: A file, or `id:configuration:split` of a data set of the hub with a column `text`. Between its documents
+            is a blank line, but where one ends with a newline: those of WikiText are lines.
         setting: What it is for, for messages.
         data_dir: Folder with copies of the hub's data sets.
-        fallback: The half of Python's prose to take where no hub answers; one line says so.
+        fallback: The half of Python's prose to take where no hub answers; one line says so. `None`: none.
 
     Raises:
         ValueError: If there is no such text.
-        FileNotFoundError: If the hub does not have it.
+        FileNotFoundError: If the hub does not have it; a `NoHubError` if no hub answers and there is no `fallback`.
     """
     path = Path(name).expanduser()
     if path.is_file():
@@ -48,12 +49,15 @@ def read_text(
         )
     hub_id, config, split = name.split(":")
     folder = given_data_dir(data_dir)
-    if folder is not None and (copy := find_in_mirror(folder, hub_id, config, split, [".txt"])) and copy[0].is_file():
-        say_once(f"Data: {hub_id}, split {split}, from its copy {copy[0]}.")
-        return copy[0].read_text(encoding="utf-8")
+    copy = None if folder is None else find_in_mirror(folder, hub_id, config, split, [".txt"])
+    if copy is not None and copy.path.is_file():
+        say_copy(hub_id, split, copy)
+        return copy.path.read_text(encoding="utf-8")
     try:
         rows: Any = load_sft_dataset(hub_id, config, split, data_dir=data_dir)
-    except NoHubError:
+    except NoHubError as error:
+        if fallback is None:
+            raise NoHubError(f"{setting}={name!r}: {error}") from error
         say_once(
             f"Data: no hub answers for {hub_id}; {setting} is the {fallback} half of the prose that every Python has."
         )
@@ -61,4 +65,5 @@ def read_text(
     assert isinstance(rows, Dataset)
     if "text" not in rows.column_names:
         raise ValueError(f"{setting}={name!r} has the columns {rows.column_names} and no text; name other data.")
-    return "".join(rows["text"])
+    *others, last = [text for text in rows["text"] if text] or [""]
+    return "".join(text if text.endswith("\n") else f"{text}\n\n" for text in others) + last

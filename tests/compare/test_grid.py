@@ -79,7 +79,6 @@ def test_overrides_replace_the_files_settings(tmp_path: Path) -> None:
         ({"seeds": []}, r"seeds=\[\] is empty"),
         ({"num_heldout": 0}, "num_heldout=0"),
         ({"training": {"bf16": False}}, "training.max_length is missing"),
-        ({"training": {"max_length": 8, "output_dir": "x"}}, "training.output_dir is set by the grid"),
         ({"training": {"max_length": 8, "model_revision": "v2"}}, "model_revision would train from one revision"),
         ({"methods": {"a": {"model_revision": "v2"}}}, "model_revision would train from one revision"),
         ({"methods": {"a b": {}, "a-b": {}}}, "same folder name 'a-b_lr0.0001_seed0'"),
@@ -91,6 +90,24 @@ def test_overrides_replace_the_files_settings(tmp_path: Path) -> None:
 def test_bad_settings(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_grid(write(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "fix"),
+    [
+        ("learning_rate", 1e-5, "learning_rates of the method or of the grid"),
+        ("seed", 7, "seeds of the grid"),
+        ("output_dir", "x", "output_dir of the grid"),
+        ("dataset_name", "other", "train_dataset of the grid"),
+        ("dataset_max_samples", 3, "num_train of the method or of the grid"),
+        ("model_name_or_path", "other", "model of the grid"),
+    ],
+)
+def test_what_the_grid_sets_is_no_argument_of_a_run(tmp_path: Path, name: str, value: Any, fix: str) -> None:
+    for changes in ({"training": {"max_length": 8, name: value}}, {"methods": {"a": {}, "b": {name: value}}}):
+        place = "training" if "training" in changes else "methods.b"
+        with pytest.raises(ValueError, match=f"{place}.{name}={value!r} is set by the grid itself; set {fix} instead"):
+            load_grid(write(tmp_path, **changes))
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,15 @@ def test_text_that_is_measured_is_not_trained_on(config: Path) -> None:
     assert len(rows) > 50 and all(INSTRUCTION in row for row in rows)
 
 
+def test_text_of_a_hub_that_does_not_answer_is_not_replaced(config: Path) -> None:
+    """By the prose, which would be recorded under the hub's name and may be what is measured."""
+    text = "Salesforce/wikitext:wikitext-2-raw-v1:train"
+    change(config, methods={"e2e": {"replay_share": 0.1}}, contrasts=[], replay_dataset=text)
+    with pytest.raises(SystemExit, match=f"replay_dataset='{text}': .* set data_dir to a folder") as error:
+        compare.main(["--config", str(config)])
+    assert "\n" not in str(error.value) and not (config.parent / "out" / "data" / "replay.jsonl").exists()
+
+
 def test_families() -> None:
     """Each kind of method is drawn by a colour and a shape of its own."""
     known = {

@@ -12,10 +12,11 @@ from trl.data_utils import maybe_convert_to_chatml
 
 from lopt_hf.data.formats import to_trl_format
 from lopt_hf.data.loading import load_sft_dataset
-from lopt_hf.data.rows import RowError
+from lopt_hf.data.rows import EmptyRowError, RowError
 from tests.tiny import make_model, make_tokenizer
 
 ROWS = [{"question": "1 + 1?", "answer": "2"}, {"question": "2 + 2?", "answer": "4"}]
+TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
 
 @pytest.fixture(autouse=True)
@@ -244,6 +245,72 @@ def test_rows_without_an_answer_are_left_out_where_that_is_asked_for(make: Any, 
     assert said == (make is not stream)  # of which nobody knows the end
     with pytest.raises(RowError, match=r"row 3: 'answer' holds int 4"):
         list(to_trl_format(stream([*rows[:2], {**ROWS[0], "answer": 4}]), skips_empty=True))
+
+
+EMPTY_CONVERSATIONS: dict[str, Any] = {
+    "null": None,
+    "no turns": [],
+    "blank answer": [TURNS[0], {"role": "assistant", "content": " "}],
+    "null answer": [TURNS[0], {"role": "assistant", "content": None}],
+    "answer without parts": [TURNS[0], {"role": "assistant", "content": []}],
+    "blank question": [{"role": "user", "content": ""}, TURNS[1]],
+}
+
+
+@pytest.mark.parametrize("make", [Dataset.from_list, stream], ids=["dataset", "stream"])
+@pytest.mark.parametrize("case", EMPTY_CONVERSATIONS)
+def test_conversations_without_text_are_left_out_where_that_is_asked_for(make: Any, case: str) -> None:
+    rows = [{"messages": TURNS}, {"messages": EMPTY_CONVERSATIONS[case]}, {"messages": TURNS}]
+    if case == "answer without parts":  # in a table all contents are of one kind
+        rows = [{"messages": json.dumps(row["messages"])} for row in rows]
+    with pytest.raises(EmptyRowError, match="^row 2: "):
+        list(to_trl_format(make(rows)))
+    assert [row["messages"] for row in to_trl_format(make(rows), skips_empty=True)] == [TURNS, TURNS]
+
+
+def test_a_call_is_no_empty_answer_and_what_is_wrong_is_not_left_out() -> None:
+    call = [TURNS[0], {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}]
+    assert len(list(to_trl_format(stream([{"messages": call}]), skips_empty=True))) == 1
+    for wrong in (5, [TURNS[0], {"role": "narrator", "content": ""}], [TURNS[0], {"role": "tool"}]):
+        with pytest.raises(RowError, match="^row 2: ") as error:
+            list(to_trl_format(stream([{"messages": TURNS}, {"messages": wrong}]), skips_empty=True))
+        assert not isinstance(error.value, EmptyRowError)
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+LATE: dict[str, tuple[Any, Any]] = {
+    "a key of JSON text": (
+        {"messages": json.dumps(TURNS)},
+        {"messages": json.dumps([TURNS[0], {"role": "assistant", "content": None, "tool_calls": [CALL]}])},
+    ),
+    "a key of ShareGPT": (
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello", "weight": None}]},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello", "weight": 0.5}]},
+    ),
+    "another kind of content": (
+        {"messages": json.dumps(TURNS)},
+        {"messages": json.dumps([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, TURNS[1]])},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LATE)
+def test_a_key_of_a_message_may_come_late(case: str) -> None:
+    """After more rows than `datasets` tells a column's type from."""
+    early, late = LATE[case]
+    converted = to_trl_format(Dataset.from_list([early] * 1000 + [late]))
+    assert converted[0] == {"messages": TURNS}
+    (expected,) = to_trl_format(stream([late]))
+    assert converted[1000] == expected and len(converted) == 1001
+
+
+def test_what_fits_into_no_table_is_one_line() -> None:
+    for value, why in ((10**30, "int too big"), ("\ud800", "surrogates not allowed")):
+        late = json.dumps([{**TURNS[0], "more": value}, TURNS[1]])
+        rows = Dataset.from_list([{"messages": json.dumps(TURNS)}] * 1000 + [{"messages": late}])
+        with pytest.raises(RowError, match=f"^row 1001: 'messages' holds .*kept as JSON .*{why}.*as text") as error:
+            to_trl_format(rows)
+        assert "\n" not in str(error.value)
 
 
 def test_a_column_of_text_that_is_asked_for_wins() -> None:

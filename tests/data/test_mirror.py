@@ -31,7 +31,8 @@ def data_dir(tmp_path, monkeypatch):
 def test_a_copy_wins_over_the_hub_and_says_so(data_dir, caplog):
     assert list(load_sft_dataset("openai/gsm8k", "main", "train", data_dir=data_dir)) == ROWS
     assert [record.getMessage() for record in caplog.records] == [
-        f"Data: openai/gsm8k, split train, from its copy {data_dir / 'gsm8k_train.jsonl'}."
+        f"Data: openai/gsm8k, split train, from its copy {data_dir / 'gsm8k_train.jsonl'}, "
+        "taken for the configuration 'main', which it does not name."
     ]
     assert len(load_sft_dataset("openai/gsm8k", "main", "test", data_dir=data_dir)) == 1
     assert len(load_sft_dataset("openai/gsm8k", "main", "train[:2]", data_dir=data_dir)) == 2
@@ -44,6 +45,25 @@ def test_a_configuration_of_a_copy_in_a_folder(data_dir):
     (data_dir / "someone/sums/socratic").mkdir()
     (data_dir / "someone/sums/socratic/test.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
     assert list(load_sft_dataset("someone/sums", "socratic", "test", data_dir=data_dir)) == ROWS[:1]
+
+
+def test_the_copy_of_the_configuration_wins_over_one_of_no_configuration(data_dir, caplog):
+    """As a file, as a folder, and as text; of a copy that names none the line says so."""
+    for name in ("gsm8k_socratic_train.jsonl", "main_test.jsonl"):
+        (data_dir / name).write_text(json.dumps(ROWS[2]) + "\n")
+    (data_dir / "wikitext_test.txt").write_text("Of no configuration.")
+    for config, split in (("socratic", "train"), ("main", "test")):
+        assert list(load_sft_dataset("openai/gsm8k", config, split, data_dir=data_dir)) == ROWS[2:]
+    assert read_text("Salesforce/wikitext:wikitext-2-raw-v1:test", "eval_text", str(data_dir)) == "Once.\n"
+    assert list(load_sft_dataset("openai/gsm8k", None, "train", data_dir=data_dir)) == ROWS
+    (data_dir / "someone/sums/hard").mkdir()
+    (data_dir / "someone/sums/hard/test.jsonl").write_text(json.dumps(ROWS[1]) + "\n")
+    assert list(load_sft_dataset("someone/sums", "hard", "test", data_dir=data_dir)) == ROWS[1:2]
+    assert "does not name" not in caplog.text
+    load_sft_dataset("someone/sums", "easy", "test", data_dir=data_dir)
+    assert "from its copy " in caplog.messages[-1] and "configuration 'easy', which it" in caplog.messages[-1]
+    read_text("Salesforce/wikitext:wikitext-103-v1:test", "eval_text", str(data_dir))
+    assert "wikitext_test.txt, taken for the configuration 'wikitext-103-v1', which it" in caplog.messages[-1]
 
 
 def test_the_environment_names_the_folder(data_dir, monkeypatch):
@@ -95,7 +115,22 @@ def test_texts(data_dir, tmp_path, caplog):
     assert read_text(wikitext, "eval_text", fallback="second") == prose("second")
     assert caplog.records[-1].getMessage().startswith("Data: no hub answers for Salesforce/wikitext; eval_text is the")
     assert prose("first") + prose("second") == general_text()
+    with pytest.raises(NoHubError, match="eval_text='Salesforce/wikitext:wikitext-2-raw-v1:test': .* is neither"):
+        read_text(wikitext, "eval_text", fallback=None)
     (tmp_path / "a.txt").write_text("Twice.")
     assert read_text(str(tmp_path / "a.txt"), "eval_text") == "Twice."
     with pytest.raises(ValueError, match="eval_text='b.txt' is no file here"):
         read_text("b.txt", "eval_text")
+
+
+def test_documents_are_parted_and_lines_are_not(data_dir):
+    """WikiText's rows are lines, the blank ones without an end."""
+    for name, documents in {
+        "lines": ["", " = Title = \n", "", " One. \n", " Two. \n", ""],
+        "documents": ["One.", "Two.\nThree.", "", "Four."],
+    }.items():
+        rows = "".join(json.dumps({"text": text}) + "\n" for text in documents)
+        (data_dir / f"{name}_train.jsonl").write_text(rows)
+    lines, parted = (read_text(f"a/b:{name}:train", "eval_text", str(data_dir)) for name in ("lines", "documents"))
+    assert lines == " = Title = \n One. \n Two. \n"
+    assert parted == "One.\n\nTwo.\nThree.\n\nFour."
