@@ -207,6 +207,11 @@ def check_methods(methods: Mapping[str, Mapping[str, Any]], of_grid: Sequence[fl
         share = options.get("replay_share")
         if share is not None and not 0 < share < 1:
             raise ValueError(f"methods.{label}.replay_share={share} is no share; give one between 0 and 1, as 0.05.")
+        if EARLY_RATE_RATIO in options and "early_learning_rate" in options:
+            raise ValueError(
+                f"methods.{label}.early_learning_rate={options['early_learning_rate']!r} is replaced by "
+                f"{EARLY_RATE_RATIO}={options[EARLY_RATE_RATIO]!r}; leave one of them out."
+            )
         if "average_of" in options:
             _check_average(label, methods, of_grid)
         elif "alpha" in options:

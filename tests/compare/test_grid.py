@@ -121,6 +121,10 @@ def test_what_the_grid_sets_is_no_argument_of_a_run(tmp_path: Path, name: str, v
             "methods: {a: {early_learning_rate_ratio: half}}",
             "methods.a.early_learning_rate_ratio='half' must be a number",
         ),
+        (
+            "methods: {a: {early_learning_rate_ratio: 0.1, early_learning_rate: 1.0e-6}}",
+            "methods.a.early_learning_rate=1e-06 is replaced by early_learning_rate_ratio=0.1; leave one",
+        ),
         ("methods: {a: {num_train: 0}}", "methods.a.num_train=0 is too small; set it to 1 or more"),
         ("methods: {a: {num_train: '8'}}", "methods.a.num_train='8' must be a whole number"),
         ("methods: {a: {learning_rates: [0]}}", "methods.a.learning_rates: 0 is no learning rate"),
