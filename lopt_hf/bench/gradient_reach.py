@@ -1,7 +1,7 @@
 """Reach of the gradient of each loss of a training step, measured and plotted."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -39,8 +39,8 @@ class GradientReach:
         losses: Names of the losses, in the order of their blocks; the task's is the last.
         parts: `embeddings`, the decoder layers by their number, and `norm, head`. Tied embeddings count as
             `embeddings`.
-        norms: For each loss the norm of its gradient in each part, weighted as in training; exactly 0 where it does
-            not reach.
+        norms: For each loss the norm of its gradient in each part, weighted as in training, but for the factors of
+            `reach_unit="microbatch"`; exactly 0 where it does not reach.
     """
 
     losses: tuple[str, ...]
@@ -48,7 +48,7 @@ class GradientReach:
     norms: tuple[tuple[float, ...], ...]
 
 
-def measure_gradient_reach(trainer: SFTTrainer) -> GradientReach:
+def measure_gradient_reach(trainer: SFTTrainer, reach: int | None = None) -> GradientReach:
     """Runs the backward of each loss of a training step by itself and looks where its gradient arrives.
 
     It takes a micro-batch from the beginning of the training set, and a forward and backward for each loss. Weights,
@@ -56,9 +56,12 @@ def measure_gradient_reach(trainer: SFTTrainer) -> GradientReach:
 
     Args:
         trainer: An `SFTTrainer`, a `LoPTTrainer` or an `MLAANTrainer`, before training or after it.
+        reach: Which step of a schedule of reach it is: one of the numbers of `task_reach`, or `window` of MLAAN where
+            that is larger. Default: the highest.
 
     Raises:
-        ValueError: If the trainer is of another kind, or one of several processes.
+        ValueError: If the trainer is of another kind, or one of several processes, or if it has no step of such a
+            reach.
 
     Example:
 
@@ -68,6 +71,7 @@ def measure_gradient_reach(trainer: SFTTrainer) -> GradientReach:
     ```
     """
     _check(trainer)
+    reach = _reach_of_step(trainer, reach)
     dataset: Any = trainer.train_dataset
     rows = list(islice(dataset, trainer.args.per_device_train_batch_size))
     inputs = trainer._prepare_inputs(trainer.data_collator(rows))
@@ -76,7 +80,7 @@ def measure_gradient_reach(trainer: SFTTrainer) -> GradientReach:
     with _undisturbed(trainer) as clear:
         for name, index in _losses(trainer).items():
             clear()
-            _backward(trainer, inputs, index)
+            _backward(trainer, inputs, index, reach)
             norms[name] = tuple(_norm(parameters) for parameters in parts.values())
     return GradientReach(tuple(norms), tuple(parts), tuple(norms.values()))
 
@@ -94,11 +98,25 @@ def _check(trainer: Any) -> None:
         )
 
 
+def _reach_of_step(trainer: Any, reach: int | None) -> int:
+    """How far the task's gradient reaches at the step to measure, in blocks."""
+    cycle = trainer.learner.schedule.cycle if isinstance(trainer, LocalLearningMixin) else ()
+    if reach is None:
+        return max(cycle, default=1)
+    if reach not in cycle:
+        raise ValueError(
+            f"reach={reach} is none of the reaches {sorted(set(cycle))} that {type(trainer).__name__} trains with; "
+            "use one of them, or leave it out."
+        )
+    return reach
+
+
 def _losses(trainer: Any) -> dict[str, int]:
     """Each loss's name and the index of its block."""
     if not isinstance(trainer, LocalLearningMixin):
         return {"task loss": 0}
-    local = {f"local loss, block {index}": int(index) for index in trainer.local_heads}
+    early = trainer.local_heads if trainer.boundary.learns_locally else ()
+    local = {f"local loss, block {index}": int(index) for index in early}
     return {**local, "task loss": len(trainer.blocks) - 1}
 
 
@@ -112,7 +130,7 @@ def _parts(model: Any) -> dict[str, list[nn.Parameter]]:
     return {EMBEDDINGS: before, **{str(i): layer for i, layer in enumerate(layers)}, HEAD: after}
 
 
-def _backward(trainer: Any, inputs: Mapping[str, Any], only: int) -> None:
+def _backward(trainer: Any, inputs: Mapping[str, Any], only: int, reach: int) -> None:
     """The backward of one loss: all run, as in training, the others multiplied by 0."""
 
     def run_backward(index: int, loss: torch.Tensor) -> None:
@@ -121,12 +139,15 @@ def _backward(trainer: Any, inputs: Mapping[str, Any], only: int) -> None:
     if not isinstance(trainer, LocalLearningMixin):
         run_backward(only, _task_loss(trainer, inputs))
         return
-    updates = not trainer.args.freezes_early_blocks
-    micro_batch = MicroBatch(BoundaryEvents(run_backward), trains_early_blocks=updates, inputs=inputs)
-    with trainer.boundary.training_forward(micro_batch):
-        loss = _task_loss(trainer, inputs)
-    run_backward(len(trainer.blocks) - 1, loss)
-    trainer.boundary.finish(micro_batch)
+    updates = trainer.learner.method.trains_early_blocks(trainer.learner, step=0)
+    micro_batch = MicroBatch(BoundaryEvents(run_backward), trains_early_blocks=updates, inputs=inputs, reach=reach)
+    try:
+        with trainer.boundary.training_forward(micro_batch):
+            loss = _task_loss(trainer, inputs)
+        run_backward(len(trainer.blocks) - 1, loss)
+        trainer.boundary.finish(micro_batch)
+    finally:
+        trainer.boundary.abandon()
 
 
 def _task_loss(trainer: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
@@ -144,25 +165,38 @@ def _norm(parameters: Sequence[nn.Parameter]) -> float:
 def _undisturbed(trainer: Any) -> Iterator[Any]:
     """Evaluation mode (no dropout) and separate backwards; all is put back afterwards. Gives what clears gradients."""
     is_local = isinstance(trainer, LocalLearningMixin)
-    parameters = [*trainer.model.parameters(), *(trainer.local_heads.parameters() if is_local else ())]
+    modules: list[nn.Module] = [trainer.model, *([trainer.local_heads] if is_local else [])]
+    parameters = [parameter for module in modules for parameter in module.parameters()]
     gradients = [parameter.grad for parameter in parameters]
-    training, is_joint = trainer.model.training, is_local and trainer.boundary.mode == "joint"
+    training = [module.training for module in modules]
 
     def clear() -> None:
         for parameter in parameters:
             parameter.grad = None
 
-    trainer.model.eval()
-    if is_joint:
-        trainer.boundary.mode = "eager"
+    for module in modules:
+        module.eval()
     try:
-        yield clear
+        with _separate_backwards(trainer.boundary) if is_local else nullcontext():
+            yield clear
     finally:
-        trainer.model.train(training)
-        if is_joint:
-            trainer.boundary.mode = "joint"
+        for module, trains in zip(modules, training, strict=True):
+            module.train(trains)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
+
+
+@contextmanager
+def _separate_backwards(boundary: Any) -> Iterator[None]:
+    """Each local loss has its backward in the forward."""
+    mode, unchecked = boundary.mode, set(boundary._unchecked_replays)
+    boundary.mode = "eager"
+    try:
+        yield
+    finally:
+        boundary.mode = mode
+        # Without dropout a block that runs again shows less than in training, where its first time is to be checked.
+        boundary._unchecked_replays = unchecked
 
 
 def plot_gradient_reach(reaches: Mapping[str, GradientReach]) -> "Figure":

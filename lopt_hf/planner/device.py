@@ -23,19 +23,21 @@ _REPEATS = 7
 
 @dataclass(frozen=True)
 class DeviceSpeed:
-    """The speed of a device in bf16.
+    """The speed of a device in one data type.
 
     Attributes:
         device: Its type: `"cpu"`, `"cuda"` ...
         name: What it calls itself.
         flops_per_second: Of a large matrix product.
         bytes_per_second: Read and written, of an element-wise operation.
+        dtype: The type in which both were measured, `"bfloat16"` or `"float32"`; `None` in files that do not say.
     """
 
     device: str
     name: str
     flops_per_second: float
     bytes_per_second: float
+    dtype: str | None = None
 
     def seconds(self, flops: float, moved_bytes: float) -> float:
         """Time for matrix products, then for everything else, each at the device's full speed."""
@@ -51,7 +53,8 @@ def measure_speed() -> DeviceSpeed:
     device = accelerator or torch.device("cpu")
     kind = "cpu" if device.type == "cpu" else "accelerator"
     size, length = _MATRIX[kind], _VECTOR[kind]
-    dtype = measure_arithmetic(device.type).torch_dtype
+    arithmetic = measure_arithmetic(device.type)
+    dtype = arithmetic.torch_dtype
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     product = torch.empty_like(a)
     x, y = (torch.randn(length, device=device, dtype=dtype) for _ in range(2))
@@ -61,6 +64,7 @@ def measure_speed() -> DeviceSpeed:
         name=torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or device.type,
         flops_per_second=2 * size**3 / _median_seconds(lambda: torch.mm(a, b, out=product)),
         bytes_per_second=3 * x.nbytes / _median_seconds(lambda: torch.add(x, y, out=total)),
+        dtype=arithmetic.dtype,
     )
 
 
@@ -88,6 +92,7 @@ def read_speed(path: Path) -> DeviceSpeed:
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        values = {"dtype": None, **values}  # which older files lack
         speed = DeviceSpeed(**{field.name: values[field.name] for field in fields(DeviceSpeed)})
         rates = (float(speed.flops_per_second), float(speed.bytes_per_second))
     except (OSError, KeyError, TypeError, ValueError) as error:

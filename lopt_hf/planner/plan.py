@@ -147,10 +147,11 @@ class Plan:
         """The row that fits and takes the least time per token, and of those the least memory.
 
         Rows that train every weight of the unchanged model go before those that freeze a part, train adapters or
-        replace layers, which do something else.
+        replace layers, which do something else; between them come rows that freeze nothing but tied embeddings.
         """
         fitting = [row for row in self.rows if row.fits]
-        candidates = [row for row in fitting if row.strategy.trains_all] or fitting
+        of_layers = [row for row in fitting if row.strategy.trains_layers]
+        candidates = [row for row in of_layers if row.strategy.trains_all] or of_layers or fitting
         return min(candidates, key=lambda row: (_time_of(row), row.cost.peak_bytes), default=None)
 
     @property
@@ -197,6 +198,7 @@ def make_plan(
         settings.lora_r,
         settings.accumulation_steps,
         settings.task_reach,
+        settings.tied_embeddings,
     )
     strategies, refused = _trainable(strategies, config, settings.model)
     left_out = [*left_out, *refused]

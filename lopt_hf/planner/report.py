@@ -73,8 +73,15 @@ def _verdict(plan: Plan) -> str:
             f"Nothing fits in {size}. The least is {smallest.strategy.name!r} with {size_text(needed)} (the share "
             "kept free included): take a larger device, more devices, a smaller batch or shorter sequences."
         )
-    what = "every weight is trained" if chosen.strategy.trains_all else "nothing that trains every weight fits"
-    return f"Cheapest that fits in {size}: {chosen.strategy.name} ({what})."
+    return f"Cheapest that fits in {size}: {chosen.strategy.name} ({_trained(chosen)})."
+
+
+def _trained(row: PlanRow) -> str:
+    if row.strategy.trains_all:
+        return "every weight is trained"
+    if row.strategy.trains_layers:
+        return "every weight but the tied embeddings is trained"
+    return "nothing that trains every weight fits"
 
 
 def _time_note(plan: Plan) -> str:
@@ -82,7 +89,8 @@ def _time_note(plan: Plan) -> str:
         return "Time: by FLOPs per token alone; `--calibrate FILE` measures a device."
     seconds = next((row.step_seconds for row in plan.rows if row.step_seconds is not None), None)
     first = "" if seconds is None else f" A step of {plan.rows[0].strategy.name!r}: {seconds:.2f} s."
-    return f"Time: at the speed of {plan.speed.name} ({plan.speed.device}), communication not counted.{first}"
+    measured = ", ".join(filter(None, (plan.speed.device, plan.speed.dtype)))
+    return f"Time: at the speed of {plan.speed.name} ({measured}), communication not counted.{first}"
 
 
 def to_json(plan: Plan) -> str:

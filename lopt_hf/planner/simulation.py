@@ -60,10 +60,10 @@ def simulate(config: PretrainedConfig, strategy: Strategy, workload: Workload, o
     Raises:
         ValueError: If the model is no decoder-only language model, or if its shapes depend on values.
     """
-    stages = _stages(strategy, config.get_text_config(decoder=True).num_hidden_layers)
     costs: dict[Any, StepCost] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about a run, and there is none
+        stages = _stages(config, strategy, workload)
         for kind, stage in stages:
             if kind not in costs:
                 try:
@@ -76,12 +76,25 @@ def simulate(config: PretrainedConfig, strategy: Strategy, workload: Workload, o
     return [costs[kind] for kind, _ in stages]
 
 
-def _stages(strategy: Strategy, num_layers: int) -> list[tuple[Any, StagePlan | None]]:
-    """The stages with what they cost by: between the first and the last they differ in their number of layers only."""
+def _stages(config: PretrainedConfig, strategy: Strategy, workload: Workload) -> list[tuple[Any, StagePlan | None]]:
+    """The stages with what they cost by: between the first and the last they differ in their layers only."""
     if strategy.num_stages == 1:
         return [(None, None)]
-    plans = plan_stages(split_layers(num_layers, strategy.num_blocks), strategy.num_stages)
-    return [((plan.is_first, plan.is_last, plan.stop - plan.start), plan) for plan in plans]
+    kinds = _kinds_of_layers(config, workload.dtype)
+    plans = plan_stages(split_layers(len(kinds), strategy.num_blocks), strategy.num_stages)
+    layers = [tuple(tuple(kinds[block.start : block.stop]) for block in plan.blocks) for plan in plans]
+    return [((plan.is_first, plan.is_last, own), plan) for plan, own in zip(plans, layers, strict=True)]
+
+
+def _kinds_of_layers(config: PretrainedConfig, dtype: torch.dtype) -> list[Any]:
+    """What the cost of each decoder layer follows from: its weights, and what the configuration lists for it."""
+    with torch.device("meta"):
+        layers = find_decoder_stack(_make_model(config, dtype)).layers
+    values = config.get_text_config(decoder=True).to_dict().values()
+    # Types of attention, layers without positions ...: what else has as many items does no harm.
+    listed = [value for value in values if isinstance(value, list) and len(value) == len(layers)]
+    weights = [tuple(sorted((name, p.shape) for name, p in layer.named_parameters())) for layer in layers]
+    return [(own, *(repr(value[index]) for value in listed)) for index, own in enumerate(weights)]
 
 
 def _simulate_stage(

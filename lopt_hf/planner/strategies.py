@@ -1,6 +1,6 @@
 """The ways to train that a plan compares: each is a row, described by data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
@@ -31,6 +31,7 @@ class Strategy:
         task_reach: Blocks, counted from the last, that the task's gradient reaches, over a cycle of steps; over a run
             they cost the same.
         settings: Arguments of another method of local learning, whose row this is.
+        freezes_embeddings: Whether it freezes an embedding that the LM head shares.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Strategy:
     num_stages: int = 1
     task_reach: tuple[int, ...] = (1,)
     settings: LocalArguments | None = None
+    freezes_embeddings: bool = False
 
     @property
     def is_peer(self) -> bool:
@@ -60,9 +62,14 @@ class Strategy:
         return kind(num_blocks=self.num_blocks, tied_embeddings=tied_embeddings, **arguments)
 
     @property
+    def trains_layers(self) -> bool:
+        """Whether it updates every weight of the unchanged model's layers."""
+        return self.method not in ("freeze", "freeze_last", "badam", "lora", "repl")
+
+    @property
     def trains_all(self) -> bool:
         """Whether it updates every weight of the unchanged model."""
-        return self.method not in ("freeze", "freeze_last", "badam", "lora", "repl")
+        return self.trains_layers and not self.freezes_embeddings
 
 
 def make_strategies(
@@ -73,6 +80,7 @@ def make_strategies(
     lora_rank: int = 16,
     accumulation_steps: int = 1,
     task_reach: tuple[int, ...] | None = None,
+    tied_embeddings: str = "untie",
 ) -> tuple[list[Strategy], list[str]]:
     """The rows of a plan, each without and with activation checkpointing where it leaves a choice, in order.
 
@@ -84,6 +92,7 @@ def make_strategies(
         lora_rank: Rank of the adapters.
         accumulation_steps: Micro-batches of an optimizer step; one that steps in the backward has no second.
         task_reach: Cycle of the reach rows, which have as many blocks as it reaches. Default: see `reach_cycle`.
+        tied_embeddings: See `LocalArguments`.
 
     Returns:
         The rows, and why others are left out.
@@ -96,12 +105,16 @@ def make_strategies(
         if any(method.startswith(kind) for method in methods) and (kind != "ppll" or stages > 1):
             left_out.append(misfit)
             methods = tuple(method for method in methods if not method.startswith(kind))
+    freezes_tied = tied_embeddings == "freeze" and getattr(config, "tie_word_embeddings", False)
     rows: list[Strategy] = []
 
     def add(name: str, method: str, blocks: int = 1, stages: int = 1, reach: tuple[int, ...] = (1,)) -> None:
-        rows.append(Strategy(name, method, blocks, False, stages, reach))
+        row = Strategy(name, method, blocks, False, stages, reach)
+        if freezes_tied and row.local_arguments(tied_embeddings) is not None:
+            row = replace(row, freezes_embeddings=True)
+        rows.append(row)
         if method != "e2e_segments":
-            rows.append(Strategy(f"{name} + checkpointing", method, blocks, True, stages, reach))
+            rows.append(replace(row, name=f"{name} + checkpointing", checkpointing=True))
 
     if "e2e" in methods:
         add(END_TO_END, "e2e")

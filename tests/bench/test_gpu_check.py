@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import time
+from dataclasses import asdict
 from importlib.metadata import version
 
 import pytest
@@ -22,6 +23,7 @@ from lopt_hf.bench.gpu.settings import GpuCheckSettings
 from lopt_hf.bench.gpu.sharded import Sharded, read_runs, write_runs
 from lopt_hf.bench.gpu.targets import find_targets
 from lopt_hf.bench.gpu.updates import Comparison, compare, save_updates
+from lopt_hf.planner.device import DeviceSpeed
 from lopt_hf.scripts.bench import _load_config, _measure_device, _Plan, main
 from tests.forkserver import forked_instead_of_spawned
 
@@ -236,12 +238,15 @@ def test_targets():
 def test_table_of_a_gpu():
     settings = GpuCheckSettings()
     device = {"type": "cuda", "name": "NVIDIA X", "memory": 80 * 2**30, "cuda": "13.0"}
-    parts = [Part("model", "steps", (), 1.0), Part("Plan model", "plan", (), 1.0)]
+    parts = [Part("Device", "device", (), 1.0), Part("model", "steps", (), 1.0), Part("Plan model", "plan", (), 1.0)]
     outcomes = [step("end-to-end"), step("LoPT K=2", saved_bytes=51), plan(**{"end-to-end": 1020})]
     outcomes.append(Outcome("model", "LoPT K=4", "failed", 1.0, reason="OutOfMemoryError: 3 GiB"))
+    speed = DeviceSpeed("cuda", "NVIDIA X", 4e13, 1e12, "float32")
+    outcomes.append(Outcome("Device", "calibration", "done", 1.0, asdict(speed)))
     table = to_markdown(Results(settings, device, parts, outcomes, 100.0))
     assert "NVIDIA X, 80.00 GiB, CUDA 13.0" in table
     assert "No GPU" not in table
+    assert "in float32: 40 TFLOP/s in a matrix product, 1000 GB/s in an element-wise operation." in table
     assert (
         "| model, LoPT K=2: activations saved for backward, relative to end-to-end | <= 0.55 | 0.510 | yes |" in table
     )

@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 from transformers import AutoConfig
 
-from lopt_hf.planner.device import DeviceSpeed, read_speed, write_speed
+from lopt_hf.common.arithmetic import measure_arithmetic
+from lopt_hf.planner import device
+from lopt_hf.planner.device import DeviceSpeed, measure_speed, read_speed, write_speed
 from lopt_hf.planner.memory import CATEGORIES
 from lopt_hf.planner.plan import Plan, PlanRow, PlanSettings, make_plan
 from lopt_hf.planner.report import to_json, to_markdown
@@ -55,6 +57,25 @@ def test_report_marks_the_cheapest():
     assert text.endswith("Left out: RepL: why.")
 
 
+def test_rows_that_freeze_tied_embeddings():
+    """Come behind those that train every weight, and before those that leave layers out; the report says so."""
+    settings = replace(SETTINGS, strategies=("e2e", "reach", "lopt", "freeze"), tied_embeddings="freeze")
+    plan = make_plan(settings, tiny_config(tie_word_embeddings=True))
+    assert {row.strategy.method for row in plan.rows if row.strategy.trains_all} == {"e2e"}
+    assert plan.cheapest.strategy.method == "e2e"
+    plan = replace(plan, rows=plan.rows[2:])
+    assert plan.cheapest.strategy.method == "reach"
+    assert "reach 2,1,1,1 (every weight but the tied embeddings is trained)." in to_markdown(plan)
+
+
+@pytest.mark.parametrize(("tied", "setting"), [(True, "untie"), (False, "freeze")])
+def test_rows_that_freeze_no_embeddings(tied, setting):
+    settings = replace(SETTINGS, strategies=("reach", "lopt"), tied_embeddings=setting)
+    plan = make_plan(settings, tiny_config(tie_word_embeddings=tied))
+    assert all(row.strategy.trains_all for row in plan.rows)
+    assert "(every weight is trained)." in to_markdown(plan)
+
+
 def test_report_says_what_would_be_needed():
     text = to_markdown(Plan(SETTINGS, (LARGE,)))
     assert "Nothing fits in 10.00 GiB with 10% kept free. The least is 'large' with 13.33 GiB" in text
@@ -85,6 +106,25 @@ def test_speed_is_saved_and_read(tmp_path):
     write_speed(SPEED, path)
     assert read_speed(path) == SPEED
     assert SPEED.seconds(2e9, 1e9) == 3
+
+
+def test_the_type_of_a_speed_is_measured_saved_and_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "_MATRIX", {"cpu": 8, "accelerator": 8})
+    monkeypatch.setattr(device, "_VECTOR", {"cpu": 8, "accelerator": 8})
+    path = tmp_path / "speed.json"
+    write_speed(measure_speed(), path)
+    speed = read_speed(path)
+    assert speed.dtype == measure_arithmetic().dtype
+    plan = make_plan(replace(SETTINGS, strategies=("e2e",)), tiny_config(), speed)
+    assert f"Time: at the speed of {speed.name} ({speed.device}, {speed.dtype}), communication" in to_markdown(plan)
+
+
+def test_a_speed_of_before_its_type_was_saved(tmp_path):
+    path = tmp_path / "speed.json"
+    path.write_text('{"device": "cpu", "name": "x", "flops_per_second": 2, "bytes_per_second": 1}')
+    speed = read_speed(path)
+    assert speed == DeviceSpeed("cpu", "x", 2, 1) and speed.dtype is None
+    assert "Time: at the speed of x (cpu), communication" in to_markdown(Plan(SETTINGS, (FAST,), speed))
 
 
 NO_NUMBER = '{"device": "cpu", "name": "x", "flops_per_second": "fast", "bytes_per_second": 1}'

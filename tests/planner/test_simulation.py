@@ -324,6 +324,24 @@ def test_stages_share_the_model():
     assert max(stage.peak_bytes for stage in stages) < whole.peak_bytes
 
 
+def test_stages_of_unequal_layers_share_the_model():
+    """Four dense layers, then four of experts: the two stages between the first and the last are not alike."""
+    special = {"num_hidden_layers": 8, "mlp_only_layers": [0, 1, 2, 3], "tie_word_embeddings": False}
+    config, workload = tiny_config("qwen3_moe", **special), replace(WORKLOAD, dtype=torch.bfloat16)
+    stages = simulate(config, Strategy("PPLL", "ppll", 4, num_stages=4), workload)
+    [whole] = simulate(config, Strategy("LoPT", "lopt", 4), workload)
+    assert stages[1].parameters < stages[2].parameters
+    assert sum(stage.parameters for stage in stages) == whole.parameters
+
+
+def test_stages_whose_layers_differ_in_their_configuration_alone():
+    """With the same weights, layers without positions do less."""
+    config = tiny_config("smollm3", num_hidden_layers=4, no_rope_layers=[1, 1, 0, 1])
+    stages = simulate(config, Strategy("PPLL", "ppll", 4, num_stages=4), WORKLOAD)
+    assert stages[1].parameters == stages[2].parameters
+    assert stages[1].moved_bytes > stages[2].moved_bytes
+
+
 def test_links_hold_what_waits_in_the_queues_and_beside_them():
     """With a depth of 2, as the channels do: 4 messages at a sending end and 3 at a receiving one."""
     config = tiny_config(num_hidden_layers=8)

@@ -121,8 +121,8 @@ def _device_table(results: Results, part: Part, outcomes: list[Outcome]) -> str:
     if not values:
         return _row_of_words(outcomes[0])
     return (
-        f"`lopt-hf plan --calibrate`: {values['flops_per_second'] / 1e12:.4g} TFLOP/s in a bf16 matrix product, "
-        f"{values['bytes_per_second'] / 1e9:.4g} GB/s in an element-wise operation."
+        f"`lopt-hf plan --calibrate`, in {values['dtype']}: {values['flops_per_second'] / 1e12:.4g} TFLOP/s in a "
+        f"matrix product, {values['bytes_per_second'] / 1e9:.4g} GB/s in an element-wise operation."
     )
 
 
