@@ -8,6 +8,7 @@ from lopt_hf.common.figures import OKABE_ITO, new_figure
 from lopt_hf.common.tables import describe_run, markdown_table, ratio_text
 from lopt_hf.planner.memory import CATEGORIES
 from lopt_hf.planner.plan import Plan, PlanRow
+from lopt_hf.planner.strategies import END_TO_END
 from lopt_hf.planner.units import SizeUnit, size_text, suitable_unit
 
 if TYPE_CHECKING:
@@ -17,6 +18,10 @@ __all__ = ["plot_plan", "to_json", "to_markdown"]
 
 # One for each category
 COLORS = ("#999999", *(OKABE_ITO[name] for name in ("orange", "blue", "green", "vermilion", "purple")))
+UNTIED = (
+    "Embedding and LM head are one weight: cut into blocks they become two, unless `--tied-embeddings freeze` keeps "
+    "them as they are."
+)
 GIGA = 1e9
 QUANTISED = "The checkpoint is quantised; its weights are counted as if they were not: what is needed is less."
 
@@ -52,6 +57,7 @@ def _notes(plan: Plan, unit: SizeUnit) -> list[str]:
         f"{settings.model}: batch {settings.batch_size} x {settings.seq_length} tokens, {settings.dtype} weights, "
         f"{settings.optim}, {_devices(plan)}, {unit.name} on the fullest device at the moment of the peak.",
         *([QUANTISED] if plan.is_quantized else []),
+        *([UNTIED] if any(row.strategy.unties_embeddings for row in plan.rows) else []),
         _verdict(plan),
         _time_note(plan),
     ]
@@ -73,7 +79,11 @@ def _verdict(plan: Plan) -> str:
             f"Nothing fits in {size}. The least is {smallest.strategy.name!r} with {size_text(needed)} (the share "
             "kept free included): take a larger device, more devices, a smaller batch or shorter sequences."
         )
-    return f"Cheapest that fits in {size}: {chosen.strategy.name} ({_trained(chosen)})."
+    verdict = f"Cheapest that fits in {size}: {chosen.strategy.name} ({_trained(chosen)})."
+    others = [row.strategy.name for row in plan.rows if row.fits and row is not chosen]
+    if END_TO_END in others:
+        verdict += " End-to-end training fits too, and learns most from the same rows."
+    return verdict
 
 
 def _trained(row: PlanRow) -> str:

@@ -32,6 +32,7 @@ class Strategy:
             they cost the same.
         settings: Arguments of another method of local learning, whose row this is.
         freezes_embeddings: Whether it freezes an embedding that the LM head shares.
+        unties_embeddings: Whether it gives an LM head that shares the embedding a copy of its own.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Strategy:
     task_reach: tuple[int, ...] = (1,)
     settings: LocalArguments | None = None
     freezes_embeddings: bool = False
+    unties_embeddings: bool = False
 
     @property
     def is_peer(self) -> bool:
@@ -105,13 +107,14 @@ def make_strategies(
         if any(method.startswith(kind) for method in methods) and (kind != "ppll" or stages > 1):
             left_out.append(misfit)
             methods = tuple(method for method in methods if not method.startswith(kind))
-    freezes_tied = tied_embeddings == "freeze" and getattr(config, "tie_word_embeddings", False)
+    is_tied = getattr(config, "tie_word_embeddings", False)
     rows: list[Strategy] = []
 
     def add(name: str, method: str, blocks: int = 1, stages: int = 1, reach: tuple[int, ...] = (1,)) -> None:
         row = Strategy(name, method, blocks, False, stages, reach)
-        if freezes_tied and row.local_arguments(tied_embeddings) is not None:
-            row = replace(row, freezes_embeddings=True)
+        if is_tied and row.local_arguments(tied_embeddings) is not None:
+            freezes = tied_embeddings == "freeze"
+            row = replace(row, freezes_embeddings=freezes, unties_embeddings=not freezes)
         rows.append(row)
         if method != "e2e_segments":
             rows.append(replace(row, name=f"{name} + checkpointing", checkpointing=True))

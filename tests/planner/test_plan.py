@@ -57,6 +57,13 @@ def test_report_marks_the_cheapest():
     assert text.endswith("Left out: RepL: why.")
 
 
+def test_report_says_where_end_to_end_training_fits_too():
+    dearer = make_row("end-to-end", "e2e", 9, 1.1, True)
+    assert "End-to-end training fits too, and learns most" in to_markdown(Plan(SETTINGS, (FAST, dearer)))
+    for rows in ((FAST, replace(dearer, fits=False)), (FAST, replace(dearer, relative_time=0.9)), (FAST,)):
+        assert "End-to-end training fits too" not in to_markdown(Plan(SETTINGS, rows))
+
+
 def test_rows_that_freeze_tied_embeddings():
     """Come behind those that train every weight, and before those that leave layers out; the report says so."""
     settings = replace(SETTINGS, strategies=("e2e", "reach", "lopt", "freeze"), tied_embeddings="freeze")
@@ -74,6 +81,7 @@ def test_rows_that_freeze_no_embeddings(tied, setting):
     plan = make_plan(settings, tiny_config(tie_word_embeddings=tied))
     assert all(row.strategy.trains_all for row in plan.rows)
     assert "(every weight is trained)." in to_markdown(plan)
+    assert ("unless `--tied-embeddings freeze` keeps them" in to_markdown(plan)) is tied
 
 
 def test_report_says_what_would_be_needed():

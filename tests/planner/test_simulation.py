@@ -127,12 +127,12 @@ def measure(strategy, family, folder, peak=None, **overrides):
         LoPTTrainer(model, args, **given).train()
         return peak.mean if isinstance(peak, Peak) else peak.peak
     elif strategy.num_blocks > 1:
-        joint = "joint" if strategy.method == "joint" else "eager"
+        backward = {"joint": "joint", "freeze": "auto"}.get(strategy.method, "eager")
         args = LoPTConfig(
             **settings,
             num_blocks=strategy.num_blocks,
             train_early_blocks=strategy.method != "freeze",
-            local_backward=joint,
+            local_backward=backward,
             local_step=strategy.method.endswith("local_step"),
         )
         LoPTTrainer(model, args, **given).train()
