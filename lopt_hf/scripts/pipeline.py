@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import AutoConfig, AutoTokenizer, get_scheduler
+from transformers import AutoTokenizer, get_scheduler
 from transformers.trainer_utils import SchedulerType
 from trl import ModelConfig, TrlParser
 
@@ -40,9 +40,10 @@ from lopt_hf.pipeline.runtime.arguments import PipelineArguments
 from lopt_hf.pipeline.runtime.checkpoint import Manifest, check_no_other_model, may_start_anew
 from lopt_hf.pipeline.runtime.config import MLAANPipelineConfig, PipelineConfig
 from lopt_hf.pipeline.runtime.cut_check import check_cut
-from lopt_hf.pipeline.runtime.health import PipelineError, failure_status, report_failure
+from lopt_hf.pipeline.runtime.health import PipelineError, describe_error, failure_status, report_failure
 from lopt_hf.pipeline.runtime.launch import Rendezvous
-from lopt_hf.pipeline.runtime.run import StageConfig, find_model, launch_stages, run_stage
+from lopt_hf.pipeline.runtime.run import StageConfig, find_model, launch_stages, model_kwargs, run_stage
+from lopt_hf.pipeline.runtime.stage import read_config
 from lopt_hf.pipeline.runtime.stage_plan import plan_stages
 from lopt_hf.scripts.launching import launch_if_asked
 from lopt_hf.scripts.parsing import chosen, chosen_method, make_trl_parser, parse_or_exit, refuse_method
@@ -167,6 +168,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UsageExit(f"lopt-hf pipeline: rank {rendezvous.rank} stops: {reason}") from error
     except PipelineError:
         sys.exit(failure_status(rendezvous.store))  # the monitor has said why
+    except Exception as error:
+        report_failure(rendezvous.store, f"rank {rendezvous.rank} failed: {describe_error(error)}")
+        raise
 
 
 def _check_run(args: PipelineArguments, model_args: Any, has_adapter: bool) -> None:
@@ -217,7 +221,7 @@ def _check_input(data_args: SFTDataArguments, args: StageConfig, model_args: Mod
     rows = load_checked(load, data_args, data_args.dataset_train_split, args.seed)
     rows = subsample(rows, data_args.dataset_max_samples, args.seed)
     model, num_layers = find_model(args, model_args)
-    config = AutoConfig.from_pretrained(model, revision=model_args.model_revision)
+    config, _ = read_config(model, **model_kwargs(args, model_args))
     # Measured times cut it in other places, but what can be cut in one can in another
     plans = plan_stages(split_layers(num_layers, args.num_blocks, args.split_at), int(args.num_stages or 0))
     check_cut(model, config, plans, adapter_config(model_args))

@@ -1,8 +1,8 @@
 """Make a stock model of a pipeline's checkpoint: one that `from_pretrained` loads.
 
 The stages of a language model are loaded one after the other, so memory stays at the largest of them. The model that
-the run started from must be there: it has the config, and the weights that were not trained. A checkpoint of an image
-classifier has all of it.
+the run started from must be there: it has the weights that were not trained. A checkpoint of an image classifier has
+all of it.
 """
 
 import argparse

@@ -25,7 +25,7 @@ examples:
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from lopt_hf.common.settings import check_at_least, option
 from lopt_hf.pipeline.events import chrome_trace, plot_timeline
 from lopt_hf.pipeline.simulator import schedule_report
 from lopt_hf.pipeline.simulator.schedule import SCHEDULES, ScheduleResult, Workload, simulate_all
+from lopt_hf.pipeline.simulator.schedule_orders import Schedule
 from lopt_hf.pipeline.simulator.schedule_times import TimesSource, read_times
 from lopt_hf.scripts.settings import OneLineParser, add_settings, check_output_files
 
@@ -50,6 +51,15 @@ MEGA, GIGA, MILLI, MICRO, BITS_PER_BYTE = 1e6, 1e9, 1e-3, 1e-6, 8
 DEFAULT_FORWARD_SECONDS = 0.01  # ours: without messages only ratios of times matter
 BACKWARD_PER_FORWARD = 2.0  # a matrix product's backward is two (arXiv 2401.10241, Sec. 2)
 
+# Options that some schedules alone look at, and which these are
+LOOKS_AT: dict[str, Callable[[Schedule], bool]] = {
+    "virtual_stages": lambda schedule: schedule.has_virtual_stages,
+    "channel_depth": lambda schedule: not schedule.flushes,
+    "weight_share": lambda schedule: schedule.puts_weights_off,
+    "keeps_graph": lambda schedule: schedule.is_delayed,
+    "local_ms": lambda schedule: schedule.is_local,
+}
+
 
 @dataclass(frozen=True)
 class SimulateOptions:
@@ -58,11 +68,21 @@ class SimulateOptions:
     stages: tuple[int, ...] | None = option(None, "Devices in the pipeline. Default: 4, or as many as --times has.")
     schedule: tuple[str, ...] = option(DEFAULT_SCHEDULES, "Schedules to simulate, see below.")
     microbatches: tuple[int, ...] = option((8, 32), "Micro-batches of an optimizer step.")
-    virtual_stages: int = option(
-        2, "Stages on each device in `interleaved` and `interleaved_zb`, each with its share of the time."
+    virtual_stages: int | None = option(
+        None,
+        "Stages on each device in `interleaved` and `interleaved_zb`, each with its share of the time. "
+        f"Default: {Workload.virtual_stages}",
     )
-    channel_depth: int = option(2, "Hidden states that may wait at each end of a link between two stages of ppll.")
-    weight_share: float = option(0.5, "Part of the backward that zero-bubble schedules put off: that of the weights.")
+    channel_depth: int | None = option(
+        None,
+        "Hidden states that may wait at each end of a link between two stages of ppll and ppll_delayed. "
+        f"Default: {Workload.channel_depth}",
+    )
+    weight_share: float | None = option(
+        None,
+        "Part of the backward that zero-bubble schedules put off: that of the weights. "
+        f"Default: {Workload.weight_share}",
+    )
     keeps_graph: bool = option(
         False, "ppll_delayed keeps the graphs whose gradients have not come, instead of running their forward again."
     )
@@ -108,19 +128,23 @@ def _workloads(arguments: argparse.Namespace) -> list[Workload]:
     if arguments.link_gbps is not None and not arguments.link_gbps > 0:
         raise ValueError(f"link_gbps={arguments.link_gbps} must be more than 0; leave it out for no limit.")
     source = _source(arguments)
+    if arguments.link_gbps is not None and source.message_bytes == 0:
+        raise ValueError(
+            f"link_gbps={arguments.link_gbps} has no effect on messages of no size; set --message-mb, or leave it out."
+        )
     bandwidth = math.inf if arguments.link_gbps is None else arguments.link_gbps * GIGA / BITS_PER_BYTE
+    names = ("channel_depth", "virtual_stages", "weight_share")
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     return [
         Workload(
             source.of(stages),
             microbatches,
             message_bytes=source.message_bytes,
             latency=arguments.latency_us * MICRO,
-            channel_depth=arguments.channel_depth,
-            virtual_stages=arguments.virtual_stages,
-            weight_share=arguments.weight_share,
             keeps_graph=arguments.keeps_graph,
             cores=arguments.cores,
             bandwidth=bandwidth,
+            **given,
         )
         for stages in arguments.stages or (source.default_stages,)
         for microbatches in arguments.microbatches
@@ -148,13 +172,16 @@ def _source(arguments: argparse.Namespace) -> TimesSource:
 
 def _check_schedules(arguments: argparse.Namespace) -> None:
     """Refuses what none of the schedules looks at."""
-    if arguments.keeps_graph and "ppll_delayed" not in arguments.schedule:
-        raise ValueError("keeps_graph=True is for ppll_delayed alone; name it in --schedule, or leave it out.")
-    if arguments.local_ms is not None and "ppll" not in arguments.schedule:
-        raise ValueError(
-            f"local_ms={list(arguments.local_ms)}: of all schedules ppll alone computes local objectives; name it in "
-            "--schedule, or leave it out."
-        )
+    if not set(arguments.schedule) <= SCHEDULES.keys():
+        return  # the simulation says which there are
+    for name, looks in LOOKS_AT.items():
+        value = getattr(arguments, name)
+        if value is None or value is False or any(looks(SCHEDULES[schedule]) for schedule in arguments.schedule):
+            continue
+        shown = list(value) if isinstance(value, tuple) else value
+        users = [schedule for schedule, kind in SCHEDULES.items() if looks(kind)]
+        which = f"{users[0]} alone; name it" if len(users) == 1 else f"{', '.join(users)} alone; name one of them"
+        raise ValueError(f"{name}={shown} is for {which} in --schedule, or leave it out.")
 
 
 def _check_drawing(arguments: argparse.Namespace, workloads: Sequence[Workload]) -> None:

@@ -37,6 +37,7 @@ def test_the_command_line_wins_over_the_file(tmp_path, form):
     [
         (["--num_blcks", "3"], "unknown option on the command line: 'num_blcks' (did you mean 'num_blocks'?)"),
         (["--num-blcks=3"], "unknown option on the command line: 'num-blcks' (did you mean 'num_blocks'?)"),
+        (["--num_bl", "3"], "unknown option on the command line: 'num_bl' (did you mean 'num_blocks'?)"),
         (["num_blocks=3"], "unknown option on the command line: 'num_blocks=3'"),
         (["--config", "nowhere.yaml"], "there is no file 'nowhere.yaml'"),
         (["--config"], "--config needs the path of a YAML file"),
@@ -139,3 +140,11 @@ def test_a_methods_options_are_not_anothers(capsys):
     with pytest.raises(SystemExit):
         pipeline.main(["--method", "mlaan", "--reconstruction_weight", "1"])
     assert "unknown option on the command line: 'reconstruction_weight'" in capsys.readouterr().err
+
+
+def test_a_shortened_method_does_not_train_another(capsys):
+    """The options are made by the method that is written out."""
+    with pytest.raises(SystemExit) as ended:
+        pipeline.main(["--meth", "mlaan", "--output_dir", "out"])
+    assert ended.value.code == 2
+    assert "unknown option on the command line: 'meth' (did you mean 'method'?)" in capsys.readouterr().err

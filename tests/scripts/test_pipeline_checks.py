@@ -1,12 +1,15 @@
 """What the stages of `lopt-hf pipeline` would fail by, or overwrite, is one line before any is started."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lopt_hf.pipeline.runtime.health import report_failure
 from lopt_hf.scripts import pipeline
 from tests.scripts.test_bad_data import run
 from tests.scripts.test_training import arguments
@@ -122,3 +125,19 @@ def test_what_they_can_do_is_launched(tmp_path: Path, values: dict[str, Any]) ->
     values = {name: value.format(tmp_path) if isinstance(value, str) else value for name, value in values.items()}
     with pytest.raises(LaunchedError):
         pipeline.main(arguments(tmp_path, "sft", **{"num_stages": 2, **values}))
+
+
+def test_others_are_told_of_an_error_that_nobody_expected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its type and place are in this process's own output, as Python prints them."""
+    store = dist.HashStore()
+
+    def parse(arguments: Any) -> None:
+        raise KeyError("input_ids")
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(pipeline, "end_with_parent", lambda: None)
+    monkeypatch.setattr(pipeline.Rendezvous, "from_environment", lambda: SimpleNamespace(store=store, rank=1))
+    monkeypatch.setattr(pipeline, "_parse", parse)
+    with pytest.raises(KeyError, match="input_ids"):
+        pipeline.main([])
+    assert report_failure(store, "a later one") == "rank 1 failed: 'input_ids' (KeyError)"

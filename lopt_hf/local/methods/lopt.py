@@ -81,6 +81,7 @@ class LoPTArguments(ReachArguments):
         "reconstruction_bottleneck": 1,
         "local_update_interval": 1,
     }
+    _default_objective: ClassVar[str] = "reconstruction"
     _chosen: ClassVar[tuple[str, ...]] = (
         "local_objective",
         "reconstruction_mask",
@@ -162,7 +163,7 @@ class LoPTArguments(ReachArguments):
     def _check_frozen(self) -> None:
         trained_by = "train_early_blocks to True" if not self.train_early_blocks else "task_reach to a higher number"
         names = [*_RECONSTRUCTION, "early_learning_rate", "local_backward", "local_update_interval"]
-        if self.local_objective != "none":  # which is what becomes of it
+        if self.local_objective not in ("none", self._default_objective):
             names.append("local_objective")
         check_left_out(self, names, f"does nothing where early blocks are frozen; leave it out, or set {trained_by}.")
 

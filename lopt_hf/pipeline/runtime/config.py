@@ -1,7 +1,7 @@
 """The pipeline's arguments joined to those of the methods."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from lopt_hf.common.settings import check_left_out, option
 from lopt_hf.local.reach import ReachText, read_cycle
@@ -29,8 +29,6 @@ class ObjectivePipelineArguments(PipelineArguments, ObjectiveBase):
             stage nothing is kept there, and where the gradient would have come the stage stands still, or learns from
             its objective alone. Default: all, at every step; with `gradient="local"` 1, none being sent.
     """
-
-    _default_objective: ClassVar[str] = "reconstruction"  # where early stages have one
 
     # A parser of commands reads an option as the type that is named second: what `read_cycle` takes.
     task_reach: ReachText | str | int | list[int] | None = option(  # type: ignore[assignment]  # none once checked

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from transformers import PreTrainedModel
 
 from lopt_hf.local.hooks import BlockBoundary
@@ -47,6 +48,7 @@ class _Kept:
         balance: Factor of the routers' load-balancing loss; 0 leaves it out.
         hands_back: Whether the stage before learns from it too, and is sent the cotangent of the input.
         run: The forward, if its graph is kept.
+        number: Of the timeline's count, see `Timeline`; of one that a checkpoint held, what that is before the run.
     """
 
     batch: BatchId
@@ -56,6 +58,7 @@ class _Kept:
     balance: float
     hands_back: bool
     run: StageRun | None = None
+    number: int = -1
 
     @property
     def num_bytes(self) -> int:
@@ -75,10 +78,11 @@ class _Kept:
         }
 
     @classmethod
-    def load(cls, state: dict[str, Any]) -> "_Kept":
-        """Makes it of what `state` returned."""
+    def load(cls, state: dict[str, Any], device: torch.device) -> "_Kept":
+        """Makes it of what `state` returned, for a model on some device; random states stay on the CPU."""
         batch, random_state = BatchId(**state["batch"]), RandomState(**state["random_state"])
-        return cls(**{**state, "batch": batch, "random_state": random_state})
+        moved = send_to_device({name: state[name] for name in ("arguments", "hidden_BTD")}, device)
+        return cls(**{**state, **moved, "batch": batch, "random_state": random_state})
 
 
 @dataclass
@@ -170,7 +174,8 @@ class DelayedGradients:
         leaf_BTD = None if hidden_BTD is None else hidden_BTD.detach().requires_grad_()
         state = RandomState.now(next(self._model.parameters()) if leaf_BTD is None else leaf_BTD)
         hands_back = self._sender is not None and (reach is None or reach > self.delay + 1)
-        self._begun = _Kept(batch, arguments, leaf_BTD, state, balance, hands_back)
+        number = self._timeline.micro_batch
+        self._begun = _Kept(batch, arguments, leaf_BTD, state, balance, hands_back, number=number)
         if comes:
             self._steps[-1].micro_batches.append(self._begun)
 
@@ -237,7 +242,7 @@ class DelayedGradients:
         if not self._arrived:
             self._take(kept)
         cotangent_BTD = self._arrived.popleft()
-        with self._timeline.span("backward"):
+        with self._timeline.span("backward", kept.batch.step, kept.number):
             run = kept.run or self._run_again(kept)
             roots, gradients = [run.output_BTD], [cotangent_BTD]
             if run.router_logits and kept.balance:
@@ -249,10 +254,11 @@ class DelayedGradients:
             torch.autograd.backward(roots, gradients)
         if kept.hands_back:
             assert self._sender is not None and kept.hidden_BTD is not None and kept.hidden_BTD.grad is not None
-            send_back(self._sender, kept.batch, kept.hidden_BTD.grad, self._timeline, self._check_finite)
+            gradient_BTD = kept.hidden_BTD.grad
+            send_back(self._sender, kept.batch, gradient_BTD, self._timeline, self._check_finite, kept.number)
 
     def _take(self, kept: _Kept) -> None:
-        with self._timeline.span("receive"):
+        with self._timeline.span("receive", kept.batch.step, kept.number):
             self._arrived.append(self._receiver.get(kept.batch))
 
     @property
@@ -281,12 +287,16 @@ class DelayedGradients:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on from what `state` returned; graphs are made again, with the weights that they were made with."""
-        self._arrived = deque(state["cotangents"])
+        """Goes on from what `state` returned, on the CPU or where the model is.
+
+        Graphs are made again, with the weights that they were made with.
+        """
+        device = self._model.device
+        self._arrived = deque(send_to_device(state["cotangents"], device))
         self._steps.clear()
         with weights_put_back(self._model) as put:
             for micro_batches, weights in zip(state["steps"], state["weights"], strict=True):
-                step = _KeptStep(deque(map(_Kept.load, micro_batches)))
+                step = _KeptStep(deque(_Kept.load(kept, device) for kept in micro_batches))
                 for kept in step.micro_batches:
                     if kept.hidden_BTD is not None:
                         kept.hidden_BTD.requires_grad_()
@@ -304,6 +314,7 @@ def send_back(
     cotangent_BTD: torch.Tensor,
     timeline: Timeline,
     check_finite: Callable[[str, float], None],
+    number: int | None = None,
 ) -> None:
     """Sends the cotangent of a stage's input to the stage before.
 
@@ -313,8 +324,9 @@ def send_back(
         cotangent_BTD: Shape (B, T, D).
         timeline: Records how long that takes.
         check_finite: Raises if a figure, given with its name, is not finite.
+        number: Of the micro-batch in the timeline's count. Default: of the one that is under way.
     """
-    with timeline.span("send"):
+    with timeline.span("send", batch.step, number):
         largest = torch.linalg.vector_norm(cotangent_BTD, torch.inf)
         check_finite("the largest gradient of the hidden states", largest.item())
         sender.put(batch, cotangent_BTD)

@@ -14,7 +14,8 @@ from huggingface_hub import upload_folder
 from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
@@ -30,7 +31,14 @@ from lopt_hf.pipeline.runtime.checkpoint import INCOMPLETE, WEIGHTS_FILE, Manife
 from lopt_hf.pipeline.runtime.stage import load_stage
 from lopt_hf.pipeline.runtime.stage_plan import StagePlan
 
-__all__ = ["assemble_model", "export_checkpoint", "exporting", "push_model", "save_stage_model"]
+__all__ = [
+    "assemble_model",
+    "export_checkpoint",
+    "exporting",
+    "push_model",
+    "save_model_files",
+    "save_stage_model",
+]
 
 
 def assemble_model(stage_folders: Sequence[Path], output_dir: Path) -> None:
@@ -83,6 +91,21 @@ def save_stage_model(trainer: Any, target: Path) -> None:
     trainer.world.monitor.wait_for(store, "complete")
 
 
+def save_model_files(trainer: Any, folder: Path) -> None:
+    """Writes what a run's model has beside weights into a checkpoint: its options may have changed the start's.
+
+    Args:
+        trainer: The last stage's trainer.
+        folder: The stage's folder.
+    """
+    base_model = trainer.learner.base_model
+    base_model.config.save_pretrained(folder)
+    if base_model.can_generate():
+        base_model.generation_config.save_pretrained(folder)
+    if trainer.processing_class is not None:
+        trainer.processing_class.save_pretrained(folder)
+
+
 def _exported_state(trainer: Any) -> dict[str, torch.Tensor] | None:
     """What goes into the model: a head that is tied to the embeddings is saved with them, on another stage."""
     if isinstance(trainer.model, PeftModel):
@@ -132,7 +155,8 @@ def exporting(output_dir: Path) -> Iterator[Path]:
 def export_checkpoint(checkpoint: Path, output_dir: Path, model_name_or_path: str | None = None) -> None:
     """Writes a checkpoint's model as a stock checkpoint; of a run with adapters, the adapter.
 
-    The stages are loaded one after the other, so memory stays at the largest of them.
+    Tokenizer, chat template, config and generation config are the run's, or the start's where the checkpoint is from
+    before it held them. The stages are loaded one after the other, so memory stays at the largest of them.
 
     Args:
         checkpoint: The pipeline's checkpoint.
@@ -145,17 +169,37 @@ def export_checkpoint(checkpoint: Path, output_dir: Path, model_name_or_path: st
     manifest = Manifest(checkpoint)
     start = model_name_or_path or manifest.content["model"]
     with exporting(output_dir) as folder:
-        tokenizer = AutoTokenizer.from_pretrained(start, revision=manifest.revision)  # before the work
+        tokenizer = _load_tokenizer(start, manifest)  # before the work
+        config = _load_config(start, manifest)
         parts = [folder.parent / plan.name for plan in manifest.plans]
         for plan, stage_folder, part in zip(manifest.plans, manifest.stage_folders, parts, strict=True):
-            _export_stage(start, plan, stage_folder, manifest, part)
+            _export_stage(start, config, plan, stage_folder, manifest, part)
         assemble_model(parts, folder)
         tokenizer.save_pretrained(folder)
 
 
-def _export_stage(start: str, plan: StagePlan, folder: Path, manifest: Manifest, target: Path) -> None:
+def _load_tokenizer(start: str, manifest: Manifest) -> Any:
+    last = manifest.stage_folders[-1]
+    if (last / TOKENIZER_CONFIG_FILE).is_file():
+        return AutoTokenizer.from_pretrained(last)
+    return AutoTokenizer.from_pretrained(start, revision=manifest.revision)
+
+
+def _load_config(start: str, manifest: Manifest) -> PretrainedConfig:
+    """The run's config, but for whether embeddings and LM head are one weight, which is as in the start's files."""
+    at_start = AutoConfig.from_pretrained(start, revision=manifest.revision)
+    last = manifest.stage_folders[-1]
+    config = AutoConfig.from_pretrained(last) if (last / CONFIG_NAME).is_file() else at_start
+    is_tied = at_start.get_text_config(decoder=True).tie_word_embeddings
+    config.tie_word_embeddings = config.get_text_config(decoder=True).tie_word_embeddings = is_tied
+    return config
+
+
+def _export_stage(
+    start: str, config: PretrainedConfig, plan: StagePlan, folder: Path, manifest: Manifest, target: Path
+) -> None:
     dtype = manifest.content.get("dtype", "auto")  # the start's own may be a coarser one
-    model: Any = load_stage(start, plan, dtype=dtype, revision=manifest.revision)
+    model: Any = load_stage(start, plan, config=config, dtype=dtype, revision=manifest.revision)
     if (folder / ADAPTER_CONFIG_NAME).is_file():
         model = adapt_saved_stage(model, PeftConfig.from_pretrained(str(folder)))
     with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
@@ -163,11 +207,14 @@ def _export_stage(start: str, plan: StagePlan, folder: Path, manifest: Manifest,
     load_weights({name: tensor for name, tensor in model.state_dict().items() if name in saved}, [folder])
     if isinstance(model, PeftModel):
         return model.save_pretrained(str(target))
-    config = model.config.get_text_config(decoder=True)
-    keeps_tie = config.tie_word_embeddings and manifest.content["tied_embeddings"] == "freeze"
-    model.config.tie_word_embeddings = config.tie_word_embeddings = keeps_tie
+    text_config = model.config.get_text_config(decoder=True)
+    keeps_tie = text_config.tie_word_embeddings and manifest.content["tied_embeddings"] == "freeze"
+    model.config.tie_word_embeddings = text_config.tie_word_embeddings = keeps_tie
     state = model.state_dict(keep_vars=True)
     if keeps_tie and plan.is_last:  # it is saved with the embeddings, on the first stage
         head = {id(parameter) for parameter in model.get_output_embeddings().parameters()}
         state = {name: tensor for name, tensor in state.items() if id(tensor) not in head}
+    last = manifest.stage_folders[-1]
+    if (last / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(last)
     model.save_pretrained(target, state_dict=state)

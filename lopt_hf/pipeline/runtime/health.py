@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping
 
 import torch.distributed as dist
@@ -16,6 +17,7 @@ __all__ = [
     "BAD_INPUT_STATUS",
     "PeerMonitor",
     "PipelineError",
+    "describe_error",
     "failure_status",
     "report_bad_input",
     "report_failure",
@@ -30,6 +32,8 @@ FAILURE = "failure"
 BAD_INPUT = "bad input"
 BAD_INPUT_STATUS = 2
 DONE = "done"
+# Raised with a message for the user; the others' are of little use without their type and the place
+_FOR_USERS = (ValueError, OSError, ImportError, FloatingPointError)
 
 
 class PipelineError(RuntimeError):
@@ -102,13 +106,17 @@ class PeerMonitor:
     def explain(self, error: Exception, name: str, advice: str = "") -> PipelineError:
         """As `fail`, for an error of the main thread, which may be this process's own or that a collective broke.
 
+        Of one that nobody wrote for the user the traceback is printed too, to this process's output.
+
         Args:
             error: What was raised.
             name: What to call this process.
             advice: What to say if a connection broke and no process is missing.
         """
         if not isinstance(error, RuntimeError) or not _is_of_a_connection(error):
-            return self.fail(f"{name} failed: {error}")
+            if not isinstance(error, _FOR_USERS):
+                traceback.print_exception(error)
+            return self.fail(f"{name} failed: {describe_error(error)}")
         # The backend does not say whose; the one who is silent from now on is it.
         end = time.monotonic() + self.timeout + GRACE_SECONDS
         while self.failure is None and time.monotonic() < end:
@@ -218,6 +226,14 @@ def report_failure(store: dist.Store, reason: str) -> str:
         The reason that counts: the first.
     """
     return store.compare_set(FAILURE, "", reason).decode() or reason
+
+
+def describe_error(error: Exception) -> str:
+    """Returns what a line says of an error: its message, with its type where that was not written for the user."""
+    kind, message = type(error).__name__, str(error)
+    if not message:
+        return kind
+    return message if isinstance(error, _FOR_USERS) else f"{message} ({kind})"
 
 
 def report_bad_input(store: dist.Store) -> None:

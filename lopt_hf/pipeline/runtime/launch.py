@@ -5,6 +5,7 @@ import json
 import math
 import os
 import socket
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -19,7 +20,15 @@ from lopt_hf.common.distributed import new_group
 from lopt_hf.common.launching import LAUNCHER, ON_THIS_HOST
 from lopt_hf.pipeline.runtime.health import PeerMonitor
 
-__all__ = ["PipelineWorld", "Rendezvous", "check_same", "init_world", "launch_command", "rank_name"]
+__all__ = [
+    "PipelineWorld",
+    "Rendezvous",
+    "check_one_device",
+    "check_same",
+    "init_world",
+    "launch_command",
+    "rank_name",
+]
 
 # What tells accelerate and transformers that they are one of several processes. Each stage is a training run of its
 # own, which shares no batch and no gradient with the others, so they must not see the world.
@@ -27,6 +36,16 @@ _WORLD_VARIABLES = [f"{scope}{name}" for scope in ("", "LOCAL_", "GROUP_", "ROLE
 # Waiting for another process has no end of its own: a stage may take long. `PeerMonitor` notices who is gone.
 WAIT = timedelta(days=1)
 INTERFACE = "GLOO_SOCKET_IFNAME"  # gloo's own variable
+
+# Where a process reads which devices it may use, by their kind; accelerate's `--gpu_ids` sets the same ones.
+_VISIBLE_DEVICES = {
+    "cuda": "CUDA_VISIBLE_DEVICES",
+    "mlu": "MLU_VISIBLE_DEVICES",
+    "musa": "MUSA_VISIBLE_DEVICES",
+    "npu": "ASCEND_RT_VISIBLE_DEVICES",
+    "sdaa": "SDAA_VISIBLE_DEVICES",
+    "xpu": "ZE_AFFINITY_MASK",
+}
 
 _REFUSED_ENGINES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 
@@ -39,17 +58,22 @@ class Rendezvous:
         store: Key-value store that all processes share; the launcher's agent hosts it.
         rank: Global rank.
         world_size: Number of processes.
-        local_rank: Rank on this host; its device.
+        local_rank: Rank on this host.
+        has_device: Whether the host has an accelerator for it; then that is all that it sees, at index 0.
     """
 
     store: dist.Store
     rank: int
     world_size: int
     local_rank: int
+    has_device: bool = True
 
     @classmethod
     def from_environment(cls) -> "Rendezvous":
         """Connects to the store, and takes the world out of the environment, so that the stage trains as one process.
+
+        For the same reason it leaves the process one accelerator to see: call it before anything uses one, and before
+        the training arguments are made. Where a library has used one while it was imported, the process begins anew.
 
         Raises:
             ValueError: If the process was not launched as one of several, or for an engine that shards the model.
@@ -62,15 +86,54 @@ class Rendezvous:
                 )
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             raise ValueError("RANK and WORLD_SIZE are not set; start the pipeline with `accelerate launch`.")
+        local_rank = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+        has_device = _see_one_device(local_rank)
         shared, rank, world_size = next(dist.rendezvous("env://"))
         _choose_interface(os.environ["MASTER_ADDR"])
         # The launcher's store outlives a restart; what an earlier attempt left in it must not count.
         store = dist.PrefixStore(f"lopt_hf/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", shared)
         store.set_timeout(WAIT)
-        local_rank = int(os.environ.get("LOCAL_RANK", rank))
         for name in _WORLD_VARIABLES:
             os.environ.pop(name, None)
-        return cls(store, rank, world_size, local_rank)
+        return cls(store, rank, world_size, local_rank, has_device)
+
+
+def _see_one_device(local_rank: int) -> bool:
+    """Leaves this process the accelerator of its local rank alone: one that trains alone would take all it sees.
+
+    Where there is none for it, all stay visible; the run may be one on the CPU.
+
+    Returns:
+        Whether there is one.
+    """
+    kind, number = torch.accelerator.current_accelerator(), torch.accelerator.device_count()
+    if kind is None or local_rank >= number:
+        return False
+    name = _VISIBLE_DEVICES.get(kind.type)
+    if number == 1 or name is None:
+        return True
+    visible = os.environ.get(name)
+    os.environ[name] = visible.split(",")[local_rank].strip() if visible else str(local_rank)
+    if torch.get_device_module(kind).is_initialized():
+        # By then the driver has read the list (PEFT imports bitsandbytes, which asks every device what it can do).
+        os.environ["LOCAL_RANK"] = "0"
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    return True
+
+
+def check_one_device(args: Any) -> None:
+    """Raises `ValueError` if training arguments are of several accelerators, over which batches would be spread.
+
+    Args:
+        args: Training arguments.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"n_gpu={args.n_gpu}, but a stage trains on one accelerator; make the training arguments after "
+            "`Rendezvous.from_environment()`, which leaves it one to see."
+        )
 
 
 @dataclass(frozen=True)
@@ -151,17 +214,17 @@ def check_same(
         settings: Values that JSON can hold, by name.
 
     Raises:
-        ValueError: If this process has another value than rank 0.
+        ValueError: If this process has another value than rank 0, or one of the two has none.
     """
     key = f"same/{topic}"
     if monitor.rank == 0:
         store.set(key, json.dumps(settings))
-    for name, first in json.loads(monitor.wait_for(store, key)).items():
-        if settings[name] != first:
-            raise ValueError(
-                f"rank {monitor.rank} was given {name}={settings[name]!r}, but rank 0 {first!r}; give all processes "
-                "the same."
-            )
+    first = json.loads(monitor.wait_for(store, key))
+    for name in (*first, *(name for name in settings if name not in first)):
+        if name not in settings or name not in first or settings[name] != first[name]:
+            own = f"{name}={settings[name]!r}" if name in settings else f"no {name}"
+            other = repr(first[name]) if name in first else "none"
+            raise ValueError(f"rank {monitor.rank} was given {own}, but rank 0 {other}; give all processes the same.")
     monitor.barrier(store, key, world_size)
 
 
@@ -188,13 +251,20 @@ def init_world(
         sends_back: Whether gradients go from stage to stage, against the hidden states.
 
     Raises:
-        ValueError: If the launcher started another number of processes, or one of them has other settings.
+        ValueError: If the launcher started another number of processes, one of them has other settings, or there is no
+            accelerator for this one.
     """
     needed = num_stages * data_parallel
     if rendezvous.world_size != needed:
         raise ValueError(
             f"num_processes={rendezvous.world_size}, but num_stages={num_stages} x data_parallel={data_parallel} "
             f"needs {needed}; launch {needed} processes, or change the stages."
+        )
+    if device_type != "cpu" and not rendezvous.has_device:
+        number = torch.accelerator.device_count()
+        raise ValueError(
+            f"LOCAL_RANK={rendezvous.local_rank}, but this host has {number} accelerator{'s' * (number > 1)} and a "
+            f"process needs one of its own; launch at most {number} here, or train on the CPU with use_cpu=True."
         )
     stage, replica = divmod(rendezvous.rank, data_parallel)
     neighbours = [other * data_parallel + replica for other in (stage - 1, stage + 1) if 0 <= other < num_stages]
@@ -204,7 +274,7 @@ def init_world(
     check_same(rendezvous.store, monitor, rendezvous.world_size, "arguments", settings or {})
     backend = "gloo"
     if device_type != "cpu":
-        torch.accelerator.set_device_index(rendezvous.local_rank)
+        torch.accelerator.set_device_index(0)  # all that it sees
         backend = f"cpu:gloo,{device_type}:{dist.get_default_backend_for_device(device_type)}"
     try:
         dist.init_process_group(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 
 from lopt_hf.pipeline.events import Event, chrome_trace, plot_timeline
 from lopt_hf.pipeline.runtime.stage_plan import StagePlan
@@ -18,6 +18,7 @@ from lopt_hf.pipeline.runtime.stage_plan import StagePlan
 __all__ = [
     "StageCallback",
     "add_figures",
+    "add_final_figures",
     "collect_start_losses",
     "collect_timelines",
     "is_of_own_block",
@@ -50,6 +51,30 @@ def add_figures(trainer: Any, logs: dict[str, float]) -> None:
             key = _log_key(trainer, stage)
             logs.update(json.loads(trainer.world.monitor.wait_for(trainer.store, key)))
             trainer.store.delete_key(key)
+
+
+def add_final_figures(trainer: Any, logs: dict[str, float]) -> None:
+    """Makes the figures of a whole run those of all processes: each stock trainer has counted what its own has done.
+
+    Args:
+        trainer: The stage's trainer.
+        logs: What it is about to log at the end.
+    """
+    world = trainer.world
+    if world.num_replicas > 1:
+        loss = torch.tensor(logs["train_loss"], dtype=torch.float64)
+        dist.all_reduce(loss, group=world.data_group)
+        logs["train_loss"] = loss.item() / world.num_replicas
+        if trainer.args.max_steps > 0:  # of epochs it has taken all rows of the data set
+            logs["train_samples_per_second"] *= world.num_replicas
+    trainer.store.set(f"total_flos/{world.rank}", str(logs["total_flos"]))
+    resumed = trainer._manifest
+    if resumed is not None and len(resumed.stage_folders) != len(trainer.plans):
+        del logs["total_flos"]  # several stages have begun with the count of one, or one with that of several
+    elif world.reports:
+        keys = [f"total_flos/{rank}" for rank in range(world.mesh.size())]
+        logs["total_flos"] = sum(float(world.monitor.wait_for(trainer.store, key)) for key in keys)
+        trainer.state.total_flos = logs["total_flos"]  # which is saved beside the model
 
 
 def share_logs(trainer: Any, logs: Mapping[str, Any]) -> None:
@@ -121,12 +146,29 @@ def write_timeline(title: str, events: Sequence[Event], output_dir: Path) -> Non
         logger.warning("%s Of the timeline only %s is written.", error, output_dir / "timeline.json")
 
 
+def _has_own_order(args: Any) -> bool:
+    """Whether the order of the data is not drawn from the generators that dropout draws from."""
+    if args.train_sampling_strategy == "random":
+        return bool(args.accelerator_config.use_seedable_sampler)
+    return bool(args.train_sampling_strategy != "group_by_length")
+
+
 class StageCallback(TrainerCallback):
-    """Counts micro-batches, times the optimizer's step, and hands on the logs."""
+    """Seeds dropout by the stage, counts micro-batches, times the optimizer's step, and hands on the logs."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self.started = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Here and not before, since accelerate orders the data by the seed that the generator has when the data loader
+        # is made. A run that goes on gets the random state of its checkpoint.
+        if self.trainer.plan.index > 0 and state.global_step == 0 and _has_own_order(args):
+            set_seed(args.seed + self.trainer.plan.index)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.plan.index > 0 and _has_own_order(args):
+            set_seed(args.seed)  # which orders the data of the trainer's next run, on all stages alike
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.micro_batch = 0

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_quantization_config
 
@@ -28,6 +27,7 @@ from lopt_hf.pipeline.runtime.checkpoint import Manifest
 from lopt_hf.pipeline.runtime.config import MLAANPipelineConfig, PipelineConfig
 from lopt_hf.pipeline.runtime.health import BAD_INPUT_STATUS, PipelineError, report_bad_input, report_termination
 from lopt_hf.pipeline.runtime.launch import PipelineWorld, Rendezvous, init_world, launch_command, rank_name
+from lopt_hf.pipeline.runtime.stage import read_config
 from lopt_hf.pipeline.runtime.stage_plan import plan_stages
 from lopt_hf.pipeline.runtime.stage_trainer import StageMixin
 from lopt_hf.pipeline.runtime.trainer import MLAANPipelineTrainer, PipelineTrainer, StageTrainer
@@ -35,7 +35,7 @@ from lopt_hf.pipeline.split.auxiliaries import with_auxiliaries
 from lopt_hf.pipeline.split.balance import balanced_split, format_split
 from lopt_hf.pipeline.split.costs import measure_costs
 
-__all__ = ["StageConfig", "agreed_split", "find_model", "launch_stages", "make_trainer", "run_stage"]
+__all__ = ["StageConfig", "agreed_split", "find_model", "launch_stages", "make_trainer", "model_kwargs", "run_stage"]
 
 StageConfig = PipelineConfig | MLAANPipelineConfig
 # Makes a stage's trainer of training and model arguments, the processes, and what loads the data
@@ -88,10 +88,26 @@ def find_model(args: StageConfig, model_args: ModelConfig) -> tuple[str, int]:
     if get_quantization_config(model_args) is not None:
         raise ValueError("load_in_4bit and load_in_8bit do not work in a pipeline yet; leave them out.")
     checkpoint = resolve_model(model_args.model_name_or_path)
-    config = AutoConfig.from_pretrained(checkpoint, revision=model_args.model_revision)
+    config, _ = read_config(checkpoint, **model_kwargs(args, model_args))
     num_layers = int(config.get_text_config(decoder=True).num_hidden_layers)
     split_layers(num_layers, args.num_blocks, args.split_at)
     return checkpoint, num_layers
+
+
+def model_kwargs(args: StageConfig, model_args: ModelConfig) -> dict[str, Any]:
+    """Returns what `from_pretrained` is given; some of it changes options of the config (`read_config`).
+
+    Args:
+        args: Training arguments.
+        model_args: Which model.
+    """
+    overrides: Any = args.model_init_kwargs or {}
+    return {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **overrides,
+    }
 
 
 def make_trainer(
@@ -109,13 +125,7 @@ def make_trainer(
         ValueError: If the model or the data cannot be trained on.
     """
     checkpoint, num_layers = find_model(args, model_args)
-    overrides: Any = args.model_init_kwargs or {}
-    kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **overrides,
-    }
+    kwargs = model_kwargs(args, model_args)
     if args.split == "auto" and args.split_at is None:
         args.split_at = agreed_split(args, world, partial(_find_split, checkpoint, args, model_args))
     plans = plan_stages(split_layers(num_layers, args.num_blocks, args.split_at), world.num_stages)
@@ -167,7 +177,7 @@ def _resumed_split(args: PipelineArguments) -> list[int] | None:
 
 def _find_split(checkpoint: str, args: StageConfig, model_args: ModelConfig) -> list[int]:
     costs = measure_costs(
-        AutoConfig.from_pretrained(checkpoint, revision=model_args.model_revision),
+        read_config(checkpoint, **model_kwargs(args, model_args))[0],
         args.per_device_train_batch_size,
         args.max_length or 1024,  # TRL's default length
         objective=_measured_objective(args),

@@ -31,9 +31,16 @@ __all__ = [
     "load_stage",
     "match_layer_outputs",
     "model_class",
+    "read_config",
     "save_on_every_rank",
     "separate_stage_embeddings",
 ]
+
+
+# What `from_pretrained` is told of where config and weights are, and of the weights alone
+_OF_FILES = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"}
+_OF_FILES |= {"trust_remote_code"}
+_OF_WEIGHTS = {"dtype", "torch_dtype", "quantization_config"}
 
 
 class HiddenStateInput:
@@ -54,6 +61,25 @@ class HiddenStateInput:
         return with_hidden(args, kwargs, hidden_BTD)
 
 
+def read_config(name_or_path: str, **from_pretrained_kwargs: Any) -> tuple[PretrainedConfig, dict[str, Any]]:
+    """Reads a model's config as `AutoModelForCausalLM.from_pretrained` would: some of its arguments change options.
+
+    Args:
+        name_or_path: Hub id or local folder of the model.
+        **from_pretrained_kwargs: For `from_pretrained`: `revision`, `attention_dropout` ...
+
+    Returns:
+        The config, and the arguments that are left for the model.
+
+    Raises:
+        OSError: If there is no such model here or on the hub.
+    """
+    given = {name: value for name, value in from_pretrained_kwargs.items() if name not in _OF_WEIGHTS}
+    config, others = AutoConfig.from_pretrained(name_or_path, return_unused_kwargs=True, **given)
+    again = {n: value for n, value in from_pretrained_kwargs.items() if n in _OF_FILES | _OF_WEIGHTS}
+    return config, {**others, **again}
+
+
 def load_stage(
     name_or_path: str, plan: StagePlan, keeps_readout: bool = False, **from_pretrained_kwargs: Any
 ) -> PreTrainedModel:
@@ -66,7 +92,8 @@ def load_stage(
         name_or_path: Hub id or local folder of the whole model's checkpoint.
         plan: The stage.
         keeps_readout: Also load the final norm and the LM head where the stage is not the last, frozen.
-        **from_pretrained_kwargs: For `from_pretrained`: `dtype`, `revision`, `attn_implementation` ...
+        **from_pretrained_kwargs: For `from_pretrained`: `dtype`, `revision`, `attn_implementation`, options of the
+            config; or the whole `config`.
 
     Returns:
         A model of the stock class. Its parameters have their usual names; those of other stages are not there.
@@ -75,10 +102,9 @@ def load_stage(
         ValueError: If the model is no decoder-only language model, cannot be cut into stages, or has parameters that
             belong to no stage.
     """
-    config = from_pretrained_kwargs.pop("config", None) or AutoConfig.from_pretrained(
-        name_or_path,
-        **{k: v for k, v in from_pretrained_kwargs.items() if k in ("revision", "trust_remote_code", "token")},
-    )
+    config = from_pretrained_kwargs.pop("config", None)
+    if config is None:
+        config, from_pretrained_kwargs = read_config(name_or_path, **from_pretrained_kwargs)
     stock_class = model_class(name_or_path, config)
     check_layer_inputs(stock_class, config)
     keeps_head = plan.is_last or keeps_readout

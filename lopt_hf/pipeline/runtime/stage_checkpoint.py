@@ -119,7 +119,7 @@ def load_in_flight(trainer: Any, manifest: Manifest) -> None:
             f"resume_from_checkpoint={str(manifest.folder)!r} has no {path.parent.name}/{path.name}, which the task's "
             "gradients that were on their way need; go on from a whole checkpoint."
         )
-    trainer.delayed.load_state(torch.load(path, map_location=trainer.args.device, weights_only=True))
+    trainer.delayed.load_state(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def _save_stage(trainer: Any, folder: Path, final: Path) -> None:

@@ -35,9 +35,16 @@ from lopt_hf.pipeline.runtime.checkpoint import (
 )
 from lopt_hf.pipeline.runtime.delayed import DelayedGradients, send_back
 from lopt_hf.pipeline.runtime.export import push_model, save_stage_model
-from lopt_hf.pipeline.runtime.launch import PipelineWorld, check_same
+from lopt_hf.pipeline.runtime.launch import PipelineWorld, check_one_device, check_same
 from lopt_hf.pipeline.runtime.links import StageLinks
-from lopt_hf.pipeline.runtime.logs import StageCallback, add_figures, collect_start_losses, collect_timelines
+from lopt_hf.pipeline.runtime.logs import (
+    StageCallback,
+    add_figures,
+    add_final_figures,
+    collect_start_losses,
+    collect_timelines,
+)
+from lopt_hf.pipeline.runtime.optimizer_state import OptimizerStateCheck
 from lopt_hf.pipeline.runtime.replicas import count_over_replicas, own_share, own_stream, share_gradients
 from lopt_hf.pipeline.runtime.stage_forward import StageForward
 from lopt_hf.pipeline.runtime.stage_plan import plan_stages
@@ -62,6 +69,9 @@ class StageMixin(LocalLearningMixin):
         world: The processes of the run.
         method: The method. Default: the one that the arguments are of.
         **kwargs: The keyword arguments of the trainer.
+
+    Raises:
+        ValueError: If the arguments are of several accelerators.
     """
 
     args: Any
@@ -79,6 +89,7 @@ class StageMixin(LocalLearningMixin):
         method: Method | None = None,
         **kwargs: Any,
     ) -> None:
+        check_one_device(args)
         self.world = world
         base_model: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         num_layers = len(find_stack(base_model).layers)
@@ -104,6 +115,8 @@ class StageMixin(LocalLearningMixin):
             reach = describe_reach(self.learner.schedule)
             self.card_facts["trained by the task loss"] = f"{reach}, the first with a gradient {late}"
         self.add_callback(StageCallback(self))
+        if args.save_strategy != "no":
+            self.add_callback(OptimizerStateCheck())
 
     # ---- What this stage is ----
 
@@ -342,6 +355,8 @@ class StageMixin(LocalLearningMixin):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self.model.training:
             add_figures(self, logs)
+        elif "train_runtime" in logs:
+            add_final_figures(self, logs)
         super().log(logs, start_time)
 
     # ---- Checkpoints and the saved model ----

@@ -41,12 +41,18 @@ class Timeline:
         self._open: list[list[Any]] = []
 
     @contextlib.contextmanager
-    def span(self, kind: str) -> Iterator[None]:
-        """Records what happens inside as one event, or several where another lies inside it."""
+    def span(self, kind: str, step: int | None = None, micro_batch: int | None = None) -> Iterator[None]:
+        """Records what happens inside as one event, or several where another lies inside it.
+
+        Args:
+            kind: See `Event`.
+            step: As in `add`.
+            micro_batch: As in `add`.
+        """
         start = time.perf_counter()
         if self._open:
             self._close(start)  # the outer span pauses
-        self._open.append([kind, start])
+        self._open.append([kind, start, step, micro_batch])
         try:
             yield
         finally:
@@ -73,18 +79,28 @@ class Timeline:
         self._filled_at, self._waited, self._depths = now, 0.0, []
         return {"utilisation": 1.0 - bubble, "bubble_share": bubble, "queue_depth": depth}
 
-    def add(self, kind: str, start: float, end: float) -> None:
-        """Records a span, given by `time.perf_counter()`."""
+    def add(
+        self, kind: str, start: float, end: float, step: int | None = None, micro_batch: int | None = None
+    ) -> None:
+        """Records a span.
+
+        Args:
+            kind: See `Event`.
+            start: Where it begins, by `time.perf_counter()`.
+            end: Where it ends, likewise.
+            step: The optimizer step that it belongs to. Default: the one that is under way.
+            micro_batch: Its micro-batch. Default: likewise.
+        """
         if kind in WAITS and self._filled_at is not None:
             self._waited += end - start
         if kind not in WAITS and self._filled_at is None:
             self._filled_at = start
-        if self.step < self._kept_steps and end > start:
-            number = self.step if kind == "optimizer" else self.micro_batch
-            self.events.append(
-                Event(self._stage, kind, number, start + self._clock, end + self._clock, step=self.step)
-            )
+        step = self.step if step is None else step
+        micro_batch = self.micro_batch if micro_batch is None else micro_batch
+        if step < self._kept_steps and end > start:
+            number = step if kind == "optimizer" else micro_batch
+            self.events.append(Event(self._stage, kind, number, start + self._clock, end + self._clock, step=step))
 
     def _close(self, end: float) -> None:
-        kind, start = self._open[-1]
-        self.add(kind, start, end)
+        kind, start, step, micro_batch = self._open[-1]
+        self.add(kind, start, end, step, micro_batch)

@@ -1,6 +1,7 @@
 """The trainers of a pipeline's stages of a language model, by the method that the early blocks learn by."""
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
@@ -12,6 +13,7 @@ from lopt_hf.local.methods.base import Method
 from lopt_hf.local.methods.lopt import LoPT
 from lopt_hf.local.objectives import LocalObjective
 from lopt_hf.pipeline.runtime.config import MLAANPipelineConfig, PipelineConfig
+from lopt_hf.pipeline.runtime.export import save_model_files
 from lopt_hf.pipeline.runtime.launch import PipelineWorld
 from lopt_hf.pipeline.runtime.stage import keep_stage, load_stage, separate_stage_embeddings
 from lopt_hf.pipeline.runtime.stage_plan import StagePlan
@@ -79,6 +81,11 @@ class StageTrainer(StageMixin, SFTTrainer):
     def _keep_stage(self, learner: LocalLearner) -> None:
         if _needs_model(self.plan, learner.method, self.args):
             keep_stage(learner.base_model, self.plan)
+
+    def _save_local_state(self, staged: Path, final: Path) -> None:
+        super()._save_local_state(staged, final)
+        if self.plan.is_last:
+            save_model_files(self, staged)
 
 
 class PipelineTrainer(StageTrainer):

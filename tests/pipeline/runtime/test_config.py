@@ -176,3 +176,10 @@ def test_defaults_of_mlaan(tmp_path):
     args = MLAANPipelineConfig(output_dir=str(tmp_path))
     assert (args.num_blocks, args.num_stages, args.window) == (2, 2, 1)
     assert MLAANPipelineConfig(output_dir=str(tmp_path), num_blocks=4, num_stages=2, ema_decay=0.9).ema_decay == 0.9
+
+
+def test_early_stages_may_be_frozen(tmp_path):
+    args = PipelineConfig(str(tmp_path), gradient="local", train_early_blocks=False)
+    assert args.freezes_early_blocks
+    with pytest.raises(ValueError, match="local_objective='readout' does nothing where early blocks are frozen"):
+        PipelineConfig(str(tmp_path), local_objective="readout", train_early_blocks=False)

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 from collections import deque
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from lopt_hf.local.blocks import split_layers
 from lopt_hf.local.boundary import GradientBoundary
 from lopt_hf.local.objectives import NoObjective
+from lopt_hf.local.replay import RandomState
 from lopt_hf.local.stacks import find_decoder_stack
 from lopt_hf.pipeline.runtime.channel import BatchId
 from lopt_hf.pipeline.runtime.delayed import DelayedGradients
 from lopt_hf.pipeline.runtime.stage import load_stage
+from lopt_hf.pipeline.runtime.stage_checkpoint import load_in_flight
 from lopt_hf.pipeline.runtime.stage_forward import StageForward
 from lopt_hf.pipeline.runtime.stage_plan import plan_stages
 from lopt_hf.pipeline.runtime.timeline import Timeline
@@ -41,7 +44,7 @@ class Channel:
         return self.messages.popleft()
 
 
-def make_stage(folder, recompute=True, delay=1, cotangents=COTANGENTS, prediction=None):
+def make_stage(folder, recompute=True, delay=1, cotangents=COTANGENTS, prediction=None, timeline=None):
     plan = plan_stages(blocks := split_layers(4, 2), 2)[0]
     model = load_stage(str(folder), plan, dtype=torch.float32).train()
     stack, sent = find_decoder_stack(model), []
@@ -57,7 +60,7 @@ def make_stage(folder, recompute=True, delay=1, cotangents=COTANGENTS, predictio
         receiver=Channel(cotangents),
         sender=None,
         autocast=contextlib.nullcontext,
-        timeline=Timeline(0),
+        timeline=timeline or Timeline(0),
         check_finite=lambda name, value: None,
     )
     return model, stage, sent
@@ -214,6 +217,30 @@ def test_what_is_in_flight_goes_on_from_a_checkpoint(tmp_path, recompute):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_what_is_in_flight_goes_where_the_model_is(tmp_path):
+    """But for random states, which torch takes from the CPU alone, also those of other devices."""
+    make_model("mixtral").save_pretrained(tmp_path)
+    model, stage, _ = make_stage(tmp_path, delay=2)
+    for step in range(2):
+        stage.begin(BatchId(step, 0, 0), INPUTS[step], torch.zeros(2, 12, 32))
+        stage.run_backward(True)
+    plan = plan_stages(split_layers(4, 2), 2)[0]
+    (tmp_path / "in-flight").mkdir()
+    torch.save(stage.state(), tmp_path / f"in-flight/{plan.name}-0.pt")
+    model.to("meta")
+    args = SimpleNamespace(device=torch.device("meta"))
+    trainer = SimpleNamespace(delayed=stage, plan=plan, world=SimpleNamespace(replica=0), args=args)
+    load_in_flight(trainer, SimpleNamespace(folder=tmp_path))
+    state = stage.state()
+    kept = [kept for step in state["steps"] for kept in step]
+    assert len(kept) == 2 and len(state["cotangents"]) == 1
+    moved = [*state["cotangents"], *(tensor for each in kept for tensor in each["arguments"].values())]
+    assert {tensor.device.type for tensor in [*moved, *(each["hidden_BTD"] for each in kept)]} == {"meta"}
+    for each in kept:
+        with RandomState(**each["random_state"]).restored():
+            pass
+
+
 def test_a_forward_that_runs_again_has_the_dropout_of_the_first(tmp_path):
     make_model("mixtral", attention_dropout=0.3).save_pretrained(tmp_path)
     found = []
@@ -224,6 +251,18 @@ def test_a_forward_that_runs_again_has_the_dropout_of_the_first(tmp_path):
         found.append([*sent, *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)])
     assert len(found[0]) == len(found[1]) > 2
     assert all(torch.equal(again, kept) for again, kept in zip(*found, strict=True))
+
+
+def test_what_comes_late_is_in_the_timeline_as_its_own_micro_batchs(tmp_path):
+    """Not as that of the micro-batch under way, in whose time it runs; and those of the last steps kept are there."""
+    make_model("mixtral").save_pretrained(tmp_path)
+    timeline = Timeline(0, kept_steps=2)
+    model, stage, _ = make_stage(tmp_path, timeline=timeline)
+    for step in range(3):
+        timeline.step, timeline.micro_batch = step, step + 10  # counted over the run, not in the step
+        run_step(stage, step)
+    found = [(event.kind, event.step, event.microbatch) for event in timeline.events]
+    assert found == [("receive", 0, 10), ("backward", 0, 10), ("receive", 1, 11), ("backward", 1, 11)]
 
 
 def test_weights_are_put_back():

@@ -1,13 +1,15 @@
 """An export is there as a whole, or not at all."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lopt_hf.pipeline.runtime import export
-from tests.tiny import make_tokenizer
+from tests.distributed.pipeline_processes import assert_same_model, assert_succeeded, run, write_inputs
+from tests.tiny import CHAT_TEMPLATE, make_tokenizer
 
 FIXTURE = Path(__file__).parents[2] / "fixtures/resume_before_local_learner"
 CHECKPOINT = FIXTURE / "pipeline/checkpoint-3"
@@ -37,3 +39,29 @@ def test_one_that_fails_leaves_nothing_that_is_in_the_way_of_the_next(tmp_path, 
     AutoModelForCausalLM.from_pretrained(tmp_path / "to/model")
     assert [path.name for path in (tmp_path / "to").iterdir()] == ["model"]
     assert not list((tmp_path / "to/model").glob("incomplete-*"))
+
+
+def test_a_run_with_a_template_and_options_of_its_own(tmp_path):
+    """The exported model is the saved one in all files, and not the start in those beside the weights."""
+    write_inputs(tmp_path)
+    (tmp_path / "own.jinja").write_text(CHAT_TEMPLATE.replace("U:", "Q: "))
+    settings = {"chat_template_path": tmp_path / "own.jinja", "eos_token": "!", "num_blocks": 2, "max_steps": 2}
+    settings["model_init_kwargs"] = json.dumps({"attention_dropout": 0.1})
+    assert_succeeded(*run(tmp_path, tmp_path / "out", ranks=2, **settings))
+    export.export_checkpoint(tmp_path / "out/checkpoint-2", tmp_path / "exported")
+    assert_same_model(tmp_path / "exported", tmp_path / "out")
+    for name in ("config.json", "generation_config.json", "chat_template.jinja", "tokenizer_config.json"):
+        assert (tmp_path / "exported" / name).read_text() == (tmp_path / "out" / name).read_text(), name
+    tokenizer, config = (kind.from_pretrained(tmp_path / "exported") for kind in (AutoTokenizer, AutoConfig))
+    eos = tokenizer.convert_tokens_to_ids("!")
+    assert (tokenizer.eos_token_id, config.eos_token_id, config.attention_dropout) == (eos, eos, 0.1)
+    assert "Q: " in tokenizer.chat_template
+
+
+def test_a_checkpoint_without_them_takes_those_of_the_start(tmp_path):
+    """One from before checkpoints held tokenizer and config."""
+    assert not (CHECKPOINT / "stage-1/tokenizer_config.json").exists()
+    shutil.copytree(FIXTURE / "start/model", tmp_path / "start")
+    make_tokenizer(additional_special_tokens=["#"]).save_pretrained(tmp_path / "start")
+    export.export_checkpoint(CHECKPOINT, tmp_path / "model", str(tmp_path / "start"))
+    assert "#" in AutoTokenizer.from_pretrained(tmp_path / "model").all_special_tokens

@@ -1,15 +1,20 @@
-"""What a pipeline's run leaves beside the model; nothing of it may cost the model."""
+"""What a pipeline's run leaves beside the model, of which nothing may cost the model; and what draws its dropout."""
 
 import json
 import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.distributed as dist
+from transformers import set_seed
 
+from lopt_hf import PipelineConfig
 from lopt_hf.pipeline.events import Event
-from lopt_hf.pipeline.runtime.logs import collect_timelines
+from lopt_hf.pipeline.runtime.logs import StageCallback, add_final_figures, collect_timelines
 from lopt_hf.pipeline.runtime.timeline import Timeline
 from lopt_hf.pipeline.runtime.trainer import PipelineTrainer
+from tests.distributed.pipeline_processes import assert_succeeded, run, write_inputs
 
 EVENTS = [Event(0, "forward", 0, 5.0, 6.0), Event(0, "backward", 0, 6.0, 8.0)]
 
@@ -60,3 +65,89 @@ def test_local_backwards_are_recorded_in_the_timeline_of_then():
         with span():
             pass
     assert [event.kind for event in trainer.timeline.events] == ["backward", "optimizer"]
+
+
+def final_figures(monkeypatch, replicas=1, max_steps=4, resumed_stages=None):
+    """Of the last of two stages, whose own figures are a loss of 2, 10 rows a second and 100 operations."""
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group: tensor.add_(3.0))  # the other replica's loss
+    monitor = SimpleNamespace(wait_for=lambda store, key: store[key])
+    mesh = SimpleNamespace(size=lambda: 2 * replicas)
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(max_steps=max_steps),
+        world=SimpleNamespace(
+            num_replicas=replicas, rank=replicas, reports=True, mesh=mesh, monitor=monitor, data_group=None
+        ),
+        store=Store({f"total_flos/{rank}": "10.0" for rank in range(2 * replicas)}),
+        plans=[None, None],
+        state=SimpleNamespace(total_flos=100.0),
+        _manifest=None if resumed_stages is None else SimpleNamespace(stage_folders=[None] * resumed_stages),
+    )
+    logs = {"train_loss": 2.0, "train_samples_per_second": 10.0, "total_flos": 100.0}
+    add_final_figures(trainer, logs)
+    assert trainer.state.total_flos == logs.get("total_flos", 100.0)
+    return logs
+
+
+def test_final_figures_are_of_all_stages_and_replicas(monkeypatch):
+    assert final_figures(monkeypatch) == {
+        "train_loss": 2.0,
+        "train_samples_per_second": 10.0,
+        "total_flos": 110.0,
+    }
+    of_two = {"train_loss": 2.5, "train_samples_per_second": 20.0, "total_flos": 130.0}
+    assert final_figures(monkeypatch, replicas=2) == of_two
+    # Of epochs transformers takes all rows of the data set, however many replicas share them
+    assert final_figures(monkeypatch, replicas=2, max_steps=-1) == of_two | {"train_samples_per_second": 10.0}
+
+
+def test_operations_are_not_told_where_the_stages_before_were_others(monkeypatch):
+    assert "total_flos" in final_figures(monkeypatch, resumed_stages=2)
+    assert "total_flos" not in final_figures(monkeypatch, resumed_stages=3)
+
+
+def masks_drawn_by(stage, folder, step=0, **settings):
+    """What is drawn after a stage's training has begun, and the seed by which its next run would order the data."""
+    args = PipelineConfig(output_dir=str(folder), bf16=False, **settings)
+    callback = StageCallback(SimpleNamespace(plan=SimpleNamespace(index=stage)))
+    set_seed(args.seed)
+    torch.rand(3)  # in making the trainer
+    state = SimpleNamespace(global_step=step)
+    callback.on_train_begin(args, state, None)
+    drawn = torch.rand(8).tolist()
+    callback.on_train_end(args, state, None)
+    return drawn, torch.initial_seed()
+
+
+def test_each_stage_draws_masks_of_its_own(tmp_path):
+    set_seed(42)
+    torch.rand(3)
+    today = torch.rand(8).tolist()
+    drawn = [masks_drawn_by(stage, tmp_path) for stage in range(3)]
+    assert drawn[0] == (today, 42)
+    assert len({tuple(masks) for masks, _ in drawn}) == 3 and {seed for _, seed in drawn} == {42}
+    assert masks_drawn_by(1, tmp_path, step=5)[0] == today  # until the checkpoint's state is loaded
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"train_sampling_strategy": "group_by_length"}, {"accelerator_config": {"use_seedable_sampler": False}}],
+    ids=["grouped", "not seedable"],
+)
+def test_not_where_the_order_of_the_data_is_drawn_too(tmp_path, settings):
+    assert masks_drawn_by(1, tmp_path, **settings) == masks_drawn_by(0, tmp_path, **settings)
+
+
+@pytest.mark.parametrize("resumes", [False, True], ids=["whole", "resumed"])
+def test_the_stages_of_a_run_are_seeded_apart_and_their_replicas_alike(tmp_path, resumes):
+    write_inputs(tmp_path)
+    settings = {"num_blocks": 2, "data_parallel": 2, "save_steps": 1, "use_peft": True, "lora_dropout": 0.5}
+    folder = tmp_path / "out"
+    for steps in (1, 2) if resumes else (2,):
+        assert_succeeded(*run(tmp_path, folder, ranks=4, max_steps=steps, resume_from_checkpoint="auto", **settings))
+    seeds = []
+    for name in ("stage-0", "stage-0-replica-1", "stage-1", "stage-1-replica-1"):
+        state = torch.load(folder / "checkpoint-2" / name / "rng_state.pth", weights_only=False)
+        generator = torch.Generator()
+        generator.set_state(state["cpu"])
+        seeds.append(generator.initial_seed())
+    assert seeds == [0, 0, 1, 1]

@@ -5,9 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
+from trl import ModelConfig
 
 from lopt_hf import PipelineConfig
-from lopt_hf.pipeline.runtime.run import agreed_split
+from lopt_hf.pipeline.runtime.run import agreed_split, find_model
+from tests.tiny import make_model
 
 
 def measure():
@@ -30,3 +32,10 @@ def test_a_run_that_goes_on_is_cut_as_its_checkpoint(tmp_path):
     assert split_of(tmp_path, 2) == [3]
     with pytest.raises(InterruptedError):  # of other blocks
         split_of(tmp_path, 3)
+
+
+def test_options_of_the_config_count_before_the_launch(tmp_path):
+    """Whoever trains fewer layers than the model has cuts those."""
+    make_model().save_pretrained(tmp_path)
+    args = PipelineConfig(output_dir=str(tmp_path / "out"), model_init_kwargs={"num_hidden_layers": 3})
+    assert find_model(args, ModelConfig(model_name_or_path=str(tmp_path))) == (str(tmp_path), 3)

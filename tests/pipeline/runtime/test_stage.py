@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from lopt_hf.local.blocks import split_layers
 from lopt_hf.local.stacks import find_decoder_stack
-from lopt_hf.pipeline.runtime.stage import HiddenStateInput, load_stage
+from lopt_hf.pipeline.runtime.stage import HiddenStateInput, load_stage, read_config
 from lopt_hf.pipeline.runtime.stage_plan import plan_stages
 from tests.tiny import FAMILIES, make_model
 
@@ -76,6 +76,20 @@ def test_a_readout_is_kept_frozen(tmp_path, tied, num_stages):
         frozen = {name for name, parameter in stage.named_parameters() if not parameter.requires_grad}
         assert frozen == {"model.norm.weight", "lm_head.weight"}
     assert all(parameter.requires_grad for parameter in last.parameters())
+
+
+def test_options_of_the_config_are_those_of_the_stock_model(tmp_path):
+    """As `--model_init_kwargs` has them in one process."""
+    save(tmp_path, "llama", tied=False)
+    options = {"attention_dropout": 0.1, "use_cache": False, "attn_implementation": "eager", "revision": "main"}
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, **options)
+    for _, stage in load(tmp_path, 2, **options):
+        assert stage.config.to_dict() == stock.config.to_dict()
+        assert stage.config._attn_implementation == stock.config._attn_implementation
+        assert find_decoder_stack(stage).decoder.config.attention_dropout == 0.1
+    config, others = read_config(str(tmp_path), dtype="float32", low_cpu_mem_usage=True, **options)
+    assert (config.attention_dropout, config.use_cache) == (0.1, False)
+    assert others == {"dtype": "float32", "low_cpu_mem_usage": True, "revision": "main"}
 
 
 def test_hidden_states_are_used_once(tmp_path):

@@ -49,6 +49,9 @@ def test_help_names_every_schedule_and_the_keys_of_the_file():
     text = make_parser().format_help()
     for word in ("ppll", "gpipe", "1f1b", "interleaved", "zero-bubble", *SCHEDULES, *MEASURED, "examples:"):
         assert word in text
+    options = " ".join(text.partition("\noptions:")[2].split())
+    for option, default in {"virtual-stages N": 2, "channel-depth N": 2, "weight-share X": 0.5}.items():
+        assert options.partition(f"--{option}")[2].partition(" --")[0].endswith(f" Default: {default}")
 
 
 def test_measured_times(measured, capsys):
@@ -72,7 +75,7 @@ def test_options_reach_the_simulation(tmp_path):
     options = ["--forward-ms", "1,2", "--backward-ms", "3,4", "--local-ms", 5, "--optimizer-ms", 6]
     options += ["--message-mb", 2, "--link-gbps", 8, "--latency-us", 7, "--channel-depth", 3, "--virtual-stages", 4]
     options += ["--weight-share", 0.25, "--keeps-graph"]
-    simulate(*options, "--microbatches", 4, "--schedule", "interleaved,ppll,ppll_delayed", "--output", output)
+    simulate(*options, "--microbatches", 4, "--schedule", "interleaved_zb,ppll,ppll_delayed", "--output", output)
     row, *_ = json.loads(output.read_text())
     workload = row["workload"]
     assert workload["times"] == {
@@ -155,7 +158,17 @@ def test_sleeping_stages_run(capsys):
         (["--times", "none.json"], "times=none.json: No such file or directory; name a JSON file of measured times."),
         (["--times", "x.json", "--local-ms", "1"], "times and local_ms: times come from the file or by hand"),
         (["--keeps-graph"], "keeps_graph=True is for ppll_delayed alone; name it in --schedule, or leave it out."),
-        (["--local-ms", "1", "--schedule", "gpipe"], "local_ms=[1.0]: of all schedules ppll alone computes local"),
+        (["--local-ms", "1", "--schedule", "gpipe"], "local_ms=[1.0] is for ppll alone; name it in --schedule, or"),
+        (
+            ["--virtual-stages", "8", "--schedule", "1f1b"],
+            "virtual_stages=8 is for interleaved, interleaved_zb alone; name one of them in --schedule, or leave it",
+        ),
+        (["--channel-depth", "9", "--schedule", "1f1b"], "channel_depth=9 is for ppll, ppll_delayed alone; name one"),
+        (
+            ["--weight-share", "0", "--schedule", "1f1b,ppll"],
+            "weight_share=0.0 is for zero-bubble, interleaved_zb, zbv, dualpipev alone; name one of them",
+        ),
+        (["--link-gbps", "0.001"], "link_gbps=0.001 has no effect on messages of no size; set --message-mb, or leave"),
         (["--plot", "x.png"], "plot: a plot of scaling needs several numbers of stages, such as --stages 2,4,8,16."),
         (["--stages", "2,4", "--plot", "x.svg"], "plot=x.svg: name a .png file."),
         (["--timeline", "x.html"], "timeline=x.html: name a .png file for a drawing or .json for a Chrome trace."),

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -71,6 +71,8 @@ class LocalImageArguments(LoPTArguments):
     Raises:
         ValueError: If a value is out of range; the message names field, value and fix.
     """
+
+    _default_objective: ClassVar[str] = "classifier"
 
     local_objective: str = option(
         "classifier",

@@ -26,7 +26,6 @@ class ImagePipelineConfig(ObjectivePipelineArguments, LocalImageConfig):
         *("tied_embeddings", "reconstruction_mask", "reconstruction_weight", "reconstruction_bottleneck"),
         *("local_objective", "label_smoothing_factor"),
     )
-    _default_objective: ClassVar[str] = "classifier"
 
     # A string after `__post_init__`
     local_objective: str = option(
