@@ -110,7 +110,6 @@ def make_trl_parser(command: str, description: str | None, *dataclass_types: typ
         usage=f"lopt-hf {command} [--config recipe.yaml] [options]",  # the default lists hundreds of options
         description=f"{without_fences(description or '')}\n{CONFIG_HELP}",
         formatter_class=HelpFormatter,
-        allow_abbrev=False,  # `chosen` takes none: what is made by one option would not be what another says
     )
     correct_help(parser, dataclass_types)
     parser.add_argument("--help-all", action=HelpAll, help="Show all options, also those seldom needed, and exit.")

@@ -49,7 +49,14 @@ def print_what_can_be_printed() -> None:
 
 
 class OneLineErrors(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage before it, and whose help any terminal can print."""
+    """A parser whose errors are one line, without the usage before it, and whose help any terminal can print.
+
+    It takes no abbreviations: where a command looks for one option to know which others there are, it finds none.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.allow_abbrev = False
 
     def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
         """Parses as `argparse` does."""

@@ -148,3 +148,9 @@ def test_a_shortened_method_does_not_train_another(capsys):
         pipeline.main(["--meth", "mlaan", "--output_dir", "out"])
     assert ended.value.code == 2
     assert "unknown option on the command line: 'meth' (did you mean 'method'?)" in capsys.readouterr().err
+
+
+def test_a_shortened_task_does_not_measure_another(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "pipeline", "--tas", "image", "--stages", "0"])
+    assert capsys.readouterr().err.endswith("error: unrecognized arguments: --tas image\n")

@@ -141,7 +141,6 @@ def test_not_where_the_order_of_the_data_is_drawn_too(tmp_path, settings):
 def test_the_stages_of_a_run_are_seeded_apart_and_their_replicas_alike(tmp_path, resumes):
     write_inputs(tmp_path)
     settings = {"num_blocks": 2, "data_parallel": 2, "save_steps": 1, "use_peft": True, "lora_dropout": 0.5}
-    settings["logging_steps"] = 1
     folder = tmp_path / "out"
     for steps in (1, 2) if resumes else (2,):
         assert_succeeded(*run(tmp_path, folder, ranks=4, max_steps=steps, resume_from_checkpoint="auto", **settings))
@@ -152,7 +151,3 @@ def test_the_stages_of_a_run_are_seeded_apart_and_their_replicas_alike(tmp_path,
         generator.set_state(state["cpu"])
         seeds.append(generator.initial_seed())
     assert seeds == [0, 0, 1, 1]
-    if not resumes:  # and what the run says of itself is of both replicas
-        *logged, final = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-        losses = [logs["loss"] for logs in logged if "loss" in logs]
-        assert len(losses) == 2 and final["train_loss"] == pytest.approx(sum(losses) / 2, abs=1e-3)

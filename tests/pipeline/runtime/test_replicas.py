@@ -4,11 +4,13 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import pytest
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 
 from lopt_hf.pipeline.runtime.replicas import own_share, own_stream
 from tests.distributed.pipeline_processes import assert_succeeded, run, write_inputs
+from tests.tiny import make_model
 
 
 def share_of(replica, dataset):
@@ -29,6 +31,23 @@ def test_replicas_take_turns_in_a_stream_as_in_a_data_set():
     shares = [share_of(replica, stream) for replica in range(2)]
     assert shares == [[[70, 71], [74, 75], [31, 32]], [[72, 73], [76, 30], [70, 71]]]
     assert shares == [share_of(replica, Dataset.from_list(list(rows_of([7, 3])))) for replica in range(2)]
+
+
+def test_the_figures_at_the_end_are_of_all_replicas_and_stages(tmp_path):
+    write_inputs(tmp_path)
+    settings = {"num_blocks": 2, "max_steps": 3, "save_strategy": "no", "save_steps": None}
+    model = make_model()
+    weights = sum(parameter.numel() for name, parameter in model.named_parameters() if "embed_tokens" not in name)
+    for replicas, rows in ((2, 2), (1, 4)):  # the same batches
+        shared = {"data_parallel": replicas, "per_device_train_batch_size": rows}
+        assert_succeeded(*run(tmp_path, tmp_path / f"of-{replicas}", ranks=2 * replicas, **settings, **shared))
+        state = json.loads((tmp_path / f"of-{replicas}/trainer_state.json").read_text())
+        *steps, final = state["log_history"]
+        assert final["train_loss"] == pytest.approx(sum(step["loss"] for step in steps) / 3)
+        rows_of_all = final["train_samples_per_second"] * final["train_runtime"]
+        assert rows_of_all == pytest.approx(3 * 4, rel=0.01)
+        tokens = final["total_flos"] / (6 * weights)  # padding included, of which smaller batches have less
+        assert tokens == int(tokens) and state["total_flos"] == final["total_flos"]
 
 
 def test_a_resumed_run_counts_what_each_replica_had_counted(tmp_path):
