@@ -319,11 +319,13 @@ class StageMixin(LocalLearningMixin):
             folder = str(self._manifest.folder_for(self.plan))
         self._open_links()
         output = super().train(folder, *args, **kwargs)
+        collect_timelines(self)
+        return output
+
+    def _close_links(self) -> None:
         self.drain()  # of a run that goes on from its last step, or whose data ended before it was to
         self._links.close()
         self._links, self.delayed = StageLinks(), None
-        collect_timelines(self)
-        return output
 
     def _open_links(self) -> None:
         self._links = StageLinks.open(self.world, self.plan, self.args)
@@ -356,6 +358,7 @@ class StageMixin(LocalLearningMixin):
         if "loss" in logs and self.model.training:
             add_figures(self, logs)
         elif "train_runtime" in logs:
+            self._close_links()  # first: a stage that goes on alone never comes to its end
             add_final_figures(self, logs)
         super().log(logs, start_time)
 
