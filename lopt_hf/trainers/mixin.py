@@ -446,14 +446,20 @@ class LocalLearningMixin(TrainerBase):
             path = Path(str(self.args.output_dir)) / "README.md"
             complete_card(path, describe_run(self, dataset_name), read_retention(self.state.log_history))
 
+    @property
+    def trained_by(self) -> str:
+        """What the model card calls the method; a paper's name is for what the paper describes."""
+        names_a_paper = getattr(type(self), "_paper", None)
+        own_name = self.learner.method.own_name(self.args) if names_a_paper else None
+        return own_name or self._name
+
     @contextlib.contextmanager
     def _named_as_trained(self) -> Iterator[None]:
-        """Lets TRL's card name the method, and its paper, only where the run is what the paper describes."""
-        own_name = self.learner.method.own_name(self.args)
-        if own_name is None:
+        """Lets TRL's card name the method as `trained_by` does, and its paper only with it."""
+        if self.trained_by == self._name:
             yield
             return
-        self._name, self._paper = own_name, {}
+        self._name, self._paper = self.trained_by, {}
         try:
             yield
         finally:

@@ -42,7 +42,7 @@ class Kept:
 def describe_run(trainer: Any, dataset_name: str | None = None) -> dict[str, str]:
     """Returns what to tell of a trainer of local learning, by its name; its `card_facts` come last."""
     return {
-        "method": f"{trainer.learner.method.own_name(trainer.args) or trainer._name}, of lopt_hf {__version__}",
+        "method": f"{trainer.trained_by}, of lopt_hf {__version__}",
         "blocks": _describe_blocks(trainer.all_blocks),
         "trained by the task loss": describe_reach(trainer.learner.schedule),
         **({} if dataset_name is None else {"data": dataset_name}),

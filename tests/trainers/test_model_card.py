@@ -6,7 +6,7 @@ import pytest
 import transformers.trainer
 from huggingface_hub import ModelCard
 
-from lopt_hf import RetentionCallback, __version__
+from lopt_hf import LocalSFTTrainer, RetentionCallback, __version__
 from lopt_hf.scripts.card_facts import describe_data, public_command
 from lopt_hf.scripts.launching import LAUNCHED
 from lopt_hf.trainers.model_card import read_retention
@@ -53,9 +53,16 @@ def test_the_card_tells_blocks_reach_and_what_the_command_knows(tmp_path):
     assert card.data.eval_results is None and "lopt" in card.data.tags
 
 
-@pytest.mark.parametrize(("reach", "name"), [([1, 2], "a reach schedule"), (1, "frozen early blocks")])
-def test_a_run_that_is_not_the_papers_does_not_name_it(tmp_path, reach, name):
-    trainer = make_trainer(tmp_path, local_objective="none", task_reach=reach)
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"local_objective": "none", "task_reach": [1, 2]}, "a reach schedule"),
+        ({"local_objective": "none"}, "frozen early blocks"),
+        ({"train_early_blocks": False}, "frozen early blocks"),
+    ],
+)
+def test_a_run_that_is_not_the_papers_does_not_name_it(tmp_path, settings, name):
+    trainer = make_trainer(tmp_path, **settings)
     trainer.create_model_card("tiny")
     text = ModelCard.load(tmp_path / "README.md").text
     assert f"| method | {name}, of lopt_hf {__version__} |" in text and f"trained with {name}" in text
@@ -63,6 +70,13 @@ def test_a_run_that_is_not_the_papers_does_not_name_it(tmp_path, reach, name):
     trainer = make_trainer(tmp_path / "2")
     trainer.create_model_card("tiny")
     assert "Rethinking" in ModelCard.load(tmp_path / "2" / "README.md").text
+
+
+def test_a_trainer_that_names_no_paper_keeps_its_name(tmp_path):
+    """Such as a stage of a pipeline, whose early blocks have no objective where gradients come late."""
+    trainer = make_trainer(tmp_path, trainer_class=LocalSFTTrainer, local_objective="none", task_reach=2)
+    trainer.create_model_card("tiny")
+    assert f"| method | Local SFT, of lopt_hf {__version__} |" in ModelCard.load(tmp_path / "README.md").text
 
 
 def test_what_was_kept_is_in_the_metadata_as_the_hub_has_it(tmp_path):

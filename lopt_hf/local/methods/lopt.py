@@ -297,9 +297,9 @@ class LoPT(Method):
         return "readout" if settings.local_objective == "readout" else "part"
 
     def own_name(self, settings: LoPTArguments) -> str | None:
-        if settings.local_objective != "none":
-            return None
-        return "frozen early blocks" if settings.freezes_early_blocks else "a reach schedule"
+        if settings.freezes_early_blocks:
+            return "frozen early blocks"
+        return "a reach schedule" if settings.local_objective == "none" else None
 
     def make_objective(self, learner: Learner) -> LocalObjective:
         settings: LoPTArguments = learner.settings
