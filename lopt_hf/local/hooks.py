@@ -23,7 +23,9 @@ from lopt_hf.local.objectives import LocalBatch, LocalObjective, NoObjective
 from lopt_hf.local.reach_check import ReachCheck
 from lopt_hf.local.replay import BlockRun, Replay, Replays
 from lopt_hf.local.routers import RouterLogits, with_gradient_times
+from lopt_hf.local.run_state import relative_difference
 from lopt_hf.local.stacks import find_stack
+from lopt_hf.local.stem import Stem, find_stem
 
 __all__ = ["BlockBoundary", "Way", "cut"]
 
@@ -85,6 +87,7 @@ class BlockBoundary(ABC):
         self._left: set[int] = set()  # the blocks that have run in this forward
         self._unchecked_replays = set(range(len(self.blocks)))
         self._replays: Replays | None = None
+        self._stem: Stem | None = None
         self._handles = self._install_hooks()
 
     def _install_hooks(self) -> list[RemovableHandle]:
@@ -112,10 +115,19 @@ class BlockBoundary(ABC):
         """Whether a forward that learns locally is under way."""
         return self._in_forward
 
-    def recompute_reached(self) -> None:
-        """Lets early blocks that the task's gradient reaches run again, from now on, and keep no graph until then."""
+    def recompute_reached(self, stem_too: bool = True) -> None:
+        """Lets early blocks that the task's gradient reaches run again, from now on, and keep no graph until then.
+
+        Args:
+            stem_too: Do so with an image classifier's stem as well; not where its weights are at hand in the model's
+                own forward alone.
+        """
         self._replays = Replays(self.stack, self.early_blocks)
         self._handles += self._replays.handles
+        modules = find_stem(self.model, self.stack) if stem_too else []
+        if modules:
+            self._stem = Stem(modules)
+            self._handles += self._stem.handles
 
     def remove(self) -> None:
         """Takes the hooks off the model, which is then a stock model again."""
@@ -249,9 +261,13 @@ class BlockBoundary(ABC):
         self._left.clear()
         if self._replays is not None:
             self._replays.begin_forward()
-        if self.early_blocks and self.way(self.early_blocks[0].index) == "blind":
-            # Ends where a block learns; `_leave_decoder` also restores it should a layer raise before.
+        first_way = self.way(self.early_blocks[0].index) if self.early_blocks else "local"
+        if self._stem is not None and self._stem.learns and first_way == "again":
+            self._stem.enter()
             torch.set_grad_enabled(False)
+        if first_way == "blind":
+            torch.set_grad_enabled(False)
+        # Either ends where a block learns; `_leave_decoder` also restores it should a layer raise before.
 
     def _leave_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._in_forward:
@@ -260,6 +276,8 @@ class BlockBoundary(ABC):
         self._mask_BT = None
         if self._replays is not None:
             self._replays.end_forward()
+        if self._stem is not None:
+            self._stem.forget()
         self.leave_decoder()
 
     def _enter_block(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -268,7 +286,8 @@ class BlockBoundary(ABC):
         hidden_BTD = hidden_of(args, kwargs)
         if self.way(index) == "again":
             assert self._replays is not None
-            self._replays.enter(index, hidden_BTD, self.local_target(hidden_BTD))
+            stem_run = self._stem.leave(hidden_BTD) if index == 0 and self._stem is not None else None
+            self._replays.enter(index, hidden_BTD, self.local_target(hidden_BTD), stem_run)
             torch.set_grad_enabled(False)
             return None
         torch.set_grad_enabled(True)
@@ -337,7 +356,8 @@ class BlockBoundary(ABC):
         if micro_batch.trains_early_blocks:
             with torch.autocast(**run.autocast):
                 loss = self.local_loss_again(index, own_BTD, run)
-        with self.outside_the_forward(cotangent_BTD.device.type):
+        device_type = cotangent_BTD.device.type
+        with self.outside_the_forward(device_type):
             handed_back_BTD = None
             if loss is not None:
                 if not is_first:  # the local gradient stays in the block, and the embeddings are part of the first
@@ -348,17 +368,19 @@ class BlockBoundary(ABC):
             replay.run_backward(cotangent_BTD, run)
             if not is_first:  # the input is the leaf that the block before has returned
                 run.input_BTD.grad = replay.input_BTD.grad if handed_back_BTD is None else handed_back_BTD
-            elif run.is_behind_a_graph:
+            elif run.input_BTD.grad_fn is not None:
                 torch.autograd.backward(run.input_BTD, replay.input_BTD.grad)
+        if run.stem is not None and replay.input_BTD.grad is not None:
+            assert self._stem is not None
+            check, around = partial(micro_batch.events.check_replay, 0), partial(self.outside_the_forward, device_type)
+            self._stem.learn(run.stem, replay.input_BTD.grad, around, check)
 
     def _check_replay(self, index: int, run: BlockRun, replay: Replay, micro_batch: MicroBatch) -> None:
         self.check_reach(index, replay.output_BTD)
         if index in self._unchecked_replays:
             self._unchecked_replays.discard(index)
             assert run.output_BTD is not None
-            first_BTD, again_BTD = run.output_BTD.detach().float(), replay.output_BTD.detach().float()
-            difference = torch.linalg.vector_norm(again_BTD - first_BTD) / torch.linalg.vector_norm(first_BTD)
-            micro_batch.events.check_replay(index, difference)
+            micro_batch.events.check_replay(index, relative_difference(run.output_BTD, replay.output_BTD))
 
     # ---- For the subclasses ----
 

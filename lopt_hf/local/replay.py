@@ -6,62 +6,24 @@ cotangent back, it runs again from the same input, in the same random state, and
 Shapes: B batch, T tokens, D hidden channels.
 """
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import get_device_states, set_device_states
 from torch.utils.hooks import RemovableHandle
 
-from lopt_hf.common.upstream.torch import BatchNorm
 from lopt_hf.common.upstream.transformers import active_collector
 from lopt_hf.local.blocks import Block
 from lopt_hf.local.layer_calls import LayerCall, hidden_of, output_hidden
 from lopt_hf.local.objectives import LocalBatch
+from lopt_hf.local.run_state import RandomState, autocast_of, changed_between, running_statistics_kept
 from lopt_hf.local.stacks import DecoderStack
+from lopt_hf.local.stem import StemRun
 
-__all__ = ["BlockRun", "RandomState", "Replay", "Replays", "running_statistics_kept"]
-
-
-@dataclass(frozen=True)
-class RandomState:
-    """The random state of the CPU and of some devices.
-
-    Attributes:
-        cpu: That of the CPU.
-        devices: Ids of the devices.
-        states: Those of the devices, in their order.
-    """
-
-    cpu: torch.Tensor
-    devices: list[int]
-    states: list[torch.Tensor]
-
-    @classmethod
-    def now(cls, tensor: torch.Tensor) -> "RandomState":
-        """Returns the present state of the CPU and of a tensor's device."""
-        return cls(torch.get_rng_state(), *get_device_states(tensor))
-
-    @contextlib.contextmanager
-    def restored(self) -> Iterator[None]:
-        """Makes a context that begins in this state, and behind which everything goes on as if it had not been."""
-        with torch.random.fork_rng(devices=self.devices):
-            torch.set_rng_state(self.cpu)
-            set_device_states(self.devices, self.states)
-            yield
-
-
-def _autocast_of(device_type: str) -> dict[str, Any]:
-    return {
-        "device_type": device_type,
-        "enabled": torch.is_autocast_enabled(device_type),
-        "dtype": torch.get_autocast_dtype(device_type),
-        "cache_enabled": torch.is_autocast_cache_enabled(),
-    }
+__all__ = ["BlockRun", "Replay", "Replays"]
 
 
 @dataclass
@@ -69,7 +31,7 @@ class BlockRun:
     """A block's run without a graph, and what it takes to run it again.
 
     Attributes:
-        input_BTD: What the block was given; of the first block with the graph of the embeddings.
+        input_BTD: What the block was given; of the first block with the graph of the embeddings, or `stem`.
         target_BTD: What a local objective is given as the block's input, detached.
         random_state: The random state before it.
         autocast: The arguments of the autocast context that it ran in.
@@ -78,6 +40,7 @@ class BlockRun:
         output_BTD: What it returned: a leaf, from which the next block starts and whose gradient is the cotangent.
         router_logits: Its routers' logits, as leaves: the gradient of the model's load-balancing loss arrives there.
         batch: What a local objective may know of the micro-batch.
+        stem: How what is before the first block ran, if it is to run again.
     """
 
     input_BTD: torch.Tensor
@@ -89,6 +52,7 @@ class BlockRun:
     output_BTD: torch.Tensor | None = None
     router_logits: list[torch.Tensor] = field(default_factory=list)
     batch: LocalBatch = field(default_factory=LocalBatch)
+    stem: StemRun | None = None
 
     def note_mappings(self, call: LayerCall) -> None:
         """Notes the mappings that a layer is given, to see later whether the block has put something into them."""
@@ -111,8 +75,8 @@ class BlockRun:
 
     @property
     def is_behind_a_graph(self) -> bool:
-        """Whether a gradient at the block's input has somewhere to go: to the embeddings."""
-        return self.input_BTD.grad_fn is not None
+        """Whether a gradient at the block's input has somewhere to go: to the embeddings, or a stem."""
+        return self.input_BTD.grad_fn is not None or self.stem is not None
 
 
 @dataclass(frozen=True)
@@ -147,31 +111,6 @@ class Replay:
         """Gives the weights, and the input if it asks for one, their gradients."""
         if self.output_BTD.requires_grad:
             torch.autograd.backward(*self._roots(cotangent_BTD, run))
-
-
-@contextlib.contextmanager
-def running_statistics_kept(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Lets batch norms that train leave their running statistics alone: the first run has moved them already.
-
-    Args:
-        layers: The modules whose batch norms are meant.
-    """
-    norms = [m for layer in layers for m in layer.modules() if isinstance(m, BatchNorm) and m.track_running_stats]
-    moving = [norm for norm in norms if norm.training]
-    for norm in moving:
-        norm.track_running_stats = False  # the statistics of the batch are used in either case
-    try:
-        yield
-    finally:
-        for norm in moving:
-            norm.track_running_stats = True
-
-
-def _changed_between(where: str) -> str:
-    return (
-        f"{where} the decoder changes the hidden states, which a block that runs again by itself would miss; set "
-        "reach_recompute to False, and please report the architecture."
-    )
 
 
 def _more_than_hidden(problem: str) -> RuntimeError:
@@ -213,19 +152,23 @@ class Replays:
         """Forgets all runs."""
         self.forwards = []
 
-    def enter(self, index: int, hidden_BTD: torch.Tensor, target_BTD: torch.Tensor) -> None:
+    def enter(
+        self, index: int, hidden_BTD: torch.Tensor, target_BTD: torch.Tensor, stem: StemRun | None = None
+    ) -> None:
         """Begins to write down the run of a block.
 
         Args:
             index: The block's index.
             hidden_BTD: The hidden states that it starts from.
             target_BTD: What a local objective is given as its input.
+            stem: How what is before it ran, if it is to run again.
         """
         before = self.forwards[-1].get(index - 1)
         if before is not None and before.output_BTD is not hidden_BTD:
-            raise RuntimeError(_changed_between(f"Between blocks {index - 1} and {index}"))
+            raise RuntimeError(changed_between(f"Between blocks {index - 1} and {index}"))
         device_type = hidden_BTD.device.type
-        self._running = BlockRun(hidden_BTD, target_BTD, RandomState.now(hidden_BTD), _autocast_of(device_type))
+        state = RandomState.now(hidden_BTD)
+        self._running = BlockRun(hidden_BTD, target_BTD, state, autocast_of(device_type), stem=stem)
         self._last_BTD = hidden_BTD
         self.forwards[-1][index] = self._running
 
@@ -248,7 +191,7 @@ class Replays:
         if self._running is None:
             return
         if hidden_of(args, kwargs) is not self._last_BTD:
-            raise RuntimeError(_changed_between(f"Between two layers of block {index}"))
+            raise RuntimeError(changed_between(f"Between two layers of block {index}"))
         call = LayerCall.of(args, kwargs)
         learned = [v for v in (*call.args, *call.kwargs.values()) if isinstance(v, torch.Tensor) and v.requires_grad]
         if learned:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from lopt_hf.local.hooks import cut
 from lopt_hf.local.layer_calls import hidden_of, output_hidden, with_hidden
-from lopt_hf.local.replay import running_statistics_kept
+from lopt_hf.local.run_state import running_statistics_kept
 from lopt_hf.local.stacks import DecoderStack, is_image_classifier
 from lopt_hf.pipeline.runtime.stage import HiddenStateInput
 from lopt_hf.pipeline.runtime.stage_plan import StagePlan

@@ -1,0 +1,140 @@
+"""A ResNet's stem, run again a module at a time: the same weights as with its graph kept, and less that is kept."""
+
+import pytest
+import torch
+from torch import nn
+
+from lopt_hf import LocalImageConfig, LocalImageTrainer
+from lopt_hf.local import hooks
+from lopt_hf.local.learner import LocalLearner
+from lopt_hf.local.run_facts import RunFacts
+from lopt_hf.local.stacks import find_stack
+from lopt_hf.local.stem import find_stem
+from lopt_hf.meters.saved_bytes import SavedBytes
+from tests.image.helpers import FAMILIES, make_images, make_model, options
+from tests.tiny import make_model as make_language_model
+
+REACH = {"num_blocks": 3, "task_reach": 3, "local_objective": "none"}
+
+
+def names_of_stem(model):
+    names = {module: name for name, module in model.base_model.named_modules()}
+    return [names[module] for module in find_stem(model, find_stack(model))]
+
+
+def test_a_resnets_stem_is_found():
+    within = [f"embedder.embedder.{name}" for name in ("convolution", "normalization", "activation")]
+    assert names_of_stem(make_model("resnet")) == [*within, "embedder.pooler"]
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"resnet"}))
+def test_what_is_no_chain_of_modules_keeps_its_graph(family):
+    assert names_of_stem(make_model(family)) == []
+
+
+def test_a_language_model_has_no_stem():
+    assert names_of_stem(make_language_model("llama")) == []
+
+
+def with_dropout(model):
+    model.base_model.embedder.embedder.activation = nn.Dropout(0.5)
+
+
+def freeze_convolution(model):
+    model.base_model.embedder.embedder.convolution.requires_grad_(False)
+
+
+def freeze_norm(model):
+    model.base_model.embedder.embedder.normalization.requires_grad_(False)
+
+
+def trained(folder, change, settings):
+    model = make_model("resnet")
+    if change is not None:
+        change(model)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = LocalImageTrainer(
+        model, LocalImageConfig(**options(folder, **REACH | settings)), train_dataset=make_images()
+    )
+    with SavedBytes(model) as saved:
+        trainer.train()
+    return start, model.state_dict(), saved.peak
+
+
+@pytest.mark.parametrize(
+    "change, settings",
+    [
+        pytest.param(None, {}, id="plain"),
+        pytest.param(with_dropout, {}, id="dropout"),
+        pytest.param(freeze_convolution, {}, id="frozen convolution"),
+        pytest.param(freeze_norm, {}, id="frozen norm"),
+        pytest.param(None, {"bf16": True}, id="bf16"),
+        pytest.param(None, {"gradient_accumulation_steps": 2}, id="accumulation"),
+        pytest.param(None, {"task_reach": [1, 3]}, id="cycle"),
+        pytest.param(None, {"task_reach": [1, 3], "local_objective": "classifier"}, id="local loss"),
+        pytest.param(
+            None,
+            {"task_reach": [1, 3], "reach_unit": "microbatch", "gradient_accumulation_steps": 2},
+            id="micro-batches",
+        ),
+        pytest.param(None, {"local_step": True, "clip_scope": "part"}, id="local steps"),
+    ],
+)
+def test_running_again_changes_nothing(change, settings, tmp_path, monkeypatch):
+    """Bit for bit, running statistics and dropout masks too."""
+    start, ours, _ = trained(tmp_path / "ours", change, settings)
+    monkeypatch.setattr(hooks, "find_stem", lambda model, stack: [])
+    _, kept, _ = trained(tmp_path / "kept", change, settings)
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, kept[name]), name
+    moved = {name for name in start if not torch.equal(start[name], ours[name])}
+    assert any("embedder" in name for name in moved)
+
+
+@pytest.mark.parametrize("settings", [{}, {"task_reach": [1, 3]}])
+def test_running_again_keeps_less(settings, tmp_path, monkeypatch):
+    """Of a model whose stem has the largest feature maps, as ResNets have."""
+    _, _, ours = trained(tmp_path / "ours", None, settings)
+    monkeypatch.setattr(hooks, "find_stem", lambda model, stack: [])
+    _, _, kept = trained(tmp_path / "kept", None, settings)
+    assert ours < 0.8 * kept
+
+
+def test_a_frozen_stem_runs_once(tmp_path):
+    model = make_model("resnet")
+    model.base_model.embedder.requires_grad_(False)
+    trainer = LocalImageTrainer(model, LocalImageConfig(**options(tmp_path, **REACH)), train_dataset=make_images())
+    runs = []
+    model.base_model.embedder.pooler.register_forward_hook(lambda *call: runs.append(call))
+    trainer.train()
+    assert len(runs) == 3  # one in each step
+
+
+def test_what_is_changed_before_the_layers_is_an_error_and_no_wrong_gradient(tmp_path):
+    model = make_model("resnet")
+    model.base_model.embedder.register_forward_hook(lambda module, args, output: output * 2)
+    trainer = LocalImageTrainer(model, LocalImageConfig(**options(tmp_path, **REACH)), train_dataset=make_images())
+    with pytest.raises(RuntimeError, match=r"Before its layers the decoder changes .* reach_recompute"):
+        trainer.train()
+
+
+def test_a_stem_that_gives_something_else_again_is_an_error(tmp_path):
+    model = make_model("resnet")
+    norm, runs = model.base_model.embedder.embedder.normalization, []
+
+    def drift(module, args, output):
+        runs.append(output)
+        return output * len(runs)
+
+    trainer = LocalImageTrainer(model, LocalImageConfig(**options(tmp_path, **REACH)), train_dataset=make_images())
+    norm.register_forward_hook(drift, prepend=True)
+    with pytest.raises(RuntimeError, match=r"Block 0 computes something else when it runs again .* reach_recompute"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("engine, hooks_there", [(None, 1), ("FSDP2", 0)])
+def test_a_sharded_root_is_not_run_by_parts(engine, hooks_there, tmp_path):
+    """Its weights are whole in the model's own forward only."""
+    model = make_model("resnet")
+    LocalLearner(model, LocalImageConfig(**options(tmp_path, **REACH)), run=RunFacts(engine=engine))
+    assert len(model.base_model.embedder.pooler._forward_hooks) == hooks_there
