@@ -262,12 +262,11 @@ class BlockBoundary(ABC):
         if self._replays is not None:
             self._replays.begin_forward()
         first_way = self.way(self.early_blocks[0].index) if self.early_blocks else "local"
-        if self._stem is not None and self._stem.learns and first_way == "again":
-            self._stem.enter()
+        given = (*args, *kwargs.values())
+        stem_runs_again = first_way == "again" and self._stem is not None and self._stem.enter(given)
+        if first_way == "blind" or stem_runs_again:
+            # Ends where a block learns; `_leave_decoder` also restores it should a layer raise before.
             torch.set_grad_enabled(False)
-        if first_way == "blind":
-            torch.set_grad_enabled(False)
-        # Either ends where a block learns; `_leave_decoder` also restores it should a layer raise before.
 
     def _leave_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._in_forward:

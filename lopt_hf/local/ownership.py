@@ -4,6 +4,7 @@ What runs before is not told by its name but traced: on a twin of the decoder th
 graph of what the first layer is given leads back to the parameters that feed it.
 """
 
+import copy
 import functools
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,12 +12,14 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
+from lopt_hf.common.upstream.torch import without_modes
 from lopt_hf.local.blocks import Block
 from lopt_hf.local.heads import LocalHeads
-from lopt_hf.local.stacks import DecoderStack
-from lopt_hf.local.twin import TRACE_ERRORS, first_layer_of, run_twin
+from lopt_hf.local.layer_calls import stop_at
+from lopt_hf.local.stacks import DecoderStack, example_image
 
 __all__ = [
     "feeds_first_layer",
@@ -128,6 +131,9 @@ def _branch_of_head(model: PreTrainedModel) -> Iterator[nn.Module]:
 # ---- The trace ----
 
 
+# How a decoder of somebody's own may fail that does not run on shapes alone
+TRACE_ERRORS: tuple[type[Exception], ...] = (ArithmeticError, AssertionError, AttributeError, ImportError)
+TRACE_ERRORS += (LookupError, RuntimeError, TypeError, ValueError)
 _traced: weakref.WeakKeyDictionary[nn.Module, frozenset[str]] = weakref.WeakKeyDictionary()
 
 
@@ -135,8 +141,9 @@ def _trace(stack: DecoderStack) -> frozenset[str]:
     """The dotted names in a decoder of the modules, or parameters beside modules, that feed its first layer."""
     decoder, kind = cast(Any, stack.decoder), cast(Any, type(stack.decoder))
     if decoder not in _traced:
+        name = next(name for name, module in decoder.named_modules() if module is stack.layers[0])
         try:
-            _traced[decoder] = _trace_twin(kind, _Config(decoder.config), first_layer_of(stack))
+            _traced[decoder] = _trace_twin(kind, _Config(decoder.config), name)
         except TRACE_ERRORS:
             embeddings = (name for name, module in decoder.named_modules() if isinstance(module, nn.Embedding))
             _traced[decoder] = frozenset(embeddings)  # what this misses, `ReachCheck` finds
@@ -157,13 +164,34 @@ class _Config:
         return hash(self._text)
 
 
+class _Yes(TorchFunctionMode):
+    """Answers what a forward asks of the values of a mask that is all ones, and that has none on the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return True if func in (torch.Tensor.__bool__, torch.Tensor.item) else func(*args, **(kwargs or {}))
+
+
 @functools.lru_cache(maxsize=64)
 def _trace_twin(decoder_class: Any, config: _Config, first_layer: str) -> frozenset[str]:
-    twin, (args, kwargs) = run_twin(decoder_class, config.config, first_layer)
+    own = copy.deepcopy(config.config)
+    own._attn_implementation = "eager"  # whose mask does not depend on what a mask holds
+    # The twin allocates, computes and draws nothing, and nobody who counts operations is to see it.
+    with without_modes(), torch.random.fork_rng(devices=[]), torch.device("meta"):
+        twin = decoder_class(own)
+        with _Yes(), torch.enable_grad(), stop_at(twin.get_submodule(first_layer)) as calls:
+            twin(**_example_inputs(decoder_class, own))
+    args, kwargs = calls[0]
     leaves = leaves_behind([*args, *kwargs.values()])
     # With a weight all of its module counts: where PEFT wraps a module its weight is renamed.
     names = (name for name, parameter in twin.named_parameters() if parameter in leaves)
     return frozenset(name.rpartition(".")[0] or name for name in names)
+
+
+def _example_inputs(decoder_class: Any, config: PretrainedConfig) -> dict[str, Any]:
+    if decoder_class.main_input_name == "pixel_values":
+        return {"pixel_values": example_image(config, "meta")}
+    tokens_BT = torch.zeros(1, 2, dtype=torch.long)
+    return {"input_ids": tokens_BT, "attention_mask": torch.ones_like(tokens_BT), "use_cache": False}
 
 
 def leaves_behind(values: Iterable[Any]) -> set[torch.Tensor]:

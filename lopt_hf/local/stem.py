@@ -4,8 +4,8 @@ Its feature maps are the largest of the model. So where the task's gradient is t
 the blocks do, and again, a module at a time, when the first block has handed its cotangent back.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +16,9 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from lopt_hf.common.upstream.torch import BatchNorm
+from lopt_hf.local.layer_calls import Call, evaluating, stop_at, unnoticed
+from lopt_hf.local.ownership import TRACE_ERRORS
 from lopt_hf.local.run_state import (
     RandomState,
     autocast_of,
@@ -23,8 +26,7 @@ from lopt_hf.local.run_state import (
     relative_difference,
     running_statistics_kept,
 )
-from lopt_hf.local.stacks import DecoderStack, is_image_classifier
-from lopt_hf.local.twin import TRACE_ERRORS, first_layer_of, run_twin
+from lopt_hf.local.stacks import DecoderStack, example_image, is_image_classifier
 
 __all__ = ["Stem", "StemRun", "find_stem"]
 
@@ -32,48 +34,84 @@ __all__ = ["Stem", "StemRun", "find_stem"]
 def find_stem(model: PreTrainedModel, stack: DecoderStack) -> list[nn.Module]:
     """Finds the modules before an image classifier's layers, if each is given what the one before it returns.
 
+    The model runs on one image to see it, in evaluation, and stays as it is.
+
     Args:
         model: The model.
         stack: Its layers, and the module that runs them.
 
     Returns:
-        The modules in the order in which they run; none where something else is computed between them (positions that
-        are added to patches), or of a language model.
+        The modules in the order in which they run; none of a language model, nor where one of them, run alone, could
+        do something else than in the model: where more is computed before or between them (positions that are added
+        to patches), where one writes into what it is given, or keeps something from run to run and is no batch norm.
     """
     if not is_image_classifier(model):
         return []
-    watched = _Watch()
-    decoder: Any = stack.decoder
+    weight = next(model.parameters())
+    pixels_BCHW = example_image(model.config, weight.device).to(weight.dtype)
+    calls: list[_Call] = []
     try:
-        _, (args, kwargs) = run_twin(type(decoder), decoder.config, first_layer_of(stack), watched.watch)
-    except TRACE_ERRORS:  # it keeps its graph then
+        with torch.no_grad(), unnoticed(stack.decoder), evaluating(stack.decoder):
+            args, kwargs = _run_until_layers(stack, pixels_BCHW, calls)
+    except TRACE_ERRORS:  # of an architecture that wants more than pixels
         return []
-    return [decoder.get_submodule(name) for name in watched.chain([*args, *kwargs.values()])]
+    return [call.module for call in calls] if _is_chain(calls, pixels_BCHW, [*args, *kwargs.values()]) else []
 
 
-class _Watch:
-    """Notes what the modules without children of a decoder's twin are given, and what they return."""
+def _run_until_layers(stack: DecoderStack, pixels_BCHW: torch.Tensor, calls: "list[_Call]") -> Call:
+    """Returns the arguments of the first layer; the calls of modules without children before it are noted."""
+    with ExitStack() as hooks:
+        for module in stack.decoder.modules():
+            if not list(module.children()):
+                hooks.enter_context(module.register_forward_pre_hook(partial(_note, calls), with_kwargs=True))
+                hooks.enter_context(module.register_forward_hook(partial(_note_output, calls)))
+        stopped = hooks.enter_context(stop_at(stack.layers[0]))
+        stack.decoder(pixel_values=pixels_BCHW)
+    return stopped[0]
 
-    def __init__(self) -> None:
-        self._calls: list[tuple[str, list[Any], Any]] = []
 
-    def watch(self, twin: nn.Module) -> None:
-        """Begins with a twin that has not run."""
-        for name, module in twin.named_modules():
-            if not any(module.children()):
-                module.register_forward_hook(partial(self._note, name), with_kwargs=True)
+@dataclass
+class _Call:
+    """How a module without children was called.
 
-    def _note(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self._calls.append((name, [*args, *kwargs.values()], output))
+    Attributes:
+        module: The module.
+        given: What it was given.
+        version: How often the first of that had been written into.
+        output: What it returned.
+    """
 
-    def chain(self, first_layer_values: Sequence[Any]) -> list[str]:
-        """Returns the names of the modules that ran, if they are a chain that ends at the first layer."""
-        given = [*(values for _, values, _ in self._calls), list(first_layer_values)]
-        outputs = (output for _, _, output in self._calls)
-        is_chain = all(len(values) == 1 for values in given) and all(
-            values[0] is output for values, output in zip(given[1:], outputs, strict=True)
-        )
-        return [name for name, _, _ in self._calls] if is_chain else []
+    module: nn.Module
+    given: list[Any]
+    version: int = 0
+    output: Any = None
+
+    @property
+    def runs_alone(self) -> bool:
+        """Whether it takes one tensor, leaves it as it is, and can run twice."""
+        keeps_nothing = isinstance(self.module, BatchNorm) or not list(self.module.buffers())
+        return len(self.given) == 1 and _version(self.given) == self.version and keeps_nothing
+
+
+def _version(given: Sequence[Any]) -> int:
+    return given[0]._version if given and isinstance(given[0], torch.Tensor) else 0
+
+
+def _note(calls: list[_Call], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    given = [*args, *kwargs.values()]
+    calls.append(_Call(module, given, _version(given)))
+
+
+def _note_output(calls: list[_Call], module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    calls[-1].output = output
+
+
+def _is_chain(calls: Sequence[_Call], pixels_BCHW: torch.Tensor, first_layer_values: Sequence[Any]) -> bool:
+    """Tells whether calls lead from the pixels to what the first layer is given."""
+    outputs = [pixels_BCHW, *(call.output for call in calls)]
+    given = [*(call.given for call in calls), list(first_layer_values)]
+    linked = all(len(values) == 1 and values[0] is output for values, output in zip(given, outputs, strict=True))
+    return linked and all(call.runs_alone for call in calls)
 
 
 @dataclass
@@ -82,12 +120,14 @@ class StemRun:
 
     Attributes:
         input: What its first module was given.
+        version: How often that had been written into.
         random_state: The random state before it.
         autocast: The arguments of the autocast context that it ran in.
         output: What the last of its modules that have run returned.
     """
 
     input: torch.Tensor
+    version: int
     random_state: RandomState
     autocast: dict[str, Any]
     output: torch.Tensor
@@ -107,14 +147,18 @@ class Stem:
         self.handles: list[RemovableHandle] = [self._modules[0].register_forward_pre_hook(self._begin)]
         self.handles += [module.register_forward_hook(self._leave_module) for module in self._modules]
 
-    @property
-    def learns(self) -> bool:
-        """Whether anything of it is trained."""
-        return _learns(self._modules)
+    def enter(self, given: Iterable[Any]) -> bool:
+        """Begins to write down a run without a graph, if it is to run again.
 
-    def enter(self) -> None:
-        """Begins to write down a run, without a graph, which is to follow."""
-        self._is_awaited = True
+        Args:
+            given: What the decoder is given.
+
+        Returns:
+            Whether it is: not if it learns nothing, or if what is before it learns (a part of the model around it).
+        """
+        needs_graph = any(isinstance(value, torch.Tensor) and value.requires_grad for value in given)
+        self._is_awaited = _learns(self._modules) and not needs_graph
+        return self._is_awaited
 
     def leave(self, hidden_BTD: torch.Tensor) -> StemRun | None:
         """Ends what `enter` began; returns the run, `None` if none has begun.
@@ -139,7 +183,8 @@ class Stem:
         if self._is_awaited:
             pixels_BCHW: torch.Tensor = args[0]
             autocast = autocast_of(pixels_BCHW.device.type)
-            self._run = StemRun(pixels_BCHW, RandomState.now(pixels_BCHW), autocast, pixels_BCHW)
+            state = RandomState.now(pixels_BCHW)
+            self._run = StemRun(pixels_BCHW, pixels_BCHW._version, state, autocast, pixels_BCHW)
 
     def _leave_module(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._run is not None:
@@ -162,7 +207,15 @@ class Stem:
             around_backward: Makes the context for the backward of a module.
             check_replay: Raises if it gives something else than at first; called once, with the norm of the difference
                 relative to the output's.
+
+        Raises:
+            RuntimeError: If the images have been written into in between.
         """
+        if run.input._version != run.version:
+            raise RuntimeError(
+                "The images of this micro-batch have been written into before its backward, which needs them as they "
+                "were; keep them until then, or set reach_recompute to False."
+            )
         output, starts = self._run_again(run)
         if not self._is_checked:
             self._is_checked = True

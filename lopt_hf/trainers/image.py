@@ -27,8 +27,8 @@ from lopt_hf.local.layer_calls import evaluating
 from lopt_hf.local.methods.base import Method
 from lopt_hf.local.methods.image.method import LocalImageArguments
 from lopt_hf.local.methods.image.mlaan import ImageMLAANArguments
+from lopt_hf.local.ownership import TRACE_ERRORS
 from lopt_hf.local.stacks import example_image, find_image_stack, is_image_classifier
-from lopt_hf.local.twin import TRACE_ERRORS
 from lopt_hf.trainers.checkpoint import load_weights
 from lopt_hf.trainers.configs import LocalTrainingArguments, convert_config, local_config
 from lopt_hf.trainers.mixin import LocalLearningMixin

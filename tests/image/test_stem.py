@@ -110,12 +110,78 @@ def test_a_frozen_stem_runs_once(tmp_path):
     assert len(runs) == 3  # one in each step
 
 
-def test_what_is_changed_before_the_layers_is_an_error_and_no_wrong_gradient(tmp_path):
-    model = make_model("resnet")
+def scale_output(model):
     model.base_model.embedder.register_forward_hook(lambda module, args, output: output * 2)
+
+
+class Scaled(type(make_model("resnet").base_model)):
+    """A ResNet that learns by how much its images are to be scaled."""
+
+    def forward(self, pixel_values, *args, **kwargs):
+        return super().forward(pixel_values * self.scale, *args, **kwargs)
+
+
+def scale_within(model):
+    model.base_model.__class__ = Scaled
+    model.base_model.scale = nn.Parameter(torch.ones(()))
+
+
+def scale_around(model):
+    model.scale = nn.Parameter(torch.ones(()))
+    model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: (
+            (args, kwargs | {"pixel_values": kwargs["pixel_values"] * model.scale})
+            if args == ()
+            else ((args[0] * model.scale, *args[1:]), kwargs)
+        ),
+        with_kwargs=True,
+    )
+
+
+def of_ones_own(model):
+    stem = model.base_model.embedder
+    stem.embedder = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+
+
+def in_place(model):
+    model.base_model.embedder.embedder.activation = nn.ReLU(inplace=True)
+
+
+def normalised_by_its_spectrum(model):
+    nn.utils.parametrizations.spectral_norm(model.base_model.embedder.embedder.convolution)
+
+
+@pytest.mark.parametrize(
+    "change", [scale_output, scale_within, scale_around, of_ones_own, in_place, normalised_by_its_spectrum]
+)
+def test_a_stem_that_was_changed_trains_as_with_its_graph(change, tmp_path):
+    """With what is learned before it, too."""
+    start, ours, _ = trained(tmp_path / "ours", change, {})
+    _, kept, _ = trained(tmp_path / "kept", change, {"reach_recompute": False})
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, kept[name]), name
+    learned = [name for name in start if "scale" in name or "embedder" in name and "running" not in name]
+    moved = [name for name in learned if not torch.equal(start[name], ours[name])]
+    assert {"scale" in name for name in moved} == {"scale" in name for name in learned}
+
+
+def test_what_is_changed_later_is_an_error_and_no_wrong_gradient(tmp_path):
+    model = make_model("resnet")
     trainer = LocalImageTrainer(model, LocalImageConfig(**options(tmp_path, **REACH)), train_dataset=make_images())
+    scale_output(model)
     with pytest.raises(RuntimeError, match=r"Before its layers the decoder changes .* reach_recompute"):
         trainer.train()
+
+
+def test_images_that_are_written_into_are_an_error_and_no_wrong_gradient(tmp_path):
+    learner = LocalLearner(make_model("resnet"), LocalImageConfig(**options(tmp_path, **REACH)))
+    batch = {"pixel_values": torch.rand(4, 3, 16, 16), "labels": torch.arange(4)}
+    with pytest.raises(RuntimeError, match="images of this micro-batch have been written into"), learner.micro_batch():
+        with learner.forward(batch, step=0):
+            loss = learner.model(**batch).loss
+        loss.backward()
+        batch["pixel_values"].zero_()
+        learner.after_backward()
 
 
 def test_a_stem_that_gives_something_else_again_is_an_error(tmp_path):

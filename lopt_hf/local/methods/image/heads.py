@@ -12,10 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lopt_hf.local.layer_calls import evaluating, output_hidden
-from lopt_hf.local.ownership import feeds_first_layer
+from lopt_hf.local.ownership import TRACE_ERRORS, feeds_first_layer
 from lopt_hf.local.stacks import DecoderStack, example_image
 from lopt_hf.local.stand_ins import PixelsAsHidden
-from lopt_hf.local.twin import TRACE_ERRORS
 
 __all__ = [
     "MapHead",
