@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +17,15 @@ from lopt_hf.common.yaml_files import load_settings
 from lopt_hf.scripts.help import HelpAll, HelpFormatter, correct_help, format_sections, without_fences
 from lopt_hf.scripts.settings import OneLineErrors
 
-__all__ = ["check_setting", "chosen", "chosen_method", "make_trl_parser", "parse_or_exit", "refuse_method"]
+__all__ = [
+    "check_setting",
+    "chosen",
+    "chosen_method",
+    "is_chosen",
+    "make_trl_parser",
+    "parse_or_exit",
+    "refuse_method",
+]
 
 CONFIG_HELP = (
     "`--config recipe.yaml` reads any of these options from a file or one of `lopt-hf recipes`; the command line wins "
@@ -25,6 +34,27 @@ CONFIG_HELP = (
 
 # Fields whose type in transformers does not say all that they take: true is the last checkpoint
 _LOOSELY_TYPED = ("resume_from_checkpoint",)
+
+
+# Names that transformers takes only where the new ones are not set
+_OLD_NAMES = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+
+
+def _names_of(arguments: Iterable[str]) -> set[str]:
+    """The names of the options on a command line."""
+    return {text.partition("=")[0][2:].replace("-", "_") for text in arguments if text.startswith("--")}
+
+
+def _items(text: str, are_numbers: bool) -> list[str]:
+    """The items of a list that is written as one word; the word itself if it is none."""
+    with contextlib.suppress(ValueError):
+        items = json.loads(text) if text.startswith("[") else None
+        if isinstance(items, list):
+            return [str(item) for item in items]
+    return text.split(",") if are_numbers and "," in text else [text]
 
 
 class _RecipeParser(OneLineErrors, TrlParser):
@@ -42,15 +72,36 @@ class _RecipeParser(OneLineErrors, TrlParser):
             settings = load_settings(find_config(arguments[place + 1]))
             del arguments[place : place + 2]
             self._set_environment(settings.pop("env", {}))
+            given = _names_of(arguments)
+            for old, new in _OLD_NAMES.items():
+                if old in given and new not in given:  # the command line wins, by whichever name
+                    settings.pop(new, None)
             self._check_types(settings)
             self._check_choices(settings, arguments)
             known = {action.dest for action in self._actions}
             self._refuse("key in the YAML file", [name for name in settings if name not in known])
             self.set_defaults_with_config(**settings)
+        arguments = self._spread_lists(arguments)
         *parsed, remaining = self.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
         options = [text.partition("=")[0].removeprefix("--") for text in remaining if text.startswith("--")]
         self._refuse("option on the command line", options or remaining)
         return tuple(parsed)
+
+    def _spread_lists(self, arguments: Iterable[str]) -> list[str]:
+        """Writes `--split_at '[4,8]'` and, of numbers, `--split_at 4,8` as argparse wants them: `--split_at 4 8`."""
+        lists = {o: action for action in self._actions for o in action.option_strings if action.nargs in ("+", "*")}
+        spread: list[str] = []
+        action: argparse.Action | None = None
+        for text in arguments:
+            name, equals, value = text.partition("=") if text.startswith("--") else ("", "", text)
+            if name:
+                action = lists.get(name)
+                spread.append(name if action is not None and equals else text)
+            if action is None or (name and not equals):
+                spread += [] if name else [text]
+            else:
+                spread += _items(value, action.type in (int, float))
+        return spread
 
     def _refuse(self, what: str, names: Sequence[str]) -> None:
         """Raises where there are names, which are no options."""
@@ -88,7 +139,7 @@ class _RecipeParser(OneLineErrors, TrlParser):
 
     def _check_choices(self, settings: Mapping[str, Any], arguments: Iterable[str]) -> None:
         """Compares the values that the command line does not replace; argparse compares its own only."""
-        replaced = {text.partition("=")[0][2:].replace("-", "_") for text in arguments if text.startswith("--")}
+        replaced = _names_of(arguments)
         for action in self._actions:
             value = settings.get(action.dest)
             if isinstance(value, str) and action.choices is not None and action.dest not in replaced:
@@ -150,6 +201,23 @@ def chosen(name: str, argv: Sequence[str] | None, default: str) -> Any:
         if value is None and given.config is not None:
             value = load_settings(find_config(given.config)).get(name)
     return value if value and isinstance(value, str | int | float) else default
+
+
+def is_chosen(name: str, argv: Sequence[str] | None) -> bool:
+    """Tells whether a command line or its YAML sets an option.
+
+    Args:
+        name: The option.
+        argv: Arguments without the program's name; default: those of the process.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config")
+    settings: Mapping[str, Any] = {}
+    with contextlib.suppress(argparse.ArgumentError, ValueError, OSError):  # the whole parser says what is wrong
+        given, _ = parser.parse_known_args(arguments)
+        settings = {} if given.config is None else load_settings(find_config(given.config))
+    return name in settings or name in _names_of(arguments)
 
 
 def chosen_method(argv: Sequence[str] | None, default: str = "lopt") -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from lopt_hf.scripts.parsing import chosen
+from lopt_hf.scripts.parsing import chosen, is_chosen
 
 __all__ = ["PRESETS", "check_preset", "preset_of"]
 
@@ -20,7 +20,9 @@ def preset_of(method: str, argv: Sequence[str] | None) -> dict[str, Any]:
     if method not in PRESETS:
         return {}
     # TRL's checkpointing would leave the blocks little to save.
-    settings = {"local_objective": "none", "activation_checkpointing": False}
+    settings: dict[str, Any] = {"local_objective": "none"}
+    if not is_chosen("gradient_checkpointing", argv):  # the old name, which counts only where the new one is not set
+        settings["activation_checkpointing"] = False
     if method == "freeze":
         return settings
     num_blocks = int(given) if (given := str(chosen("num_blocks", argv, "2"))).isdecimal() else 2

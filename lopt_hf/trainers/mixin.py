@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint, rotate_checkpoints
 from transformers.utils import logging
 
 from lopt_hf.common.callbacks import bind_callbacks
@@ -42,7 +42,7 @@ from lopt_hf.trainers.checks import (
 )
 from lopt_hf.trainers.engines import engine_of, fallback_warning, root_kept_whole, shard_heads_apart
 from lopt_hf.trainers.learner_callback import LearnerCallback
-from lopt_hf.trainers.model_card import complete_card, describe_run, read_retention
+from lopt_hf.trainers.model_card import complete_card, describe_run, is_users_readme, read_retention
 from lopt_hf.trainers.parameter_groups import add_missing_parameters, end_with_reach, set_learning_rates
 from lopt_hf.trainers.reach_lines import reach_lines
 from lopt_hf.trainers.resume_state import ResumeState
@@ -440,10 +440,12 @@ class LocalLearningMixin(TrainerBase):
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """Writes TRL's model card, with blocks, reach, `card_facts`, and what a `RetentionCallback` has measured."""
+        path = Path(str(self.args.output_dir)) / "README.md"
+        if self._staging is not None and is_users_readme(path):  # a checkpoint brings a card that nobody has asked for
+            return
         with self._named_as_trained():
             super().create_model_card(model_name or Path(str(self.args.output_dir)).name, dataset_name, tags)
         if self.is_world_process_zero():
-            path = Path(str(self.args.output_dir)) / "README.md"
             complete_card(path, describe_run(self, dataset_name), read_retention(self.state.log_history))
 
     @property
@@ -495,14 +497,15 @@ class LocalLearningMixin(TrainerBase):
 
     def _save_local_state(self, staged: Path, final: Path) -> None:
         loss_since_log = self.accelerator.gather(self._tr_loss.reshape(1)).tolist()
-        is_best = self.state.best_global_step == self.state.global_step
-        if is_best:
-            self.state.best_model_checkpoint = str(final)  # on every rank: each loads the best model at the end
+        best = final.with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+        has_best = best == final or best.is_dir()  # the parent has looked for it where this checkpoint is written
+        if has_best:
+            self.state.best_model_checkpoint = str(best)  # on every rank: each loads the best model at the end
         self._saved_heads.save(staged, self.args.should_save)
         if not self.args.should_save:
             return
         ResumeState.of(self, loss_since_log).write(staged)
-        if is_best:
+        if has_best:
             self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -12,7 +12,7 @@ from lopt_hf.common.tables import markdown_table
 from lopt_hf.local.blocks import Block
 from lopt_hf.local.schedule import ReachSchedule
 
-__all__ = ["Kept", "complete_card", "describe_reach", "describe_run", "read_retention"]
+__all__ = ["Kept", "complete_card", "describe_reach", "describe_run", "is_users_readme", "read_retention"]
 
 _BEFORE = "### Framework versions"  # of TRL's template
 _PREFIX = "retention/"
@@ -37,6 +37,11 @@ class Kept:
     after: float
     low: float
     high: float
+
+
+def is_users_readme(path: Path) -> bool:
+    """Tells whether there is a README that no trainer has written."""
+    return path.is_file() and _BEFORE not in path.read_text(encoding="utf-8", errors="replace")
 
 
 def describe_run(trainer: Any, dataset_name: str | None = None) -> dict[str, str]:

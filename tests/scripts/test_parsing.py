@@ -16,6 +16,7 @@ class Options:
     num_blocks: int = field(default=2, metadata={"help": "How many blocks."})
     rate: float = field(default=1.0, metadata={"help": "How fast."})
     name: str | None = field(default=None, metadata={"help": "Of what."})
+    cuts: list[int] | None = field(default=None, metadata={"help": "Where."})
     names: list[str] | None = field(default=None, metadata={"help": "Of others."})
     saves: bool = field(default=True, metadata={"help": "Whether to keep it."})
 
@@ -23,6 +24,16 @@ class Options:
 def parse(*arguments):
     (options,) = parse_or_exit(make_trl_parser("sft", "What it does:\n\n    as an example", Options), arguments)
     return options.num_blocks
+
+
+@pytest.mark.parametrize(
+    "given", [["--cuts", "4", "8"], ["--cuts", "4,8"], ["--cuts=4,8"], ["--cuts", "[4, 8]"], ["--cuts=[4,8]"]]
+)
+def test_a_list_of_numbers_may_be_one_word(given):
+    (options,) = parse_or_exit(make_trl_parser("sft", None, Options), [*given, "--names", "a,b", "c"])
+    assert (options.cuts, options.names) == ([4, 8], ["a,b", "c"])  # a comma may be part of a name
+    (options,) = parse_or_exit(make_trl_parser("sft", None, Options), ["--names", '["a", "b"]', "--name", "[x]"])
+    assert (options.names, options.name) == (["a", "b"], "[x]")
 
 
 @pytest.mark.parametrize("form", [["--config", "{}"], ["--config={}"]])

@@ -34,6 +34,9 @@ def settings(args):
         (["reach", "--local_objective", "reconstruction"], (2, [2, 1, 1, 1], "run", "reconstruction", False)),
         (["freeze"], (2, [1], "step", "none", False)),
         (["freeze", "--num_blocks", "3", "--activation_checkpointing", "true"], (3, [1], "step", "none", True)),
+        (["reach", "--gradient_checkpointing", "true"], (2, [2, 1, 1, 1], "run", "none", True)),  # the old name
+        (["reach", "--gradient-checkpointing=false"], (2, [2, 1, 1, 1], "run", "none", False)),
+        (["freeze", "--gradient_checkpointing"], (2, [1], "step", "none", True)),
         (["lopt"], (2, [1], "step", "reconstruction", True)),
     ],
 )
@@ -46,6 +49,15 @@ def test_a_recipe_wins_over_the_method(tmp_path):
     recipe.write_text("method: reach\nnum_blocks: 4\nreach_unit: step\nactivation_checkpointing: true\n")
     assert settings(parse("sft", ["--config", str(recipe)])) == (4, [4, 2, 2, 2], "step", "none", True)
     assert settings(parse("sft", ["--config", str(recipe), "--num_blocks", "2"]))[:2] == (2, [2, 1, 1, 1])
+
+
+@pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
+def test_the_command_line_wins_over_a_recipe_by_the_old_name_of_an_option_too(name, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"method: reach\n{name}: false\n")
+    assert settings(parse("sft", ["--config", str(recipe), "--gradient_checkpointing", "true"]))[-1] is True
+    recipe.write_text(f"method: reach\n{name}: true\n")
+    assert settings(parse("sft", ["--config", str(recipe)]))[-1] is True
 
 
 @pytest.mark.parametrize("command", COMMANDS)

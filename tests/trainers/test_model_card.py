@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from lopt_hf import LocalSFTTrainer, RetentionCallback, __version__
 from lopt_hf.scripts.card_facts import describe_data, public_command
 from lopt_hf.scripts.launching import LAUNCHED
-from lopt_hf.trainers.model_card import read_retention
+from lopt_hf.trainers.model_card import is_users_readme, read_retention
 from tests.retention.small_tasks import write_tasks
 from tests.trainers.helpers import make_trainer
 
@@ -120,6 +120,11 @@ def test_a_run_pushes_its_card_with_what_the_callback_measured(tmp_path, monkeyp
         ),
         (["--dataset_name=/home/me/rows.jsonl", "--output_dir", "out/x"],
          "lopt-hf sft --dataset_name=rows.jsonl --output_dir out/x"),
+        (["--model_init_kwargs", '{"token": "s3", "a": {"api_key": "k", "cache_dir": "/home/me/x", "n": [1]}}'],
+         'lopt-hf sft --model_init_kwargs '
+         """'{"token": "...", "a": {"api_key": "...", "cache_dir": "x", "n": [1]}}'"""),
+        (["--push_to_hub-token=hf_1", "--eos_token", "<|im_end|>", "--dataset_name", "https://x:hf_abc@y/rows"],
+         "lopt-hf sft --push_to_hub-token=... --eos_token '<|im_end|>' --dataset_name https://x:...@y/rows"),
     ],
 )  # fmt: skip
 def test_the_command_is_told_without_secrets_and_folders(given, told, monkeypatch):
@@ -138,3 +143,16 @@ def test_data_are_told_by_where_they_come_from(tmp_path):
     assert describe_data(local) == f"a local file or folder, `{tmp_path.name}`; 1,000 rows"
     generated = SimpleNamespace(dataset_name="arithmetic", is_generated=True, **given)
     assert describe_data(generated).startswith("`arithmetic`, which lopt_hf generates")
+
+
+def test_a_readme_of_the_users_own_is_kept_and_an_earlier_card_is_not(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("My own notes")
+    make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    assert readme.read_text() == "My own notes" and is_users_readme(readme)
+    readme.unlink()
+    make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1).train(resume_from_checkpoint=True)
+    assert not is_users_readme(readme)
+    readme.write_text(readme.read_text().replace("LoPT", "a former run"))
+    make_trainer(tmp_path, max_steps=3, save_strategy="steps", save_steps=1).train(resume_from_checkpoint=True)
+    assert "a former run" not in readme.read_text()

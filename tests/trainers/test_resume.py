@@ -104,6 +104,27 @@ def test_old_checkpoints_are_rotated_and_the_best_is_kept(tmp_path):
     assert kept == ["checkpoint-1"] and trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
 
 
+def test_the_best_checkpoint_of_a_run_that_was_moved_is_kept_and_loaded(tmp_path):
+    settings = dict(
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        learning_rate=0.0,  # the first evaluation stays the best
+        trainer_kwargs={"eval_dataset": make_trainer(tmp_path / "other").train_dataset},
+    )
+    make_trainer(tmp_path / "a", max_steps=2, **settings).train()
+    (tmp_path / "a").rename(tmp_path / "b")
+    trainer = make_trainer(tmp_path / "b", max_steps=4, **settings)
+    trainer.train(resume_from_checkpoint=True)
+    assert sorted(path.name for path in (tmp_path / "b").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-4"]
+    best = str(tmp_path / "b" / "checkpoint-1")
+    written = json.loads((tmp_path / "b" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert trainer.state.best_model_checkpoint == best == written["best_model_checkpoint"]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_with_other_block_settings_is_refused(kind, tmp_path):
     make_trainer(tmp_path, kind=kind, max_steps=1, save_strategy="steps", save_steps=1).train()
