@@ -78,11 +78,9 @@ class Comparison:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(self.name, revision=self.revision)
         if self.script_args.scratch is not None:
             check_scratch(self.config)
-        self._check_idle()
+        self._check_idle([parse_variant(text, self.config) for text in self._named()])
         self._check_teacher()
         self._check_positions()
-        for text in self._named():
-            parse_variant(text, self.config)
         self.calibration, evaluation = read_texts(self.script_args)
         length, count = self.script_args.eval_chunk_length, self.script_args.eval_chunks
         self.chunks_BT = cut_chunks(self.tokenizer, evaluation, length, count)
@@ -102,17 +100,21 @@ class Comparison:
         """How every model is made."""
         return {"dtype": getattr(torch, self.dtype), "attn_implementation": self.model_args.attn_implementation}
 
-    def _check_idle(self) -> None:
+    def _check_idle(self, named: list[RepLConfig]) -> None:
         """Checks that what is set has an effect, on this model or on one that it is compared with.
 
         What a recipe may set and an option beside it replaces is named, and no reason to end.
 
+        Args:
+            named: The variants that `compare` names.
+
         Raises:
             ValueError: If something has none.
         """
+        has_all = ALL in self.script_args.compare  # of which some operator reads whatever does not choose layers
         for name, why in self.config.idle.items():
-            if self.script_args.compare and name not in CHOOSING:
-                continue  # it may be of another
+            if any(name not in other.idle for other in named) or (has_all and name not in CHOOSING):
+                continue
             text = f"{name}={getattr(self.config, name)!r} has no effect: it {why}"
             if name not in (*CHOOSING, *CUTTING):
                 raise ValueError(f"{text}; leave it out.")

@@ -12,7 +12,7 @@ from lopt_hf.common.arithmetic import DTYPE_HELP
 from lopt_hf.common.settings import check_distinct, check_folder, check_lowest, option
 from lopt_hf.data.mirror import DATA_DIR_HELP
 from lopt_hf.repl.config import RepLConfig
-from lopt_hf.repl.trainer import HealingConfig
+from lopt_hf.repl.trainer import HEALING_FOLDER, HealingConfig
 
 __all__ = [
     "ALL",
@@ -29,6 +29,8 @@ __all__ = [
 REPORT = "report.json"
 ALL = "all"  # a value of `compare`
 PLAIN_FOLDER = "plain"
+_JUDGED = ("judge", "judge.md", "judge.json")  # of `lopt_hf.bench.repl_judge`
+_WRITTEN = (REPORT, "report.md", "unfolded", "folded", PLAIN_FOLDER, HEALING_FOLDER, *_JUDGED)  # in `output_dir`
 _TEXT_HELP = "a .txt file, or id:configuration:split of the hub, such as Salesforce/wikitext:wikitext-2-raw-v1:test."
 
 
@@ -168,9 +170,9 @@ def check_output_dir(output_dir: str) -> None:
     """Checks that a run overwrites nothing.
 
     Raises:
-        ValueError: If the folder holds another run's report or models.
+        ValueError: If the folder holds a file or a folder of another run, though it was stopped.
     """
     check_folder("output_dir", output_dir)
-    for name in (REPORT, "report.md", "unfolded", "folded", PLAIN_FOLDER):
+    for name in _WRITTEN:
         if (Path(output_dir) / name).exists():
             raise ValueError(f"output_dir={output_dir!r} holds another run's {name}; choose another output_dir.")

@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from lopt_hf.repl.calibration_data import check_lengths, make_batches
 from lopt_hf.repl.choosing import (
@@ -28,7 +28,7 @@ from lopt_hf.repl.model import (
     put_surrogate,
     read_neighbours,
 )
-from lopt_hf.repl.modeling_repl import find_layers
+from lopt_hf.repl.modeling_repl import find_layers, loadable_classes
 from lopt_hf.repl.neighbours import check_family
 from lopt_hf.repl.operator_base import Operator
 from lopt_hf.repl.operators import make_operator
@@ -46,7 +46,7 @@ def get_repl_model(
 
     Args:
         model: A `transformers` causal language model of a supported family, a `ViTForImageClassification`, or, with
-            `operator="conv"`, a `ResNetForImageClassification`.
+            `operator="conv"`, a `ResNetForImageClassification`; no other head, and no subclass of one's own.
         config: Which layers, and by what.
         calibration_data: Texts, a data set, or batches of model inputs; needed by `init="calibrate"` and by every
             placement but `"every"`, see `make_batches`.
@@ -67,6 +67,7 @@ def get_repl_model(
     ```
     """
     _check_model(model)
+    classes = make_classes(type(model).__name__)  # which can fail, so before weights are changed
     check_kind(config, model)
     config.check_idle()
     layers, family = find_layers(model), model.config.model_type
@@ -86,7 +87,7 @@ def get_repl_model(
     operators = fitted or {span: make_operator(config, *beside) for span, beside in neighbours.items()}
     if not fitted:
         _initialise(model, config, operators, neighbours, batches)
-    return _replace(model, config, spans, operators, neighbours)
+    return _replace(model, classes, config, spans, operators, neighbours)
 
 
 def _check_model(model: PreTrainedModel) -> None:
@@ -99,6 +100,15 @@ def _check_model(model: PreTrainedModel) -> None:
     if model.config.to_dict().get("quantization_config") is not None:
         raise ValueError(f"model={type(model).__name__} is quantised; load it without quantisation.")
     check_family(model.config)
+    _check_architecture(model)
+
+
+def _check_architecture(model: PreTrainedModel) -> None:
+    """Checks that a model can be loaded again: auto classes know surrogates in some of the stock classes alone."""
+    loadable = loadable_classes(CONFIG_MAPPING[model.config.model_type])
+    if type(model) not in loadable:
+        names = " or ".join(model_class.__name__ for model_class in loadable)
+        raise ValueError(f"model={type(model).__name__} could not be loaded again with surrogates; use a {names}.")
 
 
 def _surrogate_of(config: RepLConfig, read: Any, span: Span) -> tuple[Operator, tuple[Any, Any]]:
@@ -119,9 +129,11 @@ def _initialise(model: Any, config: RepLConfig, operators: Any, neighbours: Any,
             operator.start_as_skip()
 
 
-def _replace(model: Any, config: RepLConfig, spans: Sequence[Span], operators: Any, neighbours: Any) -> Any:
+def _replace(
+    model: Any, classes: tuple[Any, Any], config: RepLConfig, spans: Sequence[Span], operators: Any, neighbours: Any
+) -> Any:
     architecture, family = type(model).__name__, model.config.model_type
-    config_class, model_class = make_classes(architecture)
+    config_class, model_class = classes
     removed = [layer for first, end in spans for layer in range(first, end)]
     gone = dict(zip(removed, remove_layers(model, removed), strict=True))
     for span in spans:

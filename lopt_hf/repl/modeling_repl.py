@@ -39,6 +39,7 @@ __all__ = [
     "find_layers",
     "find_made_class",
     "find_stages",
+    "loadable_classes",
     "make_folded",
     "make_folded_classes",
 ]
@@ -273,6 +274,12 @@ def make_folded_classes(architecture: str, model_type: str) -> tuple[Any, Any]:
     return family_classes(architecture, FOLDED_PREFIX, model_type, FoldedModel)
 
 
+def loadable_classes(config_class: type[PreTrainedConfig]) -> list[type[PreTrainedModel]]:
+    """The architectures of a stock config that `family_classes` makes loadable: language model, image classifier."""
+    mappings: Any = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING)
+    return [mapping[config_class] for mapping in mappings if config_class in mapping]
+
+
 def find_made_class(name: str, prefix: str, make: Any) -> Any:
     """Finds a class that `family_classes` makes by its name: pickle asks for it in a process that has not made it.
 
@@ -287,8 +294,7 @@ def find_made_class(name: str, prefix: str, make: Any) -> Any:
     stock = getattr(transformers, name.removeprefix(prefix), None) if name.startswith(prefix) else None
     architectures = [stock.__name__] if isinstance(stock, type) and issubclass(stock, PreTrainedModel) else []
     if isinstance(stock, type) and issubclass(stock, PreTrainedConfig):
-        mappings: Any = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING)
-        architectures = [mapping[stock].__name__ for mapping in mappings if stock in mapping]
+        architectures = [model_class.__name__ for model_class in loadable_classes(stock)]
     for architecture in architectures:
         made = next((made for made in make(architecture) if made.__name__ == name), None)
         if made is not None:

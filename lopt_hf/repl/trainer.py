@@ -25,7 +25,9 @@ from lopt_hf.repl.model import RepLModel
 from lopt_hf.repl.placement import runs_of
 from lopt_hf.repl.surgery import hooked_paths
 
-__all__ = ["HealingConfig", "PlainHealingTrainer", "RepLTrainer", "heal", "healing_data"]
+__all__ = ["HEALING_FOLDER", "HealingConfig", "PlainHealingTrainer", "RepLTrainer", "heal", "healing_data"]
+
+HEALING_FOLDER = "healing"
 
 
 @dataclass
@@ -180,7 +182,7 @@ def heal(
     """
     is_repl = "repl" in model.config.to_dict()
     kind = "repl" if is_repl else "plain" if removed else "full"
-    run_args = replace(args, seed=seed, output_dir=f"{args.output_dir}/healing/{kind}-seed-{seed}")
+    run_args = replace(args, seed=seed, output_dir=f"{args.output_dir}/{HEALING_FOLDER}/{kind}-seed-{seed}")
     set_seed(seed)
     peft_config: Any = adapter_config(model_args)
     if peft_config is not None and is_repl:

@@ -4,12 +4,21 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    ResNetConfig,
+    ResNetModel,
+    ViTModel,
+)
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from lopt_hf import LoPTConfig, LoPTTrainer, RepLConfig, RepLModel, RepLTrainer, get_repl_model
 from lopt_hf.repl.export import save_with_code
 from lopt_hf.repl.trainer import HealingConfig, heal
-from tests.repl.helpers import batches, make_repl, make_stock
+from tests.repl.helpers import batches, make_repl, make_stock, make_vit
 from tests.tiny import make_dataset, make_model, make_tokenizer
 from tests.trainers.helpers import training_args
 
@@ -204,6 +213,38 @@ def test_hidden_states_that_are_not_finite_choose_nothing(choice):
 def test_an_unknown_family():
     with pytest.raises(ValueError, match="model_type='falcon' is not supported by RepL; use one of llama"):
         make_repl(make_model("falcon", num_hidden_layers=6))
+
+
+class OwnLlama(LlamaForCausalLM):
+    """A class that `transformers` does not know."""
+
+
+@pytest.mark.parametrize(
+    ("architecture", "make_config", "fix"),
+    [
+        (LlamaForSequenceClassification, lambda: make_stock(pad_token_id=0).config, "LlamaForCausalLM"),
+        (LlamaModel, lambda: make_stock().config, "LlamaForCausalLM"),
+        (OwnLlama, lambda: make_stock().config, "LlamaForCausalLM"),
+        (ViTModel, lambda: make_vit().config, "ViTForImageClassification"),
+        (ResNetModel, lambda: ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[3]), "ResNetForImageClassif"),
+    ],
+)
+def test_models_that_could_not_be_loaded_again(architecture, make_config, fix):
+    message = f"model={architecture.__name__} could not be loaded again with surrogates; use a {fix}"
+    with pytest.raises(ValueError, match=message):
+        make_repl(architecture(make_config()))
+
+
+@pytest.mark.parametrize("is_registered", [False, True])
+def test_a_refused_model_keeps_its_weights(is_registered, monkeypatch):
+    model = OwnLlama(make_stock().config)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    if is_registered:  # an auto class finds it, but not by its name in transformers
+        monkeypatch.setitem(MODEL_FOR_CAUSAL_LM_MAPPING._extra_content, type(model.config), OwnLlama)
+    with pytest.raises(ValueError, match="OwnLlama"):
+        make_repl(model, operator="down_proj", refit_behind=2)
+    assert len(model.model.layers) == 6 and type(model) is OwnLlama
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
 @pytest.mark.parametrize(

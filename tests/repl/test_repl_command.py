@@ -183,6 +183,15 @@ def test_adapters(folder):
             "coefficients='scalar' has no effect: it is of operator 'branches', not of 'linea",
         ),
         ({"ridge": 9.0, "init": "skip"}, "ridge=9.0 has no effect: it is of a fit, and with init='skip' nothing is"),
+        (
+            {"coefficients": "scalar", "branches": "value", "compare": ["scale", "proj"]},
+            "coefficients='scalar' has no effect: it is of operator 'branches', not of 'linear'; leave it out",
+        ),
+        (
+            {"branches": "value", "compare": "scale"},
+            r"branches=\['value'\] has no effect: it is of operator 'branches'",
+        ),
+        ({"ridge": 9.0, "init": "skip", "compare": ["scale", "mlp:paper"]}, "ridge=9.0 has no effect: it is of a fit"),
     ],
 )
 def test_options_without_effect(options, message, folder):
@@ -290,6 +299,15 @@ def test_nothing_is_overwritten(folder):
     with pytest.raises(SystemExit, match="holds another run's report.json; choose another output_dir"):
         repl.main(arguments(folder))
     assert (folder / "out/report.json").read_text() == before
+
+
+@pytest.mark.parametrize("name", ["healing", "plain", "unfolded", "judge", "judge.md", "judge.json"])
+def test_what_a_stopped_run_left_is_not_written_into(name, folder, capsys):
+    (folder / "out" / name).mkdir(parents=True)
+    with pytest.raises(SystemExit) as ended:
+        repl.main(arguments(folder, model=folder / "nowhere"))
+    assert ended.value.code == 2
+    assert f"holds another run's {name}; choose another output_dir" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
