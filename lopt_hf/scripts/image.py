@@ -22,7 +22,7 @@ from trl import TrlParser
 from lopt_hf.common.settings import check_choice, option
 from lopt_hf.data.images import ImageRows
 from lopt_hf.scripts.image_models import ImageSourceArguments, make_image_model
-from lopt_hf.scripts.image_replacement import ReplacementArguments, replace_layers
+from lopt_hf.scripts.image_replacement import DEFAULTS, REMOVAL, ReplacementArguments, replace_layers
 from lopt_hf.scripts.image_rows import load_images
 from lopt_hf.scripts.parsing import chosen_method, make_trl_parser
 from lopt_hf.scripts.training import DataArguments, run_training
@@ -139,12 +139,16 @@ def make_trainer(script_args: ImageScriptArguments, args: Any, model_args: Image
         model_args.check_unused(script_args.method)
     set_objective(script_args.method, args, default=METHODS[script_args.method])
     images = load_images(script_args, args.seed)
+    if images.evaluated is not None and args.prediction_loss_only:
+        raise ValueError("prediction_loss_only=True leaves nothing to measure accuracy by; leave it out.")
     set_seed(args.seed)  # what the weights are drawn from
     is_frozen = isinstance(args, MLAANImageConfig) and args.readout == "frozen"
     keeps_classifier = is_frozen or METHODS[script_args.method] == "readout"
     model, processor = make_image_model(model_args, images.names, keeps_classifier)
     if script_args.method == "repl":
         model = replace_layers(model, model_args)
+        if model_args.operator == REMOVAL:  # a stock model's config does not tell which layers are gone, nor its shape
+            model.config.replace_every = model_args.replace_every or DEFAULTS[model.config.model_type][1]
     trainer_class = ImageTrainer if script_args.method in END_TO_END else LocalImageTrainer
     trainer = trainer_class(model, args, images.train, images.evaluated, processor, columns=images.columns)
     shows_progress = args.local_process_index == 0 and not args.disable_tqdm

@@ -79,7 +79,7 @@ def make_image_model(
 
     Raises:
         OSError: If the checkpoint cannot be found.
-        ValueError: If its classes are others, and its classifier is kept.
+        ValueError: If its classes are others, or it has no classifier, and its classifier is kept.
     """
     labels: dict[str, Any] = {
         "num_labels": len(names),
@@ -93,8 +93,9 @@ def make_image_model(
         saved = AutoConfig.from_pretrained(name, revision=revision)
         if saved.num_labels == len(names) and not _are_named(names):
             labels = {}
-        model = AutoModelForImageClassification.from_pretrained(
+        model, loaded = AutoModelForImageClassification.from_pretrained(
             name,
+            output_loading_info=True,
             revision=revision,
             dtype=torch.float32,  # transformers' default is the checkpoint's, which may be too coarse to train in
             ignore_mismatched_sizes=saved.num_labels != len(names),
@@ -103,19 +104,34 @@ def make_image_model(
         processor = AutoImageProcessor.from_pretrained(name, revision=revision)
     except OSError as error:
         raise OSError(f"model_name_or_path={name!r} cannot be loaded: {error}") from error
-    if saved.num_labels != len(names):
-        logger.warning(
-            "The classifier of %s has %d classes, and the data %d: it starts from random weights.",
-            name,
-            saved.num_labels,
-            len(names),
-        )
+    if (lack := _lack_of_classifier(model, loaded, saved.num_labels)) is not None:
+        if keeps_classifier:
+            raise ValueError(
+                f"model_name_or_path={name!r} {lack}, and a classifier from random weights would stay as it is; use "
+                "method 'local'."
+            )
+        logger.warning("%s %s: the classifier starts from random weights.", name, lack)
     elif _are_named(names) and (difference := _first_difference(saved, names)) is not None:
         message = f"model_name_or_path={name!r} has other classes than the data ({difference})"
         if keeps_classifier:
             raise ValueError(f"{message}, and its classifier would stay as it is; use method 'local'.")
         logger.warning("%s: its classifier is trained to know these, and takes their names.", message)
     return model, processor
+
+
+def _lack_of_classifier(model: PreTrainedModel, loaded: Any, num_saved: int) -> str | None:
+    """Why the classifier is drawn anew, if it is.
+
+    Args:
+        model: The model.
+        loaded: What `from_pretrained` says that it has loaded.
+        num_saved: How many classes the checkpoint's config has.
+    """
+    if any(not key.startswith(f"{model.base_model_prefix}.") for key in loaded["missing_keys"]):
+        return "has no classifier"
+    if loaded["mismatched_keys"] or num_saved != model.config.num_labels:
+        return f"has {num_saved} classes, and the data {model.config.num_labels}"
+    return None
 
 
 def _are_named(names: Sequence[str]) -> bool:

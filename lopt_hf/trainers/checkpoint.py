@@ -19,8 +19,9 @@ from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import StateDictType
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import CONFIG_NAME
 
 from lopt_hf.common.files import publish_folder
 
@@ -28,6 +29,7 @@ __all__ = [
     "HEADS_FILE",
     "StagedCheckpoint",
     "check_files",
+    "check_same_model",
     "complete_states",
     "fsdp_files",
     "fsdp_weights",
@@ -44,6 +46,11 @@ __all__ = [
 HEADS_FILE = "local_heads.safetensors"
 # Optimizers that make the state of a parameter, at its first step, of zeros: also the number of its steps
 _STARTS_AT_ZERO = (torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop)
+# What a config says that does not tell one model from another, or that training and saving set in it
+_NOT_OF_A_MODEL = (
+    *("_name_or_path", "architectures", "auto_map", "dtype", "label2id", "problem_type", "torch_dtype"),
+    *("transformers_version", "use_cache"),
+)
 STAGING_FOLDER = "incomplete-checkpoint"  # `get_last_checkpoint` does not match it
 
 
@@ -106,6 +113,51 @@ def check_files(checkpoint: str, names: Iterable[str], shapes: Mapping[str, torc
             )
 
 
+def check_same_model(model: PreTrainedModel, checkpoint: str) -> None:
+    """Checks that a checkpoint's model is built as this run's, by what its `config.json` says.
+
+    Args:
+        model: The run's model.
+        checkpoint: The checkpoint's folder.
+
+    Raises:
+        ValueError: If it is another, or nothing says which; the message names what differs first.
+    """
+    path = Path(checkpoint) / CONFIG_NAME
+    if not path.is_file():
+        raise ValueError(
+            f"resume_from_checkpoint={checkpoint!r} has no {CONFIG_NAME}, which says what model it is of; go on from "
+            "a whole checkpoint."
+        )
+    content: dict[str, Any] = read_json(path, checkpoint)
+    name = type(model).__name__
+    (saved_name, *_) = content.get("architectures") or [name]
+    if saved_name != name:  # whose config this one's class could not read
+        there, here = {"architecture": saved_name}, {"architecture": name}
+    else:
+        there, here = _model_facts(type(model.config).from_dict(content)), _model_facts(model.config)
+    other = next((fact for fact in (*here, *there) if here.get(fact) != there.get(fact)), None)
+    if other is not None:
+        raise ValueError(
+            f"resume_from_checkpoint={checkpoint!r} is of another model: {other} is {there.get(other)!r} there and "
+            f"{here.get(other)!r} in this run; resume with the same settings, or start anew in another output_dir."
+        )
+
+
+def _model_facts(config: PretrainedConfig) -> dict[str, Any]:
+    """What a config says of its model, nested values by paths such as `repl.config.operator`."""
+    values = json.loads(config.to_json_string(use_diff=False))  # so that both have lists and text as JSON has them
+    told = {name: value for name, value in values.items() if name not in _NOT_OF_A_MODEL}
+    return {"num_labels": config.num_labels, **_by_path(told)}
+
+
+def _by_path(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= _by_path(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
+
+
 def random_state_warning(checkpoint: str, args: TrainingArguments) -> str | None:
     """Returns what to say where a checkpoint has no random state of this process."""
     name = "rng_state.pth" if args.world_size == 1 else f"rng_state_{args.process_index}.pth"
@@ -143,7 +195,7 @@ def load_weights(model: PreTrainedModel, checkpoint: str) -> None:
         checkpoint: The checkpoint's folder.
 
     Raises:
-        ValueError: If a weight of the model is not there.
+        ValueError: If a weight of the model is not there, if there is one besides, or if one is of another shape.
     """
     dtypes = [parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()]
     widest = functools.reduce(torch.promote_types, dtypes)  # some are kept in fp32 beside bf16
@@ -154,6 +206,14 @@ def load_weights(model: PreTrainedModel, checkpoint: str) -> None:
         raise ValueError(
             f"{checkpoint!r} lacks {len(missing)} weights of {type(model).__name__}, such as {min(missing)}; go on "
             "from another checkpoint, or from the model that the run started from."
+        )
+    shapes, others = ({n: tensor.shape for n, tensor in each.state_dict().items()} for each in (model, loaded))
+    differing = {name for name, _ in shapes.items() ^ others.items()} | set(found["unexpected_keys"])
+    if differing:
+        raise ValueError(
+            f"{checkpoint!r} is of another model: {len(differing)} of its weights are not those of this "
+            f"{type(model).__name__}, such as {min(differing)}; go on from another checkpoint, or from the model that "
+            "the run started from."
         )
     model.load_state_dict(loaded.state_dict())
 

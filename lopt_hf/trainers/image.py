@@ -3,7 +3,8 @@
 import logging
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from lopt_hf.common.arithmetic import fit_to_machine
 from lopt_hf.common.settings import option
+from lopt_hf.common.training_numbers import check_training_numbers
 from lopt_hf.data.images import ImageBatches, ImageRows, make_augmentation
 from lopt_hf.local.layer_calls import evaluating
 from lopt_hf.local.methods.base import Method
@@ -29,9 +31,10 @@ from lopt_hf.local.methods.image.method import LocalImageArguments
 from lopt_hf.local.methods.image.mlaan import ImageMLAANArguments
 from lopt_hf.local.ownership import TRACE_ERRORS
 from lopt_hf.local.stacks import example_image, find_image_stack, is_image_classifier
-from lopt_hf.trainers.checkpoint import load_weights
+from lopt_hf.trainers.checkpoint import check_same_model, load_weights
 from lopt_hf.trainers.configs import LocalTrainingArguments, convert_config, local_config
 from lopt_hf.trainers.mixin import LocalLearningMixin
+from lopt_hf.trainers.resume_state import STATE_FILE, ResumeState
 
 __all__ = [
     "ImageTrainer",
@@ -45,6 +48,11 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+# Orders of rows that follow from their numbers of tokens
+_BY_LENGTH = ("group_by_length", "batch_rebalance")
+# What `evaluate` measures of a model with our `compute_metrics`, after the data set's name where there are several
+_METRICS = ("loss", "accuracy")
 
 
 @dataclass
@@ -64,6 +72,7 @@ class ImageTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = option(False, "Remove columns that the model does not know; images need it off.")
 
     def __post_init__(self) -> None:
+        check_training_numbers(self)
         fit_to_machine(self)
         super().__post_init__()
 
@@ -101,14 +110,101 @@ def image_arguments(args: TrainingArguments, takes_images: bool) -> ImageTrainin
         takes_images: Whether the batches are made from images, which a plain one has removed by default.
 
     Raises:
-        ValueError: If the images are to be removed.
+        ValueError: If the images are to be removed, or put in an order that they do not have.
     """
     if not isinstance(args, ImageTrainingArguments):
         args = convert_config(args, ImageTrainingArguments)
         args.remove_unused_columns = args.remove_unused_columns and not takes_images
     elif takes_images and args.remove_unused_columns:
         raise ValueError("remove_unused_columns=True would remove the images, a column of no model; leave it out.")
+    if takes_images and args.train_sampling_strategy in _BY_LENGTH:
+        raise ValueError(
+            f"train_sampling_strategy={args.train_sampling_strategy!r} goes by the rows' numbers of tokens, which "
+            "images do not have; set it to 'random' or 'sequential'."
+        )
     return args
+
+
+def check_checkpointing(model: nn.Module, args: TrainingArguments) -> None:
+    """Raises `ValueError` if layers are to run again in the backward, and the model knows no such thing."""
+    if args.activation_checkpointing and not getattr(model, "supports_gradient_checkpointing", True):
+        raise ValueError(
+            "activation_checkpointing=True (gradient_checkpointing is its older name) is nothing that "
+            f"{type(model).__name__} knows; leave it out."
+        )
+
+
+def check_best_metric(args: TrainingArguments, eval_dataset: Any) -> None:
+    """Raises if models are compared by what is not measured; transformers looks for it after the first evaluation.
+
+    Args:
+        args: Training arguments.
+        eval_dataset: What is measured on, several data sets by name.
+
+    Raises:
+        ValueError: With what is measured.
+    """
+    metric = args.metric_for_best_model
+    if metric is None or args.eval_strategy == "no":
+        return
+    names = [f"{name}_" for name in eval_dataset] if isinstance(eval_dataset, dict) else [""]
+    known = [f"{name}{measured}" for name in names for measured in _METRICS]
+    if metric.removeprefix("eval_") not in known:
+        raise ValueError(f"metric_for_best_model={metric!r} is not measured of a model; use {', '.join(known)}.")
+
+
+def smallest_batch(args: TrainingArguments, number: int) -> int:
+    """How many images the smallest batch of a process has.
+
+    Args:
+        args: Training arguments.
+        number: How many images there are.
+    """
+    size = args.per_device_train_batch_size
+    batches, rest = divmod(number, size)
+    num_steps = args.max_steps * args.gradient_accumulation_steps
+    is_left_out = args.dataloader_drop_last or args.world_size > 1  # accelerate fills the last batches of several
+    return size if not rest or is_left_out or 0 < num_steps <= batches else rest
+
+
+def check_batch_norms(
+    model: PreTrainedModel, args: TrainingArguments, number: int, size: tuple[int, int] | None
+) -> None:
+    """Raises if a batch norm would be given one value of each channel, of which torch makes no deviation.
+
+    Args:
+        model: The model.
+        args: Training arguments.
+        number: How many images it is trained on.
+        size: Their height and width; `None`: those of the model's config.
+
+    Raises:
+        ValueError: With the fix.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if not norms or smallest_batch(args, number) > 1 or is_deepspeed_zero3_enabled():  # no weight is whole there
+        return
+    found: list[int] = []
+    hooks = [norm.register_forward_pre_hook(lambda _, given: found.append(given[0][0, 0].numel())) for norm in norms]
+    try:
+        with torch.no_grad(), evaluating(model), torch.random.fork_rng(devices=[]):
+            pixels = example_image(model.config, next(model.parameters()).device).to(model.dtype)
+            model(pixel_values=pixels if size is None else pixels.new_zeros(*pixels.shape[:2], *size))
+    except TRACE_ERRORS:  # of an architecture that wants more than pixels
+        return
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if 1 not in found:
+        return
+    batch = args.per_device_train_batch_size
+    what, fix = f"{number} images, leaves one for the last batch", "another, or dataloader_drop_last to True"
+    if batch == 1:
+        what, fix = "one image", "2 or more"
+    raise ValueError(
+        f"per_device_train_batch_size={batch}, of {what}: a batch norm of {type(model).__name__} would have one value "
+        f"of each channel, whose deviation is none; set it to {fix}, or train on larger images."
+    )
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -189,7 +285,7 @@ class ImageTrainer(Trainer):
 
     Raises:
         RowError: If a row cannot be trained on; names it.
-        ValueError: If a column is missing.
+        ValueError: If a column is missing, or if an option does not go with the model or the images.
     """
 
     args: Any
@@ -209,11 +305,16 @@ class ImageTrainer(Trainer):
         given = {"data_collator": ImageBatches(processor), "compute_metrics": accuracy, **kwargs}
         self._takes_images = isinstance(given["data_collator"], ImageBatches)
         args = image_arguments(args, self._takes_images)
+        check_checkpointing(model, args)
+        if given["compute_metrics"] is accuracy:
+            check_best_metric(args, eval_dataset)
         self._columns = columns
         self._classes = int(model.config.num_labels or 0)
         if train_dataset is not None:
             augmentation = make_augmentation(args.augmentation, crop_size(processor))
             train_dataset = self._rows_of(train_dataset, augmentation, args.seed)
+        if isinstance(train_dataset, ImageRows):
+            check_batch_norms(model, args, len(train_dataset), crop_size(processor))
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: self._rows_of(rows) for name, rows in eval_dataset.items()}
         elif eval_dataset is not None:
@@ -241,7 +342,22 @@ class ImageTrainer(Trainer):
         """As the parent's, of a data set as it is."""
         return super().get_test_dataloader(self._rows_of(test_dataset))
 
+    def check_checkpoint(self, checkpoint: str) -> Any:
+        """Checks that a checkpoint is of the trainer of transformers, and of a model like this run's.
+
+        Raises:
+            ValueError: If it is not; the message names what differs.
+        """
+        if (Path(checkpoint) / STATE_FILE).is_file():
+            raise ValueError(
+                f"resume_from_checkpoint={checkpoint!r} is a checkpoint of local learning, and this run is not; to "
+                "start from its weights, pass the folder as `model`."
+            )
+        check_same_model(cast(PreTrainedModel, self.model), checkpoint)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not isinstance(self, LocalLearningMixin):  # whose `train` has checked it
+            self.check_checkpoint(resume_from_checkpoint)
         given: Any = self.model if model is None else model
         load_weights(given, resume_from_checkpoint)
 
@@ -336,6 +452,16 @@ class LocalImageTrainer(LocalLearningMixin, MetricsImageTrainer):
                 "model (`nn.DataParallel`), which local learning does not know; start one process per GPU with "
                 "`accelerate launch`, or let CUDA_VISIBLE_DEVICES name one of them."
             )
+
+    def check_checkpoint(self, checkpoint: str) -> ResumeState:
+        """Reads what this trainer needs to go on from a checkpoint.
+
+        Raises:
+            ValueError: As the parent's, and if the checkpoint's model is built otherwise than this run's.
+        """
+        state = super().check_checkpoint(checkpoint)
+        check_same_model(self.model, checkpoint)
+        return state
 
 
 def check_image_model(model: nn.Module) -> None:

@@ -110,6 +110,22 @@ def test_other_classes_than_the_checkpoints_are_told_and_not_learned_through(tmp
             run(tmp_path, tmp_path / "readout", *options, "--model_name_or_path", str(tmp_path / "named"))
 
 
+@pytest.mark.parametrize("is_without", [False, True])
+def test_a_new_classifier_is_not_learned_through_as_it_is(is_without, files, tmp_path, capsys, caplog):
+    """A checkpoint has other classes by number, or none; where the classifier trains, one line tells."""
+    model = make_model("vit", num_labels=2 if is_without else 3)
+    (model.vit if is_without else model).save_pretrained(tmp_path / "model")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "model")
+    message = "has no classifier" if is_without else "has 3 classes, and the data 4"
+    given = ["--model_name_or_path", str(tmp_path / "model")]
+    for options in (["--method", "readout"], ["--method", "mlaan", "--readout", "frozen"]):
+        with pytest.raises(UsageExit):
+            run(files, tmp_path / "out", *options, *given)
+        assert f"{message}, and a classifier from random weights would stay as it is" in capsys.readouterr().err
+    run(files, tmp_path / "out", "--method", "local", *given)
+    assert any(f"{message}: the classifier starts from random weights" in line for line in caplog.messages)
+
+
 def test_one_file_as_data_set_has_nothing_to_measure_on(files, tmp_path, capsys):
     arguments = ["--dataset_name", str(files / "train.parquet"), "--output_dir", str(tmp_path), "--use_cpu", "true"]
     image.main([*arguments, "--max_steps", "1", "--per_device_train_batch_size", "4", "--report_to", "none"])
@@ -208,6 +224,31 @@ def test_replaced_blocks_of_a_resnet_train_resume_and_fold(files, tmp_path):
         (["--num_blocks", "9"], "num_blocks=9 does not fit a model with 8"),
         (["--model_name_or_path", "/nowhere"], "model_name_or_path='/nowhere' cannot be loaded"),
         (["--eval_file", "nowhere.parquet"], "nowhere.parquet"),
+        (
+            ["--method", "e2e", "--per_device_train_batch_size", "0"],
+            "per_device_train_batch_size=0 must be at least 1",
+        ),
+        (
+            ["--method", "e2e", "--train_sampling_strategy", "group_by_length"],
+            "train_sampling_strategy='group_by_length' goes by the rows' numbers of tokens",
+        ),
+        (["--train_sampling_strategy", "batch_rebalance"], "set it to 'random' or 'sequential'"),
+        (["--method", "e2e", "--optim", "galore_adamw"], "optim='galore_adamw' cannot be used here"),
+        (
+            ["--architecture", "resnet20", "--image_size", "16", "--per_device_train_batch_size", "1"],
+            "per_device_train_batch_size=1, of one image: a batch norm of ResNetForImageClassification would",
+        ),
+        *[
+            (
+                ["--method", method, "--architecture", "resnet20", f"--{name}", "true"],
+                f"activation_checkpointing=True (gradient_checkpointing is its older name) is nothing that {model}For",
+            )
+            for method, name, model in (
+                ("e2e", "gradient_checkpointing", "ResNet"),
+                ("local", "activation_checkpointing", "ResNet"),
+                ("repl", "activation_checkpointing", "RepLResNet"),
+            )
+        ],
     ],
 )
 def test_bad_input_is_one_line(files, options, message, tmp_path, capsys):
@@ -215,6 +256,66 @@ def test_bad_input_is_one_line(files, options, message, tmp_path, capsys):
         run(files, tmp_path, *options)
     assert raised.value.code == 2 or isinstance(raised.value, UsageExit)
     assert message in str(raised.value) + capsys.readouterr().err
+
+
+def test_the_best_model_is_chosen_by_what_is_measured(files, tmp_path, capsys):
+    options = ["--method", "e2e", "--eval_file", str(files / "test.parquet"), "--eval_strategy", "steps"]
+    options += ["--eval_steps", "1", "--save_steps", "1", "--load_best_model_at_end", "true"]
+    for given, message in (
+        (
+            ["--metric_for_best_model", "f1"],
+            "metric_for_best_model='f1' is not measured of a model; use loss, accuracy.",
+        ),
+        (["--prediction_loss_only", "true"], "prediction_loss_only=True leaves nothing to measure accuracy by;"),
+    ):
+        with pytest.raises(UsageExit):
+            run(files, tmp_path / "refused", *options, *given)
+        assert message in capsys.readouterr().err and not (tmp_path / "refused" / "checkpoint-1").exists()
+    run(files, tmp_path / "accuracy", *options, "--metric_for_best_model", "eval_accuracy")
+
+
+REPL = ["--method", "repl", "--operator"]
+
+
+@pytest.mark.parametrize(
+    "first, then, message",
+    [
+        ([*REPL, "head"], [*REPL, "head+mlp"], "repl.config.operator is 'head' there and 'head+mlp' in this run;"),
+        (
+            [*REPL, "removal"],
+            [*REPL, "removal", "--replace_every", "5"],
+            "replace_every is 4 there and 5 in this run;",
+        ),
+        (
+            [*REPL, "linear", "--save_only_model", "true"],
+            [*REPL, "removal"],
+            "architecture is 'RepLViTForImageClassification' there and 'ViTForImageClassification' in this run;",
+        ),
+        ([*REPL, "removal"], ["--method", "e2e"], "num_hidden_layers is 7 there and 8 in this run;"),
+        (["--method", "e2e"], ["--method", "e2e", "--image_size", "16"], "image_size is 32 there and 16 in this run;"),
+        (
+            ["--method", "local"],
+            ["--method", "e2e"],
+            "is a checkpoint of local learning, and this run is not;",
+        ),
+    ],
+    ids=["operator", "removed layers", "surrogates", "layers", "images", "method"],
+)
+def test_a_checkpoint_of_another_model_is_refused(files, first, then, message, tmp_path, capsys):
+    run(files, tmp_path, *first, "--save_steps", "1", "--save_strategy", "steps", "--max_steps", "1")
+    with pytest.raises(UsageExit):
+        run(files, tmp_path, *then, "--resume_from_checkpoint", "true")
+    errors = [line for line in capsys.readouterr().err.splitlines() if "resume_from_checkpoint=" in line]
+    assert len(errors) == 1 and message in errors[0]
+
+
+def test_a_checkpoint_of_other_classes_is_refused(files, tmp_path, capsys):
+    run(files, tmp_path / "out", "--method", "e2e", "--save_steps", "1", "--save_strategy", "steps")
+    three = data_of([as_bytes(row["image"]) for row in make_images(6, size=32)], [0, 1, 2, 0, 1, 2])
+    three.to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(UsageExit):
+        run(tmp_path, tmp_path / "out", "--method", "e2e", "--resume_from_checkpoint", "true")
+    assert "is of another model: num_labels is 4 there and 3 in this run;" in capsys.readouterr().err
 
 
 def test_of_drawn_rows_the_files_classes_and_row_numbers_count(tmp_path, capsys):

@@ -5,14 +5,22 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import AutoModelForImageClassification, BeitConfig, Data2VecVisionConfig, TrainingArguments
+from transformers import (
+    AutoModelForImageClassification,
+    BeitConfig,
+    Data2VecVisionConfig,
+    TrainingArguments,
+    ViTImageProcessor,
+)
 
 from lopt_hf import LocalImageConfig, LocalImageTrainer, MLAANImageConfig
 from lopt_hf.local.methods.image.calls import ImageCalls
 from lopt_hf.local.stacks import find_stack
 from lopt_hf.meters.saved_bytes import SavedBytes
-from lopt_hf.trainers.image import ImageTrainer, ImageTrainingArguments
+from lopt_hf.trainers.checkpoint import check_same_model, load_weights
+from lopt_hf.trainers.image import ImageTrainer, ImageTrainingArguments, smallest_batch
 from tests.image.helpers import FAMILIES, LAYERS, TOKENS, make_images, make_model, options
 
 CLASSIFIERS = ("classifier", "readout", "reconstruction")
@@ -299,6 +307,70 @@ def test_a_resumed_run_is_the_whole_run_and_its_checkpoint_stock(family, run, tm
     assert_equal_states(loaded, again.model)
     again.create_model_card()
     assert "of layers 0–1, 2–3, 4–5" in (tmp_path / "whole" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("trainer_class", [ImageTrainer, LocalImageTrainer])
+def test_a_checkpoint_of_a_model_that_is_built_otherwise_is_refused(trainer_class, tmp_path):
+    """Also where all weights have the shapes of this run's."""
+    config_class = ImageTrainingArguments if trainer_class is ImageTrainer else LocalImageConfig
+    args = config_class(**options(tmp_path, save_strategy="steps", save_steps=2))
+    trainer_class(make_model("vit"), args, train_dataset=make_images()).train()
+    other = trainer_class(make_model("vit", hidden_act="relu"), args, train_dataset=make_images())
+    with pytest.raises(ValueError, match="hidden_act is 'gelu' there and 'relu' in this run; resume with the same"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert other.state.global_step == 0
+
+
+def test_a_checkpoint_without_a_config_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"has no config\.json, which says what model it is of"):
+        check_same_model(make_model("vit"), str(tmp_path))
+
+
+def test_weights_that_the_model_lacks_or_has_besides_are_not_passed_over(tmp_path):
+    model = make_model("vit")
+    model.save_pretrained(tmp_path)
+    for changes in ({"num_hidden_layers": LAYERS - 1}, {"intermediate_size": 16}):
+        with pytest.raises(ValueError, match="is of another model: .* of its weights are not those of this ViTFor"):
+            load_weights(make_model("vit", **changes), str(tmp_path))
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    save_file({**weights, "surrogate.scale": torch.ones(1)}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 of its weights are not those of this ViT.*, such as surrogate\.scale;"):
+        load_weights(model, str(tmp_path))
+    save_file({name: value for name, value in weights.items() if name != "classifier.bias"}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 weights of ViT.*, such as classifier\.bias;"):
+        load_weights(model, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "changes, smallest",
+    [
+        ({}, 1),
+        ({"per_device_train_batch_size": 3}, 3),
+        ({"per_device_train_batch_size": 1}, 1),
+        ({"dataloader_drop_last": True}, 4),
+        ({"max_steps": 2}, 4),
+        ({"max_steps": 2, "gradient_accumulation_steps": 2}, 1),
+        ({"max_steps": -1}, 1),
+    ],
+)
+def test_one_value_of_a_channel_is_refused(changes, smallest, tmp_path):
+    """Nine images of 8 x 8 pixels, which this ResNet makes one of."""
+    args = ImageTrainingArguments(**options(tmp_path, **changes))
+    assert smallest_batch(args, 9) == smallest
+
+    def make(size=8, family="resnet"):
+        processor = ViTImageProcessor(size={"height": size, "width": size})
+        images = make_images(9, size=size)
+        return ImageTrainer(make_model(family, image_size=size), args, images, processing_class=processor)
+
+    make(size=32)
+    make(family="vit")
+    if smallest > 1:
+        make().train()
+        return
+    with pytest.raises(ValueError, match=r"per_device_train_batch_size=., of .* a batch norm of ResNetForImageCl"):
+        make()
 
 
 @pytest.mark.parametrize("run", RUNS)
