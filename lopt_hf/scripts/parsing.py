@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -82,10 +83,32 @@ class _RecipeParser(OneLineErrors, TrlParser):
             self._refuse("key in the YAML file", [name for name in settings if name not in known])
             self.set_defaults_with_config(**settings)
         arguments = self._spread_lists(arguments)
-        *parsed, remaining = self.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+        try:
+            *parsed, remaining = self.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+        except (TypeError, json.JSONDecodeError) as error:
+            problem = self._problem_of_dictionary(error, arguments)
+            if problem is None:
+                raise
+            raise ValueError(problem) from error
         options = [text.partition("=")[0].removeprefix("--") for text in remaining if text.startswith("--")]
         self._refuse("option on the command line", options or remaining)
         return tuple(parsed)
+
+    def _problem_of_dictionary(self, error: Exception, arguments: Sequence[str]) -> str | None:
+        """What is wrong with an option that holds a dictionary, if an error is of one; it names the option."""
+        values = vars(self.parse_known_args(arguments)[0])
+        if isinstance(error, json.JSONDecodeError):
+            unread = (name for name, value in values.items() if value == error.doc)
+            return next((f"{name}={error.doc} is no JSON: {error}; correct it." for name in unread), None)
+        found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if found is None:
+            return None
+        key = found[1]
+        for name, value in values.items():
+            is_text = isinstance(value, str) and value.startswith("{")
+            if (is_text and f'"{key}"' in value) or (isinstance(value, dict) and key in value):
+                return f"{name}={value}: there is no setting {key!r} in it; remove it or correct its name."
+        return None
 
     def _spread_lists(self, arguments: Iterable[str]) -> list[str]:
         """Writes `--split_at '[4,8]'` and, of numbers, `--split_at 4,8` as argparse wants them: `--split_at 4 8`."""

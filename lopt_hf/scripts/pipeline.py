@@ -24,10 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset, IterableDataset
-from transformers import AutoTokenizer, get_scheduler
-from transformers.trainer_utils import SchedulerType
+from transformers import AutoTokenizer
 from trl import ModelConfig, TrlParser
 
 from lopt_hf.common.adapters import adapter_config
@@ -49,8 +47,8 @@ from lopt_hf.scripts.launching import launch_if_asked
 from lopt_hf.scripts.parsing import chosen, chosen_method, make_trl_parser, parse_or_exit, refuse_method
 from lopt_hf.scripts.settings import UsageExit
 from lopt_hf.scripts.sft import SFTDataArguments, load_split
-from lopt_hf.scripts.training import load_checked, subsample
-from lopt_hf.trainers.checks import check_no_model_is_lost, check_optimizer, check_output_dir
+from lopt_hf.scripts.training import check_model_options, load_checked, subsample
+from lopt_hf.trainers.checks import check_no_model_is_lost, check_output_dir, check_run_settings
 
 __all__ = ["main", "make_parser"]
 
@@ -174,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _check_run(args: PipelineArguments, model_args: Any, has_adapter: bool) -> None:
-    """Checks output folder, checkpoint and optimizer before anything is read."""
+    """Checks output folder, checkpoint and settings before anything is read."""
     output_dir = str(args.output_dir)
     folder = find_checkpoint(output_dir, args.resume_from_checkpoint)
     check_output_dir(output_dir, folder)
@@ -185,33 +183,12 @@ def _check_run(args: PipelineArguments, model_args: Any, has_adapter: bool) -> N
     if folder is not None:
         assert args.num_stages is not None
         Manifest(folder).check_run(args.data_parallel, args.gradient_settings(args.num_stages))
-    check_optimizer(args)
-    _check_scheduler(args)
-
-
-def _check_scheduler(args: PipelineArguments) -> None:
-    """Makes the scheduler for one number: some need settings that only `lr_scheduler_kwargs` gives."""
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
-    num_steps = max(1, args.max_steps)
-    kwargs: Any = args.lr_scheduler_kwargs or {}
-    try:
-        get_scheduler(
-            args.lr_scheduler_type,
-            optimizer,
-            args.get_warmup_steps(num_steps),
-            num_steps,
-            scheduler_specific_kwargs=kwargs or None,
-        )
-    except (TypeError, ValueError) as error:
-        name = SchedulerType(args.lr_scheduler_type).value
-        raise ValueError(
-            f"lr_scheduler_type={name!r} cannot be made with lr_scheduler_kwargs={kwargs}: "
-            f"{str(error).rstrip('.')}; give what it needs there, or choose another."
-        ) from error
+    check_run_settings(args)
 
 
 def _check_input(data_args: SFTDataArguments, args: StageConfig, model_args: ModelConfig) -> None:
     """Reads what the stages will read: here an error in it is one line."""
+    check_model_options(model_args)
     if data_args.dataset_streaming and args.max_steps < 1:
         raise ValueError(
             "dataset_streaming=True reads data whose length is not known, so that epochs cannot be counted; set "

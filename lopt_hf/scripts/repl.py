@@ -27,7 +27,7 @@ from lopt_hf.repl.report import to_markdown
 from lopt_hf.repl.trainer import HealingConfig
 from lopt_hf.scripts.parsing import make_trl_parser, parse_or_exit
 from lopt_hf.scripts.settings import UsageExit
-from lopt_hf.trainers.checks import check_optimizer
+from lopt_hf.trainers.checks import check_run_settings
 
 __all__ = ["main", "make_parser"]
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if model_args.model_name_or_path is None:
             raise ValueError("model_name_or_path is missing; give --model with a hub id or a local folder.")
         check_output_dir(args.output_dir)
-        check_optimizer(args)
+        check_run_settings(args)
         check_healing(args)
         if judge_args.judge and script_args.scratch is not None:
             raise ValueError("judge asks what a pretrained model knows, which scratch has none of; leave one out.")

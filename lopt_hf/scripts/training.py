@@ -31,14 +31,16 @@ from lopt_hf.scripts.launching import launch_if_asked
 from lopt_hf.scripts.parsing import parse_or_exit
 from lopt_hf.scripts.presets import PRESETS, check_preset
 from lopt_hf.scripts.settings import UsageExit
-from lopt_hf.trainers.checks import check_no_model_is_lost, check_optimizer, check_output_dir
+from lopt_hf.trainers.checks import check_no_model_is_lost, check_output_dir, check_run_settings
 from lopt_hf.trainers.mixin import LocalLearningMixin
+from lopt_hf.trainers.model_card import is_users_readme
 
 __all__ = [
     "METHODS",
     "METHOD_HELP",
     "DataArguments",
     "MethodArguments",
+    "check_model_options",
     "load_checked",
     "load_rows",
     "prepare",
@@ -53,6 +55,7 @@ METHOD_HELP = (
 )
 LoadSplit = Callable[[Any, str, int], Any]
 _OF_ADAPTERS = ("lora_", "use_rslora", "use_dora")
+_OF_4BIT = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
 # The commands that generate data, by the data's name; in another one it would be looked for on the hub
 GENERATED_BY = {"word-problems": "lopt-hf sft", "arithmetic": "lopt-hf dpo or grpo"}
 GENERATED_SIZES = {"num_train": 512, "num_heldout": 64}  # ours: enough for the recipes on SmolLM2-135M
@@ -82,6 +85,8 @@ class DataArguments(ScriptArguments):
         "--main_process_port may follow, and win over the file.",
     )
     is_generated: bool = field(default=False, init=False)  # once the data are loaded
+    # No option: TRL's script sets a list on the model that local learning sets too
+    ignore_bias_buffers: bool = field(default=False, init=False)
     dataset_max_samples: int | None = option(None, "Train on this many rows, drawn with the run's seed. Default: all.")
 
 
@@ -189,6 +194,19 @@ def load_checked(load_split: LoadSplit, script_args: DataArguments, split: str, 
         raise ValueError(explain_damage(str(script_args.dataset_name), error)) from error
 
 
+def check_model_options(model_args: ModelConfig) -> None:
+    """Checks that nothing is said of an adapter or of 4 bits that are not asked for.
+
+    Raises:
+        ValueError: If an option would do nothing.
+    """
+    if not model_args.use_peft:
+        names = [name for name in ModelConfig.__dataclass_fields__ if name.startswith(_OF_ADAPTERS)]
+        check_left_out(model_args, names, "does nothing without use_peft; add --use_peft, or leave it out.")
+    if not model_args.load_in_4bit:
+        check_left_out(model_args, _OF_4BIT, "does nothing without load_in_4bit; add --load_in_4bit, or leave it out.")
+
+
 def prepare(
     script_args: DataArguments, args: Any, model_args: ModelConfig, load_split: LoadSplit
 ) -> tuple[str, dict[str, Any]]:
@@ -210,10 +228,7 @@ def prepare(
         raise ValueError("model_name_or_path is missing; give a hub id or a local folder.")
     if isinstance(script_args, MethodArguments):
         check_preset(script_args.method, args)
-    if not model_args.use_peft:
-        names = [name for name in ModelConfig.__dataclass_fields__ if name.startswith(_OF_ADAPTERS)]
-        check_left_out(model_args, names, "does nothing without use_peft; add --use_peft, or leave it out.")
-    check_optimizer(args)
+    check_model_options(model_args)
     args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -255,8 +270,9 @@ def run_training(
         # `auto` may start anew in the folder of a run of its own
         if str(args.resume_from_checkpoint or "false").lower() == "false":
             check_no_model_is_lost(args.output_dir, model_args.model_name_or_path)
+        check_run_settings(args)
         trainer: Any = make_trainer(script_args, args, model_args)
-        if checkpoint is not None and isinstance(trainer, LocalLearningMixin):
+        if checkpoint is not None and hasattr(trainer, "check_checkpoint"):  # TRL's own have none
             trainer.check_checkpoint(checkpoint)
         for name in ("train_dataset", "eval_dataset"):
             check_prepared(getattr(trainer, name), args, name)
@@ -272,6 +288,10 @@ def run_training(
         _write_card(trainer, script_args)
     except READ_ERRORS as error:  # of a stream, which is read while it trains
         raise UsageExit(f"{parser.prog}: {_explain(error, script_args.dataset_name)}") from error
+    except KeyError as error:
+        if "metric_for_best_model" not in str(error):  # how transformers says that it is not measured
+            raise
+        raise UsageExit(f"{parser.prog}: {_explain_metric(trainer)}") from error
     except KeyboardInterrupt:
         trainer.accelerator.print(f"\n{parser.prog}: {_what_is_kept(trainer)}", file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -295,9 +315,9 @@ def run_training(
 
 
 def _write_card(trainer: Any, script_args: DataArguments) -> None:
-    """Writes the model card where no checkpoint has brought one, and none of the user's is there."""
+    """Writes the model card, unless a README of the user's is there."""
     folder = Path(trainer.args.output_dir)
-    if trainer.is_world_process_zero() and not (folder / "README.md").exists():
+    if trainer.is_world_process_zero() and not is_users_readme(folder / "README.md"):
         trainer.create_model_card(
             model_name=folder.absolute().name,
             dataset_name=script_args.dataset_name if is_of_hub(script_args) else None,
@@ -313,6 +333,16 @@ def _what_is_kept(trainer: Any) -> str:
         else f"the same command with --resume_from_checkpoint true goes on from {checkpoint}"
     )
     return f"interrupted after step {trainer.state.global_step}; {kept}."
+
+
+def _explain_metric(trainer: Any) -> str:
+    """What can be named as metric in place of one that an evaluation, the last thing logged, has not measured."""
+    logged = [name.removeprefix("eval_") for name in trainer.state.log_history[-1] if name.startswith("eval_")]
+    measured = [name for name in logged if name != "runtime" and not name.endswith("_per_second")]
+    return (
+        f"metric_for_best_model={trainer.args.metric_for_best_model!r} is not measured; choose one of "
+        f"{', '.join(measured)}. Training stops at the first evaluation, after step {trainer.state.global_step}."
+    )
 
 
 def _explain(error: BaseException, dataset_name: str | None) -> str:

@@ -1,5 +1,6 @@
 """Errors that a user can act on, raised before anything expensive happens."""
 
+import copy
 import inspect
 import math
 import os
@@ -7,12 +8,15 @@ from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel, PrefixTuningConfig
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_utils import SchedulerType, get_last_checkpoint
 from transformers.training_args import OptimizerNames
+from transformers.utils import is_liger_kernel_available
 from trl import GRPOConfig, SFTConfig
 from trl.data_utils import get_dataset_column_names
 
@@ -32,11 +36,11 @@ __all__ = [
     "check_model",
     "check_neftune",
     "check_no_model_is_lost",
-    "check_optimizer",
     "check_output_dir",
     "check_own_optimizer",
     "check_questions",
     "check_rewards",
+    "check_run_settings",
     "check_sft_dataset",
     "load_config",
 ]
@@ -94,19 +98,116 @@ def check_no_model_is_lost(output_dir: str, model: str | None) -> None:
             )
 
 
-def check_optimizer(args: TrainingArguments) -> None:
-    """Raises if the optimizer comes with a package that is not here; transformers looks when training begins.
+def check_run_settings(args: TrainingArguments) -> None:
+    """Raises if a run would end by a setting that transformers and TRL look at when the model is loaded, or never.
 
     Raises:
-        ImportError: Names the package.
+        ValueError: If a setting has no effect or cannot be read; the message names option, value and fix.
+        ImportError: If one needs a package that is not here; names it.
     """
+    _check_optimizer(args)
+    _check_scheduler(args)
+    _check_trackers(args)
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        raise ImportError(
+            "use_liger_kernel=True needs liger-kernel 0.3 or newer, which is not here: `pip install liger-kernel`; or "
+            "leave it out."
+        )
+    _check_chat_template(getattr(args, "chat_template_path", None))
+
+
+def _check_optimizer(args: TrainingArguments) -> None:
+    name = OptimizerNames(args.optim).value
     try:
-        Trainer.get_optimizer_cls_and_kwargs(args)
-    except ImportError as error:
-        name = OptimizerNames(args.optim).value
-        raise ImportError(f"optim={name!r} cannot be used here: {error}; or choose another optim.") from error
-    except ValueError:  # it wants to see the model first
+        _optimizer_settings(args, None)
+    except (ImportError, ValueError) as error:
+        if "need to pass a" in str(error):  # it wants to see the model first
+            return
+        raise type(error)(
+            f"optim={name!r} cannot be used here: {str(error).rstrip('.')}; or choose another optim."
+        ) from error
+    if args.optim_args:
+        _check_optim_args(args, name)
+
+
+def _check_optim_args(args: TrainingArguments, optim: str) -> None:
+    """Raises at the first setting that the optimizer does not read: most read a few, and AdamW none."""
+    given = f"optim_args={args.optim_args!r}"
+    entries = str(args.optim_args).replace(" ", "").split(",")
+    for entry in entries:
+        if not all(entry.partition("=")) or entry.count("=") > 1:
+            raise ValueError(f"{given}: {entry!r} is no setting; write name=value, with commas between several.")
+    for name in (entry.partition("=")[0] for entry in entries):
+        if not _is_read(args, name):
+            raise ValueError(
+                f"{given}: optim={optim!r} does not read {name!r}; leave it out, or choose another optim."
+            )
+    try:
+        _optimizer_settings(args, args.optim_args)
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f"{given} cannot be read by optim={optim!r}: {error}; correct it.") from error
+
+
+def _is_read(args: TrainingArguments, name: str) -> bool:
+    """Whether an optimizer is made otherwise with a setting than without; the value that is given may be a default."""
+    try:
+        return any(_optimizer_settings(args, f"{name}={value}") != _optimizer_settings(args, None) for value in (0, 1))
+    except (AttributeError, ValueError):  # it is read, and is no number
+        return True
+
+
+def _optimizer_settings(args: TrainingArguments, optim_args: str | None) -> Any:
+    asked = copy.copy(args)
+    asked.optim_args = optim_args
+    return Trainer.get_optimizer_cls_and_kwargs(asked)
+
+
+def _check_scheduler(args: TrainingArguments) -> None:
+    """Makes the scheduler for one number: some need settings that only `lr_scheduler_kwargs` gives."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    num_steps = max(1, args.max_steps)
+    kwargs: Any = args.lr_scheduler_kwargs or {}
+    try:
+        get_scheduler(
+            args.lr_scheduler_type,
+            optimizer,
+            args.get_warmup_steps(num_steps),
+            num_steps,
+            scheduler_specific_kwargs=kwargs or None,
+        )
+    except (TypeError, ValueError) as error:
+        name = SchedulerType(args.lr_scheduler_type).value
+        raise ValueError(
+            f"lr_scheduler_type={name!r} cannot be made with lr_scheduler_kwargs={kwargs}: "
+            f"{str(error).rstrip('.')}; give what it needs there, or choose another."
+        ) from error
+
+
+def _check_trackers(args: TrainingArguments) -> None:
+    """Makes the callback of each tracker, as the trainer will: it says whether its package is here."""
+    for name in args.report_to or ():
+        try:
+            for make in get_reporting_integration_callbacks([name]):
+                make()
+        except (ImportError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"report_to={name!r} cannot be used here: {str(error).rstrip('.')}; or choose another, or 'none'."
+            ) from error
+
+
+def _check_chat_template(path: str | None) -> None:
+    """Raises if a template's file is not there, which would be looked for as a model on the hub."""
+    if path is None or Path(path).is_dir():
         return
+    is_template = path.endswith((".jinja", ".j2"))
+    if not Path(path).is_file():
+        if is_template or path.startswith(("/", ".", "~")):
+            raise ValueError(f"chat_template_path={path!r}: there is no such file; check the path.")
+    elif not is_template:
+        raise ValueError(
+            f"chat_template_path={path!r} is not taken for a template; give a file whose name ends in .jinja or .j2, "
+            "or a tokenizer's folder or id."
+        )
 
 
 def check_own_optimizer(args: Any, optimizer: Any, scheduler: Any) -> None:

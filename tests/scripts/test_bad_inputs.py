@@ -28,6 +28,7 @@ TRAINING: dict[str, Any] = {
     "report_to": "none",
     "save_strategy": "no",
 }
+NO_MODEL = {"model_name_or_path": "{}/no"}  # what is said before one is looked for
 DATA = dict.fromkeys(("sft", "mlaan", "peers", "pipeline"), "data.json") | {
     "dpo": "pairs.json",
     "grpo": "questions.json",
@@ -104,6 +105,14 @@ OF_A_YAML: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"eos_token": "<none>"}, "`eos_token` ('<none>') is not found in the vocabulary"),
         ({"model_revision": 7}, "model_revision=7 must be text; write it in quotes"),
         ({"truncation_mode": "middle"}, "truncation_mode='middle' is unknown, nearest is 'keep_end'"),
+        ({"ignore_bias_buffers": True}, "unknown key in the YAML file: 'ignore_bias_buffers'"),
+        ({"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type='fp4' does nothing without load_in_4bit; add --load_in"),
+        ({"use_bnb_nested_quant": True, "load_in_8bit": True, "use_peft": True}, "use_bnb_nested_quant=True does not"),
+        ({"bnb_4bit_quant_storage": "uint8"}, "bnb_4bit_quant_storage='uint8' does nothing without load_in_4bit"),
+        ({"optim_args": "foo=1", **NO_MODEL}, "optim_args='foo=1': optim='adamw_torch_fused' does not read 'foo'; le"),
+        ({"chat_template_path": "no.jinja", **NO_MODEL}, "chat_template_path='no.jinja': there is no such file; che"),
+        ({"accelerator_config": {"bogus": 1}}, "accelerator_config={'bogus': 1}: there is no setting 'bogus' in it"),
+        ({"lr_scheduler_type": "cosine_with_min_lr", **NO_MODEL}, "lr_scheduler_type='cosine_with_min_lr' cannot be"),
     ],
     "mlaan": [
         ({"window": 9}, "window=9 is more than num_blocks=4"),
@@ -121,6 +130,11 @@ OF_A_YAML: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"ref_model_mixup_alpha": 7.0}, "ref_model_mixup_alpha=7.0 must be a number from 0 to 1"),
         ({"dataset_name": "{}/data.json"}, "train_dataset has the columns ['completion', 'prompt']"),
         ({"dataset_name": "word-problems"}, "dataset_name='word-problems' names data that lopt-hf sft generates"),
+        ({"ignore_bias_buffers": True}, "unknown key in the YAML file: 'ignore_bias_buffers'"),
+        (
+            {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"bogus": 1}, **NO_MODEL},
+            "lr_scheduler_type='polynomial' cannot be made with lr_scheduler_kwargs={'bogus': 1}: ",
+        ),
     ],
     "grpo": [
         ({"num_generations": 1}, "at least 2 generations per prompt"),
@@ -136,17 +150,22 @@ OF_A_YAML: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"loss_type": "dapoo"}, "loss_type='dapoo' is unknown, nearest is 'dapo'"),
         ({"scale_rewards": "batches"}, "scale_rewards='batches' is unknown, nearest is 'batch'"),
         ({"reward_funcs": "x"}, "reward_funcs='x' must be a list of texts"),
+        ({"optim": "sgd", "optim_args": "momentum=x"}, "optim_args='momentum=x' cannot be read by optim='sgd': could"),
     ],
     "peers": [
         ({"method": "badam", "badam_period": 0}, "badam_period=0 is too small; set it to 1 or more"),
         ({"method": "freeze_last", "num_blocks": 9}, "num_blocks=9 does not fit a model with 4 layers"),
         ({"method": "lisa", "lisa_layers": 99}, "layers=99, but the model has 4; use at most as many"),
         ({"method": "lisa", "adam_beta2": 1.0}, "adam_beta2=1.0 must be a number from 0 to below 1"),
+        ({"lr_scheduler_type": "cosine_with_min_lr", **NO_MODEL}, "lr_scheduler_type='cosine_with_min_lr' cannot be"),
     ],
     "pipeline": [
         ({"num_stages": 3, "num_blocks": 2}, "num_stages=3 is more than num_blocks=2"),
         ({"max_steps": 0}, "max_steps=0 must be at least 1"),
         ({"dataset_name": "{}/empty.jsonl"}, "{}/empty.jsonl is empty"),
+        ({"lora_r": 8}, "lora_r=8 does nothing without use_peft; add --use_peft, or leave it out"),
+        ({"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type='fp4' does nothing without load_in_4bit"),
+        ({"optim_args": "foo=1", **NO_MODEL}, "optim_args='foo=1': optim='adamw_torch_fused' does not read 'foo'"),
         ({"output_dir": "{}/file"}, "output_dir='{}/file' is a file; name a folder"),
         ({"output_dir": "{}/tuned"}, "output_dir='{}/tuned' holds another run's model (model.safetensors)"),
         ({"output_dir": "{}/unfinished"}, "output_dir='{}/unfinished' holds another run's checkpoints"),
@@ -220,6 +239,14 @@ OF_A_COMMAND_LINE: list[tuple[list[str], str]] = [
     ([*REPL, "--num_layers_to_replace", "1", "--max_steps", "0"], "max_steps=0 must be at least 1"),
     ([*REPL, "--layers_to_replace", "1", "--dataset_name", "{}/no.json"], "no file or folder '{}/no.json'"),
     ([*REPL, "--layers_to_replace", "1", "--output_dir", "{}/file/x"], "output_dir='{}/file/x': {}/file is a file"),
+    (
+        [*REPL, "--layers_to_replace", "1", "--lr_scheduler_type", "cosine_with_min_lr"],
+        "lr_scheduler_type='cosine_with_min_lr' cannot be made with lr_scheduler_kwargs={}",
+    ),
+    (
+        ["image", "--output_dir", "{}/image", "--lr_scheduler_type", "cosine_with_min_lr"],
+        "lr_scheduler_type='cosine_with_min_lr' cannot be made with lr_scheduler_kwargs={}",
+    ),
     (
         ["image", "--output_dir", "{}/image", "--train_file", "{}/no.parquet"],
         "no file or folder '{}/no.parquet'",

@@ -1,5 +1,6 @@
 """Options from a command line and from a YAML; what is wrong with them is told in one line."""
 
+import json
 import os
 from dataclasses import dataclass, field
 
@@ -34,6 +35,36 @@ def test_a_list_of_numbers_may_be_one_word(given):
     assert (options.cuts, options.names) == ([4, 8], ["a,b", "c"])  # a comma may be part of a name
     (options,) = parse_or_exit(make_trl_parser("sft", None, Options), ["--names", '["a", "b"]', "--name", "[x]"])
     assert (options.names, options.name) == (["a", "b"], "[x]")
+
+
+@dataclass
+class Batches:
+    batches: dict | str | None = field(default=None, metadata={"help": "How to share them out."})
+    num_blocks: int = field(default=2, metadata={"help": "How many blocks."})
+
+    def __post_init__(self):
+        if self.batches is not None:
+            Options(**(json.loads(self.batches) if isinstance(self.batches, str) else self.batches))
+        if self.num_blocks == 0:
+            raise TypeError("a fault of ours")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"nums": 1}', "batches={\"nums\": 1}: there is no setting 'nums' in it; remove it or correct its name."),
+        ("{nums}", "batches={nums} is no JSON: Expecting property name enclosed in double quotes"),
+    ],
+)
+def test_a_dictionary_is_wrong(tmp_path, capsys, text, message):
+    parser = make_trl_parser("sft", None, Batches)
+    with pytest.raises(SystemExit) as ended:
+        parse_or_exit(parser, ["--batches", text])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1
+    assert error.startswith(f"lopt-hf sft: error: {message}")
+    with pytest.raises(TypeError, match="a fault of ours"):
+        parse_or_exit(parser, ["--num_blocks", "0"])
 
 
 @pytest.mark.parametrize("form", [["--config", "{}"], ["--config={}"]])

@@ -56,6 +56,18 @@ def test_an_evaluation_at_the_start_has_its_data(tmp_path):
     assert 0 in read_curve(str(tmp_path / "out"), "eval_loss")
 
 
+@pytest.mark.parametrize("method", ["lopt", "e2e"])
+def test_a_best_metric_that_is_not_measured_is_one_line(tmp_path, method, capsys):
+    given = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "accuracy", "method": method}
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["sft", *arguments(tmp_path, "sft", **given)])
+    assert ended.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    message = "metric_for_best_model='accuracy' is not measured; choose one of loss, "
+    assert f"lopt-hf sft: {message}" in line and "mean_token_accuracy" in line and "runtime" not in line
+    sft.main(arguments(tmp_path, "sft", **{**given, "metric_for_best_model": "mean_token_accuracy"}))
+
+
 def test_a_column_of_text_that_the_arguments_name(tmp_path):
     data = tmp_path / "texts.jsonl"
     data.write_text("".join(json.dumps({"content": text}) + "\n" for text in ("Once.", "", "Twice.", "Again.")))
