@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["MeanScores", "RatioScores", "ResampledScores", "Scores", "clustered"]
+__all__ = ["MeanScores", "RatioScores", "ResampledScores", "Scores", "clustered", "tied"]
 
 
 class Scores(ABC):
@@ -30,6 +30,11 @@ class Scores(ABC):
         """
 
     @property
+    @abstractmethod
+    def entries(self) -> Sequence[Any]:
+        """What there is of each sample, by which two models' scores of it are told to be the same."""
+
+    @property
     def num_samples(self) -> int:
         """The number of samples, also where `len` counts clusters of them."""
         return len(self)
@@ -38,6 +43,11 @@ class Scores(ABC):
     def is_share(self) -> bool:
         """Whether the metric is the share of samples that are right."""
         return False
+
+    @property
+    def extremes(self) -> tuple[float, float] | None:
+        """The lowest and the highest score of a sample; `None` for a metric that is no mean of them."""
+        return None
 
     @cached_property
     def total(self) -> float:
@@ -56,6 +66,14 @@ class MeanScores(Scores):
 
     def value(self, index: NDArray[Any]) -> NDArray[Any]:
         return self.values[index].mean(-1)
+
+    @property
+    def entries(self) -> Sequence[float]:
+        return self.values.tolist()
+
+    @property
+    def extremes(self) -> tuple[float, float] | None:
+        return (float(self.values.min()), float(self.values.max())) if len(self) else None
 
     @property
     def is_binary(self) -> bool:
@@ -85,6 +103,10 @@ class RatioScores(Scores):
     def value(self, index: NDArray[Any]) -> NDArray[Any]:
         return self.transform(self.numerator[index].sum(-1) / self.denominator[index].sum(-1))
 
+    @property
+    def entries(self) -> Sequence[tuple[float, float]]:
+        return list(zip(self.numerator.tolist(), self.denominator.tolist(), strict=True))
+
 
 class ResampledScores(Scores):
     """Any other metric: recomputed from the chosen samples by its own aggregation."""
@@ -101,6 +123,10 @@ class ResampledScores(Scores):
         values = [self.aggregate([self.items[i] for i in row]) for row in rows]
         return np.array(values, dtype=np.float64).reshape(index.shape[:-1])
 
+    @property
+    def entries(self) -> Sequence[Any]:
+        return self.items
+
 
 class _ClusteredRatio(RatioScores):
     """A ratio of sums over clusters of samples.
@@ -110,6 +136,7 @@ class _ClusteredRatio(RatioScores):
         transform: As in `RatioScores`.
         num_samples: Samples in all clusters.
         is_share: Whether the metric is the share of samples that are right.
+        extremes: The lowest and the highest score of a sample, of a metric that is a mean of them.
     """
 
     def __init__(
@@ -118,10 +145,12 @@ class _ClusteredRatio(RatioScores):
         transform: Callable[[NDArray[Any]], NDArray[Any]],
         num_samples: int,
         is_share: bool,
+        extremes: tuple[float, float] | None,
     ) -> None:
         super().__init__(pairs.tolist(), transform)
         self._num_samples = num_samples
         self._is_share = is_share
+        self._extremes = extremes
 
     @property
     def num_samples(self) -> int:
@@ -130,6 +159,10 @@ class _ClusteredRatio(RatioScores):
     @property
     def is_share(self) -> bool:
         return self._is_share
+
+    @property
+    def extremes(self) -> tuple[float, float] | None:
+        return self._extremes
 
 
 class _ClusteredItems(ResampledScores):
@@ -174,7 +207,18 @@ def clustered(scores: Scores, labels: Sequence[int] | None) -> Scores:
         assert isinstance(scores, RatioScores)
         pairs, transform = np.column_stack([scores.numerator, scores.denominator]), scores.transform
     sums = np.column_stack([np.bincount(number, weights=column) for column in pairs.T])
-    return _ClusteredRatio(sums, transform, len(scores), scores.is_share)
+    return _ClusteredRatio(sums, transform, len(scores), scores.is_share, scores.extremes)
+
+
+def tied(one: Scores, other: Scores) -> NDArray[np.bool_]:
+    """Returns on which samples two models have exactly the same score, shape (samples,).
+
+    Args:
+        one: One model's scores.
+        other: The other's, on the same samples.
+    """
+    pairs = zip(one.entries, other.entries, strict=True)
+    return np.array([first == second or repr(first) == repr(second) for first, second in pairs])  # nan is no nan
 
 
 def _identity(ratio: NDArray[Any]) -> NDArray[Any]:

@@ -4,6 +4,7 @@ Every statement is a difference between models that answered the same samples, s
 cancels. Samples are resampled together for all models and seeds.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from lopt_hf.common.sample_scores import MeanScores, ResampledScores, Scores
+from lopt_hf.common.sample_scores import MeanScores, ResampledScores, Scores, tied
 
 __all__ = [
     "Interval",
@@ -31,6 +32,9 @@ BATCH_ELEMENTS = 4_000_000
 # Share of what the samples make of the variance between seeds that counts against it. At 0 three seeds that differ by
 # nothing else would get a longer interval than one of them; at 1 the intervals of two or five cover only 92 % at worst
 SEED_SHRINKAGE = 0.6
+# Share of samples that tie exactly from which on so few others differ that a bootstrap of them is too short
+MOSTLY_TIED = 0.5
+FEW_CHANGES = 5  # of these all could go one way by chance, one time in sixteen
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class Interval:
             Welch and Satterthwaite's for what varies between samples and between seeds.
         samples_freedom: The same for what varies between samples alone.
         largest_change: How far the pseudo-change in the interval moves the difference; 0 where there is none.
+        has_few_changes: Whether most samples are the same for all models, and too few of a task differ for the
+            interval to say how large a difference may be.
     """
 
     delta: float
@@ -65,16 +71,17 @@ class Interval:
     degrees_of_freedom: float = np.inf
     samples_freedom: float = np.inf
     largest_change: float = 0.0
+    has_few_changes: bool = False
 
     @property
     def p_value(self) -> float:
         """Two-sided p-value of no difference: below `1 - confidence` just where the interval leaves out zero.
 
-        `nan` where there is no interval.
+        `nan` where there is no interval, or too few samples differ for one.
         """
         distance = self.delta - (self.low if self.delta > 0 else self.high)
-        if np.isnan(distance):
-            return float("nan")
+        if np.isnan(distance) or (self.has_few_changes and self.low <= 0 <= self.high):
+            return math.nan
         if self.delta == 0 or distance == 0:
             return float(self.delta == 0)
         return float(2 * stats.t.sf(self._quantile(self.confidence) * self.delta / distance, self.degrees_of_freedom))
@@ -93,8 +100,11 @@ class Interval:
 
         Returns:
             The sum of the quantiles of level and power times the standard error, which is the half width over the
-            former (Miller 2024, arXiv 2411.00640, Sec. 5, with Student's quantiles); `nan` where there is no interval.
+            former (Miller 2024, arXiv 2411.00640, Sec. 5, with Student's quantiles); `nan` where there is no interval,
+            or too few samples differ for one.
         """
+        if self.has_few_changes:
+            return math.nan
         level = self._quantile(self.confidence)
         needed = level + float(stats.t.ppf(power, self.degrees_of_freedom))
         return (self.high - self.low) / 2 * needed / level
@@ -103,10 +113,13 @@ class Interval:
         """Whether the difference is shown to be smaller than a margin in either direction.
 
         Two one-sided tests, each at `1 - confidence` (Schuirmann 1987): at 95 % the 90 % interval lies between them.
+        Never where too few samples differ.
 
         Args:
             margin: In units of the difference, above 0.
         """
+        if self.has_few_changes:
+            return False
         low, high = self.at(max(0.0, 2 * self.confidence - 1))
         return bool(-margin < low and high < margin)
 
@@ -122,11 +135,13 @@ class _Task:
         variance: Over resamples, of the mean over seeds.
         freedom: Degrees of freedom that it is known with.
         pseudo_change: How far a pseudo-change of this task would move the difference; 0 if it gets none.
+        has_few_changes: As in `Interval`.
     """
 
     variance: float
     freedom: float
     pseudo_change: float
+    has_few_changes: bool
 
 
 def difference_interval(
@@ -140,7 +155,7 @@ def difference_interval(
 
     Samples are resampled, for all models together and for each task apart. The interval is that of the bootstrap:
     bias-corrected and accelerated (Efron 1987, by `scipy.stats.bootstrap`) for a single task, of percentiles for
-    several and for metrics that are right or wrong per sample. Four things are added.
+    several and where there is a pseudo-change. Five things are added.
 
     - It is stretched by `sqrt(n / (n - 1))` and by what Student's quantile is wider than the normal one, since a
       bootstrap of few samples is too narrow (Hesterberg 2015). Of several tasks the degrees of freedom are Welch and
@@ -149,7 +164,11 @@ def difference_interval(
       cluster-robust regression: with some tens of clusters, percentiles cover less.
     - Right and wrong answers get one pseudo-change of either kind, as in the interval of Bonett and Price (2012): few
       changes would make it too short, and none at all would leave it no width. Of several tasks it is an answer of
-      the one whose answers count most. Clusters of answers get it where none of them changed.
+      the one whose answers count most. Clusters of answers get it where none of them changed. So do other means over
+      samples where at least half of these are exactly the same for both models: the pseudo-change is as large as the
+      scores of single samples are apart, over all models.
+    - Of metrics without one, such as ratios of sums, most of whose samples are the same, fewer than `FEW_CHANGES` that
+      differ say neither that there is a difference nor that there is none: the interval has zero in it.
     - With several seeds the half-width for the variance between them, by Student's quantile for so many seeds, takes
       the place of that for what the samples make of this variance, where it is the larger of the two.
 
@@ -186,14 +205,15 @@ def difference_interval(
         of_task = share * _deviations(task, of_seed, difference, rng)
         moved.append(of_task.mean(axis=0))
         deviations = deviations + of_task
-    of_tasks = _parts(tasks, shares, moved)
+    of_tasks = _parts(tasks, shares, moved, of_seed)
     draws = by_seed[:, None] + deviations
     means = draws.mean(axis=0)
     ends = None
-    if any(map(_is_clustered, tasks)) and not any(task.pseudo_change for task in of_tasks):
+    has_pseudo_change = any(task.pseudo_change for task in of_tasks)
+    if any(map(_is_clustered, tasks)) and not has_pseudo_change:
         half = stats.norm.ppf((1 + confidence) / 2) * means.std()
         ends = float(by_seed.mean() - half), float(by_seed.mean() + half)
-    elif len(tasks) == 1 and not is_share and 2 <= num_samples <= MAX_BCA_SAMPLES:
+    elif len(tasks) == 1 and not (is_share or has_pseudo_change) and 2 <= num_samples <= MAX_BCA_SAMPLES:
         ends = _accelerated_ends(tasks[0], of_seed.mean(axis=0), means, confidence)
     bounds = (-np.inf, np.inf)
     if is_share:
@@ -228,6 +248,7 @@ def mean_interval(intervals: Sequence[Interval], confidence: float = 0.95, seed:
             float(interval.draws.mean(axis=0).var()) / number**2,
             interval.samples_freedom,
             interval.largest_change / number,
+            interval.has_few_changes,
         )
         for interval in intervals
     ]
@@ -260,21 +281,56 @@ def _is_clustered(task: Sequence[Scores]) -> bool:
     return any(len(scores) < scores.num_samples for scores in task)
 
 
-def _parts(tasks: Sequence[Sequence[Scores]], shares: NDArray[Any], moved: Sequence[NDArray[Any]]) -> list[_Task]:
+def _parts(
+    tasks: Sequence[Sequence[Scores]], shares: NDArray[Any], moved: Sequence[NDArray[Any]], of_seed: NDArray[Any]
+) -> list[_Task]:
     """Returns what each task adds, given how far its resamples move the difference, shape (resamples,) each."""
+    found = [_largest_change(task, of_seed) for task in tasks]
     changes = [
-        float(share) / len(task[0]) if all(scores.is_share for scores in task) else 0.0
-        for share, task in zip(shares, tasks, strict=True)
+        float(share) * change / len(task[0]) for share, task, (change, _) in zip(shares, tasks, found, strict=True)
     ]
     clustered = [_is_clustered(task) for task in tasks]
     has_changed = [np.ptp(part) > 1e-9 * change > 0 for part, change in zip(moved, changes, strict=True)]
+    has_few = [
+        few and (change == 0 or (part and changed))
+        for (_, few), change, part, changed in zip(found, changes, clustered, has_changed, strict=True)
+    ]
     # A cluster that changes as a whole would say too much of clusters that change in part
     if any(part and has_changed[number] for number, part in enumerate(clustered)):
         changes = [0.0 if part else change for part, change in zip(clustered, changes, strict=True)]
     return [
-        _Task(float(part.var()), len(task[0]) - 1, change)
-        for task, part, change in zip(tasks, moved, changes, strict=True)
+        _Task(float(part.var()), len(task[0]) - 1, change, bool(few))
+        for task, part, change, few in zip(tasks, moved, changes, has_few, strict=True)
     ]
+
+
+def _largest_change(task: Sequence[Scores], of_seed: NDArray[Any]) -> tuple[float, bool]:
+    """Returns how much the score of a sample may change unseen, and whether hardly any sample is seen to change.
+
+    The former is 1 for right and wrong answers; of other means the range of scores where most samples tie, else 0.
+    """
+    if all(scores.is_share for scores in task):
+        return 1.0, False
+    ties = _ties(task, of_seed)
+    if ties.mean() < MOSTLY_TIED:
+        return 0.0, False
+    extremes = [scores.extremes for scores in task]
+    ends = [ends for ends in extremes if ends is not None]
+    change = max(high for _, high in ends) - min(low for low, _ in ends) if len(ends) == len(task) else 0.0
+    return change, int((~ties.all(axis=0)).sum()) < FEW_CHANGES
+
+
+def _ties(task: Sequence[Scores], of_seed: NDArray[Any]) -> NDArray[np.bool_]:
+    """Returns on which samples each seed's models are exactly the same, shape (seeds, samples)."""
+    rows = []
+    for coefficients in of_seed:
+        models = [scores for scores, weight in zip(task, coefficients, strict=True) if weight]
+        is_difference = abs(float(coefficients.sum())) < 1e-9  # and not one model's own score
+        same = np.full(len(task[0]), is_difference)
+        for other in models[1:] if is_difference else ():
+            same &= tied(models[0], other)
+        rows.append(same)
+    return np.stack(rows)
 
 
 def _samples_freedom(tasks: Sequence[_Task], of_pseudo_change: float) -> float:
@@ -382,11 +438,14 @@ def _interval(
         apart = max(0.0, of_seeds - explained)
         freedom = _welch_satterthwaite([of_samples, apart], [samples_freedom, num_seeds - 1])
     low, high = np.clip((low, high), *bounds)
+    if all(task.has_few_changes for task in tasks):
+        low, high = min(low, 0.0), max(high, 0.0)
     return Interval(
         *(delta, float(low), float(high), by_seed, draws, num_samples, is_share, bounds, confidence),
         degrees_of_freedom=freedom,
         samples_freedom=samples_freedom,
         largest_change=largest,
+        has_few_changes=any(task.has_few_changes for task in tasks),
     )
 
 

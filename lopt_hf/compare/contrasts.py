@@ -26,6 +26,7 @@ from lopt_hf.retention.deltas import (
 )
 from lopt_hf.retention.heldout import HELDOUT_TASK
 from lopt_hf.retention.results import Contrast
+from lopt_hf.retention.scores import on_common_samples
 from lopt_hf.retention.suites import TaskEntry
 
 __all__ = ["Margin", "MethodPoint", "matched_contrasts", "rate_contrasts"]
@@ -155,12 +156,12 @@ def _contrasts(
         for position, weight in of_seed.items():
             coefficients[seed, num_seeds + position] -= weight
 
-    everyone = [*point.seeds, *models]
+    everyone = on_common_samples([*point.seeds, *models])
 
     def contrast(
         task: str,
         metric: str,
-        higher: bool,
+        higher: bool | None,
         parts_of: Callable[[ModelScores], list[Scores]],
         weights_of: Callable[[list[Scores]], list[float]],
     ) -> Contrast:

@@ -24,6 +24,7 @@ __all__ = ["check_same", "heldout_rows", "model_folder", "prepare_data", "run_fo
 
 logger = logging.getLogger(__name__)
 
+BEGUN = {"state": "being prepared"}  # a record of data that are not all there yet, which says that they are ours
 CONTENT = "content of "  # and the setting that names data here: what identifies them, in the records of what was made
 
 
@@ -44,8 +45,9 @@ def prepare_data(grid: Grid) -> None:
     Raises:
         FileNotFoundError: If a data set is not there.
         ValueError: If its layout has no prompt and completion, too few rows fit, or runs were trained on data made
-            with other settings or of files that have changed.
+            with other settings or of files that have changed; or if files of somebody else's would be lost.
     """
+    _check_sources(grid)
     record = grid.output_path / "data" / "settings.json"
     settings = {
         "train_dataset": grid.train_dataset,
@@ -68,22 +70,31 @@ def prepare_data(grid: Grid) -> None:
             grid.heldout_split,
         )
     is_trained = any((grid.output_path / "runs").glob("*/model"))
-    remedy = "delete it, and the data are prepared again, or taken as they are where runs were trained on them"
-    stored = read_record(record, remedy) if record.is_file() else None
+    remedy = (
+        f"delete {record.parent}, and the data are prepared again; or this file alone, and they are taken as they are "
+        "where runs were trained on them"
+    )
+    stored = _read_own(record, "train_dataset", remedy)
     if is_trained and stored is not None:
         check_same(settings, stored, f"the data of the runs in {grid.output_path}", "delete that folder")
     elif is_trained:
         logger.warning("%s is not there: whether the data were made with these settings is unknown.", record)
     is_stale = not is_trained and (stored is None or _difference(settings, stored) is not None)
-    if is_stale:
-        record.unlink(missing_ok=True)  # first: what a kill leaves half prepared is prepared again
+    if stored is None and is_stale:
+        _check_free(record, "train.jsonl", "heldout.jsonl")
     counts = {"train": max(run.num_train for run in grid.runs()), "heldout": grid.num_heldout}
     for name, count in counts.items():
         target = grid.output_path / "data" / f"{name}.jsonl"
         if is_stale or not target.is_file():
             source, split = getattr(grid, f"{name}_dataset"), getattr(grid, f"{name}_split")
             config = None if Path(source).expanduser().is_file() else grid.dataset_config  # which is the other's
-            _prepare(grid, name, to_trl_format(load_sft_dataset(source, config, split)), target)
+            _prepare(
+                grid,
+                name,
+                to_trl_format(load_sft_dataset(source, config, split)),
+                target,
+                record if is_stale else None,
+            )
         _check_count(grid, f"num_{name}={count}", count, target, settings[f"{name}_dataset"])
     if is_stale:
         write_text(record, json.dumps(settings, indent=2))
@@ -147,6 +158,44 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def _check_sources(grid: Grid) -> None:
+    """Raises if a file that is written is one that is read, or would be among those of a folder that is read."""
+    data = grid.output_path / "data"
+    targets = [data / f"{name}.jsonl" for name in ("train", "heldout", "replay")]
+    targets += [run_folder(grid, run) / "train.jsonl" for run in grid.runs() if run.replay_share]
+    for name in ("train_dataset", "heldout_dataset", "replay_dataset"):
+        source = Path(getattr(grid, name) or "").expanduser()
+        if getattr(grid, name) is None or not source.exists():
+            continue
+        for target in targets:
+            is_within = source.is_dir() and target.resolve().is_relative_to(source.resolve())
+            if is_within or (target.exists() and target.samefile(source)):
+                raise ValueError(
+                    f"output_dir={grid.output_dir!r}: {target} would be written in the place of "
+                    f"{name}={str(source)!r}, or into it; set another output_dir."
+                )
+
+
+def _read_own(record: Path, name: str, remedy: str) -> dict[str, Any] | None:
+    """Reads a record of what data were made with, which has a setting of that name; `None` where there is none."""
+    if not record.is_file():
+        return None
+    stored = read_record(record, remedy)
+    if name not in stored and stored != BEGUN:
+        raise ValueError(f"{record} is no record of lopt-hf compare, and would be lost; set another output_dir.")
+    return stored
+
+
+def _check_free(record: Path, *names: str) -> None:
+    """Raises if a file is there, where no record says that it is ours."""
+    for target in (record.with_name(name) for name in names):
+        if target.exists():
+            raise ValueError(
+                f"{target} is there, and no {record.name} beside it says that lopt-hf compare wrote it; set another "
+                "output_dir, or delete the file if it is of an earlier comparison."
+            )
+
+
 def _prepare_replay(grid: Grid) -> None:
     """Writes `data/replay.jsonl`, if a method asks for general text; its settings are kept apart, as not all do."""
     runs = [run for run in grid.runs() if run.replay_share]
@@ -160,12 +209,14 @@ def _prepare_replay(grid: Grid) -> None:
         "model": grid.model,
         **_contents(grid, "replay_dataset"),
     }
-    stored = read_record(record, "delete it, and the rows are chosen again") if record.is_file() else None
+    remedy = f"delete it and {target.name} beside it, and the rows are chosen again"
+    stored = _read_own(record, "replay_dataset", remedy)
     if stored is not None and any(model_folder(grid, run).is_dir() for run in runs):
         check_same(settings, stored, f"the general text of the runs in {grid.output_path}", "delete these runs")
     if stored is None or _difference(settings, stored) is not None or not target.is_file():
-        record.unlink(missing_ok=True)
-        _prepare(grid, "replay", general_rows(grid), target)
+        if stored is None:
+            _check_free(record, target.name)
+        _prepare(grid, "replay", general_rows(grid), target, record)
         write_text(record, json.dumps(settings, indent=2))
     most = max(runs, key=lambda run: run.num_replayed)
     what = f"replay_share={most.replay_share} asks for {most.num_replayed} rows of general text"
@@ -183,8 +234,17 @@ def _check_count(grid: Grid, what: str, count: int, target: Path, source: str) -
         )
 
 
-def _prepare(grid: Grid, name: str, dataset: Dataset | IterableDataset, target: Path) -> None:
-    """Writes the rows of one data set that fit."""
+def _prepare(grid: Grid, name: str, dataset: Dataset | IterableDataset, target: Path, record: Path | None) -> None:
+    """Writes the rows of one data set that fit.
+
+    Args:
+        grid: The settings.
+        name: Of the setting, without its end.
+        dataset: The rows.
+        target: The file.
+        record: What says first that the file is ours: what a kill leaves half prepared is then prepared again. `None`
+            for one that keeps what it says.
+    """
     max_length = int(grid.training["max_length"])
     columns = set(dataset.column_names or ())
     if not {"prompt", "completion"} <= columns or isinstance(next(iter(dataset))["prompt"], str):
@@ -200,6 +260,8 @@ def _prepare(grid: Grid, name: str, dataset: Dataset | IterableDataset, target: 
         desc=f"{name}: rows within {max_length} tokens",
     )
     assert isinstance(fitting, Dataset)
+    if record is not None:
+        write_text(record, json.dumps(BEGUN))
     with atomic_file(target) as partial:
         fitting.to_json(partial)
 

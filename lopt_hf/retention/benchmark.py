@@ -36,7 +36,7 @@ from lopt_hf.retention.lengths import listed
 from lopt_hf.retention.records import read_measured
 from lopt_hf.retention.references import ModelReference, fingerprint, load_tokenizer
 from lopt_hf.retention.results import ModelResult, RetentionReport
-from lopt_hf.retention.scores import ScoreCache
+from lopt_hf.retention.scores import ScoreCache, on_common_samples
 from lopt_hf.retention.suites import TaskEntry
 
 __all__ = ["Candidate", "RetentionBenchmark", "check_candidates", "describe_machine", "flips", "write_flips"]
@@ -291,21 +291,31 @@ def flips(label: str, before: ModelScores, after: ModelScores) -> Iterator[dict[
 
     Yields:
         Rows with model, task, metric, sample number, direction, document, target, and both models' responses, as the
-        metric's filter left them.
+        metric's filter left them. The direction is `right to wrong` or the reverse, by whether higher is better; where
+        the task does not say that, `1 to 0` or the reverse.
     """
+    before, after = on_common_samples([before, after])
     for task, baseline in before.items():
         model = after[task]
         for metric, values in baseline.metrics.items():
             pairs = list(zip(values, model.metrics[metric], strict=True))
             if not all(value in (0, 1) for pair in pairs for value in pair if isinstance(value, int | float)):
                 continue
-            for number, (old, new) in enumerate(pairs):
+            samples = zip(baseline.samples_of(metric), model.samples_of(metric), strict=True)
+            for (old, new), of_both in zip(pairs, samples, strict=True):
                 if isinstance(old, int | float) and old != new:
-                    yield _flip(label, task, metric, bool(old), baseline.samples[number], model.samples[number])
+                    yield _flip(label, task, metric, _direction(baseline.higher_is_better[metric], old == 1), *of_both)
+
+
+def _direction(higher_is_better: bool | None, is_lowered: bool) -> str:
+    """What an answer whose value fell from 1 to 0, or rose, has become."""
+    if higher_is_better is None:
+        return "1 to 0" if is_lowered else "0 to 1"
+    return "right to wrong" if is_lowered == higher_is_better else "wrong to right"
 
 
 def _flip(
-    label: str, task: str, metric: str, was_right: bool, old: Mapping[str, Any], new: Mapping[str, Any]
+    label: str, task: str, metric: str, direction: str, old: Mapping[str, Any], new: Mapping[str, Any]
 ) -> dict[str, Any]:
     of_filter = metric.partition(",")[2]
     return {
@@ -313,7 +323,7 @@ def _flip(
         "task": task,
         "metric": metric,
         "doc_id": old["doc_id"],
-        "direction": "right to wrong" if was_right else "wrong to right",
+        "direction": direction,
         "doc": old.get("doc"),
         "target": old.get("target"),
         "baseline_responses": old.get("responses", {}).get(of_filter),

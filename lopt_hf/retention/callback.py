@@ -22,7 +22,7 @@ from lopt_hf.common.files import write_text
 from lopt_hf.common.settings import check_at_least
 from lopt_hf.common.upstream.lm_eval import set_process
 from lopt_hf.retention.clusters import AUTO, with_clusters
-from lopt_hf.retention.deltas import MARGIN, ModelScores, entry_deltas, mean_delta
+from lopt_hf.retention.deltas import MARGIN, ModelScores, check_confidence, entry_deltas, mean_delta
 from lopt_hf.retention.evaluation import EvaluationSettings, evaluate_tasks
 from lopt_hf.retention.identity import SOFTMAX_DTYPE, task_identity
 from lopt_hf.retention.records import read_record
@@ -75,6 +75,7 @@ class RetentionCallback(TrainerBound):
         trainer: Trainer | None = None,
     ) -> None:
         check_at_least("every_steps", every_steps, 1)
+        check_confidence(confidence)
         if isinstance(tasks, str):
             raise ValueError(f"tasks={tasks!r} is one string; pass a list such as {tasks.split(',')}.")
         wanted = SUITES["offline"] if tasks is None else [SuiteTask(name) for name in tasks]

@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 from lm_eval.api.task import Task
 from numpy.typing import NDArray
+from transformers.utils import logging
 
 from lopt_hf.common.sample_scores import MeanScores, Scores, clustered
 from lopt_hf.common.statistics import Interval, difference_interval, mcnemar, mean_interval
 from lopt_hf.retention.heldout import ANSWER_METRIC, HELDOUT_TASK, answer_scores
 from lopt_hf.retention.results import Delta
-from lopt_hf.retention.scores import TaskScores, metric_scores
+from lopt_hf.retention.scores import TaskScores, metric_scores, on_common_samples
 from lopt_hf.retention.suites import TaskEntry
 
 __all__ = [
@@ -42,11 +43,15 @@ MARGIN_HELP = (
 # One model's scores by task
 ModelScores = Mapping[str, TaskScores]
 
+logger = logging.get_logger(__name__)
+
 
 def entry_metrics(entry: TaskEntry, scores: ModelScores) -> list[str]:
     """Returns the `metric,filter` names of a task or group, the main one first; of a group those that any task has."""
     names = list(entry.group_metrics or scores[entry.tasks[0].task_name].metrics)
     names = [name for name in names if _tasks_with(entry, name, scores)]
+    if not names and not entry.group_metrics:
+        raise ValueError(f"task {entry.name!r} has no metric that all models have; leave the task out.")
     if not names:
         raise ValueError(f"no task of the group {entry.name!r} has its metrics {', '.join(entry.group_metrics)}.")
     if entry.main_metric is None:
@@ -61,13 +66,22 @@ def entry_scores(entry: TaskEntry, name: str, scores: ModelScores) -> list[Score
 
     Where the samples of a task belong together (`TaskScores.clusters`), they are the scores of clusters.
     """
-    clusters = [scores[task.task_name].clusters for task in _tasks_with(entry, name, scores)]
+    clusters = [scores[task.task_name].clusters_of(name) for task in _tasks_with(entry, name, scores)]
     return [clustered(*part) for part in zip(_sample_scores(entry, name, scores), clusters, strict=True)]
 
 
-def is_higher_better(entry: TaskEntry, name: str, scores: ModelScores) -> bool:
-    """Returns whether more of a metric is better."""
-    return scores[_tasks_with(entry, name, scores)[0].task_name].higher_is_better[name]
+def is_higher_better(entry: TaskEntry, name: str, scores: ModelScores) -> bool | None:
+    """Returns whether more of a metric is better; `None`, and one line, where its tasks do not say or differ."""
+    directions = {scores[task.task_name].higher_is_better[name] for task in _tasks_with(entry, name, scores)}
+    if len(directions) == 1 and None not in directions:
+        return directions.pop()
+    logger.warning_once(
+        "task %s does not say whether a higher %s is better: neither better nor worse is said of it, and it is in no "
+        "mean over tasks; `higher_is_better: true` or `false` in the task's metric_list would say it.",
+        entry.name,
+        name.removesuffix(",none"),
+    )
+    return None
 
 
 def check_change(name: str, points: float) -> None:
@@ -94,12 +108,12 @@ def check_confidence(confidence: float) -> None:
         raise ValueError(f"confidence={confidence} is not between 0 and 1; 0.95 is usual.")
 
 
-def margin_of(points: float, higher_is_better: bool, baseline: float) -> float:
+def margin_of(points: float, higher_is_better: bool | None, baseline: float) -> float:
     """Returns the change below which two values are taken to be equal, in the metric's units.
 
     Args:
         points: In points of a score from 0 to 1, 1 being best; of other metrics in per cent of the baseline's value.
-        higher_is_better: Direction of the metric.
+        higher_is_better: Direction of the metric; `None` if it has none.
         baseline: The baseline's value.
     """
     return points / 100 * (1.0 if _is_score(higher_is_better, baseline) else abs(baseline))
@@ -112,7 +126,7 @@ def entry_deltas(
     confidence: float,
     margin: float,
 ) -> list[tuple[Delta, Interval]]:
-    """Returns the paired change of each metric of a task or group.
+    """Returns the paired change of each metric of a task or group, on the samples on which all models have it.
 
     Args:
         entry: The task or group.
@@ -121,6 +135,7 @@ def entry_deltas(
         confidence: Level of the intervals.
         margin: As `points` of `margin_of`.
     """
+    before, *after = on_common_samples([before, *after])
     return [_entry_delta(entry, name, before, after, confidence, margin) for name in entry_metrics(entry, before)]
 
 
@@ -162,7 +177,7 @@ def gain_delta(before: ModelScores, after: Sequence[ModelScores], confidence: fl
 def _delta(
     task: str,
     metric: str,
-    higher_is_better: bool,
+    higher_is_better: bool | None,
     baseline: float,
     interval: Interval,
     n: int,
@@ -182,9 +197,9 @@ def _delta(
     )
 
 
-def _is_score(higher_is_better: bool, baseline: float) -> bool:
+def _is_score(higher_is_better: bool | None, baseline: float) -> bool:
     """Whether a metric is taken for a score from 0 to 1, 1 being best, by its direction and the baseline's value."""
-    return higher_is_better and 0 <= baseline <= 1
+    return bool(higher_is_better) and 0 <= baseline <= 1
 
 
 def _sample_scores(entry: TaskEntry, name: str, scores: ModelScores) -> list[Scores]:
@@ -211,12 +226,12 @@ def _entry_delta(
     weights = task_weights(entry, name, baseline)
     interval = difference_interval([*models, baseline], against_one(len(models)), weights, confidence)
     value = float(np.average([part.total for part in baseline], weights=weights))
+    higher, number = is_higher_better(entry, name, before), sum(part.num_samples for part in baseline)
     changes = {}
     if len(models) == 1 and _is_pooled(weights, baseline):
-        changes = _changes(*(_sample_scores(entry, name, scores) for scores in (before, after[0])))
+        changes = _changes(_sample_scores(entry, name, before), _sample_scores(entry, name, after[0]), higher)
         if changes and any(before[task.task_name].clusters for task in _tasks_with(entry, name, before)):
             del changes["p_value"]  # McNemar's test takes the samples for independent
-    higher, number = is_higher_better(entry, name, before), sum(part.num_samples for part in baseline)
     metric = name.removesuffix(",none")
     return _delta(entry.name, metric, higher, value, interval, number, margin, **changes), interval
 
@@ -236,8 +251,8 @@ def _is_pooled(weights: Sequence[float], parts: Sequence[Scores]) -> bool:
     return len({weight / part.num_samples for weight, part in zip(weights, parts, strict=True)}) == 1
 
 
-def _changes(before: Sequence[Scores], after: Sequence[Scores]) -> dict[str, Any]:
-    """McNemar's test over all samples, where each is right or wrong."""
+def _changes(before: Sequence[Scores], after: Sequence[Scores], higher_is_better: bool | None) -> dict[str, Any]:
+    """McNemar's test over all samples, where each is right or wrong; which is which is the metric's direction."""
     binary = [
         (old, new)
         for old, new in zip(before, after, strict=True)
@@ -246,5 +261,8 @@ def _changes(before: Sequence[Scores], after: Sequence[Scores]) -> dict[str, Any
     if len(binary) < len(before):
         return {}
     pooled = [MeanScores(np.concatenate([pair[side].values for pair in binary])) for side in (0, 1)]
-    p_value, right_to_wrong, wrong_to_right = mcnemar(*pooled)
-    return {"p_value": p_value, "right_to_wrong": right_to_wrong, "wrong_to_right": wrong_to_right}
+    p_value, lowered, raised = mcnemar(*pooled)
+    if higher_is_better is None:
+        return {"p_value": p_value}
+    worse, better = (lowered, raised) if higher_is_better else (raised, lowered)
+    return {"p_value": p_value, "right_to_wrong": worse, "wrong_to_right": better}

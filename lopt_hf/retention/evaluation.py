@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from jinja2 import TemplateError
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from peft import PeftModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
 from lopt_hf.common.upstream.lm_eval import set_model, set_process
@@ -28,10 +29,11 @@ from lopt_hf.retention.answers import KeptAnswers
 from lopt_hf.retention.cost import told_cost
 from lopt_hf.retention.evaluation_settings import EvaluationSettings
 from lopt_hf.retention.identity import SOFTMAX_DTYPE, effective_fewshot, settings_identity, task_identity
-from lopt_hf.retention.lengths import check_written
+from lopt_hf.retention.lengths import check_max_length, check_written, listed
 from lopt_hf.retention.references import ModelReference, load_tokenizer
 from lopt_hf.retention.scores import ScoreCache, TaskScores, infinite_perplexities
 from lopt_hf.retention.suites import TaskEntry
+from lopt_hf.retention.weights import auto_class_of, load_adapter, load_full
 
 __all__ = [
     "EvaluationSettings",
@@ -49,9 +51,15 @@ NLTK_RESOURCE = re.compile(r"nltk\.download\('(\w+)'\)")
 
 
 def load_language_model(reference: ModelReference, settings: EvaluationSettings) -> HFLM:
-    """Loads a model for lm-eval, on one device or on those of `accelerate launch`."""
+    """Loads a model for lm-eval, on one device or on those of `accelerate launch`.
+
+    Raises:
+        ValueError: If weights are missing, damaged or of other shapes, or the model cannot read `max_length` tokens.
+    """
+    check_max_length(reference, settings.max_length)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model = _LanguageModel(
+        reference,
         pretrained=reference.base,
         revision=reference.revision or "main",
         dtype=settings.dtype,
@@ -62,8 +70,7 @@ def load_language_model(reference: ModelReference, settings: EvaluationSettings)
         tokenizer=load_tokenizer(reference),
     )
     if reference.adapter is not None:  # not by lm-eval, which cuts off embeddings beyond the tokenizer's size
-        adapted = PeftModel.from_pretrained(model.model, reference.adapter, revision=reference.adapter_revision)
-        set_model(model, adapted.eval())
+        set_model(model, load_adapter(model.model, reference).eval())
     state = PartialState()
     if state.num_processes > 1 and model.world_size == 1:  # lm-eval shares samples out among accelerators only
         set_process(model, state.process_index, state.num_processes)
@@ -187,7 +194,8 @@ def evaluate_tasks(
         The scores by task; none on other processes than the first.
 
     Raises:
-        ValueError: If answers do not fit into the model, or a task's scoring needs data of NLTK that are not there.
+        ValueError: If answers do not fit into the model, a task's template asks for what a sample does not have, or a
+            task's scoring needs data of NLTK that are not there.
         OSError: If there is no room for single answers, those that are kept stay; or if their file is damaged.
     """
     check_written(tasks, language_model)
@@ -202,6 +210,11 @@ def evaluate_tasks(
                 bootstrap_iters=0,
                 apply_chat_template=settings.apply_chat_template,
             )
+    except TemplateError as error:
+        raise ValueError(
+            f"a template of {listed(list(indices))} cannot be filled in for every sample: {error}; correct it in the "
+            "task's file, or leave such samples out."
+        ) from error
     except LookupError as error:
         missing = NLTK_RESOURCE.search(str(error))
         if missing is None:
@@ -269,6 +282,12 @@ class _LanguageModel(HFLM):
 
     _world_size: int
 
+    def __init__(self, reference: ModelReference, **options: Any) -> None:
+        loader = _WholeModels(reference)
+        self.AUTO_MODEL_CLASS: Any = loader
+        super().__init__(**options)
+        self.AUTO_MODEL_CLASS = loader.auto_class  # which lm-eval asks for again
+
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Scores continuations."""
         with told_cost(self, requests):
@@ -287,3 +306,19 @@ class _LanguageModel(HFLM):
                 return super().loglikelihood_rolling(requests, disable_tqdm)
             finally:
                 self._world_size = world_size
+
+
+class _WholeModels:
+    """What lm-eval loads a model with in place of transformers' class, so that no weight is drawn anew.
+
+    Args:
+        reference: The model.
+    """
+
+    def __init__(self, reference: ModelReference) -> None:
+        self.reference = reference
+        self.auto_class = auto_class_of(AutoConfig.from_pretrained(reference.base, revision=reference.revision))
+
+    def from_pretrained(self, source: str, **options: Any) -> PreTrainedModel:
+        """Loads the model, which `source` names too."""
+        return load_full(self.reference, self.auto_class, **options)

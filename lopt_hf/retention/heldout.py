@@ -15,12 +15,13 @@ from lopt_hf.common.settings import check_at_least
 from lopt_hf.data.formats import to_trl_format
 from lopt_hf.data.loading import SplitError, load_sft_dataset
 
-__all__ = ["ANSWER_METRIC", "HELDOUT_TASK", "answer_scores", "heldout_task", "load_heldout_rows"]
+__all__ = ["ANSWER_METRIC", "HELDOUT_TASK", "NUM_HELDOUT", "answer_scores", "heldout_task", "load_heldout_rows"]
 
 logger = logging.getLogger(__name__)
 
 HELDOUT_TASK = "held-out answers"
 ANSWER_METRIC = "log_likelihood,none"
+NUM_HELDOUT = 64  # rows; ours
 
 
 def heldout_task(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Task:
@@ -56,16 +57,17 @@ def heldout_task(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokeniz
     )
 
 
-def load_heldout_rows(source: str, count: int, split: str | None = None) -> list[Mapping[str, Any]]:
+def load_heldout_rows(source: str, count: int | None = None, split: str | None = None) -> list[Mapping[str, Any]]:
     """Loads the first rows of held-out data.
 
     Args:
         source: Hub id or local file, in any layout of `lopt-hf sft`.
-        count: How many rows.
+        count: How many rows. Default: 64, or all if there are fewer.
         split: Which split of it. Default: `train`, the only one of a single file, with a warning if there are others.
 
     Raises:
-        ValueError: If there is no such split, or it does not hold prompts and completions as messages.
+        ValueError: If there is no such split, it has fewer rows than are asked for, or it does not hold prompts and
+            completions as messages.
     """
     check_at_least("num_heldout", count, 1, "leaves nothing to measure")
     try:
@@ -80,7 +82,12 @@ def load_heldout_rows(source: str, count: int, split: str | None = None) -> list
             source,
             ", ".join(known),
         )
-    rows = list(to_trl_format(dataset).take(count))
+    rows = list(to_trl_format(dataset).take(NUM_HELDOUT if count is None else count))
+    if count is not None and len(rows) < count:
+        raise ValueError(
+            f"num_heldout={count}, but heldout_data={source} has only {len(rows)} rows; lower the one, or give more "
+            "of the other."
+        )
     if not rows[0].keys() >= {"prompt", "completion"} or isinstance(rows[0]["prompt"], str):
         raise ValueError(
             f"heldout_data={source} has the columns {sorted(rows[0])}; the loss of answers needs prompts and "

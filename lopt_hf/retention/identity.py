@@ -53,7 +53,12 @@ def task_identity(task: Task, num_fewshot: int | None, settings: EvaluationSetti
 
 
 def effective_fewshot(task: Task, num_fewshot: int | None) -> int:
-    """The number of examples that lm-eval will put into the prompt: a task's own 0 cannot be changed."""
+    """The number of examples that lm-eval will put into the prompt: a task's own 0 cannot be changed.
+
+    Whole texts have no prompt, whatever their task says.
+    """
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+        return 0
     own = task.get_config("num_fewshot")
     return (own or 0) if num_fewshot is None or own == 0 else num_fewshot
 

@@ -5,16 +5,34 @@ it makes an assertion.
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
+from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import logging
 
-__all__ = ["check_answers", "check_written", "count_tokens", "listed", "tell_cut_prompts", "written_tokens"]
+from lopt_hf.retention.references import ModelReference
+from lopt_hf.retention.weights import auto_class_of
+
+__all__ = [
+    "check_answers",
+    "check_max_length",
+    "check_written",
+    "count_tokens",
+    "listed",
+    "tell_cut_prompts",
+    "written_tokens",
+]
 
 logger = logging.get_logger(__name__)
+
+LIMITS = ("n_positions", "max_position_embeddings", "n_ctx")  # of a configuration, as lm-eval looks for them
+OF_POSITIONS = ("pos", "wpe")  # in the names of tables with an entry for each position
+SPARE_POSITIONS = 2  # such as OPT's table has besides
 
 NAMED = 3  # tasks in a line; MMLU has 57
 
@@ -30,6 +48,48 @@ def written_tokens(request: Instance, language_model: HFLM) -> int:
     if request.request_type != "generate_until":
         return 0
     return normalize_gen_kwargs(request.args[1], language_model.max_gen_toks)["max_gen_toks"]
+
+
+def check_max_length(reference: ModelReference, max_length: int | None) -> None:
+    """Checks by a model's configuration that it can read as many tokens as are asked for.
+
+    A model that turns positions into angles reads on beyond what it was trained for, which is told; one that has a
+    table of positions cannot.
+
+    Args:
+        reference: The model.
+        max_length: How many tokens; `None` for as many as it can.
+
+    Raises:
+        ValueError: If its table of positions ends before.
+    """
+    if max_length is None:
+        return
+    config = AutoConfig.from_pretrained(reference.base, revision=reference.revision)
+    of_text = config.get_text_config(decoder=True)
+    limit = next((value for name in LIMITS if (value := getattr(of_text, name, None))), None)
+    if limit is None or max_length <= limit:
+        return
+    if _has_position_table(config, limit):
+        raise ValueError(
+            f"max_length={max_length} is more than the {limit} positions of model {reference.name!r}; set it to "
+            f"{limit} or less, or leave it out."
+        )
+    logger.warning_once(
+        "max_length=%s is more than the %s positions that model %r was made for: what it answers to longer prompts "
+        "may be worth nothing.",
+        *(max_length, limit, reference.name),
+    )
+
+
+def _has_position_table(config: PretrainedConfig, limit: int) -> bool:
+    """Whether a model looks positions up, by the names and sizes of its weights and buffers; no weight is made."""
+    with torch.device("meta"):
+        model = auto_class_of(config).from_config(config)
+    return any(
+        any(part in name for part in OF_POSITIONS) and tensor.ndim > 1 and 0 <= len(tensor) - limit <= SPARE_POSITIONS
+        for name, tensor in chain(model.named_parameters(), model.named_buffers())
+    )
 
 
 def check_written(tasks: Iterable[Task], language_model: HFLM) -> None:

@@ -18,12 +18,16 @@ __all__ = ["own_code"]
 # Of lm-eval's tasks and ours the version and the configuration tell enough
 LIBRARIES = (Path(lm_eval.__file__).parent, Path(__file__).parents[1])
 INSTALLED = frozenset({"site-packages", "dist-packages"})  # where no user edits a helper
+# What code may read beside itself; larger files are a task's documents, which are told apart by themselves
+DATA_SUFFIXES = frozenset({".csv", ".json", ".jsonl", ".toml", ".tsv", ".txt"})
+MAX_DATA_BYTES = 2**20
 
 
 def own_code(task: Task) -> str | None:
     """Returns a digest of the files behind a task's class and the functions and classes that its configuration names.
 
-    With them count the user's own files that these import, and those that these import in turn.
+    With them count the user's own files that these import, and those that these import in turn, and the small files of
+    data beside all of them, which they may read.
 
     Args:
         task: The task.
@@ -33,8 +37,18 @@ def own_code(task: Task) -> str | None:
     """
     parts: list[Any] = [type(task), *_callables(task.config.to_dict(keep_callable=True))]
     files = _with_imported({file for part in parts for file in _own_files(part)})
+    files |= {data for folder in {file.parent for file in files} for data in _data_files(folder)}
     digests = {hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest() if digests else None
+
+
+def _data_files(folder: Path) -> Iterator[Path]:
+    """The small files of data in a user's own folder, not those in folders within it."""
+    if INSTALLED.intersection(folder.parts):
+        return
+    for path in folder.iterdir():
+        if path.suffix in DATA_SUFFIXES and path.is_file() and path.stat().st_size <= MAX_DATA_BYTES:
+            yield path
 
 
 def _callables(value: Any) -> Iterator[Callable[..., Any]]:

@@ -1,7 +1,6 @@
 """Locations of models: full checkpoints or PEFT adapters, local or on the hub, with their tokenizers."""
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from lopt_hf.data.pretrained import resolve_model
+from lopt_hf.retention.records import read_record
 
 __all__ = ["ModelReference", "fingerprint", "load_tokenizer"]
 
@@ -167,7 +167,11 @@ def _adapter_config(source: str, revision: str | None) -> Mapping[str, Any] | No
             f"or a hub id. ({error})"
         ) from error
     if config is None and adapter_config is not None:
-        return json.loads(Path(adapter_config).read_text(encoding="utf-8"))
+        remedy = "save or copy the adapter again"
+        content = read_record(Path(adapter_config), remedy)
+        if not isinstance(content.get("peft_type"), str):
+            raise ValueError(f"{adapter_config} names no peft_type, so it is of no adapter of PEFT; {remedy}.")
+        return content
     if config is None:
         raise ValueError(
             f"model {source!r} has no config.json and no adapter_config.json, here or on the hub; give a checkpoint's "

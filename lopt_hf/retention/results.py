@@ -22,7 +22,7 @@ class Delta:
     Parameters:
         task: lm-eval's task, or `mean of N tasks`, or `held-out answers`.
         metric: lm-eval's metric; `answer_loss` is nats per answer token.
-        higher_is_better: Direction of the metric.
+        higher_is_better: Direction of the metric; `None` where the task names none.
         baseline: The baseline's value.
         value: The model's value; of several seeds the mean.
         delta: `value - baseline`.
@@ -42,7 +42,7 @@ class Delta:
 
     task: str
     metric: str
-    higher_is_better: bool
+    higher_is_better: bool | None
     baseline: float
     value: float
     delta: float
@@ -72,7 +72,7 @@ class Delta:
 
     @property
     def verdict(self) -> str:
-        """`better`, `worse`, or why neither can be said.
+        """`better`, `worse`, or why neither can be said; of a metric without a direction `higher` or `lower`.
 
         What is neither is `no change larger than` the margin, where that is shown, and otherwise `cannot tell`.
         """
@@ -82,6 +82,8 @@ class Delta:
             return NO_INTERVAL
         if self.is_open:
             return _equality(self.margin, self.is_within_margin, "change")
+        if self.higher_is_better is None:
+            return "higher" if self.delta > 0 else "lower"
         return "better" if (self.delta > 0) == self.higher_is_better else "worse"
 
 
@@ -146,7 +148,7 @@ class Contrast:
     second: str
     task: str
     metric: str
-    higher_is_better: bool
+    higher_is_better: bool | None
     difference: float
     low: float
     high: float
@@ -160,7 +162,10 @@ class Contrast:
 
     @property
     def verdict(self) -> str:
-        """The label of the better one, or why neither can be named, as in `Delta`."""
+        """The label of the better one, or why neither can be named, as in `Delta`.
+
+        Of a metric without a direction, which one is higher.
+        """
         if self.is_beyond:
             return BEYOND
         if math.isnan(self.difference):
@@ -169,7 +174,10 @@ class Contrast:
             return NO_INTERVAL
         if not (self.low > 0 or self.high < 0):
             return _equality(self.margin, self.is_within_margin, "difference")
-        return self.first if (self.difference > 0) == self.higher_is_better else self.second
+        higher, lower = (self.first, self.second) if self.difference > 0 else (self.second, self.first)
+        if self.higher_is_better is None:
+            return f"{higher} is higher"
+        return higher if self.higher_is_better else lower
 
 
 @dataclass(frozen=True)
@@ -213,11 +221,11 @@ class Outcome:
     kind: Literal["gain", "mean", "task"]
     task: str
     metric: str
-    higher_is_better: bool
+    higher_is_better: bool | None
 
     @property
     def sign(self) -> int:
-        """Factor that turns a delta into one of which more is better."""
+        """Factor that turns a delta of a metric with a direction into one of which more is better."""
         return 1 if self.higher_is_better else -1
 
     def of(self, result: ModelResult) -> Delta | None:
@@ -230,9 +238,9 @@ class Outcome:
         return next((delta for delta in result.deltas if (delta.task, delta.metric) == wanted), None)
 
 
-def arrow(higher_is_better: bool) -> str:
-    """Returns an arrow in the better direction, as lm-eval prints it."""
-    return "↑" if higher_is_better else "↓"
+def arrow(higher_is_better: bool | None) -> str:
+    """Returns an arrow in the better direction, as lm-eval prints it; nothing for a metric without a direction."""
+    return {True: "↑", False: "↓", None: ""}[higher_is_better]
 
 
 def main_outcomes(report: RetentionReport) -> list[Outcome]:
@@ -240,7 +248,7 @@ def main_outcomes(report: RetentionReport) -> list[Outcome]:
     gains = [_outcome("gain", result.gain) for result in report.models if result.gain]
     means = [_outcome("mean", result.mean) for result in report.models if result.mean]
     tasks = dict.fromkeys(_outcome("task", delta) for result in report.models for delta in result.main_deltas())
-    return [*gains[:1], *means[:1], *sorted(tasks, key=lambda outcome: outcome.higher_is_better)]
+    return [*gains[:1], *means[:1], *sorted(tasks, key=lambda outcome: outcome.higher_is_better is not False)]
 
 
 def _equality(margin: float, is_within: bool, what: str) -> str:

@@ -2,11 +2,10 @@
 
 import hashlib
 import json
-import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,22 @@ from huggingface_hub import constants
 from lm_eval.api import metrics as lm_eval_metrics
 from lm_eval.api.task import Task
 from numpy.typing import NDArray
+from transformers.utils import logging
 
 from lopt_hf.common.files import write_text
 from lopt_hf.common.sample_scores import MeanScores, RatioScores, ResampledScores, Scores
 from lopt_hf.retention.records import read_measured
 
-__all__ = ["DEFAULT_CACHE", "ScoreCache", "TaskScores", "infinite_perplexities", "metric_scores"]
+__all__ = [
+    "DEFAULT_CACHE",
+    "ScoreCache",
+    "TaskScores",
+    "infinite_perplexities",
+    "metric_scores",
+    "on_common_samples",
+]
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,11 +44,13 @@ class TaskScores:
         num_fewshot: Examples in the prompt.
         metrics: For each `metric,filter`, one entry per sample as lm-eval hands it to the metric's aggregation.
         values: For each, the value that lm-eval itself computes from them.
-        higher_is_better: For each, its direction.
+        higher_is_better: For each, its direction; `None` where the task names none.
         samples: For each sample its number in the task and its hash; but for whole texts, which are long, also the
             document, the target and, by filter, the model's responses.
         clusters: The cluster of each sample, where samples belong together (`clusters.with_clusters`); not kept in the
             cache.
+        doc_ids: For each metric that only some samples have, such as those whose answer could be read, their numbers
+            in the task, one for each entry.
     """
 
     task: str
@@ -49,9 +58,10 @@ class TaskScores:
     num_fewshot: int
     metrics: Mapping[str, Sequence[Any]]
     values: Mapping[str, float]
-    higher_is_better: Mapping[str, bool]
+    higher_is_better: Mapping[str, bool | None]
     samples: Sequence[Mapping[str, Any]]
     clusters: Sequence[int] | None = None
+    doc_ids: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     @classmethod
     def from_lm_eval(cls, task: Task, results: Mapping[str, Any]) -> "TaskScores":
@@ -60,13 +70,16 @@ class TaskScores:
         logged = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
         directions = results["higher_is_better"][name]
         values = results["results"][name]
-        per_metric: dict[str, list[Any]] = {}
+        per_metric: dict[str, list[tuple[int, Any]]] = {}  # with the sample of each
         per_sample: dict[int, list[Mapping[str, Any]]] = {}  # an entry for each filter
         for entry in logged:
             per_sample.setdefault(entry["doc_id"], []).append(entry)
             for metric in entry["metrics"]:
-                per_metric.setdefault(f"{metric},{entry['filter']}", []).append(_plain(entry[metric]))
-        metrics = {key: items for key, items in per_metric.items() if key in values}
+                per_metric.setdefault(f"{metric},{entry['filter']}", []).append(
+                    (entry["doc_id"], _plain(entry[metric]))
+                )
+        known = {key: items for key, items in per_metric.items() if key in values}
+        metrics = {key: [item for _, item in items] for key, items in known.items()}
         keeps_document = task.OUTPUT_TYPE != "loglikelihood_rolling"
         return cls(
             task=name,
@@ -74,12 +87,86 @@ class TaskScores:
             num_fewshot=int(results["n-shot"].get(name) or 0),
             metrics=metrics,
             values={key: float(values[key]) for key in metrics},
-            higher_is_better={key: directions.get(key.partition(",")[0]) is not False for key in metrics},
+            higher_is_better={key: _direction(directions.get(key.partition(",")[0])) for key in metrics},
             samples=[_sample(entries, keeps_document) for entries in per_sample.values()],
+            doc_ids={key: [n for n, _ in items] for key, items in known.items() if len(items) != len(per_sample)},
         )
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    @property
+    def is_numbered(self) -> bool:
+        """Whether it is known which samples each metric's entries are of; earlier versions did not keep it."""
+        return all(len(self.doc_ids.get(key, self.samples)) == len(items) for key, items in self.metrics.items())
+
+    def samples_of(self, metric: str) -> Sequence[Mapping[str, Any]]:
+        """Returns the samples that a metric's entries are of."""
+        return [self.samples[place] for place in self._places(metric)]
+
+    def clusters_of(self, metric: str) -> list[int] | None:
+        """Returns the clusters of these samples, numbered from 0; `None` for samples that are independent."""
+        if self.clusters is None:
+            return None
+        numbers: dict[int, int] = {}
+        return [numbers.setdefault(self.clusters[place], len(numbers)) for place in self._places(metric)]
+
+    def on(self, metric: str, doc_ids: Collection[int]) -> "TaskScores":
+        """Returns these scores with one metric on some of its samples only; without it, if there are none."""
+        own = [
+            (number, item) for number, item in zip(self._numbers(metric), self.metrics.get(metric, ()), strict=True)
+        ]
+        kept = [(number, item) for number, item in own if number in doc_ids]
+        metrics = {**self.metrics, metric: [item for _, item in kept]}
+        if not kept:
+            del metrics[metric]
+        return replace(self, metrics=metrics, doc_ids={**self.doc_ids, metric: [number for number, _ in kept]})
+
+    def _numbers(self, metric: str) -> list[int]:
+        """The samples' numbers in the task."""
+        if metric not in self.metrics:
+            return []
+        given = self.doc_ids.get(metric)
+        return [int(sample["doc_id"]) for sample in self.samples] if given is None else list(given)
+
+    def _places(self, metric: str) -> Sequence[int]:
+        """Where the samples stand among all."""
+        if metric not in self.doc_ids:
+            return range(len(self.samples))
+        places = {int(sample["doc_id"]): place for place, sample in enumerate(self.samples)}
+        return [places[number] for number in self.doc_ids[metric]]
+
+
+def on_common_samples(models: Sequence[Mapping[str, TaskScores]]) -> list[dict[str, TaskScores]]:
+    """Returns the scores of models with each metric on the samples on which all of them have it, for pairing.
+
+    Where that leaves samples out, as of a metric that counts only answers that could be read, one line says so.
+
+    Args:
+        models: For each model its scores by task; the tasks of the first count.
+    """
+    found = [dict(model) for model in models]
+    for task in found[0]:
+        of_models = [model[task] for model in found if task in model]
+        for metric in dict.fromkeys(metric for scores in of_models for metric in scores.metrics):
+            if all(metric in scores.metrics and metric not in scores.doc_ids for scores in of_models):
+                continue  # on all samples
+            numbers = [set(scores._numbers(metric)) for scores in of_models]
+            common = set.intersection(*numbers)
+            if any(each != common for each in numbers):
+                _tell_of_common_samples(task, metric, list(map(len, numbers)), len(common))
+                for model in found:
+                    if task in model:
+                        model[task] = model[task].on(metric, common)
+    return found
+
+
+def _tell_of_common_samples(task: str, metric: str, sizes: Sequence[int], common: int) -> None:
+    logger.warning_once(
+        "task %s: %s of the models compared have %s on %s samples, and not all on the same: %s.",
+        *(task, len(sizes), metric.removesuffix(",none"), ", ".join(map(str, sizes))),
+        f"it is compared on the {common} that all have" if common else "none is common, so it is left out",
+    )
 
 
 DEFAULT_CACHE = Path(constants.HF_HOME) / "lopt_hf" / "retention"
@@ -126,7 +213,19 @@ class ScoreCache:
     def get(self, identity: Mapping[str, Any]) -> TaskScores | None:
         """The scores, if they are known; a damaged file is warned of, and written again with what is measured."""
         record = read_measured(self.path(identity), "scores")
-        return None if record is None else TaskScores(**record["scores"])
+        if record is None:
+            return None
+        try:
+            scores = TaskScores(**record["scores"])
+        except TypeError as error:  # no mapping, or of other fields, as another version may have them
+            told = "%s is damaged (%s); what it holds is measured again."
+            logger.warning_once(told, self.path(identity), str(error))
+            return None
+        if not scores.is_numbered:
+            told = "%s does not say which samples each score is of, as of an earlier version: measured again"
+            logger.warning_once(told, self.path(identity))
+            return None
+        return scores
 
     def put(self, identity: Mapping[str, Any], scores: TaskScores) -> None:
         """Writes the scores.
@@ -193,6 +292,10 @@ def _or_infinite(aggregate: Callable[..., float], items: Sequence[Any]) -> float
 def _perplexity(log_likelihood: NDArray[Any]) -> NDArray[Any]:
     with np.errstate(over="ignore"):  # infinite is what it is
         return np.exp(-log_likelihood)
+
+
+def _direction(value: Any) -> bool | None:
+    return None if value is None else bool(value)
 
 
 def _digest(value: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from datasets.exceptions import DatasetsError
+from jinja2 import TemplateError
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
@@ -19,7 +20,11 @@ __all__ = ["SUITES", "SuiteTask", "TaskEntry", "load_entries"]
 
 OFFLINE_TASKS = Path(__file__).parent / "tasks"
 # Of the network and the data, and of mistakes in a user's own task files
-LOADING_ERRORS = (OSError, ImportError, DatasetsError, AttributeError, KeyError, TypeError, ValueError)
+LOADING_ERRORS = (
+    *(OSError, ImportError, DatasetsError, TemplateError),
+    *(AttributeError, KeyError, IndexError, TypeError, ValueError),
+)
+NO_ROWS = "out of bounds for size 0"  # how an IndexError of datasets says that there is no first sample
 NO_SCRIPTS = "Dataset scripts are no longer supported"  # how a RuntimeError of datasets begins, which has no class
 
 
@@ -165,8 +170,8 @@ def _entries_of(wanted: SuiteTask, manager: TaskManager) -> list[TaskEntry]:
         loaded = manager.load([wanted.name])
     except LOADING_ERRORS as error:
         raise ValueError(
-            f"task {wanted.name!r} cannot be loaded: {type(error).__name__}: {error}. Check the network, or the files "
-            "and packages that the task needs; the suite `offline` needs neither."
+            f"task {wanted.name!r} cannot be loaded: {_reason(error)}. Check the network, or the files and packages "
+            "that the task needs; the suite `offline` needs neither."
         ) from error
     except RuntimeError as error:
         if not str(error).startswith(NO_SCRIPTS):
@@ -183,6 +188,12 @@ def _entries_of(wanted: SuiteTask, manager: TaskManager) -> list[TaskEntry]:
     if group is not None and group.has_aggregation:
         return [TaskEntry(wanted.name, tuple(group.get_all_tasks()), *how, _group_metrics(group))]
     return [TaskEntry(task.task_name, (task,), *how) for task in loaded["tasks"].values()]
+
+
+def _reason(error: BaseException) -> str:
+    text = f"{type(error).__name__}: {error}"
+    is_empty = isinstance(error, IndexError) and NO_ROWS in str(error)
+    return f"it has no samples, as where its process_docs leaves none ({text})" if is_empty else text
 
 
 def _group_metrics(group: Group) -> dict[str, bool]:

@@ -18,16 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from lopt_hf.common.packaged import find_config
-from lopt_hf.common.settings import check_folder
 from lopt_hf.compare.budget import BudgetedRuns, BudgetRecord, complete_runs, parse_budget
 from lopt_hf.compare.experiment import GridEvaluation
 from lopt_hf.compare.grid import Grid, GridRun, load_grid
 from lopt_hf.compare.grid_data import prepare_data
 from lopt_hf.compare.grid_training import GridTrainingError, check_trained_runs, train_grid, train_runs
 from lopt_hf.data.mirror import DATA_DIR_HELP
-from lopt_hf.retention.report.report import check_plots
+from lopt_hf.retention.references import ModelReference
+from lopt_hf.retention.report.report import check_plots, check_report_folder
+from lopt_hf.retention.weights import check_files
 from lopt_hf.scripts.parsing import check_setting
-from lopt_hf.scripts.retention import write_results
+from lopt_hf.scripts.retention import tell_replaced, write_results
 from lopt_hf.scripts.settings import OneLineParser
 
 __all__ = ["main", "make_parser"]
@@ -79,11 +80,14 @@ def run(options: argparse.Namespace, command: str) -> None:
         check_arguments(grid)
     except ValueError as error:
         raise ValueError(f"config={config}: {error}") from error
-    check_folder("output_dir", grid.output_path)
+    has_earlier = check_report_folder(grid.output_path, "lopt-hf compare", may_hold_others=True)
     check_plots()
     prepare_data(grid)
+    check_files(ModelReference.find(grid.model))
     evaluation = GridEvaluation(grid)  # before training: tasks that cannot be loaded are found at once
     print(evaluation.describe_arithmetic(), flush=True)
+    if has_earlier:
+        tell_replaced(grid.output_path)
     if seconds is not None:
         _run_within(seconds, grid, evaluation, command)
         return

@@ -23,23 +23,24 @@ from lopt_hf.retention.benchmark import Candidate, RetentionBenchmark, check_can
 from lopt_hf.retention.clusters import AUTO, CLUSTER_HELP
 from lopt_hf.retention.deltas import MARGIN, MARGIN_HELP, check_change, check_confidence
 from lopt_hf.retention.evaluation_settings import EvaluationSettings
-from lopt_hf.retention.heldout import load_heldout_rows
+from lopt_hf.retention.heldout import NUM_HELDOUT, load_heldout_rows
+from lopt_hf.retention.lengths import check_max_length
 from lopt_hf.retention.power import detectable_changes, detection_table
 from lopt_hf.retention.references import ModelReference
-from lopt_hf.retention.report.report import check_plots, check_report_folder, write_report
+from lopt_hf.retention.report.report import FLIPS, check_plots, check_report_folder, write_report
 from lopt_hf.retention.report.tables import to_markdown
 from lopt_hf.retention.representations import LayerSimilarity, with_similarity
 from lopt_hf.retention.results import RetentionReport
 from lopt_hf.retention.scores import DEFAULT_CACHE, ScoreCache
 from lopt_hf.retention.suites import SUITES, SuiteTask, load_entries
+from lopt_hf.retention.weights import check_files
 from lopt_hf.scripts.settings import OneLineParser, add_settings, read_settings
 
-__all__ = ["main", "make_parser", "write_results"]
+__all__ = ["main", "make_parser", "tell_replaced", "write_results"]
 
 # A rank may wait for another's long answers; lm-eval sets the same, but `run` has brought them together before
 DISTRIBUTED_TIMEOUT = timedelta(weeks=52)
 
-NUM_HELDOUT = 64  # ours
 OUTPUT_DIR = Path("retention-report")
 
 # Of `--detect`, where none is given: cautious, as a fine-tuned model answers most questions as its base does
@@ -139,19 +140,19 @@ def run(options: argparse.Namespace, command: str) -> None:
     """
     # Without an accelerator, accelerate has to be told that launched processes belong together
     PartialState(cpu=not torch.accelerator.is_available(), timeout=DISTRIBUTED_TIMEOUT)
+    output_dir, has_earlier = options.output_dir or OUTPUT_DIR, False
     if options.detect is None:  # which writes no report
-        check_report_folder(options.output_dir or OUTPUT_DIR)
+        has_earlier = check_report_folder(output_dir, "lopt-hf retention")
         check_plots()
     check_folder("cache_dir", options.cache_dir)
     _check_what_is_asked(options)
     settings = read_settings(options, EvaluationSettings, leave_out=("samples",))
     candidates = [_candidate(text) for text in options.model]
     _check_models(options, candidates)
-    num_heldout = NUM_HELDOUT if options.num_heldout is None else options.num_heldout
     heldout = (
         []
         if options.heldout_data is None
-        else load_heldout_rows(options.heldout_data, num_heldout, options.heldout_split)
+        else load_heldout_rows(options.heldout_data, options.num_heldout, options.heldout_split)
     )
     benchmark = RetentionBenchmark(
         options.baseline,
@@ -168,6 +169,8 @@ def run(options: argparse.Namespace, command: str) -> None:
     )
     if PartialState().is_main_process:
         print(benchmark.arithmetic, flush=True)
+        if has_earlier:
+            tell_replaced(output_dir)
     if options.detect is not None:
         _print_detectable(benchmark, options)
         return
@@ -180,7 +183,7 @@ def run(options: argparse.Namespace, command: str) -> None:
         report = with_similarity(report, references, measure)
     before = benchmark.scores(benchmark.baseline.name)
     rows = (row for c in candidates for row in flips(c.label, before, benchmark.scores(c.models[0])))
-    write_results(report, rows, options.output_dir or OUTPUT_DIR, command)
+    write_results(report, rows, output_dir, command)
 
 
 def _check_what_is_asked(options: argparse.Namespace) -> None:
@@ -210,13 +213,16 @@ def _check_what_is_asked(options: argparse.Namespace) -> None:
 
 
 def _check_models(options: argparse.Namespace, candidates: Sequence[Candidate]) -> None:
-    """Checks that the models are there, before tasks are loaded, which takes longer."""
+    """Checks that the models are there and whole, before tasks are loaded, which takes longer."""
     if options.detect is None:
         check_candidates(candidates)
     names = [options.baseline, *(each.models[0] for each in candidates)]
     references = [ModelReference.find(name, options.adapter_base) for name in names]
     if options.adapter_base and not any(reference.adapter for reference in references):
         raise ValueError(f"adapter_base={options.adapter_base!r}: no model is an adapter; leave it out.")
+    for reference in references:
+        check_max_length(reference, options.max_length)
+        check_files(reference)
 
 
 def _print_detectable(benchmark: RetentionBenchmark, options: argparse.Namespace) -> None:
@@ -233,6 +239,11 @@ baseline and model correlate by {correlation:g} on the same samples:
 {detection_table(changes)}""")
 
 
+def tell_replaced(folder: Path) -> None:
+    """Says that a report is there, which another takes the place of."""
+    print(f"The earlier report in {folder} will be replaced.", file=sys.stderr, flush=True)
+
+
 def write_results(report: RetentionReport, rows: Iterator[Mapping[str, Any]], folder: Path, command: str) -> None:
     """Prints and writes a report, and writes the samples whose answers changed; plots come last, as they may fail.
 
@@ -244,8 +255,8 @@ def write_results(report: RetentionReport, rows: Iterator[Mapping[str, Any]], fo
     """
     report = replace(report, settings={"command": command, **report.settings})
     print(f"\n{to_markdown(report)}\n", flush=True)
-    write_flips(rows, folder / "flips.jsonl")
-    print("\n".join(map(str, [*write_report(report, folder), folder / "flips.jsonl"])))
+    write_flips(rows, folder / FLIPS)
+    print("\n".join(map(str, [*write_report(report, folder), folder / FLIPS])))
 
 
 def _wanted(suite: str | None, tasks: str | None) -> list[SuiteTask]:

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from lopt_hf.common import statistics
-from lopt_hf.common.sample_scores import MeanScores, RatioScores, ResampledScores, Scores
+from lopt_hf.common.sample_scores import MeanScores, RatioScores, ResampledScores, Scores, clustered
 from lopt_hf.common.statistics import difference_interval, mcnemar, mean_interval, paired_interval
 
 TRIALS = 2_000
@@ -189,7 +189,7 @@ def test_no_changes_of_a_small_task_are_no_certainty_of_a_mean() -> None:
     after = before.copy()
     after[:30] = 1 - after[:30]
     large, small = (MeanScores(after), MeanScores(before)), (MeanScores(before[:56]),) * 2
-    losses_alike = (MeanScores(np.arange(60) / 7),) * 2
+    losses_alike = (RatioScores(np.column_stack([np.arange(60) / 7, np.ones(60)]), lambda ratio: ratio),) * 2
     parts = [paired_interval(*pair) for pair in (large, small, losses_alike)]
     group = difference_interval(list(zip(large, small, strict=True)), [[1, -1]], weights=[1, 1])
     half = parts[1].high / 2
@@ -200,11 +200,103 @@ def test_no_changes_of_a_small_task_are_no_certainty_of_a_mean() -> None:
     assert pooled.is_within(0.01)  # where every sample counts the same
 
 
-def test_identical_losses_have_no_width() -> None:
-    """A metric with a number per sample that is the same everywhere has not changed."""
-    same = MeanScores(np.arange(30) / 7)
-    interval = paired_interval(same, same)
-    assert (interval.delta, interval.low, interval.high) == (0, 0, 0)
+def test_identical_scores_in_between_are_no_certainty() -> None:
+    """As with right and wrong answers: an unseen change may be what single scores are apart."""
+    for number in (5, 100):
+        values = np.resize([0, 0.5, 1, 0.25, 0.75], number)
+        binary = MeanScores(np.arange(number) % 2)
+        for scale in (1, 20):
+            same = MeanScores(scale * values)
+            interval, expected = paired_interval(same, same), paired_interval(binary, binary)
+            assert interval.low < 0 < interval.high and not interval.is_within(scale * 0.01)
+            if number == 100:  # where the bounds of an accuracy cut nothing off
+                ends = interval.low, interval.high, interval.detectable()
+                assert ends == pytest.approx(
+                    [scale * end for end in (expected.low, expected.high, expected.detectable())]
+                )
+
+
+def share_right(items: list[list[float]]) -> float:
+    """Of all instructions, as IFEval has it."""
+    return sum(map(sum, items)) / sum(map(len, items))
+
+
+FOLLOWED = [[1.0, 0.0], [1.0], [0.0, 1.0, 1.0], [1.0]] * 10
+
+
+def few_changed(kind: str, changed: int) -> Pair:
+    """Forty samples of which the first are worse."""
+    if kind == "constant":
+        same = MeanScores(np.full(40, 0.3))
+        return same, same
+    if kind == "ratio":
+        before = np.column_stack([-np.linspace(1, 9, 40), np.full(40, 7.0)])
+        after = before.copy()
+        after[:changed, 0] -= 1
+        return tuple(RatioScores(pairs, lambda ratio: np.exp(-ratio)) for pairs in (after, before))  # type: ignore[return-value]
+    worse = [[0.0] * len(item) for item in FOLLOWED[:changed]] + FOLLOWED[changed:]
+    after, before = ResampledScores(worse, share_right), ResampledScores(FOLLOWED, share_right)
+    if kind == "clustered":
+        labels = np.arange(40).tolist()
+        labels[-1] = 0
+        return clustered(after, labels), clustered(before, labels)
+    return after, before
+
+
+@pytest.mark.parametrize("kind", ["constant", "ratio", "own aggregation", "clustered"])
+@pytest.mark.parametrize("changed", [0, 1, 4])
+def test_few_changes_of_other_metrics_tell_nothing(kind: str, changed: int) -> None:
+    """Neither a change nor that there is none, however large the margin; nor does a mean over tasks tell equality."""
+    interval = paired_interval(*few_changed(kind, changed))
+    assert interval.low <= 0 <= interval.high
+    assert not interval.is_within(1e6) and np.isnan([interval.detectable(), interval.p_value]).all()
+    mean = mean_interval([interval, paired_interval(*answers(np.random.default_rng(0)))])
+    assert not mean.is_within(1e6) and np.isnan(mean.detectable())
+
+
+@pytest.mark.parametrize("kind", ["ratio", "own aggregation"])
+def test_changes_of_other_metrics_are_told_from_five_on(kind: str) -> None:
+    interval = paired_interval(*few_changed(kind, 10))
+    assert 0 not in (interval.low, interval.high) and interval.low * interval.high > 0
+    assert interval.is_within(1e6) and interval.p_value < 0.05
+
+
+def partial_scores(rng: np.random.Generator) -> np.ndarray:
+    """Of 100 samples, as F1 of short answers: most right, others in part or not at all."""
+    return np.where(rng.random(100) < 0.6, 1.0, rng.choice([0.0, 0.5], 100))
+
+
+@pytest.mark.parametrize("changed", [0.03, 0.10])
+@pytest.mark.parametrize(
+    ("kept", "truth"), [(0.0, -0.7), (0.5, -0.35), (None, 0.0)], ids=["lost", "halved", "another answer"]
+)
+def test_few_changes_of_scores_in_between_cover_the_truth(
+    changed: float, kept: float | None, truth: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 100 answers a few are lost, half of each, or any others: at most 5 % of losses are taken for smaller ones."""
+    monkeypatch.setattr(statistics, "RESAMPLES", 400)
+    rng = np.random.default_rng(10)
+    covered, too_small = 0, 0
+    for trial in range(TRIALS // 4):
+        before = partial_scores(rng)
+        others = partial_scores(rng) if kept is None else kept * before
+        after = np.where(rng.random(100) < changed, others, before)
+        interval = paired_interval(MeanScores(after), MeanScores(before), seed=trial)
+        covered += interval.low <= changed * truth <= interval.high
+        too_small += truth < 0 and interval.is_within(0.01)  # less than any of these losses
+    assert covered / (TRIALS // 4) >= 0.93
+    assert too_small / (TRIALS // 4) <= 0.05
+
+
+def test_a_few_ties_among_losses_change_nothing() -> None:
+    """Fewer than half: as `test_interval_is_scipys_stretched`, with nothing added."""
+    after, before = losses(np.random.default_rng(5), 40)
+    after.values[:15] = before.values[:15]  # type: ignore[attr-defined]
+    interval = paired_interval(after, before)
+    assert interval.largest_change == 0 and not interval.has_few_changes
+    after.values[:20] = before.values[:20]  # type: ignore[attr-defined]
+    apart = np.ptp([after.values, before.values])  # type: ignore[attr-defined]
+    assert paired_interval(after, before).largest_change == pytest.approx(apart / 40)
 
 
 def test_single_sample_has_no_interval() -> None:

@@ -175,7 +175,7 @@ def test_a_moved_folder_is_used_again(config: Path, tmp_path: Path, trained_here
 
 
 def test_data_are_prepared_again_while_nothing_is_trained(config: Path, tmp_path: Path) -> None:
-    """With other settings, and where it is unknown with which; not with the same."""
+    """With other settings, and where they are deleted; not with the same."""
     train = tmp_path / "out" / "data" / "train.jsonl"
     grid_data.prepare_data(compare.load_grid(config))
     of_first = train.read_text()
@@ -188,11 +188,97 @@ def test_data_are_prepared_again_while_nothing_is_trained(config: Path, tmp_path
     grid_data.prepare_data(compare.load_grid(config))
     assert train.read_text() == of_first
     (train.parent / "settings.json").write_text('{"train_dataset": "ro')
-    with pytest.raises(ValueError, match="settings.json is damaged .*; delete it, and the data are prepared again"):
+    with pytest.raises(ValueError, match=f"settings.json is damaged .*; delete {train.parent}, and the data are prep"):
         grid_data.prepare_data(compare.load_grid(config))
-    (train.parent / "settings.json").unlink()
+    shutil.rmtree(train.parent)
     grid_data.prepare_data(compare.load_grid(config))
     assert train.read_text() == of_second
+
+
+@pytest.mark.parametrize("setting", ["train_dataset", "heldout_dataset", "replay_dataset"])
+@pytest.mark.parametrize("named", ["the file", "its folder", "a link"])
+def test_data_are_not_written_over_their_source(config: Path, tmp_path: Path, setting: str, named: str) -> None:
+    """In a project whose own data lie where a grid's would."""
+    data = tmp_path / "out" / "data"
+    data.mkdir(parents=True)
+    for name in ("train", "heldout", "replay"):
+        shutil.copy(tmp_path / "rows.jsonl", data / f"{name}.jsonl")
+    mine = data / f"{setting.removesuffix('_dataset')}.jsonl"
+    (tmp_path / "link.jsonl").symlink_to(mine)
+    source = {"the file": mine, "its folder": data, "a link": tmp_path / "link.jsonl"}[named]
+    methods = {"replay": {"method": "e2e", "replay_share": 0.25}}
+    change(config, **{setting: str(source)}, methods=methods, contrasts=[])
+    before = {path: path.read_bytes() for path in data.iterdir()}
+    with pytest.raises(SystemExit, match=f"would be written in the place of {setting}='{source}'") as ended:
+        compare.main(["--config", str(config)])
+    assert ended.value.code == 2 and {path: path.read_bytes() for path in data.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "heldout.jsonl", "replay.jsonl", "settings.json", "replay.json"])
+def test_files_of_somebody_elses_are_kept(config: Path, tmp_path: Path, name: str) -> None:
+    mine = tmp_path / "out" / "data" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text('{"of": "me"}\n')
+    change(config, methods={"replay": {"method": "e2e", "replay_share": 0.25}}, contrasts=[])
+    with pytest.raises(
+        SystemExit, match=f"{name} is (there, and no .*json beside it says|no record of lopt-hf compare)"
+    ):
+        compare.main(["--config", str(config)])
+    assert mine.read_text() == '{"of": "me"}\n'
+
+
+def test_data_that_a_kill_left_half_prepared_are_prepared_again(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = compare.load_grid(config)
+    load = grid_data.load_sft_dataset
+    with monkeypatch.context() as patch:
+
+        def killed(*arguments: Any) -> Any:
+            if (tmp_path / "out" / "data" / "train.jsonl").exists():
+                raise KeyboardInterrupt
+            return load(*arguments)
+
+        patch.setattr(grid_data, "load_sft_dataset", killed)
+        with pytest.raises(KeyboardInterrupt):
+            grid_data.prepare_data(grid)
+    assert not (tmp_path / "out" / "data" / "heldout.jsonl").exists()
+    grid_data.prepare_data(grid)
+    assert json.loads((tmp_path / "out" / "data" / "settings.json").read_text())["model"] == grid.model
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("report.json", "mine", "has a report.json that no command here wrote, which would be lost"),
+        (
+            "report.json",
+            '{"baseline": "b", "models": [], "settings": {"command": "lopt-hf retention --baseline b"}}',
+            "has a report.json of `lopt-hf retention`, not of `lopt-hf compare`",
+        ),
+        ("report.md", "mine", "has a report.md and holds no earlier report; name another folder."),
+        ("report.html", "mine", "has a report.html and holds no earlier report; name another folder."),
+        ("flips.jsonl", "mine", "has a flips.jsonl and holds no earlier report; name another folder."),
+    ],
+)
+def test_a_report_of_something_else_is_kept(
+    config: Path, tmp_path: Path, trained_here: list[str], name: str, text: str, message: str
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text(text)
+    with pytest.raises(SystemExit, match=message):
+        compare.main(["--config", str(config)])
+    assert not trained_here and [path.name for path in out.iterdir()] == [name] and (out / name).read_text() == text
+
+
+def test_a_base_that_is_not_whole_ends_before_training(config: Path, tmp_path: Path, trained_here: list[str]) -> None:
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    of_compiled = {f"_orig_mod.{name}": weight for name, weight in weights.items()}
+    save_file(of_compiled, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SystemExit, match=f"model '{tmp_path / 'base'}' lacks 39 of the weights") as ended:
+        compare.main(["--config", str(config)])
+    assert ended.value.code == 2 and not trained_here
 
 
 def test_files_of_data_that_change(config: Path, tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_difference_at_the_same_gain(gain: float, on_the_line: list[float]) -> N
 
 def test_margin_is_of_the_baseline() -> None:
     """Two per cent of its loss of 2.0, whichever method comes first, and two points of a score."""
-    first = [point("A, 1", 1.0, [(-0.1, 1.5)] * 3)]
+    first = [point("A, 1", 1.0, [(-0.1, loss) for loss in (1.499, 1.5, 1.502)])]  # exactly the same would tell nothing
     for pair in ((first, SECOND), (SECOND, first)):
         gain, kept = rate_contrasts(*pair, [ENTRY], 0.95, MARGIN)
         assert gain.margin == pytest.approx(0.04) and kept.margin == pytest.approx(0.02)

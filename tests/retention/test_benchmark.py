@@ -222,14 +222,18 @@ def test_scores_in_another_type_are_left_aside_with_one_line(
     assert "has scores in bfloat16, which are left aside: these are in float32" in message
 
 
-@pytest.mark.parametrize("damage", ['{"scores": {"task', "[]", "{}"], ids=["cut off", "a list", "empty"])
+@pytest.mark.parametrize(
+    "damage",
+    ['{"scores": {"task', "[]", "{}", '{"scores": {"task": "texts", "of_later": 1}}', '{"scores": []}'],
+    ids=["cut off", "a list", "empty", "other fields", "no fields"],
+)
 def test_a_damaged_file_is_named_and_measured_again(
     models: SavedModels, entries: list[TaskEntry], tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     """Of scores and of drift; and once, however often the scores of a model are looked for."""
     before = compare(make_benchmark(models, entries, tmp_path / "cache"), candidates_of(models))
     of_drift = sorted((tmp_path / "cache").glob("drift-*.json"))[0]
-    damaged = [*sorted((tmp_path / "cache").glob("texts-*.json"))[:1], *([of_drift] if damage != "{}" else [])]
+    damaged = [*sorted((tmp_path / "cache").glob("texts-*.json"))[:1], *([of_drift] if damage[-1] != "}" else [])]
     for path in damaged:
         path.write_text(damage)
     after = compare(make_benchmark(models, entries, tmp_path / "cache"), candidates_of(models))
@@ -256,6 +260,21 @@ def test_tasks_that_take_no_examples_are_named(
     assert record.getMessage() == (
         "num_fewshot=5 is not for sums, texts: by their own configuration they are asked without examples."
     )
+
+
+def test_whole_texts_take_no_examples(
+    models: SavedModels, task_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Which have no prompt, whatever their task says: the number is neither told nor a reason to measure again."""
+    entries = load_entries([SuiteTask("texts")], [task_folder])
+    files = []
+    for number in (None, 3):
+        benchmark = make_benchmark(models, entries, tmp_path, settings=EvaluationSettings(limit=2, num_fewshot=number))
+        files.append(benchmark.score_files(models.base))
+        assert benchmark.scores(models.base)["texts"].num_fewshot == 0
+    assert files[0] == files[1] and len(list(tmp_path.glob("texts-*.json"))) == 1
+    (record,) = (record for record in caplog.records if "num_fewshot" in record.getMessage())
+    assert record.getMessage().startswith("num_fewshot=3 is not for texts:")
 
 
 def test_padded_embeddings_leave_the_drift_out(

@@ -324,6 +324,8 @@ def test_callback_given_to_the_constructor(tmp_path: Path, tasks: Path) -> None:
         ({"every_steps": 0}, "every_steps=0"),
         ({"limit": 0}, "limit=0"),
         ({"tasks": "tiny_sums,tiny_text"}, "one string"),
+        ({"confidence": 95}, "confidence=95 is not between 0 and 1"),
+        ({"confidence": 0}, "confidence=0 is not between 0 and 1"),
     ],
 )
 def test_bad_values(tasks: Path, options: dict[str, Any], message: str) -> None:

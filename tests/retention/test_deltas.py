@@ -1,5 +1,7 @@
 """Changes of tasks and groups agree with lm-eval's own values, and the changed answers are the ones listed."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import pytest
 from lm_eval.tasks import TaskManager
 
 from lopt_hf.retention.benchmark import flips
-from lopt_hf.retention.deltas import MARGIN, entry_deltas, entry_metrics
+from lopt_hf.retention.deltas import MARGIN, entry_deltas, entry_metrics, is_higher_better, mean_delta
 from lopt_hf.retention.evaluation import EvaluationSettings, evaluate_model
 from lopt_hf.retention.references import ModelReference
 from lopt_hf.retention.results import Delta
@@ -154,6 +156,96 @@ def test_flips_show_the_responses_that_the_metric_judged() -> None:
         ("exact_match,none", "right to wrong", ["first"], ["first"]),
         ("exact_match,other", "wrong to right", ["second"], ["second"]),
     ]
+
+
+@pytest.mark.parametrize(
+    ("direction", "first", "counts"),
+    [(True, "wrong to right", (1, 2)), (False, "right to wrong", (2, 1)), (None, "0 to 1", (None, None))],
+)
+def test_right_and_wrong_are_by_the_metrics_direction(
+    task_folder: Path, direction: bool | None, first: str, counts: tuple[int | None, int | None]
+) -> None:
+    """Of `pct_stereotype`, where lower is better, a 1 is wrong; where nobody says, it is a 1."""
+    (entry,) = load_entries([SuiteTask("sums")], [task_folder])
+    named = {"acc,none": direction}
+    values = [0, 1, 0, 1.0], [1, 0, 1, 1.0]
+    before, after = ({"sums": replace(hand_made("sums", acc__none=each), higher_is_better=named)} for each in values)
+    assert next(flips("tuned", before, after))["direction"] == first
+    ((delta, _),) = entry_deltas(entry, before, [after], CONFIDENCE, MARGIN)
+    assert (delta.right_to_wrong, delta.wrong_to_right) == counts
+    assert delta.p_value == 1.0
+
+
+def with_metric_on(doc_ids: Sequence[int], values: list[float], clusters: list[int] | None = None) -> dict[str, Any]:
+    """Scores of samples 10 to 15, of which some have a metric `judged` too."""
+    scores = hand_made("sums", acc__none=[1, 0, 1, 1, 0, 0.0])
+    metrics = {**scores.metrics, "judged,none": values}
+    directions = dict.fromkeys(metrics, True)
+    on_some = {"judged,none": list(doc_ids)}
+    return {"sums": replace(scores, metrics=metrics, higher_is_better=directions, doc_ids=on_some, clusters=clusters)}
+
+
+def test_metrics_of_some_samples_are_paired_by_sample(task_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """On those that both models have, of which one line tells; their clusters and flips are those samples' own."""
+    (entry,) = load_entries([SuiteTask("sums")], [task_folder])
+    clusters = [0, 0, 1, 1, 2, 2]
+    before = with_metric_on([10, 12, 13, 15], [1, 0, 1, 0], clusters)
+    after = with_metric_on([12, 13, 14, 15], [0, 0, 1, 0], clusters)
+    everything = entry_deltas(entry, before, [after], CONFIDENCE, MARGIN)
+    whole, judged = (delta for delta, _ in everything)
+    assert (whole.n, whole.num_clusters, whole.delta) == (6, 3, 0)
+    assert (judged.n, judged.num_clusters) == (3, 2)
+    assert (judged.baseline, judged.value) == pytest.approx((1 / 3, 0))
+    assert (judged.right_to_wrong, judged.wrong_to_right) == (1, 0)
+    assert [(row["doc_id"], row["metric"]) for row in flips("tuned", before, after)] == [(13, "judged,none")]
+    (message,) = {record.getMessage() for record in caplog.records}
+    assert message == (
+        "task sums: 2 of the models compared have judged on 4, 4 samples, and not all on the same: it is compared on "
+        "the 3 that all have."
+    )
+
+
+@pytest.mark.parametrize("others", [[14, 15], []])
+def test_a_metric_without_a_common_sample_is_left_out(
+    task_folder: Path, caplog: pytest.LogCaptureFixture, others: list[int]
+) -> None:
+    (entry,) = load_entries([SuiteTask("sums")], [task_folder])
+    before, after = with_metric_on([10, 12], [1.0, 0.0]), with_metric_on(others, [1.0] * len(others))
+    if not others:
+        after = {"sums": hand_made("sums", acc__none=[1, 0, 1, 1, 0, 0.0])}
+    assert [delta.metric for delta, _ in entry_deltas(entry, before, [after], CONFIDENCE, MARGIN)] == ["acc"]
+    assert not list(flips("tuned", before, after))
+    (message,) = {record.getMessage() for record in caplog.records}
+    assert (
+        f"have judged on 2, {len(others)} samples, and not all on the same: none is common, so it is left" in message
+    )
+
+
+def test_a_metric_without_a_direction_is_neither_better_nor_worse(
+    task_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One line names task and metric; it is in no mean over tasks, and its margin is in per cent of its value."""
+    (entry,) = load_entries([SuiteTask("sums")], [task_folder])
+    before = {"sums": replace(hand_made("sums", share__none=[1.0] * 40), higher_is_better={"share,none": None})}
+    after = {"sums": replace(hand_made("sums", share__none=[0.0] * 40), higher_is_better={"share,none": None})}
+    found = entry_deltas(entry, before, [after], CONFIDENCE, MARGIN)
+    ((delta, _),) = found
+    assert (delta.higher_is_better, delta.verdict) == (None, "lower")
+    ((back, _),) = entry_deltas(entry, after, [before], CONFIDENCE, MARGIN)
+    assert back.verdict == "higher"
+    assert mean_delta(found * 2, CONFIDENCE, MARGIN) is None
+    (message,) = {record.getMessage() for record in caplog.records}
+    assert message.startswith("task sums does not say whether a higher share is better: neither better nor worse")
+
+
+def test_a_group_whose_tasks_differ_in_direction_has_none(task_folder: Path) -> None:
+    (entry,) = load_entries([SuiteTask("even")], [task_folder])
+    scores = {
+        name: replace(hand_made(name, acc__none=[1.0, 0.0]), higher_is_better={"acc,none": direction})
+        for name, direction in (("sums", True), ("words", False))
+    }
+    assert is_higher_better(entry, "acc,none", scores) is None
+    assert is_higher_better(entry, "acc,none", {**scores, "words": replace(scores["sums"], task="words")}) is True
 
 
 def test_flips_of_measured_models(models: SavedModels, task_folder: Path, tmp_path: Path) -> None:

@@ -119,13 +119,24 @@ def test_the_split_that_is_read_is_named(tmp_path: Path, caplog: pytest.LogCaptu
     for split in ("train", "test"):
         row = {"question": f"a question of {split}", "answer": "an answer"}
         (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
-    (row,) = load_heldout_rows(str(tmp_path), 4)
+    (row,) = load_heldout_rows(str(tmp_path))
     assert row["prompt"][0]["content"] == "a question of train"
     (record,) = caplog.records
     assert "has the splits train, test, and train is read" in record.getMessage()
-    (row,) = load_heldout_rows(str(tmp_path), 4, "test")
-    (alone,) = load_heldout_rows(str(tmp_path / "test.jsonl"), 4)
+    (row,) = load_heldout_rows(str(tmp_path), split="test")
+    (alone,) = load_heldout_rows(str(tmp_path / "test.jsonl"), 1)
     assert row["prompt"][0]["content"] == alone["prompt"][0]["content"] == "a question of test"
     assert caplog.records == [record]
     with pytest.raises(ValueError, match="Unknown split .* Name one that there is with --heldout-split"):
         load_heldout_rows(str(tmp_path), 4, "dev")
+
+
+def test_fewer_rows_than_are_asked_for(tmp_path: Path) -> None:
+    """An error where the number was given; all there are where it was not."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"question": f"What is {i}?", "answer": f"{i}"}) + "\n" for i in range(3)))
+    assert len(load_heldout_rows(str(path))) == 3
+    with pytest.raises(
+        ValueError, match=r"num_heldout=4, but heldout_data=.*rows.jsonl has only 3 rows; lower the one"
+    ):
+        load_heldout_rows(str(path), 4)

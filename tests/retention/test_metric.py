@@ -35,3 +35,10 @@ def test_scores_in_between_have_no_mcnemar() -> None:
     result = metric.compute(predictions=[0.5, 0.25, 1.0], references=[0.25, 0.25, 0.5], confidence=0.9)
     assert result["delta"] == pytest.approx(0.25)
     assert "p_value" not in result
+
+
+@pytest.mark.parametrize("confidence", [95, 0.0, 1.0])
+def test_a_level_is_between_0_and_1(confidence: float) -> None:
+    metric = evaluate.load(METRIC_PATH)
+    with pytest.raises(ValueError, match=f"confidence={confidence} is not between 0 and 1"):
+        metric.compute(predictions=[1, 0], references=[0, 1], confidence=confidence)

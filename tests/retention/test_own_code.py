@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lopt_hf.retention import own_code as own_code_module
 from lopt_hf.retention.evaluation_settings import EvaluationSettings
 from lopt_hf.retention.identity import task_identity
 from lopt_hf.retention.own_code import own_code
@@ -124,6 +125,27 @@ def test_an_edited_helper_makes_it_another_task(
         file.write("# edited\n")
     after = identity_of("generated", folder)
     assert {name for name in before if before[name] != after[name]} == {"code"}
+
+
+def test_data_that_the_code_may_read_make_it_another_task(tmp_path: Path) -> None:
+    """Small files of data beside it; not what it does not read as such, and not what is too large."""
+    folder = write_benchmark_tasks(tmp_path / "tasks")
+    (folder / "scoring.py").write_text(CODE["scoring.py"])
+    (folder / "filters.py").write_text(CODE["filters.py"])
+    (folder / "examples.py").write_text(CODE["examples.py"])
+    of_task = folder / "generated.yaml"
+    of_task.write_text(of_task.read_text().partition("filter_list")[0] + BY_FUNCTION)
+    (folder / "weights.json").write_text("[1]")
+    before = identity_of("generated", folder)
+    (folder / "train.log").write_text("begun")
+    (folder / "runs").mkdir()
+    (folder / "runs" / "scores.json").write_text("[]")
+    assert identity_of("generated", folder) == before
+    (folder / "weights.json").write_text("[2]")
+    after = identity_of("generated", folder)
+    assert {name for name in before if before[name] != after[name]} == {"code"}
+    (folder / "large.json").write_text("[3]" + " " * own_code_module.MAX_DATA_BYTES)
+    assert identity_of("generated", folder) == after
 
 
 def test_other_tasks_are_identified_as_before(tmp_path: Path) -> None:

@@ -136,10 +136,7 @@ def test_from_models_to_a_report(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Report, page and changed answers are there and the table is printed; a second run evaluates nothing."""
-    (tmp_path / "heldout.jsonl").write_text(
-        "".join(json.dumps({"question": f"What is {i} + 1?", "answer": f"{i + 1}."}) + "\n" for i in range(6))
-    )
-    arguments |= {"--heldout-data": str(tmp_path / "heldout.jsonl"), "--num-heldout": "4"}
+    arguments |= {"--heldout-data": write_heldout(tmp_path / "heldout.jsonl", 6), "--num-heldout": "4"}
     run(arguments)
     out = tmp_path / "out"
     assert {"report.json", "report.md", "report.html", "flips.jsonl"} <= {path.name for path in out.iterdir()}
@@ -163,6 +160,7 @@ def test_from_models_to_a_report(
     monkeypatch.setattr(evaluation, "load_language_model", None)
     monkeypatch.setattr(lm_eval, "evaluate", None)
     run(arguments)
+    assert f"The earlier report in {out} will be replaced." in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.suffix != ".png"} == written
 
 
@@ -315,6 +313,126 @@ def test_output_folder(
     assert error_of(arguments) == f"lopt-hf retention: error: output_dir='{tmp_path / 'out'}' {message}"
 
 
+@pytest.mark.parametrize(
+    ("report", "message"),
+    [
+        ("mine", "has a report.json that no command here wrote, which would be lost; name another folder."),
+        ('{"baseline": "a year", "models": 3}', "has a report.json that no command here wrote, which would be lost;"),
+        ("[1]", "has a report.json that no command here wrote, which would be lost; name another folder."),
+        (
+            '{"baseline": "b", "models": [], "settings": {"command": "lopt-hf compare --config grid.yaml"}}',
+            "has a report.json of `lopt-hf compare`, not of `lopt-hf retention`; name another folder.",
+        ),
+        (
+            '{"baseline": "b", "models": [], "settings": {"command": "lopt-hf retentions"}}',
+            "has a report.json of `lopt-hf retentions`, not of `lopt-hf retention`; name another folder.",
+        ),
+    ],
+)
+def test_a_report_of_something_else_is_kept(
+    arguments: Arguments, nothing_is_loaded: None, tmp_path: Path, report: str, message: str
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "report.json").write_text(report)
+    assert f"output_dir='{tmp_path / 'out'}' {message}" in error_of(arguments)
+    assert [path.read_text() for path in (tmp_path / "out").iterdir()] == [report]
+
+
+def test_changed_answers_of_somebody_else_are_kept(
+    arguments: Arguments, nothing_is_loaded: None, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "flips.jsonl").write_text('{"mine": 1}\n')
+    assert "is not empty and holds no earlier report; name another folder." in error_of(arguments)
+
+
+def write_heldout(path: Path, number: int) -> str:
+    rows = [{"question": f"What is {i} + 1?", "answer": f"{i + 1}."} for i in range(number)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_more_heldout_rows_than_there_are(arguments: Arguments, nothing_is_loaded: None, tmp_path: Path) -> None:
+    heldout = write_heldout(tmp_path / "heldout.jsonl", 6)
+    message = error_of({**arguments, "--heldout-data": heldout, "--num-heldout": "7"})
+    assert f"num_heldout=7, but heldout_data={heldout} has only 6 rows; lower the one, or give more" in message
+
+
+def without_weights(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").unlink()
+
+
+def without_end(folder: Path) -> None:
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+
+
+def of_more_layers(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": config["num_hidden_layers"] + 1}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without_weights, "has no weights (adapter_model.safetensors); save or copy it again, whole."),
+        (without_end, "cannot be loaded (SafetensorError: "),
+        (of_more_layers, "lacks 9 of the weights that its config.json asks for, such as model.layers.4."),
+    ],
+)
+def test_a_model_that_is_not_whole_is_told_before_the_baseline_is_measured(
+    arguments: Arguments,
+    models: SavedModels,
+    nothing_is_loaded: None,
+    tmp_path: Path,
+    damage: Callable[[Path], None],
+    message: str,
+) -> None:
+    folder = shutil.copytree(models.adapter if damage is without_weights else models.tuned, tmp_path / "damaged")
+    damage(folder)
+    error = error_of({**arguments, "--model": [f"tuned={models.tuned}", str(folder)]})
+    assert f"'{folder}' {message}" in error and "\n" not in error
+
+
+def test_a_max_length_beyond_the_positions_is_told_before_tasks_are_loaded(
+    arguments: Arguments, nothing_is_loaded: None, tmp_path: Path
+) -> None:
+    folder = save(make_model("gpt2"), tmp_path / "gpt2")
+    changes: Arguments = {"--baseline": folder, "--model": folder, "--tasks": "nothing", "--max-length": "129"}
+    message = error_of({**arguments, **changes})
+    assert f"max_length=129 is more than the 128 positions of model '{folder}'; set it to 128 or less" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            ("doc_to_text: ", "doc_to_text: '{{qestion}}' #"),
+            "cannot be loaded: UndefinedError: 'qestion' is undefined.",
+        ),
+        (("doc_to_text: ", "doc_to_text: '{{question' #"), "cannot be loaded: TemplateSyntaxError: "),
+        (
+            ("doc_to_text: ", "process_docs: !function own.nothing\ndoc_to_text: "),
+            "cannot be loaded: it has no samples, as where its process_docs leaves none (IndexError: ",
+        ),
+        (
+            ("doc_to_text: ", "process_docs: !function own.lacking\ndoc_to_text: '{{[question][part or 0]}}' #"),
+            "a template of words cannot be filled in for every sample: ",
+        ),
+    ],
+    ids=["a typo", "no end", "no rows", "in a later row"],
+)
+def test_mistakes_in_an_own_task(arguments: Arguments, tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    tasks = write_benchmark_tasks(tmp_path / "tasks")
+    own = "def nothing(docs): return docs.select([])\n"
+    own += "def lacking(docs): return docs.map(lambda row, at: {'part': 7 if at else 0}, with_indices=True)\n"
+    (tasks / "own.py").write_text(own)
+    words = (tasks / "words.yaml").read_text()
+    (tasks / "words.yaml").write_text(words.replace(*change))
+    error = error_of({**arguments, "--include-path": str(tasks), "--tasks": "words"})
+    assert message in error and "words" in error and "\n" not in error
+
+
 def test_plots_that_cannot_be_drawn_are_told_before_anything_is_measured(
     arguments: Arguments, nothing_is_loaded: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -339,7 +457,7 @@ def test_a_plot_that_fails_takes_nothing_with_it(
     assert (out / "report.md").read_text().strip() in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("full_at", ["texts", "drift", "report.md", "flips"])
+@pytest.mark.parametrize("full_at", ["texts", "drift", "report.json", "report.md", "flips"])
 def test_full_disk(arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_at: str) -> None:
     """One line; nothing half written is left; when there is room, the same command ends as if nothing had been."""
     original = os.replace

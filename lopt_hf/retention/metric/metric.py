@@ -9,6 +9,7 @@ import evaluate
 
 from lopt_hf.common.sample_scores import MeanScores
 from lopt_hf.common.statistics import mcnemar, paired_interval
+from lopt_hf.retention.deltas import check_confidence
 
 __all__ = ["PairedRetention"]
 
@@ -43,6 +44,9 @@ class PairedRetention(evaluate.Metric):
         Returns:
             baseline, value, delta, low, high, n; and for scores of 0 and 1 p_value, right_to_wrong, wrong_to_right.
 
+        Raises:
+            ValueError: If the level is not between 0 and 1.
+
         Example:
 
         ```python
@@ -50,6 +54,7 @@ class PairedRetention(evaluate.Metric):
         retention.compute(predictions=[1, 0, 1, 1], references=[1, 1, 0, 1])["delta"]  # 0.0
         ```
         """
+        check_confidence(confidence)
         after, before = MeanScores(predictions), MeanScores(references)
         interval = paired_interval(after, before, confidence, seed)
         result: dict[str, Any] = {

@@ -15,6 +15,7 @@ from lopt_hf.retention.questions.question import LEVELS
 from lopt_hf.retention.references import ModelReference
 from lopt_hf.retention.scores import DEFAULT_CACHE, ScoreCache, TaskScores
 from lopt_hf.retention.suites import SuiteTask, load_entries
+from lopt_hf.retention.weights import check_files
 
 __all__ = ["grades_table", "main"]
 
@@ -49,15 +50,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: Arguments without the program's name; default: those of the process.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m lopt_hf.retention.questions.grades",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("model", help="folder or hub id")
     parser.add_argument("--limit", type=int, help="first questions of each task, of all kinds (default: all)")
     parser.add_argument("--dtype", default="auto", help="as of lopt-hf retention")
     parser.add_argument("--batch-size", type=int, default=16, help="questions in a forward (default: %(default)s)")
     options = parser.parse_args(argv)
+    try:
+        _print_grades(options)
+    except (ValueError, OSError, ImportError) as error:
+        parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
+
+
+def _print_grades(options: argparse.Namespace) -> None:
     settings = EvaluationSettings(limit=options.limit, dtype=options.dtype, batch_size=options.batch_size)
-    entries = load_entries([SuiteTask(f"offline_{area}") for area in AREAS], shows_progress=True)
     reference = ModelReference.find(options.model)
+    check_files(reference)
+    entries = load_entries([SuiteTask(f"offline_{area}") for area in AREAS], shows_progress=True)
     for scores in evaluate_model(reference, entries, settings, ScoreCache(DEFAULT_CACHE)).values():
         print(f"\n{grades_table(scores)}")
 

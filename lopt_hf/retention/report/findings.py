@@ -49,10 +49,11 @@ def _statements(result: ModelResult) -> list[Statement]:
         statements.append(Statement("Task trained on:", f"{verdict}; {_gain(result.gain)}.", known))
     deltas = [*([result.mean] if result.mean else []), *result.deltas]
     judged = [delta for delta in deltas if _has_interval(delta)]
-    for verdict in ("worse", "better"):
+    for verdict in ("worse", "better", "lower", "higher"):  # the latter two of metrics without a direction
         changed = [delta for delta in judged if delta.verdict == verdict]
+        judgement = verdict if verdict in ("worse", "better") else ""
         if changed:
-            statements.append(Statement(f"{verdict.capitalize()}:", _by_task(changed, with_change=True), verdict))
+            statements.append(Statement(f"{verdict.capitalize()}:", _by_task(changed, with_change=True), judgement))
     for start, is_kind in OPEN_VERDICTS.items():
         same = [delta for delta in judged if is_kind(delta)]
         detail = {"with_detectable": True} if start == CANNOT_TELL else {}
@@ -84,7 +85,7 @@ def _by_task(deltas: Sequence[Delta], with_change: bool = False, with_detectable
     metrics: dict[str, list[str]] = {}
     for delta in deltas:
         text = f"{delta.metric} {_change(delta)}" if with_change or with_detectable else delta.metric
-        if with_detectable:
+        if with_detectable and not math.isnan(delta.detectable):
             text += " " + f"(could have seen ±{delta.detectable:.4f})".replace(" ", NO_BREAK_SPACE)
         metrics.setdefault(delta.task, []).append(text)
     return "; ".join(f"{task} {', '.join(texts)}" for task, texts in metrics.items()) + "."

@@ -78,7 +78,7 @@ def retention_outcomes(report: RetentionReport) -> list[Outcome]:
     outcomes = main_outcomes(report)
     if not outcomes or outcomes[0].kind != "gain":
         return []
-    kept = [outcome for outcome in outcomes[1:] if outcome.kind == "mean" or not outcome.higher_is_better]
+    kept = [outcome for outcome in outcomes[1:] if outcome.kind == "mean" or outcome.higher_is_better is False]
     return [outcome for outcome in kept if _points(report, outcome)]
 
 

@@ -152,8 +152,8 @@ def _draw_deltas(axes: Axes, report: RetentionReport, outcome: Outcome) -> None:
         axes.plot(of_seeds, [row + 0.28] * len(of_seeds), ".", color=color, alpha=0.4, markersize=4)
     axes.axvline(0, color="0.35", linewidth=0.9, zorder=0)
     axes.locator_params(axis="x", nbins=5)
-    direction = "higher is better" if outcome.higher_is_better else "lower is better"
-    axes.set_xlabel(f"change in {plot_text(outcome.metric)} ({direction})")
+    direction = {True: " (higher is better)", False: " (lower is better)", None: ""}[outcome.higher_is_better]
+    axes.set_xlabel(f"change in {plot_text(outcome.metric)}{direction}")
     axes.set_title(plot_text(outcome.task) + " (task trained on)" * (outcome.kind == "gain"), fontsize="medium")
     axes.set_yticks(range(len(report.models)), [plot_text(result.label) for result in report.models])
     axes.set_ylim(len(report.models) - 0.4, -0.6)

@@ -4,6 +4,7 @@ The page needs nothing beside it; its text and its style are in `page.html`.
 """
 
 import base64
+import json
 import re
 import struct
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ PLOTS = {
     "drift.png": plot_drift,
     "similarity.png": plot_similarity,
 }
+FLIPS = "flips.jsonl"  # what a command writes beside a report, and before it
 CSS_PIXELS_PER_INCH = 96  # CSS Values and Units 3, Sec. 6.2
 MAX_VALUES = 20  # of a list among the settings
 MAX_OPEN_TABLES = 4  # more tables of single models are folded
@@ -60,15 +62,55 @@ def check_plots() -> None:
     new_figure(1, 1)
 
 
-def check_report_folder(folder: Path) -> None:
+def check_report_folder(folder: Path, command: str, may_hold_others: bool = False) -> bool:
     """Checks that a report may be written into a folder.
 
+    Args:
+        folder: The folder, which may not be there yet.
+        command: The command that writes it, such as `lopt-hf retention`.
+        may_hold_others: Whether the folder may hold files of other names than a report's.
+
+    Returns:
+        Whether it holds an earlier report of that command, which will be replaced.
+
     Raises:
-        ValueError: If it is a file, or holds other files and no earlier report.
+        ValueError: If it is a file, or holds other files and no earlier report, or one of something else.
     """
     check_folder("output_dir", folder)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "report.json").is_file():
-        raise ValueError(f"output_dir={str(folder)!r} is not empty and holds no earlier report; name another folder.")
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if "report.json" in found:
+        _check_earlier(folder, command)
+        return True
+    if may_hold_others:
+        found &= {"report.md", "report.html", FLIPS, *PLOTS}
+    if found and not (found == {FLIPS} and _has_flips(folder / FLIPS)):  # the disk was full before the report
+        what = f"has a {min(found)}" if may_hold_others else "is not empty"
+        raise ValueError(f"output_dir={str(folder)!r} {what} and holds no earlier report; name another folder.")
+    return False
+
+
+def _check_earlier(folder: Path, command: str) -> None:
+    """Raises unless the report in a folder is one that the command wrote."""
+    place = f"output_dir={str(folder)!r} has a report.json"
+    try:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        written_by = str(report["settings"]["command"]) if {"baseline", "models"} <= report.keys() else ""
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):  # of something else, or no JSON
+        written_by = ""
+    if not written_by:
+        raise ValueError(f"{place} that no command here wrote, which would be lost; name another folder.")
+    if not f"{written_by} ".startswith(f"{command} "):
+        raise ValueError(f"{place} of `{' '.join(written_by.split()[:2])}`, not of `{command}`; name another folder.")
+
+
+def _has_flips(path: Path) -> bool:
+    """Whether a file is one of changed answers, by its first row; none need have changed."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            line = file.readline()
+        return not line or {"model", "task", "metric", "direction"} <= json.loads(line).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def write_report(report: RetentionReport, folder: Path) -> list[Path]:

@@ -1,5 +1,8 @@
 """The table of right answers by kind and difficulty."""
 
+import pytest
+
+from lopt_hf.retention.questions import grades
 from lopt_hf.retention.questions.grades import grades_table
 from lopt_hf.retention.scores import TaskScores
 
@@ -22,3 +25,19 @@ def test_shares_by_topic_and_difficulty() -> None:
         ["sums", "50 % of 2", "", "", "", "100 % of 1", "67 % of 3"],
         ["all", "33 % of 3", "", "", "", "100 % of 1", "50 % of 4"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["/nowhere/model"], "model '/nowhere/model' is no folder here"),
+        (["/nowhere/model", "--limit", "0"], "limit=0 leaves nothing to measure"),
+        (["/nowhere/model", "--dtype", "fp8"], "dtype='fp8' is unknown"),
+    ],
+)
+def test_wrong_arguments(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        grades.main(arguments)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1
+    assert error.startswith(f"python -m lopt_hf.retention.questions.grades: error: {message}")

@@ -242,6 +242,27 @@ def test_findings_say_what_can_be_told(single):
     assert said["No change larger than the margin"] == "in any retention task (n = 200 arc_easy, 62 wikitext)."
 
 
+def test_a_metric_without_a_direction_is_neither_better_nor_worse(single, tmp_path):
+    """No arrow, no colour and no place among what gain is drawn against; what is of no size known has no size."""
+    told = replace(accuracy(-0.05, task="share"), higher_is_better=None, right_to_wrong=None, wrong_to_right=None)
+    unknown = replace(accuracy(0.01, task="few"), higher_is_better=None, detectable=NAN)
+    contrast = Contrast("a", "b", "share", "acc", None, -0.2, -0.3, -0.1, 3, 0.01)
+    model = replace(single.models[0], gain=loss(), deltas=(told, unknown, perplexity()))
+    report = replace(single, models=(model,), contrasts=(contrast,))
+    row = next(row for row in markdown_rows(to_markdown(report), "lopt") if row[0] == "share")
+    assert row[2] == "" and row[9] == "-" and row[-1] == "lower"
+    (finding,) = findings(report)
+    (statement,) = (statement for statement in finding.statements if statement.start == "Lower:")
+    assert statement.text.startswith("share acc") and not statement.verdict
+    assert not any("nan" in statement.text for statement in finding.statements)
+    assert contrast.verdict == "b is higher"
+    assert [outcome.task for outcome in retention_outcomes(report)] == ["mean of 2 tasks", "wikitext"]
+    labels = [axes.get_xlabel() for axes in plot_deltas(report).axes]
+    assert labels[-2:] == ["change in acc"] * 2
+    write_report(report, tmp_path)
+    assert json.loads((tmp_path / "report.json").read_text())["models"][0]["deltas"][0]["higher_is_better"] is None
+
+
 def test_page_shows_tables_findings_and_settings(grid, grid_html):
     page = Page(grid_html)
     model = grid.models[3]
