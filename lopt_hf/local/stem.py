@@ -16,7 +16,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from lopt_hf.common.upstream.torch import BatchNorm
+from lopt_hf.common.upstream.torch import BatchNorm, version_of
 from lopt_hf.local.layer_calls import Call, evaluating, stop_at, unnoticed
 from lopt_hf.local.ownership import TRACE_ERRORS
 from lopt_hf.local.run_state import (
@@ -94,7 +94,7 @@ class _Call:
 
 
 def _version(given: Sequence[Any]) -> int:
-    return given[0]._version if given and isinstance(given[0], torch.Tensor) else 0
+    return version_of(given[0]) if given and isinstance(given[0], torch.Tensor) else 0
 
 
 def _note(calls: list[_Call], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -184,7 +184,7 @@ class Stem:
             pixels_BCHW: torch.Tensor = args[0]
             autocast = autocast_of(pixels_BCHW.device.type)
             state = RandomState.now(pixels_BCHW)
-            self._run = StemRun(pixels_BCHW, pixels_BCHW._version, state, autocast, pixels_BCHW)
+            self._run = StemRun(pixels_BCHW, version_of(pixels_BCHW), state, autocast, pixels_BCHW)
 
     def _leave_module(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._run is not None:
@@ -211,7 +211,7 @@ class Stem:
         Raises:
             RuntimeError: If the images have been written into in between.
         """
-        if run.input._version != run.version:
+        if version_of(run.input) != run.version:
             raise RuntimeError(
                 "The images of this micro-batch have been written into before its backward, which needs them as they "
                 "were; keep them until then, or set reach_recompute to False."

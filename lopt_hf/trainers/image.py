@@ -24,6 +24,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from lopt_hf.common.arithmetic import fit_to_machine
 from lopt_hf.common.settings import option
 from lopt_hf.common.training_numbers import check_training_numbers
+from lopt_hf.common.upstream.torch import BatchNorm
 from lopt_hf.data.images import ImageBatches, ImageRows, make_augmentation
 from lopt_hf.local.layer_calls import evaluating
 from lopt_hf.local.methods.base import Method
@@ -181,7 +182,7 @@ def check_batch_norms(
     Raises:
         ValueError: With the fix.
     """
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
     if not norms or smallest_batch(args, number) > 1 or is_deepspeed_zero3_enabled():  # no weight is whole there
         return
     found: list[int] = []

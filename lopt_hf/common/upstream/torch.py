@@ -24,6 +24,7 @@ __all__ = [
     "remove_forward_pre_hooks",
     "storage_key",
     "tree_iter",
+    "version_of",
     "without_forward_hooks",
     "without_modes",
 ]
@@ -49,6 +50,7 @@ TORCH.check(
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
 )
+TORCH.check(torch.Tensor, "_version")
 TORCH.check(torch.UntypedStorage, "_cdata")
 TORCH.check(_product, "_schema")
 TORCH.check(
@@ -62,6 +64,11 @@ TORCH.check(
 def storage_key(storage: torch.UntypedStorage) -> int:
     """A storage's identity as long as it lives; unlike its data's address, a fake tensor's has one too."""
     return storage._cdata
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """How often a tensor has been written into."""
+    return tensor._version
 
 
 def forward_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
