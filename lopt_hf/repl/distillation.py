@@ -274,7 +274,10 @@ class TeacherMixin(TrainerBase):
         bounds = sorted({layer for span in self._removed_spans for layer in span})
         with torch.no_grad(), self.accelerator.autocast(), recording(self._teacher, bounds) as taught:
             self._teacher.base_model(**given, use_cache=False)
-        loss = self.args.task_loss_weight * (result[0] if return_outputs else result)
+        task_loss = result[0] if return_outputs else result
+        if self.args.task_loss_weight == 0 and self.args.teacher_logits_weight > 0:
+            task_loss = task_loss.detach()  # saves its backward: the divergence reaches the same weights
+        loss = self.args.task_loss_weight * task_loss
         if self.args.teacher_logits_weight > 0:
             loss = loss + self.args.teacher_logits_weight * self._divergence(
                 student, seen, taught, inputs["labels"], num_items_in_batch

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
+from trl import SFTTrainer
 
 from lopt_hf import RepLTrainer
 from lopt_hf.repl.distillation import chunked_divergence
@@ -34,11 +35,14 @@ def make_trainer(output_dir, family="llama", operator="down_proj", peft_config=N
     )
 
 
+@pytest.mark.parametrize("task_weight", [0.5, 0.0])
 @pytest.mark.parametrize("num_items", [None, 50])
 @pytest.mark.parametrize(("family", "operator"), [("llama", "down_proj"), ("gemma2", "linear")])
-def test_gradients_are_those_of_the_whole_matrix_of_logits(family, operator, num_items, tmp_path, monkeypatch):
+def test_gradients_are_those_of_the_whole_matrix_of_logits(
+    family, operator, num_items, task_weight, tmp_path, monkeypatch
+):
     """Gemma 2 caps its logits. The reference takes both models' own logits and hidden states."""
-    overrides = {"teacher_temperature": 2.0}
+    overrides = {"teacher_temperature": 2.0, "task_loss_weight": task_weight}
     if family == "gemma2":  # whose layers alternate: a span is one layer
         monkeypatch.setitem(SPAN, "spans", [[2, 3]])
     trainer = make_trainer(tmp_path, family, operator, **overrides)
@@ -65,7 +69,7 @@ def test_gradients_are_those_of_the_whole_matrix_of_logits(family, operator, num
     before, target = (taught.hidden_states[place] for place in (first, end))
     relative = (behind[0] - target).square().sum(-1) / (target - before).square().sum(-1)
     distance = relative[batch["attention_mask"].bool()].mean() / (1 if num_items is None else 2)
-    (0.5 * task + 0.7 * divergence + 0.4 * distance).backward()
+    (task_weight * task + 0.7 * divergence + 0.4 * distance).backward()
     assert counted.sum() > 6
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-6, msg=name)
@@ -99,6 +103,31 @@ def test_logits_never_exist_as_a_whole():
         chunked_divergence(student, teacher, hidden, taught, max_logits=4 * vocabulary).backward()
     assert largest.numbers == 4 * vocabulary
     assert divergence.item() > 0 and teacher.get_output_embeddings().weight.grad is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "runs"),
+    [
+        ({"teacher_logits_weight": 0.7, "teacher_hidden_weight": 0.0}, False),
+        ({"teacher_logits_weight": 0.0, "teacher_hidden_weight": 0.4}, True),  # the head has no other gradient
+        ({"task_loss_weight": 0.5}, True),
+    ],
+)
+def test_a_task_loss_without_weight_has_no_backward(settings, runs, tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, **{"task_loss_weight": 0.0, **settings})
+    ran, original = [], SFTTrainer.compute_loss
+
+    def spied(self, *args, **kwargs):
+        loss = original(self, *args, **kwargs)
+        loss.register_hook(ran.append)
+        return loss
+
+    monkeypatch.setattr(SFTTrainer, "compute_loss", spied)
+    trainer.current_gradient_accumulation_steps = 1
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.compute_loss(trainer.model.train(), batch).backward()
+    assert bool(ran) == runs
+    assert all(parameter.grad is not None for parameter in trainer.model.parameters() if parameter.requires_grad)
 
 
 def test_a_model_like_its_teacher_has_nothing_to_learn(tmp_path):
