@@ -6,12 +6,13 @@ Shapes: B batch, T tokens.
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from lopt_hf.common.upstream.transformers import active_collector
 
-__all__ = ["RouterLogits", "with_gradient_times"]
+__all__ = ["RouterLogits", "count_absent_routers", "count_routers", "with_gradient_times"]
 
 
 def with_gradient_times(factor: float, tensor: torch.Tensor) -> torch.Tensor:
@@ -23,11 +24,34 @@ def with_gradient_times(factor: float, tensor: torch.Tensor) -> torch.Tensor:
     return view
 
 
+def count_routers(model: PreTrainedModel, within: nn.Module | None = None) -> int:
+    """Counts the modules whose router logits a model collects.
+
+    Args:
+        model: A `transformers` causal language model.
+        within: Its module in which they are counted. Default: all of it.
+    """
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    recorded = [each.can_record_outputs.get("router_logits", []) for each in models]
+    listed = [recorder for own in recorded for recorder in (own if isinstance(own, list) else [own])]
+    kinds = [getattr(recorder, "target_class", recorder) for recorder in listed]
+    routers = tuple(kind for kind in kinds if isinstance(kind, type))
+    return sum(isinstance(module, routers) for module in (within or model).modules())
+
+
+def count_absent_routers(model: PreTrainedModel) -> int:
+    """Counts the routers that a stage of a pipeline has left to others, as the stand-ins for their layers tell."""
+    return sum(getattr(module, "num_absent_routers", 0) for module in model.modules())
+
+
 class RouterLogits:
     """The router logits that a model collects in a forward, shared out between the blocks and the task loss.
 
     What the model has collected is in the task loss. A boundary says what becomes of that of the routers that have run
     since the boundary before.
+
+    Attributes:
+        num_routers: Those of the whole model, of which a stage has a part.
 
     Args:
         model: A `transformers` causal language model (of a `PeftModel`, its base model).
@@ -37,8 +61,9 @@ class RouterLogits:
 
     def __init__(self, model: PreTrainedModel, num_layers: int, coefficient: float) -> None:
         self.model = model
-        self.num_layers = num_layers
         self.coefficient = coefficient
+        # Some layers may be dense. A model that does not say which modules its routers are has one in each layer.
+        self.num_routers = count_routers(model) + count_absent_routers(model) or num_layers
         self._seen = 0  # those of the blocks before
 
     def begin_forward(self) -> None:
@@ -73,7 +98,7 @@ class RouterLogits:
             mask_BT: Which tokens are none of padding, if some are.
 
         Returns:
-            The loss, with the weight per layer that it has in end-to-end training; `None` without routers.
+            The loss, with the weight per router that it has in end-to-end training; `None` without routers.
         """
         logits = self._collected()
         if not logits or self.coefficient == 0.0:
@@ -91,7 +116,7 @@ class RouterLogits:
             mask_BT: Which tokens are none of padding, if some are.
         """
         config = self.model.config.get_text_config(decoder=True)
-        share = self.coefficient * len(logits) / self.num_layers
+        share = self.coefficient * len(logits) / self.num_routers
         # The model knows it where the config has another name for it (DeepSeek-V4).
         experts = vars(self.model).get("num_experts") or config.num_experts
         loss = load_balancing_loss_func(logits, experts, config.num_experts_per_tok, mask_BT)

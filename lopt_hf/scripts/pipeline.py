@@ -17,6 +17,7 @@ Launched by `accelerate launch`, a process is one stage; otherwise the command s
 
 import importlib
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,12 +39,18 @@ from lopt_hf.pipeline.runtime.arguments import PipelineArguments
 from lopt_hf.pipeline.runtime.checkpoint import Manifest, check_no_other_model, may_start_anew
 from lopt_hf.pipeline.runtime.config import MLAANPipelineConfig, PipelineConfig
 from lopt_hf.pipeline.runtime.cut_check import check_cut
-from lopt_hf.pipeline.runtime.health import PipelineError, describe_error, failure_status, report_failure
+from lopt_hf.pipeline.runtime.health import (
+    PipelineError,
+    describe_error,
+    failure_status,
+    report_bad_input,
+    report_failure,
+)
 from lopt_hf.pipeline.runtime.launch import Rendezvous
 from lopt_hf.pipeline.runtime.run import StageConfig, find_model, launch_stages, model_kwargs, run_stage
 from lopt_hf.pipeline.runtime.stage import read_config
 from lopt_hf.pipeline.runtime.stage_plan import plan_stages
-from lopt_hf.scripts.launching import launch_if_asked
+from lopt_hf.scripts.launching import LAUNCHED, launch_if_asked
 from lopt_hf.scripts.parsing import chosen, chosen_method, make_trl_parser, parse_or_exit, refuse_method
 from lopt_hf.scripts.settings import UsageExit
 from lopt_hf.scripts.sft import SFTDataArguments, load_split
@@ -126,28 +133,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         importlib.import_module(f"lopt_hf.scripts.pipeline_{arguments[0]}").main(arguments[1:])
         return
     refuse_method("pipeline", arguments, _image().REFUSED_METHODS if _is_image(arguments) else _REFUSED_METHODS)
-    launch_if_asked("pipeline", arguments, _parse)
+    launch_if_asked("pipeline", arguments, lambda launched: _check(_parse(launched), launches=False))
     if "RANK" not in os.environ:
-        data_args, args, model_args, *rest = _parse(arguments)
-        launch_args = rest[0] if rest else data_args
-        try:
-            _check_run(args, model_args, has_adapter=isinstance(model_args, ModelConfig) and model_args.use_peft)
-            if _is_image(arguments):
-                _image().check_images(data_args, args, model_args)
-            else:
-                _check_input(data_args, args, model_args)
-        except (ValueError, OSError, ImportError) as error:
-            raise UsageExit(f"lopt-hf pipeline: {error}") from error
+        parsed = _parse(arguments)
+        _check(parsed, launches=True)
+        args = parsed[1]
         # Chosen here, or each stage would time the machine while the others start
         dtype = [] if args.fp16 else ["--bf16", str(args.bf16).lower()]
-        sys.exit(launch_stages(args, [*arguments, *dtype], launch_args.devices))
+        checked = {LAUNCHED: shlex.join(arguments)}
+        sys.exit(launch_stages(args, [*arguments, *dtype], _launch_arguments(parsed).devices, checked))
     end_with_parent()
     try:
         rendezvous = Rendezvous.from_environment()
     except ValueError as error:
         raise UsageExit(f"lopt-hf pipeline: {error}") from error
     try:
-        data_args, args, model_args, *_ = _parse(arguments)
+        parsed = _parse(arguments)
+        data_args, args, model_args, *_ = parsed
+        if LAUNCHED not in os.environ:  # or the command that has launched the stages has looked
+            _check_settings(parsed)
         if _is_image(arguments):
             _image().run_image_stage(data_args, args, model_args, rendezvous)
             return
@@ -159,9 +163,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         run_stage(args, model_args, rendezvous, load_dataset)
     except SystemExit as error:
         if error.code:
+            report_bad_input(rendezvous.store)
             report_failure(rendezvous.store, f"rank {rendezvous.rank} was given wrong arguments; see its own output")
         raise
     except ValueError as error:
+        report_bad_input(rendezvous.store)
         reason = report_failure(rendezvous.store, f"rank {rendezvous.rank} failed: {error}")
         raise UsageExit(f"lopt-hf pipeline: rank {rendezvous.rank} stops: {reason}") from error
     except PipelineError:
@@ -169,6 +175,56 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Exception as error:
         report_failure(rendezvous.store, f"rank {rendezvous.rank} failed: {describe_error(error)}")
         raise
+
+
+def _launch_arguments(parsed: Sequence[Any]) -> Any:
+    """The group of parsed arguments in which `devices` is: of images that of the data."""
+    return parsed[3] if len(parsed) > 3 else parsed[0]
+
+
+def _check(parsed: Sequence[Any], launches: bool) -> None:
+    """Ends the process with one line if the stages could not run.
+
+    Args:
+        parsed: The arguments.
+        launches: Whether this command starts the stages by itself, and not by a configuration of `accelerate`.
+    """
+    data_args, args, model_args, *_ = parsed
+    try:
+        if not launches:
+            _check_no_devices(parsed)
+        _check_run(args, model_args, has_adapter=isinstance(model_args, ModelConfig) and model_args.use_peft)
+        if isinstance(model_args, ModelConfig):
+            _check_input(data_args, args, model_args)
+        else:
+            _image().check_images(data_args, args, model_args)
+    except (ValueError, OSError, ImportError) as error:
+        raise UsageExit(f"lopt-hf pipeline: {error}") from error
+
+
+def _check_settings(parsed: Sequence[Any]) -> None:
+    """Checks in a stage what is not found out by itself while it is made.
+
+    Raises:
+        ValueError: If an option does nothing, or a setting cannot be read.
+    """
+    _, args, model_args, *_ = parsed
+    _check_no_devices(parsed)
+    if isinstance(model_args, ModelConfig):
+        check_model_options(model_args)
+    try:
+        check_run_settings(args)
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+
+
+def _check_no_devices(parsed: Sequence[Any]) -> None:
+    devices = _launch_arguments(parsed).devices
+    if devices is not None:
+        raise ValueError(
+            f"devices={devices!r} does nothing where `accelerate launch` is given its own settings; leave it out, and "
+            "give the launcher gpu_ids."
+        )
 
 
 def _check_run(args: PipelineArguments, model_args: Any, has_adapter: bool) -> None:
@@ -182,7 +238,8 @@ def _check_run(args: PipelineArguments, model_args: Any, has_adapter: bool) -> N
         check_no_model_is_lost(output_dir, model_args.model_name_or_path)
     if folder is not None:
         assert args.num_stages is not None
-        Manifest(folder).check_run(args.data_parallel, args.gradient_settings(args.num_stages))
+        settings = {**args.gradient_settings(args.num_stages), "num_blocks": args.num_blocks}
+        Manifest(folder).check_run(args.data_parallel, settings)
     check_run_settings(args)
 
 

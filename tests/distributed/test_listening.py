@@ -1,18 +1,25 @@
 """Where the processes of one host listen: on the loopback, whoever may reach the host's other interfaces."""
 
+import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
+import torch.distributed as dist
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 
 from lopt_hf.bench import processes
+from lopt_hf.bench.pipeline import schedules
 from lopt_hf.bench.pipeline.bench import run_pipeline_bench
 from lopt_hf.bench.pipeline.settings import PipelineBenchSettings
 from lopt_hf.common.host_launcher import HostRendezvous
-from lopt_hf.common.host_store import host_store
+from lopt_hf.common.host_store import LOOPBACK, host_store
 from lopt_hf.common.launching import HOST_BACKEND
+from lopt_hf.pipeline.runtime.launch import INTERFACE
+from lopt_hf.pipeline.simulator import schedule_validation
 from tests.distributed.pipeline_processes import Host
 from tests.distributed.sockets import assert_on_loopback, listening, watched
 from tests.forkserver import forked_instead_of_spawned
@@ -28,6 +35,37 @@ def test_the_rendezvous_of_a_launch() -> None:
         found |= listening(psutil.Process())
     assert info.bootstrap_store_info.master_port in {port for _, _, port in found}
     assert_on_loopback(found, 1)
+
+
+class JoinedError(Exception):
+    """In place of joining the other processes."""
+
+
+def validate(port: int, folder: Path) -> None:
+    schedule_validation._work(0, 1, port, folder, [])
+
+
+def train_by_schedule(port: int, folder: Path) -> None:
+    run: Any = SimpleNamespace(settings=SimpleNamespace(stages=1), port=port, folder="run")
+    schedules.train_by_schedule(lambda: None, 0, run)
+
+
+@pytest.mark.parametrize("begin", [validate, train_by_schedule])
+def test_gloo_is_told_of_the_loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begin: Any) -> None:
+    """Its own choice is the address of the host's name, which others may reach."""
+
+    def join(*args: Any, **kwargs: Any) -> None:
+        raise JoinedError
+
+    monkeypatch.setenv(INTERFACE, "")  # so that it is as before in the end
+    monkeypatch.delenv(INTERFACE)
+    monkeypatch.setattr(dist, "init_process_group", join)
+    monkeypatch.setattr(schedule_validation, "end_with_spawner", lambda: None)
+    monkeypatch.setattr(schedules, "prepare", lambda settings: None)
+    store = host_store()
+    with pytest.raises(JoinedError):
+        begin(store.port, tmp_path)
+    assert LOOPBACK in [entry.address for entry in psutil.net_if_addrs()[os.environ[INTERFACE]]]
 
 
 @pytest.mark.slow

@@ -81,7 +81,9 @@ def test_gradients_on_their_way_need_the_same_stages(tmp_path, inputs):
 
 
 def test_replicas_equal_one_process_with_the_same_global_batch(tmp_path):
+    """Also in what balances the experts, which is a mean of each micro-batch."""
     settings = {**DELAYED, "num_blocks": 2, "per_device_train_batch_size": 2, "max_steps": 5}
+    settings |= {"family": "qwen3_moe", "router_aux_loss_coef": 0.5}
     run_pipeline(tmp_path, 2, {"replicas": {**settings, "data_parallel": 2}}, data_parallel=2)
     one = run_one_process(tmp_path, tmp_path / "one", {**settings, "gradient_accumulation_steps": 2})
     two = load_model(tmp_path / "replicas")

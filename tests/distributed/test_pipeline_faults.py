@@ -250,6 +250,33 @@ def test_processes_with_other_arguments_stop(tmp_path, inputs, reference, ranks,
     assert_stopped(codes, outputs, cause, dead=wrong if "wrong arguments" in cause else None)
 
 
+def test_a_second_start_is_refused_and_leaves_the_running_one_alone(tmp_path, inputs, reference):
+    """Also what it is writing at that moment."""
+    command = arguments(inputs, tmp_path / "out", resume_from_checkpoint="auto", save_total_limit=4)
+    slow = Fault("lopt_hf.pipeline.runtime.stage_checkpoint._save_stage", 0, "pause", ranks=(1,))
+    first = Processes([command] * 3, tmp_path / "first", [slow])
+    wait_until((tmp_path / "out/incomplete-checkpoint-2/checkpoint-2/stage-0/trainer_state.json").is_file)
+    first.signal(signal.SIGSTOP)
+    second = Processes([command] * 3, tmp_path / "second")
+    codes = second.wait(LIMIT)
+    first.signal(signal.SIGCONT)
+    assert_stopped(codes, [second.output(rank) for rank in range(3)], "is used by another run")
+    assert codes == [2] * 3
+    assert_succeeded(first.wait(LIMIT), [first.output(rank) for rank in range(3)])
+    assert_same_model(tmp_path / "out", reference)
+    for name in checkpoints(tmp_path / "out"):
+        assert all(folder.is_dir() for folder in Manifest(tmp_path / "out" / name).stage_folders), name
+
+
+def test_a_checkpoint_of_other_blocks_is_bad_input(tmp_path, inputs, reference):
+    """For whoever asked, on all ranks: more stages than the checkpoint's have blocks that it does not know."""
+    shutil.copytree(reference / "checkpoint-8", tmp_path / "out/checkpoint-8")
+    again = {"num_blocks": 4, "resume_from_checkpoint": "auto"}
+    codes, outputs = run(inputs, tmp_path / "out", ranks=4, timeout=LIMIT, **again)
+    assert_stopped(codes, outputs, "was trained with num_blocks=3, but this run has num_blocks=4")
+    assert codes == [2] * 4 and not any("Traceback" in text for text in outputs)
+
+
 def test_a_slow_stage_does_not_fill_memory(tmp_path, inputs):
     """Over 500 steps no stage holds more hidden states than its channels do, and resident memory stays."""
     faults = [

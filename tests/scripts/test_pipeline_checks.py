@@ -9,8 +9,9 @@ import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lopt_hf.pipeline.runtime.health import report_failure
+from lopt_hf.pipeline.runtime.health import failure_status, report_failure
 from lopt_hf.scripts import pipeline
+from lopt_hf.scripts.launching import LAUNCHED
 from tests.scripts.test_bad_data import run
 from tests.scripts.test_training import arguments
 from tests.tiny import make_model, make_tokenizer
@@ -141,3 +142,53 @@ def test_others_are_told_of_an_error_that_nobody_expected(monkeypatch: pytest.Mo
     with pytest.raises(KeyError, match="input_ids"):
         pipeline.main([])
     assert report_failure(store, "a later one") == "rank 1 failed: 'input_ids' (KeyError)"
+
+
+IGNORED = [
+    ({"lora_r": 4}, "lora_r=4 does nothing without use_peft"),
+    ({"optim_args": "bogus=1"}, "optim_args"),
+    ({"devices": "0,7"}, "devices='0,7' does nothing where `accelerate launch` is given its own settings"),
+]
+
+
+def stage_of(monkeypatch: pytest.MonkeyPatch, given: list[str]) -> dist.HashStore:
+    """Runs what a stage does before it is one; returns the store that all share."""
+    store = dist.HashStore()
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(pipeline, "end_with_parent", lambda: None)
+    monkeypatch.setattr(pipeline.Rendezvous, "from_environment", lambda: SimpleNamespace(store=store, rank=1))
+    monkeypatch.setattr(pipeline, "run_stage", lambda *args: None)
+    with pytest.raises(SystemExit) as ended:
+        pipeline.main(given)
+    assert ended.value.code == 2
+    return store
+
+
+@pytest.mark.parametrize(("values", "message"), IGNORED)
+def test_a_stage_that_somebody_else_launches_refuses_what_would_do_nothing(
+    tmp_path: Path, values: dict[str, Any], message: str, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And all processes end as after bad input."""
+    store = stage_of(monkeypatch, arguments(tmp_path, "sft", num_stages=2, **values))
+    assert message in capsys.readouterr().err
+    assert failure_status(store) == 2
+
+
+@pytest.mark.parametrize(("values", "message"), IGNORED)
+def test_so_does_the_command_before_it_launches_by_a_configuration(
+    tmp_path: Path, values: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = arguments(tmp_path, "sft", num_stages=2, **values)
+    assert message in run("pipeline", [*given, "--accelerate_config", "ddp_2"], capsys)
+
+
+def test_a_stage_of_the_command_is_not_checked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is given the command's own options, of which `devices` are the launcher's by now."""
+    ran = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv(LAUNCHED, "--devices 0,7")
+    monkeypatch.setattr(pipeline, "end_with_parent", lambda: None)
+    monkeypatch.setattr(pipeline.Rendezvous, "from_environment", lambda: SimpleNamespace(rank=1))
+    monkeypatch.setattr(pipeline, "run_stage", lambda *args: ran.append(args))
+    pipeline.main(arguments(tmp_path, "sft", num_stages=2, devices="0,7"))
+    assert len(ran) == 1

@@ -22,6 +22,7 @@ from lopt_hf.bench.pipeline.tasks import task_of
 from lopt_hf.bench.pipeline.worker import make_plans, prepare
 from lopt_hf.common.host_store import LOOPBACK
 from lopt_hf.meters.saved_bytes import SavedBytes
+from lopt_hf.pipeline.runtime.launch import choose_interface
 from lopt_hf.pipeline.runtime.timeline import Timeline
 from lopt_hf.pipeline.simulator.schedule_orders import stages_of
 from lopt_hf.pipeline.simulator.torch_schedules import TORCH_SCHEDULES
@@ -52,6 +53,7 @@ def train_by_schedule(on_step: Callable[[], None], rank: int, run: MethodRun) ->
     prepare(run.settings)
     store = dist.TCPStore(LOOPBACK, run.port, is_master=False)
     world_size = run.settings.stages
+    choose_interface(LOOPBACK)
     dist.init_process_group("gloo", store=dist.PrefixStore(run.folder, store), rank=rank, world_size=world_size)
     training = ScheduledTraining(rank, run)
     record = Record()

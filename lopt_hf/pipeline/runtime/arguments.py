@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from transformers.trainer_utils import SchedulerType
+from transformers.trainer_utils import HubStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
 from lopt_hf.common.settings import check_choice, option
@@ -40,6 +40,8 @@ _UNSUPPORTED: dict[str, tuple[object, str]] = {
         "a stage's checkpoint is what its run goes on from; `lopt-hf pipeline export` makes a model",
     ),
 }
+
+_PUSHED = ("every_save", "end")  # the default, which nobody need have asked for, and what is done
 
 # Ways to share out batches that accelerate knows, which replicas of a pipeline do in one way only
 _OF_BATCHES: dict[str, object] = {"split_batches": False, "dispatch_batches": None, "even_batches": True}
@@ -189,6 +191,11 @@ class PipelineArguments(ArgumentsBase):
                     f"{name}={value!r} does not work in a pipeline, where each process has a stage of its own; leave "
                     "it out."
                 )
+        if self.push_to_hub and HubStrategy(self.hub_strategy).value not in _PUSHED:
+            raise ValueError(
+                f"hub_strategy={HubStrategy(self.hub_strategy).value!r} does not work in a pipeline, which "
+                "uploads the model at its end and no checkpoint; set it to 'end'."
+            )
         self._settle_gradient()
         for name, (allowed, reason) in _UNSUPPORTED.items():
             value = vars(self).get(name)  # those of language models are not among the arguments of image models

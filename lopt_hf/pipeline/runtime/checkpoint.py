@@ -25,6 +25,7 @@ from lopt_hf.common.files import publish_folder
 from lopt_hf.local.blocks import Block
 from lopt_hf.pipeline.runtime.health import PeerMonitor
 from lopt_hf.pipeline.runtime.stage_plan import StagePlan
+from lopt_hf.trainers.checkpoint import read_json
 
 __all__ = [
     "INCOMPLETE",
@@ -71,7 +72,7 @@ class Manifest:
         folder: The checkpoint.
 
     Raises:
-        ValueError: If the folder is not a complete checkpoint of a pipeline.
+        ValueError: If the folder is not a complete checkpoint of a pipeline, or the manifest is damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -83,7 +84,7 @@ class Manifest:
                 "name another one."
             )
         # One that names no gradient is from before there was another than that of local objectives.
-        self.content: dict[str, Any] = {"gradient": "local", **json.loads(path.read_text(encoding="utf-8"))}
+        self.content: dict[str, Any] = {"gradient": "local", **read_json(path, str(folder))}
 
     @staticmethod
     def write(folder: Path, plans: Sequence[StagePlan], details: Mapping[str, Any]) -> None:
@@ -188,9 +189,18 @@ def publish_when_complete(
 
     Returns:
         Whether this call made the checkpoint complete.
+
+    Raises:
+        FileNotFoundError: If a stage's part is no longer there.
     """
     if store.add(f"saved/{final.name}", 1) < num_parts:
         return False
+    lost = [plan.name for plan in plans if not (staged / plan.name).is_dir()]
+    if lost:
+        raise FileNotFoundError(
+            f"output_dir={str(final.parent)!r}: {lost[0]} of {final.name} was written and is gone, so that the "
+            "checkpoint would not be whole; leave the folder to this run, and go on from the checkpoint before."
+        )
     Manifest.write(staged, plans, details)
     publish_folder(staged, final)
     return True

@@ -25,8 +25,8 @@ import torch
 from accelerate.utils import send_to_device
 from transformers import PreTrainedModel
 
+from lopt_hf.common.random_state import RandomState
 from lopt_hf.local.hooks import BlockBoundary
-from lopt_hf.local.run_state import RandomState
 from lopt_hf.pipeline.runtime.channel import BatchId, ReceivingChannel, SendingChannel
 from lopt_hf.pipeline.runtime.stage_forward import StageForward, StageRun
 from lopt_hf.pipeline.runtime.timeline import Timeline

@@ -30,6 +30,7 @@ from lopt_hf.pipeline.runtime.adapters import adapt_saved_stage
 from lopt_hf.pipeline.runtime.checkpoint import INCOMPLETE, WEIGHTS_FILE, Manifest, load_weights
 from lopt_hf.pipeline.runtime.stage import load_stage
 from lopt_hf.pipeline.runtime.stage_plan import StagePlan
+from lopt_hf.trainers.checkpoint import check_files
 
 __all__ = [
     "assemble_model",
@@ -127,7 +128,8 @@ def push_model(trainer: Any) -> None:
         folder_path=str(trainer.args.output_dir),
         token=trainer.args.hub_token,
         commit_message="End of training",
-        ignore_patterns=[f"{PREFIX_CHECKPOINT_DIR}-*", f"{INCOMPLETE}*"],
+        revision=trainer.args.hub_revision,
+        ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*", f"{INCOMPLETE}*"],  # "_*" as the stock trainers
     )
 
 
@@ -164,7 +166,7 @@ def export_checkpoint(checkpoint: Path, output_dir: Path, model_name_or_path: st
         model_name_or_path: The model that the run started from. Default: the one that the checkpoint names.
 
     Raises:
-        ValueError: If the checkpoint is not complete, or `output_dir` exists.
+        ValueError: If the checkpoint is not complete or damaged, is of another model, or `output_dir` exists.
     """
     manifest = Manifest(checkpoint)
     start = model_name_or_path or manifest.content["model"]
@@ -202,6 +204,7 @@ def _export_stage(
     model: Any = load_stage(start, plan, config=config, dtype=dtype, revision=manifest.revision)
     if (folder / ADAPTER_CONFIG_NAME).is_file():
         model = adapt_saved_stage(model, PeftConfig.from_pretrained(str(folder)))
+    check_files(str(folder), [WEIGHTS_FILE], {name: tensor.shape for name, tensor in model.state_dict().items()})
     with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
         saved = set(file.keys())
     load_weights({name: tensor for name, tensor in model.state_dict().items() if name in saved}, [folder])

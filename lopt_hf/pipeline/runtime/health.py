@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch.distributed as dist
 
@@ -22,6 +22,7 @@ __all__ = [
     "report_bad_input",
     "report_failure",
     "report_termination",
+    "telling_of_bad_input",
 ]
 
 BEAT_SECONDS = 1.0
@@ -239,6 +240,16 @@ def describe_error(error: Exception) -> str:
 def report_bad_input(store: dist.Store) -> None:
     """Tells all processes that the failure which is told next is of what the user gave."""
     store.set(BAD_INPUT, "")
+
+
+@contextlib.contextmanager
+def telling_of_bad_input(store: dist.Store) -> Iterator[None]:
+    """Tells all processes, where the block raises a `ValueError`, that what the user gave is its cause."""
+    try:
+        yield
+    except ValueError:
+        report_bad_input(store)
+        raise
 
 
 def failure_status(store: dist.Store) -> int:

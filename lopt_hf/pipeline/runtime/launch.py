@@ -25,6 +25,7 @@ __all__ = [
     "Rendezvous",
     "check_one_device",
     "check_same",
+    "choose_interface",
     "init_world",
     "launch_command",
     "rank_name",
@@ -89,7 +90,7 @@ class Rendezvous:
         local_rank = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
         has_device = _see_one_device(local_rank)
         shared, rank, world_size = next(dist.rendezvous("env://"))
-        _choose_interface(os.environ["MASTER_ADDR"])
+        choose_interface(os.environ["MASTER_ADDR"])
         # The launcher's store outlives a restart; what an earlier attempt left in it must not count.
         store = dist.PrefixStore(f"lopt_hf/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", shared)
         store.set_timeout(WAIT)
@@ -321,10 +322,13 @@ def _link_stages(mesh: DeviceMesh, rank: int) -> dict[int, dist.ProcessGroup]:
     return links
 
 
-def _choose_interface(main_address: str) -> None:
+def choose_interface(main_address: str) -> None:
     """Lets gloo listen where other hosts reach this one: at the interface through which it reaches the main one.
 
-    Gloo's own choice, the address of the host's name, is the loopback's on many systems.
+    Gloo's own choice, the address of the host's name, is the loopback's on many systems, and on others is not.
+
+    Args:
+        main_address: Of the main host; the loopback's where all processes are of this one.
     """
     if INTERFACE in os.environ:
         return

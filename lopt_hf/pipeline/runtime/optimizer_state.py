@@ -10,7 +10,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-__all__ = ["OptimizerStateCheck", "check_optimizer_state", "load_optimizer_state", "save_optimizer_state"]
+__all__ = [
+    "SETTINGS_FILE",
+    "TENSORS_FILE",
+    "OptimizerStateCheck",
+    "check_optimizer_state",
+    "load_optimizer_state",
+    "save_optimizer_state",
+]
 
 TENSORS_FILE = "optimizer.safetensors"
 SETTINGS_FILE = "optimizer.json"

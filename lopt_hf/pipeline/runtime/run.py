@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from lopt_hf.common.arithmetic import arithmetic_of
 from lopt_hf.common.launching import run_launcher
 from lopt_hf.common.resuming import find_checkpoint
 from lopt_hf.common.upstream.trainers import TRAINER_STATE_NAME
-from lopt_hf.data.prepared import check_prepared
+from lopt_hf.data.prepared import check_prepared, say_what_was_cut
 from lopt_hf.data.pretrained import resolve_model
 from lopt_hf.local.blocks import split_layers
 from lopt_hf.pipeline.runtime.adapters import add_adapter
@@ -140,8 +140,11 @@ def make_trainer(
     if world.rank == 0:
         weights = str(model.dtype).removeprefix("torch.")
         print(arithmetic_of(str(args.mixed_precision), weights, args.device.type), flush=True)
-    trainer: StageTrainer = trainer_class(model, args, world=world, train_dataset=load_dataset())
+    rows = load_dataset()
+    trainer: StageTrainer = trainer_class(model, args, world=world, train_dataset=rows)
     trainer.model_revision = kwargs["revision"]
+    if world.reports and not args.packing:
+        say_what_was_cut(rows, trainer.train_dataset, args.max_length)
     check_prepared(trainer.train_dataset, args)
     return trainer
 
@@ -274,13 +277,19 @@ def _make_or_report(
         raise
 
 
-def launch_stages(args: PipelineArguments, arguments: Sequence[str], devices: str | None = None) -> int:
+def launch_stages(
+    args: PipelineArguments,
+    arguments: Sequence[str],
+    devices: str | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> int:
     """Starts all stages on this host by `accelerate launch`, and waits for them.
 
     Args:
         args: Training arguments.
         arguments: The command line that each stage is given.
         devices: Ids of the accelerators to use, such as `0,1`. Default: all.
+        environment: Variables that the stages are given.
 
     Returns:
         The launcher's exit status.
@@ -288,7 +297,7 @@ def launch_stages(args: PipelineArguments, arguments: Sequence[str], devices: st
     assert args.num_stages is not None
     options = [] if devices is None else ["--gpu_ids", devices]
     command = launch_command(args.num_stages * args.data_parallel, arguments, options)
-    code = run_launcher(command)
+    code = run_launcher(command, environment)
     if code not in (0, BAD_INPUT_STATUS):
         print(_how_to_go_on(args), file=sys.stderr)
     return code

@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lopt_hf.local.blocks import Block
 from lopt_hf.local.layer_calls import stop_at, with_hidden
 from lopt_hf.local.ownership import feeds_first_layer, parameters_by_block
+from lopt_hf.local.routers import count_routers
 from lopt_hf.local.stacks import DecoderStack, find_decoder_stack
 from lopt_hf.pipeline.runtime.cutting import check_layer_inputs, cutting
 from lopt_hf.pipeline.runtime.stage_plan import StagePlan
@@ -218,9 +219,17 @@ def model_class(name_or_path: str, config: PretrainedConfig) -> type[PreTrainedM
 
 
 class PassThrough(GradientCheckpointingLayer):
-    """A layer of another stage."""
+    """A layer of another stage.
+
+    Args:
+        num_absent_routers: The routers of that layer.
+    """
 
     returns_tuple = False
+
+    def __init__(self, num_absent_routers: int = 0) -> None:
+        super().__init__()
+        self.num_absent_routers = num_absent_routers
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # nothing to checkpoint
         return nn.Module.__call__(self, *args, **kwargs)
@@ -276,7 +285,7 @@ def _put_stand_ins(
 ) -> None:
     for index in range(len(stack.layers)):
         if not plan.start <= index < plan.stop:
-            stack.layers[index] = PassThrough()
+            stack.layers[index] = PassThrough(count_routers(model, stack.layers[index]))
     for name, module in list(stack.decoder.named_children()):
         if module is stack.layers or not any(True for _ in module.parameters()):
             continue

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers.trainer import SCALER_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -17,17 +18,24 @@ from lopt_hf.common.upstream.trainers import SCHEDULER_NAME, TRAINER_STATE_NAME
 from lopt_hf.local.heads import HEADS_NAME
 from lopt_hf.pipeline.runtime.checkpoint import (
     INCOMPLETE,
+    WEIGHTS_FILE,
     Manifest,
     load_weights,
     publish_when_complete,
     save_weights,
 )
 from lopt_hf.pipeline.runtime.logs import is_of_own_block
-from lopt_hf.pipeline.runtime.optimizer_state import load_optimizer_state, save_optimizer_state
-from lopt_hf.trainers.checkpoint import HEADS_FILE
+from lopt_hf.pipeline.runtime.optimizer_state import (
+    SETTINGS_FILE,
+    TENSORS_FILE,
+    load_optimizer_state,
+    save_optimizer_state,
+)
+from lopt_hf.trainers.checkpoint import HEADS_FILE, check_files
 from lopt_hf.trainers.resume_state import STATE_FILE, ResumeState
 
 __all__ = [
+    "check_parts",
     "load_in_flight",
     "load_replica_state",
     "load_stage_optimizer",
@@ -36,6 +44,8 @@ __all__ = [
     "save_process",
 ]
 
+# What a run reads of a stage's folder
+_FILES = (WEIGHTS_FILE, TENSORS_FILE, SETTINGS_FILE, SCHEDULER_NAME, TRAINER_STATE_NAME, HEADS_FILE, STATE_FILE)
 IN_FLIGHT = "in-flight"  # a checkpoint's folder of what the gradients that are on their way need
 
 
@@ -94,6 +104,22 @@ def replica_folder(stage_folder: Path, replica: int) -> Path:
     return stage_folder.with_name(f"{stage_folder.name}-replica-{replica}") if replica else stage_folder
 
 
+def check_parts(trainer: Any, manifest: Manifest) -> None:
+    """Checks, before anything of it is loaded, that a checkpoint's files are there, whole, and of the run's model.
+
+    Args:
+        trainer: The stage's trainer, which reads of each stage what is its own.
+        manifest: The checkpoint.
+
+    Raises:
+        ValueError: If one is missing or damaged, or has a weight of another shape.
+    """
+    shapes = {name: tensor.shape for name, tensor in _state_to_save(trainer).items()}
+    for folder in manifest.stage_folders:
+        check_files(str(folder), _FILES, shapes)
+        check_files(str(replica_folder(folder, trainer.world.replica)), [STATE_FILE], {})
+
+
 def load_replica_state(trainer: Any, stage_folder: Path, metrics: Mapping[str, list[float]]) -> ResumeState:
     """Reads what a process had counted: tokens, the loss since the last log.
 
@@ -119,6 +145,7 @@ def load_in_flight(trainer: Any, manifest: Manifest) -> None:
             f"resume_from_checkpoint={str(manifest.folder)!r} has no {path.parent.name}/{path.name}, which the task's "
             "gradients that were on their way need; go on from a whole checkpoint."
         )
+    check_files(str(manifest.folder), [f"{path.parent.name}/{path.name}"], {})
     trainer.delayed.load_state(torch.load(path, map_location="cpu", weights_only=True))
 
 
@@ -131,6 +158,7 @@ def _save_stage(trainer: Any, folder: Path, final: Path) -> None:
     save_optimizer_state(trainer.optimizer, _stepped_parameters(trainer), folder)
     torch.save(trainer.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
     trainer._save_rng_state(str(folder))
+    _save_gradient_scaler(trainer, folder)
     for callback in [*trainer.callback_handler.callbacks, trainer.control]:
         if isinstance(callback, ExportableState):
             states: Any = trainer.state.stateful_callbacks
@@ -139,6 +167,13 @@ def _save_stage(trainer: Any, folder: Path, final: Path) -> None:
     trainer._save_local_state(folder, final)
     if isinstance(trainer.model, PeftModel):
         trainer.model.peft_config[trainer.model.active_adapter].save_pretrained(str(folder))
+
+
+def _save_gradient_scaler(trainer: Any, folder: Path) -> None:
+    """Writes the scale of fp16's gradients, which the parent loads; replicas average theirs, so it is one."""
+    scaler = trainer.accelerator.scaler
+    if scaler is not None:
+        torch.save(scaler.state_dict(), folder / SCALER_NAME)
 
 
 def load_stage_weights(trainer: Any, manifest: Manifest) -> dict[str, list[float]]:

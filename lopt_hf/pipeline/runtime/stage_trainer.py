@@ -7,6 +7,7 @@ which go forward; where `gradient` says so their cotangents come back, in time f
 Shapes: B batch, T tokens, D hidden channels.
 """
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback
 from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
 
+from lopt_hf.common.locks import run_lock
 from lopt_hf.common.resuming import find_checkpoint
 from lopt_hf.local.blocks import Block, split_layers
 from lopt_hf.local.learner import LearnerEvents, LocalLearner
@@ -35,6 +38,7 @@ from lopt_hf.pipeline.runtime.checkpoint import (
 )
 from lopt_hf.pipeline.runtime.delayed import DelayedGradients, send_back
 from lopt_hf.pipeline.runtime.export import push_model, save_stage_model
+from lopt_hf.pipeline.runtime.health import telling_of_bad_input
 from lopt_hf.pipeline.runtime.launch import PipelineWorld, check_one_device, check_same
 from lopt_hf.pipeline.runtime.links import StageLinks
 from lopt_hf.pipeline.runtime.logs import (
@@ -50,11 +54,16 @@ from lopt_hf.pipeline.runtime.stage_forward import StageForward
 from lopt_hf.pipeline.runtime.stage_plan import plan_stages
 from lopt_hf.pipeline.runtime.timeline import Timeline
 from lopt_hf.pipeline.runtime.weight_prediction import WeightPrediction
+from lopt_hf.trainers.checkpoint import random_state_warning
 from lopt_hf.trainers.checks import check_no_model_is_lost
 from lopt_hf.trainers.mixin import LocalLearningMixin
-from lopt_hf.trainers.model_card import describe_reach
+from lopt_hf.trainers.model_card import describe_reach, is_users_readme
 
 __all__ = ["StageMixin"]
+
+logger = logging.get_logger(__name__)
+
+LOCKED = "locked"  # in a run's store: its folder is its own
 
 
 class StageMixin(LocalLearningMixin):
@@ -99,6 +108,8 @@ class StageMixin(LocalLearningMixin):
         if not world.reports:
             args.disable_tqdm, args.report_to, args.push_to_hub = True, [], False
         super().__init__(model, args, method=method, **kwargs)
+        # The parent would log 0 for the blocks of other stages, which tell of theirs themselves.
+        self._own_drift, self._drift = self._drift, None
         collect_start_losses(self)
         if not world.reports:
             self.remove_callback(PrinterCallback)
@@ -302,25 +313,40 @@ class StageMixin(LocalLearningMixin):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         output_dir = Path(str(self.args.output_dir))
+        self.store = self.world.new_run_store()
+        with contextlib.ExitStack() as held:
+            with telling_of_bad_input(self.world.store):
+                if self.world.reports:
+                    held.enter_context(run_lock(str(output_dir)))
+                    self.store.set(LOCKED, "")
+                folder = self._begin_in(output_dir, resume_from_checkpoint)
+            self._open_links()
+            output = super().train(folder, *args, **kwargs)
+        collect_timelines(self)
+        return output
+
+    def _begin_in(self, output_dir: Path, resume_from_checkpoint: str | bool | None) -> str | None:
+        """Makes the run's folder ready; returns the stage's folder in the checkpoint to go on from."""
         if not isinstance(self.model, PeftModel):
             check_no_other_model(output_dir)
-        self.store = self.world.new_run_store()
         folder = find_checkpoint(str(output_dir), resume_from_checkpoint)
         shared = self.store, self.world.monitor, self.world.mesh.size()
         check_same(*shared, "checkpoint", {"resume_from_checkpoint": folder})
         if folder is None and not may_start_anew(self.args):
             check_no_model_is_lost(str(output_dir), self.learner.base_model.config.name_or_path)
         if self.world.rank == 0:
+            self.world.monitor.wait_for(self.store, LOCKED)  # or what another run is writing would be removed
             remove_incomplete(output_dir)
         check_shared_folder(*shared, output_dir)
-        if folder is not None:
-            self._manifest = Manifest(folder)
-            self._manifest.check_run(self.world.num_replicas, self.gradient_settings)
-            folder = str(self._manifest.folder_for(self.plan))
-        self._open_links()
-        output = super().train(folder, *args, **kwargs)
-        collect_timelines(self)
-        return output
+        if folder is None:
+            return None
+        self._manifest = Manifest(folder)
+        self._manifest.check_run(self.world.num_replicas, self.gradient_settings)
+        own = self.learner.fingerprint()
+        for name in ("num_blocks", "split_at"):  # before it is looked for whose part has the stage's blocks
+            self._manifest.check(name, own[name])
+        stage_checkpoint.check_parts(self, self._manifest)
+        return str(self._manifest.folder_for(self.plan))
 
     def _close_links(self) -> None:
         self.drain()  # of a run that goes on from its last step, or whose data ended before it was to
@@ -360,6 +386,10 @@ class StageMixin(LocalLearningMixin):
         elif "train_runtime" in logs:
             self._close_links()  # first: a stage that goes on alone never comes to its end
             add_final_figures(self, logs)
+        if self._own_drift is not None and self.model.training:
+            drifts = self._own_drift.measure(self.learner.owned())
+            for block in self.plan.blocks:
+                self._metrics["train"][f"drift/block_{block.index}"].append(drifts[block.index])
         super().log(logs, start_time)
 
     # ---- Checkpoints and the saved model ----
@@ -369,24 +399,29 @@ class StageMixin(LocalLearningMixin):
 
     @property
     def _writes_output_dir(self) -> bool:
-        return self.world.reports
+        return False  # for the parent, which would lock the folder later than `train` does
 
     def _check_files(self, checkpoint: str) -> None:
-        """Leaves that to the manifest, whichever stages wrote the files."""
+        """Leaves that to `check_parts`, whichever stages wrote the files."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         assert self._manifest is not None and self._resumed is not None
         folder = Path(resume_from_checkpoint)
         self._random_state = stage_checkpoint.replica_folder(folder, self.world.replica)
-        metrics = stage_checkpoint.load_stage_weights(self, self._manifest)
-        self._resumed = stage_checkpoint.load_replica_state(self, folder, metrics)
+        warning = random_state_warning(str(self._random_state), self.args)
+        if warning is not None:
+            logger.warning(warning)
+        with telling_of_bad_input(self.world.store):
+            metrics = stage_checkpoint.load_stage_weights(self, self._manifest)
+            self._resumed = stage_checkpoint.load_replica_state(self, folder, metrics)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             assert self._manifest is not None
-            stage_checkpoint.load_stage_optimizer(self, self._manifest, checkpoint)
-            if self.delayed is not None:
-                stage_checkpoint.load_in_flight(self, self._manifest)
+            with telling_of_bad_input(self.world.store):
+                stage_checkpoint.load_stage_optimizer(self, self._manifest, checkpoint)
+                if self.delayed is not None:
+                    stage_checkpoint.load_in_flight(self, self._manifest)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Makes one stock checkpoint of all stages; every process must call it, and waits until it is complete.
@@ -397,7 +432,7 @@ class StageMixin(LocalLearningMixin):
         """
         target = Path(output_dir or self.args.output_dir)
         save_stage_model(self, target)
-        if self.world.reports:
+        if self.world.reports and not is_users_readme(Path(self.args.output_dir) / "README.md"):
             self.create_model_card(model_name=target.name)
 
     @property

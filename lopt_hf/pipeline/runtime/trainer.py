@@ -12,6 +12,7 @@ from lopt_hf.local.learner import LocalLearner
 from lopt_hf.local.methods.base import Method
 from lopt_hf.local.methods.lopt import LoPT
 from lopt_hf.local.objectives import LocalObjective
+from lopt_hf.local.routers import count_absent_routers, count_routers
 from lopt_hf.pipeline.runtime.config import MLAANPipelineConfig, PipelineConfig
 from lopt_hf.pipeline.runtime.export import save_model_files
 from lopt_hf.pipeline.runtime.launch import PipelineWorld
@@ -54,8 +55,18 @@ class StageTrainer(StageMixin, SFTTrainer):
         check_model(part, args, given.get("peft_config"), given.get("quantization_config"))
         check_sft_dataset(given.get("train_dataset"), args, given.get("formatting_func"))
         super().__init__(part, args, world=world, method=method, **kwargs)
-        # TRL weighs the mean over the routers that have run, and here they are those of some layers.
-        self.router_aux_loss_coef *= (self.plan.stop - self.plan.start) / self.plan.num_layers
+        if self.aux_loss_enabled:
+            # TRL weighs the mean over the routers that have run, and here they are those of some layers.
+            self.router_aux_loss_coef *= self._count_own_routers() / self.boundary.routers.num_routers
+            # The loss is multiplied by the replicas, for tokens that were counted over all; a mean is not over them.
+            self.router_aux_loss_coef /= world.num_replicas
+
+    def _count_own_routers(self) -> int:
+        """Counts the stage's routers; of a model that does not say which they are, one in each layer."""
+        base_model = self.learner.base_model
+        number = count_routers(base_model)
+        is_known = number + count_absent_routers(base_model) > 0
+        return number if is_known else self.plan.stop - self.plan.start
 
     @staticmethod
     def load_part(checkpoint: str, plan: StagePlan, args: Any, **kwargs: Any) -> PreTrainedModel:

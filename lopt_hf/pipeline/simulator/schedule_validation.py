@@ -24,6 +24,7 @@ from lopt_hf.common.host_store import LOOPBACK, host_store
 from lopt_hf.common.parent import end_with_spawner
 from lopt_hf.pipeline.runtime.channel import BatchId, ReceivingChannel, SendingChannel
 from lopt_hf.pipeline.runtime.health import PeerMonitor
+from lopt_hf.pipeline.runtime.launch import choose_interface
 from lopt_hf.pipeline.simulator.schedule import Workload
 from lopt_hf.pipeline.simulator.schedule_orders import SCHEDULES, check_microbatches, stages_of
 from lopt_hf.pipeline.simulator.torch_schedules import TORCH_SCHEDULES
@@ -91,6 +92,7 @@ def _work(rank: int, ranks: int, port: int, output: Path, cases: list[tuple[str,
     end_with_spawner()
     torch.set_num_threads(1)
     store = dist.TCPStore(LOOPBACK, port, is_master=False)
+    choose_interface(LOOPBACK)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     links, back = ([new_group([sender, sender + 1]) for sender in range(ranks - 1)] for _ in range(2))
     monitor = PeerMonitor(store, rank, {}, PEER_TIMEOUT_SECONDS)

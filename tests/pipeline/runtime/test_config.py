@@ -44,6 +44,10 @@ def test_blocks_and_stages(tmp_path, given, expected):
         ({"torch_compile": True}, "torch_compile=True does not work in a pipeline"),
         ({"save_only_model": True}, "save_only_model=True does not work in a pipeline: a stage's checkpoint is what"),
         ({"save_strategy": "best"}, "save_strategy='best' does not work in a pipeline, whose stages do not evaluate"),
+        (
+            {"push_to_hub": True, "hub_strategy": "checkpoint"},
+            "hub_strategy='checkpoint' does not work in a pipeline, which uploads the model at its end",
+        ),
         ({"fsdp": "full_shard"}, "fsdp='full_shard' does not work in a pipeline, where each process has a stage"),
         ({"padding_free": True}, "padding_free=True does not keep to max_length=1024 without packing"),
         ({"late_warmup_steps": float("inf")}, "late_warmup_steps=inf must be a number of steps"),

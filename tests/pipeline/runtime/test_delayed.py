@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from lopt_hf.common.random_state import RandomState
 from lopt_hf.local.blocks import split_layers
 from lopt_hf.local.boundary import GradientBoundary
 from lopt_hf.local.objectives import NoObjective
-from lopt_hf.local.run_state import RandomState
 from lopt_hf.local.stacks import find_decoder_stack
 from lopt_hf.pipeline.runtime.channel import BatchId
 from lopt_hf.pipeline.runtime.delayed import DelayedGradients

@@ -1,15 +1,17 @@
 """An export is there as a whole, or not at all."""
 
 import json
+import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lopt_hf.pipeline.runtime import export
 from tests.distributed.pipeline_processes import assert_same_model, assert_succeeded, run, write_inputs
-from tests.tiny import CHAT_TEMPLATE, make_tokenizer
+from tests.tiny import CHAT_TEMPLATE, make_model, make_tokenizer
 
 FIXTURE = Path(__file__).parents[2] / "fixtures/resume_before_local_learner"
 CHECKPOINT = FIXTURE / "pipeline/checkpoint-3"
@@ -65,3 +67,28 @@ def test_a_checkpoint_without_them_takes_those_of_the_start(tmp_path):
     make_tokenizer(additional_special_tokens=["#"]).save_pretrained(tmp_path / "start")
     export.export_checkpoint(CHECKPOINT, tmp_path / "model", str(tmp_path / "start"))
     assert "#" in AutoTokenizer.from_pretrained(tmp_path / "model").all_special_tokens
+
+
+@pytest.mark.parametrize("damage", ["truncated", "another model"])
+def test_a_checkpoint_that_cannot_be_exported_is_one_line(tmp_path, damage):
+    checkpoint = shutil.copytree(CHECKPOINT, tmp_path / "checkpoint-3")
+    weights = checkpoint / "stage-0/weights.safetensors"
+    sizes = {"hidden_size": 64} if damage == "another model" else {}
+    make_model(**sizes).save_pretrained(tmp_path / "start")
+    make_tokenizer().save_pretrained(tmp_path / "start")
+    if damage == "truncated":
+        os.truncate(weights, weights.stat().st_size - 100)
+    message = "weights.safetensors is damaged" if damage == "truncated" else "is of another model"
+    with pytest.raises(ValueError, match=message):
+        export.export_checkpoint(checkpoint, tmp_path / "model", str(tmp_path / "start"))
+    assert not (tmp_path / "model").exists()
+
+
+def test_what_is_pushed_and_where(monkeypatch, tmp_path):
+    """As the stock trainers: to the revision that is asked for, and without a run's own files."""
+    pushed = {}
+    monkeypatch.setattr(export, "upload_folder", lambda **given: pushed.update(given))
+    args = SimpleNamespace(output_dir=str(tmp_path), hub_token=None, hub_revision="v2")
+    export.push_model(SimpleNamespace(hub_model_id="me/model", args=args))
+    assert pushed["revision"] == "v2"
+    assert pushed["ignore_patterns"] == ["_*", "checkpoint-*", "incomplete-*"]

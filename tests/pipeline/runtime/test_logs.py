@@ -2,12 +2,14 @@
 
 import json
 import sys
+from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from transformers import set_seed
+from trl import SFTTrainer
 
 from lopt_hf import PipelineConfig
 from lopt_hf.pipeline.events import Event
@@ -65,6 +67,31 @@ def test_local_backwards_are_recorded_in_the_timeline_of_then():
         with span():
             pass
     assert [event.kind for event in trainer.timeline.events] == ["backward", "optimizer"]
+
+
+def test_a_stage_logs_the_drift_of_its_own_blocks(monkeypatch):
+    """Those of other stages are not here, and have not moved for that reason."""
+    trainer = object.__new__(PipelineTrainer)
+    trainer.model, trainer._metrics = SimpleNamespace(training=True), {"train": defaultdict(list)}
+    trainer.learner = SimpleNamespace(owned=lambda: None)
+    trainer.plan = SimpleNamespace(blocks=[SimpleNamespace(index=1)])
+    trainer._drift, trainer._own_drift = None, SimpleNamespace(measure=lambda owned: [0.0, 0.25])
+    monkeypatch.setattr(SFTTrainer, "log", lambda *args: None)
+    trainer.log({})
+    assert trainer._metrics["train"] == {"drift/block_1": [0.25]}
+
+
+@pytest.mark.parametrize("text", ["My own notes\n", None], ids=["the user's", "none"])
+def test_a_readme_of_the_users_is_kept(tmp_path, monkeypatch, text):
+    if text is not None:
+        (tmp_path / "README.md").write_text(text)
+    written = []
+    monkeypatch.setattr("lopt_hf.pipeline.runtime.stage_trainer.save_stage_model", lambda *args: None)
+    monkeypatch.setattr(PipelineTrainer, "create_model_card", lambda self, **given: written.append(given))
+    trainer = object.__new__(PipelineTrainer)
+    trainer.args, trainer.world = SimpleNamespace(output_dir=str(tmp_path)), SimpleNamespace(reports=True)
+    trainer.save_model()
+    assert bool(written) == (text is None)
 
 
 def final_figures(monkeypatch, replicas=1, max_steps=4, resumed_stages=None):

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
+from datasets import Dataset
 from trl import ModelConfig
 
 from lopt_hf import PipelineConfig
-from lopt_hf.pipeline.runtime.run import agreed_split, find_model
+from lopt_hf.pipeline.runtime.run import agreed_split, find_model, make_trainer
 from tests.tiny import make_model
 
 
@@ -39,3 +40,25 @@ def test_options_of_the_config_count_before_the_launch(tmp_path):
     make_model().save_pretrained(tmp_path)
     args = PipelineConfig(output_dir=str(tmp_path / "out"), model_init_kwargs={"num_hidden_layers": 3})
     assert find_model(args, ModelConfig(model_name_or_path=str(tmp_path))) == (str(tmp_path), 3)
+
+
+@pytest.mark.parametrize(("packing", "reports"), [(False, True), (True, True), (False, False)])
+def test_one_process_tells_how_many_rows_are_left_out(tmp_path, monkeypatch, caplog, packing, reports):
+    class Cutting:
+        """In place of a trainer that leaves out what is too long."""
+
+        def __init__(self, model, args, world, train_dataset):
+            self.train_dataset = train_dataset.select([0, 2]).add_column("labels", [[1, 2]] * 2)
+
+        @staticmethod
+        def load_part(checkpoint, plan, args, **kwargs):
+            return make_model()
+
+    make_model().save_pretrained(tmp_path)
+    monkeypatch.setattr("lopt_hf.pipeline.runtime.run.PipelineTrainer", Cutting)
+    args = PipelineConfig(output_dir=str(tmp_path / "out"), bf16=False, max_length=64, packing=packing)
+    world = SimpleNamespace(rank=1, stage=1, num_stages=2, reports=reports)
+    model_args = ModelConfig(model_name_or_path=str(tmp_path))
+    make_trainer(args, model_args, world, lambda: Dataset.from_dict({"text": ["a", "b", "c"]}))
+    told = "max_length=64 cuts off the whole answer of 1 of 3 rows, which are left out" in caplog.text
+    assert told == (reports and not packing)

@@ -5,8 +5,9 @@ from pathlib import Path
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
-from lopt_hf.pipeline.runtime.checkpoint import Manifest, load_weights
+from lopt_hf.pipeline.runtime.checkpoint import WEIGHTS_FILE, Manifest, load_weights
 from lopt_hf.pipeline.runtime.export import exporting
+from lopt_hf.trainers.checkpoint import check_files
 
 __all__ = ["export_image_checkpoint", "is_of_images"]
 
@@ -24,7 +25,7 @@ def export_image_checkpoint(manifest: Manifest, output_dir: Path) -> None:
         output_dir: A new folder.
 
     Raises:
-        ValueError: If `output_dir` exists, or the checkpoint has no frozen weights.
+        ValueError: If `output_dir` exists, or the checkpoint has no frozen weights or is damaged.
     """
     if not manifest.content["train_early_blocks"]:
         raise ValueError(
@@ -34,6 +35,9 @@ def export_image_checkpoint(manifest: Manifest, output_dir: Path) -> None:
     last = manifest.stage_folders[-1]
     with exporting(output_dir) as folder:
         model = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(last))
-        load_weights(model.state_dict(), manifest.stage_folders)
+        state = model.state_dict()
+        for stage_folder in manifest.stage_folders:
+            check_files(str(stage_folder), [WEIGHTS_FILE], {name: tensor.shape for name, tensor in state.items()})
+        load_weights(state, manifest.stage_folders)
         model.save_pretrained(folder)
         AutoImageProcessor.from_pretrained(last).save_pretrained(folder)
