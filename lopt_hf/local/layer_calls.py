@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 
+from lopt_hf.common.random_state import RandomState
 from lopt_hf.common.upstream.torch import without_forward_hooks
 from lopt_hf.common.upstream.transformers import active_collector
 from lopt_hf.local.stacks import DecoderStack
@@ -89,10 +90,10 @@ def unnoticed(decoder: nn.Module) -> Iterator[None]:
     Args:
         decoder: The decoder.
     """
-    devices = {parameter.device.index for parameter in decoder.parameters() if parameter.device.type == "cuda"}
+    random_state = RandomState.of({parameter.device for parameter in decoder.parameters()})
     token = active_collector.set(None)
     try:
-        with torch.random.fork_rng(devices=devices):
+        with random_state.restored():
             yield
     finally:
         active_collector.reset(token)

@@ -99,6 +99,13 @@ class LocalLearner:
         self.method: Method = method or settings.make_method()
         self.events = events or LearnerEvents()
         self.run = run or RunFacts()
+        settings.check()
+        settings.check_run(self.run)
+        if settings.local_step and self.events.optimizer is None:
+            raise ValueError(
+                "local_step=True steps blocks within the micro-batch, but events has no optimizer; give "
+                "`LearnerEvents(optimizer=...)`, or set local_step to False."
+            )
         self.stage_starts = list(stage_starts)
         self._reaches_later = reaches_later
         self.seed = seed
@@ -403,8 +410,13 @@ class LocalLearner:
         """Does what follows every optimizer step."""
         self.method.after_step(self)
 
+    def begin_step(self) -> None:
+        """Counts micro-batches anew: an epoch of a stream may have ended in the middle of a step."""
+        self._position = 0
+
     def begin_run(self) -> None:
         """Forgets the step that an exception ended."""
+        self.heads.zero_grad()
         self._steps.forget()
         self._started.clear()
         self._position = 0

@@ -15,11 +15,12 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from lopt_hf.common.random_state import RandomState
 from lopt_hf.common.upstream.transformers import active_collector
 from lopt_hf.local.blocks import Block
 from lopt_hf.local.layer_calls import LayerCall, hidden_of, output_hidden
 from lopt_hf.local.objectives import LocalBatch
-from lopt_hf.local.run_state import RandomState, autocast_of, changed_between, running_statistics_kept
+from lopt_hf.local.run_state import autocast_of, changed_between, running_statistics_kept
 from lopt_hf.local.stacks import DecoderStack
 from lopt_hf.local.stem import StemRun
 

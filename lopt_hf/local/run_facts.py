@@ -33,6 +33,8 @@ class RunFacts:
         may_save_in_mid_step: Whether a checkpoint may be written when a signal comes.
         accumulation_steps: Micro-batches of an optimizer step.
         is_compiled: Whether the model is compiled by `torch.compile`.
+        uses_liger: Whether Liger's kernels stand in for parts of the model.
+        offloads_activations: Whether what is kept for the backward waits in the host's memory.
     """
 
     task: str = "SFT"
@@ -43,6 +45,8 @@ class RunFacts:
     may_save_in_mid_step: bool = False
     accumulation_steps: int = 1
     is_compiled: bool = False
+    uses_liger: bool = False
+    offloads_activations: bool = False
 
     @property
     def wants_one_backward(self) -> str | None:
@@ -50,3 +54,10 @@ class RunFacts:
         if self.engine not in (None, "FSDP2"):
             return self.engine
         return f"optim={self.optim!r}" if self.optim in LOMO else None
+
+    @property
+    def needs_one_traversal(self) -> str | None:
+        """What takes a graph's second backward for its first, or has nothing left for it, and why."""
+        if self.uses_liger:  # its SwiGLU writes gradients over what it kept, which autograd does not notice
+            return "use_liger_kernel=True, whose kernels write over what they keep"
+        return "activation_offloading=True, which keeps nothing after it" if self.offloads_activations else None

@@ -1,45 +1,15 @@
-"""What a second run of a part of the model shares with the first: random numbers, autocast, running statistics."""
+"""What a second run of a part of the model shares with the first: autocast, running statistics."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import get_device_states, set_device_states
 
 from lopt_hf.common.upstream.torch import BatchNorm
 
-__all__ = ["RandomState", "autocast_of", "changed_between", "relative_difference", "running_statistics_kept"]
-
-
-@dataclass(frozen=True)
-class RandomState:
-    """The random state of the CPU and of some devices.
-
-    Attributes:
-        cpu: That of the CPU.
-        devices: Ids of the devices.
-        states: Those of the devices, in their order.
-    """
-
-    cpu: torch.Tensor
-    devices: list[int]
-    states: list[torch.Tensor]
-
-    @classmethod
-    def now(cls, tensor: torch.Tensor) -> "RandomState":
-        """Returns the present state of the CPU and of a tensor's device."""
-        return cls(torch.get_rng_state(), *get_device_states(tensor))
-
-    @contextlib.contextmanager
-    def restored(self) -> Iterator[None]:
-        """Makes a context that begins in this state, and behind which everything goes on as if it had not been."""
-        with torch.random.fork_rng(devices=self.devices):
-            torch.set_rng_state(self.cpu)
-            set_device_states(self.devices, self.states)
-            yield
+__all__ = ["autocast_of", "changed_between", "relative_difference", "running_statistics_kept"]
 
 
 def autocast_of(device_type: str) -> dict[str, Any]:

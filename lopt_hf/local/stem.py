@@ -16,11 +16,11 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from lopt_hf.common.random_state import RandomState
 from lopt_hf.common.upstream.torch import BatchNorm, version_of
 from lopt_hf.local.layer_calls import Call, evaluating, stop_at, unnoticed
 from lopt_hf.local.ownership import TRACE_ERRORS
 from lopt_hf.local.run_state import (
-    RandomState,
     autocast_of,
     changed_between,
     relative_difference,

@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from lopt_hf.common.arithmetic import arithmetic_of
 from lopt_hf.common.callbacks import TrainerBound
 from lopt_hf.common.files import write_text
+from lopt_hf.common.random_state import RandomState
 from lopt_hf.common.settings import check_at_least
 from lopt_hf.common.upstream.lm_eval import set_process
 from lopt_hf.retention.clusters import AUTO, with_clusters
@@ -218,9 +219,8 @@ def _undisturbed(model: PreTrainedModel, device: torch.device) -> Iterator[None]
     """Leaves random states, and which modules are in training mode, as they were."""
     training = {module: module.training for module in model.modules()}
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = [] if device.type == "cpu" else [device.index or 0]  # the CPU's state is always kept
     try:
-        with torch.random.fork_rng(devices, device_type=device.type):
+        with RandomState.of([device]).restored():
             yield
     finally:
         random.setstate(python_state)

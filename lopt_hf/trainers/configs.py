@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 from trl import DPOConfig, GRPOConfig, SFTConfig
 from trl.trainer.utils import get_config_model_id
@@ -68,6 +69,11 @@ class LocalTrainingArguments(ArgumentsBase):
         fit_to_machine(self)
         super().__post_init__()
         self.check_run(self.run_facts)  # again, as the parent has read some of them from text, or under older names
+        if self.reach_anneal and self.lr_scheduler_type == SchedulerType.CONSTANT:
+            raise ValueError(
+                "reach_anneal=True does nothing with lr_scheduler_type='constant', which never falls; set it to False, "
+                "or lr_scheduler_type to 'cosine'."
+            )
 
     @property
     def run_facts(self) -> RunFacts:
@@ -83,7 +89,9 @@ class LocalTrainingArguments(ArgumentsBase):
             reentrant_checkpointing=bool(self.gradient_checkpointing and reentrant),
             may_save_in_mid_step=self.enable_jit_checkpoint,
             accumulation_steps=self.gradient_accumulation_steps,
-            is_compiled=self.torch_compile,
+            is_compiled=self.torch_compile or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no",
+            uses_liger=self.use_liger_kernel,
+            offloads_activations=getattr(self, "activation_offloading", False),  # TRL's, for SFT
         )
 
 

@@ -28,8 +28,8 @@ class LocalDPOTrainer(LocalLearningMixin, DPOTrainer):
 
     Args:
         model: Model id, local folder, or a `transformers` causal language model, PEFT-wrapped or not.
-        ref_model: The reference model. Default: the model as it was at the start; with an adapter the model without
-            it.
+        ref_model: The reference model. Default: the model as it was at the start; with a new adapter the model
+            without it, with one that `model` has already a copy of that.
         args: Training arguments that mix in a method's (`LocalTrainingArguments`).
         *dpo_args: The remaining positional arguments of `DPOTrainer`.
         method: The method. Default: the one that the arguments are of.
@@ -70,8 +70,8 @@ class LoPTDPOTrainer(LocalDPOTrainer):
 
     Args:
         model: Model id, local folder, or a `transformers` causal language model, PEFT-wrapped or not.
-        ref_model: The reference model. Default: the model as it was at the start; with an adapter the model without
-            it.
+        ref_model: The reference model. Default: the model as it was at the start; with a new adapter the model
+            without it, with one that `model` has already a copy of that.
         args: Training arguments. Default: `LoPTDPOConfig` with the output folder `<model>-LoPT-DPO`.
         *dpo_args: The remaining positional arguments of `DPOTrainer`.
         local_objective: The early blocks' objective. Default: the one that `args.local_objective` names.

@@ -9,7 +9,7 @@ __all__ = ["LearnerCallback"]
 
 
 class LearnerCallback(TrainerCallback):
-    """Frees the heads' gradients, ends the learner's steps, and logs the losses at the start.
+    """Begins and ends the learner's steps, and logs the losses at the start.
 
     Args:
         trainer: The trainer, whose learner it is.
@@ -24,7 +24,8 @@ class LearnerCallback(TrainerCallback):
             self._trainer.log({f"local_loss/{name}/start": loss for name, loss in losses.items()})
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._trainer.learner.heads.zero_grad()  # as the loop's `model.zero_grad()`
+        self._trainer.learner.begin_step()
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self._trainer.learner.after_step()
+        self._trainer.learner.heads.zero_grad()  # as the loop's `model.zero_grad()`, which comes next

@@ -59,6 +59,20 @@ def test_a_step_of_a_block_frees_its_gradients_and_moves_nothing_else():
     assert all(torch.equal(parameter, before[name]) and parameter.grad is not None for name, parameter in last.items())
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"local_objective": "recon"}, "local_objective='recon' is unknown"),
+        ({"task_reach": 2, "reach_recompute": False}, "does not work with reach_recompute=False"),
+        ({"task_reach": 9}, r"task_reach=\[9\]: 9 is not a number of blocks"),
+        ({"local_step": True}, "local_step=True steps blocks within the micro-batch, but events has no optimizer"),
+    ],
+)
+def test_settings_are_checked(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LocalLearner(make_model(), LoPTArguments(**settings))
+
+
 def test_the_state_is_that_of_the_heads():
     one, other = (LocalLearner(make_model(), LoPTArguments(num_blocks=3), seed=seed) for seed in (1, 2))
     other.load_state(one.state())

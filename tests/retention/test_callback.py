@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from lopt_hf import RetentionCallback
-from lopt_hf.retention.callback import _undisturbed
 from lopt_hf.retention.evaluation import EvaluationSettings, evaluate_model
 from lopt_hf.retention.references import ModelReference
 from lopt_hf.retention.scores import ScoreCache
@@ -117,25 +115,6 @@ def test_an_adapter_is_measured(tmp_path: Path, tasks: Path) -> None:
     perplexities = [row["retention/tiny_text/word_perplexity"] for row in rows]
     assert perplexities[-1] == pytest.approx(scores["tiny_text"].values["word_perplexity,none"], rel=1e-4)
     assert perplexities[0] != pytest.approx(perplexities[-1], rel=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("device", "forked"),
-    [("cpu", ([], "cpu")), ("cuda:1", ([1], "cuda")), ("xpu:0", ([0], "xpu")), ("mps", ([0], "mps"))],
-)
-def test_random_states_of_the_device_are_kept(
-    monkeypatch: pytest.MonkeyPatch, device: str, forked: tuple[list[int], str]
-) -> None:
-    seen: list[tuple[list[int], str]] = []
-
-    def recording(devices: list[int], device_type: str) -> nullcontext:
-        seen.append((devices, device_type))
-        return nullcontext()
-
-    monkeypatch.setattr(torch.random, "fork_rng", recording)
-    with _undisturbed(torch.nn.Linear(1, 1), torch.device(device)):
-        pass
-    assert seen == [forked]
 
 
 @pytest.mark.parametrize("num_blocks", [2, 4])

@@ -89,6 +89,14 @@ def test_a_compiled_model_runs_no_block_again(tmp_path):
         make_trainer(tmp_path, **settings)
 
 
+def test_compilation_that_accelerate_was_asked_for_counts(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    with pytest.raises(ValueError, match="reach_recompute=True does not work with torch_compile=True"):
+        LoPTConfig(str(tmp_path), task_reach=2)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    assert not LoPTConfig(str(tmp_path), task_reach=2).run_facts.is_compiled
+
+
 def test_layers_that_are_left_out_at_random_are_refused(tmp_path):
     config = OPTConfig(
         vocab_size=64, hidden_size=8, ffn_dim=16, num_hidden_layers=4, num_attention_heads=2, layerdrop=0.5

@@ -274,6 +274,30 @@ def test_the_gradients_of_some_micro_batches_are_unbiased(tmp_path, recompute, f
                 torch.testing.assert_close(part[name], expected[name] * [4.0, 2.0, 1.0][index], rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("objective", ["none", "reconstruction"])
+def test_an_epoch_that_ends_in_the_middle_of_a_step(tmp_path, objective):
+    """Of a stream, whose length is not known: the next step counts its micro-batches anew, and none is lost."""
+    settings = {"local_objective": objective, "num_blocks": 2, "task_reach": [1, 2], "reach_unit": "microbatch"}
+    trainer = make_trainer(tmp_path, gradient_accumulation_steps=3, max_steps=3, **settings)
+    trainer.train_dataset = trainer.train_dataset.select(range(16)).to_iterable_dataset()  # four batches
+    reaches, kept = [], []
+    finish, begin = trainer.learner.after_backward, trainer.learner.begin_step
+
+    def finished():
+        reaches.append(trainer.learner._micro_batch.reach)
+        finish()
+
+    def begun():
+        reaches.append("step")
+        kept.append([parameter.grad is not None for parameter in trainer.learner.heads.parameters()])
+        begin()
+
+    trainer.learner.after_backward, trainer.learner.begin_step = finished, begun
+    trainer.train()
+    assert reaches == ["step", 1, 2, 1, "step", 1, "step", 1, 2, 1, "step", 1, "step", 1, 2, 1][: len(reaches)]
+    assert len(reaches) > 8 and all(all(grads) for grads in kept[2::2]), "the heads keep what the model keeps"
+
+
 def test_every_accumulated_step_trains_all_blocks(tmp_path):
     settings = {**NONE, "num_blocks": 2, "task_reach": [1, 2], "reach_unit": "microbatch"}
     trainer = make_trainer(tmp_path, gradient_accumulation_steps=2, max_steps=1, **settings)
@@ -515,6 +539,22 @@ def test_a_cycle_is_read_from_text(tmp_path, text):
         ({"task_reach": 2, "reconstruction_weight": 1.0}, "reconstruction_weight=1.0 does nothing"),
         ({"task_reach": 2, "local_update_interval": 2}, "local_update_interval=2 does nothing"),
         ({"task_reach": [2, 1], "reach_anneal": True}, "reach_anneal=True does nothing with reach_unit='step'"),
+        (
+            {"task_reach": [2, 1], "reach_unit": "run", "reach_anneal": True, "lr_scheduler_type": "constant"},
+            "reach_anneal=True does nothing with lr_scheduler_type='constant'",
+        ),
+        (
+            {"task_reach": [2, 1], "reach_rate": "sqrt", "early_learning_rate": 1e-5},
+            "reach_rate='sqrt' does nothing with early_learning_rate=1e-05",
+        ),
+        (
+            {"num_blocks": 4, "task_reach": 3, "local_objective": "readout", "use_liger_kernel": True},
+            "does not work with use_liger_kernel=True",
+        ),
+        (
+            {"num_blocks": 4, "task_reach": 4, "local_objective": "reconstruction", "activation_offloading": True},
+            "does not work with activation_offloading=True",
+        ),
         (
             {"task_reach": [2, 1], "reach_unit": "run", "reach_anneal": True, "local_objective": "reconstruction"},
             "reach_anneal=True would end the blocks' local objective",

@@ -245,6 +245,11 @@ class LoPTArguments(ReachArguments):
                 f"{wrong} reach_recompute=False, one graph of all blocks, in which the local gradient would leave its "
                 "block; set reach_recompute to True, or local_objective to 'none'."
             )
+        if self.schedule.highest > 2 and run.needs_one_traversal is not None:
+            raise ValueError(
+                f"{wrong} {run.needs_one_traversal}, while a block that the task's gradient passes through has two "
+                "backwards; leave it out, lower task_reach to 2, or set local_objective to 'none'."
+            )
         if run.reentrant_checkpointing:
             raise ValueError(
                 f"{wrong} reentrant checkpointing, which hands no gradient back apart; set "

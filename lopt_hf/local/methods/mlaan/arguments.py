@@ -167,7 +167,24 @@ class MLAANSettings(ReachArguments):
                 f"{name}={getattr(self, name)} does not work with reentrant activation checkpointing, which gives "
                 "a block's input no gradient by itself; leave use_reentrant out, or set it to False."
             )
+        self._check_windows(run)
         super().check_run(run)
+
+    def _check_windows(self, run: RunFacts) -> None:
+        """Refuses what cannot go along with a block's graph that several losses have a backward through."""
+        if self.window == self.num_blocks:  # the task loss is alone
+            return
+        if (self.window > 1 or self.schedule.highest > 2) and run.needs_one_traversal is not None:
+            name = "window" if self.window > 1 else "task_reach"
+            raise ValueError(
+                f"{name}={getattr(self, name)} does not work with {run.needs_one_traversal}, while a block in several "
+                f"losses' windows has a backward of each; leave it out, or lower {name}."
+            )
+        if run.is_compiled:
+            raise ValueError(
+                "MLAAN does not work with torch.compile, which cannot follow how its auxiliaries run the model's "
+                "layers; set torch_compile to False (and start without --dynamo_backend), or set method to 'lopt'."
+            )
 
     def check(self) -> None:
         super().check()

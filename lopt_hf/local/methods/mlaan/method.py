@@ -73,7 +73,22 @@ class MLAAN(Method):
         self.setup = AuxiliarySetup(learner, objective)
         heads = LocalHeads(self.setup.make(), learner.base_model)
         heads.train()
+        self._check_averages_move(learner, objective, heads)
         return heads
+
+    def _check_averages_move(self, learner: Learner, objective: LocalObjective, heads: LocalHeads) -> None:
+        """Says so where the averages are of a type that rounds their small steps away."""
+        averages = [p for made in heads.values() for p in cast(LeapAuxiliary, made).averages.parameters()]
+        if isinstance(objective, MovingReadoutObjective):
+            averages += objective.readout.parameters()
+        rounded = {p.dtype for p in averages if p.is_floating_point() and torch.finfo(p.dtype).bits < 32}
+        decay = learner.settings.ema_decay
+        if rounded and 0 < 1 - decay < 0.1:
+            names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in rounded))
+            learner.say(
+                f"ema_decay={decay}: in {names} weights the moving averages hardly move, as steps of {1 - decay:.2g} of "
+                "the distance are rounded away; load the model in float32 (--dtype float32) and leave bf16 to autocast."
+            )
 
     def make_boundary(self, learner: Learner, objective: LocalObjective, heads: LocalHeads) -> WindowBoundary:
         settings: MLAANSettings = learner.settings

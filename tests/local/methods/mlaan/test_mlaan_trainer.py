@@ -205,11 +205,39 @@ def test_memory_is_stated_and_checked(tmp_path, monkeypatch, caplog):
             {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
             "window=2 does not work with reentrant activation checkpointing.*use_reentrant",
         ),
+        ({"use_liger_kernel": True}, "window=2 does not work with use_liger_kernel=True"),
+        ({"activation_offloading": True}, "window=2 does not work with activation_offloading=True"),
+        ({"window": 1, "task_reach": 3, "use_liger_kernel": True}, "does not work with use_liger_kernel=True"),
+        ({"window": 1, "torch_compile": True}, "MLAAN does not work with torch.compile"),
     ],
 )
 def test_options_are_checked(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         MLAANConfig(str(tmp_path), **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"window": 1, "use_liger_kernel": True}, {"window": 4, "torch_compile": True, "activation_offloading": True}],
+)
+def test_options_that_go_along(tmp_path, settings):
+    MLAANConfig(str(tmp_path), **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype", "warns"),
+    [
+        ({}, torch.bfloat16, True),
+        ({}, torch.float32, False),
+        ({"ema_decay": 0.5}, torch.bfloat16, False),
+        ({"readout": "ema", "leap_layers": [0]}, torch.bfloat16, True),
+        ({"leap_layers": [0]}, torch.bfloat16, False),
+    ],
+)
+def test_averages_that_rounding_holds_are_named(tmp_path, caplog, settings, dtype, warns):
+    """In bf16 a step of a two-hundredth of the distance is lost but where the distance is large."""
+    make_mlaan_trainer(tmp_path, make_model().to(dtype), num_blocks=2, window=1, **settings)
+    assert ("in bfloat16 weights the moving averages hardly move" in caplog.text) == warns
 
 
 def test_leaps_from_a_command_line(tmp_path):
