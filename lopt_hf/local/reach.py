@@ -185,8 +185,8 @@ class ReachArguments(LocalArguments):
             )
         if self.reach_recompute and run.is_compiled:
             raise ValueError(
-                "reach_recompute=True does not work with torch_compile=True (or --dynamo_backend), which cannot follow "
-                "how a block runs again; set one of them to False."
+                "reach_recompute=True does not work with torch_compile=True (or --dynamo_backend), which cannot "
+                "follow how a block runs again; set one of them to False."
             )
         if self.reach_unit == "microbatch":
             self._check_micro_batches(run.accumulation_steps)

@@ -71,8 +71,8 @@ class LocalTrainingArguments(ArgumentsBase):
         self.check_run(self.run_facts)  # again, as the parent has read some of them from text, or under older names
         if self.reach_anneal and self.lr_scheduler_type == SchedulerType.CONSTANT:
             raise ValueError(
-                "reach_anneal=True does nothing with lr_scheduler_type='constant', which never falls; set it to False, "
-                "or lr_scheduler_type to 'cosine'."
+                "reach_anneal=True does nothing with lr_scheduler_type='constant', which never falls; set it to "
+                "False, or lr_scheduler_type to 'cosine'."
             )
 
     @property

@@ -86,8 +86,9 @@ class MLAAN(Method):
         if rounded and 0 < 1 - decay < 0.1:
             names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in rounded))
             learner.say(
-                f"ema_decay={decay}: in {names} weights the moving averages hardly move, as steps of {1 - decay:.2g} of "
-                "the distance are rounded away; load the model in float32 (--dtype float32) and leave bf16 to autocast."
+                f"ema_decay={decay}: in {names} weights the moving averages hardly move, as steps of {1 - decay:.2g} "
+                "of the distance are rounded away; load the model in float32 (--dtype float32) and leave bf16 to "
+                "autocast."
             )
 
     def make_boundary(self, learner: Learner, objective: LocalObjective, heads: LocalHeads) -> WindowBoundary:
