@@ -12,17 +12,22 @@ from typing import Any
 __all__ = ["boxed_answer", "boxed_reward", "gsm8k_reward", "last_number", "parse_number"]
 
 # Commas group thousands or are no part of a number: "1,234", but not "1,2". A sign belongs to a number where no
-# operand stands right before it: "-3" and "5 - -3", but not "5-3" nor "5 - 3".
+# operand stands right before it: "-3" and "5 - -3", but not "5-3" nor "5 - 3". An exponent is Python's, "1e-05": so
+# answers are written that were stored as numbers. "2 1/2" is one number.
 _NUMBER = re.compile(
     r"(?P<sign>(?<![\w)\]}.])[-+\u2212](?=[$\d.]))?\$?\s?"
+    r"(?:(?P<whole>\d{1,9})\s(?=\d{1,9}/\d))?"
     r"(?P<number>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+    r"(?:[eE](?P<exponent>[-+]?\d{1,3})(?!\w))?"
     r"(?:\s?/\s?(?P<denominator>\d+))?"
 )
 LONGEST_NUMBER = 1000  # characters; ours: Python itself refuses 4,300 digits, which a model that rambles may write
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{\s*(-?[\d,.]+)\s*\}|(\d))\s*(?:\{\s*(-?[\d,.]+)\s*\}|(\d))")
 _BOXES = ("\\boxed", "\\fbox")
-_SPACING = re.compile(r"\\(?:left|right|displaystyle|,|;|!|:|\s)|[$\s]")
+_SPACING = re.compile(r"\\(?:left|right|displaystyle|[,;!:$\s])|[$\s]")
 _TEXT = re.compile(r"\\(?:text|mathrm|mbox)\s*\{([^{}]*)\}")
+_LEFT_OUT = re.compile(rf"(?:{_SPACING.pattern}|{_TEXT.pattern})+")
+_BETWEEN_DIGITS = re.compile(rf"(?<=[\d.,]){_LEFT_OUT.pattern}(?=[.,]?\d)")
 _GROUPING = re.compile(r"(?<=\d)(?:\{,\}|\\,|\\!,|,\\!)(?=\d{3})")
 
 
@@ -45,10 +50,12 @@ def last_number(text: str) -> Fraction | None:
 def parse_number(text: str) -> Fraction | None:
     """The value of a text that is one number: `-1,234.50`, `$3`, `3/4`, `\\frac{3}{4}`; otherwise `None`.
 
-    A unit in `\\text{...}` and a per cent sign are left out, as is usual in evaluations of mathematics.
+    A unit in `\\text{...}`, a dollar and a per cent sign are left out, as is usual in evaluations of mathematics.
+    Digits with spaces or words between them are several numbers, but for `2 1/2`.
     """
-    without_unit = _TEXT.sub("", _GROUPING.sub(",", text))
-    plain = _SPACING.sub("", without_unit).rstrip(".").removesuffix("%").removesuffix("\\")
+    grouped = _GROUPING.sub(",", text)
+    joined = _LEFT_OUT.sub("", _BETWEEN_DIGITS.sub(_parted, grouped)).replace("~", " ")
+    plain = joined.rstrip(".").removesuffix("%").removesuffix("\\")
     fraction = _LATEX_FRACTION.fullmatch(plain.removeprefix("-"))
     if fraction is not None:
         top, bottom = (parse_number(fraction[i] or fraction[i + 1]) for i in (1, 3))
@@ -119,14 +126,20 @@ def _text(completion: Any) -> str:
     return str(completion[-1]["content"] or "") if completion else ""
 
 
+def _parted(left_out: re.Match[str]) -> str:
+    """What keeps digits apart: LaTeX's unbreakable space, as in `2 1/2`, or what no number has."""
+    return ";" if left_out[0].strip() else "~"
+
+
 def _value(match: re.Match[str]) -> Fraction | None:
     if len(match[0]) > LONGEST_NUMBER:
         return None
-    number = Fraction(match["number"].replace(",", ""))
+    number = Fraction(match["number"].replace(",", "")) * Fraction(10) ** int(match["exponent"] or 0)
     denominator = int(match["denominator"] or 1)
     if denominator == 0:
         return None
-    return (-number if match["sign"] in ("-", "\u2212") else number) / denominator
+    value = number / denominator + int(match["whole"] or 0)
+    return -value if match["sign"] in ("-", "\u2212") else value
 
 
 def _boxed_value(text: str) -> Fraction | str | None:

@@ -37,6 +37,11 @@ from lopt_hf.rewards import boxed_answer, boxed_reward, gsm8k_reward, last_numbe
         ("it is 0.1", Fraction(1, 10)),
         ("10,000", 10000),
         ("room 3b has 4", 4),
+        ("1e-05", Fraction(1, 100000)),  # how a float is written
+        ("1e+23", 10**23),
+        ("#### 2 1/2", Fraction(5, 2)),
+        ("it takes -2 1/2 hours", Fraction(-5, 2)),
+        ("5 10 1/2", Fraction(21, 2)),
     ],
 )
 def test_last_number(text, number):
@@ -66,6 +71,13 @@ def test_no_last_number(text):
         (r"12\text{ cm}", 12),
         (r"50\%", 50),
         (r"\left 7 \right", 7),
+        (r"\$18.00", 18),
+        (r"-\$3", -3),
+        (r"\$32,\!348", 32348),
+        (r"\$ 5\text{ each}.", 5),
+        (r"\frac 3 4", Fraction(3, 4)),
+        ("2 1/2", Fraction(5, 2)),
+        ("1e3", 1000),
     ],
 )
 def test_parse_number(text, number):
@@ -73,7 +85,24 @@ def test_parse_number(text, number):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "x", "x+1", "1 or 2", "1,2", r"\frac{1}{0}", r"\frac{x}{2}", r"2\pi", "1.2.3", "3!"]
+    "text",
+    [
+        "",
+        "x",
+        "x+1",
+        "1 or 2",
+        "1,2",
+        r"\frac{1}{0}",
+        r"\frac{x}{2}",
+        r"2\pi",
+        "1.2.3",
+        "3!",
+        "1 2",
+        "1, 234",
+        r"3\text{ or }4",
+        r"3\text{ or }1/2",
+        r"1\;2",
+    ],
 )
 def test_what_is_more_than_a_number(text):
     assert parse_number(text) is None
@@ -127,6 +156,10 @@ def test_gsm8k_reward(completion, answer, reward):
         (r"\boxed{0.75}", r"hence \boxed{\frac{3}{4}}", 1.0),
         (r"\boxed{1,234}", r"\boxed{1234}", 1.0),
         (r"\boxed{x + 1}", r"\boxed{x+1}", 1.0),
+        (r"\boxed{\$18}", r"\boxed{18}", 1.0),
+        (r"\boxed{18}", r"\boxed{\$18.00}", 1.0),
+        (r"\boxed{3\text{ or }4}", r"\boxed{34}", 0.0),
+        (r"\boxed{12}", r"\boxed{1 2}", 0.0),
         (r"\boxed{\text{Monday}}", r"\boxed{Monday}", 1.0),
         (r"\boxed{\text{Monday}}", r"\boxed{\text{Tuesday}}", 0.0),
         (r"\boxed{3}", "3", None),  # a proof, say

@@ -27,6 +27,7 @@ _SMALLEST = {
     "batch_size": 1,
     "rounds": 1,
     "calibration_tokens": 512,
+    "threads": 1,
 }
 
 
@@ -103,6 +104,7 @@ def run_repl_bench(settings: RepLBenchSettings) -> RepLResult:
     arithmetic = choose_arithmetic(settings.dtype, "cpu")
     name = resolve_model(settings.model)
     tokenizer = AutoTokenizer.from_pretrained(name)
+    prompts = _make_prompts(settings, tokenizer)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=arithmetic.torch_dtype).eval()
     config = RepLConfig(
         operator=settings.operator,
@@ -116,14 +118,32 @@ def run_repl_bench(settings: RepLBenchSettings) -> RepLResult:
     init = "paper" if settings.operator == "mlp" else "skip"
     uncalibrated = RepLConfig(settings.operator, placement="every", every=settings.every, init=init)
     folded = make_variant(model, uncalibrated, None, tokenizer)[0].merge_and_unload()
-    text = tokenizer(general_text(), add_special_tokens=False, verbose=False)["input_ids"]
-    shape = (settings.batch_size, settings.prompt_tokens)
-    prompts = torch.tensor(text[: shape[0] * shape[1]]).view(shape)
     times = time_generation((model, folded), prompts, settings.tokens, settings.rounds)
     counts = (model.config.num_hidden_layers - folded.config.num_hidden_layers, model.config.num_hidden_layers)
     return RepLResult(
         arithmetic.dtype, *times, settings.tokens * settings.batch_size, seconds, settings.calibration_layers, counts
     )
+
+
+def _make_prompts(settings: RepLBenchSettings, tokenizer: Any) -> "torch.Tensor":
+    """Cuts the prose that every Python carries into prompts.
+
+    Raises:
+        ValueError: If it is too short for them.
+    """
+    import torch
+
+    from lopt_hf.common.evaluation import general_text
+
+    text = tokenizer(general_text(), add_special_tokens=False, verbose=False)["input_ids"]
+    shape = (settings.batch_size, settings.prompt_tokens)
+    count = shape[0] * shape[1]
+    if count > len(text):
+        raise ValueError(
+            f"batch_size={shape[0]} prompts of prompt_tokens={shape[1]} are {count} tokens, and the text has "
+            f"{len(text)}; lower one of them."
+        )
+    return torch.tensor(text[:count]).view(shape)
 
 
 def time_generation(

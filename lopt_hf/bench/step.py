@@ -197,9 +197,13 @@ def _measure(
 
 
 def _check_model(settings: StepBenchSettings, checkpoint: str) -> None:
+    from lopt_hf.local.blocks import split_layers
+
     layers = num_layers(settings.model, checkpoint, settings.seq_length)
     if set(CUTS) & set(settings.methods) and max(settings.num_blocks) > layers:
         raise ValueError(f"num_blocks={settings.num_blocks}: the model has {layers} layers; use at most {layers}.")
+    if settings.split_at is not None:
+        split_layers(layers, len(settings.split_at) + 1, settings.split_at)
 
 
 class _Worker:

@@ -69,6 +69,11 @@ class StepBenchSettings:
         if min(self.num_blocks) < 2:
             raise ValueError(f"num_blocks={self.num_blocks}: a decoder is cut into 2 blocks or more; drop the others.")
         check_reach(self.num_blocks, self.task_reach)
+        if self.task_reach is not None and not {"reach", "reach_local_step"} & set(self.methods):
+            raise ValueError(
+                f"task_reach={self.task_reach} does nothing for methods={self.methods}; add reach or reach_local_step "
+                "to them, or leave it out."
+            )
         if self.split_at is not None and self.num_blocks != (len(self.split_at) + 1,):
             raise ValueError(
                 f"split_at={self.split_at} cuts {len(self.split_at) + 1} blocks, but num_blocks={self.num_blocks}; "

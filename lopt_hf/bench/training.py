@@ -41,7 +41,7 @@ def num_layers(model: str, checkpoint: str, seq_length: int) -> int:
             f"model={model!r} is neither a local checkpoint nor a model on a hub that can be reached; pass the path "
             "of a folder that holds a config.json."
         ) from error
-    longest = config.to_dict().get("max_position_embeddings")
+    longest = getattr(config, "max_position_embeddings", None)  # which GPT-2 calls n_positions
     if longest is not None and seq_length > longest:
         raise ValueError(f"seq_length={seq_length}: the model takes {longest} tokens; use at most {longest}.")
     return int(config.num_hidden_layers)

@@ -259,7 +259,12 @@ def _prepare(grid: Grid, name: str, dataset: Dataset | IterableDataset, target: 
         fn_kwargs={"tokenizer": AutoTokenizer.from_pretrained(resolve_model(grid.model)), "max_length": max_length},
         desc=f"{name}: rows within {max_length} tokens",
     )
-    assert isinstance(fitting, Dataset)
+    assert isinstance(fitting, Dataset) and isinstance(dataset, Dataset)
+    if len(fitting) < len(dataset):
+        logger.warning(
+            "%s_dataset: %d of %d rows are longer than max_length=%d tokens and are left out.",
+            *(name, len(dataset) - len(fitting), len(dataset), max_length),
+        )
     if record is not None:
         write_text(record, json.dumps(BEGUN))
     with atomic_file(target) as partial:

@@ -76,6 +76,8 @@ def _damage_of_document(raw: bytes, is_array: bool = False) -> str | None:
         return f"the key {error.key!r} is there twice; remove one of them."
     except ValueError as error:
         return _why_no_json(text, error)
+    except RecursionError:
+        return "lists or objects in it are nested too deeply to be read; flatten them, or write them as text."
     for row in value if is_array else [value]:
         if not isinstance(row, dict):
             return f'{_show(row)} is no row; a row is an object such as {{"question": ..., "answer": ...}}.'

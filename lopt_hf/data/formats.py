@@ -1,6 +1,5 @@
 """Supervised data brought into a layout that TRL's `SFTTrainer` reads."""
 
-import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -18,15 +17,18 @@ from lopt_hf.data.rows import (
     read_question,
     read_text,
     refuse_context,
+    say_left_out,
     show,
 )
 
 __all__ = ["to_trl_format"]
 
-logger = logging.getLogger(__name__)
-
 # What TRL reads as it is, in order of preference where a data set has several
 TRL_LAYOUTS = (("input_ids",), ("prompt", "completion"), ("messages",))
+
+# Before which a `system` and a `history` have a place
+CONVERSATIONS = (("prompt", "completion"), ("messages",), ("conversations",))
+READ_BY_TRL = ("image", "images")
 
 # Every column that makes TRL decide for a layout; those of a layout not chosen have to go
 LAYOUT_COLUMNS = frozenset({"prompt", "completion", "messages", "conversations", "chosen", "rejected"})
@@ -58,7 +60,8 @@ def to_trl_format(dataset: DatasetT, text_field: str = "text", skips_empty: bool
     were not trained on, and TRL takes the loss on the answer only. An input follows its instruction after a blank
     line; a `system` (or `system_prompt`) becomes a system message and `history` earlier turns. A pair wins over a
     `text` or `conversations` beside it, which in Stanford Alpaca and Magpie repeats it. Other columns are dropped,
-    which a log line says; one that an answer depends on (`choices`, `images`, ...) is refused instead.
+    which a log line says; beside a pair, one that an answer depends on (`choices`, `images`, ...) is refused instead.
+    Beside TRL's own layouts, whose maker has put the prompt together, a log line names it.
 
     ShareGPT's `conversations` become `messages`: TRL renames their keys, but keeps the roles "human" and "gpt", which
     no chat template knows, and does not read `conversations` whose keys are `role` and `content` already.
@@ -66,8 +69,8 @@ def to_trl_format(dataset: DatasetT, text_field: str = "text", skips_empty: bool
     Args:
         dataset: The data. Its rows are converted and checked at once, those of a stream as they come.
         text_field: The column of plain text. Another name than the default is asked for, and wins over every layout.
-        skips_empty: Whether to leave out rows without text or answer, and say how many there were, instead of refusing
-            them.
+        skips_empty: Whether to leave out rows without text or answer, instead of refusing them, and say how many there
+            were, but of a stream.
 
     Returns:
         The same kind of data set; the same object if it is a `Dataset` in which there is nothing to change.
@@ -79,14 +82,24 @@ def to_trl_format(dataset: DatasetT, text_field: str = "text", skips_empty: bool
     """
     first = first_row(dataset)
     layout, convert, dropped = _find_layout(first, text_field)
-    _say_what_is_left_out(layout, dropped)
+    say_left_out(layout, _unread(first, layout, dropped))
     return convert_rows(dataset, convert, dropped, skips_empty)
 
 
-def _say_what_is_left_out(layout: Sequence[str], dropped: Sequence[str]) -> None:
-    unread = [name for name in dropped if name not in (*layout, *EARLIER_COLUMNS, *CONTEXT_COLUMNS)]
-    if unread:
-        logger.warning("The data's %s are trained on, not its %s.", " and ".join(layout), ", ".join(unread))
+def _unread(first: Row, layout: tuple[str, ...], dropped: Sequence[str]) -> list[str]:
+    """The columns that nothing is made of, though an answer may depend on them, or that are dropped."""
+    if layout in PAIR_LAYOUTS:  # whose rows are refused where these have a value
+        depended_on: tuple[str, ...] = ()
+    elif layout in CONVERSATIONS:
+        depended_on = CONTEXT_COLUMNS
+    else:
+        depended_on = EARLIER_COLUMNS + CONTEXT_COLUMNS
+    read = (*layout, *EARLIER_COLUMNS, *CONTEXT_COLUMNS)
+    return [
+        name
+        for name in first
+        if (name in dropped and name not in read) or (name in depended_on and name not in (*layout, *READ_BY_TRL))
+    ]
 
 
 def _find_layout(first: Row, text_field: str) -> tuple[tuple[str, ...], Converter, list[str]]:

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
-from datasets import Dataset, IterableDataset, get_dataset_config_names, load_dataset
+from datasets import Dataset, IterableDataset, get_dataset_config_names, load_dataset, load_dataset_builder
+from datasets.data_files import FILES_TO_IGNORE
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from lopt_hf.data.damage import BUILDERS, find_damage
@@ -25,6 +26,10 @@ class NoHubError(FileNotFoundError):
 
 class SplitError(ValueError):
     """Data do not have a split."""
+
+
+class _LeftOutError(ValueError):
+    """A folder's data would be read in part."""
 
 
 def load_sft_dataset(
@@ -52,9 +57,11 @@ def load_sft_dataset(
         FileNotFoundError: If `name` is no file or folder here, nor a data set the hub gives access to; a `NoHubError`
             if no hub answers.
         ValueError: If the file type is not supported, there is no data in it, it is damaged, `split` (a `SplitError`)
-            or `config` does not exist or is of a file, or `data_dir` is no folder.
+            or `config` does not exist or is of a file, a folder has files that are in no split, or `data_dir` is no
+            folder.
     """
     path = Path(name).expanduser()
+    is_users = path.is_dir()
     if config and path.is_file():
         raise ValueError(f"dataset_config={config!r} has no effect on {name!r}, which is a single file; leave it out.")
     folder = given_data_dir(data_dir)
@@ -73,6 +80,8 @@ def load_sft_dataset(
     else:
         arguments = {"path": name, "name": config}
     try:
+        if is_users:  # a copy is as the hub has it
+            _check_all_in_splits(path, config)
         dataset = load_dataset(**arguments, split=split, streaming=streaming)
         if isinstance(dataset, Dataset) and path.exists():
             dataset.data.validate(full=True)  # text that is no UTF-8 is found by nobody else before it is used
@@ -93,6 +102,8 @@ def load_sft_dataset(
             f"{name!r} comes with a loading script, which is not run ({str(error).splitlines()[0]}); give its data as "
             f"files of the kinds {', '.join(BUILDERS)}."
         ) from error
+    except _LeftOutError:
+        raise
     except ValueError as error:  # damage too, or an unknown split or config; the message names those there are
         if (damage := find_damage(name)) is not None:
             raise ValueError(damage) from error
@@ -134,3 +145,36 @@ def _builder(path: Path) -> str:
 def _check_folder(path: Path) -> None:
     if not any(file.suffix in BUILDERS for file in path.rglob("*")):
         raise ValueError(f"The folder {path} holds no {', '.join(BUILDERS)} file. Convert the data to one of these.")
+
+
+def _check_all_in_splits(path: Path, config: str | None) -> None:
+    """Checks that every data file of a folder is in one of its splits.
+
+    `datasets` reads one format, and, where a file's name tells a split, such files alone; of the others it says
+    nothing. A folder whose README lists its files is as its maker wants it.
+
+    Raises:
+        ValueError: If files would not be read; names them.
+    """
+    readme = path / "README.md"
+    if readme.is_file() and "configs:" in readme.read_text(encoding="utf-8", errors="replace"):
+        return
+    found = load_dataset_builder(str(path), name=config).config.data_files or {}
+    read = {Path(file).resolve() for files in found.values() for file in files}
+    unread = [file for file in _data_files(path) if file.resolve() not in read]
+    if unread and read:
+        names = ", ".join(str(file.relative_to(path)) for file in unread[:5])
+        more = f" and {len(unread) - 5} more" if len(unread) > 5 else ""
+        splits = ", ".join(map(str, found))
+        raise _LeftOutError(
+            f"The folder {path} has files that are in none of its splits ({splits}) and would not be read: "
+            f"{names}{more}. Name one file, keep one format, name all files after their splits (train_1.jsonl), or "
+            "move these elsewhere."
+        )
+
+
+def _data_files(path: Path) -> list[Path]:
+    """The files of a folder that may hold rows; hidden ones do not."""
+    files = sorted(file for file in path.rglob("*") if file.suffix in BUILDERS and file.name not in FILES_TO_IGNORE)
+    hidden = (".", "__")
+    return [file for file in files if not any(part.startswith(hidden) for part in file.relative_to(path).parts)]

@@ -115,12 +115,17 @@ def with_context(row: Row, messages: list[Message]) -> list[Message]:
     own = messages[0]["role"] in ("system", "developer")
     if own and history:
         raise RowError("'history' has a value, but the conversation has a beginning of its own; keep one of them.")
-    if own and system and system != messages[:1]:
+    if own and system and _said(system[0]) != _said(messages[0]):
         raise RowError(
             f"the system message is {show(system[0].get('content'))} in a column of its own and "
             f"{show(messages[0].get('content'))} in the conversation; keep one of them."
         )
     return messages if own else [*system, *history, *messages]
+
+
+def _said(message: Message) -> tuple[Any, Any]:
+    """A message without its other keys, which Parquet gives to all, with null."""
+    return message["role"], message.get("content")
 
 
 def _read_system(row: Row) -> list[Message]:

@@ -6,6 +6,7 @@ from typing import Any
 from lopt_hf.data.messages import Message, holds_messages, read_messages, read_side, with_context
 from lopt_hf.data.questions import QUESTION_COLUMNS
 from lopt_hf.data.rows import (
+    CONTEXT_COLUMNS,
     EARLIER_COLUMNS,
     DatasetT,
     Row,
@@ -14,6 +15,7 @@ from lopt_hf.data.rows import (
     first_row,
     read_question,
     refuse_context,
+    say_left_out,
     show,
 )
 
@@ -22,6 +24,11 @@ __all__ = ["to_preferences"]
 PROMPT_COLUMNS = (*QUESTION_COLUMNS, "instruction")  # in order of preference where there are several
 READ_BY_TRL = ("image", "images")
 ANSWERS = ("chosen", "rejected")
+# Read here or by TRL; the last two repeat the others
+KNOWN_COLUMNS = (
+    *(*ANSWERS, *EARLIER_COLUMNS, *READ_BY_TRL, "tools", "chat_template_kwargs"),
+    *("ref_chosen_logps", "ref_rejected_logps", "messages", "conversations"),
+)
 
 
 def to_preferences(dataset: DatasetT) -> DatasetT:
@@ -30,7 +37,9 @@ def to_preferences(dataset: DatasetT) -> DatasetT:
     A question in a column of another name (`question`, `problem`, `query`, `instruction` with its `input`), a `system`
     message and a `history` become a conversational `prompt`; answers as text beside it become assistant messages.
     Answers that repeat their prompt beside a `prompt` as text, as in UltraFeedback, are parted from it. Everything
-    else stays what it is: text as text, and answers that begin with their prompt where there is no other.
+    else stays what it is: text as text, and answers that begin with their prompt where there is no other. A log line
+    names the columns that are left out; without a question's column, one that a question belongs to (`input`,
+    `context`, ...) is refused instead.
 
     Args:
         dataset: The data. Its rows are converted and checked at once, those of a stream as they come.
@@ -47,16 +56,25 @@ def to_preferences(dataset: DatasetT) -> DatasetT:
     if not first.keys() >= set(ANSWERS):
         return dataset
     found = [name for name in PROMPT_COLUMNS if name in first]
-    column = next((name for name in found if first[name] is not None), found[0] if found else None)
+    column: str | None = next((name for name in found if first[name] is not None), found[0] if found else None)
     conversational = (
         column not in (None, "prompt") or any(holds_messages(first.get(name)) for name in ("prompt", *ANSWERS))
     )  # fmt: skip
+    say_left_out(ANSWERS if column is None else (column, *ANSWERS), _unread(first, column))
     convert = partial(_read_pair, column=column, conversational=conversational)
     dropped = {column, "messages", "completion", "conversations"} - {"prompt"}
     return convert_rows(dataset, convert, [name for name in first if name in dropped])
 
 
+def _unread(first: Row, column: str | None) -> list[str]:
+    read = (column, "input") if column == "instruction" else (column,)
+    return [name for name in first if name not in (*read, *KNOWN_COLUMNS)]
+
+
 def _read_pair(row: Row, column: str | None, conversational: bool) -> dict[str, Any]:
+    if column is None:
+        others = [name for name in CONTEXT_COLUMNS if name not in READ_BY_TRL]
+        refuse_context(row, others, "of chosen and rejected without a prompt")
     if not conversational:
         refuse_context(row, EARLIER_COLUMNS, "of a prompt and its answers as text")
         for name in ANSWERS if column is None else (column, *ANSWERS):

@@ -1,8 +1,11 @@
 """What a trainer's preparation has left of the data."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
+import pyarrow
+import pyarrow.compute
 from datasets import Dataset, IterableDataset
 
 from lopt_hf.common.labels import IGNORED_LABEL
@@ -89,17 +92,46 @@ def _differs(row: dict[str, Any], max_length: int) -> bool:
 
 
 def say_what_was_cut(before: Any, prepared: Any, max_length: int | None) -> None:
-    """Tells in one line how many rows a trainer has left out because nothing of their answers was within the length.
+    """Tells how many rows a trainer has left out, as no answer was within the length, and how many it has cut.
 
     Args:
         before: The data set that the trainer was given.
         prepared: The data set that it trains on; it is longer or shorter for other reasons where rows are packed.
         max_length: The length in tokens.
     """
-    if isinstance(before, Dataset) and isinstance(prepared, Dataset) and 0 < len(prepared) < len(before):
+    if not isinstance(before, Dataset) or not isinstance(prepared, Dataset) or not len(prepared):
+        return
+    if len(prepared) < len(before):
         logger.warning(
             "max_length=%s cuts off the whole answer of %d of %d rows, which are left out.",
             max_length,
             len(before) - len(prepared),
             len(before),
         )
+    count = 0 if max_length is None else _count_cut(before, prepared, max_length)
+    if count:
+        logger.warning(
+            "%d of %d rows reach max_length=%s and are cut where they are longer, within an answer too; raise it to "
+            "keep them whole.",
+            count,
+            len(prepared),
+            max_length,
+        )
+
+
+def _count_cut(before: Dataset, prepared: Dataset, max_length: int) -> int:
+    """Counts rows over the length; of those that are cut already, the ones that have it."""
+    if set(PAIR_COLUMNS) <= set(prepared.column_names):
+        prompt, *answers = (_lengths(prepared, name) for name in PAIR_COLUMNS)
+        return sum(asked + max(pair) > max_length for asked, *pair in zip(prompt, *answers, strict=True))
+    if "input_ids" in before.column_names:
+        return sum(length > max_length for length in _lengths(before, "input_ids"))
+    if "input_ids" in prepared.column_names:
+        return sum(length >= max_length for length in _lengths(prepared, "input_ids"))
+    return 0
+
+
+def _lengths(dataset: Dataset, column: str) -> Sequence[int]:
+    table: pyarrow.Table = dataset.select_columns([column]).with_format("arrow")[:]
+    lengths: list[int] = pyarrow.compute.list_value_length(table[column]).to_pylist()
+    return lengths

@@ -15,6 +15,7 @@ from lopt_hf.data.rows import (
     first_row,
     has_value,
     refuse_context,
+    say_left_out,
     show,
 )
 
@@ -23,6 +24,7 @@ __all__ = ["QUESTION_COLUMNS", "to_questions"]
 QUESTION_COLUMNS = ("prompt", "question", "problem", "query")  # in order of preference where there are several
 REPEATING_COLUMNS = frozenset({"messages", "completion"})  # NuminaMath's conversations hold the solution once more
 READ_BY_TRL = ("image", "images")
+LOST_COLUMNS = tuple(name for name in CONTEXT_COLUMNS if name not in READ_BY_TRL)
 
 
 def to_questions(dataset: DatasetT, system_prompt: str | None = None, references: Sequence[str] = ()) -> DatasetT:
@@ -30,7 +32,8 @@ def to_questions(dataset: DatasetT, system_prompt: str | None = None, references
 
     A question (`question` as in GSM8K, `problem` as in NuminaMath, `query`) becomes a conversation of one user
     message, after the row's `system` and `history` if it has them. A `prompt` stays what it is, text or a
-    conversation, unless there is a system prompt, which needs one.
+    conversation, unless there is a system prompt, which needs one. A column that a question depends on (`choices`,
+    `context`, ...) is refused; beside a `prompt`, which its maker has put together, a log line names it.
 
     Args:
         dataset: The data. Its rows are converted and checked at once, those of a stream as they come.
@@ -60,6 +63,8 @@ def to_questions(dataset: DatasetT, system_prompt: str | None = None, references
         conversational=not stays_text,
         references=[name for name in references if name in first],
     )
+    if column == "prompt":
+        say_left_out([column], [name for name in first if name in LOST_COLUMNS])
     becomes_prompt = column != "prompt" or system_prompt is not None
     dropped = ({column} | REPEATING_COLUMNS) - {"prompt"} if becomes_prompt else set()
     return convert_rows(dataset, convert, [name for name in first if name in dropped])
@@ -77,7 +82,7 @@ def _read_question(
         refuse_context(row, EARLIER_COLUMNS, "of a prompt as text")
         return {}
     if column != "prompt":  # which its maker has put together
-        refuse_context(row, [name for name in CONTEXT_COLUMNS if name not in READ_BY_TRL], f"of a {column}")
+        refuse_context(row, LOST_COLUMNS, f"of a {column}")
     messages = with_context(row, question)
     if system_prompt is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system_prompt}, *messages]

@@ -25,6 +25,7 @@ __all__ = [
     "read_question",
     "read_text",
     "refuse_context",
+    "say_left_out",
     "show",
 ]
 
@@ -141,6 +142,13 @@ def refuse_context(row: Row, columns: Sequence[str], layout: str) -> None:
             )
 
 
+def say_left_out(read: Sequence[str], unread: Sequence[str]) -> None:
+    """Tells in one line which columns are trained on and which are not; nothing where all are."""
+    if unread:
+        are = "is" if len(read) == 1 else "are"
+        logger.warning("The data's %s %s trained on, not its %s.", " and ".join(read), are, ", ".join(unread))
+
+
 def convert_rows(
     dataset: DatasetT, convert: Callable[[Row], dict[str, Any]], dropped: Sequence[str], skips_empty: bool = False
 ) -> DatasetT:
@@ -150,7 +158,8 @@ def convert_rows(
         dataset: The rows.
         convert: Returns what a row's columns become; raises `RowError` for one that cannot be trained on.
         dropped: Columns that there are, to leave out of the result.
-        skips_empty: Leave out rows without text, and say how many there were, instead of refusing them.
+        skips_empty: Leave out rows without text, instead of refusing them, and say how many there were, but of a
+            stream, where nobody knows before its end.
 
     Returns:
         The same kind of data set; the same object where it is a `Dataset` whose rows all stay as they are.

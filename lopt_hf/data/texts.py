@@ -37,12 +37,12 @@ def read_text(
         fallback: The half of Python's prose to take where no hub answers; one line says so. `None`: none.
 
     Raises:
-        ValueError: If there is no such text.
+        ValueError: If there is no such text, or if it is no UTF-8.
         FileNotFoundError: If the hub does not have it; a `NoHubError` if no hub answers and there is no `fallback`.
     """
     path = Path(name).expanduser()
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        return _read_file(path, f"{setting}={name!r}")
     if name.count(":") != 2:
         raise ValueError(
             f"{setting}={name!r} is no file here; give the path of a text file, or id:configuration:split of the hub."
@@ -52,7 +52,7 @@ def read_text(
     copy = None if folder is None else find_in_mirror(folder, hub_id, config, split, [".txt"])
     if copy is not None and copy.path.is_file():
         say_copy(hub_id, split, copy)
-        return copy.path.read_text(encoding="utf-8")
+        return _read_file(copy.path, f"{setting}={name!r}")
     try:
         rows: Any = load_sft_dataset(hub_id, config, split, data_dir=data_dir)
     except NoHubError as error:
@@ -67,3 +67,13 @@ def read_text(
         raise ValueError(f"{setting}={name!r} has the columns {rows.column_names} and no text; name other data.")
     *others, last = [text for text in rows["text"] if text] or [""]
     return "".join(text if text.endswith("\n") else f"{text}\n\n" for text in others) + last
+
+
+def _read_file(path: Path, given: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ValueError(
+            f"{given}: byte {error.start + 1} ({byte:#04x}) of {path} is no UTF-8; save the file as UTF-8."
+        ) from error

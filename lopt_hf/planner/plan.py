@@ -28,6 +28,8 @@ _CHOICES = {
     "tied_embeddings": ("untie", "freeze"),
 }
 _SMALLEST = {"batch_size": 1, "seq_length": 2, "accumulation_steps": 1, "lora_r": 1, "num_gpus": 1}
+# ours: beyond any training; with larger numbers torch cannot count a tensor's elements
+_LARGEST = {"batch_size": 2**20, "seq_length": 2**24, "accumulation_steps": 2**20, "lora_r": 2**20, "num_gpus": 2**20}
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class PlanSettings:
         if isinstance(self.device_memory, str):
             object.__setattr__(self, "device_memory", read_bytes("device_memory", self.device_memory))
         check_lowest(self, _SMALLEST)
+        _check_highest(self)
         if not 0 <= self.headroom < 1:
             raise ValueError(f"headroom={self.headroom} must be a share of the device, from 0 to below 1.")
         if not self.num_blocks or min(self.num_blocks) < 2 or len(set(self.num_blocks)) < len(self.num_blocks):
@@ -256,6 +259,12 @@ def _make_row(
     )
 
 
+def _check_highest(settings: PlanSettings) -> None:
+    for name, bound in _LARGEST.items():
+        if getattr(settings, name) > bound:
+            raise ValueError(f"{name}={getattr(settings, name)} is too large; set it to {bound} or less.")
+
+
 def _check_model(config: PretrainedConfig, settings: PlanSettings) -> None:
     known = {*MODEL_FOR_CAUSAL_LM_MAPPING, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING}
     if type(config) not in known or config.is_encoder_decoder:
@@ -263,12 +272,12 @@ def _check_model(config: PretrainedConfig, settings: PlanSettings) -> None:
             f"model={settings.model!r} ({type(config).__name__}) is no decoder-only language model of transformers, "
             "and the planner runs no remote code; name another model."
         )
-    text_settings = config.get_text_config(decoder=True).to_dict()
-    if settings.dtype == "float32" and any("experts" in key for key in text_settings):
+    text_config = config.get_text_config(decoder=True)
+    if settings.dtype == "float32" and any("experts" in key for key in text_config.to_dict()):
         raise ValueError(
             f"dtype='float32': of the experts of {config.model_type} torch knows the shapes in bf16 only; set dtype "
             "to bfloat16."
         )
-    longest = text_settings.get("max_position_embeddings")
+    longest = getattr(text_config, "max_position_embeddings", None)  # which GPT-2 calls n_positions
     if longest is not None and settings.seq_length > longest:
         raise ValueError(f"seq_length={settings.seq_length}: the model takes {longest} tokens; use at most {longest}.")

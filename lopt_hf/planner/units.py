@@ -7,6 +7,7 @@ __all__ = ["GIB", "SizeUnit", "read_bytes", "size_text", "suitable_unit"]
 
 GIB = 2**30
 _UNITS = {"mib": 2**20, "gib": GIB, "tib": 2**40, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_LARGEST = 2.0**60  # ours: more than any device has, and exact as a float
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?b)", re.IGNORECASE)
 
 
@@ -22,12 +23,14 @@ def read_bytes(name: str, text: str) -> int:
     """
     match = _SIZE.fullmatch(text.strip())
     unit = match.group(2).lower() if match else ""
-    if match is None or unit not in _UNITS or float(match.group(1)) <= 0:
+    size = float(match.group(1)) * _UNITS[unit] if match is not None and unit in _UNITS else 0.0
+    if not 0 < size < _LARGEST:
+        shown = text if len(text) <= 40 else f"{text[:37]}..."
         raise ValueError(
-            f"{name}={text!r} is no size of memory; write a positive number with its unit, as 80GiB (80 x 2^30 bytes) "
-            "or 80GB (80 x 10^9 bytes)."
+            f"{name}={shown!r} is no size of memory; write a positive number with its unit, as 80GiB (80 x 2^30 "
+            "bytes) or 80GB (80 x 10^9 bytes)."
         )
-    return int(float(match.group(1)) * _UNITS[unit])
+    return int(size)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from lopt_hf.common.settings import option
 from lopt_hf.common.training_numbers import check_training_numbers
 from lopt_hf.data.formats import to_trl_format
 from lopt_hf.data.loading import load_sft_dataset
-from lopt_hf.data.prepared import check_prepared
+from lopt_hf.data.prepared import check_prepared, say_what_was_cut
 from lopt_hf.data.rows import RowError
 from lopt_hf.data.texts import is_text, read_text
 from lopt_hf.repl.distillation import DistillationArguments, TeacherMixin
@@ -196,6 +196,8 @@ def heal(
     trainer = trainer_class(
         model, args=run_args, train_dataset=dataset, processing_class=tokenizer, peft_config=peft_config, **taught
     )
+    if not run_args.packing:
+        say_what_was_cut(dataset, trainer.train_dataset, run_args.max_length)
     check_prepared(trainer.train_dataset, run_args)
     trainer.train()
     trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)

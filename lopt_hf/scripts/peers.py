@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from transformers import TrainerState
 from trl import ModelConfig, SFTTrainer, TrlParser
@@ -20,6 +21,7 @@ from lopt_hf.common.compared_methods import PEERS
 from lopt_hf.common.resuming import find_checkpoint
 from lopt_hf.common.settings import check_choice, option
 from lopt_hf.common.upstream.trainers import TRAINER_STATE_NAME
+from lopt_hf.data.prepared import say_what_was_cut
 from lopt_hf.peers.arguments import PeerConfig
 from lopt_hf.scripts.parsing import make_trl_parser
 from lopt_hf.scripts.sft import SFTDataArguments, load_split
@@ -65,6 +67,13 @@ def make_trainer(script_args: PeerScriptArguments, args: PeerConfig, model_args:
     """
     args.check_unused(script_args.method)
     model, given = prepare(script_args, args, model_args, partial(load_split, text_field=args.dataset_text_field))
+    trainer = _make_trainer(script_args, args, model, given)
+    if not args.packing:
+        say_what_was_cut(given["train_dataset"], trainer.train_dataset, args.max_length)
+    return trainer
+
+
+def _make_trainer(script_args: PeerScriptArguments, args: PeerConfig, model: str, given: dict[str, Any]) -> SFTTrainer:
     if script_args.method == "osf":
         if given["peft_config"] is not None:
             raise ValueError("use_peft=True adds LoRA, and osf is an adapter itself; leave it out.")

@@ -68,9 +68,7 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
         group.add_argument(name, type=Path, metavar="FILE", help=text)
 
     add("--write", "Write the cheapest strategy that fits as a recipe (YAML).")
-    group.add_argument(
-        "--dataset", default=WORD_PROBLEMS, metavar="NAME", help=f"Data of that recipe. Default: {WORD_PROBLEMS}"
-    )
+    group.add_argument("--dataset", metavar="NAME", help=f"Data of that recipe. Default: {WORD_PROBLEMS}")
     add("--output", "Write the plan as JSON.")
     add("--plot", "Draw the plan (PNG).")
     add("--calibrate", "Measure the speed of this machine's accelerator or CPU, save it and predict times by it.")
@@ -81,6 +79,10 @@ def _check_files(arguments: argparse.Namespace) -> None:
     names = ("write", "output", "plot", "calibrate")
     check_output_files(arguments, names)
     check_figure_path("plot", arguments.plot)
+    if arguments.dataset is not None and arguments.write is None:
+        raise ValueError(
+            f"dataset={arguments.dataset!r} is for the recipe that --write asks for; add it, or leave it out."
+        )
     if arguments.calibrate is not None and arguments.calibration is not None:
         raise ValueError("calibrate measures and calibration reads a speed; give one of them.")
 
@@ -125,7 +127,7 @@ def _write_files(arguments: argparse.Namespace, plan: Plan) -> None:
 def _write_recipe(arguments: argparse.Namespace, plan: Plan) -> None:
     if plan.cheapest is None:
         raise ValueError(f"write={str(arguments.write)!r}: no strategy fits, so there is no recipe to write.")
-    recipe = make_recipe(plan, plan.cheapest, arguments.dataset)
+    recipe = make_recipe(plan, plan.cheapest, arguments.dataset or WORD_PROBLEMS)
     write_text(arguments.write, recipe.text)
     print(f"\nlopt-hf {recipe.command} --config {arguments.write}")
 

@@ -50,7 +50,7 @@ class SFTDataArguments(DataArguments):
         dataset_name: Hub id, local `.json`, `.jsonl` or `.parquet` file, or `word-problems` for the generated
             arithmetic that the package carries.
         dataset_max_samples: Train on this many rows, drawn with the run's seed.
-        skip_empty_rows: Leave out rows without text or answer; a line says how many.
+        skip_empty_rows: Leave out rows without text or answer; a line says how many, but of a stream.
     """
 
     dataset_name: str | None = option(
@@ -59,7 +59,7 @@ class SFTDataArguments(DataArguments):
         "Columns: any layout of SFTTrainer, Alpaca, MetaMath, query/response.",
     )
     skip_empty_rows: bool = option(
-        False, "Leave out rows without text or answer, and say how many. Otherwise they are errors."
+        False, "Leave out rows without text or answer, and say how many, but of a stream. Otherwise they are errors."
     )
 
 

@@ -1,5 +1,6 @@
 """What the training commands share: data and method arguments, resuming, and a run from parsing to the saved model."""
 
+import logging
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -47,6 +48,8 @@ __all__ = [
     "run_training",
     "subsample",
 ]
+
+logger = logging.getLogger(__name__)
 
 METHODS = ["lopt", *PRESETS, "e2e"]
 METHOD_HELP = (
@@ -119,7 +122,7 @@ def load_rows(
         `Dataset`, or `IterableDataset` with `dataset_streaming`.
 
     Raises:
-        ValueError: If no data are named, or if they do not have the split.
+        ValueError: If no data are named, if they do not have the split, or if options do nothing for them.
         FileNotFoundError: If the data cannot be found.
     """
     name, fallback = script_args.dataset_name, script_args.dataset_fallback
@@ -135,6 +138,9 @@ def load_rows(
             f"dataset_name={name!r} names data that {GENERATED_BY[name]} generates, and this command does not; choose "
             f"{' or '.join(map(repr, generated))} (generated), or give a hub id or a local file."
         )
+    if name in generated and not script_args.is_generated:  # once they are, it may be in place of the hub's
+        advice = f"does nothing for dataset_name={name!r}, which is generated; leave it out."
+        check_left_out(script_args, ["dataset_config", "dataset_streaming"], advice)
     if name not in generated:
         where = script_args.dataset_config, split, script_args.dataset_streaming, script_args.data_dir
         try:
@@ -160,12 +166,16 @@ def load_rows(
 def subsample(dataset: Dataset | IterableDataset, max_samples: int | None, seed: int) -> Dataset | IterableDataset:
     """Draws `max_samples` rows from a data set; all, in their order, where it is `None`.
 
+    Where there are fewer, a line says so.
+
     Raises:
         ValueError: If `max_samples` is not positive.
     """
     if max_samples is None:
         return dataset
     check_at_least("dataset_max_samples", max_samples, 1, "leaves nothing to train on")
+    if isinstance(dataset, Dataset) and len(dataset) < max_samples:
+        logger.warning("dataset_max_samples=%d, but there are %d rows: all are taken.", max_samples, len(dataset))
     return dataset.shuffle(seed=seed).take(max_samples)
 
 
@@ -238,9 +248,12 @@ def prepare(
     evaluates = args.eval_strategy != "no" or args.eval_on_start
 
     train_dataset = load_checked(load_split, script_args, script_args.dataset_train_split, args.seed)
+    train_dataset = subsample(train_dataset, script_args.dataset_max_samples, args.seed)
+    if script_args.dataset_max_samples is not None and isinstance(train_dataset, Dataset):
+        script_args.dataset_max_samples = len(train_dataset)  # what the card tells
     test_split = script_args.dataset_test_split
     given: dict[str, Any] = {
-        "train_dataset": subsample(train_dataset, script_args.dataset_max_samples, args.seed),
+        "train_dataset": train_dataset,
         "eval_dataset": load_checked(load_split, script_args, test_split, args.seed) if evaluates else None,
         "peft_config": adapter_config(model_args),
         "quantization_config": get_quantization_config(model_args),

@@ -277,6 +277,7 @@ def test_killed_process_is_reported(tmp_path):
     ("values", "message"),
     [
         ({"num_blocks": (2, 5)}, r"num_blocks=\(2, 5\): the model has 4 layers; use at most 4"),
+        ({"split_at": (9,)}, r"split_at=\[9\] "),
         ({"seq_length": 65}, "seq_length=65: the model takes 64 tokens; use at most 64"),
         ({"model": "no/such-model"}, "model='no/such-model' is neither a local checkpoint"),
     ],
@@ -300,6 +301,10 @@ def test_settings_that_do_not_fit_the_model(tiny_model, values, message):
         ({"tied_embeddings": "tie"}, "tied_embeddings='tie' is unknown"),
         ({"local_update_interval": (4,)}, r"add 1 to measure num_blocks=\(4,\)"),
         ({"task_reach": (1, 1, 1, 3)}, r"task_reach=\(1, 1, 1, 3\) reaches 3 blocks, .*; add 3 to num_blocks"),
+        (
+            {"task_reach": (1, 1, 2)},
+            r"task_reach=\(1, 1, 2\) does nothing for methods=.*; add reach or reach_local_step",
+        ),
         ({"task_reach": (1, 0)}, r"task_reach=\(1, 0\): a reach is 1 .the last block. or more"),
         ({"seq_length": 1}, "seq_length=1 is too small; set it to 2 or more"),
         ({"batch_size": 0}, "batch_size=0 is too small; set it to 1 or more"),

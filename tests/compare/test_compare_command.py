@@ -174,11 +174,16 @@ def test_a_moved_folder_is_used_again(config: Path, tmp_path: Path, trained_here
     assert len(trained_here) == 4
 
 
-def test_data_are_prepared_again_while_nothing_is_trained(config: Path, tmp_path: Path) -> None:
-    """With other settings, and where they are deleted; not with the same."""
+def test_data_are_prepared_again_while_nothing_is_trained(
+    config: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With other settings, and where they are deleted; not with the same. How many rows are too long is said."""
     train = tmp_path / "out" / "data" / "train.jsonl"
     grid_data.prepare_data(compare.load_grid(config))
     of_first = train.read_text()
+    too_long = 40 - len(of_first.splitlines())
+    said = f"train_dataset: {too_long} of 40 rows are longer than max_length=50 tokens and are left out."
+    assert too_long and said in caplog.messages
     training = yaml.safe_load(config.read_text())["training"]
     change(config, training={**training, "max_length": 45})
     grid_data.prepare_data(compare.load_grid(config))

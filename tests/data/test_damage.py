@@ -29,6 +29,10 @@ DAMAGED = {
     ),
     "no object": (GOOD + b'["1 + 1?", "2"]\n', r"line 2: .* is no row; a row is an object"),
     "zero bytes": (GOOD + b"\0" * 20, "line 2: it holds zero bytes"),
+    "deep lists": (
+        GOOD + b'{"question": "a", "answer": ' + b"[" * 3000 + b"]" * 3000 + b"}\n",
+        "line 2: lists or objects in it are nested too deeply to be read; flatten them",
+    ),
     "a key twice": (
         GOOD + b'{"question": "a", "answer": "b", "answer": "c"}\n',
         "line 2: the key 'answer' is there tw",

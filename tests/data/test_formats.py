@@ -70,6 +70,32 @@ class TestLoad:
         assert len(load_sft_dataset(str(tmp_path), split="test")) == 1
         assert len(load_sft_dataset(str(tmp_path), split="train[:1]")) == 1
 
+    @pytest.mark.parametrize("streaming", [False, True])
+    @pytest.mark.parametrize(
+        ("names", "unread"),
+        [
+            (
+                ("a.jsonl", "b.jsonl", "c.parquet"),
+                r"\(train\) and would not be read: c\.parquet\. Name one file, keep on",
+            ),
+            (("gsm8k_train.jsonl", "math.jsonl"), r"would not be read: math\.jsonl\. Name"),
+        ],
+        ids=["formats", "names"],
+    )
+    def test_files_of_a_folder_that_are_in_no_split_are_named(
+        self, tmp_path: Path, names: tuple[str, ...], unread: str, streaming: bool
+    ) -> None:
+        for name in names:
+            write(tmp_path / name, ROWS)
+        with pytest.raises(ValueError, match=f"has files that are in none of its splits .*{unread}"):
+            load_sft_dataset(str(tmp_path), streaming=streaming)
+
+    def test_a_readme_that_lists_files_leaves_out_the_others(self, tmp_path: Path) -> None:
+        write(tmp_path / "a.jsonl", ROWS)
+        write(tmp_path / "b.jsonl", ROWS)
+        (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: a.jsonl\n---\n")
+        assert len(load_sft_dataset(str(tmp_path))) == 2
+
     @pytest.mark.parametrize("name", ["nowhere.jsonl", "./nowhere", "~/nowhere/at/all"])
     def test_missing_file(self, name: str) -> None:
         with pytest.raises(FileNotFoundError, match=f"no file or folder '{name}'"):
@@ -186,6 +212,30 @@ CONVERTED = {
     ),
     "text beside a prompt": ([{"text": "Hi. Hello!", "prompt": "Hi."}], [{"text": "Hi. Hello!"}]),
 }
+
+
+TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (
+            {"prompt": "Hi", "completion": "Hello", "choices": ["a"]},
+            "prompt and completion are trained on, not its choices",
+        ),
+        (
+            {"prompt": "Hi", "input": "there", "completion": "Hello"},
+            "prompt and completion are trained on, not its input",
+        ),
+        ({"messages": TURNS, "choices": ["a"], "images": []}, "messages is trained on, not its choices"),
+        ({"text": "Hi", "system": "Be kind.", "context": "a"}, "text is trained on, not its system, context"),
+        ({"messages": TURNS, "source": "web", "system": "Be kind."}, None),
+    ],
+)
+def test_a_column_that_an_answer_depends_on_is_named_beside_a_layout_of_trl(row: Any, said: Any, caplog: Any) -> None:
+    to_trl_format(Dataset.from_list([row]))
+    assert caplog.messages == ([] if said is None else [f"The data's {said}."])
 
 
 @pytest.mark.parametrize("layout", CONVERTED)

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 from datasets import Dataset, IterableDataset
 from transformers import TrainingArguments
-from trl import SFTConfig
+from trl import ModelConfig, SFTConfig
 
 from lopt_hf.data.prepared import check_prepared, say_what_was_cut
+from lopt_hf.repl.trainer import HealingConfig, heal
+from tests.tiny import make_model
 
 ON_CPU: dict[str, Any] = {"use_cpu": True, "bf16": False}
 ARGS = SFTConfig(**ON_CPU, max_length=2)
@@ -70,3 +72,42 @@ def test_rows_left_out_are_counted(caplog: pytest.LogCaptureFixture) -> None:
         assert caplog.messages == []
         say_what_was_cut(rows, rows.select([0, 1]), 2)
     assert caplog.messages == ["max_length=2 cuts off the whole answer of 3 of 5 rows, which are left out."]
+
+
+@pytest.mark.parametrize(
+    ("before", "prepared", "count"),
+    [
+        ([{"text": "a b c"}] * 3, [WHOLE, {"input_ids": [1], "labels": [1]}, WHOLE], 2),  # cut already
+        ([{"input_ids": [1, 2]}, {"input_ids": [1, 2, 3]}], [WHOLE, WHOLE], 1),
+        ([{"chosen": "a"}] * 3, [pair([2], [3]), pair([2], [3, 4]), pair([2, 3], [4])], 2),
+        ([{"text": "a"}], [{"input_ids": [1]}], 0),
+        ([{"text": "a"}], [{"text": "a"}], 0),
+    ],
+    ids=["text", "tokens", "pairs", "short", "images"],
+)
+def test_rows_that_are_cut_are_counted(
+    before: Any, prepared: Any, count: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    say_what_was_cut(Dataset.from_list(before), Dataset.from_list(prepared), 2)
+    said = f"{count} of {len(prepared)} rows reach max_length=2 and are cut where they are longer"
+    assert [message[: len(said)] for message in caplog.messages] == [said] * (count > 0)
+    say_what_was_cut(Dataset.from_list(before), Dataset.from_list(prepared), None)
+    assert len(caplog.messages) == (count > 0)
+
+
+def test_healing_tells_what_was_cut(tmp_path: Any, monkeypatch: Any, caplog: pytest.LogCaptureFixture) -> None:
+    class Stop(Exception):
+        """Healing gets as far as to train."""
+
+    class Cutting:
+        def __init__(self, model: Any, train_dataset: Dataset, **kwargs: Any) -> None:
+            self.train_dataset = train_dataset.select([0])
+
+        def train(self) -> None:
+            raise Stop
+
+    monkeypatch.setattr("lopt_hf.repl.trainer.PlainHealingTrainer", Cutting)
+    args = HealingConfig(output_dir=str(tmp_path), **ON_CPU, max_length=2)
+    with pytest.raises(Stop):
+        heal(make_model(), 0, Dataset.from_list([WHOLE] * 3), args, ModelConfig(), None)
+    assert caplog.messages == ["max_length=2 cuts off the whole answer of 2 of 3 rows, which are left out."]

@@ -49,3 +49,8 @@ def test_streams():
 def test_data_without_questions(rows, message):
     with pytest.raises(ValueError, match=message):
         to_questions(Dataset.from_list(rows))
+
+
+def test_context_beside_a_prompt_is_named(caplog):
+    to_questions(Dataset.from_list([{"prompt": "1 + 1?", "answer": "2", "choices": ["1", "2"], "images": []}]))
+    assert caplog.messages == ["The data's prompt is trained on, not its choices."]

@@ -308,3 +308,10 @@ def test_nasty_values_are_refused_or_harmless(command: str, good: dict[str, Any]
             read = {"prompt", "completion", "messages", "chosen", "rejected", "text"} & converted.keys()
             assert read and all(is_filled(converted[name]) for name in read), (column, value)
     assert len(cases) / 4 < refused < len(cases)
+
+
+def test_a_system_column_that_says_what_the_conversation_does() -> None:
+    """In Parquet files each message has the keys of all."""
+    turns = [{**SYSTEM, "tool_calls": None}, {**USER, "tool_calls": None}, {**ANSWER, "tool_calls": None}]
+    converted = to_trl_format(Dataset.from_list([{"messages": turns, "system": "Be kind."}]))
+    assert converted[0]["messages"] == turns

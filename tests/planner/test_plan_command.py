@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import GPT2Config
 
 from lopt_hf import cli
+from lopt_hf.bench.training import num_layers
 from lopt_hf.scripts import sft
 from lopt_hf.scripts.plan import main
 from lopt_hf.trainers.checks import check_model
@@ -140,3 +142,26 @@ def test_help_has_an_example(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "lopt-hf plan --model Qwen/Qwen2.5-7B-Instruct --device-memory 80GiB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--batch-size", 99999999999999999999), ("--lora-r", 10**22), ("--num-gpus", 2**21)]
+)
+def test_numbers_beyond_any_training_are_one_line(option, value, folder, capsys):
+    line = fails(capsys, "--model", folder, *ARGUMENTS, option, str(value))
+    assert f"{option[2:].replace('-', '_')}={value} is too large; set it to 1048576 or less" in line
+
+
+def test_data_without_a_recipe_to_write(folder, capsys):
+    assert "dataset='rows.jsonl' is for the recipe that --write asks for; add it, or leave it out" in fails(
+        capsys, "--model", folder, *ARGUMENTS, "--dataset", "rows.jsonl"
+    )
+
+
+def test_the_length_that_gpt2_takes_is_known(tmp_path, capsys):
+    """It has a name of its own there."""
+    GPT2Config(n_embd=8, n_layer=2, n_head=2, n_positions=64, vocab_size=32).save_pretrained(tmp_path)
+    line = fails(capsys, "--model", str(tmp_path), *ARGUMENTS, "--seq-length", "65")
+    assert "seq_length=65: the model takes 64 tokens; use at most 64." in line
+    with pytest.raises(ValueError, match="seq_length=65: the model takes 64 tokens"):
+        num_layers("gpt2", str(tmp_path), 65)

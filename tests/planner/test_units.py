@@ -10,7 +10,9 @@ def test_sizes(text, size):
     assert read_bytes("device_memory", text) == size
 
 
-@pytest.mark.parametrize("text", ["80", "80G", "GiB", "-3GiB", "0GiB", "eighty GiB", "80 KiBs", "4KB"])
+@pytest.mark.parametrize(
+    "text", ["80", "80G", "GiB", "-3GiB", "0GiB", "eighty GiB", "80 KiBs", "4KB", "9" * 400 + "GiB", "2000000TiB"]
+)
 def test_what_is_no_size(text):
     with pytest.raises(ValueError, match="^device_memory=.* is no size of memory; write"):
         read_bytes("device_memory", text)

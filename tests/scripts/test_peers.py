@@ -1,5 +1,7 @@
 """`lopt-hf peers` on a tiny model: from the arguments to a stock checkpoint, and what it refuses."""
 
+import json
+
 import pytest
 from transformers import AutoModelForCausalLM
 
@@ -66,3 +68,12 @@ def test_a_run_goes_on_with_its_own_cycle(tmp_path):
         peers.main(arguments(tmp_path, "sft", **saving, badam_period=3))
     peers.main(arguments(tmp_path, "sft", **saving, max_steps=2))
     assert list(read_curve(str(tmp_path / "out"), "loss")) == [1, 2]
+
+
+def test_rows_that_are_left_out_or_cut_are_counted(tmp_path, caplog):
+    rows = [("Hi", "Hello"), ("Hi", "Hello " * 99), ("Hi " * 99, "Hello"), ("Hi", "Bye")]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"question": asked, "answer": told}) + "\n" for asked, told in rows))
+    peers.main(arguments(tmp_path, "sft", dataset_name=str(path), max_length=64, max_steps=1))
+    assert "max_length=64 cuts off the whole answer of 1 of 4 rows, which are left out." in caplog.messages
+    assert "1 of 3 rows reach max_length=64 and are cut where they are longer, within an answer" in caplog.text

@@ -217,3 +217,23 @@ def test_grpo_says_that_it_learns_nothing_of_completions_that_are_all_cut_off(tm
     assert read_curve(str(tmp_path / "out"), "completions/clipped_ratio")[1] == 1.0
     said = [message for message in caplog.messages if message.startswith("max_completion_length=4 cut off every")]
     assert len(said) == masks
+
+
+def test_the_card_tells_how_many_rows_there_were(tmp_path, caplog):
+    """Not how many were asked for."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"question": "Hi", "answer": "Hello"}) + "\n" + '{"question": "a", "answer": "b"}\n')
+    sft.main(arguments(tmp_path, "sft", dataset_name=str(path), dataset_max_samples=1000))
+    assert "dataset_max_samples=1000, but there are 2 rows: all are taken." in caplog.messages
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "`rows.jsonl`; 2 rows" in card
+
+
+@pytest.mark.parametrize("option", [{"dataset_config": "main"}, {"dataset_streaming": True}])
+def test_options_that_generated_data_have_no_use_for(tmp_path, option, capsys):
+    with pytest.raises(SystemExit) as ended:
+        sft.main(arguments(tmp_path, "sft", **option))
+    assert ended.value.code == 2
+    (name, value), *_ = option.items()
+    message = f"{name}={value!r} does nothing for dataset_name='word-problems', which is generated; leave it out."
+    assert message in capsys.readouterr().err
