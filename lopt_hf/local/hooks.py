@@ -115,16 +115,14 @@ class BlockBoundary(ABC):
         """Whether a forward that learns locally is under way."""
         return self._in_forward
 
-    def recompute_reached(self, stem_too: bool = True) -> None:
+    def recompute_reached(self) -> None:
         """Lets early blocks that the task's gradient reaches run again, from now on, and keep no graph until then.
 
-        Args:
-            stem_too: Do so with an image classifier's stem as well; not where its weights are at hand in the model's
-                own forward alone.
+        An image classifier's stem does so too.
         """
         self._replays = Replays(self.stack, self.early_blocks)
         self._handles += self._replays.handles
-        modules = find_stem(self.model, self.stack) if stem_too else []
+        modules = find_stem(self.model, self.stack)
         if modules:
             self._stem = Stem(modules)
             self._handles += self._stem.handles

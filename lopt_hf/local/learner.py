@@ -129,7 +129,7 @@ class LocalLearner:
         self.boundary = self.method.make_boundary(self, objective, self.heads)
         self.schedule: ReachSchedule = settings.schedule
         if self.schedule.highest > 1 and settings.reach_recompute and not reaches_later:
-            self.boundary.recompute_reached(stem_too=self.run.engine is None)  # a root's weights are sharded
+            self.boundary.recompute_reached()
         self._check_vision_is_reached()
         self._make_fingerprint: Callable[[], dict[str, Any]] = partial(self.method.fingerprint, self, objective)
         if not self.early_blocks:  # nothing here learns from the objective, and a copy of an LM head is large

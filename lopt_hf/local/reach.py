@@ -64,7 +64,7 @@ class ReachArguments(LocalArguments):
             `"microbatch"` the micro-batches of each step (`gradient_accumulation_steps`), of which then every one
             trains all blocks, and the gradient that a block gets from some of them is scaled to be unbiased.
         reach_rate: How the learning rate of a block follows from how often it is reached, once in n steps:
-            `"none"` not at all, `"sqrt"` times the root of n, `"inverse"` times n; not beside `early_learning_rate`.
+            `"none"` not at all, `"sqrt"` times the root of n, `"inverse"` times n. `early_learning_rate` wins over it.
         reach_rate_limit: The most that a rate is multiplied by.
         reach_anneal: With `reach_unit="run"`, whether a block's learning rate runs through the whole of
             `lr_scheduler_type`, warmup and all, by the last step that reaches it (as in FreezeOut, arXiv 1706.04983);
@@ -144,13 +144,6 @@ class ReachArguments(LocalArguments):
         if self.reach_rate == "none":
             check_left_out(
                 self, ["reach_rate_limit"], "does nothing with reach_rate='none'; leave it out, or set reach_rate."
-            )
-        if self.early_learning_rate is not None:
-            check_left_out(
-                self,
-                ["reach_rate"],
-                f"does nothing with early_learning_rate={self.early_learning_rate}, which is the early blocks' rate; "
-                "leave one of them out.",
             )
         if self.reach_anneal and self.reach_unit != "run":
             raise ValueError(

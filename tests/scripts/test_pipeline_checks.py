@@ -118,11 +118,12 @@ def test_a_model_that_cannot_be_cut(tmp_path: Path, capsys: pytest.CaptureFixtur
         {"use_peft": True, "lora_target_modules": ["q_proj", "embed_tokens"]},
         {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 1}},
         {"chat_template_path": "{}/template.jinja"},
-        {"dataset_streaming": True},
+        {"dataset_streaming": True, "dataset_name": "{}/rows.jsonl", "max_steps": 2},
     ],
 )
 def test_what_they_can_do_is_launched(tmp_path: Path, values: dict[str, Any]) -> None:
     (tmp_path / "template.jinja").write_text("{{ messages }}")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1 + 1 =", "completion": " 2"}\n')
     values = {name: value.format(tmp_path) if isinstance(value, str) else value for name, value in values.items()}
     with pytest.raises(LaunchedError):
         pipeline.main(arguments(tmp_path, "sft", **{"num_stages": 2, **values}))

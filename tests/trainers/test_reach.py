@@ -544,10 +544,6 @@ def test_a_cycle_is_read_from_text(tmp_path, text):
             "reach_anneal=True does nothing with lr_scheduler_type='constant'",
         ),
         (
-            {"task_reach": [2, 1], "reach_rate": "sqrt", "early_learning_rate": 1e-5},
-            "reach_rate='sqrt' does nothing with early_learning_rate=1e-05",
-        ),
-        (
             {"num_blocks": 4, "task_reach": 3, "local_objective": "readout", "use_liger_kernel": True},
             "does not work with use_liger_kernel=True",
         ),
