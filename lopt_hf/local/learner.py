@@ -73,8 +73,8 @@ class LocalLearner:
         max_grad_norm: Where `step_block` clips a group's gradient; 0 does not clip.
 
     Raises:
-        ValueError: If the model has no single decoder stack, if the cut does not fit it, or if the settings leave an
-            early block nothing to train.
+        ValueError: If a setting is out of range or does not work in the run, if the model has no single decoder stack,
+            if the cut does not fit it, or if the settings leave an early block nothing to train.
     """
 
     def __init__(
