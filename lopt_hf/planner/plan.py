@@ -1,7 +1,7 @@
 """A plan: what every strategy needs on a device, whether it fits, and which one that fits is the cheapest."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PretrainedConfig
@@ -78,6 +78,20 @@ class PlanSettings:
             raise ValueError(f"num_blocks={self.num_blocks} must name numbers of 2 or more, and each once.")
         check_choices(self, _CHOICES)
         check_reach(self.num_blocks, self.task_reach)
+        self._check_used()
+
+    def _check_used(self) -> None:
+        """Refuses what no row would read."""
+        reach = tuple(name for name in STRATEGIES if name.startswith("reach"))
+        readers_of = {"task_reach": reach, "reach_unit": reach, "lora_r": ("lora",)}
+        defaults = {each.name: each.default for each in fields(self)}
+        for setting, readers in readers_of.items():
+            value = getattr(self, setting)
+            if value != defaults[setting] and not set(readers) & set(self.strategies):
+                raise ValueError(
+                    f"{setting}={value!r} is for the rows {', '.join(readers)}, which strategies={self.strategies} "
+                    "leaves out; name one of them, or leave it out."
+                )
 
     @property
     def device_bytes(self) -> int:
