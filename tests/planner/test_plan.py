@@ -161,7 +161,7 @@ def test_what_is_no_speed(text, tmp_path):
         ({"tied_embeddings": "tie"}, "tied_embeddings='tie' is unknown"),
         ({"strategies": ("e2e", "lopt"), "task_reach": (2, 1)}, r"task_reach=\(2, 1\) is for the rows reach, "),
         ({"strategies": ("lora",), "reach_unit": "step"}, "reach_unit='step' is for the rows reach, "),
-        ({"strategies": ("e2e",), "lora_r": 32}, r"lora_r=32 is for the rows lora, which strategies=\('e2e',\) leaves"),
+        ({"strategies": ("e2e",), "lora_r": 32}, r"lora_r=32 is for the rows lora, which strategies=\('e2e',\) "),
     ],
 )
 def test_bad_settings(values, message):

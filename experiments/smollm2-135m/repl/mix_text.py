@@ -1,7 +1,7 @@
 """Text of two kinds to calibrate on and to heal with: rows of Alpaca, and as many letters of WikiText-2 between them.
 
 ```bash
-python experiments/smollm2-135m/repl/mix_text.py --instructions alpaca.jsonl --text wikitext2_valid.txt --output mixed.txt
+python experiments/smollm2-135m/repl/mix_text.py --instructions alpaca.jsonl --text wikitext.txt --output mixed.txt
 ```
 """
 
@@ -14,7 +14,7 @@ from lopt_hf.data.texts import read_text
 
 
 def mix(instructions: Dataset, text: str) -> str:
-    """Returns every row's instruction, input and output, and behind each as many paragraphs as keep both kinds even."""
+    """Returns every row, and behind each as many paragraphs as keep the two kinds even."""
     paragraphs = [line for line in text.split("\n") if line.strip()]
     parts: list[str] = []
     of_rows = of_text = taken = 0
@@ -29,6 +29,7 @@ def mix(instructions: Dataset, text: str) -> str:
 
 
 def main() -> None:
+    """Writes the mixed text; a file that is there is not overwritten."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--instructions", required=True, help="JSON lines with instruction, input and output.")
     parser.add_argument("--text", required=True, help="A .txt file, or id:configuration:split of the hub.")
