@@ -83,6 +83,10 @@ def _check_files(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"dataset={arguments.dataset!r} is for the recipe that --write asks for; add it, or leave it out."
         )
+    if arguments.reach_unit != PlanSettings.reach_unit and arguments.write is None:
+        raise ValueError(
+            f"reach_unit={arguments.reach_unit!r} is for the recipe that --write asks for; add it, or leave it out."
+        )
     if arguments.calibrate is not None and arguments.calibration is not None:
         raise ValueError("calibrate measures and calibration reads a speed; give one of them.")
 

@@ -152,10 +152,11 @@ def test_numbers_beyond_any_training_are_one_line(option, value, folder, capsys)
     assert f"{option[2:].replace('-', '_')}={value} is too large; set it to 1048576 or less" in line
 
 
-def test_data_without_a_recipe_to_write(folder, capsys):
-    assert "dataset='rows.jsonl' is for the recipe that --write asks for; add it, or leave it out" in fails(
-        capsys, "--model", folder, *ARGUMENTS, "--dataset", "rows.jsonl"
-    )
+@pytest.mark.parametrize(("option", "value"), [("--dataset", "rows.jsonl"), ("--reach-unit", "step")])
+def test_what_is_for_a_recipe_that_is_not_written(option, value, folder, capsys):
+    line = fails(capsys, "--model", folder, *ARGUMENTS, option, value)
+    name = option[2:].replace("-", "_")
+    assert f"{name}='{value}' is for the recipe that --write asks for; add it, or leave it out" in line
 
 
 def test_the_length_that_gpt2_takes_is_known(tmp_path, capsys):
